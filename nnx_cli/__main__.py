@@ -1,0 +1,3 @@
+from nnx_cli.cli import main
+
+main()

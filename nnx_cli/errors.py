@@ -1,0 +1,59 @@
+"""Everything a user can get wrong or run out of, each kind with the exit code that scripts rely on."""
+
+
+class NnxError(Exception):
+    """Ends a command with one line: what happened, why, and (`fix`) the command that mends it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+class UsageError(NnxError):
+    """Unknown option, model, size or unit; a value out of range; settings that disagree."""
+
+    exit_code = 2
+
+
+class DataError(NnxError):
+    """Text or tokens that cannot be used: missing, empty, binary, too short, damaged, of another tokenizer."""
+
+    exit_code = 3
+
+
+class DoesNotFit(NnxError):
+    """More memory asked for than there is."""
+
+    exit_code = 4
+
+
+class CheckpointError(NnxError):
+    """A model or run that is missing, damaged or incompatible; nothing to resume."""
+
+    exit_code = 5
+
+
+class QualityError(NnxError):
+    """A run that diverged, a result over its tolerance."""
+
+    exit_code = 6
+
+
+class MissingFeature(NnxError):
+    """An optional dependency or a feature of the machine that is not there."""
+
+    exit_code = 7
+
+
+class OutputError(NnxError):
+    """The output was refused: disk full, no permission, already there, in use."""
+
+    exit_code = 8
+
+
+class Interrupted(NnxError):
+    """Stopped by a signal, after saving."""
+
+    exit_code = 130
