@@ -1,0 +1,28 @@
+"""Softmax attention over the new and the cached positions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnx_cli.layers.kv_cache import KVCache
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, layer: int, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention of q (B, H, T, K) over k, v (B, G, T, K), where G divides H; returns (B, T, H·K).
+
+    With a cache, k and v are stored as `layer`'s and attention covers everything stored. `dropout` acts on the
+    probabilities.
+    """
+    B, H, T, K = q.shape
+    if cache is None:
+        mask, is_causal = None, True
+    else:
+        mask, is_causal = cache.mask(T), cache.is_causal(T)
+        k, v = cache.update(layer, k, v)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal and T > 1, scale=scale, enable_gqa=k.shape[1] != H
+    )
+    return y.transpose(1, 2).reshape(B, T, H * K)

@@ -1,0 +1,84 @@
+"""Keys and values of the positions seen so far, for incremental decoding."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Preallocated keys and values, (L, B, G, S, K) each; rows may hold different numbers of positions.
+
+    One forward pass of T new positions: `positions(T)`, then `update` once in every layer, then `advance(T)`.
+    """
+
+    def __init__(
+        self, n_layers: int, batch_size: int, n_kv_heads: int, max_seq_len: int, head_dim: int, *,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        shape = (n_layers, batch_size, n_kv_heads, max_seq_len, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.max_seq_len = max_seq_len
+        self._longest = 0  # the largest of `lengths`, kept on the host so that no step has to ask the device
+        self._even = True  # whether all rows have that length
+
+    def positions(self, n_new: int) -> Tensor:
+        """Positions (B, T) of the next `n_new` tokens of every row."""
+        assert self._longest + n_new <= self.max_seq_len, (self._longest, n_new, self.max_seq_len)
+        return self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
+
+    def mask(self, n_new: int) -> Tensor | None:
+        """What each new position may see, (B, 1, T, S), or None where plain causal attention says the same."""
+        if self._even and (self._longest == 0 or n_new == 1):
+            return None
+        seen = torch.arange(self._longest + n_new, device=self.lengths.device)
+        return (seen <= self.positions(n_new)[..., None])[:, None]
+
+    def is_causal(self, n_new: int) -> bool:
+        """Whether attention over T new positions needs a causal mask of its own (the first fill does)."""
+        return self._longest == 0 and n_new > 1
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, G, T, K) of the new positions; return all up to the longest row, (B, G, S, K) each."""
+        n_new, end = k.shape[2], self._longest + k.shape[2]
+        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if self._even:
+                store[:, :, self._longest : end] = new
+            else:
+                index = self.positions(n_new)[:, None, :, None].expand_as(new)
+                store.scatter_(2, index, new.to(store.dtype))
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n_new: int) -> None:
+        """Count `n_new` more positions in every row."""
+        self.lengths += n_new
+        self._longest += n_new
+
+    def truncate(self, lengths: Tensor | int) -> Self:
+        """Forget what lies beyond `lengths`, (B,) or one number for all rows."""
+        self.lengths = torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device))
+        self._longest = int(self.lengths.max())
+        self._even = bool((self.lengths == self._longest).all())
+        return self
+
+    def repeat(self, n: int) -> Self:
+        """Make `n` copies of every row, side by side: row b becomes rows b·n … b·n + n − 1."""
+        self.keys = self.keys.repeat_interleave(n, dim=1)
+        self.values = self.values.repeat_interleave(n, dim=1)
+        self.lengths = self.lengths.repeat_interleave(n)
+        return self
+
+    def reset(self) -> Self:
+        """Forget everything."""
+        self.lengths.zero_()
+        self._longest, self._even = 0, True
+        return self
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held by keys and values."""
+        return 2 * self.keys.numel() * self.keys.element_size()

@@ -1,0 +1,149 @@
+"""The zoo: one file per architecture, found by its name. Importing this imports no torch and no architecture."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnx_cli.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nnx_cli.models._base import LanguageModel, ModelConfig
+
+
+@cache
+def names() -> list[str]:
+    """Architectures, in alphabetical order: the files of this folder without a leading underscore."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a model's `Config`, as its source states it."""
+
+    name: str
+    type: str  # int, float, bool or str, whether or not None is allowed
+    default: Any
+    help: str
+
+
+@cache
+def config_fields(name: str) -> tuple[Field, ...]:
+    """The fields of an architecture's `Config`, shared ones first, read from the source without importing it."""
+    folder = Path(__file__).parent
+    found: dict[str, Field] = {}
+    for path, class_name in ((folder / "_base.py", "ModelConfig"), (folder / f"{name}.py", "Config")):
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign):
+                        text = lines[item.lineno - 1].partition("#")[2].strip()
+                        kind = ast.unparse(item.annotation).removesuffix(" | None")
+                        field = Field(item.target.id, kind, ast.literal_eval(item.value), text)
+                        found[field.name] = field
+    return tuple(found.values())
+
+
+@cache
+def sizes(name: str) -> tuple[str, ...]:
+    """Names of an architecture's sizes, smallest first, read from the source without importing it."""
+    for node in ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if isinstance(target, ast.Name) and target.id == "SIZES":
+                return tuple(ast.literal_eval(key) for key in node.value.keys)
+    return ()
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError, with the nearest match, unless `name` is an architecture."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no model {name!r}{hint}", fix=f"choose from {', '.join(names())}")
+
+
+def make_config(name: str, *, size: str | None = None, **overrides: Any) -> ModelConfig:
+    """The `Config` of an architecture: a named size, or the defaults, with single fields overridden.
+
+    A size fixes `ffn_dim` and the like for its own width; with another `dim` they follow from that again.
+    Raises UsageError for an unknown model, size or field, or values that do not fit together.
+    """
+    check_name(name)
+    known = {field.name for field in config_fields(name)}
+    for key in overrides.keys() - known:
+        owners = [other for other in names() if key in {field.name for field in config_fields(other)}]
+        which = f"; it belongs to {', '.join(owners)}" if owners else ""
+        raise UsageError(f"{name} has no option --{key.replace('_', '-')}{which}")
+    module = importlib.import_module(f"nnx_cli.models.{name}")
+    shape: dict[str, Any] = {}
+    if size is not None:
+        if size not in module.SIZES:
+            raise UsageError(f"{name} has no size {size!r}", fix=f"choose from {', '.join(module.SIZES)}")
+        shape = dict(module.SIZES[size])
+        if "dim" in overrides:
+            optional = {field.name for field in config_fields(name) if field.default is None}
+            shape = {key: value for key, value in shape.items() if key not in optional}
+    return module.Config(**(shape | overrides))
+
+
+def build(name: str, *, vocab_size: int = 256, size: str | None = None, **overrides: Any) -> LanguageModel:
+    """A freshly initialised model: `build("nyx", vocab_size=256, size="tiny", n_layers=4)`."""
+    return from_config(name, make_config(name, size=size, vocab_size=vocab_size, **overrides))
+
+
+def from_config(name: str, config: ModelConfig) -> LanguageModel:
+    """A freshly initialised model of architecture `name`."""
+    return importlib.import_module(f"nnx_cli.models.{name}").Model(config)
+
+
+def load_reference(
+    name: str, config: dict[str, Any], weights: dict[str, Tensor], *, variant: str | None = None,
+    noise: dict[str, Tensor] | None = None,
+) -> LanguageModel:  # fmt: skip
+    """A model from an original's constructor arguments and weights, both under the original's names.
+
+    `variant` is a value of the `variant` field (default: the architecture's); `noise` replaces random draws of architectures
+    that have any. Raises CheckpointError where names or shapes do not match.
+    """
+    check_name(name)
+    module = importlib.import_module(f"nnx_cli.models.{name}")
+    if not hasattr(module, "reference_config"):
+        raise UsageError(f"{name} has no original to load from")
+    fields = module.reference_config(**config) | ({} if variant is None else {"variant": variant})
+    if noise:
+        raise UsageError(f"{name} draws no noise")
+    model = from_config(name, module.Config(**fields))
+    own, theirs = model.unique_state(), model.reference_names()
+    missing = [seed for seed in theirs.values() if seed not in weights]
+    unknown = sorted(weights.keys() - theirs.values())
+    if missing or unknown:
+        raise CheckpointError(f"weights do not belong to this {name}: missing {missing[:3]}, unknown {unknown[:3]}")
+    for ours, seed in theirs.items():
+        if own[ours].shape != weights[seed].shape:
+            raise CheckpointError(f"{seed} is {tuple(weights[seed].shape)}, {name} needs {tuple(own[ours].shape)}")
+        own[ours].copy_(weights[seed])
+    return model
+
+
+def reference_tensors(model: LanguageModel, grads: bool = False) -> dict[str, Tensor]:
+    """Weights, or their gradients, under the original's names and in its layout; absent gradients are left out."""
+    parameters = dict(model.named_parameters())
+    found = {seed: parameters[ours] for ours, seed in model.reference_names().items()}
+    if grads:
+        return {seed: parameter.grad for seed, parameter in found.items() if parameter.grad is not None}
+    return {seed: parameter.detach() for seed, parameter in found.items()}
+
+
+def config_dict(config: ModelConfig) -> dict[str, Any]:
+    """All fields of a model configuration, derived ones filled in, as JSON values."""
+    return asdict(config)

@@ -1,0 +1,101 @@
+"""What every architecture promises to training, sampling and counting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnx_cli.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Fields that all architectures share. A field is an option of the command line and a key of `build()`."""
+
+    vocab_size: int = 256  # number of token ids
+    seq_len: int = 256  # context: positions a training sample has
+    dim: int = 512  # width of the residual stream
+    n_layers: int = 8  # number of blocks
+    n_heads: int = 8  # query heads
+    dropout: float = 0.0  # probability of dropping, in attention and feed-forward
+    variant: str = "sound"  # sound, or seed: the original with its defects, for proof only
+
+    VARIANTS = ("sound", "seed")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
+        if self.variant not in self.VARIANTS:
+            raise UsageError(f"--variant is {self.variant!r}; choose from {', '.join(self.VARIANTS)}")
+
+    def derive(self, **values: Any) -> None:
+        """Fill fields that were left None with values that follow from the others."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def heads_divide_dim(self) -> None:
+        """Raise UsageError unless `n_heads` divides `dim` into even widths."""
+        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+            raise UsageError(
+                f"--dim {self.dim} cannot be divided among --n-heads {self.n_heads} into heads of an even width",
+                fix=f"take --dim {max(1, round(self.dim / self.n_heads / 16)) * 16 * self.n_heads}",
+            )
+
+
+class LanguageModel(nn.Module):
+    """A causal language model: `forward` is `head(trunk(...))`.
+
+    Subclasses set `embedding`, `blocks`, `norm` and `head`, and define `trunk` and `make_cache`. `head` is a module that
+    maps (..., dim) to (..., vocab_size) and acts on every position alone, so that the loss may call it in pieces.
+    """
+
+    ignore_index = -100  # a target that does not count; -100 is never a token
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32  # type of the activations; weights keep their own
+
+    def trunk(self, input_ids: Tensor, cache: Any = None) -> Tensor:
+        """Token ids (B, T) to what the head reads, (B, T, D)."""
+        raise TypeError(f"{type(self).__module__} defines no trunk")
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> Any:
+        """An empty cache, or recurrent state, for `batch_size` rows of up to `max_seq_len` positions."""
+        raise TypeError(f"{type(self).__module__} defines no cache")
+
+    def forward(self, input_ids: Tensor, cache: Any = None) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V); a cache is read, extended by T positions and left ready for more."""
+        return self.head(self.trunk(input_ids, cache))
+
+    def aux_loss(self) -> Tensor | None:
+        """A loss per token to add to cross-entropy, of the latest forward pass; None where there is none."""
+        return None
+
+    def post_optim_step(self) -> None:
+        """Called after every optimizer step."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def unique_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers under their names; a tied tensor once, under its first name."""
+        state, seen = {}, set()
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                state[name] = tensor.detach()
+        return state
+
+    def reference_names(self) -> dict[str, str]:
+        """Our parameter names to those of the architecture's original code."""
+        raise UsageError(f"{type(self).__module__.rpartition('.')[2]} has no original to load from")

@@ -1,0 +1,176 @@
+"""NYX: parallel blocks, one key-value head, xPos rotary, SwiGLU, tied head.
+
+The block adds attention and feed-forward of one shared norm (PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311);
+all query heads share one key and value head (Shazeer 2019, https://arxiv.org/abs/1911.02150); the feed-forward is gated
+(Shazeer 2020, https://arxiv.org/abs/2002.05202); rotary positions decay with distance (xPos, Sun et al. 2022,
+https://arxiv.org/abs/2212.10554); queries and keys may be normalised (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
+
+`small` is the size that NYX's author publishes: 30,020,096 parameters. Differs from the original: normalised queries and keys
+are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `seed` keeps both defects);
+the xPos exponent is centred at position 0, so that cached keys stay valid (only differences of positions matter).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.errors import UsageError
+from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.norm import LayerNorm
+from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.models._base import LanguageModel, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    head_dim: int | None = None  # width of a head; default dim / n_heads
+    ffn_dim: int | None = None  # width of the feed-forward; default 4 x dim
+    qk_norm: bool = False  # normalise queries and keys, with a learned gain each
+    qk_norm_scale: float = 8.0  # softmax scale with qk-norm
+    xpos_scale_base: float = 512.0  # positions after which the slowest pair has lost a factor 3.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim is None:
+            self.heads_divide_dim()
+        self.derive(head_dim=self.dim // self.n_heads, ffn_dim=4 * self.dim)
+        if self.head_dim < 2 or self.head_dim % 2 or self.ffn_dim < 1:
+            raise UsageError(
+                f"--head-dim {self.head_dim} must be even and at least 2, --ffn-dim {self.ffn_dim} at least 1"
+            )
+        if not self.xpos_scale_base > 0 or not self.qk_norm_scale > 0:
+            raise UsageError("--xpos-scale-base and --qk-norm-scale must be above 0")
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(dim=128, n_layers=4, n_heads=4, ffn_dim=384, seq_len=256),
+    "tiny": dict(dim=384, n_layers=5, n_heads=6, seq_len=256),
+    "small": dict(dim=512, n_layers=8, n_heads=8, seq_len=1024),
+    "base": dict(dim=896, n_layers=11, n_heads=14, seq_len=1024),
+    "large": dict(dim=1280, n_layers=15, n_heads=20, seq_len=1024),
+    "xl": dict(dim=2048, n_layers=17, n_heads=16, seq_len=1024),
+}
+
+
+def xpos_tables(positions: Tensor, head_dim: int, scale_base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotary tables with the xPos decay: (cos, sin) for queries, (cos, sin) for keys, float32, shaped as in `rope`."""
+    cos, sin = rotary_tables(positions, head_dim)
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    zeta = (pair + 0.4 * head_dim) / (1.4 * head_dim)
+    decay = zeta ** (positions.float().unsqueeze(-1) / scale_base)
+    if positions.dim() == 2:
+        decay = decay.unsqueeze(1)
+    return cos * decay, sin * decay, cos / decay, sin / decay
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)) + feedforward(norm(x)): one matrix product in, one out of each branch."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        inner = config.n_heads * config.head_dim
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.norm = LayerNorm(config.dim)
+        self.in_proj = PackedLinear(
+            config.dim, (inner, config.head_dim, config.head_dim, config.ffn_dim, config.ffn_dim)
+        )  # query, key, value, feed-forward value, feed-forward gate
+        self.attn_out = Linear(inner, config.dim)
+        self.ffn_out = Linear(config.ffn_dim, config.dim)
+        self.scale = config.head_dim**-0.5
+        self.q_norm_weight = self.k_norm_weight = None
+        if config.qk_norm:
+            self.q_norm_weight = nn.Parameter(torch.ones(config.head_dim))
+            self.k_norm_weight = nn.Parameter(torch.ones(config.head_dim))
+            if config.variant == "sound":
+                self.scale = config.qk_norm_scale
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        B, T, D = x.shape
+        q, k, v, value, gate = self.in_proj(self.norm(x))
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, T, K): one head for all queries
+        if self.q_norm_weight is not None:
+            q = unit_length(q, self.q_norm_weight)
+            k = unit_length(k, self.k_norm_weight)
+        q_cos, q_sin, k_cos, k_sin = tables
+        q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
+        dropout = self.dropout if self.training else 0.0
+        attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
+        hidden = F.dropout(F.silu(gate) * value, dropout, self.training)  # (B, T, F)
+        return x + self.attn_out(attended) + self.ffn_out(hidden)
+
+
+def unit_length(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` (..., K) divided by its L2 norm, in float32, times a gain (K,)."""
+    return (F.normalize(x.float(), dim=-1, eps=1e-12) * weight).to(x.dtype)
+
+
+class Model(LanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = LayerNorm(config.dim)
+        self.head = Linear(config.dim, config.vocab_size)
+        self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=0.02)  # linear layers keep torch's uniform ±1/sqrt(fan_in)
+        if config.variant == "seed":
+            self.ignore_index = 0  # the original drops token 0 from its loss
+
+    def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        T = input_ids.shape[1]
+        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+        tables = xpos_tables(positions, self.config.head_dim, self.config.xpos_scale_base)
+        x = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, tables, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        return KVCache(
+            self.config.n_layers, batch_size, 1, max_seq_len, self.config.head_dim,
+            device=self.device, dtype=self.compute_dtype,
+        )  # fmt: skip
+
+    def reference_names(self) -> dict[str, str]:
+        names = {"embedding.weight": "token_embedding.weight", "norm.weight": "norm_layer.gamma"}
+        for i in range(self.config.n_layers):
+            block, seed = f"blocks.{i}.", f"layers.{i}.func."
+            names[block + "norm.weight"] = seed + "norm_layer.gamma"
+            names[block + "in_proj.weight"] = seed + "fused_attention_feedforward.weight"
+            names[block + "attn_out.weight"] = seed + "attn_output_proj.weight"
+            names[block + "ffn_out.weight"] = seed + "feedforward_net.2.weight"
+            if self.config.qk_norm:
+                names[block + "q_norm_weight"] = seed + "q_scale"
+                names[block + "k_norm_weight"] = seed + "k_scale"
+        return names
+
+
+def reference_config(
+    *, model_dim: int, vocab_size: int, layer_depth: int, head_dimension: int = 64, num_attention_heads: int = 8,
+    feedforward_scale: int = 4, attention_dropout_rate: float = 0.0, feedforward_dropout_rate: float = 0.0,
+    use_qk_rmsnorm: bool = False, lora_rank: int = 8, rotary_pos_emb_scale: float = 512.0, use_causal_mask: bool = True,
+    finetune_contexts: Any = None, loss_ignore_index: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """The original's constructor arguments as fields of `Config`.
+
+    `lora_rank` and `finetune_contexts` only matter to adapters, `loss_ignore_index` is what variant `seed` stands for.
+    """
+    if not use_causal_mask:
+        raise UsageError("NYX without its causal mask is not a language model: use_causal_mask must be true")
+    if attention_dropout_rate != feedforward_dropout_rate:
+        raise UsageError("attention_dropout_rate and feedforward_dropout_rate must be equal")
+    return dict(
+        vocab_size=vocab_size, dim=model_dim, n_layers=layer_depth, n_heads=num_attention_heads, head_dim=head_dimension,
+        ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate, qk_norm=use_qk_rmsnorm,
+        xpos_scale_base=rotary_pos_emb_scale,
+    )  # fmt: skip

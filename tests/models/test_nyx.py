@@ -1,0 +1,60 @@
+"""NYX against numbers recorded from the original code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nnx_cli import models
+from nnx_cli.engine.loss import TrainStep
+
+FOLDER = Path(__file__).parent
+CASES = json.loads((FOLDER / "nyx.parity.json").read_text())["cases"]
+
+
+def load_case(case):
+    entry, tensors = CASES[case], load_file(FOLDER / CASES[case]["file"])
+
+    def cut(prefix):
+        return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+    data = {name: tensors[key] for name, key in entry["tensors"].items()}
+    return entry, cut(entry["weights_prefix"]), cut(entry["grads_prefix"]) if "grads_prefix" in entry else None, data
+
+
+@pytest.mark.parametrize(
+    "case", ["causal_seed", "causal_sound", "qk_rmsnorm_seed", "qk_rmsnorm_sound", "lora_merged"]
+)
+def test_equals_original(case):
+    entry, weights, grads, data = load_case(case)
+    model = models.load_reference("nyx", entry["config"], weights, variant=entry["variant"])
+    assert sum(p.numel() for p in model.parameters()) == entry["param_count"]
+    logits = model(data["input_ids"])
+    assert (logits - data["logits"]).abs().max() < 1e-5
+    if "loss" in data:
+        loss, count = TrainStep(model)(data["input_ids"][:, :-1], data["input_ids"][:, 1:])
+        assert abs(loss / count - data["loss"].item()) < 1e-5
+        if grads:
+            (loss / count).backward()
+            ours = models.reference_tensors(model, grads=True)
+            assert ours.keys() == grads.keys()
+            for name, grad in grads.items():
+                assert (ours[name] - grad).abs().max() <= 1e-5 + 1e-3 * grad.abs().max(), name
+
+
+def test_cached_decoding_equals_the_fixture():
+    entry, weights, _, data = load_case("qk_rmsnorm_sound")
+    model = models.load_reference("nyx", entry["config"], weights)
+    ids = data["input_ids"]
+    cache = model.make_cache(len(ids), ids.shape[1])
+    with torch.no_grad():
+        logits = [model(ids[:, :5], cache=cache)]
+        logits += [model(ids[:, t : t + 1], cache=cache) for t in range(5, ids.shape[1])]
+    assert (torch.cat(logits, dim=1) - data["logits"]).abs().max() < 1e-5
+
+
+def test_published_parameter_count():
+    model = models.build("nyx", vocab_size=256, size="small")
+    assert sum(p.numel() for p in model.parameters()) == 30_020_096
