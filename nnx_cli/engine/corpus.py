@@ -1,0 +1,258 @@
+"""Files of text, whatever their format, compression and encoding: a stream of text with the ends of documents."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import stat
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from nnx_cli.engine import rows
+from nnx_cli.engine.compression import BLOCK_BYTES, Stream, unpack
+from nnx_cli.engine.encoding import TextReader
+from nnx_cli.engine.tokenizer import well_formed
+from nnx_cli.errors import DataError, UsageError
+
+FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
+ROW_CHARS = 16 * 2**20  # longest row of a table or JSON lines
+STDIN = "-"
+
+
+class Piece(NamedTuple):
+    """A stretch of one document; `ends` with its last one (whose text may be empty)."""
+
+    text: str
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read, or standard input (`path` None), or text in memory (`content`)."""
+
+    name: str  # as the user wrote it, for messages
+    path: Path | None = None
+    content: bytes | None = None
+
+    @property
+    def label(self) -> str:
+        """How meta.json names it: without the folders of this machine."""
+        name = self.name if self.path is None or not self.path.is_absolute() else self.path.name
+        return well_formed(name)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read twice."""
+        return self.content is not None or (self.path is not None and self.path.is_file())
+
+    @property
+    def size(self) -> int | None:
+        """Bytes as stored; None where only reading tells."""
+        if self.content is not None:
+            return len(self.content)
+        return self.path.stat().st_size if self.repeatable else None
+
+    def open(self) -> Stream:
+        """Its bytes as stored. DataError where it cannot be opened."""
+        if self.content is not None:
+            return Stream(io.BytesIO(self.content), self.name)
+        if self.path is None:
+            if sys.stdin is None or sys.stdin.closed:
+                raise DataError("standard input is closed")
+            return Stream(sys.stdin.buffer, "standard input")
+        try:
+            return Stream(open(self.path, "rb", buffering=0), self.name, path=self.path if self.repeatable else None)
+        except OSError as error:
+            raise DataError(f"cannot read {self.name}: {error.strerror}") from error
+
+
+@dataclass
+class Report:
+    """What reading found: for meta.json and for the notes at the end."""
+
+    sources: list[dict] = field(default_factory=list)  # name, bytes, sha256
+    n_replaced_bytes: int = 0
+    n_skipped_rows: int = 0
+    n_bytes_read: int = 0  # of the files as stored
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads sources as text. `spool` is the folder for what must be unpacked before it can be read."""
+
+    text_key: str = "text"
+    strict: bool = False
+    spool: Path | None = None
+    on_bytes: Callable[[int], None] | None = None  # called with the bytes read so far
+
+    def pieces(self, sources: Iterable[Source], report: Report) -> Iterator[Piece]:
+        """All documents, in pieces of at most about 1 MiB (a row of a table: one piece)."""
+        for source in sources:
+            stream = source.open()
+            before = _state(source)
+            with stream:
+                for piece in self._documents(stream, source.name, report):
+                    yield piece
+                    self._tell(report.n_bytes_read + stream.n_read)
+                stream.drain()
+            if _state(source) != before:
+                raise DataError(f"{source.name} changed while it was read", fix="run the command again")
+            report.n_bytes_read += stream.n_read
+            digest = stream.sha256.hexdigest()
+            report.sources.append({"name": source.label, "bytes": stream.n_read, "sha256": digest})
+
+    def _tell(self, n_bytes: int) -> None:
+        if self.on_bytes:
+            self.on_bytes(n_bytes)
+
+    def _documents(self, stored: Stream, name: str, report: Report) -> Iterator[Piece]:
+        stream = unpack(stored)
+        head = stream.peek(4)
+        if head == b"PK\x03\x04":
+            yield from self._members(stream, report)
+        elif head == b"PAR1":
+            with self._seekable(stream) as file:
+                yield from self._rows(rows.parquet_rows(file, self.text_key, name), name, "row", report)
+        else:
+            yield from self._text(stream, name, report)
+
+    def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
+        reader = TextReader(stream, strict=self.strict)
+        kind = format_of(name)
+        if kind == ".parquet":
+            raise DataError(f"{name} is damaged: it does not begin like a parquet table")
+        if kind == ".jsonl":
+            yield from self._rows(rows.jsonl_rows(reader, self.text_key, ROW_CHARS), name, "line", report)
+        elif kind == ".csv":
+            yield from self._rows(rows.csv_rows(reader, self.text_key, ROW_CHARS, name), name, "line", report)
+        else:
+            for text in reader:
+                yield Piece(text, False)
+            yield Piece("", True)
+        report.n_replaced_bytes += reader.n_replaced
+        if reader.n_replaced:
+            report.notes.append(f"{name}: {reader.n_replaced:,} invalid bytes became U+FFFD")
+        if reader.guessed:
+            report.notes.append(f"{name}: not UTF-8, read as {reader.encoding}")
+
+    def _rows(
+        self, numbered: Iterator[tuple[int, str | rows.BadRow]], name: str, unit: str, report: Report
+    ) -> Iterator[Piece]:
+        skipped, first = 0, ""
+        for number, text in numbered:
+            if not isinstance(text, rows.BadRow):
+                yield Piece(text, True)
+                continue
+            if self.strict:
+                raise DataError(f"{name}, {unit} {number}: {text}", fix="mend it, or take --errors replace")
+            skipped += 1
+            first = first or f"{unit} {number}: {text}"
+        if skipped:
+            report.n_skipped_rows += skipped
+            report.notes.append(f"{name}: {skipped:,} rows skipped, the first at {first}")
+
+    def _members(self, stream: Stream, report: Report) -> Iterator[Piece]:
+        """The text files of a zip archive."""
+        with self._seekable(stream) as file:
+            try:
+                archive = zipfile.ZipFile(file)
+                members = [member for member in archive.infolist() if format_of(member.filename)]
+            except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+                raise DataError(f"{stream.name} is damaged: {error}") from error
+            if not members:
+                raise DataError(f"{stream.name} holds no {' '.join(FORMATS)} file")
+            for member in members:
+                name = f"{stream.name}/{member.filename}"
+                try:
+                    raw = archive.open(member)
+                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+                    raise DataError(f"{name} cannot be read: {error}") from error
+                with raw:
+                    inner = Stream(raw, name, (zipfile.BadZipFile, EOFError, zlib.error))
+                    inner.base = stream.base
+                    yield from self._documents(inner, name, report)
+
+    def _seekable(self, stream: Stream) -> BinaryIO:
+        """The stream as a file to jump around in; a temporary one, gone when closed, where it is not stored so."""
+        if stream.path:
+            return open(stream.path, "rb")
+        file = tempfile.TemporaryFile(dir=self.spool)
+        while block := stream.read(BLOCK_BYTES):
+            file.write(block)
+        file.seek(0)
+        return file
+
+
+def find_sources(paths: Sequence[str | Path]) -> list[Source]:
+    """The files behind paths, folders (all text files in them, sorted), globs, and `-` for standard input.
+
+    DataError where a path leads to nothing.
+    """
+    found: dict[str, Source] = {}
+    for path in map(str, paths):
+        if path == STDIN:
+            found[STDIN] = Source(STDIN)
+            continue
+        files = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        if not files:
+            raise DataError(f"there is no {path}")
+        for name in files:
+            for file in _text_files(name) if os.path.isdir(name) else [name]:
+                found.setdefault(os.path.abspath(file), Source(file, Path(file)))
+    if not found:
+        raise UsageError("no text was named", fix="nnx prepare FILE")
+    return list(found.values())
+
+
+def _text_files(folder: str) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    files = []
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        texts = (name for name in sorted(names) if format_of(name) and not name.startswith("."))
+        files += [os.path.join(here, name) for name in texts if os.path.isfile(os.path.join(here, name))]
+    if not files:
+        raise DataError(f"{folder} holds no {' '.join(FORMATS)} file, compressed or not")
+    return files
+
+
+def format_of(name: str) -> str | None:
+    """The known suffix of a file name below those of compression; ".zip" for an archive of whatever; or None."""
+    stem, suffix = os.path.splitext(name.lower())
+    while suffix in COMPRESSIONS:
+        inner = os.path.splitext(stem)[1]
+        if suffix == ".zip" and inner not in FORMATS + COMPRESSIONS:
+            return suffix
+        stem, suffix = os.path.splitext(stem)
+    return suffix if suffix in FORMATS else None
+
+
+def _state(source: Source) -> tuple[int, int] | None:
+    """What changes when a file is written to; None for what is no regular file."""
+    if source.path is None:
+        return None
+    try:
+        status = source.path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {source.name}: {error.strerror}") from error
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def builtin_corpus() -> str:
+    """The language documentation that Python ships, about 0.5 MB. DataError where this Python lacks it."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError("this Python ships no documentation to train on", fix="name a text: --filepath FILE") from error
+    return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"

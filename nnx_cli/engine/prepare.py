@@ -1,0 +1,297 @@
+"""Text to a token folder, in one pass and bounded memory: read, encode on several threads, write in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnx_cli.config import PrepareConfig
+from nnx_cli.engine import corpus, files, tokens
+from nnx_cli.engine.compression import BLOCK_BYTES
+from nnx_cli.engine.corpus import Piece, Reader, Report, Source
+from nnx_cli.engine.split import SplitWriter
+from nnx_cli.engine.tokenizer import Tokenizer, build_tokenizer, needs_training, utf8
+from nnx_cli.errors import DataError, OutputError, UsageError
+
+JOB_CHARS = 2**20  # encoded at a time by one thread
+JOB_BYTES = 12 * 2**20  # what that takes at most, text and ids together
+JOB_PIECES = 4096
+SPOOL = "stdin"  # inside the unfinished folder
+BUILTIN = "python-docs"
+
+Progress = Callable[[dict[str, Any]], None]
+"""Gets {"phase", "bytes", "total_bytes"} often ("train" reads for the tokenizer, "encode" writes), and {"note"}."""
+
+
+def prepare(
+    paths: Sequence[str | Path],
+    out: Path,
+    config: PrepareConfig,
+    val_paths: Sequence[str | Path] | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the token folder `out` from files, folders, globs or "-". Returns what `nnx prepare --json` prints.
+
+    `val_paths` are the validation text, else part of the text is held out. Raises UsageError, DataError, MissingFeature
+    or OutputError; then `out` does not exist.
+    """
+    refuse_existing(out)
+    sources = corpus.find_sources(paths)
+    val_sources = corpus.find_sources(val_paths) if val_paths else None
+    return _prepare(sources, val_sources, Path(out), config, on_progress or _ignore)
+
+
+def prepare_builtin(out: Path, config: PrepareConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Like `prepare`, for the documentation that Python ships."""
+    refuse_existing(out)
+    return _prepare([_builtin_source()], None, Path(out), config, on_progress or _ignore)
+
+
+def default_folder(
+    paths: Sequence[str | Path], config: PrepareConfig, val_paths: Sequence[str | Path] | None = None
+) -> Path:
+    """data/STEM-HASH8, where the hash covers the content of all sources and every setting that changes the result.
+
+    No paths: the built-in corpus. Reads every source once. UsageError for standard input, which cannot be read twice.
+    """
+    sources = corpus.find_sources(paths) if paths else [_builtin_source()]
+    val_sources = corpus.find_sources(val_paths) if val_paths else []
+    digest = hashlib.sha256()
+    for source in [*sources, *val_sources]:
+        if not source.repeatable:
+            raise UsageError("text from standard input needs a name for its tokens", fix="add --out data/NAME")
+        digest.update(f"{corpus.format_of(source.name)} {_sha256(source)}\n".encode())
+    settings = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
+    settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
+    tokenizer = Path(config.tokenizer)
+    settings["tokenizer"] = files.sha256_file(tokenizer) if tokenizer.is_file() else config.tokenizer
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return Path("data") / f"{_stem(str(paths[0])) if paths else BUILTIN}-{digest.hexdigest()[:8]}"
+
+
+def _stem(path: str) -> str:
+    """A short name for a path: letters, digits and a few marks, without suffixes."""
+    name = Path(path).resolve().name or "text"
+    while Path(name).suffix in corpus.FORMATS + corpus.COMPRESSIONS:
+        name = Path(name).stem
+    kept = "".join(char if char.isalnum() or char in "-_." else "-" for char in name).strip("-.")
+    return kept[:60] or "text"
+
+
+def _sha256(source: Source) -> str:
+    with source.open() as stream:
+        stream.drain()
+        return stream.sha256.hexdigest()
+
+
+def _builtin_source() -> Source:
+    return Source(BUILTIN, content=corpus.builtin_corpus().encode())
+
+
+def refuse_existing(out: Path | str) -> None:
+    """OutputError where `out` exists already."""
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already", fix="take another name with --out, or remove it")
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    pass
+
+
+def _prepare(
+    sources: list[Source], val_sources: list[Source] | None, out: Path, config: PrepareConfig, tell: Progress
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    with _no_new_parents(out), files.new_folder(out) as folder:
+        reader = Reader(config.text_key, config.errors == "strict", folder)
+        if needs_training(config.tokenizer):
+            sources = [source if source.repeatable else _spooled(source, folder) for source in sources]
+        tokenizer = _build(config, sources, reader, tell)
+        writer = SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction)
+        report = Report()
+        reading = replace(reader, on_bytes=_progress("encode", sources, tell))
+        n_bytes = _encode(reading.pieces(sources, report), writer.add, sources, tokenizer, config, report)
+        if val_sources:
+            n_bytes += _encode(
+                reader.pieces(val_sources, report), writer.add_val, val_sources, tokenizer, config, report
+            )
+        writer.finish()
+        meta = _describe(writer, n_bytes, tokenizer, report, config)
+        (folder / SPOOL).unlink(missing_ok=True)
+        tokens.write_meta(folder, tokenizer, meta)
+    for note in report.notes:
+        tell({"note": note})
+    seconds = time.perf_counter() - started
+    n_bytes = sum(meta["text_bytes"].values())
+    return {
+        "out": str(out),
+        "tokenizer": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "train_tokens": meta["tokens"]["train"],
+        "val_tokens": meta["tokens"]["val"],
+        "text_bytes": n_bytes,
+        "bytes_per_token": n_bytes / sum(meta["tokens"].values()),
+        "documents": writer.n_documents,
+        "seconds": seconds,
+        "megabytes_per_s": n_bytes / 1e6 / seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "sha256": meta["sha256"],
+    }
+
+
+def _build(config: PrepareConfig, sources: list[Source], reader: Reader, tell: Progress) -> Tokenizer:
+    """The tokenizer; `char` and `bpe` read all sources for it first."""
+    sample = None
+    if needs_training(config.tokenizer):
+        reading = replace(reader, on_bytes=_progress("train", sources, tell))
+        sample = (piece.text for piece in reading.pieces(sources, Report()))
+    tokenizer = build_tokenizer(config.tokenizer, vocab_size=config.vocab_size, sample=sample)
+    if config.vocab_size is not None and tokenizer.vocab_size < config.vocab_size:
+        tell({"note": f"the text gives a vocabulary of {tokenizer.vocab_size:,}, not {config.vocab_size:,}"})
+    return tokenizer
+
+
+def _encode(
+    pieces: Iterator[Piece],
+    add: Callable[[np.ndarray, bool], None],
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+    report: Report,
+) -> int:
+    """Encode all pieces and hand the ids to `add` in order. Returns the bytes of text; DataError if there is none."""
+    jobs = _Jobs(tokenizer)
+    workers = config.workers or n_cores()
+    n_waiting = max(2, min(2 * workers, config.max_memory_bytes // JOB_BYTES))
+    n_bytes = 0
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for job in chain(jobs.of(pieces), repeat(None)):
+            if job:
+                waiting.append(pool.submit(_encode_job, tokenizer, job))
+            elif not waiting:
+                break
+            if not job or len(waiting) > n_waiting:
+                for ids, n, ends in waiting.popleft().result():
+                    n_bytes += n
+                    add(ids, ends)
+    if not jobs.has_text:
+        names = ", ".join(source.name for source in sources[:3])
+        why = report.notes[0] if report.n_skipped_rows else "nothing but white space in it" if n_bytes else "empty"
+        raise DataError(f"no text in {names}: {why}")
+    if jobs.n_forced:
+        report.notes.append(f"{jobs.n_forced:,} very long runs without a break were split for the tokenizer")
+    return n_bytes
+
+
+class _Jobs:
+    """Groups pieces of documents into amounts worth a thread's while, cut where the tokenizer may be cut."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.has_text = False
+        self.n_forced = 0
+        self._tokenizer = tokenizer
+
+    def of(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+        job: list[Piece] = []
+        size, held = 0, ""
+        for text, ends in pieces:
+            if not self.has_text and text and not text.isspace():
+                self.has_text = True
+            text, held = held + text if held else text, ""
+            if not ends:
+                cut, forced = self._tokenizer.safe_cut(text)
+                self.n_forced += forced
+                text, held = text[:cut], text[cut:]
+            job.append(Piece(text, ends))
+            size += len(text)
+            if size >= JOB_CHARS or len(job) >= JOB_PIECES:
+                yield job
+                job, size = [], 0
+        if job:
+            yield job
+
+
+def _encode_job(tokenizer: Tokenizer, job: list[Piece]) -> list[tuple[np.ndarray, int, bool]]:
+    """(ids, bytes of text, whether the document ends) for each piece."""
+    return [(tokenizer.encode(text), len(text) if text.isascii() else len(utf8(text)), ends) for text, ends in job]
+
+
+def _describe(
+    writer: SplitWriter, n_bytes: int, tokenizer: Tokenizer, report: Report, config: PrepareConfig
+) -> dict[str, Any]:
+    """What meta.json says of the written files. DataError where one of them is empty."""
+    counts = {"train": writer.train.n_tokens, "val": writer.val.n_tokens}
+    if not all(counts.values()):
+        raise DataError(f"the text is too short: {sum(counts.values())} tokens for training and validation")
+    lengths = tokenizer.token_bytes()
+    n_val = sum(int(lengths[ids].sum()) for ids in tokens.read_ids(writer.val.path, tokenizer.dtype))
+    digests = {file.path.name: tokens.digest_ids(file.path, tokenizer.dtype)[0] for file in (writer.train, writer.val)}
+    n_bytes += writer.n_separators * int(lengths[tokenizer.separator].sum())
+    return {
+        "tokens": counts,
+        "text_bytes": {"train": n_bytes - n_val, "val": n_val},
+        "sha256": digests,
+        "documents": writer.n_documents,
+        "val_fraction": writer.val_fraction,
+        "text_key": config.text_key,
+        "errors": config.errors,
+        "replaced_bytes": report.n_replaced_bytes,
+        "skipped_rows": report.n_skipped_rows,
+        "sources": report.sources,
+    }
+
+
+def _spooled(source: Source, folder: Path) -> Source:
+    """A copy of what can be read only once."""
+    with source.open() as stream, open(folder / SPOOL, "xb") as file:
+        while block := stream.read(BLOCK_BYTES):
+            file.write(block)
+    return replace(source, path=folder / SPOOL)
+
+
+def _progress(phase: str, sources: list[Source], tell: Progress) -> Callable[[int], None]:
+    sizes = [source.size for source in sources]
+    total = None if None in sizes else sum(sizes)
+    return lambda n_bytes: tell({"phase": phase, "bytes": n_bytes, "total_bytes": total})
+
+
+@contextmanager
+def _no_new_parents(out: Path) -> Iterator[None]:
+    """Remove the folders above `out` again that were made for it, if it does not come into being."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int | None:
+    """Most memory this process has held; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,121 @@
+"""Tables and JSON lines: one document a row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+from nnx_cli.engine.tokenizer import well_formed
+from nnx_cli.errors import DataError, MissingFeature
+
+PARQUET_ROWS = 256  # decoded at a time
+
+
+class BadRow(str):
+    """Why a row gives no document."""
+
+
+def lines(blocks: Iterable[str], limit: int) -> Iterator[str | None]:
+    """Lines without their newline; None for one longer than `limit` characters, which is never held."""
+    start: list[str] = []
+    length = 0
+    for block in blocks:
+        first, *rest = block.split("\n")
+        length += len(first)
+        if length <= limit:
+            start.append(first)
+        else:
+            start = []
+        for line in rest:
+            yield "".join(start) if length <= limit else None
+            start, length = [line], len(line)
+    if length:
+        yield "".join(start) if length <= limit else None
+
+
+def jsonl_rows(blocks: Iterable[str], key: str, limit: int) -> Iterator[tuple[int, str | BadRow]]:
+    """(line number, text) of every line that is not blank."""
+    for number, line in enumerate(lines(blocks, limit), 1):
+        if line is None:
+            yield number, BadRow(f"it has more than {limit >> 20} MiB")
+        elif line and not line.isspace():
+            yield number, _json_text(line, key)
+
+
+def _json_text(line: str, key: str) -> str | BadRow:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return BadRow("it is not JSON")
+    if not isinstance(row, dict):
+        return BadRow("it is not a JSON object")
+    text = row.get(key)
+    if not isinstance(text, str):
+        return BadRow(f"its field {key!r} is not text" if key in row else f"it has no field {key!r}: see --text-key")
+    return text if text.isascii() else well_formed(text)
+
+
+def csv_rows(blocks: Iterable[str], key: str, limit: int, name: str) -> Iterator[tuple[int, str | BadRow]]:
+    """(line number, text) of every row below the header. DataError where the header has no column `key`."""
+    csv.field_size_limit(limit)
+    ahead = lines(blocks, limit)
+    header = next(ahead, None)
+    if header is None:
+        return
+    delimiter = next((d for d in ",;\t" if key in _cells(header, d)), None)
+    if delimiter is None:
+        found = ", ".join(_cells(header, ",")[:10])
+        raise DataError(f"{name} has no column {key!r} but {found[:200]}", fix="name one with --text-key")
+    column = _cells(header, delimiter).index(key)
+    too_long = []
+
+    def kept() -> Iterator[str]:
+        for number, line in enumerate(ahead, 2):
+            if line is None:
+                too_long.append(number)
+            else:
+                yield line + "\n"
+
+    rows = csv.reader(kept(), delimiter=delimiter)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield rows.line_num + 1, BadRow(str(error))
+            continue
+        if row is None:
+            break
+        if row:
+            yield rows.line_num + 1, row[column] if column < len(row) else BadRow("it has too few columns")
+    yield from ((number, BadRow(f"it has more than {limit >> 20} MiB")) for number in too_long)
+
+
+def _cells(header: str, delimiter: str) -> list[str]:
+    return next(csv.reader([header], delimiter=delimiter), [])
+
+
+def parquet_rows(file: BinaryIO, key: str, name: str) -> Iterator[tuple[int, str | BadRow]]:
+    """(row number, text) of every row. Only the column `key` is read; DataError where it is missing or no text."""
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingFeature(f"reading {name} needs pyarrow", fix="pip install 'nnx-cli[parquet]'") from error
+    number = 0
+    try:
+        table = parquet.ParquetFile(file)
+        schema = table.schema_arrow
+        if key not in schema.names:
+            found = ", ".join(schema.names[:10])
+            raise DataError(f"{name} has no column {key!r} but {found[:200]}", fix="name one with --text-key")
+        kind = schema.field(key).type
+        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+            raise DataError(f"the column {key!r} of {name} holds {kind}, not text", fix="name one with --text-key")
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[key], use_threads=False):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield number, BadRow(f"its column {key!r} is empty") if text is None else text
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name} is damaged: {str(error).splitlines()[0][:150]}") from error

@@ -1,0 +1,128 @@
+"""Which documents are held out for validation, decided while they stream by.
+
+From the 100th document on, whole documents are held out, evenly spread, and the first 99 are sorted in afterwards.
+With fewer documents the end of the text is held out, cut at a line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from nnx_cli.engine.tokenizer import Tokenizer
+from nnx_cli.engine.tokens import TokenFile, read_ids
+
+MIN_DOCUMENTS = 100  # for holding out whole ones
+SEARCH_TOKENS = 2**20  # how far from the wanted place a line may end
+MILLION = 10**6
+
+
+class SplitWriter:
+    """Writes documents to train.bin and val.bin of a folder, with separators between them. OSError passes through."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, val_fraction: float | None) -> None:
+        """`val_fraction` None holds nothing out: then `add_val` is given the validation documents."""
+        self.n_documents = 0
+        self.n_separators = 0  # written as text: newlines, in both files
+        self.train = TokenFile(folder / "train.bin", tokenizer.dtype)
+        self.val = TokenFile(folder / "val.bin", tokenizer.dtype)
+        self._tokenizer = tokenizer
+        self.val_fraction = val_fraction
+        self._spans: list[list[int]] | None = None if val_fraction is None else []  # of the first documents
+        self._file: TokenFile | None = None  # that takes the open document
+
+    def add(self, ids: np.ndarray, ends: bool) -> None:
+        """The next ids of a document."""
+        if len(ids):
+            if self._file is None:
+                self._begin(self._choose())
+                if self._spans is not None:
+                    self._spans.append([self.train.n_tokens, 0])
+            self._file.write(ids)
+        if ends and self._file is not None:
+            if self._spans is not None:
+                self._spans[-1][1] = self.train.n_tokens
+            self._file = None
+
+    def add_val(self, ids: np.ndarray, ends: bool) -> None:
+        """The next ids of a document that was named for validation."""
+        if len(ids):
+            if self._file is None:
+                self.n_documents += 1
+                self._begin(self.val)
+            self._file.write(ids)
+        self._file = None if ends else self._file
+
+    def _choose(self) -> TokenFile:
+        if self._spans is not None and self.n_documents == MIN_DOCUMENTS - 1:
+            self._sort_in()
+        held_out = self.val_fraction is not None and self._spans is None and self._held_out(self.n_documents)
+        self.n_documents += 1
+        return self.val if held_out else self.train
+
+    def _begin(self, file: TokenFile) -> None:
+        separator = self._tokenizer.separator
+        needed = self._tokenizer.eot_id is not None or file.last_id != separator[-1]
+        if file.n_tokens and needed:
+            file.write(separator)
+            self.n_separators += 1
+        self._file = file
+
+    def _held_out(self, index: int) -> bool:
+        """Document i is held out where (i + 1/2) x fraction passes an integer; in integers, so that none is missed."""
+        share = round(self.val_fraction * MILLION)
+        return (index * share + MILLION // 2) // MILLION < ((index + 1) * share + MILLION // 2) // MILLION
+
+    def _sort_in(self) -> None:
+        """Distribute the first documents, which went to train.bin, now that there are enough of them."""
+        spans, self._spans = self._spans, None
+        self.train.close()
+        first = self.train.path.with_name("first.bin")
+        os.replace(self.train.path, first)
+        dtype = self._tokenizer.dtype
+        self.train = TokenFile(self.train.path, dtype)
+        self.n_separators = 0
+        for index, (start, stop) in enumerate(spans):
+            self._begin(self.val if self._held_out(index) else self.train)
+            for ids in read_ids(first, dtype, start, stop):
+                self._file.write(ids)
+        self._file = None
+        first.unlink()
+
+    def finish(self) -> None:
+        """Hold out the end of the text where no document was, and close both files. May leave one empty."""
+        if self.val_fraction is not None and not self.val.n_tokens and self.train.n_tokens > 1:
+            self._cut_tail()
+        self.train.close()
+        self.val.close()
+
+    def _cut_tail(self) -> None:
+        self.train.flush()
+        n, dtype = self.train.n_tokens, self._tokenizer.dtype
+        wanted = n - max(1, min(n - 1, round(n * self.val_fraction)))
+        reach = min((n - wanted) // 2, SEARCH_TOKENS)
+        start, stop = max(0, wanted - reach - 1), min(n, wanted + reach + 1)
+        around = np.concatenate(list(read_ids(self.train.path, dtype, start, stop)))
+        cut = start + _nearest_cut(around, wanted - start, self._tokenizer)
+        for ids in read_ids(self.train.path, dtype, cut, n):
+            self.val.write(ids)
+        self.train.truncate(cut)
+
+
+def _nearest_cut(ids: np.ndarray, wanted: int, tokenizer: Tokenizer) -> int:
+    """The index next to `wanted` that begins a line, else a character; never 0."""
+    ends_line = _marks(t.endswith(b"\n") for t in tokenizer.tokens)
+    if tokenizer.eot_id is not None:
+        ends_line[tokenizer.eot_id] = True
+    places = 1 + np.flatnonzero(ends_line[ids[:-1]])
+    if not len(places):
+        inside = _marks(t[:1] != b"" and t[0] & 0xC0 == 0x80 for t in tokenizer.tokens)
+        places = 1 + np.flatnonzero(~inside[ids[1:]])
+    return int(places[np.abs(places - wanted).argmin()]) if len(places) else wanted
+
+
+def _marks(flags: Iterable[bool]) -> np.ndarray:
+    return np.fromiter(flags, bool)

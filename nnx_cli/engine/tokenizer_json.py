@@ -1,0 +1,216 @@
+"""tokenizer.json in the format of Hugging Face's `tokenizers`, written and read without that library.
+
+What is not a byte-level vocabulary that tiktoken can run with the same ids is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.engine import bpe
+from nnx_cli.engine.tokenizer import N_BYTES, ByteTokenizer, CharTokenizer, Tokenizer
+from nnx_cli.errors import DataError
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_VOCAB_SIZE = 2**24
+MAX_SPECIALS = 2**12
+HF_GPT2 = bpe.plain(bpe.GPT2_PATTERN)  # what ByteLevel splits by on its own
+END_OF_TEXT_NAMES = (bpe.END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(N_BYTES)]
+
+
+def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The contents of tokenizer.json."""
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None}
+    model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False}
+    if isinstance(tokenizer, CharTokenizer):
+        names = BYTE_TOKENS + tokenizer.characters
+        model |= {"byte_fallback": True, "ignore_merges": False}
+        model |= {"vocab": {name: i for i, name in enumerate(names)}, "merges": []}
+        splitter, decoder = None, {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    else:
+        ranks = tokenizer.ranks if isinstance(tokenizer, bpe.BpeTokenizer) else {bytes([b]): b for b in range(N_BYTES)}
+        vocab = {bpe.to_visible(token): i for token, i in ranks.items()} | tokenizer.specials
+        pairs = [f"{bpe.to_visible(a)} {bpe.to_visible(b)}" for a, b in bpe.merges(ranks)]
+        # ignore_merges: a piece that is a token as a whole is taken so, as tiktoken does
+        model |= {"byte_fallback": False, "ignore_merges": bool(pairs), "vocab": vocab, "merges": pairs}
+        splitter, decoder = _splitter(tokenizer.pattern), BYTE_LEVEL
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special(name, i) for name, i in sorted(tokenizer.specials.items(), key=lambda item: item[1])],
+        "normalizer": None,
+        "pre_tokenizer": splitter,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _splitter(pattern: str | None) -> dict[str, Any]:
+    if pattern is None:
+        return BYTE_LEVEL
+    if pattern == HF_GPT2:
+        return BYTE_LEVEL | {"use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+
+
+def _special(name: str, token_id: int) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token_id, "content": name, **flags}
+
+
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a file. DataError where it is missing, damaged, or of a kind that cannot be run here."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path} is no tokenizer: it has more than {MAX_FILE_BYTES >> 20} MiB")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the tokenizer {path} is damaged: it is not JSON") from error
+    try:
+        return from_json(content)
+    except _Unsupported as error:
+        raise DataError(
+            f"{path} cannot be used: {error}; supported are the tokenizers nnx writes and byte-level BPE "
+            "whose merges follow its ids (GPT-2, Llama 3, Qwen and their like)"
+        ) from error
+
+
+class _Unsupported(Exception):
+    """Says in a few words what is wrong with a tokenizer.json."""
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise _Unsupported(otherwise)
+
+
+def from_json(content: Any) -> Tokenizer:
+    """The tokenizer that the contents of a tokenizer.json define."""
+    _require(isinstance(content, dict) and isinstance(content.get("model"), dict), "it has no model")
+    model = content["model"]
+    _require(model.get("type", "BPE") == "BPE", f"its model is {model.get('type')!r}, not BPE")
+    _require(not content.get("normalizer"), "it normalizes text")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        _require(not model.get(name), f"its model has a {name}")
+    vocab = _vocab(model.get("vocab"))
+    pairs = _pairs(model.get("merges"))
+    specials = _specials(content.get("added_tokens"), vocab)
+    splitter = content.get("pre_tokenizer")
+    if model.get("byte_fallback"):
+        return _char(vocab, pairs, specials, splitter)
+    ranks = _ranks({token: i for token, i in vocab.items() if token not in specials})
+    if _is_byte_level(splitter, use_regex=False) and not pairs:
+        in_order = [ranks[bytes([b])] for b in range(N_BYTES)] == list(range(len(ranks)))
+        _require(in_order and not specials, "its ids are no bytes")
+        return ByteTokenizer()
+    last = max(ranks.values())
+    _require(len(ranks) + sum(i < last for i in specials.values()) == last + 1, "its ids have gaps")
+    _require(max(specials.values(), default=0) <= last + MAX_SPECIALS, "the ids of its added tokens are too large")
+    pattern = _pattern(splitter)
+    eot_id = next((specials[name] for name in END_OF_TEXT_NAMES if name in specials), None)
+    tokenizer = bpe.BpeTokenizer(ranks, pattern, specials, eot_id)
+    if tokenizer.kind not in bpe.PUBLISHED:
+        _check_merges(ranks, pairs, bool(model.get("ignore_merges")))
+    return tokenizer
+
+
+def _vocab(vocab: Any) -> dict[str, int]:
+    _require(isinstance(vocab, dict) and bool(vocab), "it has no vocabulary")
+    ids = list(vocab.values())
+    _require(all(type(i) is int and 0 <= i < MAX_VOCAB_SIZE for i in ids), "its vocabulary has ids that are none")
+    _require(len(set(ids)) == len(ids), "two of its tokens share an id")
+    return vocab
+
+
+def _pairs(merges: Any) -> list[tuple[str, str]]:
+    """Merges, written as "a b" or, in newer files, as ["a", "b"]."""
+    _require(isinstance(merges, list), "it has no list of merges")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+        _require(is_pair, "one of its merges is no pair")
+    return [(a, b) for a, b in pairs]
+
+
+def _specials(added: Any, vocab: dict[str, int]) -> dict[str, int]:
+    specials: dict[str, int] = {}
+    for token in added or []:
+        _require(isinstance(token, dict), "one of its added tokens is damaged")
+        name, token_id = token.get("content"), token.get("id")
+        is_id = type(token_id) is int and 0 <= token_id < MAX_VOCAB_SIZE
+        _require(is_id and isinstance(name, str), "one of its added tokens is damaged")
+        _require(vocab.get(name, token_id) == token_id, f"its added token {name!r} has two ids")
+        specials[name] = token_id
+    taken = {i for token, i in vocab.items() if token not in specials}
+    _require(len(set(specials.values()) - taken) == len(specials), "an added token has the id of another token")
+    return specials
+
+
+def _char(vocab: dict[str, int], pairs: list, specials: dict[str, int], splitter: Any) -> CharTokenizer:
+    names = sorted(vocab, key=vocab.__getitem__)
+    ours = not pairs and not specials and splitter is None and names[:N_BYTES] == BYTE_TOKENS
+    characters = names[N_BYTES:]
+    _require(ours and all(len(char) == 1 for char in characters), "its byte_fallback is not of single characters")
+    in_order = characters == sorted(characters) and sorted(vocab.values()) == list(range(len(vocab)))
+    _require(in_order, "its ids have gaps or are out of order")
+    _require(not any("\ud800" <= char <= "\udfff" for char in characters), "a lone surrogate is among its characters")
+    return CharTokenizer(characters)
+
+
+def _ranks(vocab: dict[str, int]) -> dict[bytes, int]:
+    try:
+        ranks = {bpe.to_bytes(token): i for token, i in vocab.items()}
+    except UnicodeEncodeError as error:
+        raise _Unsupported("its tokens are not written in byte-level characters") from error
+    missing = [b for b in range(N_BYTES) if bytes([b]) not in ranks]
+    _require(not missing, f"{len(missing)} of the 256 bytes have no token")
+    _require(b"" not in ranks and len(ranks) == len(vocab), "one of its tokens is empty")
+    return ranks
+
+
+def _is_byte_level(splitter: Any, *, use_regex: bool) -> bool:
+    if not isinstance(splitter, dict) or splitter.get("type") != "ByteLevel" or splitter.get("add_prefix_space"):
+        return False
+    return splitter.get("use_regex", True) is use_regex
+
+
+def _pattern(splitter: Any) -> str:
+    """The regular expression that cuts text into pieces."""
+    if _is_byte_level(splitter, use_regex=True):
+        return bpe.GPT2_PATTERN
+    steps = splitter.get("pretokenizers") if isinstance(splitter, dict) else None
+    _require(
+        isinstance(steps, list)
+        and len(steps) == 2
+        and isinstance(steps[0], dict)
+        and steps[0].get("type") == "Split"
+        and steps[0].get("behavior") == "Isolated"
+        and not steps[0].get("invert")
+        and isinstance(steps[0].get("pattern"), dict)
+        and isinstance(steps[0]["pattern"].get("Regex"), str)
+        and _is_byte_level(steps[1], use_regex=False),
+        "its pre_tokenizer is neither ByteLevel nor Split by a regular expression and ByteLevel",
+    )
+    pattern = steps[0]["pattern"]["Regex"]
+    _require("(?<" not in pattern, "its regular expression looks behind")
+    return pattern
+
+
+def _check_merges(ranks: dict[bytes, int], pairs: list[tuple[str, str]], ignore_merges: bool) -> None:
+    """tiktoken merges in the order of ids: that must be the order of the file, through the same pairs."""
+    try:
+        listed = [(bpe.to_bytes(a), bpe.to_bytes(b)) for a, b in pairs]
+    except UnicodeEncodeError as error:
+        raise _Unsupported("its merges are not written in byte-level characters") from error
+    _require(listed == list(bpe.merges(ranks)), "its merges do not follow its ids")
+    n_longer = sum(len(token) > 1 for token in ranks)
+    _require(ignore_merges or n_longer == len(listed), "some of its tokens have no merge")
