@@ -1,11 +1,24 @@
-"""The settings of every command: frozen dataclasses that own each default and check themselves. No torch here."""
+"""The settings of every command: frozen dataclasses that own each default and check themselves. No torch here.
+
+A field's name is the option's name, its comment the option's help: `read_fields` hands both to the command line.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import DataError, UsageError, nearest
+
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +36,228 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_range("val-fraction", self.val_fraction, 0.0, 0.5, low_open=True)
         check_choice("errors", self.errors, ("strict", "replace"))
-        if self.vocab_size is not None:
-            check_range("vocab-size", self.vocab_size, 1, 2**24)
-        if self.workers is not None:
-            check_range("workers", self.workers, 1, 1024)
+        check_range("vocab-size", self.vocab_size, 1, 2**24)
+        check_range("workers", self.workers, 1, 1024)
         check_range("max-memory", self.max_memory_bytes, 32 * 2**20, 2**50)
 
 
-def check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    """Raise UsageError unless `value` is finite and low <= value <= high (low < value with `low_open`)."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. None means: derived from the machine and the data."""
+
+    max_steps: int | None = None  # length: optimizer steps
+    max_time: str | None = None  # length: training time, such as 90s, 20m, 8h
+    epochs: float | None = None  # length: passes over the training text
+    batch_size: int | None = None  # sequences in a micro-batch
+    grad_accum: int | None = None  # micro-batches in an optimizer step
+    tokens_per_step: int | None = None  # batch size x accumulation x sequence length
+    optimizer: str = "auto"  # auto, adamw, lion
+    lr: float | None = None  # peak learning rate
+    schedule: str = "linear"  # learning rate after warm-up: linear, cosine, constant
+    warmup_steps: int | None = None  # steps of rising learning rate
+    min_lr: float = 0.0  # learning rate at the end
+    weight_decay: float | None = None  # of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
+    compile: str = "auto"  # torch.compile: auto (if it is right and pays), on, off
+    vram: str | None = None  # memory to plan for and stay within, such as 8GB
+    threads: int | None = None  # CPU threads
+    val_every: int | None = None  # steps between validations
+    val_batches: int | None = None  # validation windows are taken in this many micro-batches
+    sample_every: int | None = None  # steps between samples; 0: none
+    sample_prompt: str | None = None  # what the samples start with
+    save_every: int | None = None  # steps between checkpoints
+    keep: int = 2  # newest checkpoints to keep
+    patience: int | None = None  # stop after this many validations without a better one
+    seed: int = 1337  # of initial weights, data order and dropout
+    deterministic: bool = False  # same bits on every run of the same machine, also on a GPU (slower there)
+
+    def __post_init__(self) -> None:
+        lengths = [name for name in ("max_steps", "max_time", "epochs") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            options = " and ".join("--" + name.replace("_", "-") for name in lengths)
+            raise UsageError(f"two lengths: {options}; give one")
+        for name in ("max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches",
+                     "save_every", "patience", "threads", "keep"):  # fmt: skip
+            check_range(name, getattr(self, name), 1, 2**40)
+        check_range("sample-every", self.sample_every, 0, 2**40)
+        check_range("warmup-steps", self.warmup_steps, 0, 2**40)
+        check_range("epochs", self.epochs, 0.0, 1e9, low_open=True)
+        check_range("lr", self.lr, 0.0, 1e3, low_open=True)
+        check_range("min-lr", self.min_lr, 0.0, 1e3)
+        check_range("weight-decay", self.weight_decay, 0.0, 1e3)
+        check_range("grad-clip", self.grad_clip, 0.0, 1e9)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_choice("optimizer", self.optimizer, ("auto", "adamw", "lion"))
+        check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
+        check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        check_choice("compile", self.compile, ("auto", "on", "off"))
+        if self.lr is not None and self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
+        if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:
+            raise UsageError(f"--warmup-steps {self.warmup_steps} is more than --max-steps {self.max_steps}")
+        parse_duration(self.max_time)
+        parse_bytes(self.vram)
+
+    @property
+    def max_time_s(self) -> float | None:
+        return parse_duration(self.max_time)
+
+    @property
+    def vram_bytes(self) -> int | None:
+        return parse_bytes(self.vram)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How text is drawn from a model."""
+
+    max_new_tokens: int = 300  # length of a sample
+    num_samples: int = 1  # samples, drawn side by side after one reading of the prompt
+    temperature: float = 0.8  # below 1: safer text, above 1: wilder; 0: same as --greedy
+    top_k: int | None = None  # draw among the k likeliest tokens only
+    top_p: float | None = None  # draw among the likeliest tokens that hold this much probability
+    min_p: float | None = None  # drop tokens less likely than this part of the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
+    greedy: bool = False  # always the likeliest token
+    seed: int = 0  # same seed, same text
+
+    def __post_init__(self) -> None:
+        check_range("max-new-tokens", self.max_new_tokens, 1, 10**9)
+        check_range("num-samples", self.num_samples, 1, 4096)
+        check_range("temperature", self.temperature, 0.0, 100.0)
+        check_range("top-k", self.top_k, 1, 2**24)
+        check_range("top-p", self.top_p, 0.0, 1.0, low_open=True)
+        check_range("min-p", self.min_p, 0.0, 1.0)
+        check_range("repetition-penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting, as the source of its dataclass states it."""
+
+    name: str
+    type: str  # int, float, bool or str, whether or not None is allowed
+    default: Any
+    help: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+@cache
+def read_fields(path: Path, class_name: str) -> tuple[Field, ...]:
+    """The fields of a dataclass of literals and the comments beside them, read from the source without running it."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return tuple(
+                Field(
+                    item.target.id,
+                    ast.unparse(item.annotation).removesuffix(" | None"),
+                    eval_literal(item.value),
+                    lines[item.lineno - 1].partition("#")[2].strip(),
+                )  # fmt: skip
+                for item in node.body
+                if isinstance(item, ast.AnnAssign)
+            )
+    raise LookupError(f"{path} has no class {class_name}")
+
+
+def eval_literal(node: ast.expr) -> Any:
+    """The value of a literal or of a product or power of literals."""
+    if isinstance(node, ast.BinOp):
+        left, right = eval_literal(node.left), eval_literal(node.right)
+        return left * right if isinstance(node.op, ast.Mult) else left**right
+    return ast.literal_eval(node)
+
+
+def own_fields(config: type) -> tuple[Field, ...]:
+    """The fields of a dataclass of this file."""
+    return read_fields(Path(__file__), config.__name__)
+
+
+def check_range(name: str, value: float | None, low: float, high: float, *, low_open: bool = False) -> None:
+    """Raise UsageError unless `value` is None, or finite and low <= value <= high (low < value with `low_open`)."""
+    if value is None:
+        return
     if not math.isfinite(value) or not (low < value if low_open else low <= value) or value > high:
         above = f"above {low:g}" if low_open else f"at least {low:g}"
-        raise UsageError(f"--{name} is {value:g}; it must be {above} and at most {high:g}")
+        option = "--" + name.replace("_", "-")
+        raise UsageError(f"{option} is {value:g}; it must be a number {above} and at most {high:g}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise UsageError unless `value` is one of `choices`."""
+    """Raise UsageError, with the nearest match, unless `value` is one of `choices`."""
     if value not in choices:
-        raise UsageError(f"--{name} is {value!r}; choose from {', '.join(choices)}")
+        raise UsageError(f"--{name} has no choice {value!r}{nearest(value, choices)}: {', '.join(choices)}")
+
+
+def parse_duration(text: str | None) -> float | None:
+    """Seconds in "90s", "20m", "8h", "2d" or a bare number of seconds. Raises UsageError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|)", text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match[2]] if match else 0.0
+    if not 0 < seconds < 1e9:
+        raise UsageError(f"{text!r} is no length of time", fix="write it like 90s, 20m or 8h")
+    return seconds
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes in "8GB", "7.5GiB", "512M": a card's GB and a GiB are the same 2**30. Raises UsageError for anything
+    else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    n_bytes = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0.0
+    if not 0 < n_bytes < 2**60:
+        raise UsageError(f"{text!r} is no amount of memory", fix="write it like 8GB or 512MB")
+    return int(n_bytes)
+
+
+def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """Settings from a TOML file; dashes and underscores are the same, `[train]`-like tables are merged into one level.
+
+    Raises DataError where the file is missing or no TOML, UsageError for a key that is not in `known`.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read --config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"--config {path} is not TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    flat = {key.replace("-", "_"): value for key, value in flat.items()}
+    for key in flat.keys() - set(known):
+        raise UsageError(f"--config {path}: there is no setting {key!r}{nearest(key, known)}")
+    return flat
+
+
+def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """`values` of a file in the types of `fields`; raises UsageError for a value of another type."""
+    kinds = {field.name: field.type for field in fields}
+    result = {}
+    for name, value in values.items():
+        kind = kinds.get(name, "str")
+        if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if type(value).__name__ != kind:
+            raise UsageError(f"{origin}: {name} is {value!r}; it must be of type {kind}")
+        result[name] = value
+    return result
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from its defaults."""
+    default = type(config)()
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+            if getattr(config, f.name) != getattr(default, f.name)}  # fmt: skip

@@ -1,5 +1,10 @@
 """Everything a user can get wrong or run out of, each kind with the exit code that scripts rely on."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class NnxError(Exception):
     """Ends a command with one line: what happened, why, and (`fix`) the command that mends it."""
@@ -57,3 +62,9 @@ class Interrupted(NnxError):
     """Stopped by a signal, after saving."""
 
     exit_code = 130
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """ "; did you mean X?" with the choice most like `word`, or nothing where none is like it."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.4)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -33,7 +33,7 @@ class Stream(io.RawIOBase):
         self.name = name
         self.path = path  # where the same bytes lie in a file
         self.n_read = 0
-        self.base = self  # the file as it is stored, below all layers of compression
+        self.n_stored: Callable[[], int] | None = None  # bytes that this was unpacked from; None: it was not packed
         self.sha256 = hashlib.sha256()
         self._raw = raw
         self._ahead = b""
@@ -68,11 +68,16 @@ class Stream(io.RawIOBase):
             missing -= len(part)
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         self.n_read += len(data)
-        if self.base is self:
+        if self.n_stored is None:
             self.sha256.update(data)
-        elif self.n_read > BOMB_BYTES and self.n_read > BOMB_RATIO * self.base.n_read:
+        elif self.n_read > BOMB_BYTES and self.n_read > BOMB_RATIO * self.n_stored():
             raise DataError(f"{self.name} unpacks to more than {BOMB_RATIO} times its size; that is no text")
         return data
+
+    def close(self) -> None:
+        if not self.closed and self._raw is not getattr(sys.stdin, "buffer", None):
+            self._raw.close()
+        super().close()
 
     def drain(self) -> None:
         """Read to the end, so that size and digest cover the whole file."""
@@ -82,15 +87,16 @@ class Stream(io.RawIOBase):
 
 def unpack(stream: Stream) -> Stream:
     """The stream below every layer of gzip, bzip2, xz and zstd, told by their first bytes."""
-    base = stream
+    n_stored = stream.n_stored or (lambda: packed.n_read)
+    packed = stream
     for _ in range(MAX_LAYERS):
         head = stream.peek(8)
         kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
         if kind is None:
             return stream
         stream = UNPACKERS[kind](stream)
-        stream.base = base
-    raise DataError(f"{base.name} is compressed more than {MAX_LAYERS - 1} times over")
+        stream.n_stored = n_stored
+    raise DataError(f"{stream.name} is compressed more than {MAX_LAYERS - 1} times over")
 
 
 def _gzip(stream: Stream) -> Stream:

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -25,6 +26,7 @@ FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 ROW_CHARS = 16 * 2**20  # longest row of a table or JSON lines
 STDIN = "-"
+MAX_NOTES = 20
 
 
 class Piece(NamedTuple):
@@ -51,7 +53,7 @@ class Source:
     @property
     def repeatable(self) -> bool:
         """Whether it can be read twice."""
-        return self.content is not None or (self.path is not None and self.path.is_file())
+        return self.content is not None or (self.path is not None and os.path.isfile(self.path))
 
     @property
     def size(self) -> int | None:
@@ -67,7 +69,7 @@ class Source:
         if self.path is None:
             if sys.stdin is None or sys.stdin.closed:
                 raise DataError("standard input is closed")
-            return Stream(sys.stdin.buffer, "standard input")
+            return Stream(sys.stdin.buffer, self.name)
         try:
             return Stream(open(self.path, "rb", buffering=0), self.name, path=self.path if self.repeatable else None)
         except OSError as error:
@@ -82,7 +84,14 @@ class Report:
     n_replaced_bytes: int = 0
     n_skipped_rows: int = 0
     n_bytes_read: int = 0  # of the files as stored
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # the first of them
+    n_notes: int = 0
+
+    def note(self, text: str) -> None:
+        """Remember what the user should know, but not of ten thousand files."""
+        self.n_notes += 1
+        if len(self.notes) < MAX_NOTES:
+            self.notes.append(text)
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,12 @@ class Reader:
         if self.on_bytes:
             self.on_bytes(n_bytes)
 
-    def _documents(self, stored: Stream, name: str, report: Report) -> Iterator[Piece]:
+    def _documents(
+        self, stored: Stream, name: str, report: Report, inside_archive: bool = False
+    ) -> Iterator[Piece]:
         stream = unpack(stored)
         head = stream.peek(4)
-        if head == b"PK\x03\x04":
+        if head == b"PK\x03\x04" and not inside_archive:
             yield from self._members(stream, report)
         elif head == b"PAR1":
             with self._seekable(stream) as file:
@@ -140,9 +151,9 @@ class Reader:
             yield Piece("", True)
         report.n_replaced_bytes += reader.n_replaced
         if reader.n_replaced:
-            report.notes.append(f"{name}: {reader.n_replaced:,} invalid bytes became U+FFFD")
+            report.note(f"{name}: {reader.n_replaced:,} invalid bytes became U+FFFD")
         if reader.guessed:
-            report.notes.append(f"{name}: not UTF-8, read as {reader.encoding}")
+            report.note(f"{name}: not UTF-8, read as {reader.encoding}")
 
     def _rows(
         self, numbered: Iterator[tuple[int, str | rows.BadRow]], name: str, unit: str, report: Report
@@ -158,7 +169,7 @@ class Reader:
             first = first or f"{unit} {number}: {text}"
         if skipped:
             report.n_skipped_rows += skipped
-            report.notes.append(f"{name}: {skipped:,} rows skipped, the first at {first}")
+            report.note(f"{name}: {skipped:,} rows skipped, the first at {first}")
 
     def _members(self, stream: Stream, report: Report) -> Iterator[Piece]:
         """The text files of a zip archive."""
@@ -178,8 +189,8 @@ class Reader:
                     raise DataError(f"{name} cannot be read: {error}") from error
                 with raw:
                     inner = Stream(raw, name, (zipfile.BadZipFile, EOFError, zlib.error))
-                    inner.base = stream.base
-                    yield from self._documents(inner, name, report)
+                    inner.n_stored = partial(getattr, member, "compress_size")
+                    yield from self._documents(inner, name, report, inside_archive=True)
 
     def _seekable(self, stream: Stream) -> BinaryIO:
         """The stream as a file to jump around in; a temporary one, gone when closed, where it is not stored so."""
@@ -200,7 +211,7 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
     found: dict[str, Source] = {}
     for path in map(str, paths):
         if path == STDIN:
-            found[STDIN] = Source(STDIN)
+            found[STDIN] = Source("standard input")
             continue
         files = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
         if not files:

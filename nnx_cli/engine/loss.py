@@ -82,12 +82,17 @@ class TrainStep(nn.Module):
         x = model.trunk(input_ids).flatten(0, 1)
         targets = targets.flatten()
         n_targets = (targets != model.ignore_index).sum()
-        if torch.is_grad_enabled():
-            loss = ChunkedHeadLoss.apply(x, targets, model.head, model.ignore_index, *model.head.parameters())
-        else:
-            rows = chunk_rows(len(x), model.config.vocab_size)
-            pieces = zip(x.split(rows), targets.split(rows), strict=True)
-            loss = torch.stack([summed_loss(model.head, c, t, model.ignore_index) for c, t in pieces]).sum()
+        loss = ChunkedHeadLoss.apply(x, targets, model.head, model.ignore_index, *model.head.parameters())
         if (aux := model.aux_loss()) is not None:
             loss = loss + aux * n_targets
         return loss, n_targets
+
+
+def token_losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
+    with torch.no_grad():
+        x = model.trunk(input_ids).flatten(0, 1)
+        rows = chunk_rows(len(x), model.config.vocab_size)
+        pieces = zip(x.split(rows), targets.flatten().split(rows), strict=True)
+        losses = [F.cross_entropy(model.head(chunk).float(), target, reduction="none") for chunk, target in pieces]
+        return torch.cat(losses).view(targets.shape)

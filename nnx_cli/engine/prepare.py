@@ -134,6 +134,8 @@ def _prepare(
         tokens.write_meta(folder, tokenizer, meta)
     for note in report.notes:
         tell({"note": note})
+    if report.n_notes > len(report.notes):
+        tell({"note": f"and {report.n_notes - len(report.notes):,} more notes like these"})
     seconds = time.perf_counter() - started
     n_bytes = sum(meta["text_bytes"].values())
     return {
@@ -193,7 +195,7 @@ def _encode(
         why = report.notes[0] if report.n_skipped_rows else "nothing but white space in it" if n_bytes else "empty"
         raise DataError(f"no text in {names}: {why}")
     if jobs.n_forced:
-        report.notes.append(f"{jobs.n_forced:,} very long runs without a break were split for the tokenizer")
+        report.note(f"{jobs.n_forced:,} very long runs without a break were split for the tokenizer")
     return n_bytes
 
 
@@ -238,7 +240,7 @@ def _describe(
     if not all(counts.values()):
         raise DataError(f"the text is too short: {sum(counts.values())} tokens for training and validation")
     lengths = tokenizer.token_bytes()
-    n_val = sum(int(lengths[ids].sum()) for ids in tokens.read_ids(writer.val.path, tokenizer.dtype))
+    n_val = tokens.count_bytes(writer.val.path, tokenizer)
     digests = {file.path.name: tokens.digest_ids(file.path, tokenizer.dtype)[0] for file in (writer.train, writer.val)}
     n_bytes += writer.n_separators * int(lengths[tokenizer.separator].sum())
     return {
@@ -266,7 +268,15 @@ def _spooled(source: Source, folder: Path) -> Source:
 def _progress(phase: str, sources: list[Source], tell: Progress) -> Callable[[int], None]:
     sizes = [source.size for source in sources]
     total = None if None in sizes else sum(sizes)
-    return lambda n_bytes: tell({"phase": phase, "bytes": n_bytes, "total_bytes": total})
+    told = 0
+
+    def on_bytes(n_bytes: int) -> None:
+        nonlocal told
+        if n_bytes >= told + BLOCK_BYTES:
+            told = n_bytes
+            tell({"phase": phase, "bytes": n_bytes, "total_bytes": total})
+
+    return on_bytes
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class ByteTokenizer(Tokenizer):
         super().__init__("byte", [bytes([b]) for b in range(N_BYTES)])
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(utf8(text), np.uint8)
+        return np.frombuffer(bytearray(utf8(text)), np.uint8)
 
 
 class CharTokenizer(Tokenizer):
@@ -121,8 +121,8 @@ class CharTokenizer(Tokenizer):
             raise UsageError(f"--vocab-size is {vocab_size}; char needs at least {N_BYTES}, one id for every byte")
         counts = np.zeros(N_CODE_POINTS, np.int64)
         for piece in pieces:
-            codes, n = np.unique(_code_points(piece), return_counts=True)
-            counts[codes] += n
+            n = np.bincount(_code_points(piece))
+            counts[: len(n)] += n
         frequent = np.argsort(-counts, kind="stable")[: vocab_size - N_BYTES]
         return cls(chr(code) for code in frequent if counts[code])
 

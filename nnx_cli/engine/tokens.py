@@ -19,7 +19,8 @@ from nnx_cli.errors import DataError
 FORMAT = 1
 SPLITS = ("train", "val")
 DTYPES = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**22  # read at a time
+WRITE_BYTES = 2**18  # gathered before a write; larger ones pass straight through
 MAX_META_BYTES = 256 * 2**20  # a folder of a million files names them all
 NANOGPT_DTYPE = "uint16"
 NANOGPT_ROUND = 64  # vocabularies above 256 are rounded up to a multiple of this
@@ -47,7 +48,7 @@ class TokenFile:
         self.n_tokens = 0
         self.last_id: int | None = None
         self._dtype = dtype
-        self._file = open(path, "wb", buffering=BLOCK_BYTES)
+        self._file = open(path, "wb", buffering=WRITE_BYTES)
 
     def write(self, ids: np.ndarray) -> None:
         """Append ids (N,), which must have the type of the file."""
@@ -94,6 +95,13 @@ def digest_ids(path: Path, dtype: np.dtype) -> tuple[str, int]:
         sha256.update(ids.data)
         largest = max(largest, int(ids.max()))
     return sha256.hexdigest(), largest
+
+
+def count_bytes(path: Path, tokenizer: Tokenizer) -> int:
+    """Bytes of text that the ids of a .bin file stand for."""
+    lengths = tokenizer.token_bytes()
+    n = tokenizer.vocab_size
+    return sum(int(np.bincount(ids, minlength=n) @ lengths) for ids in read_ids(path, tokenizer.dtype))
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.config import Field, read_fields
+from nnx_cli.errors import CheckpointError, UsageError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,33 +24,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field of a model's `Config`, as its source states it."""
-
-    name: str
-    type: str  # int, float, bool or str, whether or not None is allowed
-    default: Any
-    help: str
-
-
-@cache
 def config_fields(name: str) -> tuple[Field, ...]:
     """The fields of an architecture's `Config`, shared ones first, read from the source without importing it."""
     folder = Path(__file__).parent
-    found: dict[str, Field] = {}
-    for path, class_name in ((folder / "_base.py", "ModelConfig"), (folder / f"{name}.py", "Config")):
-        source = path.read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef) and node.name == class_name:
-                for item in node.body:
-                    if isinstance(item, ast.AnnAssign):
-                        text = lines[item.lineno - 1].partition("#")[2].strip()
-                        kind = ast.unparse(item.annotation).removesuffix(" | None")
-                        field = Field(item.target.id, kind, ast.literal_eval(item.value), text)
-                        found[field.name] = field
-    return tuple(found.values())
+    shared = read_fields(folder / "_base.py", "ModelConfig")
+    own = read_fields(folder / f"{name}.py", "Config")
+    return tuple({field.name: field for field in (*shared, *own)}.values())
 
 
 @cache
@@ -67,9 +46,7 @@ def sizes(name: str) -> tuple[str, ...]:
 def check_name(name: str) -> None:
     """Raise UsageError, with the nearest match, unless `name` is an architecture."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"there is no model {name!r}{hint}", fix=f"choose from {', '.join(names())}")
+        raise UsageError(f"there is no model {name!r}{nearest(name, names())}", fix=f"choose from {', '.join(names())}")
 
 
 def make_config(name: str, *, size: str | None = None, **overrides: Any) -> ModelConfig:
@@ -112,8 +89,8 @@ def load_reference(
 ) -> LanguageModel:  # fmt: skip
     """A model from an original's constructor arguments and weights, both under the original's names.
 
-    `variant` is a value of the `variant` field (default: the architecture's); `noise` replaces random draws of architectures
-    that have any. Raises CheckpointError where names or shapes do not match.
+    `variant` is a value of the `variant` field (default: the architecture's); `noise` replaces random draws of
+    architectures that have any. Raises CheckpointError where names or shapes do not match.
     """
     check_name(name)
     module = importlib.import_module(f"nnx_cli.models.{name}")

@@ -53,8 +53,8 @@ class ModelConfig:
 class LanguageModel(nn.Module):
     """A causal language model: `forward` is `head(trunk(...))`.
 
-    Subclasses set `embedding`, `blocks`, `norm` and `head`, and define `trunk` and `make_cache`. `head` is a module that
-    maps (..., dim) to (..., vocab_size) and acts on every position alone, so that the loss may call it in pieces.
+    Subclasses set `embedding`, `blocks`, `norm` and `head`, and define `trunk` and `make_cache`. `head` is a module
+    that maps (..., dim) to (..., vocab_size) and acts on every position alone, so that the loss may call it in pieces.
     """
 
     ignore_index = -100  # a target that does not count; -100 is never a token

@@ -1,8 +1,9 @@
 """Llama: the control that the other architectures are measured against.
 
 Pre-norm decoder with RMSNorm, rotary positions, SwiGLU and grouped-query attention (Touvron et al. 2023,
-https://arxiv.org/abs/2302.13971; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245). Deliberately plain: nothing here that the others
-could not have too. Differs from the paper: head and embedding are tied unless `--no-tie-embeddings`.
+https://arxiv.org/abs/2302.13971; Ainslie et al. 2023, https://arxiv.org/abs/2305.13245). Deliberately plain: nothing
+here that the others could not have too. Differs from the paper: head and embedding are tied unless
+`--no-tie-embeddings`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """NYX: parallel blocks, one key-value head, xPos rotary, SwiGLU, tied head.
 
-The block adds attention and feed-forward of one shared norm (PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311);
-all query heads share one key and value head (Shazeer 2019, https://arxiv.org/abs/1911.02150); the feed-forward is gated
-(Shazeer 2020, https://arxiv.org/abs/2002.05202); rotary positions decay with distance (xPos, Sun et al. 2022,
-https://arxiv.org/abs/2212.10554); queries and keys may be normalised (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
+The block adds attention and feed-forward of one shared norm (PaLM, Chowdhery et al. 2022,
+https://arxiv.org/abs/2204.02311); all query heads share one key and value head (Shazeer 2019,
+https://arxiv.org/abs/1911.02150); the feed-forward is gated (Shazeer 2020, https://arxiv.org/abs/2002.05202); rotary
+positions decay with distance (xPos, Sun et al. 2022, https://arxiv.org/abs/2212.10554); queries and keys may be
+normalised (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
 
-`small` is the size that NYX's author publishes: 30,020,096 parameters. Differs from the original: normalised queries and keys
-are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `seed` keeps both defects);
-the xPos exponent is centred at position 0, so that cached keys stay valid (only differences of positions matter).
+`small` is the size that NYX's author publishes: 30,020,096 parameters. Differs from the original: normalised queries
+and keys are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `seed` keeps both
+defects); the xPos exponent is centred at position 0, so that cached keys stay valid (only differences of positions
+matter).
 """
 
 from __future__ import annotations
@@ -170,7 +172,7 @@ def reference_config(
     if attention_dropout_rate != feedforward_dropout_rate:
         raise UsageError("attention_dropout_rate and feedforward_dropout_rate must be equal")
     return dict(
-        vocab_size=vocab_size, dim=model_dim, n_layers=layer_depth, n_heads=num_attention_heads, head_dim=head_dimension,
-        ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate, qk_norm=use_qk_rmsnorm,
+        vocab_size=vocab_size, dim=model_dim, n_layers=layer_depth, n_heads=num_attention_heads,
+        head_dim=head_dimension, ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate, qk_norm=use_qk_rmsnorm,
         xpos_scale_base=rotary_pos_emb_scale,
     )  # fmt: skip

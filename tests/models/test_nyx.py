@@ -24,9 +24,7 @@ def load_case(case):
     return entry, cut(entry["weights_prefix"]), cut(entry["grads_prefix"]) if "grads_prefix" in entry else None, data
 
 
-@pytest.mark.parametrize(
-    "case", ["causal_seed", "causal_sound", "qk_rmsnorm_seed", "qk_rmsnorm_sound", "lora_merged"]
-)
+@pytest.mark.parametrize("case", ["causal_seed", "causal_sound", "qk_rmsnorm_seed", "qk_rmsnorm_sound", "lora_merged"])
 def test_equals_original(case):
     entry, weights, grads, data = load_case(case)
     model = models.load_reference("nyx", entry["config"], weights, variant=entry["variant"])

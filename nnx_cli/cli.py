@@ -1,0 +1,96 @@
+"""The Typer app: mounts the commands, and turns every error into a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from nnx_cli import __version__
+from nnx_cli.commands import prepare, sample, train
+from nnx_cli.console import Talk, printable
+from nnx_cli.errors import NnxError, nearest
+
+
+class Group(TyperGroup):
+    """The app, with errors as the contract has them: one line, the command that mends it, an exit code."""
+
+    def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
+        options["standalone_mode"] = False
+        arguments = sys.argv[1:] if args is None else list(args)
+        debug = "--debug" in arguments
+        try:
+            code = super().main(arguments, *rest, **options)
+        except (NnxError, TyperException) as error:
+            if debug:
+                raise
+            code = report(error, self)
+        except (typer.Abort, KeyboardInterrupt):
+            code = 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: end without a second error
+            code = 0
+        except MemoryError:
+            code = report(NnxError("out of memory", fix="take a smaller --size or --batch-size"), self, code=4)
+        except Exception as error:
+            if debug:
+                raise
+            code = report(
+                NnxError(f"internal error: {type(error).__name__}: {error}", fix="see where: add --debug"), self
+            )
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def report(error: NnxError | TyperException, group: Group, code: int | None = None) -> int:
+    """Print an error on stderr and return its exit code."""
+    message = error.format_message() if isinstance(error, TyperException) else str(error)
+    possibilities = getattr(error, "possibilities", None)
+    if possibilities is not None and not possibilities and "option" in message:
+        known = {name for command in group.commands.values() for p in command.params for name in p.opts}
+        message += nearest(getattr(error, "option_name", ""), known)
+    talk = Talk()
+    lines = [f"nnx: {' '.join(message.split())}"]
+    if fix := getattr(error, "fix", None):
+        lines.append(f"     {fix}")
+    for line in lines:
+        talk.err.print(printable(line), markup=False, highlight=False)
+    return error.exit_code if code is None else code
+
+
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={
+        "help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)  # fmt: skip
+
+
+def version(value: bool) -> None:
+    if value:
+        print(f"nnx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train a small language model from scratch on your own text, on the computer you already have."""
+
+
+for module in (train, sample, prepare):
+    app.command(name=module.__name__.rpartition(".")[2])(module.run)
+
+
+def main() -> None:
+    """The command `nnx`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", **({"encoding": "utf-8"} if os.name == "nt" else {}))
+    app()

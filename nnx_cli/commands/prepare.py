@@ -1,0 +1,59 @@
+"""`nnx prepare`: text to token folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnx_cli.commands._options import command, given, settings
+from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
+from nnx_cli.console import Talk, size
+from nnx_cli.errors import UsageError
+
+OPTIONS = [*settings(PrepareConfig, without=["max_memory_bytes"])]
+
+
+@command(*OPTIONS)
+def run(
+    talk: Talk,
+    paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,
+    filepath: Annotated[str | None, typer.Option(help="A further path, as `train` takes it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Token folder to make. [default: data/NAME-HASH]")] = None,
+    val: Annotated[str | None, typer.Option(help="Text to validate on, instead of a part of the input.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Bound on memory, such as 256MB.")] = None,
+    **options: Any,
+) -> None:
+    """Turn text into a token folder: files, folders, globs, standard input; txt, md, jsonl, csv, parquet, compressed or
+    not."""
+    sources = [*(paths or []), *([filepath] if filepath else [])]
+    if not sources:
+        raise UsageError("nothing to prepare", fix="name files, folders, globs, or - for standard input")
+    limit = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
+    config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
+    from nnx_cli.engine.prepare import default_folder, prepare
+
+    if out is None:
+        out = default_folder(sources, config, [val] if val else None)
+    result = prepare(sources, out, config, [val] if val else None, preparation_view(talk))
+    talk.show_json(result)
+    talk.show(
+        f"{result['out']}: {result['train_tokens']:,} tokens to train on, {result['val_tokens']:,} to validate "
+        f"({result['tokenizer']}, vocabulary {result['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token)",
+        f"{size(result['text_bytes'])} of text, {result['documents']:,} documents, {result['seconds']:.1f} s",
+        f"next: nnx train --data {result['out']}",
+    )
+
+
+def preparation_view(talk: Talk) -> Any:
+    """A callback that shows how preparing goes."""
+    progress = talk.progress("preparing")
+
+    def show(event: dict[str, Any]) -> None:
+        if "note" in event:
+            talk.note(event["note"])
+        else:
+            progress.update(event["bytes"], event["total_bytes"])
+
+    return show

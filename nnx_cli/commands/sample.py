@@ -1,0 +1,133 @@
+"""`nnx sample`: text from a model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnx_cli.commands._options import command, given, hidden, settings
+from nnx_cli.config import SampleConfig, own_fields
+from nnx_cli.console import Talk
+from nnx_cli.errors import CheckpointError, DataError, UsageError
+
+# The command line of the original NYX: options that choose the newest run of a shape, and ours.
+SHAPE = {"vocab_size": "vocab_size", "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads"}
+
+OPTIONS = [
+    *settings(SampleConfig),
+    hidden("sample_prompt", str),
+    hidden("generate_length", int),
+    *(hidden(name, int) for name in SHAPE),
+]
+
+
+@command(*OPTIONS)
+def run(
+    talk: Talk,
+    model: Annotated[
+        str | None, typer.Argument(help="Run folder, its name, RUN@best, RUN@last, RUN@500. [default: the newest run]")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End a sample before this text; may be repeated.")] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Read everything again for every token: slow, same text.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+    **options: Any,
+) -> None:
+    """Write text with a trained model."""
+    prompt = prompt if prompt is not None else options.get("sample_prompt")
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("--prompt and --prompt-file: give one")
+    values = given(options, own_fields(SampleConfig))
+    if options.get("generate_length") is not None:
+        values["max_new_tokens"] = options["generate_length"]
+    config = SampleConfig(**values)
+    from nnx_cli.engine.device import peak_memory_bytes, pick_device, pick_precision
+    from nnx_cli.engine.run import find_model, load_model
+    from nnx_cli.engine.sampler import generate
+
+    where = pick_device(device)
+    precision = pick_precision(precision, where)
+    shape = {ours: options[theirs] for theirs, ours in SHAPE.items() if options.get(theirs) is not None}
+    ref = newest_of_shape(shape) if shape and model is None else find_model(model)
+    tokenizer = ref.tokenizer
+    text = read_prompt(prompt, prompt_file)
+    network = load_model(ref, where, precision)
+    ids = prompt_ids(text, tokenizer, network.config.vocab_size)
+    if len(ids) > network.config.seq_len:
+        talk.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
+    several = config.num_samples > 1
+
+    def show(sample: int, piece: str) -> None:
+        if not several:
+            talk.stream(piece)
+
+    if not several:
+        talk.stream(text)
+    result = generate(network, tokenizer, [ids], config, stops=stop or (), use_cache=not no_cache, on_text=show)
+    if several:
+        for number, sample in enumerate(result.samples):
+            talk.stream(("" if number == 0 else "\n---\n") + text + sample.text)
+    talk.stream("\n")
+    talk.note(
+        f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
+        f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
+    )
+    talk.show_json({
+        "model": ref.label, "prompt": text,
+        "samples": [
+            {"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples
+        ],
+        "prefill_tokens_per_s": result.prefill_tokens_per_s, "decode_tokens_per_s": result.decode_tokens_per_s,
+        "peak_memory_bytes": peak_memory_bytes(where),
+    })  # fmt: skip
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt from the option, a file, or standard input."""
+    if prompt_file is not None:
+        try:
+            return prompt_file.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(f"cannot read --prompt-file {prompt_file}: {error.strerror}") from error
+    if prompt == "-":
+        return sys.stdin.buffer.read().decode("utf-8", "replace")
+    return prompt or ""
+
+
+def prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
+    """Token ids of a prompt, at least one: an empty prompt is the beginning of a text. Without a tokenizer the prompt
+    is ids."""
+    if tokenizer is not None:
+        start = [tokenizer.eot_id] if tokenizer.eot_id is not None else tokenizer.encode("\n").tolist()
+        return tokenizer.encode(text).tolist() if text else start
+    words = text.split() or ["0"]
+    if not all(word.isdecimal() and int(word) < vocab_size for word in words):
+        raise UsageError(
+            f"this model has no tokenizer: --prompt takes ids below {vocab_size}, such as --prompt '1 2 3'"
+        )
+    return [int(word) for word in words]
+
+
+def newest_of_shape(shape: dict[str, int]) -> Any:
+    """The newest run whose model has these values. Raises CheckpointError, saying which runs exist, where there is
+    none."""
+    from nnx_cli.engine.run import ModelRef, find_runs
+
+    seen = []
+    for folder in find_runs():
+        ref = ModelRef(folder)
+        model = ref.config["model"]
+        if all(model.get(name) == value for name, value in shape.items()):
+            return ref
+        seen.append(f"{folder.name} ({', '.join(f'{name} {model.get(name)}' for name in shape)})")
+    wanted = ", ".join(f"{name} {value}" for name, value in shape.items())
+    raise CheckpointError(
+        f"no run has {wanted}; there is {'; '.join(seen[:5]) or 'none'}", fix="train one: nnx train --filepath FILE"
+    )

@@ -1,0 +1,378 @@
+"""`nnx train`: text or token folder to run folder."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnx_cli import models
+from nnx_cli.commands._options import command, given, hidden, model_fields, model_options, settings
+from nnx_cli.commands.prepare import preparation_view
+from nnx_cli.config import PrepareConfig, TrainConfig, coerce, own_fields, read_toml
+from nnx_cli.console import Talk, TrainingView, duration
+from nnx_cli.errors import DataError, Interrupted, NnxError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from nnx_cli.engine.run import Run
+    from nnx_cli.engine.tokens import TokenFolder
+    from nnx_cli.engine.trainer import Trainer
+
+# The command line of the original NYX: its spelling of each option, and ours.
+ALIASES = {
+    "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads", "num_batches": "max_steps",
+    "gradient_accumulate_every": "grad_accum", "learning_rate": "lr", "validate_every": "val_every",
+    "generate_every": "sample_every", "checkpoint_path": "resume",
+}  # fmt: skip
+ALIAS_KINDS = {"learning_rate": float, "checkpoint_path": str}
+NYX_RECIPE = {"optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0}
+RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
+PREPARING = ("tokenizer", "val_fraction", "text_key", "errors")
+
+OPTIONS = [
+    *model_options(),
+    *settings(TrainConfig, "Training"),
+    *settings([f for f in own_fields(PrepareConfig) if f.name in PREPARING], "Data"),
+    *(hidden(name, ALIAS_KINDS.get(name, int)) for name in ALIASES),
+    hidden("prime_length", int),
+    hidden("generate_length", int),
+]  # fmt: skip
+
+
+@command(*OPTIONS)
+def run(
+    talk: Talk,
+    model: Annotated[
+        str | None, typer.Option(help=f"Architecture: {', '.join(models.names())}.", show_default="nyx")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default="auto")
+    ] = None,
+    filepath: Annotated[
+        list[str] | None, typer.Option(help="Text to train on: a file, folder or glob; may be repeated.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Token folder made by nnx prepare.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. [default: weights/MODEL-STEM]")] = None,
+    init_from: Annotated[str | None, typer.Option(help="MODEL whose shape and weights to start from.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Run to continue: folder, name, or last.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings; the command line wins.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show every value and where it comes from, and stop.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Train a model from scratch: on --filepath, on --data, or on the language documentation that Python ships."""
+    aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options.get(theirs) is not None}
+    resume = aliases.pop("resume", None) or resume
+    named = model or size or filepath or data or out or init_from
+    settings_given = given(options, [*model_fields().values(), *own_fields(TrainConfig), *prepare_fields()])
+    for name in aliases.keys() & settings_given.keys():
+        raise UsageError(f"{name} is given twice")
+    cli = settings_given | aliases
+    if resume is not None:
+        if named and not filepath or config is not None:
+            allowed = named and all(value is None for value in (model, size, out, init_from)) and config is None
+            if not allowed:
+                raise UsageError(
+                    "--resume takes the model and its settings from the run", fix="leave out what is given besides"
+                )
+        resume_run(talk, resume, cli, data, filepath, dry_run)
+        return
+    seed_command = model is None and bool(aliases)
+    values, sources = merge(cli, config, NYX_RECIPE if seed_command else {})
+    choice = {"model": model or values.pop("model", None) or "nyx", "size": size or values.pop("size", None) or "auto"}
+    values.pop("model", None), values.pop("size", None)
+    new_run(talk, choice, values, sources, filepath, data, out, init_from, options, dry_run)
+
+
+def prepare_fields() -> list:
+    return [field for field in own_fields(PrepareConfig) if field.name in PREPARING]
+
+
+def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings from the recipe, the TOML file and the command line, the later ones winning, and where each came
+    from."""
+    fields = [*model_fields().values(), *own_fields(TrainConfig), *prepare_fields()]
+    layers = [("recipe: NYX", recipe)]
+    if config is not None:
+        known = [field.name for field in fields] + ["model", "size"]
+        layers.append((f"file: {config}", coerce(fields, read_toml(config, known), f"--config {config}")))
+    layers.append(("command line", cli))
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for origin, layer in layers:
+        values |= layer
+        sources |= dict.fromkeys(layer, origin)
+    return values, sources
+
+
+def split(values: dict[str, Any], model: str) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
+    """Settings by owner: the model's fields, training, preparing. Raises UsageError for a field the model does not
+    have."""
+    train_names = {field.name for field in own_fields(TrainConfig)}
+    prepare_names = {field.name for field in prepare_fields()}
+    train = TrainConfig(**{k: v for k, v in values.items() if k in train_names})
+    preparing = PrepareConfig(**{k: v for k, v in values.items() if k in prepare_names})
+    fields = {k: v for k, v in values.items() if k not in train_names | prepare_names}
+    return fields, train, preparing
+
+
+def new_run(
+    talk: Talk, choice: dict[str, str], values: dict[str, Any], sources: dict[str, str], filepath: list[str] | None,
+    data: Path | None, out: Path | None, init_from: str | None, options: dict[str, Any], dry_run: bool,
+) -> None:  # fmt: skip
+    """Prepare what has to be prepared, plan, and train."""
+    models.check_name(choice["model"])
+    fields, train, preparing = split(values, choice["model"])
+    size = choice["size"]
+    if filepath and data:
+        raise UsageError("--filepath and --data: give one, text or tokens")
+    from nnx_cli.engine import session
+
+    models.make_config(choice["model"], size=models.sizes(choice["model"])[0] if size == "auto" else size, **fields)
+    device, precision = session.prepare_device(train)
+    base = None
+    if init_from is not None:
+        base, choice, fields, size = start_from(init_from, values)
+    if out is not None and out.exists():
+        raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
+    folder, made = token_folder(talk, filepath, data, preparing, base)
+    try:
+        tokens, plan = make_plan(choice["model"], size, fields, train, sources, folder, device, precision, base)
+        prompt = session.sampling(
+            tokens.tokenizer,
+            tokens,
+            train.sample_prompt,
+            options.get("prime_length") or 0,
+            options.get("generate_length"),
+        )
+        if dry_run:
+            show_plan(talk, plan, folder)
+            return
+        out = out or session.free_folder(f"{plan.model}-{stem(filepath, data)}")
+        tell_plan(talk, plan, tokens, device)
+        with TrainingView(talk) as view:
+            started, trainer = session.start(plan, tokens, out, device, view, prompt, command_line(), base)
+            made = False
+            finish(talk, started, trainer, view)
+    finally:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_from(spec: str, values: dict[str, Any]) -> tuple[Any, dict[str, str], dict[str, Any], None]:
+    """The model to start from, and its name and shape, with a few fields that may differ."""
+    from nnx_cli.engine.run import find_model
+
+    base = find_model(spec)
+    described = dict(base.config["model"])
+    name, _ = described.pop("name"), described.pop("size", None)
+    changed = {k: v for k, v in values.items() if k in described and k not in ("seq_len", "dropout")}
+    if changed:
+        raise UsageError(
+            f"--init-from takes the model's shape from {spec}; leave out --{next(iter(changed)).replace('_', '-')}"
+        )
+    fields = described | {k: values[k] for k in ("seq_len", "dropout") if k in values}
+    return base, {"model": name}, fields, None
+
+
+def make_plan(
+    model: str, size: str | None, fields: dict[str, Any], train: TrainConfig, sources: dict[str, str], folder: Path,
+    device: Any, precision: str, base: Any,
+) -> tuple[TokenFolder, Any]:  # fmt: skip
+    """Open the tokens and fill in every value."""
+    from nnx_cli.engine.planner import plan_run
+    from nnx_cli.engine.tokens import open_token_folder
+
+    tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else None)
+    if base is not None and tokens.vocab_size != fields["vocab_size"]:
+        raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
+    if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:
+        raise UsageError(f"--vocab-size {wanted} is not the tokenizer's {tokens.vocab_size}", fix="leave it out")
+    plan = plan_run(
+        model, size, fields, train, vocab_size=tokens.vocab_size, train_tokens=len(tokens.train),
+        val_tokens=len(tokens.val),
+        device=device, precision=precision, sources=sources,
+    )  # fmt: skip
+    return tokens, plan
+
+
+def token_folder(
+    talk: Talk, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: Any
+) -> tuple[Path, bool]:
+    """The token folder to train on, and whether it was made now."""
+    if data is not None:
+        return data, False
+    from dataclasses import replace
+
+    from nnx_cli.engine import prepare
+
+    if base is not None and base.tokenizer is not None:
+        preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
+    folder = prepare.default_folder(filepath or [], preparing)
+    if folder.exists():
+        return folder, False
+    view = preparation_view(talk)
+    if filepath:
+        prepare.prepare(filepath, folder, preparing, None, view)
+    else:
+        talk.note("no --filepath: training on the language documentation that Python ships")
+        prepare.prepare_builtin(folder, preparing, view)
+    return folder, True
+
+
+def stem(filepath: list[str] | None, data: Path | None) -> str:
+    """What a run is named after, besides its model."""
+    if filepath:
+        return Path(filepath[0]).name.partition(".")[0] or "text"
+    return data.resolve().name if data else "pydoc"
+
+
+def resume_run(
+    talk: Talk, which: str, cli: dict[str, Any], data: Path | None, filepath: list[str] | None, dry_run: bool
+) -> None:
+    """Continue a run from its newest checkpoint."""
+    for name in cli.keys() - set(RESUMABLE):
+        raise UsageError(
+            f"--{name.replace('_', '-')} cannot change on --resume", fix="start a new run, maybe with --init-from"
+        )
+    TrainConfig(**cli)
+    from nnx_cli.engine import session
+    from nnx_cli.engine.run import Run, find_folder
+
+    folder = session.find_unfinished() if which == "last" else find_folder(which)
+    run = Run(folder)
+    status = run.status()
+    lengths = {"max_steps", "max_time", "epochs"} & cli.keys()
+    if status.get("status") == "finished" and not lengths:
+        talk.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
+        talk.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
+        return
+    if lengths:
+        cli = {"max_steps": None, "max_time": None, "epochs": None} | cli
+    with run.lock(), TrainingView(talk) as view:
+        trainer, notes = session.resume(run, cli, data, view)
+        for note in notes:
+            talk.warn(note)
+        talk.note(f"resuming {folder} at step {trainer.state.step}")
+        finish(talk, run, trainer, view, locked=True)
+
+
+def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: bool = False) -> None:
+    """Train to the end, record how it ended, and say so."""
+    if not locked:
+        with run.lock():
+            return finish(talk, run, trainer, view, locked=True)
+    with stop_signals() as should_stop:
+        try:
+            ended = trainer.train(run, should_stop)
+        except NnxError:
+            record(run, trainer, "diverged")
+            raise
+    status = record(run, trainer, ended)
+    view.__exit__()
+    if ended == "interrupted":
+        talk.note("")
+        raise Interrupted(
+            f"interrupted at step {trainer.state.step}; everything is saved",
+            fix=f"resume: nnx train --resume {run.folder}",
+        )
+    parameters = run.config["parameters"]
+    talk.show_json(status | {"out": str(run.folder), "parameters": parameters})
+    talk.show(*verdict(run, trainer, status, parameters))
+
+
+def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
+    """Write how a run stands into run.json."""
+    state = trainer.state
+    return run.set_status(
+        status=status, step=state.step, tokens=state.tokens, time_s=round(state.time_s, 3),
+        skipped_steps=state.skipped_steps,
+    )  # fmt: skip
+
+
+def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int) -> list[str]:
+    """What happened, and what to do next."""
+    state, bits = trainer.state, status["best_val_bits_per_byte"]
+    quality = (
+        f"validation loss {status['best_val_loss']:.4f}" if status["best_val_loss"] is not None else "no validation"
+    )
+    if bits is not None:
+        quality += f", {bits:.3f} bits per byte"
+    lines = [
+        f"{run.folder}: {run.config['model']['name']} with {parameters:,} parameters, {state.step:,} steps, "
+        f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {state.best_step:,})"
+    ]
+    if state.best_step < 0.9 * state.step:
+        lines.append(
+            "it was better earlier: more text, a smaller model or --dropout 0.1 would help more than more steps"
+        )
+    prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
+    longer = max(2 * trainer.state.time_s, 60)
+    return [
+        *lines, "next:", f"  nnx sample {run.folder}{prompt}", f"  nnx eval {run.folder}",
+        f"  nnx train --resume {run.folder} --max-time {longer / 60:.0f}m",
+    ]  # fmt: skip
+
+
+@contextmanager
+def stop_signals() -> Iterator[Any]:
+    """A question, asked after every step: has somebody asked to stop? A second Ctrl-C stops at once, saving nothing
+    more."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), ask) for name in names}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def command_line() -> str:
+    """This command as it was typed."""
+    return shlex.join(["nnx", *sys.argv[1:]])
+
+
+def tell_plan(talk: Talk, plan: Any, tokens: TokenFolder, device: Any) -> None:
+    """What is about to happen, in two lines."""
+    from nnx_cli.engine import cost
+    from nnx_cli.engine.device import describe
+
+    train, config = plan.train, plan.model_config
+    total = cost.count_parameters(cost.meta_model(plan.model, config))["total"]
+    ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
+    ends += [duration(train.max_time_s)] if train.max_time else []
+    talk.note(
+        f"{plan.model} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, {train.precision}"
+    )
+    talk.note(
+        f"{len(tokens.train):,} tokens to train on; {train.batch_size} x {train.grad_accum} x {config.seq_len} tokens "
+        f"a step, {train.optimizer}, learning rate {train.lr:g}, for {' or '.join(ends)}"
+    )
+
+
+def show_plan(talk: Talk, plan: Any, folder: Path) -> None:
+    """Every value of a planned run and where it comes from."""
+    values = {"model": plan.model, "size": plan.size, "data": str(folder)}
+    values |= models.config_dict(plan.model_config) | asdict(plan.train)
+    rows = []
+    for name, value in values.items():
+        origin = plan.sources.get(name, "size" if name in plan.model_config.__dataclass_fields__ else "default")
+        rows.append({"setting": name, "value": value, "source": origin})
+    talk.show_json(rows)
+    talk.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])

@@ -1,0 +1,186 @@
+"""What people see: the product on stdout, the talk on stderr. The only file that imports rich."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+BIDI = set(range(0x202A, 0x202F)) | set(range(0x2066, 0x206A))
+PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could drive a terminal made visible: control characters, bidirectional overrides,
+    lone surrogates."""
+    return "".join(char if char in "\n\t" or char.isprintable() or char == " " else escaped(char) for char in text)
+
+
+def escaped(char: str) -> str:
+    """A character as itself where it is harmless (joiners, spaces of other scripts), else as a visible escape."""
+    code = ord(char)
+    harmful = code < 0x20 or 0x7F <= code < 0xA0 or code in BIDI or 0xD800 <= code < 0xE000 or code in (0x2028, 0x2029)
+    if not harmful:
+        return char
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class Talk:
+    """One command's screen. `json` and `quiet` are the options of those names."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json, self.quiet = json, quiet
+        self.out = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self.err = Console(highlight=False, soft_wrap=True, file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """A line of talk, on stderr."""
+        if not self.quiet:
+            self.err.print(Text(printable(text)))
+
+    def warn(self, text: str) -> None:
+        """A warning, on stderr; --quiet does not silence it."""
+        self.err.print(Text("warning: ", style="yellow") + Text(printable(text)))
+
+    def show(self, *lines: str) -> None:
+        """Lines of the product, on stdout; with --json the product is another."""
+        if not self.json:
+            for line in lines:
+                self.out.print(Text(printable(line)))
+
+    def stream(self, text: str) -> None:
+        """A piece of the product, as it comes."""
+        if not self.json:
+            sys.stdout.write(printable(text))
+            sys.stdout.flush()
+
+    def show_json(self, value: Any) -> None:
+        """The product as JSON, when --json asks for it."""
+        if self.json:
+            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
+        """A table on stdout; all columns but the first are numbers, to the right."""
+        if self.json:
+            return
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, box=box.SIMPLE, title_justify="left")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable("–" if cell is None else str(cell))) for cell in row))
+        self.out.print(table, soft_wrap=False)
+
+    def progress(self, what: str) -> ByteProgress:
+        """Progress over bytes, on stderr."""
+        return ByteProgress(self, what)
+
+
+class ByteProgress:
+    """A line that tells how many megabytes are done, where there is a terminal to redraw it."""
+
+    def __init__(self, talk: Talk, what: str) -> None:
+        self.talk, self.what, self.started, self.last = talk, what, time.monotonic(), 0.0
+        self.live = talk.err.is_terminal and not talk.quiet
+
+    def update(self, done_bytes: int, total_bytes: int | None) -> None:
+        """Show where it stands; cheap to call often."""
+        now = time.monotonic()
+        if self.live and now - self.last > 0.1:
+            self.last = now
+            of = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
+            speed = done_bytes / 1e6 / max(now - self.started, 1e-6)
+            self.talk.err.print(Text(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
+
+    def end(self) -> None:
+        if self.live and self.last:
+            self.talk.err.print(" " * 60, end="\r")
+
+
+class TrainingView:
+    """A training run on stderr: a bar where there is a terminal, else a plain line every few seconds.
+
+    Has the methods of `engine.trainer.Observer`.
+    """
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk, self.live = talk, talk.err.is_terminal and not talk.quiet and not os.environ.get("TERM") == "dumb"
+        self.last_line, self.validation, self.bar, self.task = 0.0, "", None, None
+
+    def __enter__(self) -> TrainingView:
+        if self.live:
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+                console=self.talk.err, transient=True,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=1.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        if record["val_loss"] is not None:
+            bits = record["val_bits_per_byte"]
+            self.validation = f"val {record['val_loss']:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else "")
+        line = self.describe(record)
+        if self.bar:
+            self.bar.update(self.task, completed=progress, description=line)
+        if record["val_loss"] is not None or (not self.bar and time.monotonic() - self.last_line > PLAIN_SECONDS):
+            self.last_line = time.monotonic()
+            self.talk.note(f"{100 * progress:5.1f} %  {line}")
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """The numbers of a step in a line."""
+        memory = record["peak_memory_bytes"]
+        parts = [
+            f"step {record['step']}", f"loss {record['train_loss']:.4f}", self.validation, f"lr {record['lr']:.2e}",
+            f"{record['tokens_per_s']:,.0f} tokens/s", f"{memory / 2**30:.2f} GiB" if memory else "",
+        ]  # fmt: skip
+        if record["skipped_steps"]:
+            parts.append(f"{record['skipped_steps']} skipped")
+        return "  ".join(part for part in parts if part)
+
+    def sampled(self, step: int, text: str) -> None:
+        if not self.talk.quiet:
+            shown = "\n".join("    " + line for line in printable(text).splitlines())
+            self.talk.err.print(Text(f"  sample at step {step}:\n") + Text(shown, style="cyan"))
+
+    def saved(self, step: int) -> None:
+        """Saving is what is expected: not worth a line."""
+
+    def note(self, text: str) -> None:
+        self.talk.note(text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    seconds = round(seconds)
+    for big, small, size, unit in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
+        if seconds >= size:
+            rest = seconds % size // unit
+            return f"{seconds // size} {big}" + (f" {rest} {small}" if rest else "")
+    return f"{seconds} s"
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes in the unit that reads best: 512 B, 2.0 KiB, 30.0 MiB, 7.25 GiB."""
+    if n_bytes is None:
+        return "–"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}" if unit == "GiB" else f"{n_bytes / scale:.1f} {unit}"
+    return f"{n_bytes:.0f} B"

@@ -1,0 +1,155 @@
+"""Tensors and training state to disk and back: safetensors and JSON, every file with its SHA-256, complete or
+absent."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nnx_cli.engine.files import new_folder, read_json, sha256_file, sync_file, to_json, write_synced
+from nnx_cli.errors import CheckpointError
+
+FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file through to the disk; returns its SHA-256."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, path)
+    sync_file(path)
+    return sha256_file(path)
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises CheckpointError unless it is a plain file with that SHA-256."""
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path, device: torch.device) -> None:
+    """Give a model, built on the meta device or any other, the tensors of `state`, on `device`; tied tensors stay tied.
+
+    Raises CheckpointError where names, shapes or numbers cannot belong to this model.
+    """
+    expected = model.unique_state()
+    if expected.keys() != state.keys():
+        odd = sorted(expected.keys() ^ state.keys())
+        raise CheckpointError(f"{source} belongs to another model: {odd[0]} and {len(odd) - 1} more do not match")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            raise CheckpointError(f"{source} belongs to another model: {name} is {shapes}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{source} is damaged: {name} holds numbers that are not finite")
+    aliases = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items()) if name in state}
+    loaded: dict[str, Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, old in store.items():
+                if old is not None and id(old) in aliases:
+                    name = aliases[id(old)]
+                    if name not in loaded:
+                        value = state[name].to(device)
+                        is_parameter = isinstance(old, nn.Parameter)
+                        loaded[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
+                    store[key] = loaded[name]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: weights, the optimizer's state, and numbers."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a checkpoint in `folder`, ascending."""
+    found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint into `folder`; it appears whole, by a rename, after everything in it is on the disk.
+
+    Raises OutputError; then there is no trace of it.
+    """
+    target = step_folder(folder, checkpoint.step)
+    if target.exists():
+        shutil.rmtree(target)  # an abandoned future of this run: it was resumed from an earlier step
+    with new_folder(target) as temporary:
+        state = to_json(checkpoint.state)
+        write_synced(temporary / "state.json", state)
+        digests = {
+            "model.safetensors": write_tensors(temporary / "model.safetensors", checkpoint.model),
+            "optimizer.safetensors": write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer),
+            "state.json": hashlib.sha256(state).hexdigest(),
+        }
+        write_synced(temporary / "manifest.json", to_json({"format": FORMAT, "files": digests}))
+
+
+def read_manifest(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of each of `names` in a folder. Raises CheckpointError where the manifest is damaged or from the
+    future."""
+    manifest = read_json(folder / "manifest.json")
+    check_format(manifest, folder / "manifest.json")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or any(not isinstance(files.get(name), str) for name in names):
+        raise CheckpointError(f"{folder / 'manifest.json'} is damaged: it does not list {', '.join(names)}")
+    return files
+
+
+def check_format(content: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError unless a file says that it has the format this version reads."""
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {str(content.get('format'))[:20]}; this version of nnx reads format {FORMAT}"
+        )
+
+
+def load_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """Read a checkpoint and check every file of it. Raises CheckpointError."""
+    path = step_folder(folder, step)
+    digests = read_manifest(path, FILES)
+    data = (path / "state.json").read_bytes() if (path / "state.json").is_file() else b""
+    if hashlib.sha256(data).hexdigest() != digests["state.json"]:
+        raise CheckpointError(f"{path / 'state.json'} is damaged: its checksum is not the recorded one")
+    return Checkpoint(
+        step,
+        read_tensors(path / "model.safetensors", digests["model.safetensors"]),
+        read_tensors(path / "optimizer.safetensors", digests["optimizer.safetensors"]),
+        read_json(path / "state.json"),
+    )
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for step in steps_in(folder)[:-keep]:
+        old = step_folder(folder, step)
+        doomed = old.with_name(f".del-{old.name}")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

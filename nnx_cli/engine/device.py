@@ -1,0 +1,143 @@
+"""The device, the arithmetic it can really do, its memory, and the random numbers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESERVE_BYTES = int(0.75 * 2**30)  # of a card: context and desktop, left outside the allocator
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first of CUDA, MPS and CPU that is there.
+
+    Raises UsageError for a name that means nothing, MissingFeature for a device that is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise UsageError(f"--device has no choice {name!r}: auto, cpu, cuda, cuda:N, mps")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise MissingFeature(f"there is no device {name} here", fix="see what is there: nnx doctor")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise MissingFeature("there is no Apple GPU here", fix="see what is there: nnx doctor")
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The arithmetic to use: what was asked for, or the best that the device does in hardware.
+
+    CUDA: bf16 from compute capability 8.0, fp16 from 7.0 except on GTX 16 cards (slow or broken there), else fp32. CPU
+    and MPS: fp32. Raises MissingFeature for low precision on a CPU, where it is emulated, or bf16 on a card without it.
+    """
+    if device.type == "cpu":
+        if name in ("bf16", "fp16"):
+            raise MissingFeature(
+                f"--precision {name} needs a GPU: a CPU trains fastest in fp32", fix="take --precision fp32"
+            )
+        return "fp32"
+    if device.type == "mps":
+        return "fp32" if name == "auto" else name
+    capability = torch.cuda.get_device_capability(device)
+    if name == "bf16" and capability < (8, 0):
+        raise MissingFeature("this card has no bf16 units", fix="take --precision fp16")
+    if name != "auto":
+        return name
+    if capability >= (8, 0):
+        return "bf16"
+    return "fp16" if capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device) else "fp32"
+
+
+def set_seed(seed: int, step: int = 0) -> None:
+    """Make every random draw that follows a function of (seed, step)."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use that many CPU threads; None leaves torch's choice, the physical cores."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def set_deterministic() -> None:
+    """Make CUDA give the same bits every time, for a price in speed; a CPU does anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def limit_memory(device: torch.device, vram_bytes: int | None) -> None:
+    """Keep this process within `vram_bytes` of a card, less what lies outside the allocator. A CPU has no such
+    limit."""
+    if vram_bytes is None or device.type != "cuda":
+        return
+    if vram_bytes <= RESERVE_BYTES:
+        raise DoesNotFit(f"--vram {vram_bytes / 2**30:g}GB leaves nothing after the 0.75 GiB a card keeps for itself")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (vram_bytes - RESERVE_BYTES) / total), device)
+
+
+def memory_budget(device: torch.device, vram_bytes: int | None) -> int:
+    """Bytes to plan for: `--vram` less 1 GiB, or what is free on the card, or half of the machine's memory."""
+    if vram_bytes is not None:
+        return max(0, vram_bytes - 2**30)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.95)
+    return machine_memory_bytes() // 2
+
+
+def machine_memory_bytes() -> int:
+    """Physical memory of this machine."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 * 2**30
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory used so far: of the card's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: "NVIDIA GeForce RTX 3060 (12 GiB)", "CPU, 2 threads"."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
+
+
+def cpu_model() -> str:
+    """What the processor calls itself, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return torch.backends.cpu.get_cpu_capability()

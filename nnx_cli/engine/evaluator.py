@@ -1,0 +1,89 @@
+"""Held-out loss over fixed windows."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nnx_cli.engine.loader import windows_at
+from nnx_cli.engine.loss import token_losses
+from nnx_cli.errors import DataError
+from nnx_cli.models._base import LanguageModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of a stretch of text. `loss` is nats per token; bits per byte counts the bytes of the target tokens."""
+
+    loss: float
+    bits_per_byte: float | None
+    bits_per_byte_stderr: float | None
+    tokens: int
+    text_bytes: int | None
+    tokens_per_s: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndarray:
+    """Starts of the windows that cover a stream without overlap, or of `n_windows` of them, evenly spread."""
+    starts = np.arange(0, max(n_tokens - seq_len, 0), seq_len)
+    if n_windows is not None and n_windows < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, n_windows).round().astype(int)]
+    return starts
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, tokens: np.ndarray, *, seq_len: int, batch_size: int, token_bytes: np.ndarray | None,
+    n_windows: int | None = None,
+) -> Evaluation:  # fmt: skip
+    """Loss of `model` over `tokens`, every window read from its own start.
+
+    With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly
+    spread windows count. `token_bytes` (V,) gives each token's length in bytes; without it there are no bits per byte.
+    Raises DataError where there is no target.
+    """
+    if len(tokens) < 2:
+        raise DataError("the text to evaluate has fewer than two tokens")
+    was_training = model.training
+    model.eval()
+    started = time.perf_counter()
+    starts = window_starts(len(tokens), seq_len, n_windows)
+    batches = [(starts[i : i + batch_size], seq_len) for i in range(0, len(starts), batch_size)]
+    tail = (len(tokens) - 1) % seq_len
+    if tail and (n_windows is None or not batches):
+        batches.append((np.array([len(tokens) - 1 - tail]), tail))
+    nats, n_bytes, n_tokens = [], [], 0
+    for begin, length in batches:
+        input_ids, targets = windows_at(tokens, begin, length)
+        losses = token_losses(model, input_ids.to(model.device), targets.to(model.device))  # (B, T)
+        nats.append(
+            losses.double().sum(1).cpu().numpy() if losses.device.type != "mps" else losses.sum(1).cpu().numpy()
+        )
+        n_tokens += targets.numel()
+        if token_bytes is not None:
+            n_bytes.append(token_bytes[targets.numpy()].sum(1))
+    model.train(was_training)
+    nats_by_window = np.concatenate(nats)
+    total = float(nats_by_window.sum())
+    bits = stderr = text_bytes = None
+    if token_bytes is not None and (text_bytes := int(sum(b.sum() for b in n_bytes))):
+        bits, stderr = ratio_with_error(nats_by_window / math.log(2), np.concatenate(n_bytes))
+    return Evaluation(total / n_tokens, bits, stderr, n_tokens, text_bytes, n_tokens / (time.perf_counter() - started))
+
+
+def ratio_with_error(amounts: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:
+    """sum(amounts) / sum(sizes) and its standard error over the windows; no error for a single window."""
+    ratio = float(amounts.sum() / sizes.sum())
+    n = len(sizes)
+    if n < 2:
+        return ratio, None
+    spread = float(((amounts - ratio * sizes) ** 2).sum())
+    return ratio, math.sqrt(spread * n / (n - 1)) / float(sizes.sum())

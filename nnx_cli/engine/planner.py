@@ -1,0 +1,188 @@
+"""Every value that the user left on auto, derived from the machine, the data and the model; and what fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import TrainConfig
+from nnx_cli.engine import cost
+from nnx_cli.engine.device import memory_budget
+from nnx_cli.errors import DoesNotFit, UsageError
+from nnx_cli.models._base import ModelConfig
+
+DEFAULT_SECONDS = 240  # training time of a run without a length
+DEFAULT_EPOCHS = 30  # but no more passes over the text than this
+TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
+CPU_EFFICIENCY = 0.3  # of the matrix rate that training reaches on a CPU, for planning
+VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
+CPU_TOKENS_PER_STEP = 4096
+GPU_TOKENS_PER_STEP = 32_768
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with every value filled in. `sources` says where each value came from."""
+
+    model: str
+    size: str | None  # None: shapes of the user's own
+    model_config: ModelConfig
+    train: TrainConfig
+    sources: dict[str, str]
+
+
+def plan_run(
+    name: str, size: str, fields: Mapping[str, Any], train: TrainConfig, *, vocab_size: int, train_tokens: int,
+    val_tokens: int, device: torch.device, precision: str, sources: Mapping[str, str],
+) -> Plan:  # fmt: skip
+    """Fill in every value that is None or auto.
+
+    `fields` are the model's fields that were set, `sources` where set values came from. Raises UsageError for values
+    that disagree, DoesNotFit where not even one sequence fits.
+    """
+    where = dict(sources)
+    rate = cpu_flops() if device.type == "cpu" else None
+    seconds = train.max_time_s or DEFAULT_SECONDS
+    if size == "auto":
+        size = "small" if rate is None else affordable_size(name, seconds * rate * CPU_EFFICIENCY)
+        where["size"] = "derived: device and planned time"
+    config = models.make_config(name, size=size, **{**fields, "vocab_size": vocab_size})
+    where["vocab_size"] = "derived: tokenizer"
+    shape = {"dim", "n_layers", "n_heads"} | {f.name for f in models.config_fields(name) if f.default is None}
+    label = None if shape & fields.keys() else size
+    derived: dict[str, Any] = {}
+
+    def derive(field: str, value: Any, reason: str) -> None:
+        current = getattr(train, field)
+        if current is None or current == "auto":
+            derived[field] = value
+            where[field] = f"derived: {reason}"
+
+    derive("precision", precision, "device")
+    derive("optimizer", "adamw", "model")
+    optimizer = derived.get("optimizer", train.optimizer)
+    derive("lr", default_lr(optimizer, config.dim), "optimizer and width")
+    derive("weight_decay", 0.1 if optimizer == "adamw" else 0.0, "optimizer")
+    derived |= batch_shape(train, config, name, optimizer, precision, device, where)
+    tokens_per_step = derived["tokens_per_step"]
+    epoch_steps = max(1, train_tokens // tokens_per_step)
+    if train.epochs is not None:
+        derived["max_steps"] = max(1, round(train.epochs * train_tokens / tokens_per_step))
+        where["max_steps"] = "derived: epochs"
+    elif train.max_steps is None and train.max_time is None:
+        derived["max_time"] = f"{DEFAULT_SECONDS}s"
+        derived["max_steps"] = DEFAULT_EPOCHS * epoch_steps
+        where["max_time"] = where["max_steps"] = "derived: default length, whichever ends first"
+    flops = cost.flops_per_token(cost.meta_model(name, config))
+    expected_steps = derived.get("max_steps", train.max_steps)
+    if rate is not None:
+        by_time = int(seconds * rate * CPU_EFFICIENCY / (flops["train"] * tokens_per_step))
+        expected_steps = (
+            min(expected_steps, by_time) if train.max_steps is None and expected_steps else expected_steps or by_time
+        )
+    expected_steps = max(1, expected_steps or 2000)
+    warmup = 0 if train.schedule == "constant" else min(200, max(1, expected_steps // 50))
+    derive("warmup_steps", min(warmup, expected_steps), "length")
+    if train.val_batches is None:
+        budget = VALIDATION_SHARE * 3 * expected_steps * tokens_per_step / 12  # a forward pass is a third of a step
+        rows = max(8, int(budget / config.seq_len))
+        if rows * config.seq_len < val_tokens:
+            derived["val_batches"] = max(1, rows // derived["batch_size"])
+            where["val_batches"] = "derived: 2 % of the run"
+    return Plan(name, label, config, replace(train, **derived), where)
+
+
+def batch_shape(
+    train: TrainConfig, config: ModelConfig, name: str, optimizer: str, precision: str, device: torch.device,
+    where: dict[str, str],
+) -> dict[str, int]:  # fmt: skip
+    """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
+    that fits."""
+    T, B, A, N = config.seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
+    if B and A and N and B * A * T != N:
+        raise UsageError(
+            f"--batch-size {B} x --grad-accum {A} x --seq-len {T} is {B * A * T}, not --tokens-per-step {N}",
+            fix="give two of the three",
+        )
+    for option, part in (
+        ("--seq-len", T),
+        ("--batch-size x --seq-len", T * (B or 1)),
+        ("--grad-accum x --seq-len", T * (A or 1)),
+    ):
+        if N and N % part:
+            raise UsageError(f"--tokens-per-step {N} is no multiple of {option} {part}")
+    for field in ("batch_size", "grad_accum", "tokens_per_step"):
+        if getattr(train, field) is None:
+            where[field] = "derived: device, memory and the other two"
+    model = cost.meta_model(name, config)
+
+    def peak(rows: int) -> int:
+        return cost.training_memory(
+            model, batch_size=rows, seq_len=T, optimizer=optimizer, precision=precision
+        ).peak_bytes
+
+    budget = memory_budget(device, train.vram_bytes)
+    largest = largest_batch(peak(1), peak(2), budget)
+    if (B or 1) > largest:
+        enough = f"a batch of {largest} would fit" if largest else "not even one sequence fits"
+        raise DoesNotFit(
+            f"--batch-size {B or 1} needs about {peak(B or 1) / 2**30:.2f} GiB of {budget / 2**30:.2f} GiB; {enough}",
+            fix=f"take --batch-size {largest}" if largest else "take a smaller --size or --seq-len",
+        )
+    if B is None:
+        default = N or (CPU_TOKENS_PER_STEP if device.type == "cpu" else GPU_TOKENS_PER_STEP)
+        rows = max(1, default // T) if A is None or N else None
+        if A is not None:
+            B = N // (A * T) if N else max(1, min(largest, default // (T * A)))
+        else:
+            B = max(b for b in range(1, min(rows, largest) + 1) if rows % b == 0)
+            A = rows // B
+    if A is None:
+        A = (
+            N // (B * T)
+            if N
+            else max(1, (CPU_TOKENS_PER_STEP if device.type == "cpu" else GPU_TOKENS_PER_STEP) // (B * T))
+        )
+    return {"batch_size": B, "grad_accum": A, "tokens_per_step": B * A * T}
+
+
+def largest_batch(one: int, two: int, budget: int) -> int:
+    """Sequences in the largest micro-batch within `budget`, given the peaks of one and of two."""
+    if one > budget:
+        return 0
+    return 1 + int((budget - one) // max(1, two - one))
+
+
+def default_lr(optimizer: str, dim: int) -> float:
+    """Peak learning rate: falls with the root of the width; Lion takes a tenth of AdamW's."""
+    lr = 4e-3 * (128 / dim) ** 0.5
+    return float(f"{lr / 10 if optimizer == 'lion' else lr:.2g}")
+
+
+def affordable_size(name: str, flops: float) -> str:
+    """The largest named size that sees 10 tokens a parameter within `flops` of training, at least the smallest."""
+    chosen = models.sizes(name)[0]
+    for size in models.sizes(name):
+        model = cost.meta_model(name, models.make_config(name, size=size))
+        tokens = flops / cost.flops_per_token(model)["train"]
+        if tokens < TOKENS_PER_PARAMETER * cost.count_parameters(model)["total"]:
+            break
+        chosen = size
+    return chosen
+
+
+def cpu_flops() -> float:
+    """Floating-point operations a second that a matrix product reaches here, in fp32."""
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a @ b
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return 2 * 512**3 / sorted(times)[2]

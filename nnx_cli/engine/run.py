@@ -1,0 +1,366 @@
+"""A run folder: what a run is, how it went, and its weights; and how a MODEL on the command line is found."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnx_cli import models
+from nnx_cli.engine import checkpoint as ckpt
+from nnx_cli.engine.checkpoint import Checkpoint
+from nnx_cli.engine.device import DTYPES
+from nnx_cli.engine.files import (
+    new_folder,
+    read_json,
+    refused_output,
+    replace_file,
+    sha256_file,
+    sync_folder,
+    to_json,
+    write_synced,
+)
+from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
+from nnx_cli.errors import CheckpointError, NnxError, OutputError, UsageError
+from nnx_cli.models._base import LanguageModel
+
+WEIGHTS = Path("weights")
+BEST = "model.safetensors"
+
+
+class Run:
+    """An existing run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.config = read_verified_config(folder)
+
+    @classmethod
+    def create(
+        cls, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None, status: Mapping[str, Any],
+        first: Checkpoint,
+    ) -> Run:  # fmt: skip
+        """Make a run folder in one step, with its first checkpoint, so that a run that exists can be resumed.
+
+        Raises OutputError where the folder exists or cannot be written.
+        """
+        if folder.exists():
+            raise OutputError(
+                f"{folder} exists already", fix="name another folder with --out, or resume it with --resume"
+            )
+        with new_folder(folder) as temporary:
+            (temporary / "checkpoints").mkdir()
+            write_model_folder(temporary, config, tokenizer, None)
+            write_synced(temporary / "run.json", to_json(dict(status)))
+            write_synced(temporary / "metrics.jsonl", b"")
+            write_synced(temporary / "samples.jsonl", b"")
+            ckpt.save_checkpoint(temporary / "checkpoints", first)
+        return cls(folder)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; it is free again when the process ends, however it ends.
+
+        Raises OutputError, naming the other process, where another one holds it.
+        """
+        path = self.folder / "lock"
+        with refused_output(path):
+            file = open(path, "a+b")
+        with file:
+            if not try_lock(file):
+                file.seek(0)
+                holder = file.read(40).decode("ascii", "replace").strip() or "another process"
+                raise OutputError(f"{self.folder} is in use by process {holder}", fix="wait for it or stop it")
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+            file.flush()
+            for leftover in [*self.folder.glob(".tmp-*"), *self.checkpoints.glob(".*-step-*")]:
+                remove(leftover)
+            yield
+            file.truncate(0)
+
+    def status(self) -> dict[str, Any]:
+        """The contents of run.json."""
+        return read_json(self.folder / "run.json")
+
+    def set_status(self, **values: Any) -> dict[str, Any]:
+        """Change some values of run.json; returns all."""
+        status = self.status() | values
+        replace_file(self.folder / "run.json", to_json(status))
+        return status
+
+    def set_config(self, config: dict[str, Any]) -> None:
+        """Replace config.json."""
+        data = to_json(config)
+        self._replace_listed("config.json", hashlib.sha256(data).hexdigest(), lambda path: write_synced(path, data))
+        self.config = config
+
+    def save_best(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the weights that the run is known by."""
+        temporary = self.folder / f".tmp-best-{os.getpid()}"
+        with refused_output(temporary):
+            digest = ckpt.write_tensors(temporary, weights)
+            self._replace_listed(BEST, digest, lambda path: os.replace(temporary, path))
+
+    def _replace_listed(self, name: str, digest: str, write: Callable[[Path], Any]) -> None:
+        """Replace a file of the manifest: while it changes, the manifest allows the old content and the new."""
+        path = self.folder / "manifest.json"
+        manifest = read_json(path)
+        replace_file(path, to_json(manifest | {"replacing": {name: digest}}))
+        temporary = self.folder / f".tmp-{name}-{os.getpid()}"
+        with refused_output(path):
+            write(temporary)
+            os.replace(temporary, self.folder / name)
+            sync_folder(self.folder)
+        replace_file(path, to_json(manifest | {"files": manifest["files"] | {name: digest}}))
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl or samples.jsonl; numbers that are not finite become null."""
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        with refused_output(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, ensure_ascii=True) + "\n")
+
+    def cut_logs(self, step: int) -> None:
+        """Forget what the logs say of steps after `step`."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and logged_step(line) <= step]
+            if len(kept) != len(lines):
+                replace_file(path, b"".join(kept))
+
+    def newest_checkpoint(self) -> tuple[Checkpoint, list[str]]:
+        """The newest intact checkpoint, and a line for each damaged one that was passed over.
+
+        Raises CheckpointError where there is none.
+        """
+        notes = []
+        for step in reversed(ckpt.steps_in(self.checkpoints)):
+            try:
+                return ckpt.load_checkpoint(self.checkpoints, step), notes
+            except CheckpointError as error:
+                notes.append(f"{error}; going back to the checkpoint before it")
+        raise CheckpointError(f"{self.folder} has no intact checkpoint" + "".join(f"; {note}" for note in notes[:1]))
+
+
+def logged_step(line: bytes) -> float:
+    """The step of a line of a log; beyond all steps where the line is damaged."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def try_lock(file: Any) -> bool:
+    """Take an exclusive lock on an open file, unless somebody has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder."""
+    import shutil
+
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_model_folder(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None, weights: Mapping[str, Tensor] | None
+) -> None:
+    """Write config.json, tokenizer.json, the weights where there are any, and their manifest into an empty folder."""
+    write_synced(folder / "config.json", to_json(dict(config)))
+    files = {"config.json": sha256_file(folder / "config.json")}
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")
+        files["tokenizer.json"] = sha256_file(folder / "tokenizer.json")
+    if weights is not None:
+        files[BEST] = ckpt.write_tensors(folder / BEST, weights)
+    write_synced(folder / "manifest.json", to_json({"format": ckpt.FORMAT, "files": files}))
+
+
+def allowed_digests(folder: Path, name: str) -> set[str]:
+    """SHA-256 that the manifest allows a file of a model folder to have: two while it is being replaced."""
+    manifest = read_json(folder / "manifest.json")
+    files, replacing = (
+        value if isinstance(value, dict) else {} for value in (manifest.get("files"), manifest.get("replacing"))
+    )
+    return {str(table[name]) for table in (files, replacing) if name in table}
+
+
+def read_verified_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run or model folder. Raises CheckpointError where there is none or it was altered."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run of nnx: it has no config.json", fix="see the runs: nnx list")
+    if sha256_file(path) not in allowed_digests(folder, "config.json"):
+        raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
+    config = read_json(path)
+    ckpt.check_format(config, path)
+    return config
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a run or model folder, or None for a model over bare ids. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    allowed = allowed_digests(folder, "tokenizer.json")
+    if not allowed and not path.exists():
+        return None
+    if not path.is_file() or sha256_file(path) not in allowed:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
+    return load_tokenizer(path)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A MODEL of the command line: a folder and which of its weights."""
+
+    folder: Path
+    which: str = "best"  # best, last or a step
+
+    @property
+    def label(self) -> str:
+        return str(self.folder) if self.which == "best" else f"{self.folder}@{self.which}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_verified_config(self.folder)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return read_tokenizer(self.folder)
+
+    def weights(self) -> tuple[Path, dict[str, Tensor]]:
+        """The tensors and where they were read. Without a validated best, `best` is the last checkpoint."""
+        best = allowed_digests(self.folder, BEST)
+        if self.which == "best" and best:
+            path = self.folder / BEST
+            found = sha256_file(path) if path.is_file() and not path.is_symlink() else ""
+            if found not in best:
+                raise CheckpointError(
+                    f"{path} is damaged or missing: its checksum is not the recorded one",
+                    fix=f"try the last checkpoint: {self.folder}@last"
+                    if (self.folder / "checkpoints").is_dir()
+                    else None,
+                )
+            return path, ckpt.read_tensors(path, found)
+        folder = self.folder / "checkpoints"
+        steps = ckpt.steps_in(folder)
+        step = int(self.which) if self.which.isdecimal() else (steps[-1] if steps else -1)
+        if step not in steps:
+            have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise CheckpointError(f"{self.folder} has no checkpoint {self.which}; {have}")
+        path = ckpt.step_folder(folder, step)
+        name = "model.safetensors"
+        return path / name, ckpt.read_tensors(path / name, ckpt.read_manifest(path, (name,))[name])
+
+
+def find_model(spec: str | None) -> ModelRef:
+    """A run folder, its name, RUN@best, RUN@last, RUN@500, a quantized folder; None: the newest run.
+
+    Raises CheckpointError where there is no such thing.
+    """
+    if spec is None:
+        runs = find_runs()
+        if not runs:
+            raise CheckpointError(f"there is no run in {WEIGHTS}/ yet", fix="train one: nnx train --filepath FILE")
+        return ModelRef(runs[0])
+    name, _, which = spec.rpartition("@") if "@" in spec else (spec, "", "best")
+    if not (which in ("best", "last") or which.isdecimal()):
+        raise UsageError(f"{spec!r}: after @ comes best, last or a step")
+    return ModelRef(find_folder(name), which)
+
+
+def find_folder(name: str) -> Path:
+    """A run or model folder by its path or its name in weights/. Raises CheckpointError where there is none."""
+    for folder in (Path(name), WEIGHTS / name):
+        if name and (folder / "config.json").is_file():
+            return folder
+    known = ", ".join(run.name for run in find_runs()[:5])
+    raise CheckpointError(
+        f"there is no run or model {name!r}" + (f"; the newest are {known}" if known else ""),
+        fix="see the runs: nnx list",
+    )
+
+
+def find_runs() -> list[Path]:
+    """The run folders in weights/, the one that changed last first."""
+    found = [path.parent for path in WEIGHTS.glob("*/run.json") if not path.parent.name.startswith(".")]
+    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
+
+
+def model_from_config(config: Mapping[str, Any], source: Path) -> LanguageModel:
+    """The model that a config.json describes, on the meta device. Raises CheckpointError where it describes none."""
+    described = config.get("model")
+    if not isinstance(described, dict) or described.get("name") not in models.names():
+        raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
+    fields = {key: value for key, value in described.items() if key not in ("name", "size")}
+    try:
+        with torch.device("meta"):
+            return models.build(described["name"], **fields)
+    except (UsageError, TypeError) as error:
+        raise CheckpointError(f"{source / 'config.json'} describes no {described['name']}: {error}") from error
+
+
+def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> LanguageModel:
+    """The model of a MODEL, in evaluation mode, computing in `precision` on `device`. Raises CheckpointError."""
+    config = ref.config
+    model = model_from_config(config, ref.folder)
+    path, state = ref.weights()
+    ckpt.load_weights(model, state, path, device)
+    model.compute_dtype = DTYPES[precision]
+    return model.eval()
+
+
+def list_runs() -> list[dict[str, Any]]:
+    """What `nnx list` shows of every run, newest first."""
+    rows = []
+    for folder in find_runs():
+        row: dict[str, Any] = {"name": folder.name, "out": str(folder)}
+        try:
+            config, status = read_verified_config(folder), read_json(folder / "run.json")
+            row |= {
+                "model": config["model"]["name"], "size": config["model"].get("size"),
+                "status": live_status(folder, status), "steps": status.get("step"),
+                "best_val_bits_per_byte": status.get("best_val_bits_per_byte"),
+                "best_val_loss": status.get("best_val_loss"),
+            }  # fmt: skip
+        except (NnxError, KeyError) as error:
+            row |= {"status": "damaged", "error": str(error)}
+        row["age_s"] = round(time.time() - (folder / "run.json").stat().st_mtime)
+        rows.append(row)
+    return rows
+
+
+def live_status(folder: Path, status: Mapping[str, Any]) -> str:
+    """A run's status; one that says "running" while nobody holds its lock was killed: "interrupted"."""
+    stated = str(status.get("status"))
+    if stated != "running" or not (folder / "lock").is_file():
+        return stated
+    with open(folder / "lock", "rb") as file:
+        return "interrupted" if try_lock(file) else "running"

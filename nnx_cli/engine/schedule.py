@@ -1,0 +1,19 @@
+"""The learning rate as a pure function of where a run is."""
+
+from __future__ import annotations
+
+import math
+
+
+def lr_at(step: int, progress: float, *, schedule: str, lr: float, min_lr: float, warmup_steps: int) -> float:
+    """Learning rate of a step.
+
+    It rises linearly over `warmup_steps`, then follows `schedule` from `lr` at progress 0 to `min_lr` at progress 1,
+    where `progress` is the part of the run that is done: of its steps, or of its time.
+    """
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    progress = min(max(progress, 0.0), 1.0)
+    if schedule == "constant":
+        return lr * warm
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return (min_lr + (lr - min_lr) * left) * warm

@@ -1,0 +1,184 @@
+"""A run from its parts: a new one from a plan, or an old one from its folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnx_cli import __version__, models
+from nnx_cli.config import SampleConfig, TrainConfig
+from nnx_cli.engine import compiler, cost
+from nnx_cli.engine.checkpoint import load_weights
+from nnx_cli.engine.device import (
+    DTYPES,
+    limit_memory,
+    pick_device,
+    pick_precision,
+    set_deterministic,
+    set_seed,
+    set_threads,
+)  # fmt: skip
+from nnx_cli.engine.planner import Plan
+from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config
+from nnx_cli.engine.tokenizer import Tokenizer
+from nnx_cli.engine.tokens import TokenFolder, open_token_folder
+from nnx_cli.engine.trainer import Observer, Trainer
+from nnx_cli.errors import CheckpointError, DataError
+from nnx_cli.models._base import LanguageModel
+
+SAMPLE_LENGTH = 200  # tokens of a sample during a run
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the samples during a run start with and how long they are."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int = SAMPLE_LENGTH
+
+
+def prepare_device(config: TrainConfig) -> tuple[torch.device, str]:
+    """The device and the precision of a run, with its limits set."""
+    set_threads(config.threads)
+    device = pick_device(config.device)
+    if config.deterministic:
+        set_deterministic()
+    limit_memory(device, config.vram_bytes)
+    return device, pick_precision(config.precision, device)
+
+
+def sampling(
+    tokenizer: Tokenizer | None, data: TokenFolder, prompt: str | None, prime_length: int, length: int | None
+) -> Sampling:
+    """How the run's samples start: with `prompt`, or `prime_length` tokens of validation text, or a line of its own."""
+    if prime_length:
+        ids = data.val[:prime_length].tolist()
+    elif tokenizer is None:
+        ids = data.val[:1].tolist()
+    elif prompt:
+        ids = tokenizer.encode(prompt).tolist()
+    else:
+        ids = [tokenizer.eot_id] if tokenizer.eot_id is not None else tokenizer.encode("\n").tolist()
+    return Sampling(ids, length or SAMPLE_LENGTH)
+
+
+def free_folder(stem: str) -> Path:
+    """weights/STEM, or -2, -3, … where that exists."""
+    folder, number = WEIGHTS / stem, 1
+    while folder.exists():
+        number += 1
+        folder = WEIGHTS / f"{stem}-{number}"
+    return folder
+
+
+def start(
+    plan: Plan, data: TokenFolder, out: Path, device: torch.device, observer: Observer, sampling: Sampling,
+    command: str, init_from: ModelRef | None,
+) -> tuple[Run, Trainer]:  # fmt: skip
+    """Make a new run: its model, its folder, its first checkpoint."""
+    set_seed(plan.train.seed)
+    model = models.from_config(plan.model, plan.model_config)
+    if init_from is not None:
+        path, state = init_from.weights()
+        load_weights(model, state, path, device)
+    trainer = make_trainer(model, data, plan.train, device, observer, sampling)
+    config = replace(trainer.config, compile=compiler.decide(trainer, plan.train.compile))
+    trainer.config = config
+    tokenizer = data.tokenizer
+    described = {
+        "format": 1,
+        "model": {"name": plan.model, "size": plan.size, **models.config_dict(plan.model_config)},
+        "parameters": cost.count_parameters(model)["total"],
+        "tokenizer": None if tokenizer is None else {
+            "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+        },
+        "training": asdict(config),
+        "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
+        "sampling": asdict(sampling),
+        "data": {"folder": relative(data.path, out), "fingerprint": data.fingerprint},
+        "init_from": None if init_from is None else init_from.label,
+        "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+    status = {
+        "format": 1, "status": "running", "command": command, "device": device.type, "started": round(time.time()),
+        "step": 0, "max_steps": config.max_steps, "max_time_s": config.max_time_s, "time_s": 0.0, "tokens": 0,
+        "train_loss": None, "val_loss": None, "val_bits_per_byte": None, "best_step": None, "best_val_loss": None,
+        "best_val_bits_per_byte": None, "skipped_steps": 0,
+    }  # fmt: skip
+    return Run.create(out, described, tokenizer, status, trainer.checkpoint()), trainer
+
+
+def make_trainer(
+    model: LanguageModel,
+    data: TokenFolder,
+    config: TrainConfig,
+    device: torch.device,
+    observer: Observer,
+    sampling: Sampling,
+) -> Trainer:
+    model.to(device)
+    model.compute_dtype = DTYPES[config.precision]
+    how = SampleConfig(max_new_tokens=sampling.max_new_tokens, seed=config.seed)
+    return Trainer(model, data, config, device, observer, how, sampling.prompt_ids)
+
+
+def find_unfinished() -> Path:
+    """The newest run that is not finished. Raises CheckpointError where there is none."""
+    for folder in find_runs():
+        if live_status(folder, Run(folder).status()) != "finished":
+            return folder
+    raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
+
+
+def resume(
+    run: Run, overrides: Mapping[str, Any], data_folder: Path | None, observer: Observer
+) -> tuple[Trainer, list[str]]:  # fmt: skip
+    """Continue a run from its newest intact checkpoint; returns the trainer and what there is to say about it.
+
+    `overrides` are new values of training settings. Raises CheckpointError without an intact checkpoint, DataError
+    where the data is not the run's.
+    """
+    checkpoint, notes = run.newest_checkpoint()
+    old = TrainConfig(**run.config["training"])
+    config = replace(old, **overrides)
+    device, precision = prepare_device(config)
+    if precision != config.precision and "device" in overrides:
+        notes.append(f"this device computes in {precision}, the run did in {config.precision}")
+        config = replace(config, precision=precision)
+    folder = data_folder or run.folder / run.config["data"]["folder"]
+    from nnx_cli.engine.run import read_tokenizer
+
+    data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
+    if data.fingerprint != run.config["data"]["fingerprint"]:
+        raise DataError(
+            f"{folder} is not the data of this run: its fingerprint differs", fix="start a new run on it: --init-from"
+        )
+    model = model_from_config(run.config, run.folder)
+    load_weights(model, checkpoint.model, run.folder, device)
+    trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
+    trainer.restore(checkpoint, run)
+    trainer.config = replace(config, compile=compiler.decide(trainer, config.compile))
+    versions = run.config["versions"]
+    if versions["torch"] != torch.__version__:
+        notes.append(
+            f"torch is {torch.__version__}, the run began with {versions['torch']}: the same run, not the same bits"
+        )
+    run.cut_logs(trainer.state.step)
+    run.set_config(run.config | {"training": asdict(trainer.config)})
+    run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
+    return trainer, notes
+
+
+def relative(folder: Path, start: Path) -> str:
+    """The way from one folder to another, with forward slashes."""
+    try:
+        return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
+    except ValueError:  # another drive: Windows has no way there
+        return folder.resolve().as_posix()
