@@ -74,10 +74,6 @@ class TrainConfig:
     deterministic: bool = False  # same bits on every run of the same machine, also on a GPU (slower there)
 
     def __post_init__(self) -> None:
-        lengths = [name for name in ("max_steps", "max_time", "epochs") if getattr(self, name) is not None]
-        if len(lengths) > 1:
-            options = " and ".join("--" + name.replace("_", "-") for name in lengths)
-            raise UsageError(f"two lengths: {options}; give one")
         for name in ("max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches",
                      "save_every", "patience", "threads", "keep"):  # fmt: skip
             check_range(name, getattr(self, name), 1, 2**40)
@@ -189,6 +185,13 @@ def check_range(name: str, value: float | None, low: float, high: float, *, low_
         above = f"above {low:g}" if low_open else f"at least {low:g}"
         option = "--" + name.replace("_", "-")
         raise UsageError(f"{option} is {value:g}; it must be a number {above} and at most {high:g}")
+
+
+def check_one_length(values: Mapping[str, Any]) -> None:
+    """Raise UsageError where a user gave two lengths. (A derived length may have two ends; the first one counts.)"""
+    lengths = [name for name in ("max_steps", "max_time", "epochs") if values.get(name) is not None]
+    if len(lengths) > 1:
+        raise UsageError(f"two lengths: {' and '.join('--' + name.replace('_', '-') for name in lengths)}; give one")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

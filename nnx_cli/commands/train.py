@@ -17,7 +17,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.commands._options import command, given, hidden, model_fields, model_options, settings
 from nnx_cli.commands.prepare import preparation_view
-from nnx_cli.config import PrepareConfig, TrainConfig, coerce, own_fields, read_toml
+from nnx_cli.config import PrepareConfig, TrainConfig, check_one_length, coerce, own_fields, read_toml
 from nnx_cli.console import Talk, TrainingView, duration
 from nnx_cli.errors import DataError, Interrupted, NnxError, OutputError, UsageError
 
@@ -117,6 +117,7 @@ def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> t
 def split(values: dict[str, Any], model: str) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
     """Settings by owner: the model's fields, training, preparing. Raises UsageError for a field the model does not
     have."""
+    check_one_length(values)
     train_names = {field.name for field in own_fields(TrainConfig)}
     prepare_names = {field.name for field in prepare_fields()}
     train = TrainConfig(**{k: v for k, v in values.items() if k in train_names})
@@ -245,6 +246,7 @@ def resume_run(
             f"--{name.replace('_', '-')} cannot change on --resume", fix="start a new run, maybe with --init-from"
         )
     TrainConfig(**cli)
+    check_one_length(cli)
     from nnx_cli.engine import session
     from nnx_cli.engine.run import Run, find_folder
 

@@ -214,7 +214,7 @@ class Trainer:
             state.bad_steps += 0 if self.scaler.is_enabled() and self.scaler.get_scale() > 1 else 1
             if state.bad_steps >= MAX_BAD_STEPS:
                 raise QualityError(
-                    f"the run diverged: no finite gradient in {state.bad_steps} steps in a row, up to step {state.step + 1}",
+                    f"the run diverged: no finite gradient in {state.bad_steps} steps up to step {state.step + 1}",
                     fix="try a lower --lr, or --precision fp32",
                 )
         self.scaler.update()

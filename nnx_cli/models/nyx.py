@@ -173,6 +173,6 @@ def reference_config(
         raise UsageError("attention_dropout_rate and feedforward_dropout_rate must be equal")
     return dict(
         vocab_size=vocab_size, dim=model_dim, n_layers=layer_depth, n_heads=num_attention_heads,
-        head_dim=head_dimension, ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate, qk_norm=use_qk_rmsnorm,
-        xpos_scale_base=rotary_pos_emb_scale,
+        head_dim=head_dimension, ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate,
+        qk_norm=use_qk_rmsnorm, xpos_scale_base=rotary_pos_emb_scale,
     )  # fmt: skip
