@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.commands import prepare, sample, train
+from nnx_cli.commands import doctor, evaluate, list_runs, prepare, sample, summarize, train
 from nnx_cli.console import Talk, printable
 from nnx_cli.errors import NnxError, nearest
 
@@ -84,8 +84,17 @@ def root(
     """Train a small language model from scratch on your own text, on the computer you already have."""
 
 
-for module in (train, sample, prepare):
-    app.command(name=module.__name__.rpartition(".")[2])(module.run)
+COMMANDS = {
+    "prepare": prepare.run,
+    "train": train.run,
+    "sample": sample.run,
+    "eval": evaluate.run,
+    "summarize": summarize.run,
+    "list": list_runs.run,
+    "doctor": doctor.run,
+}
+for name, function in COMMANDS.items():
+    app.command(name=name)(function)
 
 
 def main() -> None:

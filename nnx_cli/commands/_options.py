@@ -29,9 +29,7 @@ def option(field: Field, panel: str | None = None, note: str = "") -> inspect.Pa
 def hidden(name: str, kind: type, spelling: str | None = None) -> inspect.Parameter:
     """A further spelling that help does not list."""
     info = typer.Option(spelling or "--" + name.replace("_", "-"), hidden=True)
-    return inspect.Parameter(
-        name, KEYWORD, default=None, annotation=Annotated[kind | None, info]
-    )
+    return inspect.Parameter(name, KEYWORD, default=None, annotation=Annotated[kind | None, info])
 
 
 def model_options() -> list[inspect.Parameter]:

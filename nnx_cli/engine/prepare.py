@@ -60,6 +60,16 @@ def prepare_builtin(out: Path, config: PrepareConfig, on_progress: Progress | No
     return _prepare([_builtin_source()], None, Path(out), config, on_progress or _ignore)
 
 
+def encode_files(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, config: PrepareConfig) -> np.ndarray:
+    """Ids (N,) of all text in `paths`, mapped from a file in the existing `folder`. Raises DataError."""
+    sources = corpus.find_sources(paths)
+    writer = SplitWriter(folder, tokenizer, None)
+    reader = Reader(config.text_key, config.errors == "strict", folder)
+    _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
+    writer.finish()
+    return np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
+
+
 def default_folder(
     paths: Sequence[str | Path], config: PrepareConfig, val_paths: Sequence[str | Path] | None = None
 ) -> Path:

@@ -1,0 +1,60 @@
+"""`nnx eval`: how well a model predicts text that it has not seen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from nnx_cli.commands._options import command, given, settings
+from nnx_cli.config import PrepareConfig, check_range, own_fields
+from nnx_cli.console import Talk
+
+OPTIONS = settings([field for field in own_fields(PrepareConfig) if field.name in ("text_key", "errors")])
+TOKENS_PER_BATCH = 8192
+
+
+@command(*OPTIONS)
+def run(
+    talk: Talk,
+    model: Annotated[
+        str | None, typer.Argument(help="Run folder, its name, RUN@last, RUN@500. [default: the newest run]")
+    ] = None,
+    filepath: Annotated[
+        list[str] | None, typer.Option(help="Text to read. [default: the validation split of the run]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.", show_default="auto")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+    **options: Any,
+) -> None:
+    """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""
+    check_range("batch-size", batch_size, 1, 2**20)
+    preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
+    from nnx_cli.engine.device import pick_device, pick_precision
+    from nnx_cli.engine.evaluator import evaluate
+    from nnx_cli.engine.held_out import held_out_tokens
+    from nnx_cli.engine.run import find_model, load_model
+
+    where = pick_device(device)
+    precision = pick_precision(precision, where)
+    ref = find_model(model)
+    network, tokenizer = load_model(ref, where, precision), ref.tokenizer
+    seq_len = network.config.seq_len
+    with held_out_tokens(ref, filepath or [], preparing) as tokens:
+        result = evaluate(
+            network, tokens, seq_len=seq_len, batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
+            token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
+        )  # fmt: skip
+    talk.show_json({
+        "model": ref.label, "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+        "bits_per_byte_stderr": result.bits_per_byte_stderr, "tokens": result.tokens, "text_bytes": result.text_bytes,
+        "tokens_per_s": result.tokens_per_s,
+    })  # fmt: skip
+    error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
+    source = ", ".join(filepath) if filepath else "the validation split"
+    talk.show(
+        f"{ref.label} on {source}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}",
+        f"{result.tokens:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
+    )

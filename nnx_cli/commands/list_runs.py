@@ -1,0 +1,26 @@
+"""`nnx list`: the runs in weights/."""
+
+from __future__ import annotations
+
+from nnx_cli.commands._options import command
+from nnx_cli.console import Talk, duration
+
+
+@command()
+def run(talk: Talk) -> None:
+    """List the runs: name, model, size, status, steps, best bits per byte, age."""
+    from nnx_cli.engine.run import list_runs
+
+    rows = list_runs()
+    talk.show_json(rows)
+    if not rows:
+        talk.show("no runs in weights/ yet; train one: nnx train --filepath FILE")
+        return
+    table = []
+    for row in rows:
+        bits = row.get("best_val_bits_per_byte")
+        table.append([
+            row["name"], row.get("model"), row.get("size") or "own shape", row["status"], row.get("steps"),
+            None if bits is None else f"{bits:.4f}", duration(row["age_s"]) + " ago",
+        ])  # fmt: skip
+    talk.table(["run", "model", "size", "status", "steps", "bits/byte", "last change"], table)

@@ -1,0 +1,184 @@
+"""`nnx summarize`: what a model is made of and what it costs, without weights and without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnx_cli import models
+from nnx_cli.commands._options import command, given, model_fields, model_options
+from nnx_cli.config import check_choice, check_range, parse_bytes
+from nnx_cli.console import Talk, size
+from nnx_cli.errors import DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from nnx_cli.models._base import ModelConfig
+
+DEFAULT_SIZE = "small"
+CARDS_GB = (4, 6, 8, 12, 16, 24)
+
+
+@command(*model_options())
+def run(
+    talk: Talk,
+    ref: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"Architecture: {', '.join(models.names())}.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default=DEFAULT_SIZE)
+    ] = None,
+    all: Annotated[bool, typer.Option("--all", help="Set the whole zoo side by side.")] = False,
+    vram: Annotated[str | None, typer.Option(help="Memory that training should fit in, such as 8GB.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences in a micro-batch.", show_default="what fits")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, lion")] = "adamw",
+    precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
+    **options: Any,
+) -> None:
+    """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
+    check_choice("optimizer", optimizer, ("adamw", "lion"))
+    check_choice("precision", precision, ("fp32", "bf16", "fp16"))
+    check_range("batch-size", batch_size, 1, 2**20)
+    budget = parse_bytes(vram)
+    fields = given(options, model_fields().values())
+    if ref is not None and (model or size or fields or all):
+        raise UsageError("a run has its own shape: give a run or --model, not both")
+    how = {"vram_bytes": budget, "batch_size": batch_size, "optimizer": optimizer, "precision": precision}
+    if all or (ref is None and model is None and not fields):
+        zoo = [summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), **how)
+               for name in models.names()]  # fmt: skip
+        talk.show_json(zoo)
+        show_zoo(talk, zoo)
+        return
+    if ref is not None:
+        name, label, config = of_run(ref)
+    else:
+        name = model or "nyx"
+        models.check_name(name)
+        label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
+    facts = summary(name, label, config, **how)
+    talk.show_json(facts)
+    show_layers(talk, name, config)
+    show_facts(talk, facts)
+    fits = facts["fits"]
+    if not fits["fits"] and (vram or batch_size):
+        enough = f"--batch-size {fits['largest']} would" if fits["largest"] else "not even one sequence does"
+        raise DoesNotFit(
+            f"a batch of {fits['batch_size']} takes {fits['predicted_peak_bytes'] / 2**30:.2f} GiB "
+            f"and does not fit in {fits['budget_bytes'] / 2**30:.2f} GiB; {enough}"
+        )
+
+
+def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
+    """Name, size and configuration of a run's model."""
+    from nnx_cli.engine.run import find_model, model_from_config
+
+    found = find_model(spec)
+    described = found.config["model"]
+    return described["name"], described.get("size"), model_from_config(found.config, found.folder).config
+
+
+def summary(
+    name: str, label: str | None, config: ModelConfig, *, vram_bytes: int | None, batch_size: int | None,
+    optimizer: str, precision: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything there is to say of a model, under the keys of --json."""
+    from nnx_cli.engine import cost
+    from nnx_cli.engine.device import memory_budget, pick_device
+    from nnx_cli.engine.planner import GPU_TOKENS_PER_STEP, largest_batch
+
+    model = cost.meta_model(name, config)
+    T = config.seq_len
+
+    def memory(rows: int) -> cost.Memory:
+        return cost.training_memory(model, batch_size=rows, seq_len=T, optimizer=optimizer, precision=precision)
+
+    budget = memory_budget(pick_device("auto"), vram_bytes)
+    one, two = memory(1).peak_bytes, memory(2).peak_bytes
+    largest = largest_batch(one, two, budget)
+    per_step = max(1, GPU_TOKENS_PER_STEP // T)
+    rows = batch_size or max(1, min(largest, per_step))
+    chosen = memory(rows)
+    weights, cache = cost.sampling_bytes(model)
+    return {
+        "model": name, "size": label, "seq_len": T, "vocab_size": config.vocab_size,
+        "parameters": cost.count_parameters(model),
+        "flops_per_token": cost.flops_per_token(model),
+        "memory": asdict(chosen) | {"sampling_bytes": weights + cache * T},
+        "cache_bytes_per_token": cache,
+        "file_bytes": cost.file_bytes(model),
+        "fits": {
+            "budget_bytes": budget, "fits": rows <= largest, "batch_size": rows, "largest": largest,
+            "grad_accum": max(1, -(-per_step // rows)), "activation_checkpointing": "off",
+            "predicted_peak_bytes": chosen.peak_bytes,
+        },
+        "trains_in_gb": {str(gb): one <= memory_budget(pick_device("auto"), gb * 2**30) for gb in CARDS_GB},
+    }  # fmt: skip
+
+
+def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
+    """The table of layers: torchinfo walks the modules; shapes and counts are of one sequence. Its totals are not
+    used."""
+    if talk.json:
+        return
+    import torch
+    import torchinfo
+
+    from nnx_cli.engine import cost
+
+    model = cost.meta_model(name, config)
+    ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
+    found = torchinfo.summary(model, input_data=[ids], depth=4, verbose=0, device="meta")
+    seen, rows = set(), []
+    for layer in found.summary_list:
+        own = [p for p in layer.module.parameters(recurse=False) if id(p) not in seen]
+        tied = any(id(p) in seen for p in layer.module.parameters(recurse=False))
+        seen.update(id(p) for p in own)
+        inside = sum({id(p): p.numel() for p in layer.module.parameters()}.values())
+        count = "tied" if tied and not own else f"{inside:,}"
+        title = "  " * layer.depth + (layer.var_name or name)
+        rows.append([title, layer.class_name, shape_text(layer.output_size), count])
+    talk.table(["layer", "kind", "output of one sequence", "parameters"], rows)
+
+
+def shape_text(shape: Any) -> str:
+    """A shape as 1 x 256 x 384; nothing for a module without one output."""
+    return " x ".join(str(n) for n in shape) if shape and all(isinstance(n, int) for n in shape) else ""
+
+
+def show_facts(talk: Talk, facts: dict[str, Any]) -> None:
+    """One model's numbers."""
+    parameters, memory, fits, flops = facts["parameters"], facts["memory"], facts["fits"], facts["flops_per_token"]
+    files = ", ".join(f"{kind} {size(n)}" for kind, n in facts["file_bytes"].items())
+    cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
+    verdict = "fits" if fits["fits"] else "does not fit"
+    talk.show(
+        f"{facts['model']} {facts['size'] or 'of your shape'}: {parameters['total']:,} parameters "
+        f"({parameters['embedding']:,} in the embedding)",
+        f"forward {flops['forward'] / 1e6:,.1f} MFLOP a token, training {flops['train'] / 1e6:,.1f}",
+        f"training with {fits['batch_size']} x {facts['seq_len']} tokens at once (estimate): "
+        f"weights {size(memory['weights_bytes'])}, gradients {size(memory['gradients_bytes'])}, optimizer {size(memory['optimizer_bytes'])}, "
+        f"activations {size(memory['activations_bytes'])}; peak about {size(memory['peak_bytes'])}, "
+        f"{verdict} in {size(fits['budget_bytes'])}",
+        f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
+        f"file: {files}",
+        f"trains on cards with {', '.join(cards)} GB" if cards else "trains on no card of up to 24 GB",
+    )
+
+
+def show_zoo(talk: Talk, zoo: list[dict[str, Any]]) -> None:
+    """The architectures side by side."""
+    rows = []
+    for facts in zoo:
+        cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
+        rows.append([
+            facts["model"], f"{facts['parameters']['total'] / 1e6:,.2f} M", f"{facts['flops_per_token']['train'] / 1e6:,.0f} M",
+            size(facts["memory"]["peak_bytes"]), facts["fits"]["batch_size"], size(facts["cache_bytes_per_token"]),
+            size(facts["file_bytes"]["int8"]), f"{cards[0]} GB" if cards else "–",
+        ])  # fmt: skip
+    first = zoo[0]
+    title = f"size {first['size']}, vocabulary {first['vocab_size']:,}, {first['seq_len']:,} tokens of context"
+    columns = ["model", "params", "FLOP/token", "peak", "batch", "cache/token", "int8 file", "trains in"]
+    talk.table(columns, rows, title)

@@ -1,0 +1,43 @@
+"""The text that a model is judged on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from nnx_cli.config import PrepareConfig
+from nnx_cli.engine.prepare import encode_files
+from nnx_cli.engine.run import ModelRef
+from nnx_cli.engine.tokens import open_token_folder
+from nnx_cli.errors import DataError
+
+
+@contextmanager
+def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig | None = None) -> Iterator[np.ndarray]:
+    """Token ids (N,): of text in `paths`, or of the validation split beside which the model was trained.
+
+    Raises DataError where there is no such text, or where it belongs to another tokenizer.
+    """
+    tokenizer = ref.tokenizer
+    if not paths:
+        data = ref.config.get("data")
+        folder = ref.folder / data["folder"] if data else ref.folder / "data"
+        if not folder.is_dir():
+            raise DataError(
+                f"the text that {ref.label} was trained on is gone: no {folder}", fix="name a text: --filepath FILE"
+            )
+        tokens = open_token_folder(folder, tokenizer=tokenizer)
+        if tokens.fingerprint != data["fingerprint"]:
+            raise DataError(
+                f"{folder} is not the text that {ref.label} was trained on", fix="name a text: --filepath FILE"
+            )
+        yield tokens.val
+        return
+    if tokenizer is None:
+        raise DataError(f"{ref.label} has no tokenizer: it cannot read text", fix="leave out --filepath")
+    with tempfile.TemporaryDirectory(prefix="nnx-") as folder:
+        yield encode_files(paths, tokenizer, Path(folder), config or PrepareConfig())
