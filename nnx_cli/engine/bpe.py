@@ -17,7 +17,8 @@ from nnx_cli.errors import DataError, MissingFeature, UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 4096
-SAMPLE_CHARS = 32 * 2**20  # what training reads at most, spread over the whole corpus
+SAMPLE_CHARS = 2**23  # what training holds at most, spread over the whole corpus;
+SAMPLE_CHARS_PER_TOKEN = 2**11  # a large vocabulary needs more
 SAMPLE_BLOCK = 2**16
 
 # Possessive quantifiers keep the regular expression from backtracking. `plain` gives the form other engines read.
@@ -98,6 +99,12 @@ class BpeTokenizer(Tokenizer):
             raise DataError(f"the tokenizer's pattern fails on this text: {error}") from error
         return ids.astype(self.dtype)
 
+    def cuts_safely(self, text: str) -> bool:
+        """Whether `safe_cut` keeps its promise on every beginning of `text`."""
+        whole = self.encode(text).tolist()
+        cuts = {self.safe_cut(text[:n])[0] for n in range(len(text))}
+        return all([*self.encode(text[:n]), *self.encode(text[n:])] == whole for n in cuts)
+
     def safe_cut(self, text: str) -> tuple[int, bool]:
         n = _last_boundary(text)
         if n:
@@ -151,13 +158,14 @@ def train(pieces: Iterable[str], vocab_size: int) -> BpeTokenizer:
         raise MissingFeature("training a vocabulary needs rustbpe", fix="pip install 'nnx-cli[bpe]'")
     import rustbpe
 
+    n_chars = max(SAMPLE_CHARS, min(vocab_size, 2**15) * SAMPLE_CHARS_PER_TOKEN)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(_spread(pieces)), vocab_size - 1, buffer_size=64, pattern=OWN_PATTERN)
+    trainer.train_from_iterator(iter(_spread(pieces, n_chars)), vocab_size - 1, buffer_size=64, pattern=OWN_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     return BpeTokenizer(ranks, OWN_PATTERN, {END_OF_TEXT: len(ranks)}, len(ranks))
 
 
-def _spread(pieces: Iterable[str], limit: int = SAMPLE_CHARS) -> list[str]:
+def _spread(pieces: Iterable[str], limit: int) -> list[str]:
     """Blocks of text, evenly spread over all of `pieces`, at most `limit` characters of them."""
     kept: list[str] = []
     stride, position, block = 1, 0, []

@@ -123,9 +123,7 @@ class Reader:
         if self.on_bytes:
             self.on_bytes(n_bytes)
 
-    def _documents(
-        self, stored: Stream, name: str, report: Report, inside_archive: bool = False
-    ) -> Iterator[Piece]:
+    def _documents(self, stored: Stream, name: str, report: Report, inside_archive: bool = False) -> Iterator[Piece]:
         stream = unpack(stored)
         head = stream.peek(4)
         if head == b"PK\x03\x04" and not inside_archive:

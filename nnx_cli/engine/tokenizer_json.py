@@ -17,6 +17,9 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB_SIZE = 2**24
 MAX_SPECIALS = 2**12
 HF_GPT2 = bpe.plain(bpe.GPT2_PATTERN)  # what ByteLevel splits by on its own
+PROBE = (
+    "It's 12 o'clock (or 13:45), we'd say; a_b + c == 'd' \u2014 \u00e9t\u00e9 \u6211\u3002 x\n\n  then  3.14\tEND! "
+)
 END_OF_TEXT_NAMES = (bpe.END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(N_BYTES)]
@@ -120,6 +123,7 @@ def from_json(content: Any) -> Tokenizer:
     tokenizer = bpe.BpeTokenizer(ranks, pattern, specials, eot_id)
     if tokenizer.kind not in bpe.PUBLISHED:
         _check_merges(ranks, pairs, bool(model.get("ignore_merges")))
+        _require(tokenizer.cuts_safely(PROBE), "its regular expression does not start a piece at every word")
     return tokenizer
 
 
@@ -206,11 +210,13 @@ def _pattern(splitter: Any) -> str:
 
 
 def _check_merges(ranks: dict[bytes, int], pairs: list[tuple[str, str]], ignore_merges: bool) -> None:
-    """tiktoken merges in the order of ids: that must be the order of the file, through the same pairs."""
+    """tiktoken merges in the order of ids: so must the file. It may list other pairs too, which never come up."""
     try:
         listed = [(bpe.to_bytes(a), bpe.to_bytes(b)) for a, b in pairs]
     except UnicodeEncodeError as error:
         raise _Unsupported("its merges are not written in byte-level characters") from error
-    _require(listed == list(bpe.merges(ranks)), "its merges do not follow its ids")
-    n_longer = sum(len(token) > 1 for token in ranks)
-    _require(ignore_merges or n_longer == len(listed), "some of its tokens have no merge")
+    ids = [ranks.get(a + b, -1) for a, b in listed]
+    needed = list(bpe.merges(ranks))
+    in_order = -1 not in ids and ids == sorted(ids) and set(needed) <= set(listed)
+    _require(in_order, "its merges do not follow its ids")
+    _require(ignore_merges or len(needed) == sum(len(token) > 1 for token in ranks), "some of its tokens have no merge")

@@ -19,7 +19,7 @@ from nnx_cli.errors import DataError
 FORMAT = 1
 SPLITS = ("train", "val")
 DTYPES = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}
-BLOCK_BYTES = 2**22  # read at a time
+BLOCK_BYTES = 2**20  # read at a time
 WRITE_BYTES = 2**18  # gathered before a write; larger ones pass straight through
 MAX_META_BYTES = 256 * 2**20  # a folder of a million files names them all
 NANOGPT_DTYPE = "uint16"

@@ -1,0 +1,356 @@
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import sys
+import zipfile
+
+import pytest
+
+from nnx_cli.engine import compression, corpus, rows
+from nnx_cli.engine.corpus import Reader, Report, Source, find_sources
+from nnx_cli.errors import DataError, MissingFeature, UsageError
+
+TEXT = "One line.\nZwei Zeilen, größer.\r\n三行。\n"
+
+
+def read(*paths, strict=False, text_key="text", spool=None) -> tuple[list[str], Report]:
+    """All documents of some paths."""
+    report, documents, parts = Report(), [], []
+    for text, ends in Reader(text_key, strict, spool).pieces(find_sources(paths), report):
+        parts.append(text)
+        if ends:
+            documents.append("".join(parts))
+            parts = []
+    assert not parts
+    return documents, report
+
+
+def refusal(*paths, **options) -> str:
+    with pytest.raises(DataError) as error:
+        read(*paths, **options)
+    assert error.value.exit_code == 3
+    return str(error.value)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+# finding
+
+
+def test_folder_is_read_whole_and_sorted(tmp_path):
+    for name in (
+        "b/c.md",
+        "a.txt",
+        "B.TXT",
+        "z.txt.gz",
+        "skip.py",
+        ".hidden.txt",
+        ".git/x.txt",
+        "b/a.jsonl.zst",
+        "pack.zip",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    os.symlink(tmp_path, tmp_path / "b/loop")
+    os.symlink(tmp_path / "nothing", tmp_path / "broken.txt")
+    names = [os.path.relpath(source.name, tmp_path) for source in find_sources([tmp_path])]
+    assert names == ["B.TXT", "a.txt", "pack.zip", "z.txt.gz", "b/a.jsonl.zst", "b/c.md"]
+
+
+def test_globs_repeats_and_any_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.log", "b.log", "c.txt"):
+        (tmp_path / name).write_text(name)
+    assert [source.name for source in find_sources(["*.log", "a.log", "./b.log", "c.txt"])] == [
+        "a.log",
+        "b.log",
+        "c.txt",
+    ]
+    assert read("*.log")[0] == ["a.log", "b.log"]
+    assert find_sources([tmp_path / "a.log"])[0].label == "a.log"
+
+
+@pytest.mark.parametrize("name", ["nothing.txt", "*.nothing", "empty"])
+def test_what_is_not_there_is_named(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    assert name in refusal(tmp_path / name)
+    with pytest.raises(UsageError):
+        find_sources([])
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(TEXT.encode()))))
+    assert read("-")[0] == [TEXT]
+    assert not sys.stdin.buffer.closed
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in refusal("-")
+
+
+# compression
+
+
+def zstd(data: bytes) -> bytes:
+    module = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    return module.compress(data)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+def test_compression_is_told_by_content(tmp_path, pack):
+    path = tmp_path / "text"
+    path.write_bytes(pack(TEXT.encode()))
+    assert read(path)[0] == [TEXT]
+    path.write_bytes(pack(TEXT.encode()) + pack(b"more"))
+    assert read(path)[0] == [TEXT + "more"]
+    path.write_bytes(gzip.compress(pack(TEXT.encode())))
+    assert read(path)[0] == [TEXT]
+    for damaged in (pack(TEXT.encode())[:-5], pack(TEXT.encode() * 50)[:40] + bytes(100)):
+        path.write_bytes(damaged)
+        assert "damaged" in refusal(path)
+
+
+def test_gzip_in_gzip_in_gzip_is_refused(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(gzip.compress(gzip.compress(b"text"))))
+    assert "compressed" in refusal(path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_bombs_are_refused_early(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(compression, "BOMB_BYTES", 2**22)
+    monkeypatch.setattr(compression, "BOMB_RATIO", 100)
+    path = tmp_path / "bomb.txt.gz"
+    path.write_bytes(pack(b"a" * 2**24))
+    assert "unpacks to more than" in refusal(path)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", "a" * 2**24)
+    assert "unpacks to more than" in refusal(tmp_path / "bomb.zip")
+
+
+def test_zip_archive(tmp_path):
+    path = tmp_path / "pack.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("b.txt", TEXT)
+        archive.writestr("picture.png", b"\x89PNG\r\n\x1a\n")
+        archive.writestr("../a.jsonl.gz", gzip.compress(b'{"text": "row"}\n'))
+    assert read(path)[0] == [TEXT, "row"]
+    (tmp_path / "pack").write_bytes(gzip.compress(path.read_bytes()))
+    assert read(tmp_path / "pack", spool=tmp_path)[0] == [TEXT, "row"]
+    assert sorted(os.listdir(tmp_path)) == ["pack", "pack.zip"]
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("member", ["a.zip", "a.docx"])
+def test_zip_without_text(tmp_path, member):
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        archive.write(tmp_path / "inner.zip", member)
+    refusal(tmp_path / "pack.zip")
+
+
+def test_missing_zstd_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd rest")
+    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "compression", None)
+    with pytest.raises(MissingFeature) as error:
+        read(path)
+    assert error.value.exit_code == 7 and "nnx-cli[zstd]" in error.value.fix
+
+
+# encodings
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("long", [False, True])
+def test_encodings(tmp_path, encoding, long):
+    text = "Größe, naïve façade — “quoted”.\r\n" * (40_000 if long else 3)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode(encoding))
+    documents, report = read(path)
+    assert documents == [text]
+    assert bool(report.notes) is (encoding in ("utf-16-le", "utf-16-be", "cp1252"))
+    if encoding == "cp1252":
+        assert "at offset 2" in refusal(path, strict=True)
+    else:
+        assert read(path, strict=True)[0] == [text]
+
+
+def test_character_on_the_border_of_blocks(tmp_path):
+    path = tmp_path / "a.txt"
+    text = "a" * (compression.BLOCK_BYTES - 1) + "é我\U0001f600" * 1000
+    path.write_bytes(text.encode())
+    assert read(path)[0] == [text]
+
+
+@pytest.mark.parametrize(
+    ("damage", "n_bytes", "marks"),
+    [(b"\xff", 1, 1), (b"\xc0\xaf", 2, 2), (b"\xed\xa0\x80", 3, 3), (b"\xe6\x88", 2, 1), ("\ufffd".encode(), 0, 1)],
+)
+@pytest.mark.parametrize("before", [10, compression.BLOCK_BYTES - 1, compression.BLOCK_BYTES + 5])
+def test_invalid_bytes_are_counted_or_refused(tmp_path, damage, n_bytes, marks, before):
+    good = "é我é我é我" + "x" * before
+    path = tmp_path / "a.txt"
+    path.write_bytes(good.encode() + damage + b"end")
+    documents, report = read(path)
+    assert documents == [good + "\ufffd" * marks + "end"]
+    assert report.n_replaced_bytes == n_bytes
+    if n_bytes:
+        assert f"at offset {len(good.encode())}" in refusal(path, strict=True)
+
+
+def test_truncated_at_the_end(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("ééé我".encode()[:-1])
+    assert read(path)[0] == ["ééé\ufffd"]
+    assert "offset 6" in refusal(path, strict=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x7fELF\x02\x01" + bytes(100), b"\x89PNG\r\n\x1a\n\x00", bytes(1000), bytes(range(256)) * 10, b"text\x00" * 50],
+)
+def test_binary_is_refused(tmp_path, content):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    assert str(path) in refusal(path)
+
+
+def test_long_line_is_streamed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 5 * 2**20)
+    sizes = [len(piece.text) for piece in Reader().pieces(find_sources([path]), Report())]
+    assert sum(sizes) == 5 * 2**20 and max(sizes) <= compression.BLOCK_BYTES
+
+
+# rows
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'{"text": "one\\ntwo"}\r\n\n{"text": "\\ud83d\\ude00 \\ud800", "n": NaN}\n{"text": ""}\n{"text": "last"}'
+    )
+    assert read(path)[0] == ["one\ntwo", "😀 \ufffd", "", "last"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b"{",
+        b"5",
+        b'{"txt": "a"}',
+        b'{"text": null}',
+        b'{"text": ["a"]}',
+        b"[" * 100_000,
+        b'{"text": "' + b"x" * 5000 + b'"}',
+    ],
+)
+def test_bad_jsonl_rows_are_counted_or_refused(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(corpus, "ROW_CHARS", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + row + b'\n{"text": "fine"}\n')
+    documents, report = read(path)
+    assert documents == ["good", "fine"]
+    assert report.n_skipped_rows == 1 and "line 2" in report.notes[0]
+    assert "line 2" in refusal(path, strict=True)
+
+
+def test_an_endless_line_is_never_held():
+    held = []
+    blocks = (held.append(1) or "x" * 1000 for _ in range(100))
+    assert list(rows.lines(blocks, 5000)) == [None]
+    assert list(rows.lines(iter(["ab", "c\nd\n\n", "e"]), 3)) == ["abc", "d", "", "e"]
+    assert list(rows.lines(iter(["abcd\nef", "gh\nij\n"]), 3)) == [None, None, "ij"]
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffid,text\r\n1,"one, ""two""\r\nthree"\r\n\r\n2,vier\r\n3\r\n'.encode())
+    documents, report = read(path)
+    assert documents == ['one, "two"\r\nthree', "vier"]
+    assert report.n_skipped_rows == 1
+    path.write_text("id;body\n1;a,b\n")
+    assert read(path, text_key="body")[0] == ["a,b"]
+    assert "no column 'text'" in refusal(path)
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="needs the extra nnx-cli[parquet]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra nnx-cli[parquet]")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"n": [1, 2, 3], "text": ["one", None, "drei ü"]}), path)
+    documents, report = read(path)
+    assert documents == ["one", "drei ü"] and report.n_skipped_rows == 1
+    assert report.sources[0]["bytes"] == path.stat().st_size
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read(tmp_path / "b.parquet.gz", spool=tmp_path)[0] == documents
+    assert "row 2" in refusal(path, strict=True)
+    assert "no column 'body'" in refusal(path, text_key="body")
+    assert "not text" in refusal(path, text_key="n")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "damaged" in refusal(path)
+    path.write_bytes(b"no table")
+    assert "damaged" in refusal(path)
+
+
+def test_missing_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 and more")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingFeature) as error:
+        read(path)
+    assert "nnx-cli[parquet]" in error.value.fix
+
+
+# the rest
+
+
+def test_sources_are_described(text_file):
+    _, report = read(text_file)
+    content = text_file.read_bytes()
+    expected = {"name": "a.txt", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert report.sources == [expected]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(text_file):
+    pieces = Reader().pieces(find_sources([text_file]), Report())
+    next(pieces)
+    with open(text_file, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match="changed"):
+        list(pieces)
+
+
+def test_unreadable_file(text_file, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert "Permission denied" in refusal(text_file)
+
+
+def test_text_in_memory():
+    source = Source("made up", content=b"text")
+    assert (source.size, source.repeatable) == (4, True)
+    assert [piece.text for piece in Reader().pieces([source], Report())] == ["text", ""]
+
+
+def test_builtin_corpus(monkeypatch):
+    text = corpus.builtin_corpus()
+    assert len(text) > 300_000 and "\n" in text and json.dumps(text)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(DataError) as error:
+        corpus.builtin_corpus()
+    assert "--filepath" in error.value.fix
