@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,6 +31,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and value < 1:
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{field.name.replace('_', '-')} is {value:g}; it must be a finite number")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
         if self.variant not in self.VARIANTS:
