@@ -1,0 +1,154 @@
+"""Shared fixtures: a text, its token folder, one small trained run, and ways to make more of them."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nnx_cli import models
+from nnx_cli.cli import app
+from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.engine import session
+from nnx_cli.engine.planner import plan_run
+from nnx_cli.engine.prepare import prepare
+from nnx_cli.engine.run import Run
+from nnx_cli.engine.tokens import open_token_folder
+from nnx_cli.engine.trainer import Observer
+
+torch.set_num_threads(1)  # these models are too small to share
+
+TINY = dict(n_layers=2, dim=32, n_heads=2, seq_len=32)
+SETTINGS = dict(max_steps=12, batch_size=4, grad_accum=2, val_every=4, val_batches=2, save_every=4, sample_every=0,
+                lr=3e-3, compile="off", device="cpu", threads=1)  # fmt: skip
+
+
+@pytest.fixture
+def tiny():
+    """Builds a two-layer model of an architecture: tiny(name, **fields)."""
+
+    def build(name="nyx", **fields):
+        torch.manual_seed(0)
+        return models.build(name, **(dict(vocab_size=64) | TINY | fields))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def text():
+    """About 9,000 characters of lines made of a few words, some of them not ASCII."""
+    words = "the a cat dog tree sees likes über naïve 小猫 and under river stone light 🙂 old small quickly".split()
+    draw = random.Random(5)
+    return "\n".join(" ".join(draw.choices(words, k=draw.randint(4, 9))) for _ in range(260)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def text_file(text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_path(text_file, tmp_path_factory):
+    """The text as bytes, in a token folder."""
+    out = tmp_path_factory.mktemp("shared") / "data" / "words"
+    prepare([text_file], out, PrepareConfig(workers=1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokens(token_path):
+    return open_token_folder(token_path)
+
+
+@pytest.fixture(scope="session")
+def start(tokens):
+    """Starts a run and returns it with its trainer: start(folder, model="nyx", fields={...}, **training settings)."""
+
+    def start_run(out, model="nyx", fields=None, observer=None, **settings):
+        train = TrainConfig(**(SETTINGS | settings))
+        plan = plan_run(
+            model, "nano", TINY | (fields or {}), train, vocab_size=tokens.vocab_size, train_tokens=len(tokens.train),
+            val_tokens=len(tokens.val), device=torch.device("cpu"), precision="fp32", sources={},
+        )  # fmt: skip
+        prompt = session.Sampling([10], 8)
+        return session.start(plan, tokens, out, torch.device("cpu"), observer or Observer(), prompt, "nnx train", None)
+
+    return start_run
+
+
+@pytest.fixture(scope="session")
+def finished(start, token_path):
+    """A finished run of 40 steps beside its data. Read only: `run` is a copy."""
+    run, trainer = start(token_path.parents[1] / "weights" / "words", max_steps=40, val_every=10, save_every=20)
+    with run.lock():
+        ended = trainer.train(run, lambda: False)
+    run.set_status(status=ended, step=trainer.state.step)
+    return run.folder
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(finished, token_path, workspace):
+    """A copy of the finished run as weights/words, and its data as data/words."""
+    shutil.copytree(token_path, workspace / "data" / "words")
+    shutil.copytree(finished, workspace / "weights" / "words")
+    return Run(Path("weights") / "words")
+
+
+@pytest.fixture
+def nnx(workspace):
+    """Runs a command line: nnx("train", "--dim", 32, ...) returns its exit_code, stdout and stderr."""
+
+    def invoke(*words, input=None):
+        result = CliRunner().invoke(app, [str(word) for word in words], input=input)
+        unexpected = result.exception and not isinstance(result.exception, SystemExit)
+        if unexpected:
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def refused(nnx, workspace):
+    """Runs a command line that must fail: checks the exit code, the words of its one line, and that no file
+    changed."""
+
+    def invoke(code, message, *words, input=None):
+        before = listing(workspace)
+        result = nnx(*words, input=input)
+        lines = result.stderr.splitlines()
+        assert result.exit_code == code, result.stderr
+        problem = [line for line in lines if line.startswith("nnx: ")]
+        assert len(problem) == 1 and message in problem[0] and len(problem[0]) <= 300, result.stderr
+        after = lines[lines.index(problem[0]) + 1 :]
+        assert len(after) <= 1 and all(line.startswith("     ") for line in after), result.stderr
+        assert "Traceback" not in result.output and "\x1b" not in result.output
+        assert listing(workspace) == before
+        return result
+
+    return invoke
+
+
+def listing(folder):
+    """Every file and folder below `folder` with its size and time."""
+    found = {}
+    for root, folders, files in os.walk(folder):
+        for name in folders:
+            found[os.path.join(root, name)] = None
+        for name in files:
+            path = os.path.join(root, name)
+            if name != "lock":
+                found[path] = (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+    return found

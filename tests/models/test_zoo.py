@@ -1,0 +1,305 @@
+"""What every architecture promises, whichever there are."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nnx_cli import models
+from nnx_cli.engine import checkpoint as ckpt
+from nnx_cli.engine.cost import count_parameters, meta_model
+from nnx_cli.engine.loss import TrainStep
+from nnx_cli.errors import UsageError
+
+NAMES = models.names()
+SIZES = {"nano": 0.8e6, "tiny": 10.7e6, "small": 30e6, "base": 124e6, "large": 350e6, "xl": 1.0e9}
+TOLERANCE = {"tape": 0.10}  # the least adjustable one
+V = 64
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def model(tiny, name):
+    """A model whose logits differ clearly from token to token: small weights hide mistakes."""
+    model = tiny(name, vocab_size=V).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(2.0)
+    model.post_optim_step()
+    return model
+
+
+def draw_ids(*shape, seed=1):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b, tolerance=2e-5):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item() <= tolerance * max(1.0, b.abs().max().item())
+
+
+def test_logits_shape(model, name):
+    logits = model(draw_ids(3, 17))
+    assert logits.shape == (3, 17, V) and logits.dtype == torch.float32
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_later_token_changes_no_earlier_logit(model, name):
+    ids = draw_ids(2, 20)
+    changed = ids.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % V
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not same(before[:, 12:], after[:, 12:])
+
+
+@torch.no_grad()
+def test_an_earlier_token_changes_later_logits(model, name):
+    ids = draw_ids(1, 12)
+    changed = ids.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % V
+    difference = (model(ids) - model(changed)).abs().amax(dim=2)[0]
+    assert (difference[:5] == 0).all() and (difference[5:] > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefill", [1, 7, 20])
+def test_cached_decoding_equals_the_full_pass(model, name, prefill):
+    ids = draw_ids(2, 32)
+    cache = model.make_cache(2, 32)
+    logits = [model(ids[:, :prefill], cache=cache)]
+    logits += [model(ids[:, t : t + 1], cache=cache) for t in range(prefill, 30)]
+    assert same(torch.cat(logits, dim=1), model(ids[:, :30]))
+    assert cache.lengths.tolist() == [30, 30] and cache.lengths.dtype == torch.int64
+    assert same(model(ids[:, 30:32], cache=cache), model(ids)[:, 30:32]), "two tokens at once, to the last place"
+
+
+@torch.no_grad()
+def test_rows_of_different_length_share_a_cache(model, name):
+    ids, lengths = draw_ids(3, 24), [5, 16, 1]
+    cache = model.make_cache(3, 32)
+    padded = ids[:, :16].clone()
+    for row, length in enumerate(lengths):
+        padded[row, length:] = 0
+    model(padded, cache=cache)
+    cache.truncate(torch.tensor(lengths))
+    assert cache.lengths.tolist() == lengths
+    for step in range(4):
+        new = torch.stack([ids[row, length + step : length + step + 1] for row, length in enumerate(lengths)])
+        logits = model(new, cache=cache)
+        for row, length in enumerate(lengths):
+            assert same(logits[row, -1], model(ids[row : row + 1, : length + step + 1])[0, -1]), (row, step)
+
+
+@torch.no_grad()
+def test_rows_of_different_length_take_several_tokens_at_once(model, name):
+    ids, lengths = draw_ids(2, 24), [4, 11]
+    cache = model.make_cache(2, 32)
+    model(ids[:, :11], cache=cache)
+    cache.truncate(torch.tensor(lengths))
+    new = torch.stack([ids[row, length : length + 3] for row, length in enumerate(lengths)])
+    logits = model(new, cache=cache)
+    for row, length in enumerate(lengths):
+        assert same(logits[row], model(ids[row : row + 1, : length + 3])[0, -3:]), row
+
+
+@torch.no_grad()
+def test_cache_truncates_all_rows_to_one_length(model, name):
+    ids = draw_ids(2, 16)
+    cache = model.make_cache(2, 32)
+    model((ids + 1) % V, cache=cache)
+    cache.truncate(0)
+    model(ids, cache=cache)
+    cache.truncate(10)
+    assert same(model(ids[:, 10:], cache=cache), model(ids)[:, 10:])
+
+
+@torch.no_grad()
+def test_cache_repeats_and_resets(model, name):
+    ids = draw_ids(2, 9)
+    cache = model.make_cache(2, 32)
+    model(ids, cache=cache)
+    cache.truncate(torch.tensor([6, 9])).repeat(3)
+    assert cache.lengths.tolist() == [6, 6, 6, 9, 9, 9]
+    new = draw_ids(6, 1, seed=2)
+    logits = model(new, cache=cache)
+    for row in range(6):
+        known = ids[row // 3, : [6, 9][row // 3]]
+        assert same(logits[row, -1], model(torch.cat((known, new[row]))[None])[0, -1]), row
+    cache.reset()
+    assert cache.lengths.tolist() == [0] * 6
+    fresh = draw_ids(6, 5, seed=3)
+    assert same(model(fresh, cache=cache), model(fresh))
+
+
+def test_initial_loss_is_near_that_of_guessing(tiny, name):
+    ids = draw_ids(4, 33)
+    loss, count = TrainStep(tiny(name, vocab_size=V))(ids[:, :-1], ids[:, 1:])
+    assert count == 4 * 32
+    assert (loss / count).item() == pytest.approx(math.log(V), rel=0.1)
+
+
+def test_every_parameter_receives_gradient(model, name):
+    model.train()
+    ids = draw_ids(4, 33)
+    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    (loss / count).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_overfits_one_batch(tiny, name):
+    model = tiny(name, vocab_size=V)
+    step = TrainStep(model)
+    ids = draw_ids(2, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(80):
+        loss, count = step(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        (loss / count).backward()
+        optimizer.step()
+        model.post_optim_step()
+    assert (loss / count).item() < 0.3
+
+
+@torch.no_grad()
+def test_saved_and_loaded_gives_the_same_logits(model, name, tmp_path):
+    digest = ckpt.write_tensors(tmp_path / "model.safetensors", model.unique_state())
+    state = ckpt.read_tensors(tmp_path / "model.safetensors", digest)
+    loaded = meta_model(name, model.config)
+    ckpt.load_weights(loaded, state, tmp_path, torch.device("cpu"))
+    ids = draw_ids(2, 15)
+    assert torch.equal(loaded.eval()(ids), model(ids))
+    assert ties(loaded) == ties(model)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def ties(model):
+    """Names of parameters that are one tensor."""
+    names = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(key)
+    return sorted(group for group in names.values() if len(group) > 1)
+
+
+def test_state_dict_reads_alike(model, name):
+    modules = dict(model.named_children())
+    assert {"embedding", "blocks", "norm", "head"} <= modules.keys()
+    assert model.device == torch.device("cpu")
+
+
+def test_named_sizes(name):
+    found = {}
+    for size in models.sizes(name):
+        config = models.make_config(name, size=size)
+        total = count_parameters(meta_model(name, config))["total"]
+        found[size] = total
+        width = getattr(config, "head_dim", None) or config.dim // config.n_heads
+        assert width % 16 == 0, (size, width)
+    assert found.keys() >= SIZES.keys()
+    for size, wanted in SIZES.items():
+        assert found[size] == pytest.approx(wanted, rel=TOLERANCE.get(name, 0.05)), size
+    assert sorted(found.values()) == list(found.values()), "smallest first"
+
+
+def test_blocks_are_captured_whole_and_equal_eager(model, name):
+    torch._dynamo.reset()
+    model.train()
+    ids = draw_ids(2, 17)
+
+    def gradients():
+        model.zero_grad()
+        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        (loss / count).backward()
+        return (loss / count).item(), [p.grad.clone() for p in model.parameters()]
+
+    eager_loss, eager = gradients()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    loss, compiled = gradients()
+    assert loss == pytest.approx(eager_loss, abs=1e-5)
+    assert all(same(a, b) for a, b in zip(compiled, eager, strict=True))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"dim": 0}, {"dim": -32}, {"n_layers": 0}, {"n_heads": 0}, {"n_heads": -1}, {"seq_len": 0}, {"vocab_size": 0},
+        {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": math.nan}, {"dropout": math.inf}, {"variant": "better"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_values_are_refused(name, bad):
+    with pytest.raises(UsageError) as error:
+        models.make_config(name, **bad)
+    assert next(iter(bad)).replace("_", "-") in str(error.value)
+
+
+def test_numbers_that_are_not_finite_are_refused(name):
+    for field in models.config_fields(name):
+        if field.type == "float":
+            for value in (math.nan, math.inf, -math.inf):
+                with pytest.raises(UsageError, match=field.option):
+                    models.make_config(name, **{field.name: value})
+
+
+def test_fields_read_from_the_source_are_those_of_the_dataclass(name):
+    config = type(models.make_config(name))
+    read = {field.name: field for field in models.config_fields(name)}
+    real = {field.name: field for field in dataclasses.fields(config)}
+    assert list(read) == list(real)
+    for key, field in read.items():
+        assert field.default == real[key].default and type(field.default) is type(real[key].default), key
+        assert real[key].type in (field.type, f"{field.type} | None"), key
+        assert field.help, f"{key} has no comment"
+        assert field.option == "--" + key.replace("_", "-")
+
+
+def test_sizes_read_from_the_source_are_those_of_the_module(name):
+    config = models.make_config(name, size="nano")
+    assert models.config_dict(config)["vocab_size"] == 256
+    assert tuple(__import__(f"nnx_cli.models.{name}", fromlist=["SIZES"]).SIZES) == models.sizes(name)
+
+
+def test_another_width_drops_the_shapes_of_the_size(name):
+    derived = [field.name for field in models.config_fields(name) if field.default is None]
+    own = models.make_config(name, dim=256, n_heads=4)
+    shape = {field: getattr(models.make_config(name, size="nano"), field) for field in ("n_layers", "seq_len")}
+    sized = models.make_config(name, size="nano", dim=256, n_heads=4)
+    assert {field: getattr(sized, field) for field in derived} == {field: getattr(own, field) for field in derived}
+    assert {field: getattr(sized, field) for field in shape} == shape
+
+
+def test_an_unknown_size_is_refused(name):
+    with pytest.raises(UsageError, match="enormous") as error:
+        models.make_config(name, size="enormous")
+    assert "nano" in error.value.fix
+
+
+def test_a_field_of_another_architecture_names_its_owner(name):
+    mine = {field.name for field in models.config_fields(name)}
+    for other in NAMES:
+        for field in models.config_fields(other):
+            if field.name not in mine:
+                with pytest.raises(UsageError, match=f"{field.option}.*{other}"):
+                    models.make_config(name, **{field.name: field.default})
+
+
+def test_plain_safetensors_hold_every_tensor_once(model, name, tmp_path):
+    state = {key: tensor.contiguous() for key, tensor in model.unique_state().items()}
+    save_file(state, tmp_path / "model.safetensors")  # refuses tensors that share memory
+    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+
+
+def test_reference_needs_an_original(tiny, name):
+    if hasattr(__import__(f"nnx_cli.models.{name}", fromlist=["Model"]), "reference_config"):
+        assert tiny(name).reference_names()
+    else:
+        with pytest.raises(UsageError, match="no original"):
+            models.load_reference(name, {}, {})
