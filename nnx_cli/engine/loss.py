@@ -22,8 +22,11 @@ def chunk_rows(n_rows: int, vocab_size: int) -> int:
 
 
 def summed_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy in nats, summed over the rows of `x` (N, D) against `targets` (N,); statistics in float32."""
-    return F.cross_entropy(head(x).float(), targets, ignore_index=ignore_index, reduction="sum")
+    """Cross-entropy in nats, summed over the rows of `x` (N, D) against `targets` (N,); statistics in float32 or
+    wider."""
+    logits = head(x)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -38,7 +41,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         rows = chunk_rows(len(x), head_vocab_size(head))
         wanted = [p for p in parameters if p.requires_grad]
-        total = torch.zeros((), device=x.device)
+        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         x_grad = torch.empty_like(x)
         parameter_grads = [torch.zeros_like(p) for p in wanted]
         for start in range(0, len(x), rows):
