@@ -58,5 +58,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         if parameter is None or value.dim() and value.shape != parameter.shape:
             raise CheckpointError(f"the optimizer's state has {key}, which does not belong to this model")
         optimizer.state[parameter][field] = value.to(parameter.device)
-    if state and len(optimizer.state) != len(parameters):
+    fields = {frozenset(fields) for fields in optimizer.state.values()}
+    if state and (len(optimizer.state) != len(parameters) or len(fields) > 1):
         raise CheckpointError("the optimizer's state does not cover this model")
