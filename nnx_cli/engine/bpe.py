@@ -20,6 +20,7 @@ DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARS = 2**23  # what training holds at most, spread over the whole corpus;
 SAMPLE_CHARS_PER_TOKEN = 2**11  # a large vocabulary needs more
 SAMPLE_BLOCK = 2**16
+MAX_TOKEN_BYTES = 128  # of vocabularies trained here; a run of one letter would give tokens of thousands
 
 # Possessive quantifiers keep the regular expression from backtracking. `plain` gives the form other engines read.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -161,7 +162,9 @@ def train(pieces: Iterable[str], vocab_size: int) -> BpeTokenizer:
     n_chars = max(SAMPLE_CHARS, min(vocab_size, 2**15) * SAMPLE_CHARS_PER_TOKEN)
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(_spread(pieces, n_chars)), vocab_size - 1, buffer_size=64, pattern=OWN_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    # what a longer token is merged into is longer still, so that leaving them out leaves no gap in the merges
+    kept = [bytes(token) for token, _ in trainer.get_mergeable_ranks() if len(token) <= MAX_TOKEN_BYTES]
+    ranks = {token: rank for rank, token in enumerate(kept)}
     return BpeTokenizer(ranks, OWN_PATTERN, {END_OF_TEXT: len(ranks)}, len(ranks))
 
 

@@ -47,8 +47,8 @@ class Source:
     @property
     def label(self) -> str:
         """How meta.json names it: without the folders of this machine."""
-        name = self.name if self.path is None or not self.path.is_absolute() else self.path.name
-        return well_formed(name)
+        outside = self.path is not None and (self.path.is_absolute() or ".." in self.path.parts)
+        return well_formed(self.path.name if outside else self.name)
 
     @property
     def repeatable(self) -> bool:

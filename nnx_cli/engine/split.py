@@ -16,7 +16,7 @@ from nnx_cli.engine.tokenizer import Tokenizer
 from nnx_cli.engine.tokens import TokenFile, read_ids
 
 MIN_DOCUMENTS = 100  # for holding out whole ones
-SEARCH_TOKENS = 2**20  # how far from the wanted place a line may end
+SEARCH_TOKENS = 2**18  # how far from the wanted place a line may end
 MILLION = 10**6
 
 

@@ -16,6 +16,7 @@ from nnx_cli.errors import DataError
 MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB_SIZE = 2**24
 MAX_SPECIALS = 2**12
+MAX_TOKEN_BYTES = 256
 HF_GPT2 = bpe.plain(bpe.GPT2_PATTERN)  # what ByteLevel splits by on its own
 PROBE = (
     "It's 12 o'clock (or 13:45), we'd say; a_b + c == 'd' \u2014 \u00e9t\u00e9 \u6211\u3002 x\n\n  then  3.14\tEND! "
@@ -177,7 +178,7 @@ def _ranks(vocab: dict[str, int]) -> dict[bytes, int]:
         raise _Unsupported("its tokens are not written in byte-level characters") from error
     missing = [b for b in range(N_BYTES) if bytes([b]) not in ranks]
     _require(not missing, f"{len(missing)} of the 256 bytes have no token")
-    _require(b"" not in ranks and len(ranks) == len(vocab), "one of its tokens is empty")
+    _require(b"" not in ranks and max(map(len, ranks)) <= MAX_TOKEN_BYTES, "one of its tokens is empty or too long")
     return ranks
 
 

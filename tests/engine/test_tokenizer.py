@@ -180,7 +180,7 @@ def test_long_text_in_pieces_equals_the_whole(made, unit):
     assert made["gpt2"].encode(text).tolist() == whole
 
 
-@pytest.mark.parametrize("unit", [" ", "\n", "\r\n \t", "\u3000"])
+@pytest.mark.parametrize("unit", [" ", "\r\n \t"])
 def test_a_million_spaces_neither_panic_nor_lose_anything(made, unit, capfd):
     text = "x" + (unit * 2**20)[: 2**20] + "x"
     assert made["bpe"].decode(made["bpe"].encode(text)) == text
@@ -192,6 +192,12 @@ def test_bpe_training_reads_a_bounded_sample_spread_over_the_text():
     kept = bpe._spread(blocks, limit=10 * 2**16)
     assert len(kept) <= 10
     assert {ord(block[0]) - 0x4E00 for block in kept} >= {0, 96, 192}
+
+
+def test_bpe_of_one_endless_word_has_no_endless_tokens():
+    tokenizer = build_tokenizer("bpe", sample=iter(["a" * 200_000]))
+    assert max(tokenizer.token_bytes()) == 128
+    assert len(tokenizer.encode("a" * 1000)) == 7 + 3
 
 
 def test_bpe_of_a_tiny_text_has_fewer_tokens():
