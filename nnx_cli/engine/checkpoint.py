@@ -4,6 +4,7 @@ absent."""
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,9 +25,14 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file through to the disk; returns its SHA-256."""
+    """Write a safetensors file through to the disk; returns its SHA-256. OSError passes through."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path)
+    try:
+        safetensors.torch.save_file(contiguous, path)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):  # the library hides the system's refusals in text
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
     sync_file(path)
     return sha256_file(path)
 
@@ -146,9 +152,12 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
     )
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for step in steps_in(folder)[:-keep]:
+def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`. Later ones are damaged: the run was resumed from
+    before them."""
+    steps = steps_in(folder)
+    kept = [step for step in steps if step <= newest][-keep:]
+    for step in set(steps) - set(kept):
         old = step_folder(folder, step)
         doomed = old.with_name(f".del-{old.name}")
         old.rename(doomed)

@@ -262,7 +262,7 @@ class Trainer:
         """Write a checkpoint and drop those that are no longer kept."""
         synchronize(self.device)
         ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
-        ckpt.prune_checkpoints(run.checkpoints, self.config.keep)
+        ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
         run.set_status(step=self.state.step)
         self._saved_at = time.monotonic()
         self.observer.saved(self.state.step)
