@@ -114,16 +114,21 @@ class Run:
             self._replace_listed(BEST, digest, lambda path: os.replace(temporary, path))
 
     def _replace_listed(self, name: str, digest: str, write: Callable[[Path], Any]) -> None:
-        """Replace a file of the manifest: while it changes, the manifest allows the old content and the new."""
+        """Replace a file of the manifest: while it changes, the manifest allows the old content and the new; a file
+        that was not there does not count until it is listed."""
         path = self.folder / "manifest.json"
         manifest = read_json(path)
-        replace_file(path, to_json(manifest | {"replacing": {name: digest}}))
+        files, replacing = manifest["files"], manifest.pop("replacing", {})
+        if name in files:
+            replace_file(path, to_json(manifest | {"replacing": replacing | {name: digest}}))
         temporary = self.folder / f".tmp-{name}-{os.getpid()}"
         with refused_output(path):
             write(temporary)
             os.replace(temporary, self.folder / name)
             sync_folder(self.folder)
-        replace_file(path, to_json(manifest | {"files": manifest["files"] | {name: digest}}))
+        replacing.pop(name, None)
+        manifest |= {"files": files | {name: digest}} | ({"replacing": replacing} if replacing else {})
+        replace_file(path, to_json(manifest))
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl or samples.jsonl; numbers that are not finite become null."""
