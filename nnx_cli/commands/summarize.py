@@ -159,7 +159,8 @@ def show_facts(talk: Talk, facts: dict[str, Any]) -> None:
         f"({parameters['embedding']:,} in the embedding)",
         f"forward {flops['forward'] / 1e6:,.1f} MFLOP a token, training {flops['train'] / 1e6:,.1f}",
         f"training with {fits['batch_size']} x {facts['seq_len']} tokens at once (estimate): "
-        f"weights {size(memory['weights_bytes'])}, gradients {size(memory['gradients_bytes'])}, optimizer {size(memory['optimizer_bytes'])}, "
+        f"weights {size(memory['weights_bytes'])}, gradients {size(memory['gradients_bytes'])}, "
+        f"optimizer {size(memory['optimizer_bytes'])}, "
         f"activations {size(memory['activations_bytes'])}; peak about {size(memory['peak_bytes'])}, "
         f"{verdict} in {size(fits['budget_bytes'])}",
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
@@ -173,12 +174,13 @@ def show_zoo(talk: Talk, zoo: list[dict[str, Any]]) -> None:
     rows = []
     for facts in zoo:
         cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
+        parameters, flops = facts["parameters"]["total"], facts["flops_per_token"]["train"]
         rows.append([
-            facts["model"], f"{facts['parameters']['total'] / 1e6:,.2f} M", f"{facts['flops_per_token']['train'] / 1e6:,.0f} M",
-            size(facts["memory"]["peak_bytes"]), facts["fits"]["batch_size"], size(facts["cache_bytes_per_token"]),
-            size(facts["file_bytes"]["int8"]), f"{cards[0]} GB" if cards else "–",
+            facts["model"], f"{parameters / 1e6:,.2f} M", f"{flops / 1e6:,.0f} M", size(facts["memory"]["peak_bytes"]),
+            facts["fits"]["batch_size"], size(facts["cache_bytes_per_token"]), size(facts["file_bytes"]["int8"]),
+            f"{cards[0]} GB" if cards else "–",
         ])  # fmt: skip
     first = zoo[0]
     title = f"size {first['size']}, vocabulary {first['vocab_size']:,}, {first['seq_len']:,} tokens of context"
-    columns = ["model", "params", "FLOP/token", "peak", "batch", "cache/token", "int8 file", "trains in"]
+    columns = ["model", "params", "FLOP/tok", "peak", "batch", "cache/tok", "int8", "from"]
     talk.table(columns, rows, title)

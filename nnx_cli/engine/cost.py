@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import chunk_rows
-from nnx_cli.layers.linear import Linear
+from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 STATE_BYTES = {"adamw": 8, "lion": 4}  # optimizer state per trained parameter
@@ -27,20 +29,43 @@ def meta_model(name: str, config: ModelConfig) -> LanguageModel:
         return models.from_config(name, config)
 
 
-class MatrixProducts(TorchDispatchMode):
-    """Counts the multiplications and additions of matrix products: with weights, and of attention (batched)."""
+class FusedAttention(torch.autograd.Function):
+    """Stands for a fused attention kernel on the meta device: keeps queries, keys, values, output and row
+    statistics."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = self.attention = 0
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class WithFusedAttention(TorchFunctionMode):
+    """Replaces attention by `FusedAttention`, and counts its multiplications and additions, all pairs of positions."""
+
+    flops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3]
+        self.flops += 2 * q.shape[:-1].numel() * k.shape[2] * (q.shape[-1] + v.shape[-1])
+        return FusedAttention.apply(q, k, v)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Counts the multiplications and additions of matrix products."""
+
+    flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name == "mm":
-            self.weights += 2 * out.numel() * args[0].shape[1]
-        elif name == "bmm":
-            self.attention += 2 * out.numel() * args[0].shape[2]
+        if func.overloadpacket.__name__ in ("mm", "bmm"):
+            self.flops += 2 * out.numel() * args[0].shape[-1]
         return out
 
 
@@ -50,9 +75,9 @@ def flops_per_token(model: LanguageModel, seq_len: int | None = None) -> dict[st
     Attention is counted as causal: a position attends to half of the context on average.
     """
     T = seq_len or model.config.seq_len
-    with MatrixProducts() as count, torch.no_grad():
+    with MatrixProducts() as products, WithFusedAttention() as attention, torch.no_grad():
         model(torch.zeros(1, T, dtype=torch.int64, device="meta"))
-    forward = (count.weights + count.attention // 2) // T
+    forward = (products.flops + attention.flops // 2) // T
     return {"forward": forward, "train": 3 * forward}
 
 
@@ -70,28 +95,19 @@ def count_parameters(model: LanguageModel) -> dict[str, int]:
     }
 
 
-def activation_bytes(model: LanguageModel, seq_len: int) -> int:
-    """Bytes that autograd keeps for one sequence, an estimate: every distinct tensor saved by the trunk, parameters
-    left out.
-
-    On the meta device attention is written out; its T x T tensors are replaced by the row statistics that the fused
-    kernels keep.
-    """
-    kept: dict[int, tuple[Tensor, int]] = {}
+def activation_bytes(model: LanguageModel, batch_size: int, seq_len: int) -> int:
+    """Bytes that autograd keeps of the trunk's forward pass: every distinct tensor it saves, parameters left out."""
+    kept: dict[int, Tensor] = {}  # a tensor that is held keeps its storage's address from being used again
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        n_bytes = storage.nbytes()
-        if tensor.shape[-2:] == (seq_len, seq_len):
-            n_bytes = 4 * tensor.numel() // seq_len
-        if storage._cdata not in weights:
-            kept[storage._cdata] = (tensor, n_bytes)  # the tensor keeps its storage's address from being used again
+        if (address := tensor.untyped_storage()._cdata) not in weights:
+            kept[address] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.trunk(torch.zeros(1, seq_len, dtype=torch.int64, device="meta"))
-    return sum(n_bytes for _, n_bytes in kept.values())
+    with WithFusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.trunk(torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta"))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,7 @@ def training_memory(model: LanguageModel, *, batch_size: int, seq_len: int, opti
     trainable = count_parameters(model)["trainable"]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.unique_state().values())
     model.compute_dtype = DTYPES[precision]
-    activations = batch_size * activation_bytes(model, seq_len)
+    activations = activation_bytes(model, batch_size, seq_len)
     config, width = model.config, DTYPES[precision].itemsize
     head_weights = sum(p.numel() for p in model.head.parameters())
     head = chunk_rows(batch_size * seq_len, config.vocab_size) * config.vocab_size * (width + 8) + 4 * head_weights
@@ -134,7 +150,7 @@ def sampling_bytes(model: LanguageModel, precision: str = "fp32") -> tuple[int, 
 def file_bytes(model: LanguageModel) -> dict[str, int]:
     """Size of the weights in a file: fp32, bf16, and as `nnx quantize` writes them."""
     total = count_parameters(model)["total"]
-    matrices = {id(m.weight): m.weight.shape for m in model.modules() if isinstance(m, (Linear, nn.Embedding))}.values()
+    matrices = {id(module.weight): module.weight.shape for module in quantizable(model).values()}.values()
     quantized = sum(rows * columns for rows, columns in matrices)
     rest = 2 * (total - quantized)
     return {

@@ -21,7 +21,7 @@ DEFAULT_EPOCHS = 30  # but no more passes over the text than this
 TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
 CPU_EFFICIENCY = 0.3  # of the matrix rate that training reaches on a CPU, for planning
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
-CPU_TOKENS_PER_STEP = 4096
+CPU_TOKENS_PER_STEP = 2048
 GPU_TOKENS_PER_STEP = 32_768
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +23,20 @@ def causal_attention(
     else:
         mask, is_causal = cache.mask(T), cache.is_causal(T)
         k, v = cache.update(layer, k, v)
-    y = F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal and T > 1, scale=scale, enable_gqa=k.shape[1] != H
-    )
+    grouped = k.shape[1] != H
+    if grouped and not groups_are_fused(q):
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and T > 1, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2).reshape(B, T, H * K)
+
+
+def groups_are_fused(q: Tensor) -> bool:
+    """Whether a fused kernel takes fewer key-value heads than query heads; without one, T x T scores would be written
+    out.
+
+    On CUDA only flash attention does: 16-bit numbers, compute capability 8.0 or more.
+    """
+    if q.device.type != "cuda":
+        return True
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
