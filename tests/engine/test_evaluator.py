@@ -1,0 +1,120 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnx_cli.engine.evaluator import evaluate, ratio_with_error, window_starts
+from nnx_cli.engine.loss import token_losses
+from nnx_cli.errors import DataError
+
+T = 16
+
+
+def stream(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 64, n).astype(np.uint8)
+
+
+def by_hand(model, tokens, starts, lengths):
+    """Losses of every window, one window at a time."""
+    model.eval()
+    found = []
+    for start, length in zip(starts, lengths, strict=True):
+        ids = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))[None]
+        found.append(token_losses(model, ids[:, :-1], ids[:, 1:])[0].double().numpy())
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 5, T, T + 1, T + 2, 2 * T + 1, 100, 129])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_token_but_the_first_is_a_target(tiny, n, batch_size):
+    model, tokens = tiny("llama"), stream(n)
+    starts = list(range(0, n - 1, T))
+    losses = by_hand(model, tokens, starts, [min(T, n - 1 - start) for start in starts])
+    result = evaluate(model, tokens, seq_len=T, batch_size=batch_size, token_bytes=None)
+    assert result.tokens == n - 1 == sum(map(len, losses))
+    assert result.loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert (result.bits_per_byte, result.bits_per_byte_stderr, result.text_bytes) == (None, None, None)
+
+
+def test_batch_size_does_not_matter(tiny):
+    model, tokens = tiny(), stream(300)
+    losses = {evaluate(model, tokens, seq_len=T, batch_size=b, token_bytes=None).loss for b in (1, 4, 7, 64)}
+    assert max(losses) - min(losses) < 1e-6
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_targets(tiny):
+    model, tokens = tiny(), stream(100)
+    lengths = np.arange(64, dtype=np.int32) % 5  # some tokens stand for no byte at all
+    result = evaluate(model, tokens, seq_len=T, batch_size=4, token_bytes=lengths)
+    n_bytes = int(lengths[tokens[1:]].sum())
+    assert result.text_bytes == n_bytes
+    assert result.bits_per_byte == pytest.approx(result.loss * 99 / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_bytes_as_tokens_make_bits_per_byte_the_loss_in_bits(tiny):
+    result = evaluate(tiny(), stream(100), seq_len=T, batch_size=4, token_bytes=np.ones(64, np.int32))
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2), rel=1e-9)
+    assert 0 < result.bits_per_byte_stderr < 0.2
+
+
+def test_text_of_no_bytes_has_no_bits_per_byte(tiny):
+    result = evaluate(tiny(), stream(40), seq_len=T, batch_size=4, token_bytes=np.zeros(64, np.int32))
+    assert result.bits_per_byte is None and result.bits_per_byte_stderr is None and result.loss > 0
+
+
+@pytest.mark.parametrize("n_windows", [1, 2, 5])
+def test_a_part_of_the_windows_is_evenly_spread(tiny, n_windows):
+    model, tokens = tiny(), stream(10 * T + 5)
+    starts = window_starts(len(tokens), T, n_windows)
+    assert len(starts) == n_windows and (starts % T == 0).all()
+    if n_windows > 1:
+        assert starts[0] == 0 and starts[-1] == 9 * T
+    losses = by_hand(model, tokens, starts, [T] * n_windows)
+    result = evaluate(model, tokens, seq_len=T, batch_size=2, token_bytes=None, n_windows=n_windows)
+    assert result.tokens == n_windows * T
+    assert result.loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-6)
+
+
+def test_more_windows_than_there_are_is_all_of_them():
+    assert window_starts(100, T, 50).tolist() == window_starts(100, T, None).tolist() == list(range(0, 84, T))
+
+
+def test_a_stream_shorter_than_a_window_counts_in_any_case(tiny):
+    result = evaluate(tiny(), stream(7), seq_len=T, batch_size=4, token_bytes=None, n_windows=3)
+    assert result.tokens == 6
+
+
+def test_fewer_than_two_tokens_are_refused(tiny):
+    for n in (0, 1):
+        with pytest.raises(DataError, match="fewer than two tokens"):
+            evaluate(tiny(), stream(n), seq_len=T, batch_size=4, token_bytes=None)
+
+
+def test_standard_error_of_a_ratio():
+    ratio, error = ratio_with_error(np.array([2.0, 4.0, 6.0, 8.0]), np.array([1, 1, 1, 1]))
+    assert ratio == 5.0
+    assert error == pytest.approx(np.std([2, 4, 6, 8], ddof=1) / math.sqrt(4))
+    assert ratio_with_error(np.array([3.0]), np.array([2])) == (1.5, None)
+    assert ratio_with_error(np.array([1.0, 2.0, 3.0]), np.array([2, 4, 6])) == (0.5, 0.0)
+
+
+def test_standard_error_covers_the_truth():
+    draws = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        sizes = draws.integers(5, 15, 50)
+        amounts = 2.0 * sizes + draws.normal(0, 3, 50)
+        ratio, error = ratio_with_error(amounts, sizes)
+        hits += abs(ratio - 2.0) < 1.96 * error
+    assert 0.91 < hits / 400 < 0.98
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_as_it_was(tiny, training):
+    model = tiny(dropout=0.5).train(training)
+    first, second = (evaluate(model, stream(60), seq_len=T, batch_size=2, token_bytes=None).loss for _ in range(2))
+    assert first == second, "dropout is off"
+    assert model.training is training
+    assert all(p.grad is None for p in model.parameters())
