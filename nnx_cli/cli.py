@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.commands import doctor, evaluate, list_runs, prepare, sample, summarize, train
+from nnx_cli.commands import doctor, evaluate, list_runs, prepare, quantize, sample, summarize, train
 from nnx_cli.console import Talk, printable
 from nnx_cli.errors import NnxError, nearest
 
@@ -90,6 +90,7 @@ COMMANDS = {
     "sample": sample.run,
     "eval": evaluate.run,
     "summarize": summarize.run,
+    "quantize": quantize.run,
     "list": list_runs.run,
     "doctor": doctor.run,
 }

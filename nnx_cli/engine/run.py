@@ -32,6 +32,7 @@ from nnx_cli.engine.files import (
 )
 from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
 from nnx_cli.errors import CheckpointError, NnxError, OutputError, UsageError
+from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
 
 WEIGHTS = Path("weights")
@@ -337,6 +338,9 @@ def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> 
     config = ref.config
     model = model_from_config(config, ref.folder)
     path, state = ref.weights()
+    if "quantization" in config:
+        quantize_layers(model, Quantization.read(config["quantization"]))
+        state = widen(state)
     ckpt.load_weights(model, state, path, device)
     model.compute_dtype = DTYPES[precision]
     return model.eval()

@@ -1,0 +1,194 @@
+"""Run folder to smaller model folder, with a receipt: what it saves, what it costs, how fast it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnx_cli.config import SampleConfig
+from nnx_cli.engine.evaluator import window_starts
+from nnx_cli.engine.files import new_folder, to_json, write_synced
+from nnx_cli.engine.held_out import held_out_tokens
+from nnx_cli.engine.loader import windows_at
+from nnx_cli.engine.loss import chunk_rows
+from nnx_cli.engine.prepare import _no_new_parents as no_new_parents
+from nnx_cli.engine.run import BEST, ModelRef, load_model, write_model_folder
+from nnx_cli.engine.sampler import generate
+from nnx_cli.engine.session import relative
+from nnx_cli.errors import DataError, OutputError, QualityError, UsageError, nearest
+from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
+from nnx_cli.models._base import LanguageModel
+
+RELATIVE_DROP = 0.01  # of the loss: what quantizing may cost unless told otherwise
+MEASURED_FLOPS = 5e11  # spent on text by each of the two models: a few seconds of a small computer
+MEASURED_TOKENS = (4096, 32_768)  # at least and at most
+TOKENS_PER_BATCH = 4096
+DECODED_TOKENS, DECODING_ROUNDS, DECODING_SECONDS = 64, 5, 10.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same tokens; losses in nats per token, the divergence of the second from the first too."""
+
+    n_tokens: int
+    n_bytes: int | None
+    loss_before: float
+    loss_after: float
+    kl_divergence: float
+    same_top_token: float  # share of positions where both find the same token likeliest
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        return loss * self.n_tokens / math.log(2) / self.n_bytes if self.n_bytes else None
+
+
+def quantize_model(
+    ref: ModelRef, out: Path, quantization: Quantization, *, paths: Sequence[str] = (), max_drop: float | None = None,
+    device: torch.device, precision: str = "fp32",
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Write the folder `out` with the model of `ref`, quantized; returns the receipt, and lines on how it was measured.
+
+    `max_drop` is in bits per byte (default: RELATIVE_DROP of what the model has). Measures on the text in `paths`, or
+    the run's validation split. Raises OutputError where `out` exists, DataError without text, and QualityError, leaving
+    nothing behind, where the model lost more than it may.
+    """
+    config = ref.config
+    if "quantization" in config:
+        raise UsageError(f"{ref.label} is quantized already", fix="quantize the run that it was made from")
+    if out.exists():
+        raise OutputError(f"{out} exists already", fix="name another folder with --out")
+    tokenizer = ref.tokenizer
+    if max_drop is not None and tokenizer is None:
+        raise UsageError(f"--max-drop is in bits per byte; {ref.label} has no tokenizer, so its bytes are not known")
+    before = load_model(ref, device, precision)
+    check_kept(before, quantization.kept)
+    with held_out_tokens(ref, paths) as tokens:
+        if len(tokens) < 2:
+            raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
+        with no_new_parents(out), new_folder(out) as folder:
+            write_model_folder(
+                folder, described(ref, config, quantization, out), tokenizer, quantized_state(before, quantization)
+            )
+            after = load_model(ModelRef(folder), device, precision)
+            found = compare(before, after, tokens, None if tokenizer is None else tokenizer.token_bytes())
+            check_drop(found, max_drop)
+            prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()
+            speeds = decoding_speeds((before, after), prompt)
+            files = ref.weights()[0], folder / BEST
+            losses = found.loss_before, found.loss_after
+            sides = [
+                {
+                    "file_bytes": file.stat().st_size, "bits_per_byte": found.bits_per_byte(loss),
+                    "decode_tokens_per_s": speed,
+                }
+                for file, loss, speed in zip(files, losses, speeds, strict=True)
+            ]  # fmt: skip
+            receipt = {
+                "bits": quantization.bits, "out": str(out), "before": sides[0], "after": sides[1],
+                "kl_divergence": found.kl_divergence, "same_top_token": found.same_top_token,
+                "kept": quantization.kept,
+            }  # fmt: skip
+            write_synced(folder / "receipt.json", to_json(receipt))
+        notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
+    return receipt, [*notes, f"products on this machine: {kernel_name(device)}"]
+
+
+def check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
+    """Raise UsageError unless every name in `kept` is that of a module with something to quantize in it."""
+    layers = list(quantizable(model))
+    for name in kept:
+        if not any(f"{layer}.".startswith(f"{name}.") for layer in layers):
+            raise UsageError(
+                f"--keep {name}: this model has no such layer{nearest(name, layers)}",
+                fix=f"its layers are {', '.join(layers[:6])}" + (", …" if len(layers) > 6 else ""),
+            )
+
+
+def described(ref: ModelRef, config: Mapping[str, Any], quantization: Quantization, out: Path) -> dict[str, Any]:
+    """config.json of the quantized model."""
+    moved = {}
+    if data := config.get("data"):
+        moved = {"data": data | {"folder": relative(ref.folder / data["folder"], out)}}
+    return dict(config) | moved | {"quantization": asdict(quantization), "quantized_from": ref.label}
+
+
+def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[str, Tensor]:
+    """The tensors of a float model as `quantize_layers` lets a model expect them; the others in fp16 or bf16."""
+    owners = {f"{name}.weight": name for name in quantizable(model, quantization.kept)}
+    state = {}
+    for name, tensor in model.unique_state().items():
+        if name in owners:
+            state[name], state[f"{owners[name]}.scale"] = quantize(tensor, quantization)
+        else:
+            state[name] = narrow(tensor)
+    return state
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    """A float tensor in fp16 or bf16, whichever is closer to it (fp16 ends at 65504); others as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    return min((tensor.half(), tensor.bfloat16()), key=lambda narrowed: float((narrowed.float() - tensor).norm()))
+
+
+@torch.no_grad()
+def compare(
+    before: LanguageModel, after: LanguageModel, tokens: np.ndarray, token_bytes: np.ndarray | None
+) -> Comparison:
+    """Both models on evenly spread windows of `tokens`, as many as MEASURED_FLOPS pay for; logits in chunks of rows."""
+    config = before.config
+    n_parameters = sum(tensor.numel() for tensor in before.unique_state().values())
+    n_tokens = min(max(int(MEASURED_FLOPS / (2 * n_parameters)), MEASURED_TOKENS[0]), MEASURED_TOKENS[1])
+    seq_len = min(config.seq_len, len(tokens) - 1)
+    starts = window_starts(len(tokens), seq_len, max(1, n_tokens // seq_len))
+    rows = chunk_rows(TOKENS_PER_BATCH, config.vocab_size)
+    sums, count, n_bytes = torch.zeros(4, dtype=torch.float64), 0, 0
+    for batch in np.array_split(starts, math.ceil(len(starts) * seq_len / TOKENS_PER_BATCH)):
+        input_ids, targets = windows_at(tokens, batch, seq_len)
+        trunks = [model.trunk(input_ids.to(model.device)).flatten(0, 1) for model in (before, after)]
+        for x, y, target in zip(*(part.split(rows) for part in (*trunks, targets.flatten())), strict=True):
+            p, q = before.head(x).float().log_softmax(1), after.head(y).float().log_softmax(1)  # (rows, V)
+            index = target[:, None].to(p.device)
+            found = (
+                -p.gather(1, index), -q.gather(1, index), p.exp() * (p - q), (p.argmax(1) == q.argmax(1)).float(),
+            )  # fmt: skip
+            sums += torch.stack([each.sum() for each in found]).double().cpu()
+        count += targets.numel()
+        if token_bytes is not None:
+            n_bytes += int(token_bytes[targets.numpy()].sum())
+    means = (sums / count).tolist()
+    return Comparison(count, n_bytes or None, *means)
+
+
+def check_drop(found: Comparison, max_drop: float | None) -> None:
+    """Raise QualityError where the quantized model is worse than it may be, or no numbers come out of it."""
+    bits = [found.bits_per_byte(loss) for loss in (found.loss_before, found.loss_after)]
+    unit = "nats per token" if None in bits else "bits per byte"
+    before, after = (found.loss_before, found.loss_after) if None in bits else bits
+    allowed = RELATIVE_DROP * before if max_drop is None else max_drop
+    if not after - before <= allowed:  # not a number is too much as well
+        raise QualityError(
+            f"quantized, the model has {after:.4f} {unit} instead of {before:.4f}: {after - before:.4f} worse, "
+            f"and --max-drop is {allowed:.4f}",
+            fix="allow more with --max-drop, take --bits 8 or a smaller --group-size, or --keep a layer",
+        )
+
+
+def decoding_speeds(models: Sequence[LanguageModel], prompt: list[int]) -> list[float]:
+    """Tokens per second of each model alone with one text: the best of several short rounds, taken in turn."""
+    started = time.perf_counter()
+    best = [0.0] * len(models)
+    how = SampleConfig(max_new_tokens=max(2, min(DECODED_TOKENS, models[0].config.seq_len - len(prompt))))
+    for _ in range(DECODING_ROUNDS):
+        for number, model in enumerate(models):
+            best[number] = max(best[number], generate(model, None, [prompt], how).decode_tokens_per_s)
+        if time.perf_counter() - started > DECODING_SECONDS:
+            break
+    return best

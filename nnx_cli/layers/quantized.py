@@ -1,0 +1,295 @@
+"""Layers whose matrix is stored in 8 or 4 bits, and the products that this machine has for them.
+
+In place of its float matrix a quantized layer has two buffers: `weight`, the codes, and `scale`, fp16.
+
+- 8 bits: codes int8 (N, K) in -127 … 127, one scale a row (N,).
+- 4 bits: codes -8 … 7, stored as code + 8, two in a byte, low nibble first: uint8 (N, ⌈K/2⌉), where the last of an odd
+  number of columns is paired with code 0. One scale for every `group_size` neighbouring columns (N, ⌈K/group_size⌉);
+  the last group may be shorter. A scale may be negative, so that the largest weight of a group can be the one at -8.
+
+A weight is code × scale: there are no zero points.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.errors import CheckpointError
+from nnx_cli.layers.linear import Linear, PackedLinear
+
+FORMAT = 1
+FP16_MAX, FP16_MIN = 65504.0, 2.0**-24  # largest finite and smallest positive number
+CLIP_SEARCH = torch.arange(28, 45) / -4  # the largest weight of a group becomes -7 … -11; beyond -8 it is clipped
+ROWS_AT_ONCE = 2048  # of a matrix, in that search
+
+SMALL_MATRIX = 2**15  # up to so many weights the call costs more than the memory it saves: measured, AVX-512
+TOLERANCE = 0.03  # relative error of a product; int8 activations in a reduced range have 0.018, saturated sums 0.4
+PROBE_SHAPE, PROBE_ROUNDS = (1024, 1024), 15
+
+Product = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How a model's matrices are stored: the object `quantization` of config.json."""
+
+    format: int = FORMAT
+    bits: int
+    group_size: int | None  # columns that share a scale; None with 8 bits: all of a row
+    kept: list[str]  # modules that stay in floating point, with everything inside them
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Self:
+        """From config.json. Raises CheckpointError for a scheme that this version does not have."""
+        if (described.get("format"), described.get("bits")) not in ((FORMAT, 8), (FORMAT, 4)):
+            raise CheckpointError("this version of nnx does not know this quantization", fix="quantize the run again")
+        return cls(**described)
+
+
+def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix (N, K), as stored."""
+    if quantization.bits == 8:
+        return quantize_rows(weight.float())
+    pieces = [quantize_groups(rows.float(), quantization.group_size) for rows in weight.split(ROWS_AT_ONCE)]
+    codes, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return codes, scale
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (N, K) and fp16 scales (N,): the largest weight of a row gets 127."""
+    scale = to_scale(weight.abs().amax(1) / 127)
+    codes = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def quantize_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Nibbles (N, ⌈K/2⌉) and fp16 scales (N, ⌈K/group_size⌉), each the one of CLIP_SEARCH with the least square
+    error."""
+    N, K = weight.shape
+    groups = F.pad(weight, (0, -K % group_size)).view(N, -1, group_size)  # zeros have no error under any scale
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best, codes, least = largest.half(), torch.zeros_like(groups), torch.full_like(largest, torch.inf)
+    for divisor in CLIP_SEARCH.tolist():
+        scale = to_scale(largest / divisor)
+        tried = (groups / scale.float()).round_().clamp_(-8, 7)
+        error = (tried * scale.float() - groups).square_().sum(2, keepdim=True)
+        better = error < least
+        best, codes = torch.where(better, scale, best), torch.where(better, tried, codes)
+        least = torch.minimum(error, least)
+    nibbles = F.pad(codes.view(N, -1)[:, :K] + 8, (0, K % 2), value=8).to(torch.uint8)
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4, best.squeeze(2)
+
+
+def to_scale(scale: Tensor) -> Tensor:
+    """`scale` in fp16, without the infinities and zeros that very large and very small weights would give."""
+    scale = scale.clamp(-FP16_MAX, FP16_MAX).half()
+    return torch.where(scale == 0, FP16_MIN, scale)
+
+
+def dequantize(codes: Tensor, scale: Tensor, n_columns: int, group_size: int | None) -> Tensor:
+    """Float32 weights (..., K) of rows of codes, as stored, and their scales (...) or (..., groups)."""
+    if group_size is None:
+        return codes.float() * scale.float().unsqueeze(-1)
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :n_columns]
+    return (nibbles.float() - 8) * scale.float().repeat_interleave(group_size, -1)[..., :n_columns]
+
+
+# Products on a CPU. Each takes float32 weights (N, K) and scales (N,) of which the weights are -127 … 127 times.
+
+
+def float_product(weight: Tensor, scale: Tensor) -> Product:
+    return lambda x: F.linear(x, weight)
+
+
+def dynamic_product(weight: Tensor, scale: Tensor, reduce_range: bool) -> Product:
+    """int8 weights times activations that are quantized on the fly, to 8 bits or (`reduce_range`) 7.
+
+    Without VNNI the 8-bit product adds pairs in 16 bits, where full-range activations saturate. The kernel has one
+    scale for all rows of x, so each row is brought to the same peak first: a row does not depend on its neighbours.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # deprecated in torch 2.13
+        codes = torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)).long(), 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(codes, None)
+
+    def product(x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1]:
+            return torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
+        peak = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
+        return torch.ops.quantized.linear_dynamic(x / peak, packed, reduce_range) * peak
+
+    return product
+
+
+def bf16_product(weight: Tensor, scale: Tensor) -> Product:
+    """int8 weights times activations in bfloat16."""
+    codes, scale = (weight / scale[:, None]).round_().to(torch.int8), scale.bfloat16()
+
+    def product(x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), codes, scale)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    return product
+
+
+CPU_PRODUCTS = {
+    "int8 weights and activations": partial(dynamic_product, reduce_range=False),
+    "int8 weights, 7-bit activations": partial(dynamic_product, reduce_range=True),
+    "int8 weights, bfloat16 activations": bf16_product,
+}
+FLOAT = "weights unpacked to floating point"
+
+
+@cache
+def cpu_kernel() -> str:
+    """The first of CPU_PRODUCTS that this machine computes rightly and faster than in floating point, else FLOAT."""
+    return next((name for name, make in CPU_PRODUCTS.items() if is_right(make) and is_faster(make)), FLOAT)
+
+
+def kernel_name(device: torch.device) -> str:
+    """What multiplies with quantized matrices on a device, in words."""
+    return cpu_kernel() if device.type == "cpu" else FLOAT
+
+
+def probe_inputs() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Weights, scales, and inputs of one row and of several; a row of ones meets weights of 127, the largest sums."""
+    generator = torch.Generator().manual_seed(0)
+    N, K = PROBE_SHAPE
+    codes = torch.randint(-127, 128, (N, K), generator=generator)
+    codes[::2] = 127
+    scale = torch.rand(N, generator=generator) + 0.5
+    several = torch.randn(5, K, generator=generator)
+    return codes * scale[:, None], scale, [torch.ones(1, K), several[:1], several]
+
+
+def is_right(make: Callable[[Tensor, Tensor], Product]) -> bool:
+    """Whether a product is there and within TOLERANCE of the one in floating point."""
+    weight, scale, inputs = probe_inputs()
+    try:
+        product = make(weight, scale)
+        found = [product(x) for x in inputs]
+    except (AttributeError, RuntimeError):  # this build of torch, or this processor, has no such operator
+        return False
+    wanted = [F.linear(x, weight) for x in inputs]
+    return all((y - z).norm() <= TOLERANCE * z.norm() for y, z in zip(found, wanted, strict=True))
+
+
+def is_faster(make: Callable[[Tensor, Tensor], Product]) -> bool:
+    """Whether a product of one row takes less time than in floating point, in most of a few tries side by side.
+
+    On one thread: where other programs are busy, several spend their time waiting for each other.
+    """
+    weight, scale, (_, x, _) = probe_inputs()
+    rivals = make(weight, scale), float_product(weight, scale)
+    n_threads, won = torch.get_num_threads(), 0
+    torch.set_num_threads(1)
+    for _ in range(PROBE_ROUNDS):
+        ends = [time.perf_counter()]
+        for product in rivals:
+            product(x)
+            ends.append(time.perf_counter())
+        won += ends[1] - ends[0] < ends[2] - ends[1]
+    torch.set_num_threads(n_threads)
+    return won > PROBE_ROUNDS / 2
+
+
+class QuantizedMatrix(nn.Module):
+    """The matrix (N, K) of a layer in codes and scales, zero until they are loaded."""
+
+    def __init__(self, n_rows: int, n_columns: int, quantization: Quantization, device: torch.device) -> None:
+        super().__init__()
+        self.n_columns, self.group_size = n_columns, quantization.group_size
+        if quantization.bits == 8:
+            codes, scale = torch.zeros(n_rows, n_columns, dtype=torch.int8, device=device), (n_rows,)
+        else:
+            codes = torch.zeros(n_rows, -(-n_columns // 2), dtype=torch.uint8, device=device)
+            scale = (n_rows, -(-n_columns // self.group_size))
+        self.register_buffer("weight", codes)
+        self.register_buffer("scale", torch.zeros(scale, dtype=torch.float16, device=device))
+
+
+class QuantizedEmbedding(QuantizedMatrix):
+    """Looks rows up and dequantizes those alone."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return dequantize(self.weight[input_ids], self.scale[input_ids], self.n_columns, self.group_size)
+
+
+class QuantizedLinear(QuantizedMatrix):
+    """`x @ W.T` with the product that suits the device, made at the first call from what is stored.
+
+    4-bit matrices use the 8-bit products too: their weights are rounded once more, to 127 steps of their row's peak,
+    a tenth of the error that they have already.
+    """
+
+    made_for: tuple[Tensor, torch.dtype] | None = None  # codes and type of x that `product` belongs to
+    product: Product
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made_for is None or self.made_for[0] is not self.weight or self.made_for[1] != x.dtype:
+            self.make_product(x.dtype)
+        return self.product(x)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def make_product(self, dtype: torch.dtype) -> None:
+        weight = dequantize(self.weight, self.scale, self.n_columns, self.group_size)
+        kernel = FLOAT
+        if dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > SMALL_MATRIX:
+            kernel = cpu_kernel()
+        per_row = self.scale.float() if self.group_size is None else quantize_rows(weight)[1].float()
+        self.product = CPU_PRODUCTS.get(kernel, float_product)(weight.to(dtype), per_row)
+        self.made_for = self.weight, dtype
+
+
+class QuantizedPackedLinear(QuantizedLinear):
+    """Several projections of one input; returns one tensor for each of `splits`, as PackedLinear does."""
+
+    splits: Sequence[int]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x).split(self.splits, dim=-1)
+
+
+REPLACEMENTS = {Linear: QuantizedLinear, PackedLinear: QuantizedPackedLinear, nn.Embedding: QuantizedEmbedding}
+
+
+def quantizable(model: nn.Module, kept: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The modules that quantization replaces, by name.
+
+    Left out are those in `kept` or inside a module in `kept`, and all that share their matrix with one that stays.
+    """
+    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) in REPLACEMENTS}
+    inside = tuple(f"{name}." for name in kept)
+    staying = [module for name, module in found.items() if f"{name}.".startswith(inside)]
+    staying += [module for module in model.modules() if type(module) not in REPLACEMENTS]
+    floats = {id(tensor) for module in staying for tensor in module.parameters(recurse=False)}
+    return {name: module for name, module in found.items() if id(module.weight) not in floats}
+
+
+def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
+    """Replace the layers of a float model by quantized ones that wait for their tensors; tied matrices stay tied."""
+    first: dict[int, QuantizedMatrix] = {}
+    for name, old in quantizable(model, quantization.kept).items():
+        new = REPLACEMENTS[type(old)](*old.weight.shape, quantization, old.weight.device)
+        if isinstance(old, PackedLinear):
+            new.splits = old.splits
+        tied = first.setdefault(id(old.weight), new)
+        new.weight, new.scale = tied.weight, tied.scale
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    model.requires_grad_(False)
+
+
+def widen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with everything in fp16 or bf16 turned to float32, the type that models compute in."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
