@@ -20,7 +20,7 @@ TOLERANCE = {
     "fp16": 1e-2,
 }  # relative difference of the loss from eager that counts as equal
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 30.0}  # what compiling a block and its backward may cost
-HOPED_SAVING = 0.25  # of a step, before it is measured
+HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
 TIMED_STEPS = 3
 
 
@@ -55,7 +55,7 @@ def decide(trainer: Trainer, wish: str) -> str:
         tell("not compiled: there is no C++ compiler here")
         return "off"
     eager_loss, eager_s = timed(trainer)
-    if wish == "auto" and planned_seconds(trainer, eager_s) * HOPED_SAVING < COMPILE_SECONDS[kind]:
+    if wish == "auto" and planned_seconds(trainer, eager_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
         return "off"
     compile_blocks(trainer.model)
     try:
