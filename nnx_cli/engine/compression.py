@@ -16,6 +16,7 @@ from typing import BinaryIO
 from nnx_cli.errors import DataError, MissingFeature
 
 BLOCK_BYTES = 2**20
+MESSAGE_CHARS = 100
 MAX_LAYERS = 3  # of compression around one text
 BOMB_BYTES = 64 * 2**20  # output that a file may have
 BOMB_RATIO = 1000  # or this many times its own size; text does not come near
@@ -59,7 +60,7 @@ class Stream(io.RawIOBase):
             try:
                 part = self._raw.read(missing)
             except self._damage as error:
-                raise DataError(f"{self.name} is damaged: {error}") from error
+                raise DataError(f"{self.name} is damaged: {brief(error)}") from error
             except OSError as error:
                 raise DataError(f"cannot read {self.name}: {error.strerror or error}") from error
             if not part:
@@ -83,6 +84,12 @@ class Stream(io.RawIOBase):
         """Read to the end, so that size and digest cover the whole file."""
         while self.read(BLOCK_BYTES):
             pass
+
+
+def brief(error: Exception) -> str:
+    """A library's message in one short line: some of them quote the file."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "..."
 
 
 def unpack(stream: Stream) -> Stream:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from nnx_cli.engine import rows
-from nnx_cli.engine.compression import BLOCK_BYTES, Stream, unpack
+from nnx_cli.engine.compression import BLOCK_BYTES, Stream, brief, unpack
 from nnx_cli.engine.encoding import TextReader
 from nnx_cli.engine.tokenizer import well_formed
 from nnx_cli.errors import DataError, UsageError
@@ -176,7 +176,7 @@ class Reader:
                 archive = zipfile.ZipFile(file)
                 members = [member for member in archive.infolist() if format_of(member.filename)]
             except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-                raise DataError(f"{stream.name} is damaged: {error}") from error
+                raise DataError(f"{stream.name} is damaged: {brief(error)}") from error
             if not members:
                 raise DataError(f"{stream.name} holds no {' '.join(FORMATS)} file")
             for member in members:
@@ -184,7 +184,7 @@ class Reader:
                 try:
                     raw = archive.open(member)
                 except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
-                    raise DataError(f"{name} cannot be read: {error}") from error
+                    raise DataError(f"{name} cannot be read: {brief(error)}") from error
                 with raw:
                     inner = Stream(raw, name, (zipfile.BadZipFile, EOFError, zlib.error))
                     inner.n_stored = partial(getattr, member, "compress_size")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
+from nnx_cli.engine.compression import brief
 from nnx_cli.engine.tokenizer import well_formed
 from nnx_cli.errors import DataError, MissingFeature
 
@@ -118,4 +119,4 @@ def parquet_rows(file: BinaryIO, key: str, name: str) -> Iterator[tuple[int, str
                 number += 1
                 yield number, BadRow(f"its column {key!r} is empty") if text is None else text
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name} is damaged: {str(error).splitlines()[0][:150]}") from error
+        raise DataError(f"{name} is damaged: {brief(error)}") from error

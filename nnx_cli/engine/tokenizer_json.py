@@ -17,10 +17,12 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB_SIZE = 2**24
 MAX_SPECIALS = 2**12
 MAX_TOKEN_BYTES = 256
+PATTERN_TIMEOUT_S = 1.0
 HF_GPT2 = bpe.plain(bpe.GPT2_PATTERN)  # what ByteLevel splits by on its own
 PROBE = (
     "It's 12 o'clock (or 13:45), we'd say; a_b + c == 'd' \u2014 \u00e9t\u00e9 \u6211\u3002 x\n\n  then  3.14\tEND! "
 )
+PROBE += "\x00\t$1 \u20ac\u00b2 e\u0301 \U0001f600 \u0915\u094d \u0665 \u00ad\n"
 END_OF_TEXT_NAMES = (bpe.END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(N_BYTES)]
@@ -101,7 +103,7 @@ def from_json(content: Any) -> Tokenizer:
     """The tokenizer that the contents of a tokenizer.json define."""
     _require(isinstance(content, dict) and isinstance(content.get("model"), dict), "it has no model")
     model = content["model"]
-    _require(model.get("type", "BPE") == "BPE", f"its model is {model.get('type')!r}, not BPE")
+    _require(model.get("type", "BPE") == "BPE", "its model is not BPE")
     _require(not content.get("normalizer"), "it normalizes text")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         _require(not model.get(name), f"its model has a {name}")
@@ -120,6 +122,7 @@ def from_json(content: Any) -> Tokenizer:
     _require(len(ranks) + sum(i < last for i in specials.values()) == last + 1, "its ids have gaps")
     _require(max(specials.values(), default=0) <= last + MAX_SPECIALS, "the ids of its added tokens are too large")
     pattern = _pattern(splitter)
+    _check_pattern(pattern)
     eot_id = next((specials[name] for name in END_OF_TEXT_NAMES if name in specials), None)
     tokenizer = bpe.BpeTokenizer(ranks, pattern, specials, eot_id)
     if tokenizer.kind not in bpe.PUBLISHED:
@@ -148,12 +151,13 @@ def _pairs(merges: Any) -> list[tuple[str, str]]:
 
 def _specials(added: Any, vocab: dict[str, int]) -> dict[str, int]:
     specials: dict[str, int] = {}
+    _require(added is None or isinstance(added, list), "its added tokens are no list")
     for token in added or []:
         _require(isinstance(token, dict), "one of its added tokens is damaged")
         name, token_id = token.get("content"), token.get("id")
         is_id = type(token_id) is int and 0 <= token_id < MAX_VOCAB_SIZE
         _require(is_id and isinstance(name, str), "one of its added tokens is damaged")
-        _require(vocab.get(name, token_id) == token_id, f"its added token {name!r} has two ids")
+        _require(vocab.get(name, token_id) == token_id, "one of its added tokens has two ids")
         specials[name] = token_id
     taken = {i for token, i in vocab.items() if token not in specials}
     _require(len(set(specials.values()) - taken) == len(specials), "an added token has the id of another token")
@@ -208,6 +212,18 @@ def _pattern(splitter: Any) -> str:
     pattern = steps[0]["pattern"]["Regex"]
     _require("(?<" not in pattern, "its regular expression looks behind")
     return pattern
+
+
+def _check_pattern(pattern: str) -> None:
+    """Try a regular expression here before tiktoken does, which aborts loudly on a piece of no length."""
+    import regex  # what tiktoken itself depends on
+
+    try:
+        found = regex.finditer(pattern.replace(r"\z", r"\Z"), PROBE, timeout=PATTERN_TIMEOUT_S)
+        pieces = [match.group() for match in found]
+    except (regex.error, TimeoutError) as error:
+        raise _Unsupported("its regular expression cannot be used") from error
+    _require("".join(pieces) == PROBE and "" not in pieces, "its regular expression leaves out text")
 
 
 def _check_merges(ranks: dict[bytes, int], pairs: list[tuple[str, str]], ignore_merges: bool) -> None:

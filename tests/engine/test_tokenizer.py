@@ -306,8 +306,8 @@ def test_damaged_or_unsupported_files_are_refused(tmp_path, changes):
     assert error.value.exit_code == 3 and "foreign.json" in str(error.value)
 
 
-@pytest.mark.parametrize("pattern", ["(", ".+", "(?<=a)b|.", "(?s:.{1,7})"])
-def test_patterns_that_cannot_be_run_are_refused(tmp_path, pattern):
+@pytest.mark.parametrize("pattern", ["", "(", "a*", ".+", "a b", "(?<=a)b|.", "(?s:.{1,7})", "(( ?.)*)*!"])
+def test_patterns_that_cannot_be_run_are_refused(tmp_path, capfd, pattern):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     vocab = ALPHABET | {"th": 256, "the": 257, "'Ġ": 258, "'Ġ1": 259}
     path = byte_level(
@@ -315,6 +315,7 @@ def test_patterns_that_cannot_be_run_are_refused(tmp_path, pattern):
     )
     with pytest.raises(DataError):
         load_tokenizer(path)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model": {"type": "BPE"}}'])
