@@ -19,10 +19,10 @@ from nnx_cli.commands._options import command, given, hidden, model_fields, mode
 from nnx_cli.commands.prepare import preparation_view
 from nnx_cli.config import PrepareConfig, TrainConfig, check_one_length, coerce, own_fields, read_toml
 from nnx_cli.console import Talk, TrainingView, duration
-from nnx_cli.errors import DataError, Interrupted, NnxError, OutputError, UsageError
+from nnx_cli.errors import DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
-    from nnx_cli.engine.run import Run
+    from nnx_cli.engine.run import ModelRef, Run
     from nnx_cli.engine.tokens import TokenFolder
     from nnx_cli.engine.trainer import Trainer
 
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 ALIASES = {
     "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads", "num_batches": "max_steps",
     "gradient_accumulate_every": "grad_accum", "learning_rate": "lr", "validate_every": "val_every",
-    "generate_every": "sample_every", "checkpoint_path": "resume",
+    "generate_every": "sample_every",
 }  # fmt: skip
-ALIAS_KINDS = {"learning_rate": float, "checkpoint_path": str}
 NYX_RECIPE = {"optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0}
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
 PREPARING = ("tokenizer", "val_fraction", "text_key", "errors")
@@ -41,7 +40,8 @@ OPTIONS = [
     *model_options(),
     *settings(TrainConfig, "Training"),
     *settings([f for f in own_fields(PrepareConfig) if f.name in PREPARING], "Data"),
-    *(hidden(name, ALIAS_KINDS.get(name, int)) for name in ALIASES),
+    *(hidden(name, float if name == "learning_rate" else int) for name in ALIASES),
+    hidden("checkpoint_path", str),
     hidden("prime_length", int),
     hidden("generate_length", int),
 ]  # fmt: skip
@@ -71,26 +71,42 @@ def run(
 ) -> None:
     """Train a model from scratch: on --filepath, on --data, or on the language documentation that Python ships."""
     aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options.get(theirs) is not None}
-    resume = aliases.pop("resume", None) or resume
-    named = model or size or filepath or data or out or init_from
-    settings_given = given(options, [*model_fields().values(), *own_fields(TrainConfig), *prepare_fields()])
-    for name in aliases.keys() & settings_given.keys():
-        raise UsageError(f"{name} is given twice")
-    cli = settings_given | aliases
+    cli = given(options, [*model_fields().values(), *own_fields(TrainConfig), *prepare_fields()])
+    if twice := aliases.keys() & cli.keys():
+        raise UsageError(f"--{twice.pop().replace('_', '-')} is given twice, in two spellings")
+    cli |= aliases
+    checkpoint = options["checkpoint_path"]
+    if resume is None and checkpoint is not None and not is_foreign(checkpoint):
+        resume, filepath = checkpoint, None
     if resume is not None:
-        if named and not filepath or config is not None:
-            allowed = named and all(value is None for value in (model, size, out, init_from)) and config is None
-            if not allowed:
-                raise UsageError(
-                    "--resume takes the model and its settings from the run", fix="leave out what is given besides"
-                )
-        resume_run(talk, resume, cli, data, filepath, dry_run)
+        if any(value is not None for value in (model, size, filepath, out, init_from, config)):
+            raise UsageError(
+                "--resume takes model, text and settings from the run", fix="leave out what is given besides"
+            )
+        resume_run(talk, resume, cli, data, dry_run)
         return
-    seed_command = model is None and bool(aliases)
-    values, sources = merge(cli, config, NYX_RECIPE if seed_command else {})
-    choice = {"model": model or values.pop("model", None) or "nyx", "size": size or values.pop("size", None) or "auto"}
-    values.pop("model", None), values.pop("size", None)
-    new_run(talk, choice, values, sources, filepath, data, out, init_from, options, dry_run)
+    recipe = NYX_RECIPE if model is None and (aliases or checkpoint) else {}
+    values, sources = merge(cli, config, recipe)
+    model, size = model or values.pop("model", None) or "nyx", size or values.pop("size", None) or "auto"
+    if checkpoint is not None:
+        init_from = imported(model, checkpoint)
+    new_run(talk, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
+
+
+def is_foreign(checkpoint: str) -> bool:
+    """Whether --checkpoint_path names a file of the original rather than a run."""
+    return checkpoint.endswith((".pth", ".pt", ".safetensors")) and not Path(checkpoint).is_dir()
+
+
+def imported(model: str, checkpoint: str) -> str:
+    """The model folder of an original's checkpoint: imported now, or before."""
+    from nnx_cli.engine.importer import import_checkpoint
+    from nnx_cli.engine.run import WEIGHTS
+
+    folder = WEIGHTS / f"{model}-{Path(checkpoint).stem}"
+    if not folder.exists():
+        import_checkpoint(model, Path(checkpoint), folder)
+    return str(folder)
 
 
 def prepare_fields() -> list:
@@ -114,7 +130,7 @@ def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> t
     return values, sources
 
 
-def split(values: dict[str, Any], model: str) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
+def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
     """Settings by owner: the model's fields, training, preparing. Raises UsageError for a field the model does not
     have."""
     check_one_length(values)
@@ -127,27 +143,28 @@ def split(values: dict[str, Any], model: str) -> tuple[dict[str, Any], TrainConf
 
 
 def new_run(
-    talk: Talk, choice: dict[str, str], values: dict[str, Any], sources: dict[str, str], filepath: list[str] | None,
-    data: Path | None, out: Path | None, init_from: str | None, options: dict[str, Any], dry_run: bool,
+    talk: Talk, model: str, size: str | None, values: dict[str, Any], sources: dict[str, str],
+    filepath: list[str] | None, data: Path | None, out: Path | None, init_from: str | None,
+    options: dict[str, Any], dry_run: bool,
 ) -> None:  # fmt: skip
     """Prepare what has to be prepared, plan, and train."""
-    models.check_name(choice["model"])
-    fields, train, preparing = split(values, choice["model"])
-    size = choice["size"]
+    models.check_name(model)
+    fields, train, preparing = split(values)
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
     from nnx_cli.engine import session
 
-    models.make_config(choice["model"], size=models.sizes(choice["model"])[0] if size == "auto" else size, **fields)
+    models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
     device, precision = session.prepare_device(train)
     base = None
     if init_from is not None:
-        base, choice, fields, size = start_from(init_from, values)
+        base, model, fields = start_from(init_from, fields)
+        size = None
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
     folder, made = token_folder(talk, filepath, data, preparing, base)
     try:
-        tokens, plan = make_plan(choice["model"], size, fields, train, sources, folder, device, precision, base)
+        tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base)
         prompt = session.sampling(
             tokens.tokenizer,
             tokens,
@@ -169,25 +186,22 @@ def new_run(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_from(spec: str, values: dict[str, Any]) -> tuple[Any, dict[str, str], dict[str, Any], None]:
-    """The model to start from, and its name and shape, with a few fields that may differ."""
+def start_from(spec: str, fields: dict[str, Any]) -> tuple[ModelRef, str, dict[str, Any]]:
+    """The model to start from, its name, and its shape with the context and dropout that may differ."""
     from nnx_cli.engine.run import find_model
 
     base = find_model(spec)
     described = dict(base.config["model"])
     name, _ = described.pop("name"), described.pop("size", None)
-    changed = {k: v for k, v in values.items() if k in described and k not in ("seq_len", "dropout")}
-    if changed:
-        raise UsageError(
-            f"--init-from takes the model's shape from {spec}; leave out --{next(iter(changed)).replace('_', '-')}"
-        )
-    fields = described | {k: values[k] for k in ("seq_len", "dropout") if k in values}
-    return base, {"model": name}, fields, None
+    for field in fields.keys() - {"seq_len", "dropout"}:
+        if fields[field] != described.get(field):
+            raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
+    return base, name, described | fields
 
 
 def make_plan(
     model: str, size: str | None, fields: dict[str, Any], train: TrainConfig, sources: dict[str, str], folder: Path,
-    device: Any, precision: str, base: Any,
+    device: Any, precision: str, base: ModelRef | None,
 ) -> tuple[TokenFolder, Any]:  # fmt: skip
     """Open the tokens and fill in every value."""
     from nnx_cli.engine.planner import plan_run
@@ -207,7 +221,7 @@ def make_plan(
 
 
 def token_folder(
-    talk: Talk, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: Any
+    talk: Talk, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: ModelRef | None
 ) -> tuple[Path, bool]:
     """The token folder to train on, and whether it was made now."""
     if data is not None:
@@ -237,9 +251,7 @@ def stem(filepath: list[str] | None, data: Path | None) -> str:
     return data.resolve().name if data else "pydoc"
 
 
-def resume_run(
-    talk: Talk, which: str, cli: dict[str, Any], data: Path | None, filepath: list[str] | None, dry_run: bool
-) -> None:
+def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, dry_run: bool) -> None:
     """Continue a run from its newest checkpoint."""
     for name in cli.keys() - set(RESUMABLE):
         raise UsageError(
@@ -257,6 +269,10 @@ def resume_run(
     if status.get("status") == "finished" and not lengths:
         talk.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
         talk.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
+        return
+    if dry_run:
+        rows = run.config["model"] | run.config["training"] | cli
+        show_rows(talk, rows, {name: "command line" if name in cli else f"run: {folder}" for name in rows})
         return
     if lengths:
         cli = {"max_steps": None, "max_time": None, "epochs": None} | cli
@@ -276,8 +292,8 @@ def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: b
     with stop_signals() as should_stop:
         try:
             ended = trainer.train(run, should_stop)
-        except NnxError:
-            record(run, trainer, "diverged")
+        except NnxError as error:
+            record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
             raise
     status = record(run, trainer, ended)
     view.__exit__()
@@ -372,9 +388,15 @@ def show_plan(talk: Talk, plan: Any, folder: Path) -> None:
     """Every value of a planned run and where it comes from."""
     values = {"model": plan.model, "size": plan.size, "data": str(folder)}
     values |= models.config_dict(plan.model_config) | asdict(plan.train)
-    rows = []
-    for name, value in values.items():
-        origin = plan.sources.get(name, "size" if name in plan.model_config.__dataclass_fields__ else "default")
-        rows.append({"setting": name, "value": value, "source": origin})
+    sources = {
+        name: plan.sources.get(name, "size" if name in plan.model_config.__dataclass_fields__ else "default")
+        for name in values
+    }
+    show_rows(talk, values, sources)
+
+
+def show_rows(talk: Talk, values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Settings, their values and where each came from."""
+    rows = [{"setting": name, "value": value, "source": sources[name]} for name, value in values.items()]
     talk.show_json(rows)
     talk.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])

@@ -100,25 +100,39 @@ def load_reference(
     if noise:
         raise UsageError(f"{name} draws no noise")
     model = from_config(name, module.Config(**fields))
-    own, theirs = model.unique_state(), model.reference_names()
-    missing = [seed for seed in theirs.values() if seed not in weights]
-    unknown = sorted(weights.keys() - theirs.values())
-    if missing or unknown:
-        raise CheckpointError(f"weights do not belong to this {name}: missing {missing[:3]}, unknown {unknown[:3]}")
-    for ours, seed in theirs.items():
-        if own[ours].shape != weights[seed].shape:
-            raise CheckpointError(f"{seed} is {tuple(weights[seed].shape)}, {name} needs {tuple(own[ours].shape)}")
-        own[ours].copy_(weights[seed])
+    own = model.unique_state()
+    unknown = sorted(weights.keys() - model.to_reference(own).keys() - model.reference_unused)
+    try:
+        state = model.from_reference(weights)
+    except KeyError as error:
+        raise CheckpointError(f"weights do not belong to this {name}: {error} is missing") from error
+    if unknown or state.keys() != own.keys():
+        odd = (unknown or sorted(state.keys() ^ own.keys()))[0]
+        raise CheckpointError(f"weights do not belong to this {name}: {odd} has no place in it")
+    for key, tensor in state.items():
+        if own[key].shape != tensor.shape:
+            raise CheckpointError(f"{key} would be {tuple(tensor.shape)}, this {name} needs {tuple(own[key].shape)}")
+        own[key].copy_(tensor)
     return model
+
+
+def infer_reference(name: str, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The original's constructor arguments that fit a checkpoint's weights. Raises CheckpointError where none do."""
+    check_name(name)
+    module = importlib.import_module(f"nnx_cli.models.{name}")
+    if not hasattr(module, "infer_reference"):
+        raise UsageError(f"{name} has no original to import from")
+    try:
+        return module.infer_reference(weights)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"this is no checkpoint of {name}: {error}") from error
 
 
 def reference_tensors(model: LanguageModel, grads: bool = False) -> dict[str, Tensor]:
     """Weights, or their gradients, under the original's names and in its layout; absent gradients are left out."""
-    parameters = dict(model.named_parameters())
-    found = {seed: parameters[ours] for ours, seed in model.reference_names().items()}
-    if grads:
-        return {seed: parameter.grad for seed, parameter in found.items() if parameter.grad is not None}
-    return {seed: parameter.detach() for seed, parameter in found.items()}
+    if not grads:
+        return model.to_reference(model.unique_state())
+    return model.to_reference({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def config_dict(config: ModelConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,6 +62,7 @@ class LanguageModel(nn.Module):
     """
 
     ignore_index = -100  # a target that does not count; -100 is never a token
+    reference_unused: frozenset[str] = frozenset()  # the original's weights that no output depends on
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,3 +104,11 @@ class LanguageModel(nn.Module):
     def reference_names(self) -> dict[str, str]:
         """Our parameter names to those of the architecture's original code."""
         raise UsageError(f"{type(self).__module__.rpartition('.')[2]} has no original to load from")
+
+    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors from the original's. KeyError for a missing one. Overridden where matrices are packed."""
+        return {ours: weights[seed] for ours, seed in self.reference_names().items()}
+
+    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The original's tensors from ours, weights or gradients, as far as they are there: undoes `from_reference`."""
+        return {seed: tensors[ours] for ours, seed in self.reference_names().items() if ours in tensors}

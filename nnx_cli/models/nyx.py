@@ -176,3 +176,19 @@ def reference_config(
         head_dim=head_dimension, ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate,
         qk_norm=use_qk_rmsnorm, xpos_scale_base=rotary_pos_emb_scale,
     )  # fmt: skip
+
+
+def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The original's constructor arguments, read off the shapes of its weights. KeyError or ValueError for other
+    weights."""
+    vocab_size, dim = weights["token_embedding.weight"].shape
+    rows = weights["layers.0.func.fused_attention_feedforward.weight"].shape[0]
+    inner = weights["layers.0.func.attn_output_proj.weight"].shape[1]
+    ffn_dim = weights["layers.0.func.feedforward_net.2.weight"].shape[1]
+    head_dim = (rows - inner - 2 * ffn_dim) // 2  # the rest of the rows are one key and one value
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    return dict(
+        model_dim=dim, vocab_size=vocab_size, layer_depth=len(layers),
+        head_dimension=head_dim, num_attention_heads=inner // head_dim, feedforward_scale=ffn_dim // dim,
+        use_qk_rmsnorm="layers.0.func.q_scale" in weights,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""`nnx import`: an original's checkpoint to a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnx_cli import models
+from nnx_cli.commands._options import command
+from nnx_cli.console import Talk
+
+
+@command()
+def run(
+    talk: Talk,
+    file: Annotated[Path, typer.Argument(help="Checkpoint of an original: .pth, .pt or .safetensors.")],
+    model: Annotated[str, typer.Option(help="Architecture it belongs to.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its tokenizer. [default: bytes where the vocabulary is 256]")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="sound, or seed: with the original's defects.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make. [default: weights/MODEL-NAME]")] = None,
+) -> None:
+    """Read an original's checkpoint, running nothing that is in it, and write a model folder."""
+    models.check_name(model)
+    from nnx_cli.engine.importer import import_checkpoint
+    from nnx_cli.engine.session import free_folder
+
+    out = out or free_folder(f"{model}-{file.stem}")
+    config = import_checkpoint(model, file, out, tokenizer, variant)
+    talk.show_json({"out": str(out), "model": model, "parameters": config["parameters"]})
+    talk.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {out}")
