@@ -1,0 +1,126 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nnx_cli import models
+from nnx_cli.engine import cost, quantizer
+from nnx_cli.engine.checkpoint import load_weights
+from nnx_cli.engine.evaluator import evaluate
+from nnx_cli.engine.run import ModelRef, load_model, model_from_config, write_model_folder
+from nnx_cli.errors import QualityError
+from nnx_cli.layers import quantized
+from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
+
+CPU = torch.device("cpu")
+INT8 = Quantization(bits=8, group_size=None, kept=[])
+INT4 = Quantization(bits=4, group_size=32, kept=[])
+
+
+def requantized(model, how):
+    """A model of the same kind with the tensors of `model`, quantized."""
+    name = type(model).__module__.rpartition(".")[2]
+    twin = model_from_config({"model": {"name": name, **models.config_dict(model.config)}}, Path())
+    quantize_layers(twin, how)
+    load_weights(twin, widen(quantizer.quantized_state(model, how)), Path(), CPU)
+    return twin.eval()
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("how, share", [(INT8, 0.05), (INT4, 0.35)], ids=["int8", "int4"])
+def test_every_architecture(tiny, name, how, share, monkeypatch):
+    monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)  # such small ones would be multiplied in floating point
+    model = tiny(name).eval()
+    twin = requantized(model, how)
+    ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted, found = (m(ids).log_softmax(2) for m in (model, twin))
+        cache = twin.make_cache(2, 12)
+        steps = torch.cat(
+            [twin(ids[:, :8], cache=cache), *(twin(ids[:, i : i + 1], cache=cache) for i in range(8, 12))], 1
+        )
+    spread = (wanted - wanted.mean()).norm()
+    assert (found - wanted).norm() < share * spread
+    assert (steps.log_softmax(2) - found).norm() < 0.05 * spread
+    assert all(not parameter.requires_grad for parameter in twin.parameters())
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("bits, how", [("int8", INT8), ("int4", INT4)])
+def test_files_are_as_large_as_summarize_says(tiny, name, bits, how, tmp_path):
+    model = tiny(name, dim=36, n_heads=2)
+    write_model_folder(tmp_path, {}, None, quantizer.quantized_state(model, how))
+    n_bytes = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert n_bytes == cost.file_bytes(model)[bits]
+
+
+def test_other_tensors_are_stored_in_the_closer_of_two_types():
+    plain, wide, counts = torch.randn(20), torch.tensor([1e5, 1.0]), torch.arange(3)
+    assert quantizer.narrow(plain).dtype == torch.float16
+    assert quantizer.narrow(wide).dtype == torch.bfloat16
+    assert quantizer.narrow(counts) is counts
+
+
+def test_comparison_measures_what_evaluation_does(tiny, monkeypatch):
+    monkeypatch.setattr(quantizer, "TOKENS_PER_BATCH", 100)
+    model, other = tiny("nyx").eval(), tiny("llama").eval()
+    tokens = np.random.default_rng(0).integers(0, 64, 32 * 9 + 1).astype(np.uint8)
+    token_bytes = np.arange(64, dtype=np.int32) % 3
+    found = quantizer.compare(model, other, tokens, token_bytes)
+    for loss, each in ((found.loss_before, model), (found.loss_after, other)):
+        wanted = evaluate(each, tokens, seq_len=32, batch_size=4, token_bytes=token_bytes)
+        assert found.n_tokens == wanted.tokens
+        assert loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert found.bits_per_byte(loss) == pytest.approx(wanted.bits_per_byte, rel=1e-5)
+    assert found.kl_divergence > 0 and found.same_top_token < 1
+    same = quantizer.compare(model, model, tokens, None)
+    assert (same.kl_divergence, same.same_top_token, same.bits_per_byte(1.0)) == (0.0, 1.0, None)
+
+
+@pytest.mark.parametrize("n", [2, 20, 33])
+def test_short_texts_are_measured_whole(tiny, n):
+    model = tiny().eval()
+    assert quantizer.compare(model, model, np.zeros(n, np.uint8), None).n_tokens == min(n - 1, 32)
+
+
+@pytest.mark.parametrize("after, max_drop", [(1.02, None), (1.05, 0.01), (math.nan, 1.0), (math.inf, 1.0)])
+def test_too_large_a_drop(after, max_drop):
+    with pytest.raises(QualityError, match="bits per byte"):
+        quantizer.check_drop(quantizer.Comparison(100, 100, 1.0, after, 0.0, 1.0), max_drop)
+
+
+@pytest.mark.parametrize("after, max_drop", [(1.009, None), (1.005, 0.01), (0.5, 0.0)])
+def test_a_drop_that_may_be(after, max_drop):
+    quantizer.check_drop(quantizer.Comparison(100, 100, 1.0, after, 0.0, 1.0), max_drop)
+
+
+@pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
+def test_written_model_equals_the_one_in_memory(run, how):
+    out = Path("elsewhere") / "deep" / "small"
+    ref = ModelRef(run.folder)
+    receipt, notes = quantizer.quantize_model(ref, out, how, max_drop=1.0, device=CPU)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = requantized(load_model(ref, CPU), how)(ids)
+        assert torch.equal(load_model(ModelRef(out), CPU)(ids), wanted)
+    config = ModelRef(out).config
+    assert config["quantization"] == {"format": 1, "bits": how.bits, "group_size": how.group_size, "kept": []}
+    assert (out / config["data"]["folder"]).resolve() == Path("data/words").resolve()
+    assert config["quantized_from"] == "weights/words" and config["model"] == ref.config["model"]
+    assert json.loads((out / "receipt.json").read_text()) == receipt
+    assert (out / "tokenizer.json").read_bytes() == (run.folder / "tokenizer.json").read_bytes()
+    assert "measured on" in notes[0] and notes[1].endswith(quantized.kernel_name(CPU))
+
+
+def test_a_model_without_a_tokenizer_has_no_bits_per_byte(run):
+    ref = ModelRef(run.folder)
+    folder = Path("weights") / "ids"
+    folder.mkdir()
+    write_model_folder(folder, ref.config, None, ref.weights()[1])
+    receipt, _ = quantizer.quantize_model(ModelRef(folder), Path("weights/ids-int8"), INT8, device=CPU)
+    assert receipt["before"]["bits_per_byte"] is None and receipt["after"]["bits_per_byte"] is None
+    assert receipt["kl_divergence"] < 0.01
