@@ -72,7 +72,7 @@ def plan_run(
     tokens_per_step = derived["tokens_per_step"]
     epoch_steps = max(1, train_tokens // tokens_per_step)
     if train.epochs is not None:
-        derived["max_steps"] = max(1, round(train.epochs * train_tokens / tokens_per_step))
+        derived["max_steps"] = steps_in(train.epochs, train_tokens, tokens_per_step)
         where["max_steps"] = "derived: epochs"
     elif train.max_steps is None and train.max_time is None:
         derived["max_time"] = f"{DEFAULT_SECONDS}s"
@@ -95,6 +95,11 @@ def plan_run(
             derived["val_batches"] = max(1, rows // derived["batch_size"])
             where["val_batches"] = "derived: 2 % of the run"
     return Plan(name, label, config, replace(train, **derived), where)
+
+
+def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:
+    """Optimizer steps of that many passes over the training text, at least one."""
+    return max(1, round(epochs * train_tokens / tokens_per_step))
 
 
 def batch_shape(

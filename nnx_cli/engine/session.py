@@ -25,12 +25,12 @@ from nnx_cli.engine.device import (
     set_seed,
     set_threads,
 )  # fmt: skip
-from nnx_cli.engine.planner import Plan
+from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config
 from nnx_cli.engine.tokenizer import Tokenizer
 from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
-from nnx_cli.errors import CheckpointError, DataError
+from nnx_cli.errors import CheckpointError, DataError, UsageError
 from nnx_cli.models._base import LanguageModel
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run
@@ -145,9 +145,9 @@ def resume(
     `overrides` are new values of training settings. Raises CheckpointError without an intact checkpoint, DataError
     where the data is not the run's.
     """
-    checkpoint, notes = run.newest_checkpoint()
     old = TrainConfig(**run.config["training"])
-    config = replace(old, **overrides)
+    config = replace(old, **{**overrides, **same_samples(old, overrides)})
+    checkpoint, notes = run.newest_checkpoint()
     device, precision = prepare_device(config)
     if precision != config.precision and "device" in overrides:
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
@@ -160,6 +160,8 @@ def resume(
         raise DataError(
             f"{folder} is not the data of this run: its fingerprint differs", fix="start a new run on it: --init-from"
         )
+    if overrides.get("epochs"):
+        config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
     model = model_from_config(run.config, run.folder)
     load_weights(model, checkpoint.model, run.folder, device)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
@@ -171,9 +173,27 @@ def resume(
             f"torch is {torch.__version__}, the run began with {versions['torch']}: the same run, not the same bits"
         )
     run.cut_logs(trainer.state.step)
-    run.set_config(run.config | {"training": asdict(trainer.config)})
+    where = run.config["data"] | {"folder": relative(data.path, run.folder)}
+    run.set_config(run.config | {"training": asdict(trainer.config), "data": where})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
+
+
+def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> dict[str, int | None]:
+    """How a step is divided when batch size or accumulation is given anew: its samples stay the same, and so do those
+    of a validation. Raises UsageError where they cannot."""
+    if not overrides.get("batch_size") and not overrides.get("grad_accum"):
+        return {}
+    per_step = old.batch_size * old.grad_accum
+    batch_size = overrides.get("batch_size") or max(1, per_step // overrides["grad_accum"])
+    grad_accum = overrides.get("grad_accum") or max(1, per_step // batch_size)
+    if batch_size * grad_accum != per_step:
+        raise UsageError(
+            f"a step of this run has {per_step} sequences, not --batch-size {batch_size} x --grad-accum {grad_accum}",
+            fix=f"take a --batch-size that divides {per_step}",
+        )
+    val_batches = old.val_batches and -(-old.val_batches * old.batch_size // batch_size)
+    return {"batch_size": batch_size, "grad_accum": grad_accum, "val_batches": val_batches}
 
 
 def relative(folder: Path, start: Path) -> str:

@@ -155,14 +155,14 @@ class Trainer:
                 "skipped_steps": state.skipped_steps,
             }  # fmt: skip
             if validate:
-                result = self.validate(run)
+                result = self.validate(run, loss)
                 record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
             if validate or state.step % LOG_STEPS == 0 or state.step == 1:
                 run.append("metrics.jsonl", record)
                 self.observer.step(record, done)
             if self._due(config.sample_every, before, done):
                 self.sample(run)
-            gave_up = config.patience is not None and state.worse_validations >= config.patience
+            gave_up = validate and config.patience is not None and state.worse_validations >= config.patience
             stop = should_stop() or gave_up
             overdue = config.save_every is None and time.monotonic() - self._saved_at > SAVE_SECONDS
             if stop or overdue or done >= 1.0 or self._due(config.save_every, before, done):
@@ -230,7 +230,7 @@ class Trainer:
 
     # looking at the run
 
-    def validate(self, run: Run) -> Evaluation:
+    def validate(self, run: Run, train_loss: float) -> Evaluation:
         """Loss on fixed windows of the validation split; the best weights so far are kept in the run folder."""
         config, state = self.config, self.state
         result = evaluate(
@@ -245,7 +245,8 @@ class Trainer:
         else:
             state.worse_validations += 1
         run.set_status(
-            step=state.step, val_loss=result.loss, val_bits_per_byte=result.bits_per_byte, best_step=state.best_step,
+            step=state.step, train_loss=finite(train_loss), val_loss=finite(result.loss),
+            val_bits_per_byte=finite(result.bits_per_byte), best_step=state.best_step,
             best_val_loss=state.best_val_loss, best_val_bits_per_byte=state.best_val_bits_per_byte,
         )  # fmt: skip
         return result
@@ -266,3 +267,8 @@ class Trainer:
         run.set_status(step=self.state.step)
         self._saved_at = time.monotonic()
         self.observer.saved(self.state.step)
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON has a word for, or None."""
+    return value if value is not None and math.isfinite(value) else None

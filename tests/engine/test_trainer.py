@@ -1,0 +1,415 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nnx_cli.cli import app
+from nnx_cli.engine import checkpoint as ckpt
+from nnx_cli.engine import session
+from nnx_cli.engine import trainer as trainer_module
+from nnx_cli.engine.evaluator import Evaluation
+from nnx_cli.engine.run import Run
+from nnx_cli.engine.trainer import Observer
+from nnx_cli.errors import DataError, OutputError, QualityError, UsageError
+
+TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes")
+
+
+def records(run, name="metrics.jsonl"):
+    lines = (run.folder / name).read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def everything(run):
+    """All that a run leaves behind, as comparable values, less what a clock says."""
+    newest, notes = run.newest_checkpoint()
+    assert notes == []
+    tensors = {f"model {key}": value for key, value in newest.model.items()}
+    tensors |= {f"optimizer {key}": value for key, value in newest.optimizer.items()}
+    tensors |= {f"best {key}": value for key, value in session.ModelRef(run.folder).weights()[1].items()}
+    digests = {key: (value.dtype, value.numpy().tobytes()) for key, value in tensors.items()}
+    state = {key: value for key, value in newest.state.items() if key not in TIMES}
+    status = {key: run.status()[key] for key in ("step", "tokens", "best_val_loss", "best_step", "val_loss")}
+    return digests, state, records(run), records(run, "samples.jsonl"), status
+
+
+def train(run, trainer, stop_at=None):
+    """Train to the end, or as if a signal came during step `stop_at`."""
+    with run.lock():
+        ended = trainer.train(run, lambda: stop_at is not None and trainer.state.step >= stop_at)
+    run.set_status(status=ended, step=trainer.state.step, tokens=trainer.state.tokens)
+    return ended
+
+
+def resume(run, **overrides):
+    return session.resume(Run(run.folder), overrides, overrides.pop("data", None), Observer())[0]
+
+
+# a step
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+def test_division_into_micro_batches_changes_nothing(start, workspace, shape):
+    """Same gradients, so the same weights; plain gradient descent, so that no rule magnifies rounding."""
+
+    def weights(name, batch_size, grad_accum):
+        run, trainer = start(workspace / name, batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.0)
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        results = []
+        for _ in range(3):
+            results.append(trainer.take_step(0.1))
+            trainer.state.step += 1
+        return results, [p.detach().clone() for p in trainer.model.parameters()]
+
+    wanted, ours = weights("a", 1, 8), weights("b", *shape)
+    for (loss, norm, n_tokens), (other_loss, other_norm, other_n) in zip(wanted[0], ours[0], strict=True):
+        assert loss == pytest.approx(other_loss, abs=1e-6) and norm == pytest.approx(other_norm, abs=1e-6)
+        assert n_tokens == other_n == 8 * 32
+    for a, b in zip(wanted[1], ours[1], strict=True):
+        assert (a - b).abs().max() <= 1e-6
+
+
+def test_the_loss_is_the_mean_over_all_targets(start, workspace):
+    run, trainer = start(workspace / "a", batch_size=4, grad_accum=2)
+    ids, targets = trainer.loader.batch(0, 8)
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(trainer.model(ids).flatten(0, 1), targets.flatten()).item()
+    assert trainer.take_step(1e-3)[0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_gradients_are_clipped_and_reported_unclipped(start, workspace):
+    moves = {}
+    for clip in (0.0, 1e-3):
+        run, trainer = start(workspace / str(clip), grad_clip=clip)
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        _, norm, _ = trainer.take_step(1.0)
+        moved = sum(((p.detach() - b) ** 2).sum() for p, b in zip(trainer.model.parameters(), before, strict=True))
+        moves[clip] = (norm, math.sqrt(moved))
+    assert moves[0.0][0] == moves[1e-3][0] > 1e-2
+    assert moves[0.0][1] == pytest.approx(moves[0.0][0], rel=1e-4)
+    assert moves[1e-3][1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def poison(trainer, monkeypatch, value, steps=(1,)):
+    """Make the loss, or only the gradient of one weight, not finite at some steps."""
+    forward = trainer.train_step.forward
+
+    def forward_badly(ids, targets):
+        loss, count = forward(ids, targets)
+        if trainer.state.step in steps:
+            loss = loss * value if value is not None else loss + explode(trainer.model.norm.weight)
+        return loss, count
+
+    monkeypatch.setattr(trainer.train_step, "forward", forward_badly)
+
+
+def explode(parameter):
+    """Zero, with a gradient that is not finite."""
+    return (parameter * 0.0).abs().sqrt().sum() * 1e-30
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(start, workspace, monkeypatch, value):
+    run, trainer = start(workspace / "a")
+    poison(trainer, monkeypatch, value)
+    trainer.take_step(1e-3)
+    trainer.state.step = 1
+    before = {key: tensor.clone() for key, tensor in trainer.checkpoint().model.items()}
+    moments = {key: tensor.clone() for key, tensor in trainer.checkpoint().optimizer.items()}
+    _, norm, _ = trainer.take_step(1e-3)
+    assert not math.isfinite(norm)
+    assert all(torch.equal(before[key], tensor) for key, tensor in trainer.checkpoint().model.items())
+    assert all(torch.equal(moments[key], tensor) for key, tensor in trainer.checkpoint().optimizer.items())
+    assert (trainer.state.skipped_steps, trainer.state.bad_steps) == (1, 1)
+    trainer.state.step = 2
+    _, norm, _ = trainer.take_step(1e-3)
+    assert math.isfinite(norm), "the bad gradient is gone"
+    assert (trainer.state.skipped_steps, trainer.state.bad_steps) == (1, 0)
+    assert not torch.equal(before["norm.weight"], trainer.model.norm.weight)
+
+
+def test_a_run_without_finite_gradients_ends(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "weights" / "a", max_steps=40, save_every=4, val_every=40)
+    poison(trainer, monkeypatch, math.nan, range(6, 40))
+    with pytest.raises(QualityError, match="diverged: no finite gradient in 8 steps up to step 14") as error:
+        train(run, trainer)
+    assert "--lr" in error.value.fix
+    checkpoint, _ = run.newest_checkpoint()
+    assert checkpoint.step == 12 and all(tensor.isfinite().all() for tensor in checkpoint.model.values())
+    skipped = [record["train_loss"] for record in records(run) if record["step"] > 6]
+    assert skipped == [None], "a line of the log, in JSON that every reader takes"
+
+
+def test_a_validation_that_is_not_finite_is_recorded(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", max_steps=4, val_every=2)
+    results = iter([math.nan, 3.0])
+    monkeypatch.setattr(
+        trainer_module, "evaluate", lambda *args, **options: Evaluation(*[next(results)] * 2, None, 1, 1, 1.0)
+    )
+    assert train(run, trainer) == "finished"
+    assert run.status()["best_val_loss"] == 3.0 and run.status()["best_step"] == 4
+    assert [record["val_loss"] for record in records(run) if record["step"] % 2 == 0] == [None, 3.0]
+
+
+# a run
+
+
+def test_a_run_learns_and_leaves_what_is_promised(finished):
+    run = Run(finished)
+    status, lines = run.status(), records(run)
+    assert status["status"] == "finished" and status["step"] == 40
+    first, last = lines[0], lines[-1]
+    assert first["step"] == 1 and last["step"] == 40 and last["tokens"] == 40 * 8 * 32
+    assert first["train_loss"] == pytest.approx(math.log(256), rel=0.1)
+    assert last["val_loss"] < 3.5 < first["train_loss"]
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2))
+    assert [line["step"] for line in lines if line["val_loss"] is not None] == [10, 20, 30, 40]
+    assert status["best_val_loss"] == min(line["val_loss"] for line in lines if line["val_loss"] is not None)
+    assert status["val_loss"] == last["val_loss"] and status["train_loss"] == last["train_loss"]
+    assert ckpt.steps_in(run.checkpoints) == [20, 40]
+    with open(finished / "metrics.jsonl") as file:
+        keys = list(json.loads(file.readline()))
+    assert keys == [
+        "step", "tokens", "time_s", "train_loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s",
+        "peak_memory_bytes", "skipped_steps",
+    ]  # fmt: skip
+
+
+def test_the_schedule_ends_with_the_run(start, workspace):
+    rates = []
+
+    class Watch(Observer):
+        def step(self, record, progress):
+            rates.append((record["step"], record["lr"], progress))
+
+    settings = dict(max_steps=8, val_every=1, lr=1e-3, warmup_steps=0, min_lr=1e-4)
+    run, trainer = start(workspace / "a", observer=Watch(), **settings)
+    assert train(run, trainer) == "finished"
+    assert rates == [(n, pytest.approx(1e-4 + 9e-4 * (1 - (n - 1) / 8)), n / 8) for n in range(1, 9)]
+
+
+def test_milestones_are_looked_at(start, workspace):
+    run, trainer = start(workspace / "a", max_steps=20, val_every=None, save_every=None, sample_every=0)
+    train(run, trainer)
+    validated = [record["step"] for record in records(run) if record["val_loss"] is not None]
+    assert validated == [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+
+
+def test_patience_stops_a_run_that_gets_no_better(start, workspace, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.9, 2.0, 2.0, 1.0])
+    monkeypatch.setattr(
+        trainer_module, "evaluate", lambda *args, **options: Evaluation(next(losses), 1.0, None, 1, 1, 1.0)
+    )
+    run, trainer = start(workspace / "a", max_steps=100, val_every=1, save_every=50, patience=2)
+    notes = []
+    trainer.observer.note = notes.append
+    assert train(run, trainer) == "finished"
+    assert trainer.state.step == 4 and trainer.state.best_step == 2 and "stopped early" in notes[0]
+    assert ckpt.steps_in(run.checkpoints)[-1] == 4, "what it stopped with is saved"
+    again = resume(run)
+    assert train(run, again) == "finished"
+    assert again.state.step == 7, "going on, it gets a new chance at the next validation"
+
+
+def test_checkpoints_beyond_keep_are_dropped(start, workspace):
+    run, trainer = start(workspace / "a", save_every=2, keep=3)
+    train(run, trainer)
+    assert ckpt.steps_in(run.checkpoints) == [8, 10, 12]
+
+
+def test_samples_are_logged(start, workspace):
+    run, trainer = start(workspace / "a", max_steps=6, sample_every=3)
+    train(run, trainer)
+    drawn = records(run, "samples.jsonl")
+    assert [(line["step"], line["prompt"]) for line in drawn] == [(3, "\n"), (6, "\n")]
+    assert all(line["text"] for line in drawn)
+
+
+def test_a_full_disk_while_saving_costs_no_checkpoint(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", save_every=4)
+
+    def full(path, tensors):
+        if trainer.state.step == 8:
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    write = ckpt.write_tensors
+    monkeypatch.setattr(ckpt, "write_tensors", full)
+    with pytest.raises(OutputError, match="disk full"):
+        train(run, trainer)
+    monkeypatch.undo()
+    assert run.newest_checkpoint()[0].step == 4
+    assert train(run, resume(run)) == "finished"
+
+
+# resuming
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("nyx", {"optimizer": "adamw"}),
+        ("llama", {"optimizer": "lion", "lr": 3e-4}),
+        ("llama", {"optimizer": "adamw", "batch_size": 20, "schedule": "cosine"}),  # several epochs
+    ],
+)
+def test_resuming_equals_never_having_stopped(start, workspace, model, settings):
+    settings = settings | {"max_steps": 42, "val_every": 10, "save_every": 12, "sample_every": 14}
+    fields = {"dropout": 0.1}
+    whole, trainer = start(workspace / "whole", model, fields, **settings)
+    assert train(whole, trainer) == "finished"
+
+    run, trainer = start(workspace / "parts", model, fields, **settings)
+    assert train(run, trainer, stop_at=13) == "interrupted"
+    assert run.newest_checkpoint()[0].step == 13
+    assert train(run, resume(run), stop_at=29) == "interrupted"
+    assert train(run, resume(run)) == "finished"
+    assert everything(run) == everything(whole)
+
+
+@pytest.mark.parametrize("forget", ["optimizer", "step"])
+def test_forgetting_something_would_show(start, workspace, forget):
+    """The negative control: a checkpoint that lacks a part does not lead to the same end."""
+    whole, trainer = start(workspace / "whole")
+    train(whole, trainer)
+    run, trainer = start(workspace / "parts")
+    train(run, trainer, stop_at=6)
+    again = resume(run)
+    if forget == "optimizer":
+        again.optimizer = trainer_module.build_optimizer(again.model, again.config)
+    else:
+        again.loader.seed += 1
+    train(run, again)
+    assert everything(run)[0] != everything(whole)[0]
+
+
+def test_a_run_that_went_back_reaches_the_same_end(start, workspace):
+    """The newest checkpoint is damaged, so that steps are taken again."""
+    whole, trainer = start(workspace / "whole")
+    train(whole, trainer)
+    run, trainer = start(workspace / "parts", keep=1)
+    train(run, trainer, stop_at=7)
+    ckpt.save_checkpoint(run.checkpoints, ckpt.Checkpoint(9, {}, {}, {}))
+    (run.checkpoints / "step-00000009" / "manifest.json").write_text("{}")
+    again, notes = session.resume(Run(run.folder), {}, None, Observer())
+    assert again.state.step == 7 and "going back" in notes[0]
+    train(run, again)
+    assert everything(run) == everything(whole)
+
+
+def test_a_longer_length_goes_on_from_there(start, workspace):
+    run, trainer = start(workspace / "a", max_steps=4)
+    train(run, trainer)
+    again = resume(run, max_steps=10, max_time=None, epochs=None)
+    assert again.progress() == 0.4
+    assert train(run, again) == "finished" and again.state.step == 10
+    assert Run(run.folder).config["training"]["max_steps"] == 10 and run.status()["max_steps"] == 10
+
+
+def test_a_length_in_epochs_has_an_end(start, workspace):
+    run, trainer = start(workspace / "a", max_steps=4)
+    train(run, trainer)
+    again = resume(run, epochs=0.25, max_steps=None, max_time=None)
+    steps = round(0.25 * len(trainer.data.train) / 256)
+    assert again.config.max_steps == steps > 4
+    train(run, again)
+    assert again.state.step == steps
+
+
+@pytest.mark.parametrize("overrides", [{"batch_size": 2}, {"grad_accum": 8}, {"batch_size": 8, "grad_accum": 1}])
+def test_another_batch_size_keeps_the_samples_of_a_step(start, workspace, overrides):
+    whole, trainer = start(workspace / "whole")
+    train(whole, trainer)
+    run, trainer = start(workspace / "parts")
+    train(run, trainer, stop_at=5)
+    again = resume(run, **overrides)
+    assert again.samples_per_step == 8
+    assert again.config.val_batches * again.config.batch_size == 8
+    train(run, again)
+    ours, wanted = run.newest_checkpoint()[0], whole.newest_checkpoint()[0]
+    assert ours.state["tokens"] == wanted.state["tokens"]
+    assert run.status()["val_loss"] == pytest.approx(whole.status()["val_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("overrides", [{"batch_size": 3}, {"batch_size": 16}, {"batch_size": 4, "grad_accum": 4}])
+def test_a_batch_size_that_changes_a_step_is_refused(start, workspace, overrides):
+    run, trainer = start(workspace / "a")
+    with pytest.raises(UsageError, match="a step of this run has 8 sequences"):
+        resume(run, **overrides)
+
+
+def test_data_that_changed_is_noticed(run, workspace):
+    path = workspace / "data" / "words" / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        resume(run, max_steps=50)
+    path.unlink()
+    with pytest.raises(DataError, match="no prepared tokens"):
+        resume(run, max_steps=50)
+
+
+def test_a_moved_run_is_told_where_its_data_is_once(run, workspace):
+    (workspace / "far" / "far").mkdir(parents=True)
+    run.folder.rename(workspace / "far" / "far" / "away")
+    moved = Run(workspace / "far" / "far" / "away")
+    with pytest.raises(DataError, match="no token folder"):
+        resume(moved, max_steps=41)
+    train(moved, resume(moved, max_steps=41, data=workspace / "data" / "words"))
+    train(moved, resume(moved, max_steps=42))
+    assert moved.status()["step"] == 42
+
+
+# processes
+
+LENGTH = 240
+COMMAND = ["--model", "nyx", "--dim", "32", "--n-layers", "2", "--n-heads", "2", "--seq-len", "32", "--dropout", "0.1",
+           "--max-steps", str(LENGTH), "--batch-size", "4", "--grad-accum", "1", "--lr", "2e-3", "--val-every", "50",
+           "--val-batches", "2", "--save-every", "20", "--sample-every", "100", "--compile", "off", "--device", "cpu",
+           "--threads", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(token_path, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = CliRunner().invoke(app, ["train", *COMMAND, "--data", str(token_path), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return Run(out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_process_resumes_to_the_same_bits(uninterrupted, token_path, workspace, nnx, name):
+    out = workspace / "weights" / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nnx_cli", "train", *COMMAND, "--data", token_path, "--out", out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and max(ckpt.steps_in(out / "checkpoints"), default=0) < 40:
+        time.sleep(0.002)
+    process.send_signal(getattr(signal, name))
+    stdout, stderr = process.communicate(timeout=60)
+    run = Run(out)
+    stopped_at = run.newest_checkpoint()[0].step
+    assert 40 <= stopped_at < LENGTH, stderr
+    if name == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+        assert run.status()["status"] == "running"
+    else:
+        assert process.returncode == 130 and run.status()["status"] == "interrupted"
+        assert f"interrupted at step {stopped_at}; everything is saved" in stderr and "Traceback" not in stderr
+        assert stdout == "" and f"nnx train --resume {out}" in stderr
+    result = nnx("train", "--resume", "last", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert f"resuming {os.path.join('weights', 'run')} at step {stopped_at}" not in result.stdout
+    assert json.loads(result.stdout)["status"] == "finished"
+    assert everything(run) == everything(uninterrupted)
