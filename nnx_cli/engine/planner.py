@@ -131,6 +131,8 @@ def batch_shape(
             model, batch_size=rows, seq_len=T, optimizer=optimizer, precision=precision
         ).peak_bytes
 
+    if B is None and A and N:
+        B = N // (A * T)
     budget = memory_budget(device, train.vram_bytes)
     largest = largest_batch(peak(1), peak(2), budget)
     if (B or 1) > largest:
@@ -141,9 +143,9 @@ def batch_shape(
         )
     if B is None:
         default = N or (CPU_TOKENS_PER_STEP if device.type == "cpu" else GPU_TOKENS_PER_STEP)
-        rows = max(1, default // T) if A is None or N else None
+        rows = max(1, default // T)
         if A is not None:
-            B = N // (A * T) if N else max(1, min(largest, default // (T * A)))
+            B = max(1, min(largest, default // (T * A)))
         else:
             B = max(b for b in range(1, min(rows, largest) + 1) if rows % b == 0)
             A = rows // B
