@@ -1,0 +1,137 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nnx_cli import models
+from nnx_cli.engine.cost import (
+    MatrixProducts,
+    WithFusedAttention,
+    activation_bytes,
+    count_parameters,
+    file_bytes,
+    flops_per_token,
+    meta_model,
+    sampling_bytes,
+    training_memory,
+)
+
+SHAPES = [
+    dict(vocab_size=256, dim=512, n_layers=8, n_heads=8, head_dim=64, ffn_dim=2048, seq_len=1024),
+    dict(vocab_size=50257, dim=512, n_layers=8, n_heads=8, head_dim=64, ffn_dim=2048, seq_len=256),
+    dict(vocab_size=1000, dim=128, n_layers=2, n_heads=4, head_dim=32, ffn_dim=256, seq_len=64),
+    dict(vocab_size=97, dim=64, n_layers=3, n_heads=5, head_dim=16, ffn_dim=96, seq_len=32, qk_norm=True),
+]
+
+
+def nyx(shape):
+    return meta_model("nyx", models.make_config("nyx", **shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_of_nyx_follow_the_formula(shape):
+    V, D, L, H, dh, F = (shape[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "head_dim", "ffn_dim"))
+    norms = 2 * dh * L if shape.get("qk_norm") else 0
+    total = V * D + D + L * (D + D * (H * dh + 2 * dh + 2 * F) + H * dh * D + F * D) + norms
+    assert count_parameters(nyx(shape)) == {"total": total, "trainable": total, "embedding": V * D, "active": total}
+
+
+@pytest.mark.parametrize(("shape", "published"), [*zip(SHAPES[:3], (30_020_096, 55_620_608, 406_912), strict=True)])
+def test_parameters_of_nyx_as_measured_in_the_original(shape, published):
+    assert count_parameters(nyx(shape))["total"] == published
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operations_of_nyx_follow_the_formula(shape):
+    V, D, L, H, dh, F = (shape[k] for k in ("vocab_size", "dim", "n_layers", "n_heads", "head_dim", "ffn_dim"))
+    T = shape["seq_len"]
+    matrices = L * (D * (H * dh + 2 * dh + 2 * F) + H * dh * D + F * D) + V * D
+    forward = 2 * matrices + 4 * L * H * dh * (T / 2)
+    assert flops_per_token(nyx(shape)) == {"forward": forward, "train": 3 * forward}
+
+
+def test_operations_of_llama():
+    shape = dict(vocab_size=256, dim=128, n_layers=2, n_heads=8, n_kv_heads=2, ffn_dim=320, seq_len=64)
+    model = meta_model("llama", models.make_config("llama", **shape))
+    matrices = 2 * (128 * (128 + 2 * 32) + 128 * 128 + 3 * 128 * 320) + 256 * 128
+    assert flops_per_token(model)["forward"] == 2 * matrices + 4 * 2 * 128 * 32
+    assert flops_per_token(model, seq_len=16)["forward"] == 2 * matrices + 4 * 2 * 128 * 8
+
+
+def test_tied_and_frozen_parameters():
+    tied, untied = (
+        meta_model("llama", models.make_config("llama", dim=64, n_layers=1, n_heads=2, tie_embeddings=tie))
+        for tie in (True, False)
+    )
+    assert count_parameters(untied)["total"] - count_parameters(tied)["total"] == 256 * 64
+    tied.embedding.weight.requires_grad_(False)
+    counted = count_parameters(tied)
+    assert counted["total"] - counted["trainable"] == 256 * 64
+
+
+def test_matrix_products_are_counted():
+    with MatrixProducts() as products, WithFusedAttention() as attention:
+        nn.Linear(8, 5, bias=False, device="meta")(torch.empty(3, 8, device="meta"))
+        torch.bmm(torch.empty(2, 3, 4, device="meta"), torch.empty(2, 4, 6, device="meta"))
+        q, kv = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 5, 16, device="meta")
+        F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
+    assert products.flops == 2 * 3 * 8 * 5 + 2 * 2 * 3 * 4 * 6
+    assert attention.flops == 2 * 2 * 8 * 5 * 5 * (16 + 16)
+
+
+def test_cache_of_nyx_is_two_heads_a_layer():
+    weights, per_token = sampling_bytes(nyx(SHAPES[0]), "bf16")
+    assert per_token == 2 * 64 * 8 * 2
+    assert weights == 4 * 30_020_096
+    assert sampling_bytes(nyx(SHAPES[0]), "fp32")[1] == 2 * per_token
+
+
+@pytest.mark.parametrize("name", models.names())
+@torch.no_grad()
+def test_bytes_of_a_cache_are_those_of_a_real_one(tiny, name):
+    per_token = sampling_bytes(tiny(name).to("meta"))[1]
+    assert tiny(name).make_cache(3, 20).n_bytes == pytest.approx(60 * per_token, rel=0.5)
+
+
+def test_files():
+    sizes = file_bytes(nyx(SHAPES[2]))
+    assert sizes["fp32"] == 4 * 406_912 and sizes["bf16"] == 2 * 406_912
+    rows = 1000 + 2 * ((4 * 32 + 2 * 32 + 2 * 256) + 128 + 128)
+    matrices = 406_912 - 3 * 128
+    assert sizes["int8"] == 2 * 3 * 128 + matrices + 2 * rows
+    assert sizes["int4"] == 2 * 3 * 128 + matrices // 2 + matrices // 32 * 2
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_memory_grows_with_what_it_holds(name):
+    model = meta_model(name, models.make_config(name, size="nano"))
+
+    def memory(rows=2, optimizer="adamw", precision="fp32", seq_len=128):
+        return training_memory(model, batch_size=rows, seq_len=seq_len, optimizer=optimizer, precision=precision)
+
+    base, total = memory(), count_parameters(model)["total"]
+    assert base.weights_bytes >= 4 * total and base.gradients_bytes == 4 * total and base.optimizer_bytes == 8 * total
+    assert memory(optimizer="lion").optimizer_bytes == 4 * total
+    assert memory(rows=4).activations_bytes == pytest.approx(2 * base.activations_bytes, rel=0.05)
+    assert memory(precision="bf16").activations_bytes < base.activations_bytes
+    assert memory(seq_len=256).activations_bytes > base.activations_bytes
+    parts = base.weights_bytes + base.gradients_bytes + base.optimizer_bytes + base.activations_bytes
+    assert parts < base.peak_bytes < 2 * parts + 2**28
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_activations_of_the_meta_device_are_near_those_of_a_pass(tiny, name):
+    """What autograd really keeps on a CPU, whose attention is fused too."""
+    model = tiny(name, dim=64, n_heads=4, seq_len=64)
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.trunk(torch.zeros(1, 64, dtype=torch.int64))
+    real = sum(n_bytes for _, n_bytes in kept.values())
+    assert activation_bytes(model.to("meta"), 1, 64) == pytest.approx(real, rel=0.25)

@@ -1,0 +1,151 @@
+import pytest
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import TrainConfig
+from nnx_cli.engine import planner
+from nnx_cli.engine.planner import affordable_size, default_lr, largest_batch, plan_run, steps_in
+from nnx_cli.errors import DoesNotFit, UsageError
+
+T = 32
+FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
+
+
+def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", **train):
+    return plan_run(
+        model, size, fields, TrainConfig(**train), vocab_size=256, train_tokens=train_tokens, val_tokens=10_000,
+        device=torch.device("cpu"), precision="fp32", sources=dict.fromkeys([*fields, *train], "command line"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"batch_size": 4, "grad_accum": 3}, (4, 3, 384)),
+        ({"batch_size": 4, "tokens_per_step": 384}, (4, 3, 384)),
+        ({"grad_accum": 3, "tokens_per_step": 384}, (4, 3, 384)),
+        ({"batch_size": 4, "grad_accum": 3, "tokens_per_step": 384}, (4, 3, 384)),
+        ({"batch_size": 1, "grad_accum": 1}, (1, 1, 32)),
+        ({"tokens_per_step": 32}, (1, 1, 32)),
+    ],
+)
+def test_two_fix_the_third(given, wanted):
+    train = plan(max_steps=5, **given).train
+    assert (train.batch_size, train.grad_accum, train.tokens_per_step) == wanted
+
+
+@pytest.mark.parametrize("given", [{}, {"batch_size": 8}, {"grad_accum": 2}, {"tokens_per_step": 2048}])
+def test_what_is_free_is_derived_and_said(given):
+    planned = plan(max_steps=5, **given)
+    train = planned.train
+    assert train.batch_size * train.grad_accum * T == train.tokens_per_step
+    for field in ("batch_size", "grad_accum", "tokens_per_step"):
+        wanted = "command line" if field in given else "derived: device, memory and the other two"
+        assert planned.sources[field] == wanted
+    assert all(getattr(train, field) == value for field, value in given.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 4, "grad_accum": 3, "tokens_per_step": 400}, "4 x --grad-accum 3 x --seq-len 32 is 384, not"),
+        ({"tokens_per_step": 100}, "no multiple of --seq-len 32"),
+        ({"batch_size": 3, "tokens_per_step": 320}, "no multiple of --batch-size x --seq-len 96"),
+        ({"grad_accum": 3, "tokens_per_step": 320}, "no multiple of --grad-accum x --seq-len 96"),
+    ],
+)
+def test_settings_that_disagree_are_refused(given, message):
+    with pytest.raises(UsageError, match=message):
+        plan(max_steps=5, **given)
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    with pytest.raises(DoesNotFit, match="not even one sequence fits") as error:
+        plan(max_steps=5, vram="1GB")
+    assert "smaller --size" in error.value.fix
+    with pytest.raises(DoesNotFit, match="a batch of [0-9]+ would fit") as error:
+        plan(max_steps=5, batch_size=10**7)
+    assert "--batch-size" in error.value.fix
+    with pytest.raises(DoesNotFit):
+        plan(max_steps=5, grad_accum=1, tokens_per_step=T * 10**7)
+
+
+def test_vram_bounds_the_micro_batch():
+    roomy, tight = (plan(max_steps=5, vram=vram, tokens_per_step=T * 4096).train for vram in ("8GB", "1.1GB"))
+    assert tight.batch_size < roomy.batch_size
+    assert tight.batch_size * tight.grad_accum == roomy.batch_size * roomy.grad_accum == 4096
+
+
+def test_epochs_become_steps():
+    train = plan(epochs=2, batch_size=4, grad_accum=2, train_tokens=10_000).train
+    assert train.max_steps == round(2 * 10_000 / (8 * T)) and train.max_time is None
+    assert plan(epochs=0.001, batch_size=4, grad_accum=2, train_tokens=10_000).train.max_steps == 1
+    assert steps_in(1.0, 1000, 100) == 10
+
+
+def test_a_length_that_was_given_is_the_only_one():
+    assert plan(max_steps=7).train.max_time is None
+    by_time = plan(max_time="20m").train
+    assert by_time.max_steps is None and by_time.max_time_s == 1200
+
+
+def test_the_default_length_has_two_ends():
+    planned = plan(train_tokens=10_000, batch_size=4, grad_accum=2)
+    assert planned.train.max_time_s == planner.DEFAULT_SECONDS
+    assert planned.train.max_steps == planner.DEFAULT_EPOCHS * (10_000 // (8 * T))
+    assert planned.sources["max_steps"].startswith("derived: default length")
+
+
+def test_every_value_is_filled_in():
+    train = plan().train
+    left = {name for name in TrainConfig.__dataclass_fields__ if getattr(train, name) is None}
+    assert left <= {"epochs", "vram", "threads", "val_every", "sample_every", "sample_prompt", "save_every", "patience",
+                    "val_batches"}  # fmt: skip
+    assert "auto" not in (train.optimizer, train.precision)
+
+
+def test_given_values_win():
+    train = plan(max_steps=50, lr=0.5, optimizer="lion", weight_decay=0.3, warmup_steps=0, val_batches=3).train
+    assert (train.lr, train.optimizer, train.weight_decay) == (0.5, "lion", 0.3)
+    assert (train.warmup_steps, train.val_batches) == (0, 3)
+
+
+def test_learning_rate_falls_with_the_root_of_the_width():
+    assert default_lr("adamw", 128) == pytest.approx(4e-3)
+    assert default_lr("adamw", 512) == pytest.approx(2e-3)
+    assert default_lr("lion", 512) == pytest.approx(2e-4)
+
+
+def test_warmup_is_a_small_part_of_the_run():
+    assert plan(max_steps=1000).train.warmup_steps == 20
+    assert plan(max_steps=10**6).train.warmup_steps == 200
+    assert plan(max_steps=1).train.warmup_steps <= 1
+    assert plan(max_steps=1000, schedule="constant").train.warmup_steps == 0
+
+
+def test_the_largest_batch_within_a_budget():
+    assert largest_batch(100, 150, 99) == 0
+    assert largest_batch(100, 150, 100) == 1
+    assert largest_batch(100, 150, 249) == 3
+    assert largest_batch(100, 150, 250) == 4
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_size_is_what_the_time_allows(name):
+    assert affordable_size(name, 0.0) == "nano"
+    assert affordable_size(name, 1e15) in ("nano", "tiny")
+    assert affordable_size(name, 1e30) == models.sizes(name)[-1]
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e12])
+def test_auto_size_on_a_cpu_follows_its_speed(monkeypatch, rate):
+    monkeypatch.setattr(planner, "cpu_flops", lambda: rate)
+    planned = plan(fields={}, size="auto", max_time="20m")
+    seen = 1200 * rate * planner.CPU_EFFICIENCY
+    assert planned.size == affordable_size("nyx", seen)
+    assert planned.sources["size"].startswith("derived")
+
+
+def test_shapes_of_ones_own_have_no_size():
+    assert plan(max_steps=5).size is None
+    assert plan(fields={"seq_len": 64, "dropout": 0.1}, max_steps=5).size == "nano"

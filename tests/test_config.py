@@ -1,0 +1,191 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from nnx_cli import config as config_module
+from nnx_cli.config import (
+    Field,
+    PrepareConfig,
+    SampleConfig,
+    TrainConfig,
+    changed_fields,
+    check_one_length,
+    coerce,
+    own_fields,
+    parse_bytes,
+    parse_duration,
+    read_fields,
+    read_toml,
+)
+from nnx_cli.errors import DataError, NnxError, UsageError
+
+CONFIGS = [PrepareConfig, TrainConfig, SampleConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_fields_are_read_as_they_are(config):
+    read = own_fields(config)
+    real = dataclasses.fields(config)
+    assert [(f.name, f.default) for f in read] == [(f.name, f.default) for f in real]
+    for field, true in zip(read, real, strict=True):
+        assert true.type in (field.type, f"{field.type} | None") and field.type in ("int", "float", "bool", "str")
+        assert field.help, field.name
+    assert isinstance(config(), config), "defaults are in range"
+
+
+def test_an_option_is_the_name_with_dashes():
+    assert Field("max_steps", "int", None, "").option == "--max-steps"
+
+
+def test_a_class_that_is_not_there():
+    with pytest.raises(LookupError, match="no class Nothing"):
+        read_fields(Path(config_module.__file__), "Nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("20m", 1200), ("20 min", 1200), ("8h", 28800), ("2d", 172800), ("45", 45), ("1.5h", 5400)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "0", "0s", "-5m", "5 weeks", "1e3", "inf", "nan", "5m5", "9" * 400])
+def test_what_is_no_duration(text):
+    with pytest.raises(UsageError, match="is no length of time"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("8GB", 8 * 2**30), ("7.5GiB", int(7.5 * 2**30)), ("512M", 2**29), ("512 mb", 2**29), ("1tb", 2**40)],
+)
+def test_amounts_of_memory(text, n_bytes):
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0GB", "-8GB", "8XB", "8 gigabytes", "inf", "nan", "9" * 400, "8GBB"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(UsageError, match="is no amount of memory"):
+        parse_bytes(text)
+
+
+POSITIVE = [
+    "max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches", "save_every", "keep",
+    "patience", "threads",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1, 2**63])
+def test_counts_out_of_range_are_refused(name, value):
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["lr", "min_lr", "weight_decay", "grad_clip", "epochs"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, -math.inf, 1e10])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [
+    {"lr": 0.0}, {"optimizer": "sgd"}, {"schedule": "step"}, {"precision": "fp8"}, {"compile": "maybe"}, {"seed": -1},
+    {"seed": 2**63}, {"lr": 0.1, "min_lr": 0.2}, {"max_steps": 5, "warmup_steps": 6}, {"max_time": "soon"},
+    {"vram": "much"}, {"sample_every": -1}, {"warmup_steps": -1},
+], ids=str)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(bad):
+    with pytest.raises(UsageError):
+        TrainConfig(**bad)
+
+
+def test_a_choice_names_the_nearest():
+    with pytest.raises(UsageError, match="did you mean adamw"):
+        TrainConfig(optimizer="adam")
+
+
+@pytest.mark.parametrize("bad", [
+    {"val_fraction": 0.0}, {"val_fraction": 0.6}, {"val_fraction": math.nan}, {"errors": "ignore"}, {"vocab_size": 0},
+    {"workers": 0}, {"max_memory_bytes": 1},
+], ids=str)  # fmt: skip
+def test_settings_of_prepare_out_of_range_are_refused(bad):
+    with pytest.raises(UsageError):
+        PrepareConfig(**bad)
+
+
+def test_one_length_at_most():
+    check_one_length({"max_steps": 5, "max_time": None})
+    with pytest.raises(UsageError, match="two lengths: --max-steps and --epochs"):
+        check_one_length({"max_steps": 5, "epochs": 1.0})
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(content):
+        path = tmp_path / "settings.toml"
+        path.write_text(content) if isinstance(content, str) else path.write_bytes(content)
+        return path
+
+    return write
+
+
+KNOWN = ["max_steps", "lr", "dim", "model", "qk_norm", "max_time"]
+
+
+def test_toml_is_one_level_with_underscores(toml):
+    path = toml('model = "nyx"\n[train]\nmax-steps = 5\nlr = 1e-3\n[model_shape]\ndim = 64\n')
+    assert read_toml(path, KNOWN) == {"model": "nyx", "max_steps": 5, "lr": 1e-3, "dim": 64}
+
+
+@pytest.mark.parametrize("content", ["lr = ", "[train", "lr = 1\nlr = 2", b"\xff\xfe", "a = " + "[" * 5000])
+def test_what_is_no_toml_is_refused(toml, content):
+    with pytest.raises(UsageError, match="is not TOML"):
+        read_toml(toml(content), KNOWN)
+
+
+def test_an_unknown_key_gives_the_nearest(toml):
+    with pytest.raises(UsageError, match="no setting 'max_step'; did you mean max_steps"):
+        read_toml(toml("max_step = 5"), KNOWN)
+    with pytest.raises(UsageError, match="__class__"):
+        read_toml(toml("__class__ = 5"), KNOWN)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(DataError, match="cannot read --config"):
+            read_toml(path, KNOWN)
+
+
+FIELDS = [Field("max_steps", "int", None, ""), Field("lr", "float", None, ""), Field("qk_norm", "bool", False, ""),
+          Field("max_time", "str", None, "")]  # fmt: skip
+
+
+def test_values_take_the_type_of_their_field():
+    values = coerce(FIELDS, {"lr": 1, "max_steps": 3, "qk_norm": True, "max_time": 90}, "file")
+    assert values == {"lr": 1.0, "max_steps": 3, "qk_norm": True, "max_time": "90"}
+    assert type(values["lr"]) is float
+
+
+@pytest.mark.parametrize("bad", [
+    {"max_steps": 1.5}, {"max_steps": "5"}, {"max_steps": True}, {"lr": "x"}, {"lr": True}, {"qk_norm": 1},
+    {"max_time": [1]}, {"lr": {}},
+], ids=str)  # fmt: skip
+def test_values_of_another_type_are_refused(bad):
+    with pytest.raises(UsageError, match="must be of type"):
+        coerce(FIELDS, bad, "file")
+
+
+def test_changed_fields():
+    assert changed_fields(SampleConfig(top_k=5, seed=0)) == {"top_k": 5}
+
+
+def test_every_kind_of_error_has_its_exit_code():
+    codes = {kind.__name__: kind.exit_code for kind in NnxError.__subclasses__()}
+    assert codes == {
+        "UsageError": 2, "DataError": 3, "DoesNotFit": 4, "CheckpointError": 5, "QualityError": 6, "MissingFeature": 7,
+        "OutputError": 8, "Interrupted": 130,
+    }  # fmt: skip
+    assert NnxError("x").exit_code == 1
