@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 
+from nnx_cli.engine.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,25 +93,13 @@ def memory_budget(device: torch.device, vram_bytes: int | None) -> int:
     return machine_memory_bytes() // 2
 
 
-def machine_memory_bytes() -> int:
-    """Physical memory of this machine."""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 * 2**30
-
-
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Most memory used so far: of the card's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_rss_bytes()
 
 
 def synchronize(device: torch.device) -> None:
@@ -131,13 +118,3 @@ def describe(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU"
     return f"CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
-
-
-def cpu_model() -> str:
-    """What the processor calls itself, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return torch.backends.cpu.get_cpu_capability()

@@ -75,14 +75,15 @@ def replace_file(path: Path, data: bytes) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `path` in one step at the end, or leaves nothing behind.
 
-    Raises OutputError where `path` exists already or cannot be written.
+    Folders above it that had to be made go too. Raises OutputError where `path` exists already or cannot be written.
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    missing = [folder for folder in path.parents if not folder.exists()]
     with refused_output(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
             yield temporary
             if path.exists():
                 raise OutputError(f"{path} exists already")
@@ -91,6 +92,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             raise
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -22,6 +20,7 @@ from nnx_cli.config import PrepareConfig
 from nnx_cli.engine import corpus, files, tokens
 from nnx_cli.engine.compression import BLOCK_BYTES
 from nnx_cli.engine.corpus import Piece, Reader, Report, Source
+from nnx_cli.engine.machine import n_cores, peak_rss_bytes
 from nnx_cli.engine.split import SplitWriter
 from nnx_cli.engine.tokenizer import Tokenizer, build_tokenizer, needs_training, utf8
 from nnx_cli.errors import DataError, OutputError, UsageError
@@ -125,7 +124,7 @@ def _prepare(
     sources: list[Source], val_sources: list[Source] | None, out: Path, config: PrepareConfig, tell: Progress
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    with _no_new_parents(out), files.new_folder(out) as folder:
+    with files.new_folder(out) as folder:
         reader = Reader(config.text_key, config.errors == "strict", folder)
         if needs_training(config.tokenizer):
             sources = [source if source.repeatable else _spooled(source, folder) for source in sources]
@@ -287,31 +286,3 @@ def _progress(phase: str, sources: list[Source], tell: Progress) -> Callable[[in
             tell({"phase": phase, "bytes": n_bytes, "total_bytes": total})
 
     return on_bytes
-
-
-@contextmanager
-def _no_new_parents(out: Path) -> Iterator[None]:
-    """Remove the folders above `out` again that were made for it, if it does not come into being."""
-    missing = [folder for folder in out.parents if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def n_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_rss_bytes() -> int | None:
-    """Most memory this process has held; None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

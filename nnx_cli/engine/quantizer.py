@@ -19,7 +19,6 @@ from nnx_cli.engine.files import new_folder, to_json, write_synced
 from nnx_cli.engine.held_out import held_out_tokens
 from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.loss import chunk_rows
-from nnx_cli.engine.prepare import _no_new_parents as no_new_parents
 from nnx_cli.engine.run import BEST, ModelRef, load_model, write_model_folder
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.session import relative
@@ -72,7 +71,7 @@ def quantize_model(
     with held_out_tokens(ref, paths) as tokens:
         if len(tokens) < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
-        with no_new_parents(out), new_folder(out) as folder:
+        with new_folder(out) as folder:
             write_model_folder(
                 folder, described(ref, config, quantization, out), tokenizer, quantized_state(before, quantization)
             )

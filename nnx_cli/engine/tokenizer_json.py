@@ -86,7 +86,7 @@ def read(path: Path) -> Tokenizer:
     except _Unsupported as error:
         raise DataError(
             f"{path} cannot be used: {error}; supported are the tokenizers nnx writes and byte-level BPE "
-            "whose merges follow its ids (GPT-2, Llama 3, Qwen and their like)"
+            "whose merges follow its ids (GPT-2, Llama 3 and their like)"
         ) from error
 
 
