@@ -19,10 +19,11 @@ from nnx_cli.engine.files import new_folder, to_json, write_synced
 from nnx_cli.engine.held_out import held_out_tokens
 from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.loss import chunk_rows
+from nnx_cli.engine.prepare import refuse_existing
 from nnx_cli.engine.run import BEST, ModelRef, load_model, write_model_folder
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.session import relative
-from nnx_cli.errors import DataError, OutputError, QualityError, UsageError, nearest
+from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
 from nnx_cli.models._base import LanguageModel
 
@@ -61,8 +62,7 @@ def quantize_model(
     config = ref.config
     if "quantization" in config:
         raise UsageError(f"{ref.label} is quantized already", fix="quantize the run that it was made from")
-    if out.exists():
-        raise OutputError(f"{out} exists already", fix="name another folder with --out")
+    refuse_existing(out)
     tokenizer = ref.tokenizer
     if max_drop is not None and tokenizer is None:
         raise UsageError(f"--max-drop is in bits per byte; {ref.label} has no tokenizer, so its bytes are not known")
