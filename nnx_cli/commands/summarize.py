@@ -130,17 +130,44 @@ def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
 
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
-    found = torchinfo.summary(model, input_data=[ids], depth=4, verbose=0, device="meta")
-    seen, rows = set(), []
-    for layer in found.summary_list:
-        own = [p for p in layer.module.parameters(recurse=False) if id(p) not in seen]
-        tied = any(id(p) in seen for p in layer.module.parameters(recurse=False))
-        seen.update(id(p) for p in own)
-        inside = sum({id(p): p.numel() for p in layer.module.parameters()}.values())
-        count = "tied" if tied and not own else f"{inside:,}"
-        title = "  " * layer.depth + (layer.var_name or name)
-        rows.append([title, layer.class_name, shape_text(layer.output_size), count])
+    layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
+    alike = copies(model)
+    hidden = {id(part) for block, n in alike.items() if n == 0 for part in block.modules()}
+    seen: set[int] = set()
+    rows = []
+    for layer in layers:
+        module = layer.module
+        if id(module) in hidden:
+            continue
+        own = {id(p) for p in module.parameters(recurse=False)}
+        inside = sum({id(p): p.numel() for p in module.parameters()}.values())
+        times = f" … {int(layer.var_name) + alike[module] - 1}" if alike.get(module, 1) > 1 else ""
+        count = "tied" if own and own <= seen else f"{inside:,}" + (f" x {alike[module]}" if times else "")
+        seen |= own
+        rows.append(
+            [
+                "  " * layer.depth + (layer.var_name or name) + times,
+                layer.class_name,
+                shape_text(layer.output_size),
+                count,
+            ]
+        )
     talk.table(["layer", "kind", "output of one sequence", "parameters"], rows)
+
+
+def copies(model: Any) -> dict[Any, int]:
+    """For the blocks of a model: how many in a row are built alike, at the first of them; 0 at the others."""
+    counts: dict[Any, int] = {}
+    first, shapes = None, None
+    for block in model.blocks:
+        own = [(key, p.shape) for key, p in block.named_parameters()]
+        if own == shapes:
+            counts[first] += 1
+            counts[block] = 0
+        else:
+            first, shapes = block, own
+            counts[block] = 1
+    return counts
 
 
 def shape_text(shape: Any) -> str:

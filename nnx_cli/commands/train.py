@@ -162,7 +162,7 @@ def new_run(
         size = None
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
-    folder, made = token_folder(talk, filepath, data, preparing, base)
+    folder, made = token_folder(talk, filepath, data, preparing, base)  # what was made goes if the run is refused
     try:
         tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base)
         prompt = session.sampling(
@@ -179,11 +179,11 @@ def new_run(
         tell_plan(talk, plan, tokens, device)
         with TrainingView(talk) as view:
             started, trainer = session.start(plan, tokens, out, device, view, prompt, command_line(), base)
-            made = False
+            made = []
             finish(talk, started, trainer, view)
     finally:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def start_from(spec: str, fields: dict[str, Any]) -> tuple[ModelRef, str, dict[str, Any]]:
@@ -222,10 +222,10 @@ def make_plan(
 
 def token_folder(
     talk: Talk, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: ModelRef | None
-) -> tuple[Path, bool]:
-    """The token folder to train on, and whether it was made now."""
+) -> tuple[Path, list[Path]]:
+    """The token folder to train on, and the folders that were made for it now."""
     if data is not None:
-        return data, False
+        return data, []
     from dataclasses import replace
 
     from nnx_cli.engine import prepare
@@ -234,14 +234,15 @@ def token_folder(
         preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
     folder = prepare.default_folder(filepath or [], preparing)
     if folder.exists():
-        return folder, False
+        return folder, []
+    made = [folder] if folder.parent.exists() else [folder.parent]
     view = preparation_view(talk)
     if filepath:
         prepare.prepare(filepath, folder, preparing, None, view)
     else:
         talk.note("no --filepath: training on the language documentation that Python ships")
         prepare.prepare_builtin(folder, preparing, view)
-    return folder, True
+    return folder, made
 
 
 def stem(filepath: list[str] | None, data: Path | None) -> str:

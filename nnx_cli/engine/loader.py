@@ -33,6 +33,15 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
+def check_length(n_tokens: int, seq_len: int) -> None:
+    """Raise DataError unless a stream holds one sequence and the target after its last token."""
+    if n_tokens < seq_len + 1:
+        raise DataError(
+            f"the training text has {n_tokens:,} tokens; one sequence needs {seq_len + 1:,}",
+            fix=f"give more text, or take --seq-len {max(1, n_tokens // 4)}",
+        )
+
+
 class Loader:
     """Training batches of a token stream, in an order fixed by `seed`.
 
@@ -42,11 +51,7 @@ class Loader:
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
-        if len(tokens) < seq_len + 1:
-            raise DataError(
-                f"the training text has {len(tokens):,} tokens; one sequence needs {seq_len + 1:,}",
-                fix=f"give more text, or take --seq-len {max(1, len(tokens) // 4)}",
-            )
+        check_length(len(tokens), seq_len)
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.windows = max(1, (len(tokens) - seq_len) // seq_len)  # per epoch
 

@@ -13,6 +13,7 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import cost
 from nnx_cli.engine.device import memory_budget
+from nnx_cli.engine.loader import check_length
 from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import ModelConfig
 
@@ -52,6 +53,7 @@ def plan_run(
         size = "small" if rate is None else affordable_size(name, seconds * rate * CPU_EFFICIENCY)
         where["size"] = "derived: device and planned time"
     config = models.make_config(name, size=size, **{**fields, "vocab_size": vocab_size})
+    check_length(train_tokens, config.seq_len)
     where["vocab_size"] = "derived: tokenizer"
     shape = {"dim", "n_layers", "n_heads"} | {f.name for f in models.config_fields(name) if f.default is None}
     label = None if shape & fields.keys() else size
