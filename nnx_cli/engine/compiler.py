@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,11 @@ def compile_blocks(model: LanguageModel) -> None:
     """Compile every block in place; blocks of one shape share the code, and names in the state dict stay."""
     for block in model.blocks:
         block.compile(dynamic=False)
+
+
+def eagerly(compiled: str) -> AbstractContextManager:
+    """Run compiled blocks eagerly for a while: passes of other shapes, or without gradients, would be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if compiled == "on" else nullcontext()
 
 
 def undo_compile(model: LanguageModel) -> None:

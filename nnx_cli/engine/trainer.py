@@ -14,6 +14,7 @@ from torch import Tensor
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
+from nnx_cli.engine.compiler import eagerly
 from nnx_cli.engine.device import peak_memory_bytes, set_seed, synchronize
 from nnx_cli.engine.evaluator import Evaluation, evaluate
 from nnx_cli.engine.loader import Loader
@@ -233,11 +234,12 @@ class Trainer:
     def validate(self, run: Run, train_loss: float) -> Evaluation:
         """Loss on fixed windows of the validation split; the best weights so far are kept in the run folder."""
         config, state = self.config, self.state
-        result = evaluate(
-            self.model, self.data.val, seq_len=self.model.config.seq_len, batch_size=config.batch_size,
-            token_bytes=self.token_bytes,
-            n_windows=None if config.val_batches is None else config.val_batches * config.batch_size,
-        )  # fmt: skip
+        n_windows = None if config.val_batches is None else config.val_batches * config.batch_size
+        with eagerly(config.compile):
+            result = evaluate(
+                self.model, self.data.val, seq_len=self.model.config.seq_len, batch_size=config.batch_size,
+                token_bytes=self.token_bytes, n_windows=n_windows,
+            )  # fmt: skip
         if math.isfinite(result.loss) and (state.best_val_loss is None or result.loss < state.best_val_loss):
             state.best_val_loss, state.best_val_bits_per_byte = result.loss, result.bits_per_byte
             state.best_step, state.worse_validations = state.step, 0
@@ -254,7 +256,8 @@ class Trainer:
     def sample(self, run: Run) -> None:
         """Draw a sample, show it and log it."""
         seed = replace(self.sample_config, seed=self.sample_config.seed + self.state.step)
-        drawn = generate(self.model, self.data.tokenizer, [self.sample_prompt], seed).samples[0]
+        with eagerly(self.config.compile):
+            drawn = generate(self.model, self.data.tokenizer, [self.sample_prompt], seed).samples[0]
         prompt = self.data.tokenizer.decode(np.array(self.sample_prompt)) if self.data.tokenizer else ""
         run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
         self.observer.sampled(self.state.step, prompt + drawn.text)

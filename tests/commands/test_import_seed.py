@@ -1,0 +1,66 @@
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nnx_cli import models
+from nnx_cli.engine.run import find_model, load_model
+
+
+@pytest.fixture
+def seed(tiny, workspace):
+    """A NYX under its original's names, as a .pth file, and the model itself."""
+    model = tiny("nyx", vocab_size=256, ffn_dim=64, qk_norm=True)
+    torch.save({"model": {f"module.{k}": v for k, v in models.reference_tensors(model).items()}}, "seed.pth")
+    return model
+
+
+def test_the_imported_model_is_the_same_function(nnx, seed):
+    product = json.loads(nnx("import", "--model", "nyx", "seed.pth", "--json").stdout)
+    assert product["parameters"] == sum(p.numel() for p in seed.parameters())
+    loaded = load_model(find_model(product["out"]), torch.device("cpu"))
+    ids = torch.randint(256, (2, 16))
+    assert torch.equal(loaded(ids), seed(ids))
+    assert find_model(product["out"]).tokenizer.kind == "byte"
+    assert nnx("sample", product["out"], "--max-new-tokens", 3).exit_code == 0
+
+
+def test_safetensors_too(nnx, seed):
+    save_file(models.reference_tensors(seed), "seed.safetensors")
+    assert nnx("import", "--model", "nyx", "seed.safetensors", "--out", "weights/mine").exit_code == 0
+
+
+def test_an_original_is_trained_on(nnx, seed, text_file):
+    result = nnx("train", "--filepath", text_file, "--checkpoint_path", "seed.pth", "--num_batches", 2, "--seq_len", 16,
+                 "--batch_size", 2, "--gradient_accumulate_every", 1, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    config = find_model(json.loads(result.stdout)["out"]).config
+    assert config["model"]["qk_norm"] is True and config["training"]["optimizer"] == "lion"
+    assert config["init_from"].endswith("nyx-seed")
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb-went-off", "w")
+
+
+def test_nothing_in_a_checkpoint_is_run(refused, workspace):
+    with open("bomb.pth", "wb") as file:
+        pickle.dump({"model": Bomb()}, file)
+    torch.save({"model": Bomb()}, "bomb2.pth")
+    for name in ("bomb.pth", "bomb2.pth"):
+        refused(5, "nothing in it was run", "import", "--model", "nyx", name)
+    assert not (workspace / "bomb-went-off").exists()
+
+
+def test_what_cannot_be_imported(refused, seed, workspace):
+    (workspace / "noise.pth").write_bytes(b"noise")
+    refused(5, "no checkpoint of tensors", "import", "--model", "nyx", "noise.pth")
+    refused(5, "there is no checkpoint", "import", "--model", "nyx", "nothing.pth")
+    torch.save({"weight": torch.ones(2)}, "other.pth")
+    refused(5, "no checkpoint of nyx", "import", "--model", "nyx", "other.pth")
+    refused(2, "has no original", "import", "--model", "llama", "seed.pth")
+    (workspace / "weights" / "there").mkdir(parents=True)
+    refused(8, "exists already", "import", "--model", "nyx", "seed.pth", "--out", "weights/there")
