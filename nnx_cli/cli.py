@@ -21,7 +21,7 @@ class Group(TyperGroup):
 
     def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
-        arguments = sys.argv[1:] if args is None else list(args)
+        arguments = (sys.argv[1:] if args is None else list(args)) or ["--help"]
         debug = "--debug" in arguments
         try:
             code = super().main(arguments, *rest, **options)
@@ -57,12 +57,12 @@ def report(error: NnxError | TyperException, group: Group, code: int | None = No
     if fix := getattr(error, "fix", None):
         lines.append(f"     {fix}")
     for line in lines:
-        talk.err.print(printable(line), markup=False, highlight=False)
+        talk.err.print(printable(line), markup=False, emoji=False, highlight=False)
     return error.exit_code if code is None else code
 
 
 app = typer.Typer(
-    cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    cls=Group, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={
         "help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-"),
     },

@@ -123,7 +123,10 @@ def newest_of_shape(shape: dict[str, int]) -> Any:
     seen = []
     for folder in find_runs():
         ref = ModelRef(folder)
-        model = ref.config["model"]
+        try:
+            model = ref.config["model"]
+        except CheckpointError:
+            continue  # damaged
         if all(model.get(name) == value for name, value in shape.items()):
             return ref
         seen.append(f"{folder.name} ({', '.join(f'{name} {model.get(name)}' for name in shape)})")
