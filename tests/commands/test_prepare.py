@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from nnx_cli.engine.tokens import open_token_folder
+
+KEYS = ["out", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "text_bytes", "bytes_per_token", "documents",
+        "seconds", "megabytes_per_s", "peak_rss_bytes", "sha256"]  # fmt: skip
+
+
+def test_json_has_the_promised_keys(nnx, text_file, text, workspace):
+    result = nnx("prepare", text_file, "--out", "data/words", "--json")
+    assert result.exit_code == 0, result.stderr
+    product = json.loads(result.stdout)
+    assert list(product) == KEYS
+    assert product["out"].replace("\\", "/") == "data/words" and product["tokenizer"] == "byte"
+    assert product["train_tokens"] + product["val_tokens"] == product["text_bytes"] == len(text.encode())
+    folder = open_token_folder(workspace / "data" / "words")
+    assert bytes(folder.train) + bytes(folder.val) == text.encode()
+    assert product["sha256"].keys() == {"train.bin", "val.bin"}
+
+
+def test_words_for_people(nnx, text_file):
+    result = nnx("prepare", "--filepath", text_file)
+    assert result.exit_code == 0
+    assert "tokens to train on" in result.stdout and "next: nnx train --data data" in result.stdout
+
+
+def test_paths_options_and_standard_input(nnx, text_file, text, workspace):
+    (workspace / "val.txt").write_text("held out\n" * 9)
+    result = nnx("prepare", text_file, "-", "--val", "val.txt", "--out", "both", "--tokenizer", "char", "--json",
+                 input=b"from outside\n")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    folder = open_token_folder("both")
+    assert folder.tokenizer.decode(folder.train).rstrip() == (text + "from outside\n").rstrip()
+    assert folder.tokenizer.decode(folder.val) == "held out\n" * 9
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "words"),
+    [
+        (2, "nothing to prepare", []),
+        (3, "nowhere.txt", ["nowhere.txt"]),
+        (3, "empty.txt", ["empty.txt"]),
+        (3, "binary.txt", ["binary.txt"]),
+        (3, "nothing", ["nothing"]),
+        (3, "broken.txt", ["broken.txt", "--errors", "strict"]),
+        (3, "too short", ["one.txt"]),
+        (2, "--val-fraction is 0.9", ["good.txt", "--val-fraction", 0.9]),
+        (2, "--val-fraction is nan", ["good.txt", "--val-fraction", "nan"]),
+        (2, "--errors has no choice 'ignore'", ["good.txt", "--errors", "ignore"]),
+        (2, "--tokenizer is 'word'", ["good.txt", "--tokenizer", "word"]),
+        (2, "--vocab-size", ["good.txt", "--tokenizer", "char", "--vocab-size", 3]),
+        (2, "is no amount of memory", ["good.txt", "--max-memory", "much"]),
+        (2, "--workers is 0", ["good.txt", "--workers", 0]),
+        (2, "--tokenizer", ["good.txt", "--tokeniser", "byte"]),
+        (8, "exists already", ["good.txt", "--out", "nothing"]),
+        (8, "good.txt", ["good.txt", "--out", "good.txt/tokens"]),
+        (2, "standard input", ["-"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_it_refuses(refused, workspace, code, message, words):
+    (workspace / "good.txt").write_text("good text\n" * 99)
+    (workspace / "empty.txt").write_text("")
+    (workspace / "one.txt").write_text("x")
+    (workspace / "binary.txt").write_bytes(b"\x7fELF\x00\x01" * 99)
+    (workspace / "broken.txt").write_bytes(
+        "good 小猫\n".encode() * 99 + b"\xe5\xb0 bad\n" + "good 小猫\n".encode() * 99
+    )
+    (workspace / "nothing").mkdir()
+    refused(code, message, "prepare", *words)

@@ -1,0 +1,361 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from nnx_cli.engine import checkpoint as ckpt
+from nnx_cli.engine.loss import TrainStep
+from nnx_cli.engine.run import Run, find_model
+
+SMALL = ["--dim", 32, "--n-layers", 2, "--n-heads", 2, "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
+         "--threads", 1, "--compile", "off"]  # fmt: skip
+FIRST = [*SMALL, "--max-steps", 3, "--sample-every", 0]
+DOCUMENTED = [
+    "--vocab_size", 256, "--model_dim", 32, "--layer_depth", 2, "--num_attention_heads", 4, "--num_batches", 2,
+    "--batch_size", 2, "--gradient_accumulate_every", 2, "--learning_rate", "1e-4", "--validate_every", 1,
+    "--prime_length", 8, "--generate_every", 2, "--generate_length", 6, "--seq_len", 32,
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(token_path, workspace):
+    shutil.copytree(token_path, workspace / "data" / "words")
+    return workspace / "data" / "words"
+
+
+# what it does
+
+
+def test_json_is_run_json_and_where_it_is(nnx, text_file, workspace):
+    result = nnx("train", "--filepath", text_file, *FIRST, "--json")
+    assert result.exit_code == 0, result.stderr
+    product = json.loads(result.stdout)
+    run = Run(workspace / "weights" / "nyx-words")
+    assert product.pop("out") == str((workspace / "weights" / "nyx-words").relative_to(workspace))
+    assert product.pop("parameters") == run.config["parameters"] > 0
+    assert product == run.status()
+    assert product["status"] == "finished" and product["step"] == 3 and product["tokens"] == 3 * 64
+    assert {"command", "best_val_loss", "best_val_bits_per_byte", "train_loss", "val_loss", "best_step"} <= set(product)
+    assert product["train_loss"] > 0
+    assert run.config["training"]["max_steps"] == 3
+
+
+def test_words_for_people(nnx, data):
+    result = nnx("train", "--data", data, *FIRST)
+    assert result.exit_code == 0
+    assert "weights/nyx-words: nyx with" in result.stdout.replace("\\", "/") and "nnx sample" in result.stdout
+    assert "learning rate" in result.stderr and "\x1b" not in result.stdout + result.stderr
+    quiet = nnx("train", "--data", data, *FIRST, "--quiet")
+    assert quiet.exit_code == 0 and quiet.stderr == "" and "nyx-words-2" in quiet.stdout
+
+
+@pytest.mark.parametrize("spelling", ["--n-layers", "--n_layers"])
+def test_options_with_dashes_or_underscores(nnx, data, spelling):
+    result = nnx("train", "--data", data, "--dry-run", "--json", spelling, 3, "--dim", 32, "--n_heads", 2)
+    assert result.exit_code == 0
+    assert {row["setting"]: row["value"] for row in json.loads(result.stdout)}["n_layers"] == 3
+
+
+def test_text_is_prepared_once(nnx, text_file, workspace):
+    for _ in range(2):
+        assert nnx("train", "--filepath", text_file, *FIRST).exit_code == 0
+    (folder,) = (workspace / "data").iterdir()
+    assert folder.name.startswith("words-") and len(folder.name) == len("words-") + 8
+    assert sorted(path.name for path in (workspace / "weights").iterdir()) == ["nyx-words", "nyx-words-2"]
+
+
+def test_dry_run_says_where_every_value_comes_from(nnx, data, workspace):
+    (workspace / "my.toml").write_text("lr = 0.01\nseed = 7\n[model]\nn-layers = 3\n")
+    result = nnx("train", "--data", data, "--config", "my.toml", "--dry-run", "--json", "--dim", 64, "--n-heads", 4,
+                 "--seed", 9)  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
+    assert rows["dim"] == (64, "command line") and rows["seed"] == (9, "command line")
+    assert rows["lr"] == (0.01, "file: my.toml") and rows["n_layers"] == (3, "file: my.toml")
+    assert rows["vocab_size"] == (256, "derived: tokenizer") and rows["grad_clip"][1] == "default"
+    assert rows["batch_size"][1].startswith("derived")
+    assert not (workspace / "weights").exists()
+    table = nnx("train", "--data", data, "--dry-run")
+    assert table.exit_code == 0 and "learning" not in table.stdout and "warmup_steps" in table.stdout
+
+
+def test_dry_run_of_text_leaves_nothing(nnx, text_file, workspace):
+    assert nnx("train", "--filepath", text_file, "--dry-run").exit_code == 0
+    assert list(workspace.iterdir()) == []
+
+
+def test_the_command_is_recorded(nnx, data, workspace, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["nnx", "train", "--data", "my data"])
+    assert nnx("train", "--data", data, *FIRST, "--out", "run").exit_code == 0
+    assert Run(workspace / "run").status()["command"] == "nnx train --data 'my data'"
+
+
+def test_starting_from_another_run(nnx, run):
+    result = nnx("train", "--data", "data/words", "--init-from", "words", "--out", "next", "--max-steps", 1,
+                 "--batch-size", 2, "--grad-accum", 1, "--threads", 1)  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    before, after = find_model("words").weights()[1], find_model("next@0").weights()[1]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# the documented commands of the original
+
+
+def test_the_originals_training_command(nnx, text_file, workspace):
+    result = nnx("train", "--filepath", text_file, *DOCUMENTED)
+    assert result.exit_code == 0, result.stderr
+    run = Run(workspace / "weights" / "nyx-words")
+    model, training = run.config["model"], run.config["training"]
+    assert (model["name"], model["dim"], model["n_layers"], model["n_heads"], model["seq_len"]) == ("nyx", 32, 2, 4, 32)
+    assert (training["max_steps"], training["batch_size"], training["grad_accum"]) == (2, 2, 2)
+    assert (training["optimizer"], training["lr"], training["schedule"]) == ("lion", 1e-4, "constant")
+    assert (training["grad_clip"], training["weight_decay"], training["val_every"]) == (0.5, 0.0, 1)
+    (sample,) = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert sample["step"] == 2 and len(sample["prompt"].encode()) >= 8
+    assert len(run.config["sampling"]["prompt_ids"]) == 8 and run.config["sampling"]["max_new_tokens"] == 6
+
+    result = nnx("sample", "--sample_prompt", "AI is a power!", "--vocab_size", 256, "--model_dim", 32, "--layer_depth",
+                 2, "--num_attention_heads", 4, "--generate_length", 8)  # fmt: skip
+    assert result.exit_code == 0 and result.stdout.startswith("AI is a power!")
+
+    result = nnx("train", "--filepath", text_file, "--checkpoint_path", "weights/nyx-words", "--num_batches", 3)
+    assert result.exit_code == 0, result.stderr
+    assert run.status()["step"] == 3
+
+
+def test_an_alias_beside_the_name_is_refused(refused, data):
+    refused(2, "twice", "train", "--data", data, "--dim", 32, "--model_dim", 64)
+
+
+def test_a_vocabulary_that_disagrees_is_refused(refused, data):
+    refused(2, "--vocab-size 50257 is not the tokenizer's 256", "train", "--data", data, "--vocab_size", 50257)
+
+
+# what it refuses
+
+
+@pytest.fixture
+def bad_files(workspace):
+    files = {
+        "empty.txt": b"", "blank.txt": b" \n\n \t\n", "short.txt": b"one two\n" * 4,
+        "binary.txt": b"\x7fELF\x00\x01" * 99, "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9,
+    }  # fmt: skip
+    for name, content in files.items():
+        (workspace / name).write_bytes(content)
+    (workspace / "nothing").mkdir()
+    (workspace / "images").mkdir()
+    (workspace / "images" / "a.png").write_bytes(files["image.png"])
+    return workspace
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.txt", "nowhere.txt"), ("empty.txt", "empty.txt"), ("blank.txt", "blank.txt"),
+        ("binary.txt", "binary.txt"), ("nothing", "nothing"), ("images", "images"), ("*.rst", "*.rst"),
+        ("short.txt", "one sequence needs"),
+    ],
+)  # fmt: skip
+def test_text_that_is_none_is_refused(refused, bad_files, path, message):
+    refused(3, message, "train", "--filepath", path, *FIRST)
+
+
+def test_invalid_bytes_under_strict_are_refused(refused, bad_files):
+    (bad_files / "broken.txt").write_bytes(
+        "good 小猫\n".encode() * 99 + b"\xe5\xb0 bad\n" + "good 小猫\n".encode() * 99
+    )
+    refused(3, "broken.txt", "train", "--filepath", "broken.txt", "--errors", "strict", *FIRST)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "nix"], "there is no model 'nix'; did you mean nyx?"),
+        (["--model", "lama"], "did you mean llama?"),
+        (["--size", "huge"], "no size 'huge'"),
+        (["--dim", 100, "--n-heads", 8], "--dim 100 cannot be divided among --n-heads 8"),
+        (["--dim", 0], "--dim"),
+        (["--n-kv-heads", 2], "nyx has no option --n-kv-heads; it belongs to llama"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--lr", "inf"], "--lr is inf"),
+        (["--lr", 0], "--lr is 0"),
+        (["--lr", "fast"], "--lr"),
+        (["--xpos-scale-base", "inf"], "--xpos-scale-base is inf"),
+        (["--batch-size", 0], "--batch-size is 0"),
+        (["--batch-size", -1], "--batch-size is -1"),
+        (["--max-steps", 0], "--max-steps is 0"),
+        (["--max-steps", 5, "--epochs", 1], "two lengths: --max-steps and --epochs"),
+        (["--num_batches", 5, "--max-time", "1m"], "two lengths"),
+        (["--max-steps", 5, "--warmup-steps", 9], "--warmup-steps 9 is more than --max-steps 5"),
+        (["--max-time", "soon"], "'soon' is no length of time"),
+        (["--vram", "8 bananas"], "'8 bananas' is no amount of memory"),
+        (["--vram", "8XB"], "'8XB' is no amount of memory"),
+        (["--dropout", 1.0], "--dropout is 1"),
+        (["--optimizer", "adam"], "did you mean adamw?"),
+        (["--device", "gpu"], "'gpu'"),
+        (["--learnin-rate", 1], "--learning-rate"),
+        (["--lrr", 1], "--lr,"),
+        (["--seed", -1], "--seed"),
+        (["--threads", 0], "--threads"),
+        (["--variant", "best"], "--variant"),
+        (["--batch-size", 2, "--grad-accum", 2, "--tokens-per-step", 7], "--tokens-per-step"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_settings_that_cannot_be_are_refused(refused, data, words, message):
+    refused(2, message, "train", "--data", data, *words)
+
+
+def test_usage_is_checked_before_data(refused, workspace):
+    refused(2, "--lr is nan", "train", "--filepath", "nowhere.txt", "--lr", "nan")
+    refused(2, "no model", "train", "--filepath", "nowhere.txt", "--model", "nix")
+    refused(5, "no run or model", "train", "--filepath", "nowhere.txt", "--init-from", "nobody")
+
+
+def test_text_and_tokens_are_one_too_many(refused, data, text_file):
+    refused(2, "give one", "train", "--filepath", text_file, "--data", data)
+
+
+def test_a_device_that_is_not_there(refused, data):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    refused(7, "no device cuda", "train", "--data", data, "--device", "cuda")
+
+
+def test_what_does_not_fit_is_refused(refused, data, text_file):
+    refused(4, "not even one sequence fits", "train", "--data", data, *FIRST, "--vram", "1GB")
+    refused(4, "not even one sequence fits", "train", "--filepath", text_file, *FIRST, "--vram", "1GB")
+
+
+@pytest.mark.parametrize("content", [None, "lr = ", "speed = 3", 'lr = "x"'])
+def test_a_bad_settings_file_is_refused(refused, data, workspace, content):
+    if content is not None:
+        (workspace / "my.toml").write_text(content)
+    refused(3 if content is None else 2, "my.toml", "train", "--data", data, "--config", "my.toml")
+
+
+def test_a_folder_that_exists_is_left_alone(refused, data, workspace):
+    (workspace / "mine").mkdir()
+    (workspace / "file").write_text("x")
+    refused(8, "exists already", "train", "--data", data, *FIRST, "--out", "mine")
+    refused(8, "file", "train", "--data", data, *FIRST, "--out", "file/run")
+
+
+@pytest.mark.parametrize("damage", ["missing", "no file", "cut", "altered", "tokenizer", "newer", "odd"])
+def test_a_damaged_token_folder_is_refused(refused, data, damage):
+    meta, train = data / "meta.json", data / "train.bin"
+    if damage == "missing":
+        shutil.rmtree(data)
+    elif damage == "no file":
+        train.unlink()
+    elif damage == "cut":
+        train.write_bytes(train.read_bytes()[:-1])
+    elif damage == "altered":
+        train.write_bytes(b"?" + train.read_bytes()[1:])
+    elif damage == "tokenizer":
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": {"fingerprint": "0"}}))
+    elif damage == "newer":
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 2}))
+    elif damage == "odd":
+        meta.write_text("[]")
+    refused(3, "data", "train", "--data", "data/words", *FIRST)
+
+
+def test_tokens_of_another_tokenizer_are_refused(refused, nnx, run, text_file):
+    assert nnx("prepare", text_file, "--tokenizer", "char", "--out", "data/chars").exit_code == 0
+    refused(3, "another tokenizer", "train", "--data", "data/chars", "--init-from", "words")
+
+
+def test_a_run_that_diverges_says_so(nnx, data, workspace, monkeypatch):
+    forward = TrainStep.forward
+
+    def diverge(self, ids, targets):
+        loss, count = forward(self, ids, targets)
+        return loss * float("nan"), count
+
+    monkeypatch.setattr(TrainStep, "forward", diverge)
+    result = nnx("train", "--data", data, *SMALL, "--max-steps", 20, "--out", "run")
+    assert result.exit_code == 6 and "diverged" in result.stderr and "Traceback" not in result.stderr
+    assert Run(workspace / "run").status()["status"] == "diverged"
+
+
+# resuming
+
+
+def test_a_finished_run_is_left_as_it_is(nnx, run):
+    before = (run.folder / "run.json").read_bytes()
+    result = nnx("train", "--resume", "words")
+    assert result.exit_code == 0 and "is finished" in result.stdout and len(result.stdout.splitlines()) == 1
+    assert json.loads(nnx("train", "--resume", "words", "--json").stdout)["status"] == "finished"
+    assert (run.folder / "run.json").read_bytes() == before
+
+
+def test_a_finished_run_is_trained_longer(nnx, run):
+    result = nnx("train", "--resume", "words", "--max-steps", 43)
+    assert result.exit_code == 0 and "at step 40" in result.stderr
+    assert run.status()["step"] == 43 and run.status()["status"] == "finished"
+
+
+def test_dry_run_of_resuming_changes_nothing(nnx, run):
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    result = nnx("train", "--resume", "words", "--max-steps", 90, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
+    assert rows["max_steps"] == (90, "command line") and rows["seed"][1].startswith("run")
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_nothing_to_resume(refused, workspace):
+    refused(5, "nothing to resume", "train", "--resume", "last")
+    refused(5, "no run or model 'nobody'", "train", "--resume", "nobody")
+    refused(5, "no run or model", "train", "--resume", workspace)
+
+
+def test_last_is_never_a_finished_run(refused, run):
+    refused(5, "nothing to resume", "train", "--resume", "last")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lr", 0.1], ["--seed", 4], ["--dim", 64], ["--model", "nyx"], ["--size", "nano"], ["--out", "other"],
+        ["--optimizer", "lion"], ["--init-from", "words"], ["--filepath", "x"], ["--filepath", "x", "--model", "nyx"],
+        ["--max-steps", 50, "--epochs", 1], ["--max-steps", 0], ["--batch-size", 3, "--max-steps", 50],
+        ["--tokenizer", "char"], ["--model_dim", 64], ["--config", "x.toml"],
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)  # fmt: skip
+def test_what_cannot_change_on_resuming_is_refused(refused, run, words):
+    refused(2, "", "train", "--resume", "words", *words)
+
+
+def test_a_damaged_run_is_refused(refused, run):
+    for step in ckpt.steps_in(run.checkpoints):
+        path = run.checkpoints / f"step-{step:08d}" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+    refused(5, "no intact checkpoint", "train", "--resume", "words", "--max-steps", 50)
+    (run.folder / "config.json").write_text("{}")
+    refused(5, "config.json is damaged", "train", "--resume", "words", "--max-steps", 50)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(nnx, run):
+    path = run.checkpoints / "step-00000040" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = nnx("train", "--resume", "words", "--max-steps", 42)
+    assert result.exit_code == 0
+    assert "warning: " in result.stderr and "going back" in result.stderr and "at step 20" in result.stderr
+
+
+def test_a_run_in_use_is_refused(refused, run):
+    with run.lock():
+        refused(8, "is in use by process", "train", "--resume", "words", "--max-steps", 50)
+
+
+def test_text_and_names_cannot_drive_the_terminal(nnx, workspace):
+    name = "\x1b]0;mine\x07[bold]:smile:.txt"
+    (workspace / name).write_text("\x1b[2J\x07" * 30)
+    for words in (["--filepath", name, *FIRST], ["--filepath", name + "x"], ["--model", name], ["--resume", name]):
+        result = nnx("train", *words)
+        assert not set("\x1b\x07\x9b") & set(result.stdout + result.stderr), words
+        assert "[bold]:smile:" in result.stderr or result.exit_code == 0, words
