@@ -1,9 +1,10 @@
-"""The one linear layer of the project, and its packed sibling."""
+"""The one linear layer of the project, and its packed sibling; both may carry a low-rank adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,25 +13,72 @@ class Linear(nn.Linear):
     """`x @ weight.T`, without a bias; the weight is cast to the type of `x`, so that no autocast is needed.
 
     Weights stay in the type they are stored in (float32 when training) and the type of the activations decides the
-    arithmetic.
+    arithmetic. An adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685) adds `x @ lora_a.T @ lora_b.T` and leaves
+    `weight` and its name as they are.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.register_parameter("lora_a", None)  # (rank, in_features)
+        self.register_parameter("lora_b", None)  # (out_features, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.lora_a is None:
+            return y
+        return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def add_adapter(self, rank: int) -> None:
+        """Begin with an adapter that changes nothing: lora_a is random with variance 1 / in_features, lora_b zero."""
+        self._adapt(rank, self.out_features)
+
+    def _adapt(self, rows: int, out_rows: int, rank: int | None = None) -> None:
+        device = self.weight.device
+        self.lora_a = nn.Parameter(torch.randn(rows, self.in_features, device=device) * self.in_features**-0.5)
+        self.lora_b = nn.Parameter(torch.zeros(out_rows, rank or rows, device=device))
+
+    def adapter_delta(self) -> Tensor:
+        """What the adapter adds to `weight`, (out_features, in_features)."""
+        return self.lora_b @ self.lora_a
+
+    def remove_adapter(self) -> None:
+        """Be the plain layer again."""
+        self.lora_a = self.lora_b = None
 
 
 class PackedLinear(Linear):
     """Several projections of one input in a single matrix product.
 
-    `splits` are their output widths, in the order of the rows of `weight`; forward returns one tensor for each.
+    `splits` are their output widths, in the order of the rows of `weight`; forward returns one tensor for each. Every
+    projection may have an adapter of its own: those in `adapted`, whose lora_a and lora_b are stacked by rows.
     """
+
+    adapted: tuple[int, ...] = ()
 
     def __init__(self, in_features: int, splits: Sequence[int]) -> None:
         super().__init__(in_features, sum(splits))
         self.splits = tuple(splits)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x).split(self.splits, dim=-1)
+        outputs = F.linear(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
+        if self.lora_a is None:
+            return outputs
+        narrow = F.linear(x, self.lora_a.to(x.dtype)).chunk(len(self.adapted), dim=-1)
+        wide = dict(zip(self.adapted, map(F.linear, narrow, self._b_of_each(self.lora_b.to(x.dtype))), strict=True))
+        return tuple(y + wide[i] if i in wide else y for i, y in enumerate(outputs))
+
+    def add_adapter(self, rank: int, adapted: Sequence[int] | None = None) -> None:
+        """One adapter for each of the projections `adapted`, by default for all."""
+        self.adapted = tuple(range(len(self.splits)) if adapted is None else adapted)
+        self._adapt(rank * len(self.adapted), sum(self.splits[i] for i in self.adapted), rank)
+
+    def _b_of_each(self, lora_b: Tensor) -> tuple[Tensor, ...]:
+        return lora_b.split([self.splits[i] for i in self.adapted])
+
+    def adapter_delta(self) -> Tensor:
+        parts = [self.weight.new_zeros(rows, self.in_features) for rows in self.splits]
+        for i, a, b in zip(
+            self.adapted, self.lora_a.chunk(len(self.adapted)), self._b_of_each(self.lora_b), strict=True
+        ):
+            parts[i] = b @ a
+        return torch.cat(parts)

@@ -93,13 +93,18 @@ def load_reference(
     architectures that have any. Raises CheckpointError where names or shapes do not match.
     """
     check_name(name)
+    from nnx_cli.layers.adapter import add_adapters
+
     module = importlib.import_module(f"nnx_cli.models.{name}")
     if not hasattr(module, "reference_config"):
         raise UsageError(f"{name} has no original to load from")
-    fields = module.reference_config(**config) | ({} if variant is None else {"variant": variant})
+    arguments = {key: value for key, value in config.items() if key != "lora_rank_applied"}
+    fields = module.reference_config(**arguments) | ({} if variant is None else {"variant": variant})
     if noise:
         raise UsageError(f"{name} draws no noise")
     model = from_config(name, module.Config(**fields))
+    if rank := config.get("lora_rank_applied"):
+        add_adapters(model, rank)
     own = model.unique_state()
     unknown = sorted(weights.keys() - model.to_reference(own).keys() - model.reference_unused)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,13 @@ class LanguageModel(nn.Module):
 
     def post_optim_step(self) -> None:
         """Called after every optimizer step."""
+
+    def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
+        """The layers that low-rank adapters go to, with the options of their `add_adapter`: all linear ones of the
+        blocks."""
+        for module in self.blocks.modules():
+            if isinstance(module, Linear):
+                yield module, {}
 
     @property
     def device(self) -> torch.device:

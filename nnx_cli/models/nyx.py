@@ -14,6 +14,7 @@ matter).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,12 @@ class Model(LanguageModel):
             device=self.device, dtype=self.compute_dtype,
         )  # fmt: skip
 
+    def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
+        """Query, key, value and attention output, as in the original."""
+        for block in self.blocks:
+            yield block.in_proj, {"adapted": (0, 1, 2)}
+            yield block.attn_out, {}
+
     def reference_names(self) -> dict[str, str]:
         names = {"embedding.weight": "token_embedding.weight", "norm.weight": "norm_layer.gamma"}
         for i in range(self.config.n_layers):
@@ -155,6 +162,29 @@ class Model(LanguageModel):
                 names[block + "q_norm_weight"] = seed + "q_scale"
                 names[block + "k_norm_weight"] = seed + "k_scale"
         return names
+
+    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        state = super().from_reference(weights)
+        if self.blocks[0].attn_out.lora_a is None:
+            return state
+        for i in range(self.config.n_layers):
+            a, b = ([weights[f"finetune_modules.task.{i}.{j}.matrix_{m}"].T for j in range(4)] for m in "ab")
+            block = f"blocks.{i}."
+            state[block + "in_proj.lora_a"], state[block + "in_proj.lora_b"] = torch.cat(a[:3]), torch.cat(b[:3])
+            state[block + "attn_out.lora_a"], state[block + "attn_out.lora_b"] = a[3], b[3]
+        return state
+
+    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        seed = super().to_reference(tensors)
+        for i, block in enumerate(self.blocks):
+            for layer, first in (("in_proj", 0), ("attn_out", 3)):
+                a, b = (tensors.get(f"blocks.{i}.{layer}.lora_{m}") for m in "ab")
+                if a is not None and b is not None:
+                    widths = block.in_proj.splits[:3] if first == 0 else (len(b),)
+                    for j, (one_a, one_b) in enumerate(zip(a.chunk(len(widths)), b.split(widths), strict=True), first):
+                        seed[f"finetune_modules.task.{i}.{j}.matrix_a"] = one_a.T
+                        seed[f"finetune_modules.task.{i}.{j}.matrix_b"] = one_b.T
+        return seed
 
 
 def reference_config(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from nnx_cli import models
 from nnx_cli.engine.loss import TrainStep
+from nnx_cli.layers.adapter import merge_adapters, remove_adapters
 
 FOLDER = Path(__file__).parent
 CASES = json.loads((FOLDER / "nyx.parity.json").read_text())["cases"]
@@ -24,10 +25,12 @@ def load_case(case):
     return entry, cut(entry["weights_prefix"]), cut(entry["grads_prefix"]) if "grads_prefix" in entry else None, data
 
 
-@pytest.mark.parametrize("case", ["causal_seed", "causal_sound", "qk_rmsnorm_seed", "qk_rmsnorm_sound", "lora_merged"])
+@pytest.mark.parametrize(
+    "case", ["causal_seed", "causal_sound", "qk_rmsnorm_seed", "qk_rmsnorm_sound", "lora_adapter", "lora_merged"]
+)
 def test_equals_original(case):
     entry, weights, grads, data = load_case(case)
-    model = models.load_reference("nyx", entry["config"], weights, variant=entry["variant"])
+    model = models.load_reference("nyx", entry["config"], weights, variant=entry["variant"]).requires_grad_(True)
     assert sum(p.numel() for p in model.parameters()) == entry["param_count"]
     logits = model(data["input_ids"])
     assert (logits - data["logits"]).abs().max() < 1e-5
@@ -56,3 +59,16 @@ def test_cached_decoding_equals_the_fixture():
 def test_published_parameter_count():
     model = models.build("nyx", vocab_size=256, size="small")
     assert sum(p.numel() for p in model.parameters()) == 30_020_096
+
+
+def test_adapters_merge_into_the_recorded_weights():
+    entry, weights, _, data = load_case("lora_adapter")
+    model = models.load_reference("nyx", entry["config"], weights)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    merge_adapters(model)
+    merged = load_case("lora_merged")[1]
+    for name, weight in models.reference_tensors(model).items():
+        assert (weight - merged[name]).abs().max() < 1e-6, name
+    model = models.load_reference("nyx", entry["config"], weights)
+    remove_adapters(model)
+    assert (model(data["input_ids"]) - data["logits_without_adapter"]).abs().max() < 1e-5
