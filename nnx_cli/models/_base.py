@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.linear import Linear
 
+MAX_WIDTH, MAX_LAYERS = 2**24, 1024  # beyond them not even the parameters can be counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -33,6 +35,9 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and value < 1:
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+            most = MAX_LAYERS if field.name == "n_layers" else MAX_WIDTH
+            if isinstance(value, int) and value > most:
+                raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at most {most}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value:g}; it must be a finite number")
         if not 0.0 <= self.dropout < 1.0:

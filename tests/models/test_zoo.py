@@ -231,6 +231,7 @@ def test_blocks_are_captured_whole_and_equal_eager(model, name):
     "bad",
     [
         {"dim": 0}, {"dim": -32}, {"n_layers": 0}, {"n_heads": 0}, {"n_heads": -1}, {"seq_len": 0}, {"vocab_size": 0},
+        {"dim": 10**12}, {"n_layers": 10**6}, {"vocab_size": 2**63}, {"seq_len": 10**9},
         {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": math.nan}, {"dropout": math.inf}, {"variant": "better"},
     ],
     ids=str,
