@@ -11,7 +11,18 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.commands import doctor, evaluate, import_seed, list_runs, prepare, quantize, sample, summarize, train
+from nnx_cli.commands import (
+    doctor,
+    evaluate,
+    import_seed,
+    list_runs,
+    merge,
+    prepare,
+    quantize,
+    sample,
+    summarize,
+    train,
+)
 from nnx_cli.console import Talk, printable
 from nnx_cli.errors import NnxError, nearest
 
@@ -91,6 +102,7 @@ COMMANDS = {
     "eval": evaluate.run,
     "summarize": summarize.run,
     "quantize": quantize.run,
+    "merge": merge.run,
     "import": import_seed.run,
     "list": list_runs.run,
     "doctor": doctor.run,

@@ -70,12 +70,13 @@ class TrainConfig:
     save_every: int | None = None  # steps between checkpoints
     keep: int = 2  # newest checkpoints to keep
     patience: int | None = None  # stop after this many validations without a better one
+    lora_rank: int | None = None  # freeze the model of --init-from and train low-rank adapters of this rank
     seed: int = 1337  # of initial weights, data order and dropout
     deterministic: bool = False  # same bits on every run of the same machine, also on a GPU (slower there)
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches",
-                     "save_every", "patience", "threads", "keep"):  # fmt: skip
+                     "save_every", "patience", "threads", "keep", "lora_rank"):  # fmt: skip
             check_range(name, getattr(self, name), 1, 2**40)
         check_range("sample-every", self.sample_every, 0, 2**40)
         check_range("warmup-steps", self.warmup_steps, 0, 2**40)

@@ -19,7 +19,7 @@ from nnx_cli.commands._options import command, given, hidden, model_fields, mode
 from nnx_cli.commands.prepare import preparation_view
 from nnx_cli.config import PrepareConfig, TrainConfig, check_one_length, coerce, own_fields, read_toml
 from nnx_cli.console import Talk, TrainingView, duration
-from nnx_cli.errors import DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
+from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
     from nnx_cli.engine.run import ModelRef, Run
@@ -150,6 +150,8 @@ def new_run(
     """Prepare what has to be prepared, plan, and train."""
     models.check_name(model)
     fields, train, preparing = split(values)
+    if train.lora_rank is not None and init_from is None:
+        raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
     from nnx_cli.engine import session
@@ -191,6 +193,10 @@ def start_from(spec: str, fields: dict[str, Any]) -> tuple[ModelRef, str, dict[s
     from nnx_cli.engine.run import find_model
 
     base = find_model(spec)
+    if base.config.get("lora") or base.config.get("quantization"):
+        raise CheckpointError(
+            f"{spec} is no plain model", fix="take the run it was made from; merge adapters: nnx merge"
+        )
     described = dict(base.config["model"])
     name, _ = described.pop("name"), described.pop("size", None)
     for field in fields.keys() - {"seq_len", "dropout"}:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import chunk_rows
+from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
@@ -23,10 +24,13 @@ ALLOCATOR_MARGIN = 1.06  # blocks are rounded up and leave gaps
 FIXED_GPU_BYTES = 64 * 2**20  # workspaces of the matrix library
 
 
-def meta_model(name: str, config: ModelConfig) -> LanguageModel:
-    """A model without memory behind its tensors."""
+def meta_model(name: str, config: ModelConfig, lora_rank: int | None = None) -> LanguageModel:
+    """A model without memory behind its tensors, with adapters where a rank is given."""
     with torch.device("meta"):
-        return models.from_config(name, config)
+        model = models.from_config(name, config)
+        if lora_rank is not None:
+            add_adapters(model, lora_rank)
+        return model
 
 
 class FusedAttention(torch.autograd.Function):

@@ -71,6 +71,12 @@ def replace_file(path: Path, data: bytes) -> None:
             raise
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise OutputError where `path` exists already, be it a link to nothing."""
+    if os.path.lexists(path):
+        raise OutputError(f"{path} exists already", fix="name another folder with --out, or remove it")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `path` in one step at the end, or leaves nothing behind.
@@ -85,8 +91,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             yield temporary
-            if path.exists():
-                raise OutputError(f"{path} exists already")
+            refuse_existing(path)
             sync_folder(temporary)
             os.rename(temporary, path)
             sync_folder(path.parent)
@@ -96,6 +101,14 @@ def new_folder(path: Path) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
+
+
+def relative(folder: Path, start: Path) -> str:
+    """The way from one folder to another, with forward slashes."""
+    try:
+        return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
+    except ValueError:  # another drive: Windows has no way there
+        return folder.resolve().as_posix()
 
 
 def sha256_file(path: Path) -> str:

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nnx_cli import __version__, models
-from nnx_cli.engine.files import new_folder
+from nnx_cli.engine.files import new_folder, refuse_existing
 from nnx_cli.engine.run import write_model_folder
 from nnx_cli.engine.tokenizer import build_tokenizer
-from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts nest the weights
 PREFIXES = ("module.", "_orig_mod.")  # what data-parallel and compiled wrappers put before names
@@ -57,8 +57,7 @@ def import_checkpoint(
     The original's constructor arguments are read off the shapes of its weights. Without `tokenizer`: bytes where the
     vocabulary is 256, else bare ids. Raises CheckpointError, OutputError.
     """
-    if out.exists():
-        raise OutputError(f"{out} exists already", fix="name another folder with --out")
+    refuse_existing(out)
     weights = read_foreign(path)
     arguments = models.infer_reference(name, weights)
     model = models.load_reference(name, arguments, weights, variant=variant)

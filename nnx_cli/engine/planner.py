@@ -126,7 +126,7 @@ def batch_shape(
     for field in ("batch_size", "grad_accum", "tokens_per_step"):
         if getattr(train, field) is None:
             where[field] = "derived: device, memory and the other two"
-    model = cost.meta_model(name, config)
+    model = cost.meta_model(name, config, train.lora_rank)
 
     def peak(rows: int) -> int:
         return cost.training_memory(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from nnx_cli.engine.corpus import Piece, Reader, Report, Source
 from nnx_cli.engine.machine import n_cores, peak_rss_bytes
 from nnx_cli.engine.split import SplitWriter
 from nnx_cli.engine.tokenizer import Tokenizer, build_tokenizer, needs_training, utf8
-from nnx_cli.errors import DataError, OutputError, UsageError
+from nnx_cli.errors import DataError, UsageError
 
 JOB_CHARS = 2**20  # encoded at a time by one thread
 JOB_BYTES = 12 * 2**20  # what that takes at most, text and ids together
@@ -47,7 +46,7 @@ def prepare(
     `val_paths` are the validation text, else part of the text is held out. Raises UsageError, DataError, MissingFeature
     or OutputError; then `out` does not exist.
     """
-    refuse_existing(out)
+    files.refuse_existing(out)
     sources = corpus.find_sources(paths)
     val_sources = corpus.find_sources(val_paths) if val_paths else None
     return _prepare(sources, val_sources, Path(out), config, on_progress or _ignore)
@@ -55,7 +54,7 @@ def prepare(
 
 def prepare_builtin(out: Path, config: PrepareConfig, on_progress: Progress | None = None) -> dict[str, Any]:
     """Like `prepare`, for the documentation that Python ships."""
-    refuse_existing(out)
+    files.refuse_existing(out)
     return _prepare([_builtin_source()], None, Path(out), config, on_progress or _ignore)
 
 
@@ -108,12 +107,6 @@ def _sha256(source: Source) -> str:
 
 def _builtin_source() -> Source:
     return Source(BUILTIN, content=corpus.builtin_corpus().encode())
-
-
-def refuse_existing(out: Path | str) -> None:
-    """OutputError where `out` exists already."""
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists already", fix="take another name with --out, or remove it")
 
 
 def _ignore(event: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,12 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.engine.evaluator import window_starts
-from nnx_cli.engine.files import new_folder, to_json, write_synced
+from nnx_cli.engine.files import new_folder, refuse_existing, to_json, write_synced
 from nnx_cli.engine.held_out import held_out_tokens
 from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.loss import chunk_rows
-from nnx_cli.engine.prepare import refuse_existing
 from nnx_cli.engine.run import BEST, ModelRef, load_model, write_model_folder
 from nnx_cli.engine.sampler import generate
-from nnx_cli.engine.session import relative
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
 from nnx_cli.models._base import LanguageModel
@@ -62,6 +60,8 @@ def quantize_model(
     config = ref.config
     if "quantization" in config:
         raise UsageError(f"{ref.label} is quantized already", fix="quantize the run that it was made from")
+    if config.get("lora"):
+        raise UsageError(f"{ref.label} carries an adapter", fix=f"merge it first: nnx merge {ref.label}")
     refuse_existing(out)
     tokenizer = ref.tokenizer
     if max_drop is not None and tokenizer is None:
@@ -73,7 +73,7 @@ def quantize_model(
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         with new_folder(out) as folder:
             write_model_folder(
-                folder, described(ref, config, quantization, out), tokenizer, quantized_state(before, quantization)
+                folder, described(ref, quantization, out), tokenizer, quantized_state(before, quantization)
             )
             after = load_model(ModelRef(folder), device, precision)
             found = compare(before, after, tokens, None if tokenizer is None else tokenizer.token_bytes())
@@ -110,12 +110,9 @@ def check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
             )
 
 
-def described(ref: ModelRef, config: Mapping[str, Any], quantization: Quantization, out: Path) -> dict[str, Any]:
+def described(ref: ModelRef, quantization: Quantization, out: Path) -> dict[str, Any]:
     """config.json of the quantized model."""
-    moved = {}
-    if data := config.get("data"):
-        moved = {"data": data | {"folder": relative(ref.folder / data["folder"], out)}}
-    return dict(config) | moved | {"quantization": asdict(quantization), "quantized_from": ref.label}
+    return ref.config_at(out) | {"quantization": asdict(quantization), "quantized_from": ref.label}
 
 
 def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[str, Tensor]:

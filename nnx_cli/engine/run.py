@@ -24,6 +24,7 @@ from nnx_cli.engine.files import (
     new_folder,
     read_json,
     refused_output,
+    relative,
     replace_file,
     sha256_file,
     sync_folder,
@@ -32,6 +33,7 @@ from nnx_cli.engine.files import (
 )
 from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
 from nnx_cli.errors import CheckpointError, NnxError, OutputError, UsageError
+from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
 
@@ -257,6 +259,13 @@ class ModelRef:
     def config(self) -> dict[str, Any]:
         return read_verified_config(self.folder)
 
+    def config_at(self, out: Path) -> dict[str, Any]:
+        """The config.json of a model made from this one in the folder `out`: the way to the data is another."""
+        config = self.config
+        if data := config.get("data"):
+            config["data"] = data | {"folder": relative(self.folder / data["folder"], out)}
+        return config
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         return read_tokenizer(self.folder)
@@ -328,8 +337,11 @@ def model_from_config(config: Mapping[str, Any], source: Path) -> LanguageModel:
     fields = {key: value for key, value in described.items() if key not in ("name", "size")}
     try:
         with torch.device("meta"):
-            return models.build(described["name"], **fields)
-    except (UsageError, TypeError) as error:
+            model = models.build(described["name"], **fields)
+            if config.get("lora"):
+                add_adapters(model, config["lora"]["rank"])
+            return model
+    except (UsageError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source / 'config.json'} describes no {described['name']}: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -25,12 +24,14 @@ from nnx_cli.engine.device import (
     set_seed,
     set_threads,
 )  # fmt: skip
+from nnx_cli.engine.files import relative
 from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config
 from nnx_cli.engine.tokenizer import Tokenizer
 from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import CheckpointError, DataError, UsageError
+from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.models._base import LanguageModel
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run
@@ -88,6 +89,8 @@ def start(
     if init_from is not None:
         path, state = init_from.weights()
         load_weights(model, state, path, device)
+    if plan.train.lora_rank is not None:
+        add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)
     config = replace(trainer.config, compile=compiler.decide(trainer, plan.train.compile))
     trainer.config = config
@@ -104,6 +107,7 @@ def start(
         "sampling": asdict(sampling),
         "data": {"folder": relative(data.path, out), "fingerprint": data.fingerprint},
         "init_from": None if init_from is None else init_from.label,
+        "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
     status = {
@@ -194,11 +198,3 @@ def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> dict[str, in
         )
     val_batches = old.val_batches and -(-old.val_batches * old.batch_size // batch_size)
     return {"batch_size": batch_size, "grad_accum": grad_accum, "val_batches": val_batches}
-
-
-def relative(folder: Path, start: Path) -> str:
-    """The way from one folder to another, with forward slashes."""
-    try:
-        return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
-    except ValueError:  # another drive: Windows has no way there
-        return folder.resolve().as_posix()

@@ -19,9 +19,9 @@ def test_json_has_the_promised_keys(nnx):
     ].keys()
     assert facts["memory"]["weights_bytes"] == 4 * 30_020_096
     assert facts["file_bytes"].keys() == {"fp32", "bf16", "int8", "int4"}
-    assert {"budget_bytes", "fits", "batch_size", "grad_accum", "activation_checkpointing", "predicted_peak_bytes"} <= set(
-        facts["fits"]
-    )
+    assert facts["fits"].keys() >= {
+        "budget_bytes", "fits", "batch_size", "grad_accum", "activation_checkpointing", "predicted_peak_bytes",
+    }  # fmt: skip
     assert facts["fits"]["budget_bytes"] == 7 * 2**30 and facts["fits"]["fits"] is True
     assert list(facts["trains_in_gb"]) == ["4", "6", "8", "12", "16", "24"]
     assert facts["cache_bytes_per_token"] == 8 * 2 * 64 * 4

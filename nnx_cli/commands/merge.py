@@ -1,0 +1,34 @@
+"""`nnx merge`: a run with adapters to a plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnx_cli.commands._options import command
+from nnx_cli.console import Talk
+
+
+@command()
+def run(
+    talk: Talk,
+    model: Annotated[str | None, typer.Argument(help="Run with adapters. [default: the newest run]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make. [default: weights/NAME-merged]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+) -> None:
+    """Add the adapters of --lora-rank to the weights, and show that both models agree."""
+    from nnx_cli.engine.device import pick_device
+    from nnx_cli.engine.merge import merge_model
+    from nnx_cli.engine.run import WEIGHTS, find_model
+
+    where = pick_device(device)
+    ref = find_model(model)
+    result = merge_model(ref, out or WEIGHTS / f"{ref.folder.resolve().name}-merged", where)
+    talk.show_json(result)
+    talk.show(
+        f"{result['out']}: {result['parameters']:,} parameters; largest difference of a logit "
+        f"{result['largest_logit_difference']:.1e}",
+        f"next: nnx sample {result['out']}",
+    )

@@ -1,0 +1,55 @@
+"""A run with low-rank adapters to a plain model of the same function."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnx_cli.engine.evaluator import window_starts
+from nnx_cli.engine.files import new_folder, refuse_existing
+from nnx_cli.engine.held_out import held_out_tokens
+from nnx_cli.engine.loader import windows_at
+from nnx_cli.engine.run import ModelRef, load_model, write_model_folder
+from nnx_cli.errors import DataError, QualityError, UsageError
+from nnx_cli.layers.adapter import merge_adapters
+
+TOLERANCE = 1e-4  # largest difference of a logit, in fp32
+COMPARED_WINDOWS = 8
+
+
+@torch.no_grad()
+def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any]:
+    """Write the folder `out` with the adapters of `ref` added to its weights, compared with the adapter model in fp32.
+
+    The text compared on is the run's validation split, or random tokens where that is gone. Raises UsageError without
+    an adapter, OutputError where `out` exists, QualityError where a logit differs by more than TOLERANCE.
+    """
+    config = ref.config_at(out)
+    if not config.pop("lora", None):
+        raise UsageError(f"{ref.label} carries no adapter")
+    refuse_existing(out)
+    adapted = load_model(ref, device)
+    merged = copy.deepcopy(adapted)
+    merge_adapters(merged)
+    ids = sample_ids(ref, adapted.config.vocab_size, adapted.config.seq_len).to(device)
+    difference = (adapted(ids) - merged(ids)).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise QualityError(f"the merged model differs from its adapter by {difference:.1e} in a logit")
+    parameters = sum(p.numel() for p in merged.parameters())
+    with new_folder(out) as folder:
+        config |= {"parameters": parameters, "merged_from": ref.label}
+        write_model_folder(folder, config, ref.tokenizer, merged.unique_state())
+    return {"out": str(out), "parameters": parameters, "largest_logit_difference": difference}
+
+
+def sample_ids(ref: ModelRef, vocab_size: int, seq_len: int) -> torch.Tensor:
+    """Token ids (B, T) to compare two models on."""
+    try:
+        with held_out_tokens(ref, ()) as tokens:
+            length = min(seq_len, len(tokens) - 1)
+            return windows_at(tokens, window_starts(len(tokens), length, COMPARED_WINDOWS), length)[0]
+    except DataError:
+        return torch.randint(vocab_size, (COMPARED_WINDOWS, seq_len))
