@@ -270,8 +270,8 @@ def test_sizes_read_from_the_source_are_those_of_the_module(name):
 
 def test_another_width_drops_the_shapes_of_the_size(name):
     derived = [field.name for field in models.config_fields(name) if field.default is None]
-    own = models.make_config(name, dim=256, n_heads=4, n_layers=models.make_config(name, size="nano").n_layers)
     shape = {field: getattr(models.make_config(name, size="nano"), field) for field in ("n_layers", "seq_len")}
+    own = models.make_config(name, dim=256, n_heads=4, **shape)
     sized = models.make_config(name, size="nano", dim=256, n_heads=4)
     assert {field: getattr(sized, field) for field in derived} == {field: getattr(own, field) for field in derived}
     assert {field: getattr(sized, field) for field in shape} == shape
