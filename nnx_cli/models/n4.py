@@ -1,0 +1,345 @@
+"""N4: attention over gated running averages of the keys, tanh in place of norms, a three-way gated feed-forward.
+
+Follows Rikka-Botan's Nova Nox Neural Network, which has no paper. A gate decides how much of a key enters an average
+that slides ever more slowly (after the selective copying of Mamba, Gu and Dao 2023, https://arxiv.org/abs/2312.00752,
+but nothing is ever forgotten on purpose); these averages and the causal mask are all that tells positions apart. tanh
+stands for layer normalisation (Zhu et al. 2025, https://arxiv.org/abs/2503.10622); GELU is the exact one (Hendrycks and
+Gimpel 2016, https://arxiv.org/abs/1606.08415), its gating goes one further than Shazeer 2020,
+https://arxiv.org/abs/2002.05202. No final norm, head and embedding are not tied.
+
+`base` is the shape that the author publishes as "127M"; with the 32,768 tokens published it has 177,871,872 parameters
+(127,540,224 without embedding and head). The original counts 177,874,176, and 120,076,032 for its example (here
+120,075,264): it holds a gain of head_dim numbers in every layer that nothing uses, left out here. Differs further:
+positions are counted and keys summed in float32 whatever the precision (the original's bfloat16 knows no count above
+256), scores are never written out, and grouped keys, a window, alpha and bias of the paper's dynamic tanh and scores
+scaled by the width of a head are options. The variants are equal: none of the original's defects changes the function
+in float32. A window limits attention; the averages still go back to the first position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.errors import UsageError
+from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.models._base import LanguageModel, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    n_kv_heads: int | None = None  # key-value heads, each with its gate; default n_heads
+    ffn_dim: int | None = None  # width of the feed-forward; default 2 x dim
+    window: int | None = None  # newest positions that attention reaches, its own included; default all
+    bias: bool = False  # biases in all linear layers
+    dyt_alpha: bool = False  # learn a slope and a bias in every dynamic tanh
+    head_scale: bool = False  # divide scores by the root of a head's width instead of the root of dim
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.n_heads:
+            raise UsageError(
+                f"--dim {self.dim} cannot be divided among --n-heads {self.n_heads}",
+                fix=f"take --dim {max(1, round(self.dim / self.n_heads / 16)) * 16 * self.n_heads}",
+            )
+        self.derive(n_kv_heads=self.n_heads, ffn_dim=2 * self.dim)
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")
+        if self.ffn_dim < 1 or self.window is not None and self.window < 1:
+            raise UsageError("--ffn-dim and --window must be at least 1")
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(dim=128, n_layers=4, n_heads=4, ffn_dim=224, seq_len=256),
+    "tiny": dict(dim=384, n_layers=6, n_heads=6, seq_len=256),
+    "small": dict(dim=640, n_layers=6, n_heads=10, seq_len=1024),
+    "base": dict(dim=768, n_layers=18, n_heads=6, seq_len=1024),
+    "large": dict(dim=1280, n_layers=18, n_heads=10, seq_len=1024),
+    "xl": dict(dim=2048, n_layers=20, n_heads=16, seq_len=1024),
+}
+
+
+class AveragedKeyCache(KVCache):
+    """Averaged keys and values as attention reads them, and the running sums (L, B, G, K), float32, they go on from.
+
+    Nothing more is kept per position: a sum over j positions is j² times the average stored there. `truncate` takes it
+    from there where a row gets shorter, exact to the rounding of one key in the cache's type. All positions stay, also
+    beyond the window, so that any length can be returned to.
+    """
+
+    def __init__(self, config: Config, batch_size: int, max_seq_len: int, device: torch.device, dtype: torch.dtype):
+        head_dim = config.dim // config.n_heads
+        super().__init__(
+            config.n_layers, batch_size, config.n_kv_heads, max_seq_len, head_dim, device=device, dtype=dtype
+        )
+        self.window = config.window
+        self.sums = torch.zeros(config.n_layers, batch_size, config.n_kv_heads, head_dim, device=device)
+
+    def mask(self, n_new: int) -> Tensor | None:
+        """As in KVCache, (B, 1, T, S) or None, of what `update` returns; a first fill must window itself."""
+        mask = super().mask(n_new)
+        if mask is None or self.window is None:
+            return mask
+        seen = torch.arange(mask.shape[-1], device=mask.device)
+        mask = mask & (seen > self.positions(n_new)[:, None, :, None] - self.window)
+        return mask[..., self._first() :]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As in KVCache; where all rows are equally long, without what lies before the window."""
+        keys, values = super().update(layer, k, v)
+        return keys[:, :, self._first() :], values[:, :, self._first() :]
+
+    def _first(self) -> int:
+        """The first position that the next one sees, in any row."""
+        return 0 if self.window is None or not self._even else max(0, self._longest + 1 - self.window)
+
+    def truncate(self, lengths: Tensor | int) -> Self:
+        before = self.lengths
+        super().truncate(lengths)
+        newest = (self.lengths - 1).clamp(min=0)[:, None, None, None].expand_as(self.keys[:, :, :, :1])
+        averages = self.keys.gather(3, newest).squeeze(3).float()  # (L, B, G, K)
+        sums = averages * self.lengths[:, None, None].float().square()
+        self.sums = torch.where((self.lengths < before)[:, None, None], sums, self.sums)
+        return self
+
+    def repeat(self, n: int) -> Self:
+        self.sums = self.sums.repeat_interleave(n, dim=1)
+        return super().repeat(n)
+
+    def reset(self) -> Self:
+        self.sums.zero_()
+        return super().reset()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held by keys, values and sums."""
+        return super().n_bytes + self.sums.numel() * self.sums.element_size()
+
+
+class DynamicTanh(nn.Module):
+    """gain · tanh(x), or gain · tanh(alpha · x) + bias as in the paper (`learn_alpha`). No statistics.
+
+    Products with parameters in float32.
+    """
+
+    def __init__(self, dim: int, learn_alpha: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.alpha = nn.Parameter(torch.full((1,), 0.5)) if learn_alpha else None  # 0.5: the paper's default
+        self.bias = nn.Parameter(torch.zeros(dim)) if learn_alpha else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.alpha is None:
+            return (self.weight * torch.tanh(x)).to(x.dtype)
+        return (self.weight * torch.tanh((self.alpha * x).to(x.dtype)) + self.bias).to(x.dtype)
+
+
+class Biased(nn.Module):
+    """A linear layer and the bias that the project's linear layers go without."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.bias = nn.Parameter(torch.zeros(linear.out_features))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        y, bias = self.linear(x), self.bias.to(x.dtype)
+        if isinstance(y, Tensor):
+            return y + bias
+        return tuple(part + b for part, b in zip(y, bias.split([part.shape[-1] for part in y]), strict=True))
+
+
+def projection(config: Config, in_features: int, *splits: int) -> nn.Module:
+    """A linear layer, packed where there are several `splits`, with a bias if `config` wants one."""
+    linear = PackedLinear(in_features, splits) if len(splits) > 1 else Linear(in_features, splits[0])
+    return Biased(linear) if config.bias else linear
+
+
+class Attention(nn.Module):
+    """Causal attention to averaged keys: with positions j = 1, 2, … and gates r = tanh(.), one per key head,
+    K_j = 1/j² · Σ_{m≤j} m · r_m · k_m. Values are not averaged."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window, self.dropout = layer, config.window, config.dropout
+        self.head_dim = config.dim // config.n_heads
+        kv_dim = config.n_kv_heads * self.head_dim
+        self.qkvg = projection(config, config.dim, config.dim, kv_dim, kv_dim, config.n_kv_heads)
+        self.out = projection(config, config.dim, config.dim)
+        self.scale = (self.head_dim if config.head_scale else config.dim) ** -0.5  # the original divides by sqrt(D)
+
+    def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
+        B, T, D = x.shape
+        q, k, v, gate = self.qkvg(x)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H or G, K)
+        share = counts * torch.tanh(gate.float())  # (B, T, G), float32, and so are the sums
+        sums = (share.unsqueeze(-1) * k).cumsum(1)  # (B, T, G, K)
+        if cache is not None:
+            sums = sums + cache.sums[self.layer].unsqueeze(1)
+            cache.sums[self.layer] = sums[:, -1]
+        k = (sums / counts.square().unsqueeze(-1)).to(x.dtype)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
+        how = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        is_first = cache is None or cache.is_causal(T)
+        if self.window is None or T <= self.window or not is_first:
+            return self.out(causal_attention(q, k, v, cache, self.layer, **how))
+        if cache is not None:
+            cache.update(self.layer, k, v)
+        return self.out(windowed_attention(q, k, v, self.window, **how))
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, dropout: float) -> Tensor:
+    """Attention of q (B, H, T, K) to the newest `window` < T positions of k, v (B, G, T, K), its own included; returns
+    (B, T, H·K).
+
+    In blocks of `window` queries, each over its own block and the one before: 2 · T · window scores, half of them
+    masked, instead of T²; with fused kernels two copies of the keys and values and one mask (window, 2 · window) are
+    all the memory it takes. Beside plain causal attention, which skips what it masks, that pays for windows well below
+    T / 4.
+    """
+    B, H, T, K = q.shape
+    if k.shape[1] != H:  # not every fused kernel takes groups and a mask at once
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))  # (B, H, N, window, K)
+    first = F.scaled_dot_product_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0], None, dropout, True, scale=scale)
+    pairs = [torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3) for x in (k, v)]  # (B, H, N - 1, 2 · window, K)
+    later = [x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], *pairs)]  # blocks beside the batch
+    row = torch.arange(window, device=q.device)[:, None]
+    column = torch.arange(2 * window, device=q.device)
+    mask = (column > row) & (column <= row + window)
+    rest = F.scaled_dot_product_attention(*later, mask, dropout, scale=scale)
+    rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, (N - 1) · window, K)
+    y = torch.cat((first, rest), dim=2)[:, :, :T]
+    return y.transpose(1, 2).reshape(B, T, H * K)
+
+
+class MLP(nn.Module):
+    """Three projections multiplied: sigmoid(gate) · gelu(inner) · value."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.up = projection(config, config.dim, config.ffn_dim, config.ffn_dim, config.ffn_dim)
+        self.down = projection(config, config.ffn_dim, config.dim)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, inner, value = self.up(x)  # (B, T, F) each
+        return self.down(F.dropout(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """Both branches are squashed on their way in and on their way out."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = DynamicTanh(config.dim, config.dyt_alpha)
+        self.attention = Attention(config, layer)
+        self.attention_out_norm = DynamicTanh(config.dim, config.dyt_alpha)
+        self.mlp_norm = DynamicTanh(config.dim, config.dyt_alpha)
+        self.mlp = MLP(config)
+        self.mlp_out_norm = DynamicTanh(config.dim, config.dyt_alpha)
+
+    def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
+        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), counts, cache))
+        return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Model(LanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.Identity()
+        self.head = projection(config, config.dim, config.vocab_size)
+        self.reference_unused = frozenset(f"n4b.n4d.{i}.n4.norm.weight" for i in range(config.n_layers))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 1) for the embedding, which no norm rescales; sqrt(4/3 / fan_in) for the feed-forward; torch's uniform
+        ±1/sqrt(fan_in) for attention, head and all biases. The original's scales."""
+        nn.init.normal_(self.embedding.weight)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and ".mlp." in name:
+                nn.init.kaiming_normal_(module.weight, a=0.5**0.5)
+            elif isinstance(module, Biased):
+                bound = module.linear.in_features**-0.5
+                nn.init.uniform_(module.bias, -bound, bound)
+
+    def trunk(self, input_ids: Tensor, cache: AveragedKeyCache | None = None) -> Tensor:
+        T = input_ids.shape[1]
+        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+        counts = (positions + 1).float().unsqueeze(-1)  # (T, 1) or (B, T, 1): from 1, the divisor of the average
+        x = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, counts, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> AveragedKeyCache:
+        return AveragedKeyCache(self.config, batch_size, max_seq_len, self.device, self.compute_dtype)
+
+    def reference_names(self) -> dict[str, str]:
+        if self.config.n_kv_heads != self.config.n_heads or self.config.dyt_alpha:
+            raise UsageError("the original of n4 has no place for --n-kv-heads or --dyt-alpha")
+        names, linears = {"embedding.weight": "n4b.embedding.weight"}, {"head": "lm_head"}
+        for i in range(self.config.n_layers):
+            block, seed = f"blocks.{i}.", f"n4b.n4d.{i}."
+            names[block + "attention_norm.weight"] = seed + "pre_n4_norm.weight"
+            names[block + "attention_out_norm.weight"] = seed + "post_n4_norm.weight"
+            names[block + "mlp_norm.weight"] = seed + "pre_mlp_norm.weight"
+            names[block + "mlp_out_norm.weight"] = seed + "post_mlp_norm.weight"
+            linears[block + "attention.qkvg"] = seed + "n4.qkvh_linear"
+            linears[block + "attention.out"] = seed + "n4.out_linear"
+            linears[block + "mlp.up"] = seed + "mlp.up_proj"
+            linears[block + "mlp.down"] = seed + "mlp.down_proj"
+        for ours, seed in linears.items():
+            names[ours + (".linear.weight" if self.config.bias else ".weight")] = seed + ".weight"
+            if self.config.bias:
+                names[ours + ".bias"] = seed + ".bias"
+        return names
+
+    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors, H = super().from_reference(weights), self.config.n_heads
+        return {name: regroup(x, H, 3, H) if ".qkvg." in name else x for name, x in tensors.items()}
+
+    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors, H = super().to_reference(tensors), self.config.n_heads
+        return {name: regroup(x, 3, H, H) if ".qkvh_linear." in name else x for name, x in tensors.items()}
+
+
+def regroup(x: Tensor, outer: int, inner: int, n_gates: int) -> Tensor:
+    """Rows of queries, keys, values and, last, gates: all but these go from the order (outer, inner, K) to
+    (inner, outer, K).
+
+    The original orders by head, then q, k, v; here all queries come first.
+    """
+    qkv, gates = x[:-n_gates], x[-n_gates:]
+    return torch.cat((qkv.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2), gates))
+
+
+def reference_config(
+    *, vocab_size: int, hidden_size: int, inter_size: int, heads: int, layers: int, bias: bool = False
+) -> dict[str, Any]:
+    """The original's constructor arguments as fields of `Config`."""
+    return dict(vocab_size=vocab_size, dim=hidden_size, ffn_dim=inter_size, n_heads=heads, n_layers=layers, bias=bias)
+
+
+def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The original's constructor arguments, read off the shapes of its weights. KeyError or ValueError for other
+    weights."""
+    vocab_size, dim = weights["n4b.embedding.weight"].shape
+    return dict(
+        vocab_size=vocab_size, hidden_size=dim,
+        inter_size=weights["n4b.n4d.0.mlp.down_proj.weight"].shape[1],
+        heads=weights["n4b.n4d.0.n4.qkvh_linear.weight"].shape[0] - 3 * dim,  # one gate each
+        layers=len({name.split(".")[2] for name in weights if name.startswith("n4b.n4d.")}),
+        bias="lm_head.bias" in weights,
+    )  # fmt: skip
