@@ -42,8 +42,9 @@ class Group(TyperGroup):
             code = report(error, self)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: end without a second error
+        except SystemExit as ended:  # what Typer makes of a closed pipe
+            if not isinstance(ended.__context__, BrokenPipeError):
+                raise
             code = 0
         except MemoryError:
             code = report(NnxError("out of memory", fix="take a smaller --size or --batch-size"), self, code=4)

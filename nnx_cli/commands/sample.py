@@ -58,6 +58,8 @@ def run(
     ref = newest_of_shape(shape) if shape and model is None else find_model(model)
     tokenizer = ref.tokenizer
     text = read_prompt(prompt, prompt_file)
+    if tokenizer is None and text:
+        text = " ".join(text.split()) + " "
     network = load_model(ref, where, precision)
     ids = prompt_ids(text, tokenizer, network.config.vocab_size)
     if len(ids) > network.config.seq_len:

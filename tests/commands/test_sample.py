@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -89,7 +91,8 @@ def test_a_model_without_a_tokenizer_reads_and_writes_ids(nnx, refused, run):
     (run.folder / "manifest.json").write_bytes(files.to_json(manifest))
     (run.folder / "tokenizer.json").unlink()
     result = nnx("sample", "--prompt", "5 6 7", "--max-new-tokens", 4)
-    assert result.exit_code == 0 and all(word.isdecimal() for word in result.stdout.removeprefix("5 6 7").split())
+    assert result.exit_code == 0 and result.stdout.startswith("5 6 7 ")
+    assert len(result.stdout.split()) == 7 and all(word.isdecimal() for word in result.stdout.split())
     refused(2, "has no tokenizer", "sample", "--prompt", "the cat")
     refused(2, "ids below 256", "sample", "--prompt", "256")
 
@@ -128,6 +131,19 @@ def test_the_newest_run_of_a_shape(nnx, refused, run, workspace):
 )
 def test_what_it_refuses(refused, run, code, message, words):
     refused(code, message, "sample", *words)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are those of POSIX")
+def test_a_reader_who_leaves_is_no_error(run):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nnx_cli", "sample", "words", "--max-new-tokens", "20000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
 
 
 def test_no_run_yet(refused, workspace):
