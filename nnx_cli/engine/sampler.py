@@ -172,9 +172,9 @@ class TextStream:
         self._release(self.decoder.push(token) if self.decoder else f"{token} ", final=False)
 
     def finish(self, reason: str) -> None:
-        """End the sample, unless it has ended, and let go of what was held back."""
+        """End the sample, unless it has ended, and let go of what was held back, but not of half a character."""
         if self.stop_reason is None:
-            self._release(self.decoder.flush() if self.decoder else "", final=True)
+            self._release("", final=True)
             self.stop_reason = self.stop_reason or reason
 
     def _release(self, new: str, final: bool) -> None:

@@ -157,10 +157,6 @@ class StreamDecoder:
         """The characters that this id completes; may be empty."""
         return self._utf8.decode(self._tokens[token_id])
 
-    def flush(self) -> str:
-        """What is left of an incomplete character, as U+FFFD."""
-        return self._utf8.decode(b"", final=True)
-
 
 def utf8(text: str) -> bytes:
     """UTF-8 of any str: surrogate pairs are joined, lone surrogates become U+FFFD."""
