@@ -1,0 +1,474 @@
+"""Tape: a coda whose two streams meet in a soft XOR, a recurrent prophet, and critics that read both.
+
+Function, in the order data passes: embeddings e; the coda, levels of self-attention in a left and a right stream that
+are merged by the two-argument soft XOR (Yoon et al. 2021, https://arxiv.org/abs/2110.06871); the prophet, a two-layer
+recurrent network on e; critics in sequence, each starting from the coda's output and reading what the critic before it
+said, the last one being the moderator; distances under a Student-t kernel in place of a linear head (after the
+harmonic loss, Baek et al. 2025, https://arxiv.org/abs/2502.01628), so that `forward` returns log-probabilities.
+Positions are absolute: a sinusoid is added to a level's tokens and the sum is rotated as in RoPE (Su et al. 2021,
+https://arxiv.org/abs/2104.09864), before the projections. Blocks are post-norm. `entropy_weight` rewards attention for
+entropy (Attanasio et al. 2022, https://arxiv.org/abs/2203.09192).
+
+Variants:
+
+- `tape` (default): every level attends causally to three segments: the previous embedding (the prophet's in the first
+  level of a critic, else the level's own again), the level's embedded tokens and the hidden state, which also asks.
+- `sound`: the original with a causal mask. It cuts two of the three segments off again, so that no critic reads
+  anything but the coda: critics before the last, and the prophet, cannot influence the output and are left out here.
+- `seed`: the same without the mask, as the original trains. With a cache it is causal, as the original's sampling is.
+
+The original's author publishes 49,879,553 parameters for vocabulary 65, dim 256 and 4 critics, a figure of an earlier
+revision; the present one has 49,862,913, of which 49,337,088 are those of `tape` here, 15,811,072 those of `sound`; the
+rest is six modules that are never called. Differs from the original besides: positions count on while decoding, widths
+and depths are options, the head is always computed in float32. Kept: the embedding is drawn from N(0, 1), the head's
+centres by the vocabulary's size instead of the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.errors import UsageError
+from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.linear import Linear
+from nnx_cli.layers.norm import LayerNorm
+from nnx_cli.layers.rope import rotary_tables
+from nnx_cli.layers.segments import attend, attention_entropy
+from nnx_cli.layers.soft_xor import Activation, Recurrence, soft_xor, widened
+from nnx_cli.models._base import MAX_LAYERS, LanguageModel, ModelConfig
+
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    dim: int = 256  # width of the residual stream
+    n_layers: int = 4  # levels of a critic, each of two blocks side by side
+    n_heads: int = 4  # query heads of a block
+    variant: str = "tape"  # tape; sound: the original made causal, without its dead parts; seed: the original
+    coda_layers: int = 2  # levels of the coda
+    n_critics: int = 2  # critics, one after the other; the last one is the moderator
+    ffn_dim: int | None = None  # width of the feed-forward; default 8 x dim
+    student_df: float = 2.718281828459  # degrees of freedom of the head's Student-t kernel: lower is heavier-tailed
+    entropy_weight: float = 0.0  # reward for the entropy of attention, in nats of loss per nat; 0: none
+
+    VARIANTS = ("tape", "sound", "seed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.heads_divide_dim()
+        self.derive(ffn_dim=8 * self.dim)
+        if self.ffn_dim < 1 or not self.student_df > 0 or self.entropy_weight < 0:
+            raise UsageError("--ffn-dim must be at least 1, --student-df above 0, --entropy-weight at least 0")
+        if self.coda_layers + self.n_critics * self.n_layers > MAX_LAYERS:
+            raise UsageError(f"--coda-layers + --n-critics x --n-layers must be at most {MAX_LAYERS}")
+
+    @property
+    def n_segments(self) -> int:
+        """Segments that a level with a hidden state attends to."""
+        return 3 if self.variant == "tape" else 1
+
+    @property
+    def live_critics(self) -> int:
+        """Critics that the output depends on."""
+        return self.n_critics if self.variant == "tape" else 1
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(dim=64, n_heads=4, n_layers=1, n_critics=2, seq_len=256),
+    "tiny": dict(dim=192, n_heads=6, n_layers=2, n_critics=2, ffn_dim=1664, seq_len=256),
+    "small": dict(dim=320, n_heads=5, n_layers=2, n_critics=2, ffn_dim=2816, seq_len=1024),
+    "base": dict(dim=512, n_heads=8, n_layers=3, n_critics=3, seq_len=1024),
+    "large": dict(dim=768, n_heads=12, n_layers=4, n_critics=3, seq_len=1024),
+    "xl": dict(dim=1152, n_heads=18, n_layers=4, n_critics=4, seq_len=1024),
+}
+
+
+class Affine(nn.Module):
+    """A `Linear`, which may be quantized, and a bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = Linear(in_features, out_features)
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.bias.to(x.dtype)
+
+
+class BiasedLayerNorm(LayerNorm):
+    """Layer normalisation with gain and bias, in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+def embed_positions(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Add the sinusoid to `tokens` (B, T, D) and turn every pair of neighbouring features by its angle, in float32.
+
+    cos and sin are (T, D/2) or (B, T, D/2), and serve both, whose frequencies are the same.
+    """
+    even, odd = tokens.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, D/2) each
+    even, odd = even + sin, odd + cos
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(tokens.dtype)
+
+
+class Stream(nn.Module):
+    """What a block does after attention: x = norm(x + attention), x = norm(x + mlp(x))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.out = Affine(config.dim, config.dim)
+        self.attention_norm = BiasedLayerNorm(config.dim)
+        self.up = Affine(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
+        self.mlp_norm = BiasedLayerNorm(config.dim)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.attention_norm(x + self.out(attended))
+        hidden = Activation.apply(self.up(x))  # (B, T, F)
+        return self.mlp_norm(x + F.dropout(self.down(hidden), self.dropout, self.training))
+
+
+class Level(nn.Module):
+    """Two blocks side by side, which read the same and project it in one product; their outputs are merged."""
+
+    def __init__(self, config: Config, layer: int, is_critic: bool) -> None:
+        super().__init__()
+        self.config, self.layer, self.is_critic = config, layer, is_critic
+        self.q = Affine(config.dim, 2 * config.dim)  # left, right
+        self.kv = Affine(config.dim, 4 * config.dim)  # keys left, right, values left, right
+        self.left, self.right = Stream(config), Stream(config)
+
+    def forward(
+        self, tokens: Tensor, h: Tensor | None, previous: Tensor | None, cache: TapeCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`tokens` with positions, hidden state, previous embedding (None: the tokens again), (B, T, D) each.
+
+        Returns the new hidden state, and the entropy of attention where training rewards it.
+        """
+        config = self.config
+        B, T, D = tokens.shape
+        x = tokens if h is None else h
+        if h is None or config.n_segments == 1:
+            segments = [x]
+        else:
+            segments = [tokens, h] if previous is None else [previous, tokens, h]
+        kv = self.kv(torch.stack(segments, dim=2))  # (B, T, G, 4 D)
+        if len(segments) == 2:
+            kv = torch.cat((kv[:, :, :1], kv), dim=2)  # what occurs twice is projected once
+        k, v = kv.unflatten(-1, (2, 2 * config.n_heads, -1)).unbind(3)  # (B, T, G, 2 H, K) each
+        q = self.q(x).view(B, T, 2 * config.n_heads, -1)  # (B, T, 2 H, K)
+        store = None if cache is None else cache.first if self.layer == 0 else cache.others
+        causal, dropout = config.variant != "seed", config.dropout if self.training else 0.0
+        y = attend(q, k, v, store, max(0, self.layer - 1), causal=causal, dropout=dropout)
+        y_left, y_right = y.reshape(B, T, 2, D).unbind(2)
+        left, right = self.left(x, y_left), self.right(x, y_right)
+        if self.is_critic:
+            merged = right + (left - right) * torch.sigmoid(left - right)  # softmax over the pair, of each feature
+        else:
+            merged = soft_xor(torch.sigmoid(left), torch.sigmoid(right))
+        rewarded = self.training and config.entropy_weight > 0
+        return merged, attention_entropy(q, k, causal) if rewarded else None
+
+
+class ProphetLayer(nn.Module):
+    """Left and right cell, stacked. The recurrent matrix is no `Linear`: its errors would feed on themselves, so it is
+    not quantized."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.input = Affine(in_dim, 2 * dim)
+        self.weight = nn.Parameter(torch.empty(2 * dim, dim))
+        self.bias = nn.Parameter(torch.empty(2 * dim))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return Recurrence.apply(self.input(x) + self.bias.to(x.dtype), self.weight.to(x.dtype), state)
+
+
+class Prophet(nn.Module):
+    """Two recurrent layers of width P = 2 D over the embeddings, and a projection back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.first, self.second = ProphetLayer(dim, 2 * dim), ProphetLayer(2 * dim, 2 * dim)
+        self.out = Affine(2 * dim, dim)
+
+    def forward(self, x: Tensor, cache: TapeCache | None) -> Tensor:
+        x = x.transpose(0, 1)  # (T, B, D): a step's numbers lie together
+        start = x.new_zeros(2, x.shape[1], 2 * x.shape[2]) if cache is None else cache.prophet_states()
+        first = self.first(x, start[0])  # (T, B, P)
+        second = self.second(first, start[1])
+        if cache is not None:
+            cache.prophet.update(0, *(states.transpose(0, 1)[:, None] for states in (first, second)))
+        return self.out(second).transpose(0, 1)
+
+
+class StudentT(nn.Module):
+    """log p(v) ∝ −(ν + D)/2 · ln(1 + d²/ν), d the distance to the centre of v. In float32: half-precision distances
+    would be nats off, for D multiplies their error."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.df = config.student_df
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, centres = widened(x), self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        distance = x.square().sum(-1, keepdim=True) - 2 * F.linear(x, centres) + centres.square().sum(-1)
+        scores = torch.log1p(distance.clamp(min=1e-12) / self.df) * (-(self.df + x.shape[-1]) / 2)
+        return scores.log_softmax(-1)  # (..., V)
+
+
+class TapeCache:
+    """Keys and values of the first level, of all others with their segments side by side, and the prophet's states.
+
+    The states of both of the prophet's layers are kept for every position, as if they were a key and a value, so that
+    `truncate` finds them: 4 D numbers a token, beside 4 D of the first level and 12 D of every other level (2 % at 18
+    levels). Recomputing them instead would take a pass over the whole text.
+    """
+
+    def __init__(self, first: KVCache, others: KVCache, prophet: KVCache) -> None:
+        self.first, self.others, self.prophet = self.stores = first, others, prophet
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.first.lengths
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held by keys, values and states."""
+        return sum(store.n_bytes for store in self.stores)
+
+    def positions(self, n_new: int) -> Tensor:
+        """Positions (B, T) of the next `n_new` tokens of every row."""
+        return self.first.positions(n_new)
+
+    def prophet_states(self) -> Tensor:
+        """The states after the last position of every row, (2, B, P); zero where there is none."""
+        states = torch.cat((self.prophet.keys, self.prophet.values))[:, :, 0]  # (2, B, S, P)
+        rows = torch.arange(states.shape[1], device=states.device)
+        return states[:, rows, (self.lengths - 1).clamp(min=0)] * (self.lengths > 0)[:, None]
+
+    def advance(self, n_new: int) -> None:
+        """Count `n_new` more positions in every row."""
+        for store in self.stores:
+            store.advance(n_new)
+
+    def truncate(self, lengths: Tensor | int) -> Self:
+        """Forget what lies beyond `lengths`, (B,) or one number for all rows."""
+        for store in self.stores:
+            store.truncate(lengths)
+        return self
+
+    def repeat(self, n: int) -> Self:
+        """Make `n` copies of every row, side by side: row b becomes rows b·n … b·n + n − 1."""
+        for store in self.stores:
+            store.repeat(n)
+        return self
+
+    def reset(self) -> Self:
+        """Forget everything."""
+        for store in self.stores:
+            store.reset()
+        return self
+
+
+class Model(LanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        n_critic_levels = config.live_critics * config.n_layers
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.prophet = Prophet(config.dim) if config.variant == "tape" else None
+        self.blocks = nn.ModuleList(
+            Level(config, layer, is_critic=layer >= config.coda_layers)
+            for layer in range(config.coda_layers + n_critic_levels)
+        )
+        self.norm = nn.Identity()  # levels end with one
+        self.head = StudentT(config)
+        self._entropy: Tensor | None = None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As the original: embeddings N(0, 1), matrices uniform within ±1/sqrt(fan_in), attention's within Xavier's
+        bound for query, key and value stacked and with zero biases, the head's centres within ±1/sqrt(V)."""
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, Affine):
+                bound = module.linear.in_features**-0.5
+                nn.init.uniform_(module.bias, -bound, bound)
+            elif isinstance(module, ProphetLayer):
+                bound = module.weight.shape[1] ** -0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.uniform_(module.bias, -bound, bound)
+        for level in self.blocks:
+            bound = (6 / (4 * config.dim)) ** 0.5  # fan-in D, fan-out 3 D
+            for affine in (level.q, level.kv):
+                nn.init.uniform_(affine.linear.weight, -bound, bound)
+            for affine in (level.q, level.kv, level.left.out, level.right.out):
+                nn.init.zeros_(affine.bias)
+        nn.init.uniform_(self.head.weight, -(config.vocab_size**-0.5), config.vocab_size**-0.5)
+
+    def trunk(self, input_ids: Tensor, cache: TapeCache | None = None) -> Tensor:
+        config, T = self.config, input_ids.shape[1]
+        positions = torch.arange(T, device=input_ids.device)[None] if cache is None else cache.positions(T)
+        cos, sin = (table.squeeze(1) for table in rotary_tables(positions, config.dim))  # (B or 1, T, D/2)
+        embedded = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
+        prophecy = None if self.prophet is None else self.prophet(embedded, cache)
+        tokens, h, entropies = embed_positions(embedded, cos, sin), None, []
+        for level in self.blocks[: config.coda_layers]:
+            h, entropy = level(tokens, h, None, cache)
+            entropies.append(entropy)
+        coda = h
+        for number, level in enumerate(self.blocks[config.coda_layers :]):
+            is_first = number % config.n_layers == 0
+            if is_first and number > 0:
+                tokens = embed_positions(h, cos, sin)  # what the critic before says
+            h, entropy = level(tokens, coda if is_first else h, prophecy if is_first else None, cache)
+            entropies.append(entropy)
+        if cache is not None:
+            cache.advance(T)
+        self._entropy = None if entropies[0] is None else torch.stack(entropies).mean()
+        return self.norm(h)
+
+    def aux_loss(self) -> Tensor | None:
+        """Minus the mean entropy of attention, weighted, where `entropy_weight` asks for it."""
+        return None if self._entropy is None else -self.config.entropy_weight * self._entropy
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> TapeCache:
+        config = self.config
+
+        def store(n_layers: int, n_heads: int, width: int) -> KVCache:
+            return KVCache(
+                n_layers, batch_size, n_heads, max_seq_len, width, device=self.device, dtype=self.compute_dtype
+            )
+
+        H, K = 2 * config.n_heads, config.dim // config.n_heads
+        return TapeCache(
+            store(1, H, K), store(len(self.blocks) - 1, H, config.n_segments * K),
+            store(0 if self.prophet is None else 1, 1, 2 * config.dim),
+        )  # fmt: skip
+
+    @property
+    def reference_unused(self) -> frozenset[str]:
+        """Modules that the original never calls and, without `tape`, those that its output does not depend on."""
+        unused = set(NEVER_CALLED)
+        if self.prophet is None:
+            unused.update(PROPHET_OUT.values(), *PROPHET_CELLS.values())
+            for block in sum(seed_blocks("residualheads.{}", self.config.n_critics - 1, self.config.n_layers), ()):
+                unused.update(stream_names("", block).values(), (f"{block}{IN_PROJ}{kind}" for kind in AFFINE))
+        return frozenset(unused)
+
+    def seed_levels(self) -> list[tuple[str, ...]]:
+        """Names of the left and right block of every level in the original."""
+        config = self.config
+        critics = seed_blocks("residualheads.{}", config.n_critics, config.n_layers)
+        return seed_blocks("codahead", 1, config.coda_layers) + critics[-config.live_critics * config.n_layers :]
+
+    def reference_names(self) -> dict[str, str]:
+        names = {"embedding.weight": "holistic_embed.weight"} | ({} if self.prophet is None else PROPHET_OUT)
+        for number, blocks in enumerate(self.seed_levels()):
+            for side, block in zip(SIDES, blocks, strict=True):
+                names |= stream_names(f"blocks.{number}.{side}.", block)
+        return names
+
+    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = super().from_reference(weights) | {"head.weight": weights["unembedding"].t()}
+        if self.prophet is not None:
+            tensors |= {ours: torch.cat([weights[cell] for cell in cells]) for ours, cells in PROPHET_CELLS.items()}
+        for number, blocks in enumerate(self.seed_levels()):
+            for kind, ours in AFFINE.items():
+                q, k, v = zip(*(weights[block + IN_PROJ + kind].chunk(3) for block in blocks), strict=True)
+                tensors[f"blocks.{number}.q.{ours}"] = torch.cat(q)
+                tensors[f"blocks.{number}.kv.{ours}"] = torch.cat(k + v)
+        return tensors
+
+    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights = super().to_reference(tensors)
+        if "head.weight" in tensors:
+            weights["unembedding"] = tensors["head.weight"].t()
+        for ours, cells in PROPHET_CELLS.items():
+            if ours in tensors:
+                weights |= zip(cells, tensors[ours].chunk(2), strict=True)
+        for number, blocks in enumerate(self.seed_levels()):
+            for kind, ours in AFFINE.items():
+                if f"blocks.{number}.q.{ours}" in tensors:
+                    q, kv = (tensors[f"blocks.{number}.{part}.{ours}"] for part in ("q", "kv"))
+                    k, v = kv.chunk(2)
+                    for block, *rows in zip(blocks, q.chunk(2), k.chunk(2), v.chunk(2), strict=True):
+                        weights[block + IN_PROJ + kind] = torch.cat(rows)
+        return weights
+
+
+# names of the original
+
+AFFINE = {"weight": "linear.weight", "bias": "bias"}  # of a layer there and of ours
+IN_PROJ = "cached_attn.attn.in_proj_"
+NEVER_CALLED = (
+    "norm_gate", "embed_ln.weight", "embed_ln.bias", "merger.proj.weight", "final_norm.weight",
+    "merge_projection.weight", "merge_projection_final.weight",
+)  # fmt: skip
+PROPHET_OUT = {"prophet.out.linear.weight": "rnn_projection.weight", "prophet.out.bias": "rnn_projection.bias"}
+PROPHET_CELLS = {  # our tensors hold the left cell's rows and below them the right one's
+    f"prophet.{layer}.{ours}": tuple(f"prophet.cells_{side}.{number}.{theirs}" for side in SIDES)
+    for number, layer in enumerate(("first", "second"))
+    for ours, theirs in (
+        ("input.linear.weight", "i2h.weight"), ("input.bias", "i2h.bias"), ("weight", "h2h.weight"),
+        ("bias", "h2h.bias"),
+    )
+}  # fmt: skip
+
+
+def seed_blocks(head: str, n_heads: int, n_levels: int) -> list[tuple[str, ...]]:
+    """Prefixes of the left and right block of every level of the original's heads `head.format(0)`, ..."""
+    return [
+        tuple(f"{head.format(number)}.blocks_{side}.{level}." for side in SIDES)
+        for number in range(n_heads) for level in range(n_levels)
+    ]  # fmt: skip
+
+
+def stream_names(ours: str, theirs: str) -> dict[str, str]:
+    """Names within one side of a level to those within a block of the original."""
+    names = {
+        "out.linear.weight": "cached_attn.attn.out_proj.weight", "out.bias": "cached_attn.attn.out_proj.bias",
+        "attention_norm.weight": "ln_attn.weight", "attention_norm.bias": "ln_attn.bias",
+        "up.linear.weight": "mlp.expand.weight", "up.bias": "mlp.expand.bias", "down.weight": "mlp.linear.weight",
+        "mlp_norm.weight": "ln_mlp.weight", "mlp_norm.bias": "ln_mlp.bias",
+    }  # fmt: skip
+    return {ours + mine: theirs + name for mine, name in names.items()}
+
+
+def reference_config(
+    *, vocab_size: int, seq_len: int = 128, embed_dim: int = 128, num_heads: int = 2, dropout: float = 0.1,
+    num_layers: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The original's constructor arguments as fields of `Config`. Its `num_heads` are critics; it ignores
+    `num_layers`."""
+    return dict(
+        vocab_size=vocab_size, seq_len=seq_len, dim=embed_dim, n_critics=num_heads, dropout=dropout,
+        n_layers=4, coda_layers=2, n_heads=4,
+    )  # fmt: skip
+
+
+def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The original's constructor arguments, read off its weights. KeyError or ValueError for other weights.
+
+    The length of the context leaves no trace in them: it is the original's 128. So is dropout: it is none.
+    """
+    vocab_size, dim = weights["holistic_embed.weight"].shape
+    critics = {int(name.split(".")[1]) for name in weights if name.startswith("residualheads.")}
+    if critics != set(range(len(critics))) or not critics:
+        raise ValueError(f"its critics are {sorted(critics)}")
+    return dict(vocab_size=vocab_size, seq_len=128, embed_dim=dim, num_heads=len(critics), dropout=0.0)

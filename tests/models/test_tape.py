@@ -1,0 +1,247 @@
+"""Tape against numbers recorded from the original code, and what is its own."""
+
+import math
+
+import pytest
+import torch
+
+from nnx_cli import models
+from nnx_cli.engine.cost import count_parameters, flops_per_token, meta_model
+from nnx_cli.engine.loss import TrainStep
+from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.layers import segments
+from nnx_cli.layers.soft_xor import Activation, Recurrence, activation, slope, soft_xor
+
+from .reference_cases import load_case
+
+
+def load(case):
+    entry, weights, grads, data = load_case("tape", case)
+    return models.load_reference("tape", entry["config"], weights, variant=case), entry, weights, grads, data
+
+
+@pytest.mark.parametrize("case", ["seed", "sound", "tape"])
+def test_equals_original(case):
+    model, entry, weights, grads, data = load(case)
+    assert (model(data["input_ids"]) - data["logits"]).abs().max() < 1e-5
+    loss, count = TrainStep(model)(data["input_ids"], data["target_ids"])
+    assert abs(loss / count - data["loss"].item()) < 1e-5
+    (loss / count).backward()
+    ours = models.reference_tensors(model, grads=True)
+    assert ours.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert (ours[name] - grad).abs().max() <= 1e-5 + 1e-3 * grad.abs().max(), name
+    unused = sum(weights[name].numel() for name in model.reference_unused)
+    assert sum(p.numel() for p in model.parameters()) + unused == entry["param_count"]
+    assert model.reference_unused == {*entry["grads_none"], *entry["grads_all_zero"]}
+
+
+@pytest.mark.parametrize("case", ["seed", "sound", "tape"])
+def test_weights_return_under_the_names_of_the_original(case):
+    model, _, weights, _, _ = load(case)
+    back = models.reference_tensors(model)
+    assert back.keys() == weights.keys() - model.reference_unused
+    assert all(torch.equal(back[name], weights[name]) for name in back)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["sound", "tape"])
+@pytest.mark.parametrize("prefill", [1, 5, 16])
+def test_cached_decoding_equals_the_fixture(case, prefill):
+    model, _, _, _, data = load(case)
+    ids = data["input_ids"]
+    cache = model.make_cache(len(ids), ids.shape[1])
+    logits = [model(ids[:, :prefill], cache=cache)]
+    logits += [model(ids[:, t : t + 1], cache=cache) for t in range(prefill, ids.shape[1])]
+    assert (torch.cat(logits, dim=1) - data["logits"]).abs().max() < 1e-5
+
+
+def test_shapes_tell_the_original_s_arguments():
+    _, entry, weights, _, _ = load("tape")
+    found = models.infer_reference("tape", weights)
+    assert found == {**entry["config"], "seq_len": 128}  # the length of the context leaves no trace
+    for foreign in ({}, {"holistic_embed.weight": torch.zeros(3, 4)}):
+        with pytest.raises(CheckpointError, match="no checkpoint of tape"):
+            models.infer_reference("tape", foreign)
+
+
+def test_published_parameter_counts():
+    def total(**fields):
+        return count_parameters(meta_model("tape", models.make_config("tape", vocab_size=65, **fields)))["total"]
+
+    assert total(dim=256, n_critics=4) == 49_337_088
+    assert total(dim=256, n_critics=4, variant="sound") == 15_811_072
+    assert total(dim=128, n_critics=2) == 7_104_896
+    assert total(dim=128, n_critics=2, variant="sound") == 3_973_376
+
+
+def test_products_are_counted_as_they_are_run():
+    config = models.make_config("tape", vocab_size=256, dim=128, n_critics=2, seq_len=64)
+    D, T, levels = 128, 64, 10
+    blocks = 2 * levels * (48 * D**2 + 9 * 2 * D * T)  # plain causal attention of 3 queries over 3 keys a position
+    saved = 2 * (8 * D**2 + 8 * 2 * D * T)  # the first level has one segment
+    saved += 2 * (levels - 3) * 4 * D**2  # what a level attends to twice is projected once
+    expected = blocks - saved + 60 * D**2 + 2 * 256 * D
+    assert flops_per_token(meta_model("tape", config))["forward"] == pytest.approx(expected, rel=1e-3)
+
+
+# the three parts of the input
+
+
+@torch.no_grad()
+def test_critics_and_prophet_take_part(tiny):
+    model, ids = tiny("tape", n_critics=3).eval(), torch.arange(12)[None]
+    before = model(ids)
+    parts = [*model.prophet.parameters(), *model.blocks[2].parameters(), *model.blocks[4].parameters()]
+    for parameter in parts:
+        kept = parameter.clone()
+        parameter.normal_()
+        assert not torch.allclose(model(ids), before, atol=1e-4)
+        parameter.copy_(kept)
+
+
+def test_segments_side_by_side_are_attention_under_a_tiled_mask():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 3, 4), torch.randn(2, 5, 3, 3, 4)
+    y = segments.attend(q, k, v, None, 0, causal=True, dropout=0.0)
+    keys, values = (torch.cat(x.unbind(2), dim=1) for x in (k, v))  # one segment after the other
+    scores = torch.einsum("bthk,bshk->bhts", q, keys) / 2
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1).repeat(1, 3)
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+    torch.testing.assert_close(y, torch.einsum("bhts,bshk->bthk", weights, values))
+    entropy = torch.special.entr(weights).sum(-1).mean()
+    torch.testing.assert_close(segments.attention_entropy(q, k, causal=True), entropy)
+
+
+@pytest.mark.parametrize("fields", [{}, {"variant": "sound"}, {"entropy_weight": 1.0}], ids=str)
+def test_nothing_kept_is_quadratic_in_the_length(tiny, fields):
+    def largest(T):
+        sizes, ids = [], torch.zeros(1, T, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            TrainStep(tiny("tape", **fields).train())(ids, ids)
+        return max(sizes)
+
+    assert largest(512) <= 2 * largest(256)
+
+
+def test_entropy_is_rewarded_on_request(tiny, monkeypatch):
+    ids = torch.arange(24).view(2, 12)
+    plain = tiny("tape").train()
+    plain(ids)
+    assert plain.aux_loss() is None
+    model = tiny("tape", entropy_weight=0.5).train()
+    losses, gradients = [], []
+    for rows in (128, 5):  # in one piece, and in pieces
+        monkeypatch.setattr(segments, "ENTROPY_ROWS", rows)
+        model.zero_grad()
+        model(ids)
+        loss = model.aux_loss()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.blocks[1].q.linear.weight.grad.clone())
+    uniform = sum(math.log(n * t) for t in range(1, 13) for n in (1, *[3] * 5)) / 12 / 6
+    assert -0.5 * uniform < losses[0] < -0.4 * uniform  # near that of equal weights when fresh, and never above it
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        model.eval()(ids)
+    assert model.aux_loss() is None, "not while evaluating"
+
+
+def test_tailedness_is_an_option(tiny):
+    ids = torch.arange(12)[None]
+    logits = [tiny("tape", student_df=df).eval()(ids) for df in (1.0, 2.718281828459, 100.0)]
+    for log_probabilities in logits:
+        torch.testing.assert_close(log_probabilities.logsumexp(-1), torch.zeros(1, 12), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
+
+
+def test_head_stays_in_float32(tiny):
+    model = tiny("tape", dim=256, n_heads=4).eval()
+    x = model.trunk(torch.arange(12)[None])
+    exact, rounded = model.double().head(x.double()), model.float().head(x.bfloat16())
+    assert rounded.dtype == torch.float32
+    x = x.bfloat16()
+    assert (model.head(x) - model.double().head(x.double())).abs().max() < 1e-3
+    assert (rounded - exact).abs().max() < 0.5
+
+
+@torch.no_grad()
+def test_cache_counts_what_it_holds(tiny):
+    model = tiny("tape", n_critics=2, seq_len=16)
+    cache = model.make_cache(3, 16)
+    D, levels = 32, 6
+    assert cache.n_bytes == 4 * 3 * 16 * (4 * D + 12 * D * (levels - 1) + 4 * D)
+    assert tiny("tape", variant="sound").make_cache(3, 16).n_bytes == 4 * 3 * 16 * 4 * D * 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"student_df": 0.0}, {"entropy_weight": -1.0}, {"ffn_dim": -1}, {"n_critics": 1000, "n_layers": 1000}],
+    ids=str,
+)
+def test_bad_values_are_refused(fields):
+    with pytest.raises(UsageError, match=next(iter(fields)).replace("_", "-")):
+        models.make_config("tape", **fields)
+
+
+# the activation and the recurrence
+
+
+def plain_activation(x):
+    """As the original writes it."""
+    s = 2 * torch.tanh(x / 2)
+    log = torch.sign(s) * torch.log(1 + s.abs())
+    return 2 * torch.atanh(log / torch.sqrt(1 + 24 * log**2) / 2)
+
+
+def test_activation_and_its_slope():
+    x = torch.linspace(-30, 30, 2002, dtype=torch.float64, requires_grad=True)
+    once, twice = plain_activation(x), plain_activation(plain_activation(x))
+    torch.testing.assert_close(activation(x), once)
+    torch.testing.assert_close(activation(x, times=2), twice)
+    (wanted,) = torch.autograd.grad(once.sum(), x, retain_graph=True)
+    torch.testing.assert_close(slope(x.detach()), wanted)
+    (found,) = torch.autograd.grad(Activation.apply(x).sum(), x)
+    torch.testing.assert_close(found, wanted)
+    (wanted,) = torch.autograd.grad(twice.sum(), x)
+    torch.testing.assert_close(slope(x.detach(), times=2), wanted)
+    assert once.abs().max().item() == pytest.approx(0.2014, abs=1e-4)
+    assert slope(torch.zeros(1)) == 1 and slope(torch.tensor(0.5)).item() == pytest.approx(0.06, abs=0.005)
+
+
+def test_recurrence_equals_steps_written_out():
+    torch.manual_seed(0)
+    inputs, weight, state = torch.randn(6, 2, 8), torch.randn(8, 4), torch.rand(2, 4)
+    leaves = [x.double().requires_grad_() for x in (inputs, weight, state)]
+    states, s = [], leaves[2]
+    for x in leaves[0]:
+        s = soft_xor(*plain_activation(plain_activation(x + s @ leaves[1].t())).chunk(2, dim=-1))
+        states.append(s)
+    factor = torch.randn(6, 2, 4, dtype=torch.float64)
+    wanted = torch.autograd.grad((torch.stack(states) * factor).sum(), leaves)
+    found = Recurrence.apply(*leaves)
+    torch.testing.assert_close(found, torch.stack(states))
+    for a, b in zip(torch.autograd.grad((found * factor).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_are_captured_whole(tiny, dtype):
+    torch._dynamo.reset()
+    model = tiny("tape", n_critics=1, entropy_weight=0.1).train()  # a level of each kind
+    ids = torch.arange(26).view(2, 13)
+    model.compute_dtype = dtype
+
+    def run():
+        model.zero_grad()
+        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        (loss / count).backward()
+        return (loss / count).item(), model.blocks[2].kv.linear.weight.grad.clone()
+
+    eager = run()
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    compiled = run()
+    assert compiled[0] == pytest.approx(eager[0], abs=1e-5)
+    torch.testing.assert_close(compiled[1], eager[1], rtol=1e-3, atol=1e-5)
