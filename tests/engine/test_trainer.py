@@ -371,7 +371,7 @@ def test_a_moved_run_is_told_where_its_data_is_once(run, workspace):
 
 # processes
 
-LENGTH = 240
+LENGTH = 160
 COMMAND = ["--model", "nyx", "--dim", "32", "--n-layers", "2", "--n-heads", "2", "--seq-len", "32", "--dropout", "0.1",
            "--max-steps", str(LENGTH), "--batch-size", "4", "--grad-accum", "1", "--lr", "2e-3", "--val-every", "50",
            "--val-batches", "2", "--save-every", "20", "--sample-every", "100", "--compile", "off", "--device", "cpu",
