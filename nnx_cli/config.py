@@ -51,7 +51,7 @@ class TrainConfig:
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
-    optimizer: str = "auto"  # auto, adamw, lion
+    optimizer: str = "auto"  # auto, adamw, lion, wolf
     lr: float | None = None  # peak learning rate
     schedule: str = "linear"  # learning rate after warm-up: linear, cosine, constant
     warmup_steps: int | None = None  # steps of rising learning rate
@@ -86,7 +86,7 @@ class TrainConfig:
         check_range("weight-decay", self.weight_decay, 0.0, 1e3)
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
         check_range("seed", self.seed, 0, 2**63 - 1)
-        check_choice("optimizer", self.optimizer, ("auto", "adamw", "lion"))
+        check_choice("optimizer", self.optimizer, ("auto", "adamw", "lion", "wolf"))
         check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         check_choice("compile", self.compile, ("auto", "on", "off"))

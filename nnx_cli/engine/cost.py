@@ -19,7 +19,7 @@ from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
-STATE_BYTES = {"adamw": 8, "lion": 4}  # optimizer state per trained parameter
+STATE_BYTES = {"adamw": 8, "lion": 4, "wolf": 4}  # optimizer state per trained parameter
 ALLOCATOR_MARGIN = 1.06  # blocks are rounded up and leave gaps
 FIXED_GPU_BYTES = 64 * 2**20  # workspaces of the matrix library
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
+from nnx_cli.engine.wolf import Wolf
 from nnx_cli.errors import CheckpointError
 
 BETAS = {"adamw": (0.9, 0.99), "lion": (0.9, 0.99)}
@@ -22,9 +23,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names: fused AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) or
-    Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675)."""
+    """The optimizer that `config` names: fused AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101),
+    Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675) or Wolf, which has no betas."""
     groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "wolf":
+        return Wolf(groups, lr=config.lr, weight_decay=config.weight_decay)
     betas = BETAS[config.optimizer]
     if config.optimizer == "lion":
         from lion_pytorch.foreach import Lion
