@@ -100,9 +100,9 @@ def load_reference(
         raise UsageError(f"{name} has no original to load from")
     arguments = {key: value for key, value in config.items() if key != "lora_rank_applied"}
     fields = module.reference_config(**arguments) | ({} if variant is None else {"variant": variant})
-    if noise:
-        raise UsageError(f"{name} draws no noise")
     model = from_config(name, module.Config(**fields))
+    if noise:
+        model.set_noise(noise)
     if rank := config.get("lora_rank_applied"):
         add_adapters(model, rank)
     own = model.unique_state()

@@ -94,6 +94,10 @@ class LanguageModel(nn.Module):
     def post_optim_step(self) -> None:
         """Called after every optimizer step."""
 
+    def set_noise(self, noise: Mapping[str, Tensor]) -> None:
+        """Use recorded numbers, by name, wherever a forward pass would draw some (dropout aside)."""
+        raise UsageError(f"{type(self).__module__.rpartition('.')[2]} draws no noise")
+
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
         """The layers that low-rank adapters go to, with the options of their `add_adapter`: all linear ones of the
         blocks."""

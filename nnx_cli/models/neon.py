@@ -1,0 +1,505 @@
+"""Neon: differential attention, and between attention and feed-forward a bank of functions or memories.
+
+A decoder after Mistral (https://arxiv.org/abs/2310.06825): RMSNorm (https://arxiv.org/abs/1910.07467), rotary positions
+(https://arxiv.org/abs/2104.09864), grouped queries (https://arxiv.org/abs/2305.13245), SwiGLU. A head's output is the
+difference of two softmax maps (Differential Transformer, Ye et al. 2024, https://arxiv.org/abs/2410.05258).
+`normalized` keeps weights and stream on the unit sphere (nGPT, Loshchilov et al. 2024,
+https://arxiv.org/abs/2410.01131): Neon's README names it, its code never had it. The banks are described at
+`FunctionBank` and `Memory`; `linear-control` has one or two plain matrices in their place, a control for their
+parameters.
+
+Parameters at the author's vocabulary of 32,000, measured by him and built here:
+
+    test    12,381,952    12,381,952        beam      368,352,256      368,352,256
+    spark   49,887,744    49,887,744        arc     1,181,700,288    1,181,698,560
+    glow   166,157,568   166,157,568        nova    2,750,040,000    2,750,035,968
+
+`arc` and `nova` cannot run there, 20 and 24 heads not dividing their width; they have 24 and 32 here. Differs from the
+original further: position p is rotated by p, not p // 2; both maps of a query read the two maps of one key head; the
+lambda vectors of the differential feed-forward start small enough not to overflow; functions are chosen without noise
+in evaluation. Variant `seed` keeps the rotation, the pairing and the noise.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.differential import Lambda, differential_attention, repeat_as_seed
+from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
+from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.memory import Memory
+from nnx_cli.layers.norm import RMSNorm
+from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.sphere import Interpolation, ScaledHead, unit
+from nnx_cli.models._base import LanguageModel, ModelConfig
+
+MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
+BANKS = {  # what a decoder's layers have a number of, and how many by default
+    "regular": (None, 0), "memory": ("memories", 64), "function": ("functions", 4), "linear-control": ("functions", 1),
+}  # fmt: skip
+LAMBDA_SPREAD = 0.08  # standard deviation of q·k at the start: 0.1**2 * sqrt(64), as in the paper's heads
+WRITERS = (".attention.out.", ".mlp.down.", ".functions.", ".bank.0.", ".bank.1.")  # matrices with the stream's rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    n_kv_heads: int | None = None  # key-value heads; default as many as query heads
+    ffn_dim: int | None = None  # width of the feed-forward; default 3 x dim
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # added to the mean square in norms
+    tie_embeddings: bool = True  # the head is the embedding, transposed
+    diff_attention: str = "expressive"  # expressive: two maps of full width; constrained: of half width; off: one map
+    diff_mlp: bool = False  # the feed-forward is the difference of two
+    paper_lambda: bool = False  # the first layer's lambda starts at 0.2, as in the paper, not at the second's 0.36
+    decoder: str = "regular"  # regular, or with a sub-layer more: memory, function, linear-control
+    n_global_functions: int | None = None  # functions that all layers share; default 4 (linear-control: 1)
+    n_layer_functions: int | None = None  # functions of each layer's own; default 4 (linear-control: 1)
+    n_global_memories: int | None = None  # memory slots that all layers share; default 64
+    n_layer_memories: int | None = None  # memory slots of each layer's own; default 64
+    function_temperature: float = 1.0  # of the random choice of functions in training
+    function_min_temperature: float = 0.1  # where annealing ends
+    function_anneal_steps: int | None = None  # optimizer steps until then; default no annealing
+    function_balance: float = 0.0  # weight of the loss that evens out the choice of functions; often 0.01
+    normalized: bool = False  # nGPT: unit weights and stream, no norms before sub-layers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (("diff_attention", MAPS), ("decoder", BANKS)):
+            if getattr(self, name) not in choices:
+                value, option = getattr(self, name), name.replace("_", "-")
+                raise UsageError(f"--{option} is {value!r}; choose from {', '.join(choices)}")
+        self.heads_divide_dim()
+        if self.diff_attention == "constrained" and self.head_dim % 2:
+            raise UsageError(
+                f"--diff-attention constrained needs heads that halve: --dim {self.dim}, {self.n_heads} heads"
+            )
+        self.derive(n_kv_heads=self.n_heads, ffn_dim=3 * self.dim)
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")
+        if self.ffn_dim < 1 or not self.rope_theta > 0 or not self.norm_eps > 0:
+            raise UsageError("--ffn-dim must be at least 1, --rope-theta and --norm-eps above 0")
+        if not 0 < self.function_min_temperature or not self.function_temperature > 0 or self.function_balance < 0:
+            raise UsageError(
+                "--function-temperature and --function-min-temperature must be above 0, --function-balance at least 0"
+            )
+        if self.function_anneal_steps is not None and self.function_anneal_steps < 1:
+            raise UsageError(f"--function-anneal-steps is {self.function_anneal_steps}; it must be at least 1")
+        self.count_banks()
+
+    def count_banks(self) -> None:
+        """Fill in how many functions and memories there are. Raises UsageError where the decoder has no use for some,
+        or needs one."""
+        used, default = BANKS[self.decoder]
+        for what in ("functions", "memories"):
+            names = [f"n_{kind}_{what}" for kind in KINDS]
+            for name in names:
+                self.derive(**{name: default if what == used else 0})
+                count, option = getattr(self, name), "--" + name.replace("_", "-")
+                if count < 0:
+                    raise UsageError(f"{option} is {count}; it must be at least 0")
+                if count and what != used:
+                    raise UsageError(f"{option} has no meaning with --decoder {self.decoder}")
+            if what == used and not any(getattr(self, name) for name in names):
+                raise UsageError(f"--decoder {self.decoder} needs {what}, of the layers or shared by them")
+
+    @property
+    def n_maps(self) -> int:
+        return MAPS[self.diff_attention]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of the queries and keys of one map; values are `n_maps` times as wide."""
+        return self.dim // self.n_heads // (2 if self.diff_attention == "constrained" else 1)
+
+    def lambda_init(self, layer: int) -> float:
+        """Where a layer's lambda starts. The paper counts layers from 0, the original starts with 1."""
+        return 0.8 - 0.6 * math.exp(-0.3 * (layer if self.paper_lambda else layer + 1))
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(dim=128, n_layers=3, n_heads=4, ffn_dim=320, seq_len=256),
+    "test": dict(dim=256, n_layers=4, n_heads=4, ffn_dim=680, seq_len=128),
+    "tiny": dict(dim=320, n_layers=6, n_heads=5, seq_len=256),
+    "small": dict(dim=512, n_layers=7, n_heads=8, ffn_dim=1408, seq_len=1024),
+    "spark": dict(dim=512, n_layers=8, n_heads=4, ffn_dim=1360, seq_len=2048),
+    "base": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024),
+    "glow": dict(dim=768, n_layers=12, n_heads=12, ffn_dim=3072, seq_len=2048),
+    "beam": dict(dim=1024, n_layers=16, n_heads=16, ffn_dim=4096, seq_len=2048),
+    "large": dict(dim=1024, n_layers=20, n_heads=16, seq_len=1024),
+    "xl": dict(dim=1536, n_layers=25, n_heads=24, seq_len=1024),
+    "arc": dict(dim=1536, n_layers=24, n_heads=24, ffn_dim=6144, seq_len=2048),
+    "nova": dict(dim=2048, n_layers=32, n_heads=32, ffn_dim=8192, seq_len=2048),
+}
+
+
+class Attention(nn.Module):
+    """Differential attention, normalised head by head; with one map, plain attention."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_heads, self.dropout = layer, config.n_heads, config.dropout
+        self.n_maps, self.head_dim, self.scale = config.n_maps, config.head_dim, config.head_dim**-0.5
+        inner, kv_dim = (heads * config.n_maps * config.head_dim for heads in (config.n_heads, config.n_kv_heads))
+        self.qkv = PackedLinear(config.dim, (inner, kv_dim, kv_dim))
+        self.out = Linear(inner, config.dim)
+        self.mixed_pairs = config.variant == "seed" and config.n_kv_heads < config.n_heads
+        self.lambda_ = self.qk_scale = None
+        if config.n_maps == 2:
+            start = config.lambda_init(layer)
+            self.lambda_ = Lambda(config.head_dim, start, std=0.1)
+            self.norm = RMSNorm(2 * config.head_dim, eps=1e-5)
+            self.gain = 1.0 if config.normalized else 1.0 - start
+        if config.normalized:
+            self.qk_scale = nn.Parameter(torch.full((config.n_maps * config.head_dim,), config.dim**-0.5))
+            self.qk_gain, self.scale = config.dim**0.5, config.head_dim**0.5
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        B, T, D = x.shape
+        M, K = self.n_maps, self.head_dim
+        q, k, v = (y.view(B, T, -1, M * K).transpose(1, 2) for y in self.qkv(x))  # (B, H or G, T, M·K)
+        q, k = (rotate(y.unflatten(-1, (M, K)), *tables) for y in (q, k))  # (B, H or G, T, M, K)
+        if self.qk_scale is not None:
+            gain = self.qk_scale.view(M, K) * self.qk_gain
+            q, k = ((unit(y) * gain).to(x.dtype) for y in (q, k))
+        if self.mixed_pairs:
+            k, v = repeat_as_seed(k, v, self.n_heads)
+        options = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        if self.lambda_ is None:
+            return self.out(causal_attention(q.flatten(-2), k.flatten(-2), v, cache, self.layer, **options))
+        y = differential_attention(q, k, v, self.lambda_(), cache, self.layer, **options)  # (B, T, H, 2K)
+        return self.out((self.norm(y) * self.gain).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202); with `diff_mlp` the difference of two, normalised."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        n_streams = 2 if config.diff_mlp else 1
+        self.gate_up = PackedLinear(config.dim, (config.ffn_dim,) * 2 * n_streams)  # gate, up, gate, up
+        self.down = Linear(config.ffn_dim, config.dim)
+        self.dropout = config.dropout
+        self.lambda_ = self.norm = self.scale = None
+        if config.diff_mlp:
+            start = config.lambda_init(layer)
+            self.lambda_ = Lambda(config.ffn_dim, start, std=(LAMBDA_SPREAD / config.ffn_dim**0.5) ** 0.5)
+            if not config.normalized:
+                self.norm, self.gain = nn.LayerNorm(config.dim, eps=1e-5), 1.0 - start
+        if config.normalized:
+            self.scale = nn.Parameter(torch.ones(2 * n_streams * config.ffn_dim))
+            self.gains = (config.dim**0.5, 1.0)  # of gate and up
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.gate_up(x)  # (B, T, F) each
+        if self.scale is not None:
+            scales = zip(parts, self.scale.chunk(len(parts)), cycle(self.gains), strict=False)
+            parts = [part * (scale * gain).to(x.dtype) for part, scale, gain in scales]
+        y = F.silu(parts[0]) * parts[1]
+        if self.lambda_ is not None:
+            y = y - self.lambda_() * (F.silu(parts[2]) * parts[3])
+        y = self.down(F.dropout(y, self.dropout, self.training))
+        return y if self.norm is None else (self.norm(y.float()) * self.gain).to(x.dtype)
+
+
+class Sum(nn.Module):
+    """The residual stream x plus a sub-layer's output u."""
+
+    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        return x + u
+
+
+class Block(nn.Module):
+    """Attention, a bank where the decoder has one, feed-forward."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        dim = config.dim
+        self.attention_norm, self.attention, self.attention_join = norm(config), Attention(config, layer), join(config)
+        self.bank = None
+        if config.decoder == "function":
+            self.bank = FunctionBank(
+                dim, config.n_global_functions, config.n_layer_functions, balanced=config.function_balance > 0
+            )
+        elif config.decoder == "memory":
+            self.bank = Memory(dim, config.n_global_memories, config.n_layer_memories)
+        elif config.decoder == "linear-control":
+            kinds = (config.n_global_functions, config.n_layer_functions)
+            self.bank = nn.Sequential(*(Linear(dim, dim) for n in kinds if n))
+        if self.bank is not None:
+            self.bank_norm, self.bank_join = norm(config), join(config)
+            self.adds_input = config.decoder != "linear-control" and not config.normalized
+        self.mlp_norm, self.mlp, self.mlp_join = norm(config), MLP(config, layer), join(config)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, **shared: Any) -> Tensor:
+        """x (B, T, D) to the same; `shared` is what the bank is given besides its input."""
+        x = self.attention_join(x, self.attention(self.attention_norm(x), tables, cache))
+        if self.bank is not None:
+            h = self.bank_norm(x)
+            u = self.bank(h, **shared)
+            x = self.bank_join(x, h + u if self.adds_input else u)
+        return self.mlp_join(x, self.mlp(self.mlp_norm(x)))
+
+
+def norm(config: Config) -> nn.Module:
+    return nn.Identity() if config.normalized else RMSNorm(config.dim, config.norm_eps)
+
+
+def join(config: Config) -> nn.Module:
+    return Interpolation(config.dim) if config.normalized else Sum()
+
+
+class Model(LanguageModel):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.functions = self.memories = None
+        if config.decoder == "function":
+            self.functions = nn.ModuleList(Linear(config.dim, config.dim) for _ in range(config.n_global_functions))
+            self.noise = GumbelNoise(
+                config.function_temperature, config.function_min_temperature, config.function_anneal_steps
+            )
+        if config.n_global_memories:
+            self.memories = nn.Parameter(torch.zeros(config.n_global_memories, config.dim))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = norm(config)
+        self.head = (ScaledHead if config.normalized else Linear)(config.dim, config.vocab_size)
+        matrix = self.head.linear if config.normalized else self.head
+        if config.tie_embeddings:
+            matrix.weight = self.embedding.weight
+            self.reference_unused = frozenset({"lm_head.weight"})  # the embedding once more
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 0.02) for matrices, as in the original; lambda vectors so that both exponents start near 0 ± 0.08."""
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Lambda):
+                for vector in module.parameters():
+                    nn.init.normal_(vector, std=module.std)
+        if self.config.normalized:
+            self.normalize_weights()
+
+    @torch.no_grad()
+    def normalize_weights(self) -> None:
+        """Unit length along the axis of the stream: columns where a matrix writes to it, rows where it reads."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and ".lora_" not in name:
+                writes = any(part in f".{name}" for part in WRITERS)
+                parameter.copy_(unit(parameter, dim=0 if writes else 1))
+
+    @torch.no_grad()
+    def post_optim_step(self) -> None:
+        if self.config.decoder == "function":
+            self.noise.post_optim_step()
+        if self.config.normalized:
+            self.normalize_weights()
+
+    def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        config, (B, T) = self.config, input_ids.shape
+        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+        angles = positions // 2 if config.variant == "seed" else positions
+        tables = rotary_tables(angles, config.head_dim, config.rope_theta)
+        tables = tuple(table.unsqueeze(-2) for table in tables)  # the same for both maps
+        x = self.embedding(input_ids)  # (B, T, D)
+        x = (unit(x) if config.normalized else x).to(self.compute_dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, tables, cache, **self.shared(layer, B, positions))
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def shared(self, layer: int, batch_size: int, positions: Tensor) -> dict[str, Any]:
+        """What a layer's bank is given besides its input: functions or memories of all layers, and noise."""
+        if self.config.decoder == "memory":
+            return {"slots": self.memories}
+        if self.config.decoder == "function":
+            draws = self.training or self.config.variant == "seed"
+            noise = self.noise(layer, self.bank_sizes(), batch_size, positions) if draws else None
+            return {"functions": self.functions, "noise": noise, "temperature": self.noise.temperature()}
+        return {}
+
+    def bank_sizes(self) -> dict[str, int]:
+        """Number of functions that a token chooses one of, by kind."""
+        counts = zip(KINDS, (self.config.n_global_functions, self.config.n_layer_functions), strict=True)
+        return {kind: n for kind, n in counts if n and self.config.decoder == "function"}
+
+    def set_noise(self, noise: Mapping[str, Tensor]) -> None:
+        wanted = {f"{layer}/{kind}" for layer in range(self.config.n_layers) for kind in self.bank_sizes()}
+        if not wanted:
+            super().set_noise(noise)
+        if odd := sorted(wanted ^ noise.keys()):
+            raise UsageError(f"noise of this model is {', '.join(sorted(wanted))}; {odd[0]} does not match")
+        self.noise.recorded = dict(noise)
+
+    def selection_counts(self) -> dict[str, Tensor]:
+        """How many tokens of the latest forward pass chose each function, (n,) by "LAYER/KIND"."""
+        banks = ((layer, block.bank) for layer, block in enumerate(self.blocks) if isinstance(block.bank, FunctionBank))
+        return {f"{layer}/{kind}": counts for layer, bank in banks for kind, counts in bank.counts.items()}
+
+    def aux_loss(self) -> Tensor | None:
+        """Mean balance loss of all banks, 1 where every function is chosen equally often, times its weight."""
+        if not self.config.function_balance or self.config.decoder != "function":
+            return None
+        losses = [loss for block in self.blocks for loss in block.bank.balance]
+        return self.config.function_balance * torch.stack(losses).mean() if losses else None
+
+    def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        config = self.config
+        return KVCache(
+            config.n_layers, batch_size, config.n_heads if config.variant == "seed" else config.n_kv_heads,
+            max_seq_len, config.n_maps * config.head_dim, device=self.device, dtype=self.compute_dtype,
+        )  # fmt: skip
+
+    def reference_names(self) -> dict[str, str]:
+        """Tensors that are one there, too; `reference_packs` has the others."""
+        names = {}
+        own_norms = {
+            "bank_norm": SEED_NAMES["mlp_norm"],
+            "mlp_norm": f"post_{SEED_BANKS[self.config.decoder]}_layernorm",
+        }
+        for ours in self.unique_state():
+            seed, rest = "model.", ours
+            if ours.startswith("blocks."):
+                _, layer, rest = ours.split(".", 2)
+                seed = f"model.layers.{layer}."
+            table = SEED_NAMES | (own_norms if self.config.decoder != "regular" else {})
+            if part := max((key for key in table if f"{rest}.".startswith(f"{key}.")), key=len, default=""):
+                names[ours] = seed + table[part] + rest[len(part) :]
+        if "head.weight" in names:
+            names["head.weight"] = "lm_head.weight"
+        return names
+
+    def reference_packs(self) -> dict[str, dict[str, int]]:
+        """Our packed matrices to the original's, one below the other, with their numbers of rows."""
+        packs = {}
+        for name, module in self.named_modules():
+            if isinstance(module, PackedLinear):
+                _, layer, rest = name.split(".", 2)
+                parts = zip(SEED_PACKS[rest], module.splits, strict=False)
+                packs[f"{name}.weight"] = {f"model.layers.{layer}.{seed}.weight": rows for seed, rows in parts if rows}
+        return packs
+
+    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        state = super().from_reference(weights)
+        for ours, parts in self.reference_packs().items():
+            for seed, rows in parts.items():
+                if (found := tuple(weights[seed].shape)) != (rows, self.config.dim):
+                    raise CheckpointError(f"{seed} is {found}, this neon needs {(rows, self.config.dim)}")
+            state[ours] = torch.cat([self.regroup(seed, weights[seed], (-1, 2)) for seed in parts])
+        return state
+
+    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().to_reference(tensors)
+        for ours, parts in self.reference_packs().items():
+            if ours in tensors:
+                rows = tensors[ours].split(list(parts.values()))
+                found |= {seed: self.regroup(seed, part, (2, -1)) for seed, part in zip(parts, rows, strict=True)}
+        return found
+
+    def regroup(self, seed: str, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Rows of queries and keys, (heads, K, D): rotary pairs are neighbours there, (K/2, 2), and K/2 apart here."""
+        if not seed.endswith(("q_proj.weight", "k_proj.weight")):
+            return x
+        return x.unflatten(0, (-1, self.config.head_dim)).unflatten(1, shape).transpose(1, 2).reshape(x.shape)
+
+
+SEED_NAMES = {
+    "embedding": "embed_tokens", "norm": "norm", "head": "", "functions": "global_functions",
+    "memories": "global_memories", "attention_norm": "input_layernorm", "attention.out": "self_attn.o_proj",
+    "attention.norm": "self_attn.subln", "mlp_norm": "post_attention_layernorm", "mlp.down": "mlp.down_proj",
+    "mlp.norm": "mlp.subln", "bank.functions": "layer_functions", "bank.slots": "layer_memories",
+    "bank.mix": "memory_mix", "bank.0": "extra_linear_layers.0", "bank.1": "extra_linear_layers.1",
+    **{f"attention.lambda_.{x}": f"self_attn.lambda_{x}" for x in ("q1", "k1", "q2", "k2")},
+    **{f"mlp.lambda_.{x}": f"mlp.lambda_{y}" for x, y in (("q1", "g1"), ("k1", "u1"), ("q2", "g2"), ("k2", "u2"))},
+}  # fmt: skip
+SEED_PACKS = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up": ("mlp.gate_proj1", "mlp.up_proj1", "mlp.gate_proj2", "mlp.up_proj2"),
+    "bank.scorer": ("global_function_scorer", "layer_function_scorer"),
+    "bank.query": ("global_query", "layer_query"),
+}
+SEED_BANKS = {"regular": "attention", "memory": "memory", "function": "function", "linear-control": "extra"}
+
+
+def reference_config(
+    *, vocab_size: int, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int,
+    num_key_value_heads: int | None = None, max_position_embeddings: int = 2048, rms_norm_eps: float = 1e-6,
+    rope_theta: float = 10_000.0, tie_word_embeddings: bool = True, attention_dropout: float = 0.0,
+    diff_attention_mode: str = "expressive", diff_mlp: bool = False, decoder_implementation: str = "regular",
+    num_global_memories: int = 0, num_layer_memories: int = 0, num_global_functions: int = 0,
+    num_layer_functions: int = 0, **others: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The original's constructor arguments as fields of `Config`; other keys of Hugging Face are left aside with a
+    warning.
+
+    Its `none` computes what `expressive` does. Counts that its decoder has no use for are dropped.
+    """
+    if others:
+        warnings.warn(f"neon does not read {', '.join(sorted(others))}", stacklevel=2)
+    counts = {
+        "n_global_functions": num_global_functions, "n_layer_functions": num_layer_functions,
+        "n_global_memories": num_global_memories, "n_layer_memories": num_layer_memories,
+    }  # fmt: skip
+    used = BANKS.get(decoder_implementation, (None,))[0]
+    return dict(
+        vocab_size=vocab_size, dim=hidden_size, n_layers=num_hidden_layers, n_heads=num_attention_heads,
+        n_kv_heads=num_key_value_heads, ffn_dim=intermediate_size, seq_len=max_position_embeddings,
+        norm_eps=rms_norm_eps, rope_theta=float(rope_theta), tie_embeddings=tie_word_embeddings,
+        dropout=attention_dropout, diff_mlp=diff_mlp, decoder=decoder_implementation,
+        diff_attention="expressive" if diff_attention_mode == "none" else diff_attention_mode,
+        **{name: n or 0 for name, n in counts.items() if used and name.endswith(used)},
+    )  # fmt: skip
+
+
+def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The original's constructor arguments, read off its weights. KeyError or ValueError for other weights.
+
+    The context and the base of the rotary frequencies leave no trace there: the published ones, 2048 and 10,000, stand.
+    """
+    layer, embedding = "model.layers.0.", weights["model.embed_tokens.weight"]
+    q_rows, dim = weights[layer + "self_attn.q_proj.weight"].shape
+    pair = 2 * len(weights[layer + "self_attn.lambda_q1"])  # width of both maps of a head
+    if q_rows not in (dim, 2 * dim) or q_rows % pair:
+        raise ValueError(f"queries of {q_rows} rows are neither constrained nor expressive at width {dim}")
+
+    def count(prefix: str) -> int:
+        return sum(name.startswith(prefix) for name in weights)
+
+    def slots(name: str) -> int:
+        return len(weights[name]) if name in weights else 0
+
+    counts = {
+        "num_global_functions": count("model.global_functions."),
+        "num_layer_functions": count(layer + "layer_functions."),
+        "num_global_memories": slots("model.global_memories"),
+        "num_layer_memories": slots(layer + "layer_memories"),
+    }
+    decoder = "function" if any(list(counts.values())[:2]) else "memory" if any(counts.values()) else "regular"
+    if maps := count(layer + "extra_linear_layers."):
+        decoder = "linear-control"
+        counts |= {"num_global_functions": 1, "num_layer_functions": maps - 1}
+    head = weights.get("lm_head.weight")
+    return dict(
+        vocab_size=len(embedding), hidden_size=dim,
+        intermediate_size=len(weights[layer + "mlp.gate_proj1.weight"]),
+        num_hidden_layers=len({name.split(".")[2] for name in weights if name.startswith("model.layers.")}),
+        num_attention_heads=q_rows // pair,
+        num_key_value_heads=len(weights[layer + "self_attn.k_proj.weight"]) // pair,
+        tie_word_embeddings=head is None or torch.equal(head, embedding),
+        diff_attention_mode="expressive" if q_rows == 2 * dim else "constrained",
+        diff_mlp=layer + "mlp.gate_proj2.weight" in weights, decoder_implementation=decoder, **counts,
+    )  # fmt: skip
