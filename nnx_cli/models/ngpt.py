@@ -16,7 +16,8 @@ original's training script; a cache. Variants `seed` and `sound` are the same fu
 Parameters at vocabulary 256, ours and published: dim 512, 8 layers, tied 25,327,184 (the same; the original counts 32
 rotary frequencies besides); untied 25,458,256 (the same); dim 512, 4 layers, untied 12,860,328 (the same).
 
-Weight decay has no effect on matrices that are renormalised, and vectors have none.
+Weight decay has no effect on matrices that are renormalised, and vectors have none. Norms and steps are taken in
+float32; between them the stream has the type of the activations, and each step puts it back onto the sphere.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
-    """Of a scale vector, `init` is what it starts at, and its stored numbers start at `scale`: the smaller, the faster
-    it learns. From Python each may also be a sequence with a number for every layer."""
+    """A scale vector is used as stored × init / scale, and stored as `scale` at first, which sets how fast it learns.
+
+    From Python, `init` and `scale` of those in blocks may also be sequences with a number for every layer.
+    """
 
     head_dim: int | None = None  # width of a head; default dim / n_heads
     ffn_dim: int | None = None  # width of the feed-forward; default 8/3 x dim
@@ -52,17 +55,17 @@ class Config(ModelConfig):
     tie_embeddings: bool = True  # the head is the embedding, transposed
     normalize_on_use: bool = False  # matrices are normalised whenever they are used, and gradients see it
     alpha_attn_init: float | None = None  # step towards the output of attention; default 1 / n_layers
-    alpha_attn_scale: float | None = None  # its stored value; default 1 / sqrt(dim)
+    alpha_attn_scale: float | None = None  # what that step is stored as, smaller learns faster; default 1 / sqrt(dim)
     alpha_mlp_init: float | None = None  # step towards the output of the feed-forward; default 1 / n_layers
-    alpha_mlp_scale: float | None = None  # its stored value; default 1 / sqrt(dim)
+    alpha_mlp_scale: float | None = None  # what that step is stored as, smaller learns faster; default 1 / sqrt(dim)
     s_qk_init: float = 1.0  # scale of queries
-    s_qk_scale: float | None = None  # its stored value; default 1 / dim
-    s_hidden_init: float = 1.0  # scale of the feed-forward's value
-    s_hidden_scale: float = 1.0  # its stored value
-    s_gate_init: float = 1.0  # scale of the feed-forward's gate
-    s_gate_scale: float = 1.0  # its stored value
+    s_qk_scale: float | None = None  # what the scale of queries is stored as, smaller learns faster; default 1 / dim
+    s_hidden_init: float = 1.0  # scale of what the gate of the feed-forward lets through
+    s_hidden_scale: float = 1.0  # what that scale is stored as, smaller learns faster
+    s_gate_init: float = 1.0  # scale of the gate of the feed-forward
+    s_gate_scale: float = 1.0  # what the scale of the gate is stored as, smaller learns faster
     s_logit_init: float = 1.0  # scale of logits
-    s_logit_scale: float | None = None  # its stored value; default 1 / sqrt(dim)
+    s_logit_scale: float | None = None  # what that scale is stored as, smaller learns faster; default 1 / sqrt(dim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +162,11 @@ def unit(x: Tensor, axis: int = -1) -> Tensor:
     return Normalize.apply(x, axis)
 
 
+def unit_matrix(layer: Linear, axis: int) -> Tensor:
+    """The raw matrix of a layer, with its adapter if it carries one, normalised along an axis."""
+    return unit(layer.weight if layer.lora_a is None else layer.weight + layer.adapter_delta(), axis)
+
+
 class UnitLinear(Linear):
     """Normalises its raw matrix on every use, along `axis`."""
 
@@ -167,14 +175,14 @@ class UnitLinear(Linear):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, unit(self.weight, self.axis).to(x.dtype))
+        return F.linear(x, unit_matrix(self, self.axis).to(x.dtype))
 
 
 class UnitPackedLinear(PackedLinear):
     """Normalises the rows of its raw matrix on every use."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, unit(self.weight).to(x.dtype)).split(self.splits, dim=-1)
+        return F.linear(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
 
 
 class UnitEmbedding(nn.Embedding):
@@ -233,12 +241,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        D, F_ = config.dim, config.ffn_dim
-        self.hidden_gate = (UnitPackedLinear if config.normalize_on_use else PackedLinear)(D, (F_, F_))
-        self.down = UnitLinear(F_, D, axis=0) if config.normalize_on_use else Linear(F_, D)
-        self.s_hidden = Scale(F_, *config.scale("s_hidden", layer))
-        self.s_gate = Scale(F_, *config.scale("s_gate", layer))
-        self.gate_scale, self.dropout = D**0.5, config.dropout
+        dim, ffn_dim = config.dim, config.ffn_dim
+        self.hidden_gate = (UnitPackedLinear if config.normalize_on_use else PackedLinear)(dim, (ffn_dim, ffn_dim))
+        self.down = UnitLinear(ffn_dim, dim, axis=0) if config.normalize_on_use else Linear(ffn_dim, dim)
+        self.s_hidden = Scale(ffn_dim, *config.scale("s_hidden", layer))
+        self.s_gate = Scale(ffn_dim, *config.scale("s_gate", layer))
+        self.gate_scale, self.dropout = dim**0.5, config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, gate = self.hidden_gate(x)  # (B, T, F) each
@@ -298,17 +306,18 @@ class Model(LanguageModel):
 
     def unit_axes(self) -> Iterator[tuple[str, int]]:
         """Every matrix and the axis along which it has norm 1, the one of size D. (After dequantization they need to be
-        normalised again.)"""
+        normalised again.) Adapters are free."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and name.endswith(".weight"):
                 yield name, 0 if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1
 
     @torch.no_grad()
     def post_optim_step(self) -> None:
-        """Put every matrix back onto the sphere."""
+        """Put every matrix that is trained back onto the sphere."""
         for name, axis in self.unit_axes():
             matrix = self.get_parameter(name)
-            matrix.div_(length(matrix, axis))
+            if matrix.requires_grad:
+                matrix.div_(length(matrix, axis))
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         T = input_ids.shape[1]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from nnx_cli import models
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.layers.adapter import adapted_layers, add_adapters, merge_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models.ngpt import Interpolate, unit
 
@@ -201,6 +202,24 @@ def test_blocks_compile_whole(tiny, normalize_on_use, dtype):
     assert abs(compiled - eager) < tolerance
     for a, b in zip(torch.autograd.grad(compiled, list(model.parameters())), grads, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
+
+
+@MODES
+@torch.no_grad()
+def test_adapters_merge_and_leave_the_sphere_alone(tiny, normalize_on_use):
+    model, ids = tiny("ngpt", normalize_on_use=normalize_on_use), draw_ids(2, 17)
+    before = model(ids)
+    add_adapters(model, 2)
+    assert torch.equal(model(ids), before)
+    for layer in adapted_layers(model):
+        layer.lora_b.normal_(std=0.1)
+    state = {name: tensor.clone() for name, tensor in model.unique_state().items()}
+    model.post_optim_step()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.unique_state().items())
+    adapted = model(ids)
+    assert (adapted - before).abs().max() > 1e-3
+    merge_adapters(model)
+    assert torch.allclose(model(ids), adapted, atol=1e-5)
 
 
 def test_all_matrices_can_be_quantized(tiny):
