@@ -11,8 +11,9 @@ entropy (Attanasio et al. 2022, https://arxiv.org/abs/2203.09192).
 
 Variants:
 
-- `tape` (default): every level attends causally to three segments: the previous embedding (the prophet's in the first
-  level of a critic, else the level's own again), the level's embedded tokens and the hidden state, which also asks.
+- `tape` (default): every level but the very first, which has its tokens alone, attends causally to three segments: the
+  previous embedding (the prophet's in the first level of a critic, else the level's own again), the level's embedded
+  tokens and the hidden state, which also asks.
 - `sound`: the original with a causal mask. It cuts two of the three segments off again, so that no critic reads
   anything but the coda: critics before the last, and the prophet, cannot influence the output and are left out here.
 - `seed`: the same without the mask, as the original trains. With a cache it is causal, as the original's sampling is.
@@ -258,9 +259,9 @@ class TapeCache:
 
     def prophet_states(self) -> Tensor:
         """The states after the last position of every row, (2, B, P); zero where there is none."""
-        states = torch.cat((self.prophet.keys, self.prophet.values))[:, :, 0]  # (2, B, S, P)
-        rows = torch.arange(states.shape[1], device=states.device)
-        return states[:, rows, (self.lengths - 1).clamp(min=0)] * (self.lengths > 0)[:, None]
+        rows, last = torch.arange(len(self.lengths), device=self.lengths.device), (self.lengths - 1).clamp(min=0)
+        states = torch.stack([store[0, rows, 0, last] for store in (self.prophet.keys, self.prophet.values)])
+        return states * (self.lengths > 0)[:, None]
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every row."""
