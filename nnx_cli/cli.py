@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +25,7 @@ from nnx_cli.commands import (
     train,
 )
 from nnx_cli.console import Talk, printable
-from nnx_cli.errors import NnxError, nearest
+from nnx_cli.errors import DoesNotFit, NnxError, nearest
 
 
 class Group(TyperGroup):
@@ -38,7 +39,7 @@ class Group(TyperGroup):
             code = super().main(arguments, *rest, **options)
         except (NnxError, TyperException) as error:
             if debug:
-                raise
+                traceback.print_exc()
             code = report(error, self)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
@@ -46,18 +47,25 @@ class Group(TyperGroup):
             if not isinstance(ended.__context__, BrokenPipeError):
                 raise
             code = 0
-        except MemoryError:
-            code = report(NnxError("out of memory", fix="take a smaller --size or --batch-size"), self, code=4)
         except Exception as error:
             if debug:
-                raise
-            code = report(
-                NnxError(f"internal error: {type(error).__name__}: {error}", fix="see where: add --debug"), self
-            )
+                traceback.print_exc()
+            code = report(explain(error), self)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def report(error: NnxError | TyperException, group: Group, code: int | None = None) -> int:
+def explain(error: Exception) -> NnxError:
+    """An error that nobody foresaw, as one line."""
+    text = str(error)
+    out_of_memory = (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    )  # the latter is torch's
+    if out_of_memory or "can't allocate memory" in text:
+        return DoesNotFit("out of memory", fix="take a smaller --batch-size or --size; nnx summarize says what fits")
+    return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
+
+
+def report(error: NnxError | TyperException, group: Group) -> int:
     """Print an error on stderr and return its exit code."""
     message = error.format_message() if isinstance(error, TyperException) else str(error)
     possibilities = getattr(error, "possibilities", None)
@@ -70,7 +78,7 @@ def report(error: NnxError | TyperException, group: Group, code: int | None = No
         lines.append(f"     {fix}")
     for line in lines:
         talk.err.print(printable(line), markup=False, emoji=False, highlight=False)
-    return error.exit_code if code is None else code
+    return error.exit_code
 
 
 app = typer.Typer(

@@ -121,7 +121,7 @@ class SampleConfig:
     seed: int = 0  # same seed, same text
 
     def __post_init__(self) -> None:
-        check_range("max-new-tokens", self.max_new_tokens, 1, 10**9)
+        check_range("max-new-tokens", self.max_new_tokens, 1, 10**7)
         check_range("num-samples", self.num_samples, 1, 4096)
         check_range("temperature", self.temperature, 0.0, 100.0)
         check_range("top-k", self.top_k, 1, 2**24)
@@ -217,8 +217,8 @@ def parse_bytes(text: str | None) -> int | None:
     else."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    n_bytes = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ") if match else 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)", text.strip(), re.IGNORECASE)
+    n_bytes = float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()) if match else 0.0
     if not 0 < n_bytes < 2**60:
         raise UsageError(f"{text!r} is no amount of memory", fix="write it like 8GB or 512MB")
     return int(n_bytes)

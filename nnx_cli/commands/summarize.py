@@ -33,12 +33,12 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences in a micro-batch.", show_default="what fits")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, lion")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, lion, wolf")] = "adamw",
     precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
     **options: Any,
 ) -> None:
     """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
-    check_choice("optimizer", optimizer, ("adamw", "lion"))
+    check_choice("optimizer", optimizer, ("adamw", "lion", "wolf"))
     check_choice("precision", precision, ("fp32", "bf16", "fp16"))
     check_range("batch-size", batch_size, 1, 2**20)
     budget = parse_bytes(vram)

@@ -23,6 +23,7 @@ from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, Ou
 
 if TYPE_CHECKING:
     from nnx_cli.engine.run import ModelRef, Run
+    from nnx_cli.engine.tokenizer import Tokenizer
     from nnx_cli.engine.tokens import TokenFolder
     from nnx_cli.engine.trainer import Trainer
 
@@ -155,6 +156,7 @@ def new_run(
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
     from nnx_cli.engine import session
+    from nnx_cli.engine.tokenizer import build_tokenizer
 
     models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
     device, precision = session.prepare_device(train)
@@ -166,7 +168,8 @@ def new_run(
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
     folder, made = token_folder(talk, filepath, data, preparing, base)  # what was made goes if the run is refused
     try:
-        tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base)
+        tokenizer = build_tokenizer(preparing.tokenizer) if data is not None and "tokenizer" in values else None
+        tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base, tokenizer)
         prompt = session.sampling(
             tokens.tokenizer,
             tokens,
@@ -177,7 +180,8 @@ def new_run(
         if dry_run:
             show_plan(talk, plan, folder)
             return
-        out = out or session.free_folder(f"{plan.model}-{stem(filepath, data)}")
+        stem = folder.resolve().name if data is not None else folder.name.rpartition("-")[0]  # without the hash
+        out = out or session.free_folder(f"{plan.model}-{stem}")
         tell_plan(talk, plan, tokens, device)
         with TrainingView(talk) as view:
             started, trainer = session.start(plan, tokens, out, device, view, prompt, command_line(), base)
@@ -207,13 +211,13 @@ def start_from(spec: str, fields: dict[str, Any]) -> tuple[ModelRef, str, dict[s
 
 def make_plan(
     model: str, size: str | None, fields: dict[str, Any], train: TrainConfig, sources: dict[str, str], folder: Path,
-    device: Any, precision: str, base: ModelRef | None,
+    device: Any, precision: str, base: ModelRef | None, tokenizer: Tokenizer | None,
 ) -> tuple[TokenFolder, Any]:  # fmt: skip
     """Open the tokens and fill in every value."""
     from nnx_cli.engine.planner import plan_run
     from nnx_cli.engine.tokens import open_token_folder
 
-    tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else None)
+    tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else tokenizer)
     if base is not None and tokens.vocab_size != fields["vocab_size"]:
         raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
     if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:
@@ -232,6 +236,8 @@ def token_folder(
     """The token folder to train on, and the folders that were made for it now."""
     if data is not None:
         return data, []
+    if "-" in (filepath or []):
+        raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
     from dataclasses import replace
 
     from nnx_cli.engine import prepare
@@ -249,13 +255,6 @@ def token_folder(
         talk.note("no --filepath: training on the language documentation that Python ships")
         prepare.prepare_builtin(folder, preparing, view)
     return folder, made
-
-
-def stem(filepath: list[str] | None, data: Path | None) -> str:
-    """What a run is named after, besides its model."""
-    if filepath:
-        return Path(filepath[0]).name.partition(".")[0] or "text"
-    return data.resolve().name if data else "pydoc"
 
 
 def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, dry_run: bool) -> None:

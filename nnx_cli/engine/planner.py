@@ -68,8 +68,9 @@ def plan_run(
     derive("precision", precision, "device")
     derive("optimizer", "adamw", "model")
     optimizer = derived.get("optimizer", train.optimizer)
-    derive("lr", default_lr(optimizer, config.dim), "optimizer and width")
-    derive("weight_decay", 0.1 if optimizer == "adamw" else 0.0, "optimizer")
+    recipe = models.recipe(name)
+    derive("lr", default_lr(optimizer, config.dim, recipe.lr_factor), "optimizer, width and model")
+    derive("weight_decay", recipe.weight_decay if optimizer == "adamw" else 0.0, "optimizer and model")
     derived |= batch_shape(train, config, name, optimizer, precision, device, where)
     tokens_per_step = derived["tokens_per_step"]
     epoch_steps = max(1, train_tokens // tokens_per_step)
@@ -88,7 +89,7 @@ def plan_run(
             min(expected_steps, by_time) if train.max_steps is None and expected_steps else expected_steps or by_time
         )
     expected_steps = max(1, expected_steps or 2000)
-    warmup = 0 if train.schedule == "constant" else min(200, max(1, expected_steps // 50))
+    warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
     derive("warmup_steps", min(warmup, expected_steps), "length")
     if train.val_batches is None:
         budget = VALIDATION_SHARE * 3 * expected_steps * tokens_per_step / 12  # a forward pass is a third of a step
@@ -167,9 +168,15 @@ def largest_batch(one: int, two: int, budget: int) -> int:
     return 1 + int((budget - one) // max(1, two - one))
 
 
-def default_lr(optimizer: str, dim: int) -> float:
-    """Peak learning rate: falls with the root of the width; Lion takes a tenth of AdamW's."""
-    lr = 4e-3 * (128 / dim) ** 0.5
+def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
+    """Peak learning rate: falls with the root of the width, times an architecture's factor; Lion takes a tenth of
+    AdamW's.
+
+    Wolf has the rate its author gives.
+    """
+    if optimizer == "wolf":
+        return 0.3678
+    lr = 4e-3 * (128 / dim) ** 0.5 * factor
     return float(f"{lr / 10 if optimizer == 'lion' else lr:.2g}")
 
 

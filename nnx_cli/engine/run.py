@@ -305,7 +305,8 @@ def find_model(spec: str | None) -> ModelRef:
         if not runs:
             raise CheckpointError(f"there is no run in {WEIGHTS}/ yet", fix="train one: nnx train --filepath FILE")
         return ModelRef(runs[0])
-    name, _, which = spec.rpartition("@") if "@" in spec else (spec, "", "best")
+    is_folder = any((folder / "config.json").is_file() for folder in (Path(spec), WEIGHTS / spec))
+    name, _, which = (spec, "", "best") if is_folder or "@" not in spec else spec.rpartition("@")
     if not (which in ("best", "last") or which.isdecimal()):
         raise UsageError(f"{spec!r}: after @ comes best, last or a step")
     return ModelRef(find_folder(name), which)
@@ -381,7 +382,9 @@ def list_runs() -> list[dict[str, Any]]:
 def live_status(folder: Path, status: Mapping[str, Any]) -> str:
     """A run's status; one that says "running" while nobody holds its lock was killed: "interrupted"."""
     stated = str(status.get("status"))
-    if stated != "running" or not (folder / "lock").is_file():
+    if stated != "running":
         return stated
+    if not (folder / "lock").is_file():
+        return "interrupted"
     with open(folder / "lock", "rb") as file:
         return "interrupted" if try_lock(file) else "running"

@@ -26,11 +26,11 @@ from nnx_cli.engine.device import (
 )  # fmt: skip
 from nnx_cli.engine.files import relative
 from nnx_cli.engine.planner import Plan, steps_in
-from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config
+from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
 from nnx_cli.engine.tokenizer import Tokenizer
 from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
-from nnx_cli.errors import CheckpointError, DataError, UsageError
+from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.models._base import LanguageModel
 
@@ -45,14 +45,22 @@ class Sampling:
     max_new_tokens: int = SAMPLE_LENGTH
 
 
-def prepare_device(config: TrainConfig) -> tuple[torch.device, str]:
-    """The device and the precision of a run, with its limits set."""
+def prepare_device(config: TrainConfig, strict: bool = True) -> tuple[torch.device, str]:
+    """The device and the precision of a run, with its limits set.
+
+    Raises MissingFeature for a precision that the device lacks; unless `strict`, takes the device's best instead.
+    """
     set_threads(config.threads)
     device = pick_device(config.device)
     if config.deterministic:
         set_deterministic()
     limit_memory(device, config.vram_bytes)
-    return device, pick_precision(config.precision, device)
+    try:
+        return device, pick_precision(config.precision, device)
+    except MissingFeature:
+        if strict:
+            raise
+        return device, pick_precision("auto", device)
 
 
 def sampling(
@@ -152,13 +160,11 @@ def resume(
     old = TrainConfig(**run.config["training"])
     config = replace(old, **{**overrides, **same_samples(old, overrides)})
     checkpoint, notes = run.newest_checkpoint()
-    device, precision = prepare_device(config)
-    if precision != config.precision and "device" in overrides:
+    device, precision = prepare_device(config, strict=False)
+    if precision != config.precision:
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
         config = replace(config, precision=precision)
     folder = data_folder or run.folder / run.config["data"]["folder"]
-    from nnx_cli.engine.run import read_tokenizer
-
     data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
     if data.fingerprint != run.config["data"]["fingerprint"]:
         raise DataError(

@@ -15,7 +15,7 @@ from nnx_cli.errors import CheckpointError, UsageError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nnx_cli.models._base import LanguageModel, ModelConfig
+    from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 
 @cache
@@ -76,6 +76,11 @@ def make_config(name: str, *, size: str | None = None, **overrides: Any) -> Mode
 def build(name: str, *, vocab_size: int = 256, size: str | None = None, **overrides: Any) -> LanguageModel:
     """A freshly initialised model: `build("nyx", vocab_size=256, size="tiny", n_layers=4)`."""
     return from_config(name, make_config(name, size=size, vocab_size=vocab_size, **overrides))
+
+
+def recipe(name: str) -> Recipe:
+    """What an architecture learns best from."""
+    return importlib.import_module(f"nnx_cli.models.{name}").Model.recipe
 
 
 def from_config(name: str, config: ModelConfig) -> LanguageModel:

@@ -60,6 +60,15 @@ class ModelConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How an architecture differs from the others in what it learns best from."""
+
+    lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest
+    weight_decay: float = 0.1  # with AdamW
+    warmup: bool = True
+
+
 class LanguageModel(nn.Module):
     """A causal language model: `forward` is `head(trunk(...))`.
 
@@ -67,6 +76,7 @@ class LanguageModel(nn.Module):
     that maps (..., dim) to (..., vocab_size) and acts on every position alone, so that the loss may call it in pieces.
     """
 
+    recipe = Recipe()
     ignore_index = -100  # a target that does not count; -100 is never a token
     reference_unused: frozenset[str] = frozenset()  # the original's weights that no output depends on
 

@@ -36,7 +36,7 @@ from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables, rotate
-from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
 
@@ -286,6 +286,8 @@ class Head(nn.Module):
 
 
 class Model(LanguageModel):
+    recipe = Recipe(lr_factor=3.0, weight_decay=0.0, warmup=False)  # paper, section 2.6, but for the factor: measured
+
     reference_unused = frozenset({"rotary_embed.freqs"})  # a constant table: computed from positions here
 
     def __init__(self, config: Config) -> None:

@@ -359,3 +359,32 @@ def test_text_and_names_cannot_drive_the_terminal(nnx, workspace):
         result = nnx("train", *words)
         assert not set("\x1b\x07\x9b") & set(result.stdout + result.stderr), words
         assert "[bold]:smile:" in result.stderr or result.exit_code == 0, words
+
+
+def test_a_run_is_named_after_its_text(nnx, text_file, workspace):
+    for path, name in ((text_file, "nyx-words"), (text_file.parent / "*.txt", "nyx-text")):
+        assert nnx("train", "--filepath", path, *FIRST).exit_code == 0
+        assert (workspace / "weights" / name).is_dir()
+
+
+def test_a_foreign_token_folder_is_read_with_the_tokenizer_that_was_named(nnx, workspace):
+    folder = workspace / "tokens"
+    folder.mkdir()
+    for name in ("train", "val"):
+        torch.randint(32, 127, (600,), dtype=torch.int16).numpy().tofile(folder / f"{name}.bin")
+    bits = []
+    for words in ([], ["--tokenizer", "byte"]):
+        product = json.loads(nnx("train", "--data", "tokens", *FIRST, *words, "--json").stdout)
+        bits.append(product["best_val_bits_per_byte"])
+    assert bits[0] is None and bits[1] > 0
+
+
+def test_a_folder_with_an_at_sign_is_found(run):
+    renamed = run.folder.rename(run.folder.parent / "my@last")
+    assert find_model("my@last").folder == renamed and find_model("my@last").which == "best"
+    assert find_model("my@last@40").which == "40"
+
+
+def test_inputs_that_train_cannot_take(refused, text_file):
+    refused(2, "train cannot read standard input", "train", "--filepath", "-")
+    refused(2, "'8' is no amount of memory", "train", "--filepath", text_file, "--vram", 8)

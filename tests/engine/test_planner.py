@@ -99,8 +99,8 @@ def test_the_default_length_has_two_ends():
 def test_every_value_is_filled_in():
     train = plan().train
     left = {name for name in TrainConfig.__dataclass_fields__ if getattr(train, name) is None}
-    assert left <= {"epochs", "vram", "threads", "val_every", "sample_every", "sample_prompt", "save_every", "patience", "lora_rank",
-                    "val_batches"}  # fmt: skip
+    assert left <= {"epochs", "vram", "threads", "val_every", "sample_every", "sample_prompt", "save_every",
+                    "patience", "lora_rank", "val_batches"}  # fmt: skip
     assert "auto" not in (train.optimizer, train.precision)
 
 
