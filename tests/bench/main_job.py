@@ -133,7 +133,8 @@ def main() -> None:
         "# The main job, measured",
         "",
         f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()}, {today}. Made by `python tests/bench/main_job.py --text {text.name}`.",
+        f"Python {platform.python_version()}, {platform.system()}, {today}. "
+        f"Made by `python tests/bench/main_job.py --text {text.name}`.",
         "",
     ]
     for title, rows in parts.items():
