@@ -66,7 +66,7 @@ class StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(h, choice, *weights)
         y = torch.zeros_like(h)
         for j, weight in enumerate(weights):
-            y = torch.where((choice == j)[:, None], F.linear(h, weight), y)
+            y = torch.where((choice == j)[:, None], F.linear(h, weight.to(h.dtype)), y)
         return y
 
     @staticmethod
@@ -75,10 +75,10 @@ class StraightThrough(torch.autograd.Function):
         dh, dp, dweights = torch.zeros_like(h), [], []
         for j, weight in enumerate(weights):
             chosen = (choice == j)[:, None]
-            back = dy @ weight  # (N, D)
+            back = dy @ weight.to(dy.dtype)  # (N, D)
             dp.append((back.float() * h.float()).sum(-1))
             dh = torch.where(chosen, back, dh)
-            dweights.append((dy * chosen).t() @ h)
+            dweights.append(((dy * chosen).t() @ h).to(weight.dtype))
         return dh, torch.stack(dp, -1), None, *dweights
 
 
@@ -131,8 +131,7 @@ class FunctionBank(nn.Module):
             choice = logits.argmax(-1)
             counts[kind] = (choice[:, None] == torch.arange(n, device=h.device)).sum(0)
             if self.training or torch.compiler.is_compiling():  # dispatch cannot be captured in a graph
-                weights = [matrix(function).to(rows.dtype) for function in bank]
-                y = y + StraightThrough.apply(rows, logits.softmax(-1), choice, *weights)
+                y = y + StraightThrough.apply(rows, logits.softmax(-1), choice, *map(matrix, bank))
                 if self.balanced and self.training:
                     balance.append(n * (counts[kind] / len(rows) * scores.softmax(-1).mean(0)).sum())
             else:

@@ -30,7 +30,7 @@ class Interpolation(nn.Module):
 
 
 class ScaledHead(nn.Module):
-    """Cosines of x with every token's unit vector, times a learned scale for each token: nGPT, section 2.1."""
+    """Cosines of x with every token's unit vector, times a learned scale for each token, float32."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()
@@ -39,4 +39,4 @@ class ScaledHead(nn.Module):
         self.gain = dim**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * (self.scale * self.gain).to(x.dtype)
+        return self.linear(x) * (self.scale * self.gain)

@@ -4,11 +4,11 @@ A decoder after Mistral (https://arxiv.org/abs/2310.06825): RMSNorm (https://arx
 (https://arxiv.org/abs/2104.09864), grouped queries (https://arxiv.org/abs/2305.13245), SwiGLU. A head's output is the
 difference of two softmax maps (Differential Transformer, Ye et al. 2024, https://arxiv.org/abs/2410.05258).
 `normalized` keeps weights and stream on the unit sphere (nGPT, Loshchilov et al. 2024,
-https://arxiv.org/abs/2410.01131): Neon's README names it, its code never had it. The banks are described at
-`FunctionBank` and `Memory`; `linear-control` has one or two plain matrices in their place, a control for their
-parameters.
+https://arxiv.org/abs/2410.01131): Neon's README names it, its code never had it. (Weight decay has no effect on
+matrices then.) The banks are described at `FunctionBank` and `Memory`; `linear-control` has one or two plain matrices
+in their place, a control for their parameters.
 
-Parameters at the author's vocabulary of 32,000, measured by him and built here:
+Parameters at the original's vocabulary of 32,000, of the original and of this:
 
     test    12,381,952    12,381,952        beam      368,352,256      368,352,256
     spark   49,887,744    49,887,744        arc     1,181,700,288    1,181,698,560
