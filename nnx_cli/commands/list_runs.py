@@ -21,6 +21,6 @@ def run(talk: Talk) -> None:
         bits = row.get("best_val_bits_per_byte")
         table.append([
             row["name"], row.get("model"), row.get("size") or "own shape", row["status"], row.get("steps"),
-            None if bits is None else f"{bits:.4f}", duration(row["age_s"]) + " ago",
+            None if bits is None else f"{bits:.4f}", duration(row["age_s"]),
         ])  # fmt: skip
-    talk.table(["run", "model", "size", "status", "steps", "bits/byte", "last change"], table)
+    talk.table(["run", "model", "size", "status", "steps", "bits/byte", "age"], table)
