@@ -85,9 +85,11 @@ def summary(
     optimizer: str, precision: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything there is to say of a model, under the keys of --json."""
+    import torch
+
     from nnx_cli.engine import cost
     from nnx_cli.engine.device import memory_budget, pick_device
-    from nnx_cli.engine.planner import GPU_TOKENS_PER_STEP, largest_batch
+    from nnx_cli.engine.planner import default_tokens_per_step, largest_batch
 
     model = cost.meta_model(name, config)
     T = config.seq_len
@@ -98,7 +100,7 @@ def summary(
     budget = memory_budget(pick_device("auto"), vram_bytes)
     one, two = memory(1).peak_bytes, memory(2).peak_bytes
     largest = largest_batch(one, two, budget)
-    per_step = max(1, GPU_TOKENS_PER_STEP // T)
+    per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
     rows = batch_size or max(1, min(largest, per_step))
     chosen = memory(rows)
     weights, cache = cost.sampling_bytes(model)

@@ -15,7 +15,7 @@ from nnx_cli.engine import cost
 from nnx_cli.engine.device import memory_budget
 from nnx_cli.engine.loader import check_length
 from nnx_cli.errors import DoesNotFit, UsageError
-from nnx_cli.models._base import ModelConfig
+from nnx_cli.models._base import LanguageModel, ModelConfig
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
 DEFAULT_EPOCHS = 30  # but no more passes over the text than this
@@ -23,7 +23,7 @@ TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be wo
 CPU_EFFICIENCY = 0.3  # of the matrix rate that training reaches on a CPU, for planning
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = 2048
-GPU_TOKENS_PER_STEP = 32_768
+GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def batch_shape(
             fix=f"take --batch-size {largest}" if largest else "take a smaller --size or --seq-len",
         )
     if B is None:
-        default = N or (CPU_TOKENS_PER_STEP if device.type == "cpu" else GPU_TOKENS_PER_STEP)
+        default = N or default_tokens_per_step(model, device)
         rows = max(1, default // T)
         if A is not None:
             B = max(1, min(largest, default // (T * A)))
@@ -153,11 +153,7 @@ def batch_shape(
             B = max(b for b in range(1, min(rows, largest) + 1) if rows % b == 0)
             A = rows // B
     if A is None:
-        A = (
-            N // (B * T)
-            if N
-            else max(1, (CPU_TOKENS_PER_STEP if device.type == "cpu" else GPU_TOKENS_PER_STEP) // (B * T))
-        )
+        A = max(1, (N or default_tokens_per_step(model, device)) // (B * T))
     return {"batch_size": B, "grad_accum": A, "tokens_per_step": B * A * T}
 
 
@@ -168,15 +164,23 @@ def largest_batch(one: int, two: int, budget: int) -> int:
     return 1 + int((budget - one) // max(1, two - one))
 
 
+def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
+    """Tokens of an optimizer step: few, so that there are many steps, but enough to keep a card busy."""
+    if device.type == "cpu":
+        return CPU_TOKENS_PER_STEP
+    total = cost.count_parameters(model)["total"]
+    few, more, many = GPU_TOKENS_PER_STEP
+    return few if total <= 20e6 else more if total <= 60e6 else many
+
+
 def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
-    """Peak learning rate: falls with the root of the width, times an architecture's factor; Lion takes a tenth of
-    AdamW's.
+    """Peak learning rate: falls with the width from 128 on, times an architecture's factor; Lion takes a tenth of it.
 
     Wolf has the rate its author gives.
     """
     if optimizer == "wolf":
         return 0.3678
-    lr = 4e-3 * (128 / dim) ** 0.5 * factor
+    lr = 4e-3 * 128 / max(dim, 128) * factor
     return float(f"{lr / 10 if optimizer == 'lion' else lr:.2g}")
 
 

@@ -43,7 +43,7 @@ from nnx_cli.layers.memory import Memory
 from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.rope import rotary_tables, rotate
 from nnx_cli.layers.sphere import Interpolation, ScaledHead, unit
-from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
 BANKS = {  # what a decoder's layers have a number of, and how many by default
@@ -261,6 +261,8 @@ def join(config: Config) -> nn.Module:
 
 
 class Model(LanguageModel):
+    recipe = Recipe(lr_factor=0.5)
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)

@@ -110,10 +110,10 @@ def test_given_values_win():
     assert (train.warmup_steps, train.val_batches) == (0, 3)
 
 
-def test_learning_rate_falls_with_the_root_of_the_width():
+def test_learning_rate_falls_with_the_width():
     assert default_lr("adamw", 128) == pytest.approx(4e-3)
-    assert default_lr("adamw", 512) == pytest.approx(2e-3)
-    assert default_lr("lion", 512) == pytest.approx(2e-4)
+    assert default_lr("adamw", 512) == pytest.approx(1e-3)
+    assert default_lr("lion", 512, 2.0) == pytest.approx(2e-4)
 
 
 def test_warmup_is_a_small_part_of_the_run():

@@ -1,0 +1,187 @@
+"""Which architecture is better: every one trained with its own default recipe on the same tokens of the same text.
+
+    python tests/bench/zoo.py --text tinyshakespeare.txt [--size tiny] [--tokens 4000000] [--seeds 3] [--model nyx ...]
+                              [--markdown tests/bench/zoo.md]
+
+Byte tokens; a run has --tokens training tokens at the size's context (tiny: 256); its loss is the mean over the whole
+validation split, of the weights at the end. Prints the mean over the seeds and their spread, tokens a second in eager
+mode (median over the steps of the last seed) and the peak of memory; and for `--lora RANK` the peak of adapter training
+beside full training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig
+from nnx_cli.engine.device import DTYPES, describe, peak_memory_bytes, pick_device, pick_precision, set_seed
+from nnx_cli.engine.evaluator import evaluate
+from nnx_cli.engine.planner import plan_run
+from nnx_cli.engine.prepare import prepare
+from nnx_cli.engine.schedule import lr_at
+from nnx_cli.engine.tokens import TokenFolder, open_token_folder
+from nnx_cli.engine.trainer import Observer, Trainer
+from nnx_cli.layers.adapter import add_adapters
+
+
+def make_trainer(
+    name: str,
+    size: str,
+    data: TokenFolder,
+    config: TrainConfig,
+    device: torch.device,
+    fields: dict[str, Any] | None = None,
+) -> Trainer:
+    """A trainer as `nnx train` would make it, without a run folder."""
+    plan = plan_run(
+        name,
+        size,
+        fields or {},
+        config,
+        vocab_size=data.vocab_size,
+        train_tokens=len(data.train),
+        val_tokens=len(data.val),
+        device=device,
+        precision=pick_precision("auto", device),
+        sources={},
+    )
+    set_seed(config.seed)
+    model = models.from_config(name, plan.model_config).to(device)
+    if config.lora_rank is not None:
+        add_adapters(model, config.lora_rank)
+    model.compute_dtype = DTYPES[plan.train.precision]
+    return Trainer(model, data, plan.train, device, Observer(), SampleConfig(), [10])
+
+
+def train(trainer: Trainer) -> tuple[float, float]:
+    """Loss on the validation split after all steps, and tokens a second."""
+    config, state = trainer.config, trainer.state
+    speeds = []
+    trainer.model.train()
+    for step in range(config.max_steps):
+        started = time.perf_counter()
+        progress = step / config.max_steps
+        how = {
+            "schedule": config.schedule,
+            "lr": config.lr,
+            "min_lr": config.min_lr,
+            "warmup_steps": config.warmup_steps,
+        }
+        _, _, n_tokens = trainer.take_step(lr_at(step, progress, **how))
+        state.step += 1
+        speeds.append(n_tokens / (time.perf_counter() - started))
+    result = evaluate(
+        trainer.model,
+        trainer.data.val,
+        seq_len=trainer.model.config.seq_len,
+        batch_size=16,
+        token_bytes=trainer.token_bytes,
+    )
+    return result.loss, statistics.median(speeds)
+
+
+def race(
+    name: str, size: str, data: TokenFolder, tokens: int, seeds: int, device: torch.device, **settings: Any
+) -> dict[str, Any]:
+    """One row of the table. `settings` override the default recipe."""
+    losses, row = [], {}
+    for seed in range(seeds):
+        free(device)
+        shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **settings), device).config
+        config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **settings)
+        trainer = make_trainer(name, size, data, config, device)
+        loss, speed = train(trainer)
+        losses.append(loss)
+        row = {
+            "model": name,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "step": f"{config.max_steps} x {shape.tokens_per_step}",
+            "lr": trainer.config.lr,
+            "loss": statistics.mean(losses),
+            "spread": max(losses) - min(losses),
+            "tokens/s": round(speed),
+            "peak MiB": round((peak_memory_bytes(device) or 0) / 2**20),
+        }
+        del trainer
+    return row
+
+
+def adapter_memory(name: str, size: str, data: TokenFolder, rank: int, device: torch.device) -> float:
+    """Peak of adapter training over the peak of full training, same batch."""
+    peaks = []
+    for lora_rank in (None, rank):
+        free(device)
+        config = TrainConfig(max_steps=3, batch_size=8, grad_accum=1, lora_rank=lora_rank)
+        train(make_trainer(name, size, data, config, device))
+        peaks.append(peak_memory_bytes(device))
+    return peaks[1] / peaks[0]
+
+
+def free(device: torch.device) -> None:
+    """Forget the last model's memory and its peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as a markdown table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    for row in rows:
+        cells = [
+            f"{v:.4f}" if isinstance(v, float) and k != "lr" else f"{v:,}" if isinstance(v, int) else str(v)
+            for k, v in row.items()
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", nargs="*", default=models.names())
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--lora", type=int)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare([options.text], Path(folder) / "tokens", PrepareConfig())
+        data = open_token_folder(Path(folder) / "tokens")
+        rows = []
+        for name in options.model:
+            rows.append(race(name, options.size, data, options.tokens, options.seeds, device))
+            if options.lora:
+                rows[-1]["adapter peak"] = adapter_memory(name, options.size, data, options.lora, device)
+            print(table(rows)[-1], flush=True)
+    output = "\n".join(
+        [
+            f"# The zoo, size {options.size}, {options.tokens:,} tokens of {options.text.name}, {options.seeds} seeds",
+            "",
+            f"{describe(device)}, torch {torch.__version__}, {datetime.date.today().isoformat()}.",
+            "",
+            *table(rows),
+            "",
+        ]
+    )
+    print(output)
+    if options.markdown:
+        options.markdown.write_text(output, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
