@@ -43,7 +43,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         wanted = [p for p in parameters if p.requires_grad]
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         x_grad = torch.empty_like(x)
-        parameter_grads = [torch.zeros_like(p) for p in wanted]
+        parameter_grads: list[Tensor] = []
         for start in range(0, len(x), rows):
             end = min(start + rows, len(x))
             chunk = x[start:end].detach().requires_grad_()
@@ -52,8 +52,10 @@ class ChunkedHeadLoss(torch.autograd.Function):
             chunk_grad, *grads = torch.autograd.grad(loss, [chunk, *wanted])
             total += loss.detach()
             x_grad[start:end] = chunk_grad
-            for sum_, grad in zip(parameter_grads, grads, strict=True):
-                sum_ += grad
+            if not parameter_grads:
+                parameter_grads = grads
+            else:
+                torch._foreach_add_(parameter_grads, grads)
         ctx.save_for_backward(x_grad, *parameter_grads)
         ctx.wanted = [p.requires_grad for p in parameters]
         return total
