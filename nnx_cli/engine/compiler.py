@@ -22,6 +22,7 @@ TOLERANCE = {
 }  # relative difference of the loss from eager that counts as equal
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 30.0}  # what compiling a block and its backward may cost
 HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
+WORTHWHILE = 0.95  # of the time of an eager step: what a compiled one may take at most; less is noise
 TIMED_STEPS = 3
 
 
@@ -63,6 +64,8 @@ def decide(trainer: Trainer, wish: str) -> str:
     eager_loss, eager_s = timed(trainer)
     if wish == "auto" and planned_seconds(trainer, eager_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
         return "off"
+    if kind == "cpu":
+        torch.use_deterministic_algorithms(True)  # compiled sums would be split among threads as it comes
     compile_blocks(trainer.model)
     try:
         compiled_loss, compiled_s = timed(trainer)
@@ -71,7 +74,7 @@ def decide(trainer: Trainer, wish: str) -> str:
         tell(f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
         return "off"
     off_by = abs(compiled_loss - eager_loss) / max(abs(eager_loss), 1e-9)
-    right, pays = off_by <= TOLERANCE[trainer.config.precision], compiled_s < eager_s
+    right, pays = off_by <= TOLERANCE[trainer.config.precision], compiled_s < WORTHWHILE * eager_s
     if not right or (wish == "auto" and not pays):
         undo_compile(trainer.model)
         tell("not compiled: " + ("no faster here" if right else f"the loss differs from eager by {off_by:.1e}"))
