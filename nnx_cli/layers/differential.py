@@ -13,14 +13,14 @@ from nnx_cli.layers.kv_cache import KVCache
 class Lambda(nn.Module):
     """exp(q1 · k1) - exp(q2 · k2) + start: the weight of what is subtracted, one float32 number for a layer."""
 
-    def __init__(self, width: int, start: float, std: float) -> None:
+    def __init__(self, width: int, std: float) -> None:
         super().__init__()
-        self.start, self.std = start, std
+        self.std = std
         self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(torch.zeros(width)) for _ in range(4))
 
-    def forward(self) -> Tensor:
+    def forward(self, start: Tensor) -> Tensor:
         first, second = ((q.float() * k.float()).sum() for q, k in ((self.q1, self.k1), (self.q2, self.k2)))
-        return first.exp() - second.exp() + self.start
+        return first.exp() - second.exp() + start
 
 
 def differential_attention(

@@ -22,7 +22,6 @@ in evaluation. Variant `seed` keeps the rotation, the pairing and the noise.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,9 +122,10 @@ class Config(ModelConfig):
         """Width of the queries and keys of one map; values are `n_maps` times as wide."""
         return self.dim // self.n_heads // (2 if self.diff_attention == "constrained" else 1)
 
-    def lambda_init(self, layer: int) -> float:
-        """Where a layer's lambda starts. The paper counts layers from 0, the original starts with 1."""
-        return 0.8 - 0.6 * math.exp(-0.3 * (layer if self.paper_lambda else layer + 1))
+    def lambda_init(self, device: torch.device) -> Tensor:
+        """Where the lambda of every layer starts, (L,). The paper counts layers from 0, the original starts with 1."""
+        numbers = torch.arange(self.n_layers, device=device) + (0 if self.paper_lambda else 1)
+        return 0.8 - 0.6 * torch.exp(-0.3 * numbers)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -157,15 +157,16 @@ class Attention(nn.Module):
         self.mixed_pairs = config.variant == "seed" and config.n_kv_heads < config.n_heads
         self.lambda_ = self.qk_scale = None
         if config.n_maps == 2:
-            start = config.lambda_init(layer)
-            self.lambda_ = Lambda(config.head_dim, start, std=0.1)
+            self.lambda_ = Lambda(config.head_dim, std=0.1)
             self.norm = RMSNorm(2 * config.head_dim, eps=1e-5)
-            self.gain = 1.0 if config.normalized else 1.0 - start
+        self.normalized = config.normalized
         if config.normalized:
             self.qk_scale = nn.Parameter(torch.full((config.n_maps * config.head_dim,), config.dim**-0.5))
             self.qk_gain, self.scale = config.dim**0.5, config.head_dim**0.5
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], start: Tensor, cache: KVCache | None) -> Tensor:
+        """x (B, T, D) to the same; `start` is the layer's `lambda_init`, a tensor so that all layers share their
+        code."""
         B, T, D = x.shape
         M, K = self.n_maps, self.head_dim
         q, k, v = (y.view(B, T, -1, M * K).transpose(1, 2) for y in self.qkv(x))  # (B, H or G, T, M·K)
@@ -178,14 +179,15 @@ class Attention(nn.Module):
         options = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
         if self.lambda_ is None:
             return self.out(causal_attention(q.flatten(-2), k.flatten(-2), v, cache, self.layer, **options))
-        y = differential_attention(q, k, v, self.lambda_(), cache, self.layer, **options)  # (B, T, H, 2K)
-        return self.out((self.norm(y) * self.gain).flatten(-2))
+        y = differential_attention(q, k, v, self.lambda_(start), cache, self.layer, **options)  # (B, T, H, 2K)
+        y = self.norm(y)
+        return self.out((y if self.normalized else y * (1 - start).to(y.dtype)).flatten(-2))
 
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202); with `diff_mlp` the difference of two, normalised."""
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         n_streams = 2 if config.diff_mlp else 1
         self.gate_up = PackedLinear(config.dim, (config.ffn_dim,) * 2 * n_streams)  # gate, up, gate, up
@@ -193,24 +195,23 @@ class MLP(nn.Module):
         self.dropout = config.dropout
         self.lambda_ = self.norm = self.scale = None
         if config.diff_mlp:
-            start = config.lambda_init(layer)
-            self.lambda_ = Lambda(config.ffn_dim, start, std=(LAMBDA_SPREAD / config.ffn_dim**0.5) ** 0.5)
+            self.lambda_ = Lambda(config.ffn_dim, std=(LAMBDA_SPREAD / config.ffn_dim**0.5) ** 0.5)
             if not config.normalized:
-                self.norm, self.gain = nn.LayerNorm(config.dim, eps=1e-5), 1.0 - start
+                self.norm = nn.LayerNorm(config.dim, eps=1e-5)
         if config.normalized:
             self.scale = nn.Parameter(torch.ones(2 * n_streams * config.ffn_dim))
             self.gains = (config.dim**0.5, 1.0)  # of gate and up
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
         parts = self.gate_up(x)  # (B, T, F) each
         if self.scale is not None:
             scales = zip(parts, self.scale.chunk(len(parts)), cycle(self.gains), strict=False)
             parts = [part * (scale * gain).to(x.dtype) for part, scale, gain in scales]
         y = F.silu(parts[0]) * parts[1]
         if self.lambda_ is not None:
-            y = y - self.lambda_() * (F.silu(parts[2]) * parts[3])
+            y = y - self.lambda_(start) * (F.silu(parts[2]) * parts[3])
         y = self.down(F.dropout(y, self.dropout, self.training))
-        return y if self.norm is None else (self.norm(y.float()) * self.gain).to(x.dtype)
+        return y if self.norm is None else (self.norm(y.float()) * (1 - start)).to(x.dtype)
 
 
 class Sum(nn.Module):
@@ -240,16 +241,19 @@ class Block(nn.Module):
         if self.bank is not None:
             self.bank_norm, self.bank_join = norm(config), join(config)
             self.adds_input = config.decoder != "linear-control" and not config.normalized
-        self.mlp_norm, self.mlp, self.mlp_join = norm(config), MLP(config, layer), join(config)
+        self.mlp_norm, self.mlp, self.mlp_join = norm(config), MLP(config), join(config)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, **shared: Any) -> Tensor:
-        """x (B, T, D) to the same; `shared` is what the bank is given besides its input."""
-        x = self.attention_join(x, self.attention(self.attention_norm(x), tables, cache))
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], start: Tensor, cache: KVCache | None, **shared: Any
+    ) -> Tensor:
+        """x (B, T, D) to the same; `start` is where the layer's lambda starts; `shared` is what the bank is given
+        besides its input."""
+        x = self.attention_join(x, self.attention(self.attention_norm(x), tables, start, cache))
         if self.bank is not None:
             h = self.bank_norm(x)
             u = self.bank(h, **shared)
             x = self.bank_join(x, h + u if self.adds_input else u)
-        return self.mlp_join(x, self.mlp(self.mlp_norm(x)))
+        return self.mlp_join(x, self.mlp(self.mlp_norm(x), start))
 
 
 def norm(config: Config) -> nn.Module:
@@ -318,8 +322,9 @@ class Model(LanguageModel):
         tables = tuple(table.unsqueeze(-2) for table in tables)  # the same for both maps
         x = self.embedding(input_ids)  # (B, T, D)
         x = (unit(x) if config.normalized else x).to(self.compute_dtype)
+        starts = self.config.lambda_init(input_ids.device)
         for layer, block in enumerate(self.blocks):
-            x = block(x, tables, cache, **self.shared(layer, B, positions))
+            x = block(x, tables, starts[layer], cache, **self.shared(layer, B, positions))
         if cache is not None:
             cache.advance(T)
         return self.norm(x)

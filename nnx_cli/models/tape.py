@@ -148,7 +148,8 @@ class Level(nn.Module):
 
     def __init__(self, config: Config, layer: int, is_critic: bool) -> None:
         super().__init__()
-        self.config, self.layer, self.is_critic = config, layer, is_critic
+        self.config, self.is_critic = config, is_critic
+        self.is_first, self.row = layer == 0, max(0, layer - 1)  # which store of a cache, and where in it
         self.q = Affine(config.dim, 2 * config.dim)  # left, right
         self.kv = Affine(config.dim, 4 * config.dim)  # keys left, right, values left, right
         self.left, self.right = Stream(config), Stream(config)
@@ -172,9 +173,9 @@ class Level(nn.Module):
             kv = torch.cat((kv[:, :, :1], kv), dim=2)  # what occurs twice is projected once
         k, v = kv.unflatten(-1, (2, 2 * config.n_heads, -1)).unbind(3)  # (B, T, G, 2 H, K) each
         q = self.q(x).view(B, T, 2 * config.n_heads, -1)  # (B, T, 2 H, K)
-        store = None if cache is None else cache.first if self.layer == 0 else cache.others
+        store = None if cache is None else cache.first if self.is_first else cache.others
         causal, dropout = config.variant != "seed", config.dropout if self.training else 0.0
-        y = attend(q, k, v, store, max(0, self.layer - 1), causal=causal, dropout=dropout)
+        y = attend(q, k, v, store, self.row, causal=causal, dropout=dropout)
         y_left, y_right = y.reshape(B, T, 2, D).unbind(2)
         left, right = self.left(x, y_left), self.right(x, y_right)
         if self.is_critic:

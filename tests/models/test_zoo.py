@@ -304,3 +304,19 @@ def test_reference_needs_an_original(tiny, name):
     else:
         with pytest.raises(UsageError, match="no original"):
             models.load_reference(name, {}, {})
+
+
+def test_blocks_share_their_compiled_code(tiny, name):
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny(name, n_layers=6)
+    for block in model.blocks:
+        block.compile(backend=count, dynamic=False)
+    model.trunk(torch.zeros(2, 16, dtype=torch.int64))
+    assert len(graphs) <= 4 < len(model.blocks)
+    torch._dynamo.reset()
