@@ -88,7 +88,10 @@ def run(
         return
     recipe = NYX_RECIPE if model is None and (aliases or checkpoint) else {}
     values, sources = merge(cli, config, recipe)
-    model, size = model or values.pop("model", None) or "nyx", size or values.pop("size", None) or "auto"
+    named = {"model": model, "size": size, "data": data or filepath}
+    sources |= {name: "command line" for name, value in named.items() if value is not None}
+    filed = {name: values.pop(name, None) for name in ("model", "size")}
+    model, size = model or filed["model"] or "nyx", size or filed["size"] or "auto"
     if checkpoint is not None:
         init_from = imported(model, checkpoint)
     new_run(talk, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
@@ -163,6 +166,7 @@ def new_run(
     base = None
     if init_from is not None:
         base, model, fields = start_from(init_from, fields)
+        sources = dict.fromkeys(["model", "size", *fields], f"model: {init_from}") | sources
         size = None
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
@@ -277,7 +281,8 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
         talk.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
         return
     if dry_run:
-        rows = run.config["model"] | run.config["training"] | cli
+        shape = dict(run.config["model"])
+        rows = {"model": shape.pop("name"), **shape, **run.config["training"], **cli}
         show_rows(talk, rows, {name: "command line" if name in cli else f"run: {folder}" for name in rows})
         return
     if lengths:

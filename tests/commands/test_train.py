@@ -75,9 +75,28 @@ def test_dry_run_says_where_every_value_comes_from(nnx, data, workspace):
     assert rows["lr"] == (0.01, "file: my.toml") and rows["n_layers"] == (3, "file: my.toml")
     assert rows["vocab_size"] == (256, "derived: tokenizer") and rows["grad_clip"][1] == "default"
     assert rows["batch_size"][1].startswith("derived")
+    assert rows["model"] == ("nyx", "default") and rows["data"][1] == "command line"
     assert not (workspace / "weights").exists()
     table = nnx("train", "--data", data, "--dry-run")
     assert table.exit_code == 0 and "learning" not in table.stdout and "warmup_steps" in table.stdout
+
+
+def test_dry_run_says_who_named_model_and_size(nnx, run, workspace):
+    def rows(*words):
+        result = nnx("train", "--dry-run", "--json", *words)
+        assert result.exit_code == 0, result.stderr
+        return {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
+
+    (workspace / "my.toml").write_text('model = "llama"\nsize = "nano"\n')
+    on_words = ["--data", "data/words"]
+    assert rows(*on_words, "--size", "nano")["size"] == ("nano", "command line")
+    filed = rows(*on_words, "--config", "my.toml")
+    assert filed["model"] == ("llama", "file: my.toml") and filed["size"] == ("nano", "file: my.toml")
+    both = rows(*on_words, "--config", "my.toml", "--model", "nyx", "--size", "tiny")
+    assert both["model"] == ("nyx", "command line") and both["size"] == ("tiny", "command line")
+    begun = rows(*on_words, "--init-from", "words", "--seq-len", 16)
+    assert begun["dim"][1] == begun["model"][1] == "model: words" and begun["seq_len"] == (16, "command line")
+    assert rows("--resume", "words", "--max-steps", 90)["model"][0] == "nyx"
 
 
 def test_dry_run_of_text_leaves_nothing(nnx, text_file, workspace):
