@@ -165,6 +165,8 @@ def resume(
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
         config = replace(config, precision=precision)
     folder = data_folder or run.folder / run.config["data"]["folder"]
+    if data_folder is None and not folder.exists():
+        raise DataError(f"the data of {run.folder} is gone: no {folder}", fix="say where it is now: --data FOLDER")
     data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
     if data.fingerprint != run.config["data"]["fingerprint"]:
         raise DataError(

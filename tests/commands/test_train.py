@@ -316,6 +316,15 @@ def test_a_finished_run_is_trained_longer(nnx, run):
     assert run.status()["step"] == 43 and run.status()["status"] == "finished"
 
 
+def test_a_moved_run_is_told_where_its_data_is(nnx, refused, run, workspace):
+    run.folder.rename(workspace / "moved")
+    longer = ["train", "--resume", "moved", "--max-steps", 41]
+    result = refused(3, "the data of moved is gone", *longer)
+    assert "--data FOLDER" in result.stderr
+    assert nnx(*longer, "--data", "data/words").exit_code == 0
+    assert nnx("train", "--resume", "moved", "--max-steps", 42).exit_code == 0  # it knows now
+
+
 def test_dry_run_of_resuming_changes_nothing(nnx, run):
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     result = nnx("train", "--resume", "words", "--max-steps", 90, "--dry-run", "--json")
