@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +33,7 @@ ALIASES = {
     "generate_every": "sample_every",
 }  # fmt: skip
 NYX_RECIPE = {"optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0}
+LENGTHS = {"max_steps", "max_time", "epochs"}
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
 PREPARING = ("tokenizer", "val_fraction", "text_key", "errors")
 
@@ -91,9 +91,9 @@ def run(
     named = {"model": model, "size": size, "data": data or filepath}
     sources |= {name: "command line" for name, value in named.items() if value is not None}
     filed = {name: values.pop(name, None) for name in ("model", "size")}
-    model, size = model or filed["model"] or "nyx", size or filed["size"] or "auto"
+    model, size = model or filed["model"], size or filed["size"] or "auto"
     if checkpoint is not None:
-        init_from = imported(model, checkpoint)
+        init_from = imported(model or "nyx", checkpoint)
     new_run(talk, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
 
 
@@ -129,6 +129,9 @@ def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> t
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for origin, layer in layers:
+        check_one_length(layer)
+        if LENGTHS & layer.keys():  # a length takes the place of another one
+            values = {name: value for name, value in values.items() if name not in LENGTHS}
         values |= layer
         sources |= dict.fromkeys(layer, origin)
     return values, sources
@@ -137,7 +140,6 @@ def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> t
 def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
     """Settings by owner: the model's fields, training, preparing. Raises UsageError for a field the model does not
     have."""
-    check_one_length(values)
     train_names = {field.name for field in own_fields(TrainConfig)}
     prepare_names = {field.name for field in prepare_fields()}
     train = TrainConfig(**{k: v for k, v in values.items() if k in train_names})
@@ -147,12 +149,13 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareC
 
 
 def new_run(
-    talk: Talk, model: str, size: str | None, values: dict[str, Any], sources: dict[str, str],
+    talk: Talk, model: str | None, size: str | None, values: dict[str, Any], sources: dict[str, str],
     filepath: list[str] | None, data: Path | None, out: Path | None, init_from: str | None,
     options: dict[str, Any], dry_run: bool,
 ) -> None:  # fmt: skip
     """Prepare what has to be prepared, plan, and train."""
-    models.check_name(model)
+    if model is not None:
+        models.check_name(model)
     fields, train, preparing = split(values)
     if train.lora_rank is not None and init_from is None:
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
@@ -161,16 +164,17 @@ def new_run(
     from nnx_cli.engine import session
     from nnx_cli.engine.tokenizer import build_tokenizer
 
-    models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
-    device, precision = session.prepare_device(train)
     base = None
     if init_from is not None:
-        base, model, fields = start_from(init_from, fields)
+        base, model, fields = start_from(init_from, model, size, fields)
         sources = dict.fromkeys(["model", "size", *fields], f"model: {init_from}") | sources
         size = None
+    model = model or "nyx"
+    models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
+    device, precision = session.prepare_device(train)
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
-    folder, made = token_folder(talk, filepath, data, preparing, base)  # what was made goes if the run is refused
+    folder, made = token_folder(talk, filepath, data, preparing, base)
     try:
         tokenizer = build_tokenizer(preparing.tokenizer) if data is not None and "tokenizer" in values else None
         tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base, tokenizer)
@@ -183,6 +187,7 @@ def new_run(
         )
         if dry_run:
             show_plan(talk, plan, folder)
+            take_back(made)
             return
         stem = folder.resolve().name if data is not None else folder.name.rpartition("-")[0]  # without the hash
         out = out or session.free_folder(f"{plan.model}-{stem}")
@@ -191,12 +196,26 @@ def new_run(
             started, trainer = session.start(plan, tokens, out, device, view, prompt, command_line(), base)
             made = []
             finish(talk, started, trainer, view)
-    finally:
-        for path in made:
-            shutil.rmtree(path, ignore_errors=True)
+    except NnxError:
+        take_back(made)
+        raise
 
 
-def start_from(spec: str, fields: dict[str, Any]) -> tuple[ModelRef, str, dict[str, Any]]:
+def take_back(made: list[Path]) -> None:
+    """Remove the folders, innermost first, that were made for a run that is not to be; others may use an outer one."""
+    from nnx_cli.engine.files import discard_folder
+
+    for number, folder in enumerate(made):
+        if number == 0:
+            discard_folder(folder)
+        else:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def start_from(
+    spec: str, model: str | None, size: str | None, fields: dict[str, Any]
+) -> tuple[ModelRef, str, dict[str, Any]]:
     """The model to start from, its name, and its shape with the context and dropout that may differ."""
     from nnx_cli.engine.run import find_model
 
@@ -207,6 +226,8 @@ def start_from(spec: str, fields: dict[str, Any]) -> tuple[ModelRef, str, dict[s
         )
     described = dict(base.config["model"])
     name, _ = described.pop("name"), described.pop("size", None)
+    if model not in (None, name) or size != "auto":
+        raise UsageError(f"{spec} is a {name} of its own size", fix="leave out --model and --size")
     for field in fields.keys() - {"seq_len", "dropout"}:
         if fields[field] != described.get(field):
             raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
@@ -249,9 +270,9 @@ def token_folder(
     if base is not None and base.tokenizer is not None:
         preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
     folder = prepare.default_folder(filepath or [], preparing)
-    if folder.exists():
+    if (folder / "meta.json").exists():
         return folder, []
-    made = [folder] if folder.parent.exists() else [folder.parent]
+    made = [folder] if folder.parent.exists() else [folder, folder.parent]
     view = preparation_view(talk)
     if filepath:
         prepare.prepare(filepath, folder, preparing, None, view)
@@ -275,7 +296,7 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
     folder = session.find_unfinished() if which == "last" else find_folder(which)
     run = Run(folder)
     status = run.status()
-    lengths = {"max_steps", "max_time", "epochs"} & cli.keys()
+    lengths = LENGTHS & cli.keys()
     if status.get("status") == "finished" and not lengths:
         talk.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
         talk.show(f"{folder} is finished; train it longer with --max-steps or --max-time")

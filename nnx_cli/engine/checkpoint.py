@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nnx_cli.engine.files import new_folder, read_json, sha256_file, sync_file, to_json, write_synced
+from nnx_cli.engine.files import discard_folder, new_folder, read_json, sha256_file, sync_file, to_json, write_synced
 from nnx_cli.errors import CheckpointError
 
 FORMAT = 1
@@ -106,7 +105,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """
     target = step_folder(folder, checkpoint.step)
     if target.exists():
-        shutil.rmtree(target)  # an abandoned future of this run: it was resumed from an earlier step
+        discard_folder(target)  # an abandoned future of this run: it was resumed from an earlier step
     with new_folder(target) as temporary:
         state = to_json(checkpoint.state)
         write_synced(temporary / "state.json", state)
@@ -158,7 +157,4 @@ def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
     steps = steps_in(folder)
     kept = [step for step in steps if step <= newest][-keep:]
     for step in set(steps) - set(kept):
-        old = step_folder(folder, step)
-        doomed = old.with_name(f".del-{old.name}")
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard_folder(step_folder(folder, step))

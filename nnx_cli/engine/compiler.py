@@ -69,6 +69,8 @@ def decide(trainer: Trainer, wish: str) -> str:
     compile_blocks(trainer.model)
     try:
         compiled_loss, compiled_s = timed(trainer)
+    except torch.OutOfMemoryError:
+        raise
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as error:
         undo_compile(trainer.model)
         tell(f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
@@ -99,14 +101,17 @@ def timed(trainer: Trainer) -> tuple[float, float]:
     trainer.model.train(trainer.model.config.dropout == 0)  # dropout draws other masks when compiled
     input_ids, targets = (x.to(trainer.device) for x in trainer.loader.batch(0, trainer.config.batch_size))
     times, loss = [], 0.0
-    for _ in range(TIMED_STEPS + 1):  # the first one warms up, and compiles
-        synchronize(trainer.device)
-        started = time.perf_counter()
-        total, count = trainer.train_step(input_ids, targets)
-        (total / count).backward()
-        loss = (total / count).item()
-        synchronize(trainer.device)
-        times.append(time.perf_counter() - started)
+    try:
+        for _ in range(TIMED_STEPS + 1):  # the first one warms up, and compiles
+            synchronize(trainer.device)
+            started = time.perf_counter()
+            total, count = trainer.train_step(input_ids, targets)
+            (total / count).backward()
+            loss = (total / count).item()
+            synchronize(trainer.device)
+            times.append(time.perf_counter() - started)
+            trainer.model.zero_grad(set_to_none=True)
+    finally:
         trainer.model.zero_grad(set_to_none=True)
-    trainer.model.train()
+        trainer.model.train()
     return loss, sorted(times[1:])[TIMED_STEPS // 2]

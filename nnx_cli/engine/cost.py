@@ -20,6 +20,7 @@ from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 STATE_BYTES = {"adamw": 8, "lion": 4, "wolf": 4}  # optimizer state per trained parameter
+STEP_BYTES = {"adamw": 0, "lion": 4, "wolf": 8}  # what the optimizer holds for the moment of its step
 ALLOCATOR_MARGIN = 1.06  # blocks are rounded up and leave gaps
 FIXED_GPU_BYTES = 64 * 2**20  # workspaces of the matrix library
 
@@ -137,7 +138,7 @@ def training_memory(model: LanguageModel, *, batch_size: int, seq_len: int, opti
     head = chunk_rows(batch_size * seq_len, config.vocab_size) * config.vocab_size * (width + 8) + 4 * head_weights
     head += 2 * batch_size * seq_len * config.dim * width
     gradients, states = 4 * trainable, STATE_BYTES[optimizer] * trainable
-    moment = max(activations + head, 4 * head_weights)
+    moment = max(activations + head, STEP_BYTES[optimizer] * trainable)
     peak = int((weights + gradients + states + moment) * ALLOCATOR_MARGIN) + FIXED_GPU_BYTES
     return Memory(weights, gradients, states, activations, peak)
 

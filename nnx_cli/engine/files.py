@@ -103,6 +103,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+def discard_folder(folder: Path) -> None:
+    """Delete a folder, whole or not at all: it loses its name first, which fails where somebody uses it on Windows."""
+    doomed = folder.with_name(f".del-{folder.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def relative(folder: Path, start: Path) -> str:
     """The way from one folder to another, with forward slashes."""
     try:

@@ -25,7 +25,9 @@ def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig |
     tokenizer = ref.tokenizer
     if not paths:
         data = ref.config.get("data")
-        folder = ref.folder / data["folder"] if data else ref.folder / "data"
+        if data is None:
+            raise DataError(f"{ref.label} names no text of its own", fix="name a text: --filepath FILE")
+        folder = ref.folder / data["folder"]
         if not folder.is_dir():
             raise DataError(
                 f"the text that {ref.label} was trained on is gone: no {folder}", fix="name a text: --filepath FILE"

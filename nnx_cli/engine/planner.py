@@ -14,12 +14,14 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.engine import cost
 from nnx_cli.engine.device import memory_budget
 from nnx_cli.engine.loader import check_length
-from nnx_cli.errors import DoesNotFit, UsageError
+from nnx_cli.engine.schedule import MILESTONES
+from nnx_cli.errors import DataError, DoesNotFit, UsageError
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
 DEFAULT_EPOCHS = 30  # but no more passes over the text than this
 TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
+GPU_FLOPS = 1e13  # a second, that any card worth training on reaches: for planning only
 CPU_EFFICIENCY = 0.3  # of the matrix rate that training reaches on a CPU, for planning
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = 2048
@@ -47,10 +49,10 @@ def plan_run(
     that disagree, DoesNotFit where not even one sequence fits.
     """
     where = dict(sources)
-    rate = cpu_flops() if device.type == "cpu" else None
+    rate = cpu_flops() * CPU_EFFICIENCY if device.type == "cpu" else GPU_FLOPS
     seconds = train.max_time_s or DEFAULT_SECONDS
     if size == "auto":
-        size = "small" if rate is None else affordable_size(name, seconds * rate * CPU_EFFICIENCY)
+        size = affordable_size(name, seconds * rate) if device.type == "cpu" else "small"
         where["size"] = "derived: device and planned time"
     config = models.make_config(name, size=size, **{**fields, "vocab_size": vocab_size})
     check_length(train_tokens, config.seq_len)
@@ -82,17 +84,20 @@ def plan_run(
         derived["max_steps"] = DEFAULT_EPOCHS * epoch_steps
         where["max_time"] = where["max_steps"] = "derived: default length, whichever ends first"
     flops = cost.flops_per_token(cost.meta_model(name, config))
-    expected_steps = derived.get("max_steps", train.max_steps)
-    if rate is not None:
-        by_time = int(seconds * rate * CPU_EFFICIENCY / (flops["train"] * tokens_per_step))
-        expected_steps = (
-            min(expected_steps, by_time) if train.max_steps is None and expected_steps else expected_steps or by_time
-        )
-    expected_steps = max(1, expected_steps or 2000)
+    steps, by_time = derived.get("max_steps", train.max_steps), int(seconds * rate / (flops["train"] * tokens_per_step))
+    timed = train.max_time is not None or "max_time" in derived
+    expected_steps = max(1, min(steps or by_time, by_time) if timed else steps)
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
     derive("warmup_steps", min(warmup, expected_steps), "length")
+    if val_tokens < 2:
+        raise DataError(
+            "the validation text has fewer than two tokens", fix="give more text, or a larger --val-fraction"
+        )
     if train.val_batches is None:
-        budget = VALIDATION_SHARE * 3 * expected_steps * tokens_per_step / 12  # a forward pass is a third of a step
+        validations = expected_steps / train.val_every if train.val_every else len(MILESTONES)
+        budget = (
+            VALIDATION_SHARE * 3 * expected_steps * tokens_per_step / max(1.0, validations)
+        )  # forward: a third of a step
         rows = max(8, int(budget / config.seq_len))
         if rows * config.seq_len < val_tokens:
             derived["val_batches"] = max(1, rows // derived["batch_size"])

@@ -39,6 +39,7 @@ from nnx_cli.models._base import LanguageModel
 
 WEIGHTS = Path("weights")
 BEST = "model.safetensors"
+LOCKED_BYTE = 2**30
 
 
 class Run:
@@ -178,6 +179,7 @@ def try_lock(file: Any) -> bool:
         if os.name == "nt":
             import msvcrt
 
+            file.seek(LOCKED_BYTE)  # Windows locks bytes: one beyond what is written, so that the rest can be read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl

@@ -14,7 +14,7 @@ import torch
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import compiler, cost
-from nnx_cli.engine.checkpoint import load_weights
+from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
 from nnx_cli.engine.device import (
     DTYPES,
     limit_memory,
@@ -144,7 +144,11 @@ def make_trainer(
 def find_unfinished() -> Path:
     """The newest run that is not finished. Raises CheckpointError where there is none."""
     for folder in find_runs():
-        if live_status(folder, Run(folder).status()) != "finished":
+        try:
+            status = live_status(folder, Run(folder).status())
+        except CheckpointError:
+            continue  # a damaged run does not hide the others
+        if status in ("interrupted", "diverged"):
             return folder
     raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
 
@@ -175,10 +179,18 @@ def resume(
     if overrides.get("epochs"):
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
     model = model_from_config(run.config, run.folder)
-    load_weights(model, checkpoint.model, run.folder, device)
+    path = step_folder(run.checkpoints, checkpoint.step)
+    check_format(checkpoint.state, path / "state.json")
+    load_weights(model, checkpoint.model, path, device)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
-    trainer.restore(checkpoint, run)
+    trainer.restore(checkpoint)
     trainer.config = replace(config, compile=compiler.decide(trainer, config.compile))
+    longer = any(overrides.get(length) is not None for length in ("max_steps", "max_time", "epochs"))
+    if longer and trainer.progress() >= 1.0:
+        raise UsageError(
+            f"{run.folder} is at step {trainer.state.step:,} after {trainer.state.time_s:,.0f} s of training already",
+            fix="name a length beyond that",
+        )
     versions = run.config["versions"]
     if versions["torch"] != torch.__version__:
         notes.append(
@@ -186,7 +198,8 @@ def resume(
         )
     run.cut_logs(trainer.state.step)
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}
-    run.set_config(run.config | {"training": asdict(trainer.config), "data": where})
+    wished = asdict(replace(trainer.config, precision=old.precision))  # another device's precision is for this time
+    run.set_config(run.config | {"training": wished, "data": where})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
 

@@ -22,25 +22,11 @@ from nnx_cli.engine.loss import TrainStep
 from nnx_cli.engine.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_lr
 from nnx_cli.engine.run import Run
 from nnx_cli.engine.sampler import generate
-from nnx_cli.engine.schedule import lr_at
+from nnx_cli.engine.schedule import MILESTONES, lr_at
 from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.errors import QualityError
 from nnx_cli.models._base import LanguageModel
 
-MILESTONES = (
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    1.0,
-)  # parts of a run after which it is looked at
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this
 LOG_STEPS = 10
 MAX_BAD_STEPS = 8  # steps in a row without a finite gradient before a run counts as diverged
@@ -108,13 +94,9 @@ class Trainer:
             self.state.step, self.model.unique_state(), optimizer_state(self.optimizer, self.model), state
         )
 
-    def restore(self, checkpoint: Checkpoint, source: Run) -> None:
-        """Continue from a checkpoint. Raises CheckpointError where it belongs to another model."""
-        path = ckpt.step_folder(source.checkpoints, checkpoint.step)
-        ckpt.load_weights(self.model, checkpoint.model, path, self.device)
-        self.optimizer = build_optimizer(self.model, self.config)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint whose weights the model has. Raises CheckpointError where it is another's."""
         load_optimizer_state(self.optimizer, self.model, checkpoint.optimizer)
-        ckpt.check_format(checkpoint.state, path / "state.json")
         if self.scaler.is_enabled() and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         known = State.__dataclass_fields__
@@ -227,7 +209,8 @@ class Trainer:
         for ids, wanted in zip(input_ids.split(size), targets.split(size), strict=True):
             if self.device.type == "cuda":
                 ids, wanted = ids.contiguous().pin_memory(), wanted.contiguous().pin_memory()
-            yield ids.to(self.device, non_blocking=True), wanted.to(self.device, non_blocking=True)
+            pinned = self.device.type == "cuda"
+            yield ids.to(self.device, non_blocking=pinned), wanted.to(self.device, non_blocking=pinned)
 
     # looking at the run
 
@@ -255,7 +238,7 @@ class Trainer:
 
     def sample(self, run: Run) -> None:
         """Draw a sample, show it and log it."""
-        seed = replace(self.sample_config, seed=self.sample_config.seed + self.state.step)
+        seed = replace(self.sample_config, seed=(self.sample_config.seed + self.state.step) % 2**63)
         with eagerly(self.config.compile):
             drawn = generate(self.model, self.data.tokenizer, [self.sample_prompt], seed).samples[0]
         prompt = self.data.tokenizer.decode(np.array(self.sample_prompt)) if self.data.tokenizer else ""

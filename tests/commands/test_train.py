@@ -416,3 +416,24 @@ def test_a_folder_with_an_at_sign_is_found(run):
 def test_inputs_that_train_cannot_take(refused, text_file):
     refused(2, "train cannot read standard input", "train", "--filepath", "-")
     refused(2, "'8' is no amount of memory", "train", "--filepath", text_file, "--vram", 8)
+
+
+def test_a_length_on_the_command_line_replaces_one_of_the_file(nnx, data, workspace):
+    (workspace / "run.toml").write_text("max_steps = 100\n")
+    words = ["--data", data, *SMALL, "--config", "run.toml", "--max-time", "5s", "--dry-run", "--json"]
+    rows = {row["setting"]: row["value"] for row in json.loads(nnx("train", *words).stdout)}
+    assert rows["max_time"] == "5s" and rows["max_steps"] is None
+
+
+def test_a_model_to_start_from_has_its_own_name_and_size(refused, nnx, run):
+    begin = ["train", "--init-from", "words", "--data", "data/words"]
+    refused(2, "is a nyx of its own size", *begin, "--model", "llama")
+    refused(2, "is a nyx of its own size", *begin, "--size", "tiny")
+    assert nnx(*begin, "--model", "nyx", "--max-steps", 2, "--threads", 1, "--sample-every", 0).exit_code == 0
+
+
+def test_a_dry_run_leaves_what_others_prepared(nnx, text_file, workspace):
+    (workspace / "data").mkdir()
+    (workspace / "data" / "precious").mkdir()
+    assert nnx("train", "--filepath", text_file, *SMALL, "--dry-run").exit_code == 0
+    assert [path.name for path in (workspace / "data").iterdir()] == ["precious"]

@@ -362,11 +362,18 @@ def test_a_moved_run_is_told_where_its_data_is_once(run, workspace):
     (workspace / "far" / "far").mkdir(parents=True)
     run.folder.rename(workspace / "far" / "far" / "away")
     moved = Run(workspace / "far" / "far" / "away")
-    with pytest.raises(DataError, match="no token folder"):
+    with pytest.raises(DataError, match="is gone"):
         resume(moved, max_steps=41)
     train(moved, resume(moved, max_steps=41, data=workspace / "data" / "words"))
     train(moved, resume(moved, max_steps=42))
     assert moved.status()["step"] == 42
+
+
+def test_a_length_that_lies_behind_is_refused(run):
+    for length in ({"max_steps": 10}, {"max_steps": None, "max_time": "0.001s"}):
+        with pytest.raises(UsageError, match="is at step 40"):
+            resume(run, **length)
+    assert Run(run.folder).config["training"]["max_steps"] == 40
 
 
 # processes
