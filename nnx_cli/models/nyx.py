@@ -8,8 +8,8 @@ normalised (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
 
 `small` is the size that NYX's author publishes: 30,020,096 parameters. Differs from the original: normalised queries
 and keys are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `seed` keeps both
-defects); the xPos exponent is centred at position 0, so that cached keys stay valid (only differences of positions
-matter).
+defects); the xPos exponent is centred at the middle of the context, a constant, so that cached keys stay valid (only
+differences of positions matter, and the factors stay within 16 bits for contexts of up to 8192).
 """
 
 from __future__ import annotations
@@ -62,12 +62,17 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def xpos_tables(positions: Tensor, head_dim: int, scale_base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotary tables with the xPos decay: (cos, sin) for queries, (cos, sin) for keys, float32, shaped as in `rope`."""
+def xpos_tables(
+    positions: Tensor, head_dim: int, scale_base: float, centre: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotary tables with the xPos decay: (cos, sin) for queries, (cos, sin) for keys, float32, shaped as in `rope`.
+
+    The decay is 1 at position `centre`.
+    """
     cos, sin = rotary_tables(positions, head_dim)
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     zeta = (pair + 0.4 * head_dim) / (1.4 * head_dim)
-    decay = zeta ** (positions.float().unsqueeze(-1) / scale_base)
+    decay = zeta ** ((positions.float().unsqueeze(-1) - centre) / scale_base)
     if positions.dim() == 2:
         decay = decay.unsqueeze(1)
     return cos * decay, sin * decay, cos / decay, sin / decay
@@ -130,7 +135,8 @@ class Model(LanguageModel):
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         T = input_ids.shape[1]
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        tables = xpos_tables(positions, self.config.head_dim, self.config.xpos_scale_base)
+        config = self.config
+        tables = xpos_tables(positions, config.head_dim, config.xpos_scale_base, config.seq_len // 2)
         x = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
         for block in self.blocks:
             x = block(x, tables, cache)

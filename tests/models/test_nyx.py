@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from nnx_cli import models
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.layers.adapter import merge_adapters, remove_adapters
+from nnx_cli.models.nyx import xpos_tables
 
 FOLDER = Path(__file__).parent
 CASES = json.loads((FOLDER / "nyx.parity.json").read_text())["cases"]
@@ -72,3 +73,9 @@ def test_adapters_merge_into_the_recorded_weights():
     model = models.load_reference("nyx", entry["config"], weights)
     remove_adapters(model)
     assert (model(data["input_ids"]) - data["logits_without_adapter"]).abs().max() < 1e-5
+
+
+def test_position_factors_stay_within_sixteen_bits():
+    tables = xpos_tables(torch.arange(8192), 64, 512.0, 4096)
+    assert all(table.abs().max() < torch.finfo(torch.float16).max for table in tables)
+    assert all(table.half().isfinite().all() for table in tables)
