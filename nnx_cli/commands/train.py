@@ -162,6 +162,7 @@ def new_run(
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
     from nnx_cli.engine import session
+    from nnx_cli.engine.planner import check_batch_shape
     from nnx_cli.engine.tokenizer import build_tokenizer
 
     base = None
@@ -170,7 +171,9 @@ def new_run(
         sources = dict.fromkeys(["model", "size", *fields], f"model: {init_from}") | sources
         size = None
     model = model or "nyx"
-    models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
+    shape = models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
+    if size != "auto" or "seq_len" in fields:
+        check_batch_shape(train, shape.seq_len)
     device, precision = session.prepare_device(train)
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")

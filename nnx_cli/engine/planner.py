@@ -110,13 +110,9 @@ def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:
     return max(1, round(epochs * train_tokens / tokens_per_step))
 
 
-def batch_shape(
-    train: TrainConfig, config: ModelConfig, name: str, optimizer: str, precision: str, device: torch.device,
-    where: dict[str, str],
-) -> dict[str, int]:  # fmt: skip
-    """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
-    that fits."""
-    T, B, A, N = config.seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
+def check_batch_shape(train: TrainConfig, seq_len: int) -> None:
+    """Raise UsageError where batch_size x grad_accum x seq_len and tokens_per_step cannot agree."""
+    T, B, A, N = seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
     if B and A and N and B * A * T != N:
         raise UsageError(
             f"--batch-size {B} x --grad-accum {A} x --seq-len {T} is {B * A * T}, not --tokens-per-step {N}",
@@ -129,6 +125,16 @@ def batch_shape(
     ):
         if N and N % part:
             raise UsageError(f"--tokens-per-step {N} is no multiple of {option} {part}")
+
+
+def batch_shape(
+    train: TrainConfig, config: ModelConfig, name: str, optimizer: str, precision: str, device: torch.device,
+    where: dict[str, str],
+) -> dict[str, int]:  # fmt: skip
+    """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
+    that fits."""
+    T, B, A, N = config.seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
+    check_batch_shape(train, T)
     for field in ("batch_size", "grad_accum", "tokens_per_step"):
         if getattr(train, field) is None:
             where[field] = "derived: device, memory and the other two"

@@ -437,3 +437,8 @@ def test_a_dry_run_leaves_what_others_prepared(nnx, text_file, workspace):
     (workspace / "data" / "precious").mkdir()
     assert nnx("train", "--filepath", text_file, *SMALL, "--dry-run").exit_code == 0
     assert [path.name for path in (workspace / "data").iterdir()] == ["precious"]
+
+
+def test_usage_is_checked_before_the_text(refused):
+    refused(2, "is no multiple of --seq-len 32", "train", "--filepath", "nothing.txt", "--seq-len", 32,
+            "--tokens-per-step", 77)  # fmt: skip
