@@ -22,7 +22,7 @@ def test_the_imported_model_is_the_same_function(nnx, seed):
     assert product["parameters"] == sum(p.numel() for p in seed.parameters())
     loaded = load_model(find_model(product["out"]), torch.device("cpu"))
     ids = torch.randint(256, (2, 16))
-    assert torch.equal(loaded(ids), seed(ids))
+    assert (loaded(ids) - seed(ids)).abs().max() < 1e-5  # another context: positions are centred elsewhere
     assert find_model(product["out"]).tokenizer.kind == "byte"
     assert nnx("sample", product["out"], "--max-new-tokens", 3).exit_code == 0
 
