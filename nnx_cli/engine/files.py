@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nnx_cli.errors import CheckpointError, OutputError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MAX_JSON_BYTES = 64 * 2**20
 
 
 @contextlib.contextmanager
@@ -125,17 +127,41 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of a model or run folder to read it. Raises CheckpointError where there is none, or a link (which may
+    lead out of the folder), a pipe or a device (which may never end)."""
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | flags)
+    except OSError as error:
+        why = "it is a link" if path.is_symlink() else error.strerror
+        raise CheckpointError(f"{path} cannot be read: {why}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} cannot be read: it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def sha256_regular(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file of a model or run folder. Raises CheckpointError where it is missing or no file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def to_json(value: Any) -> bytes:
     """JSON for people and programs: indented, UTF-8, a final newline; not-a-number is refused."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")  # bytes of a file name that are no UTF-8 become \udc80 and the like
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of ours. Raises CheckpointError where it is missing, damaged or no object."""
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is damaged: it has more than {MAX_JSON_BYTES >> 20} MiB")
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(value, dict):
