@@ -27,6 +27,8 @@ from nnx_cli.commands import (
 from nnx_cli.console import Talk, printable
 from nnx_cli.errors import DoesNotFit, NnxError, nearest
 
+MAX_LINE_CHARS = 600
+
 
 class Group(TyperGroup):
     """The app, with errors as the contract has them: one line, the command that mends it, an exit code."""
@@ -38,9 +40,7 @@ class Group(TyperGroup):
         try:
             code = super().main(arguments, *rest, **options)
         except (NnxError, TyperException) as error:
-            if debug:
-                traceback.print_exc()
-            code = report(error, self)
+            code = report(error, self, debug)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
         except SystemExit as ended:  # what Typer makes of a closed pipe
@@ -48,9 +48,7 @@ class Group(TyperGroup):
                 raise
             code = 0
         except Exception as error:
-            if debug:
-                traceback.print_exc()
-            code = report(explain(error), self)
+            code = report(explain(error), self, debug)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -65,20 +63,27 @@ def explain(error: Exception) -> NnxError:
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
 
 
-def report(error: NnxError | TyperException, group: Group) -> int:
-    """Print an error on stderr and return its exit code."""
+def report(error: NnxError | TyperException, group: Group, debug: bool = False) -> int:
+    """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
     message = error.format_message() if isinstance(error, TyperException) else str(error)
     possibilities = getattr(error, "possibilities", None)
     if possibilities is not None and not possibilities and "option" in message:
         known = {name for command in group.commands.values() for p in command.params for name in p.opts}
         message += nearest(getattr(error, "option_name", ""), known)
     talk = Talk()
-    lines = [f"nnx: {' '.join(message.split())}"]
+    lines = traceback.format_exc().splitlines() if debug else []
+    lines.append(f"nnx: {shortened(message)}")
     if fix := getattr(error, "fix", None):
-        lines.append(f"     {fix}")
+        lines.append(f"     {shortened(fix)}")
     for line in lines:
         talk.err.print(printable(line), markup=False, emoji=False, highlight=False)
     return error.exit_code
+
+
+def shortened(text: str) -> str:
+    """`text` in one line that a screen can hold, whatever a file or an argument brought into it."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_LINE_CHARS else f"{line[: MAX_LINE_CHARS // 2]} … {line[-MAX_LINE_CHARS // 2 :]}"
 
 
 app = typer.Typer(

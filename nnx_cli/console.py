@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-BIDI = set(range(0x202A, 0x202F)) | set(range(0x2066, 0x206A))
+BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # what Unicode calls Bidi_Control
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
 def printable(text: str) -> str:
-    """`text` with everything that could drive a terminal made visible: control characters, bidirectional overrides,
+    """`text` with everything that could drive a terminal made visible: control characters, bidirectional controls,
     lone surrogates."""
     return "".join(char if char in "\n\t" or char.isprintable() or char == " " else escaped(char) for char in text)
 
@@ -63,7 +63,8 @@ class Talk:
     def show_json(self, value: Any) -> None:
         """The product as JSON, when --json asks for it."""
         if self.json:
-            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+            text = json.dumps(value, indent=2, allow_nan=False)  # ASCII, and DEL is the one control left in it
+            sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
             sys.stdout.flush()
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
@@ -73,9 +74,9 @@ class Talk:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=title, box=box.SIMPLE, title_justify="left")
+        table = Table(title=title and Text(printable(title)), box=box.SIMPLE, title_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
+            table.add_column(Text(printable(column)), justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable("–" if cell is None else str(cell))) for cell in row))
         self.out.print(table, soft_wrap=False)
