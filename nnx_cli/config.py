@@ -19,6 +19,7 @@ from typing import Any
 from nnx_cli.errors import DataError, UsageError, nearest
 
 GIB = 2**30
+MAX_TOML_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
-    compile: str = "auto"  # torch.compile: auto (if it is right and pays), on, off
+    compile: str = "auto"  # torch.compile and CUDA graphs: auto (if right and faster), on, graph (no compiler), off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
     threads: int | None = None  # CPU threads
     val_every: int | None = None  # steps between validations
@@ -89,7 +90,7 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, ("auto", "adamw", "lion", "wolf"))
         check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        check_choice("compile", self.compile, ("auto", "on", "off"))
+        check_choice("compile", self.compile, ("auto", "on", "graph", "off"))
         if self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:
@@ -182,6 +183,8 @@ def check_range(name: str, value: float | None, low: float, high: float, *, low_
     """Raise UsageError unless `value` is None, or finite and low <= value <= high (low < value with `low_open`)."""
     if value is None:
         return
+    if isinstance(value, int) and abs(value) > 2**63:
+        value = math.copysign(math.inf, value)  # more than a float may hold
     if not math.isfinite(value) or not (low < value if low_open else low <= value) or value > high:
         above = f"above {low:g}" if low_open else f"at least {low:g}"
         option = "--" + name.replace("_", "-")
@@ -205,7 +208,7 @@ def parse_duration(text: str | None) -> float | None:
     """Seconds in "90s", "20m", "8h", "2d" or a bare number of seconds. Raises UsageError for anything else."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|)", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|)", text.strip(), re.ASCII)
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match[2]] if match else 0.0
     if not 0 < seconds < 1e9:
         raise UsageError(f"{text!r} is no length of time", fix="write it like 90s, 20m or 8h")
@@ -217,7 +220,7 @@ def parse_bytes(text: str | None) -> int | None:
     else."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)", text.strip(), re.IGNORECASE | re.ASCII)
     n_bytes = float(match[1]) * 1024 ** " KMGT".index((match[2] or " ").upper()) if match else 0.0
     if not 0 < n_bytes < 2**60:
         raise UsageError(f"{text!r} is no amount of memory", fix="write it like 8GB or 512MB")
@@ -230,10 +233,14 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     Raises DataError where the file is missing or no TOML, UsageError for a key that is not in `known`.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(MAX_TOML_BYTES + 1)
+        if len(content) > MAX_TOML_BYTES:
+            raise UsageError(f"--config {path} is no file of settings: it has more than {MAX_TOML_BYTES >> 10} KiB")
+        data = tomllib.loads(content.decode())
     except OSError as error:
         raise DataError(f"cannot read --config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # besides what TOML forbids: bytes, numbers and dates out of range
         raise UsageError(f"--config {path} is not TOML: {error}") from error
     flat: dict[str, Any] = {}
     for key, value in data.items():
@@ -250,6 +257,8 @@ def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> d
     result = {}
     for name, value in values.items():
         kind = kinds.get(name, "str")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UsageError(f"{origin}: {name} is a number of more than 64 bits")
         if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if kind == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
