@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from nnx_cli import __version__
 from nnx_cli.commands import (
+    bench,
     doctor,
     evaluate,
     import_seed,
@@ -120,6 +121,7 @@ COMMANDS = {
     "import": import_seed.run,
     "list": list_runs.run,
     "doctor": doctor.run,
+    "bench": bench.run,
 }
 for name, function in COMMANDS.items():
     app.command(name=name)(function)

@@ -1,0 +1,104 @@
+"""`nnx bench`: how fast this machine trains and decodes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from nnx_cli import models
+from nnx_cli.commands._options import command
+from nnx_cli.config import TrainConfig, check_choice, check_range
+from nnx_cli.console import Talk
+from nnx_cli.console import size as size_text
+from nnx_cli.errors import DoesNotFit, UsageError
+
+SHOWN = {"training": "model FLOPs, of large matrix products", "decoding": "bytes read, of a large copy"}
+
+
+@command()
+def run(
+    talk: Talk,
+    model: Annotated[str, typer.Option(help=f"Architecture: {', '.join(models.names())}; or all.")] = "nyx",
+    size: Annotated[
+        str | None,
+        typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default="nano; small on a GPU"),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Sequences at a time, one or more numbers.")] = "1,8,32",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Arithmetic, one or more: auto, fp32, bf16, fp16.", show_default="auto; on a GPU fp32 too"),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Positions of a sequence.", show_default="the size's own")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 256,
+    compile: Annotated[str, typer.Option(help="torch.compile: auto (as in a run of 4 minutes), on, off.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+    vram: Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GB.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="auto")] = None,
+    seconds: Annotated[float, typer.Option(help="Time of each measurement.")] = 2.0,
+) -> None:
+    """Measure training and decoding speed, beside what the machine can do. Random tokens; no file is written."""
+    names = models.names() if model == "all" else [model]
+    for name in names:
+        models.check_name(name)
+    batch_sizes = numbers("batch-size", batch_size)
+    precisions = words(precision or "")
+    for each in precisions:
+        check_choice("precision", each, ("auto", "fp32", "bf16", "fp16"))
+    check_range("seconds", seconds, 0.0, 3600.0, low_open=True)
+    config = TrainConfig(compile=compile, device=device, vram=vram, threads=threads)
+    fields = {"vocab_size": vocab_size} | ({} if seq_len is None else {"seq_len": seq_len})
+    from nnx_cli.engine.bench import measure_all
+
+    found = measure_all(
+        names, size, fields, config, batch_sizes=batch_sizes, precisions=precisions, seconds=seconds, tell=talk.note
+    )
+    machine, limits, rows = next(found), next(found), list(found)
+    talk.show_json(machine | {"limits": asdict(limits), "rows": [asdict(row) for row in rows]})
+    show(talk, machine, limits, rows)
+    if all(row.problem for row in rows):
+        raise DoesNotFit(rows[-1].problem)
+
+
+def words(text: str) -> list[str]:
+    """The parts of a list: "fp32,bf16" or "fp32 bf16", each once."""
+    return list(dict.fromkeys(text.replace(",", " ").split()))
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list, at least one. Raises UsageError."""
+    try:
+        found = [int(word) for word in words(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise UsageError(f"--{option} is {text!r}; it must be whole numbers", fix=f"write it like --{option} 1,8,32")
+    for number in found:
+        check_range(option, number, 1, 2**20)
+    return found
+
+
+def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> None:
+    """Two tables under what they were measured on, to be pasted into an issue."""
+    versions = machine["versions"]
+    rates = ", ".join(f"{precision} {rate / 1e12:.3g} TFLOP/s" for precision, rate in limits.flops.items())
+    talk.show(
+        f"nnx {versions['nnx']}, torch {versions['torch']}, Python {versions['python']}, {machine['system']}, "
+        f"{machine['date']}",
+        machine["device"],
+        f"large matrix products: {rates}; large copies: {limits.bytes_per_s / 1e9:,.1f} GB/s",
+    )
+    for what, share in SHOWN.items():
+        lines = [
+            [
+                f"{row.model} {row.size}", f"{row.parameters / 1e6:,.2f} M", f"{row.batch_size} x {row.seq_len}",
+                row.precision + (", compiled" if row.compile == "on" else ""),
+                row.problem or f"{row.tokens_per_s:,.0f}", None if row.share is None else f"{row.share:.1%}",
+                None if row.problem else size_text(row.peak_memory_bytes),
+            ]
+            for row in rows
+            if row.what == what
+        ]  # fmt: skip
+        columns = ["model", "params", "batch", "computing", "tokens/s", "share", "peak"]
+        talk.table(columns, lines, f"{what} (share: {share})")

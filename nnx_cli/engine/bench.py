@@ -1,0 +1,292 @@
+"""Training and decoding speed of this machine, beside what its matrix units and its memory can do."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnx_cli import __version__, models
+from nnx_cli.config import SampleConfig, TrainConfig
+from nnx_cli.engine import compiler, cost, session
+from nnx_cli.engine.device import (
+    DTYPES,
+    describe,
+    peak_memory_bytes,
+    pick_precision,
+    set_seed,
+    synchronize,
+)
+from nnx_cli.engine.planner import plan_run
+from nnx_cli.engine.sampler import generate
+from nnx_cli.engine.tokens import TokenFolder
+from nnx_cli.engine.trainer import Observer
+from nnx_cli.errors import DoesNotFit
+from nnx_cli.models._base import ModelConfig
+
+BATCH_SIZES = (1, 8, 32)
+SECONDS = 2.0  # of every measurement, beside its warm-up
+ROUNDS = 5  # whose median counts
+WARMUP_CALLS = {"cpu": 1}  # before anything is timed: memory is taken, kernels are chosen, blocks compiled
+GPU_WARMUP_CALLS = 5
+MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # width of the square matrices whose product is timed
+COPY_BYTES = {"cpu": 2**28, "mps": 2**29, "cuda": 2**30}
+PROMPT_TOKENS = 8
+MOST_NEW_TOKENS = 256
+STEPS = 64  # of training that the random tokens last for
+DEFAULT_SIZE = {"cpu": "nano"}
+GPU_SIZE = "small"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device does at most, as measured: multiplications and additions a second of large matrix products by
+    precision, and bytes a second, read and written, of a large copy."""
+
+    flops: dict[str, float]
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. A step of training is one micro-batch; a token of decoding is drawn and shown as in sampling.
+
+    `share` is the part of the limit that is used: of the matrix products' rate in training, where attention counts as
+    causal; in decoding of the copy's, for reading weights and cache once a step in the width of the precision.
+    `problem` says why nothing was measured.
+    """
+
+    what: str  # training or decoding
+    model: str
+    size: str | None  # None: shapes of the caller's own
+    parameters: int
+    seq_len: int
+    batch_size: int
+    precision: str
+    compile: str = "off"
+    tokens_per_s: float | None = None
+    share: float | None = None
+    flops_per_token: int | None = None
+    bytes_per_step: int | None = None
+    peak_memory_bytes: int | None = None
+    problem: str | None = None
+
+
+class Notes(Observer):
+    """Hands a trainer's notes on."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.note = tell
+
+
+def calls_per_s(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """How often a second `work` is done: median over rounds that take about `seconds` together. Slow work has one."""
+    for _ in range(WARMUP_CALLS.get(device.type, GPU_WARMUP_CALLS)):
+        work()
+
+    def timed(n: int) -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(n):
+            work()
+        synchronize(device)
+        return (time.perf_counter() - started) / n
+
+    once = timed(1)
+    if once >= seconds:
+        return 1 / once
+    n = max(1, int(seconds / ROUNDS / once))
+    rounds = min(ROUNDS, max(1, int(seconds / (n * once))))
+    return 1 / median(timed(n) for _ in range(rounds))
+
+
+def matrix_flops(device: torch.device, precision: str, seconds: float) -> float:
+    """Floating-point operations a second of a product of large matrices."""
+    n = MATRIX[device.type]
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
+    out = torch.empty_like(a)
+    return 2 * n**3 * calls_per_s(lambda: torch.mm(a, b, out=out), device, seconds)
+
+
+def copy_bytes_per_s(device: torch.device, seconds: float) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes * calls_per_s(lambda: target.copy_(source), device, seconds)
+
+
+def measure_limits(device: torch.device, precisions: list[str], seconds: float) -> Limits:
+    """The device's limits, to compare speeds with."""
+    found = Limits({p: matrix_flops(device, p, seconds) for p in precisions}, copy_bytes_per_s(device, seconds))
+    free_memory(device)
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What speeds depend on besides the model."""
+    return {
+        "date": date.today().isoformat(), "device": describe(device), "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    model: str
+    size: str | None  # None: shapes of the caller's own
+    config: ModelConfig
+    precision: str
+    batch_size: int
+
+    def row(self, what: str, **found: Any) -> Row:
+        parameters = cost.count_parameters(cost.meta_model(self.model, self.config))["total"]
+        return Row(
+            what=what, model=self.model, size=self.size, parameters=parameters, seq_len=self.config.seq_len,
+            batch_size=self.batch_size, precision=self.precision, **found,
+        )  # fmt: skip
+
+
+def random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
+    """Tokens in memory that nobody wrote, for training; no tokenizer knows them."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, config.vocab_size, STEPS * batch_size * config.seq_len + 1, dtype=np.uint32)
+    return TokenFolder(
+        path=Path(), train=tokens, val=tokens[: config.seq_len + 1], vocab_size=config.vocab_size, tokenizer=None,
+        meta={}, fingerprint="", text_bytes=None,
+    )  # fmt: skip
+
+
+def plan_training(case: Case, config: TrainConfig, device: torch.device) -> TrainConfig:
+    """`config` as a run of the default length would fill it in, with one micro-batch a step. Raises DoesNotFit."""
+    fields = {field: value for field, value in models.config_dict(case.config).items() if field != "vocab_size"}
+    wanted = replace(config, batch_size=case.batch_size, grad_accum=1, precision=case.precision)
+    smallest = models.sizes(case.model)[0]  # every field is given, so that no size has a say
+    return plan_run(
+        case.model, smallest, fields, wanted, vocab_size=case.config.vocab_size, train_tokens=2**40, val_tokens=2,
+        device=device, precision=case.precision, sources={},
+    ).train  # fmt: skip
+
+
+def training(
+    case: Case, config: TrainConfig, device: torch.device, limits: Limits, seconds: float, tell: Callable[[str], None]
+) -> Row:
+    """Speed of the trainer's steps, loader and optimizer included. Raises DoesNotFit."""
+    config = plan_training(case, config, device)
+    free_memory(device)
+    set_seed(config.seed)
+    model = models.from_config(case.model, case.config)
+    data = random_tokens(case.config, case.batch_size)
+    trainer = session.make_trainer(model, data, config, device, Notes(tell), session.Sampling([0]))
+    trainer.config = replace(trainer.config, compile=compiler.decide(trainer, config.compile))
+    model.train()
+
+    def step() -> None:
+        trainer.take_step(config.lr)
+        trainer.state.step += 1
+
+    tokens_per_s = config.tokens_per_step * calls_per_s(step, device, seconds)
+    if trainer.config.compile == "on":
+        torch.compiler.reset()  # the next shapes are no variants of these
+    flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]
+    return case.row(
+        "training", compile=trainer.config.compile, tokens_per_s=tokens_per_s, flops_per_token=flops,
+        share=flops * tokens_per_s / limits.flops[case.precision], peak_memory_bytes=peak_memory_bytes(device),
+    )  # fmt: skip
+
+
+def decoding(case: Case, device: torch.device, limits: Limits, seconds: float) -> Row:
+    """Speed of drawing the tokens of `batch_size` samples side by side, from a short prompt on."""
+    free_memory(device)
+    set_seed(0)
+    model = models.from_config(case.model, case.config).to(device).eval()
+    model.compute_dtype = DTYPES[case.precision]
+    prompt = [0] * min(PROMPT_TOKENS, max(1, case.config.seq_len // 2))
+    n_tokens = max(2, min(MOST_NEW_TOKENS, case.config.seq_len - len(prompt)))
+
+    def steps_per_s(n: int) -> float:
+        drawn = generate(model, None, [prompt], SampleConfig(max_new_tokens=n, num_samples=case.batch_size))
+        return drawn.decode_tokens_per_s / case.batch_size
+
+    steps_per_s(2)
+    first = steps_per_s(min(8, n_tokens))
+    n_tokens = max(2, min(n_tokens, int(seconds / ROUNDS * first)))
+    rounds = max(1, min(ROUNDS, int(seconds * first / n_tokens)))
+    speed = median(steps_per_s(n_tokens) for _ in range(rounds))
+    bytes_per_step = bytes_read(case, len(prompt) + n_tokens // 2)
+    return case.row(
+        "decoding", tokens_per_s=case.batch_size * speed, bytes_per_step=bytes_per_step,
+        share=bytes_per_step * speed / limits.bytes_per_s, peak_memory_bytes=peak_memory_bytes(device),
+    )  # fmt: skip
+
+
+def bytes_read(case: Case, positions: int) -> int:
+    """Bytes that one more token of every row needs: the weights in the width of the precision, but of a table of
+    embeddings that is not the head's the rows' own lines only, and each row's cache of `positions` tokens."""
+    model = cost.meta_model(case.model, case.config)
+    head = {id(p) for p in model.head.parameters()}
+    tables = sum(p.numel() for p in model.embedding.parameters() if id(p) not in head)
+    weights = cost.count_parameters(model)["total"] - tables
+    if tables:
+        weights += case.batch_size * case.config.dim
+    _, cache_bytes = cost.sampling_bytes(model, case.precision)
+    return weights * DTYPES[case.precision].itemsize + case.batch_size * positions * cache_bytes
+
+
+def measure_all(
+    names: list[str], size: str | None, fields: dict[str, Any], config: TrainConfig, *, batch_sizes: list[int],
+    precisions: list[str], seconds: float, tell: Callable[[str], None],
+) -> Iterator[dict[str, Any] | Limits | Row]:  # fmt: skip
+    """The machine, its limits, then two rows for every model, precision and batch size: decoding and training.
+
+    `config` holds device, compile, threads and vram; without `precisions` the device's best counts, and on a GPU fp32
+    beside it; without a size nano does on a CPU and small elsewhere. What does not fit is a row with a `problem`.
+    Raises MissingFeature for a device or precision that is not there, UsageError for a model or shape that cannot be.
+    """
+    device, best = session.prepare_device(config)
+    size = size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
+    configs = {name: models.make_config(name, size=size, **fields) for name in names}
+    chosen = [pick_precision(precision, device) for precision in precisions] or list(dict.fromkeys([best, "fp32"]))
+    yield machine(device)
+    tell("matrix products and copies")
+    limits = measure_limits(device, chosen, seconds / 2)
+    yield limits
+    for name in names:
+        for precision in chosen:
+            for batch_size in batch_sizes:
+                case = Case(name, size, configs[name], precision, batch_size)
+                tell(f"{name} {size}, {precision}, batch {batch_size}")
+                yield attempt(case, "decoding", lambda case=case: decoding(case, device, limits, seconds))
+                yield attempt(case, "training", lambda case=case: training(case, config, device, limits, seconds, tell))
+
+
+def attempt(case: Case, what: str, measure: Callable[[], Row]) -> Row:
+    """A row, or the reason why there is none: memory."""
+    try:
+        return measure()
+    except (DoesNotFit, torch.OutOfMemoryError, MemoryError) as error:
+        return case.row(what, problem=str(error) if isinstance(error, DoesNotFit) else "out of memory")
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go of what the last model held, and begin to look for the peak of memory anew, where the system can."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
