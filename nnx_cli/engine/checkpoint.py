@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nnx_cli.engine.files import discard_folder, new_folder, read_json, sha256_file, sync_file, to_json, write_synced
+from nnx_cli.engine.files import open_regular, sha256_regular
 from nnx_cli.errors import CheckpointError
 
 FORMAT = 1
@@ -36,17 +37,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return sha256_file(path)
 
 
-def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises CheckpointError unless it is a plain file with that SHA-256."""
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
+def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises CheckpointError unless it is a plain file with one of these SHA-256.
+
+    It is held in memory only after that.
+    """
+    with open_regular(path) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() not in sha256:
+            raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
+        file.seek(0)
+        data = file.read()
     try:
         return safetensors.torch.load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a type or a shape that torch cannot have
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError where a tensor holds a number that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{source} is damaged: {name} holds numbers that are not finite")
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path, device: torch.device) -> None:
@@ -62,8 +73,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path, de
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             raise CheckpointError(f"{source} belongs to another model: {name} is {shapes}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{source} is damaged: {name} holds numbers that are not finite")
+        widened = torch.float32 if expected[name].is_floating_point() else None  # stored narrower, computed in fp32
+        if tensor.dtype not in (expected[name].dtype, widened):
+            raise CheckpointError(
+                f"{source} belongs to another model: {name} is {tensor.dtype}, not {expected[name].dtype}"
+            )
+    check_finite(state, source)
     aliases = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items()) if name in state}
     loaded: dict[str, Tensor] = {}
     for module in model.modules():
@@ -139,16 +154,25 @@ def check_format(content: Mapping[str, Any], path: Path) -> None:
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:
     """Read a checkpoint and check every file of it. Raises CheckpointError."""
     path = step_folder(folder, step)
+    check_no_link(path)
     digests = read_manifest(path, FILES)
-    data = (path / "state.json").read_bytes() if (path / "state.json").is_file() else b""
-    if hashlib.sha256(data).hexdigest() != digests["state.json"]:
+    if sha256_regular(path / "state.json") != digests["state.json"]:
         raise CheckpointError(f"{path / 'state.json'} is damaged: its checksum is not the recorded one")
-    return Checkpoint(
-        step,
-        read_tensors(path / "model.safetensors", digests["model.safetensors"]),
-        read_tensors(path / "optimizer.safetensors", digests["optimizer.safetensors"]),
-        read_json(path / "state.json"),
-    )
+    state = read_json(path / "state.json")
+    check_format(state, path / "state.json")
+    if state.get("step") != step:
+        raise CheckpointError(f"{path} is damaged: it holds step {str(state.get('step'))[:20]}")
+    model = read_tensors(path / "model.safetensors", digests["model.safetensors"])
+    optimizer = read_tensors(path / "optimizer.safetensors", digests["optimizer.safetensors"])
+    check_finite(model, path / "model.safetensors")
+    check_finite(optimizer, path / "optimizer.safetensors")
+    return Checkpoint(step, model, optimizer, state)
+
+
+def check_no_link(folder: Path) -> None:
+    """Raise CheckpointError where a folder of a run is a link: what it leads to is not the run's to read or delete."""
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link; a run holds its own files")
 
 
 def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
