@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.commands import (
-    bench,
-    doctor,
-    evaluate,
-    import_seed,
-    list_runs,
-    merge,
-    prepare,
-    quantize,
-    sample,
-    summarize,
-    train,
-)
-from nnx_cli.console import Talk, printable
 from nnx_cli.errors import DoesNotFit, NnxError, nearest
 
 MAX_LINE_CHARS = 600
+COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --help`)
+    "prepare": ("prepare", "Turn text into a token folder."),
+    "train": ("train", "Train a model from scratch."),
+    "sample": ("sample", "Write text with a trained model."),
+    "eval": ("evaluate", "Measure loss, perplexity and bits per byte on held-out text."),
+    "summarize": ("summarize", "Show layers, parameters, FLOPs, memory, and whether it fits."),
+    "quantize": ("quantize", "Make a smaller, faster copy of a model."),
+    "merge": ("merge", "Add the adapters of --lora-rank to the weights."),
+    "import": ("import_seed", "Read an original's checkpoint, running nothing that is in it."),
+    "list": ("list_runs", "List the runs."),
+    "doctor": ("doctor", "Look at this machine's set-up and say how to mend it."),
+    "bench": ("bench", "Measure training and decoding speed on this machine."),
+}
+
+
+@cache
+def load(name: str) -> TyperCommand:
+    """The command of that name. Its module is imported only now: help for one builds the options of no other."""
+    module = importlib.import_module(f"nnx_cli.commands.{COMMANDS[name][0]}")
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command(name=name)(module.run)
+    return typer.main.get_command(alone)
+
+
+class Commands(Mapping[str, TyperCommand]):
+    """All commands by name, each loaded when it is asked for."""
+
+    def __getitem__(self, name: str) -> TyperCommand:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        return load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
 
 
 class Group(TyperGroup):
     """The app, with errors as the contract has them: one line, the command that mends it, an exit code."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**(options | {"commands": Commands()}))
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
@@ -71,6 +107,8 @@ def report(error: NnxError | TyperException, group: Group, debug: bool = False) 
     if possibilities is not None and not possibilities and "option" in message:
         known = {name for command in group.commands.values() for p in command.params for name in p.opts}
         message += nearest(getattr(error, "option_name", ""), known)
+    from nnx_cli.console import Talk, printable
+
     talk = Talk()
     lines = traceback.format_exc().splitlines() if debug else []
     lines.append(f"nnx: {shortened(message)}")
@@ -108,23 +146,6 @@ def root(
     ] = False,
 ) -> None:
     """Train a small language model from scratch on your own text, on the computer you already have."""
-
-
-COMMANDS = {
-    "prepare": prepare.run,
-    "train": train.run,
-    "sample": sample.run,
-    "eval": evaluate.run,
-    "summarize": summarize.run,
-    "quantize": quantize.run,
-    "merge": merge.run,
-    "import": import_seed.run,
-    "list": list_runs.run,
-    "doctor": doctor.run,
-    "bench": bench.run,
-}
-for name, function in COMMANDS.items():
-    app.command(name=name)(function)
 
 
 def main() -> None:

@@ -136,6 +136,19 @@ print("\\nEND", code, sorted(heavy))
 """
 
 
+def test_every_command_is_mounted():
+    modules = {path.stem for path in (PACKAGE / "commands").glob("[!_]*.py")}
+    assert {module for module, _ in COMMANDS.values()} == modules
+
+
+@pytest.mark.parametrize(("words", "loaded"), [(["--help"], []), (["list", "--help"], ["list_runs"])], ids=str)
+def test_help_imports_no_other_command(words, loaded):
+    code = LISTING + "print('COMMANDS', [m.split('.')[2] for m in sys.modules if m.startswith('nnx_cli.commands.')])\n"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    found = ast.literal_eval(done.stdout.splitlines()[-1].removeprefix("COMMANDS "))
+    assert [name for name in found if not name.startswith("_")] == loaded
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--version"], [], *([name, "--help"] for name in COMMANDS)], ids=str)
 def test_help_imports_nothing_heavy(words):
     done = subprocess.run([sys.executable, "-c", LISTING, *words], capture_output=True, text=True, check=True)
