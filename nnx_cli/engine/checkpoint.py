@@ -3,11 +3,14 @@ absent."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +19,60 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nnx_cli.engine.files import discard_folder, new_folder, read_json, sha256_file, sync_file, to_json, write_synced
-from nnx_cli.engine.files import open_regular, sha256_regular
+from nnx_cli.engine.files import (
+    discard_folder,
+    new_folder,
+    open_regular,
+    read_json,
+    require_space,
+    sha256_regular,
+    to_json,
+    write_synced,
+)
 from nnx_cli.errors import CheckpointError
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+BLOCK_BYTES = 2**22  # between two of which a signal is heard
+SPARE_BYTES = 2**20  # for headers, JSON and logs
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file through to the disk; returns its SHA-256. OSError passes through."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.torch.save_file(contiguous, path)
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):  # the library hides the system's refusals in text
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
-    sync_file(path)
-    return sha256_file(path)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file through to the disk, one tensor at a time; returns its SHA-256. OSError passes
+    through."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    contents = (block for _, tensor in ordered for block in raw_blocks(tensor))
+    with open(path, "wb") as file:
+        for block in chain((len(head).to_bytes(8, "little"), head), contents):
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def raw_blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, in pieces."""
+    raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for start in range(0, len(raw), BLOCK_BYTES):
+        yield raw[start : start + BLOCK_BYTES]
+
+
+def size_on_disk(*groups: Mapping[str, Tensor]) -> int:
+    """Bytes that files of these tensors take, and a little for what stands beside them."""
+    return sum(tensor.nbytes for group in groups for tensor in group.values()) + SPARE_BYTES
 
 
 def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
@@ -119,9 +157,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     Raises OutputError; then there is no trace of it.
     """
     target = step_folder(folder, checkpoint.step)
-    if target.exists():
-        discard_folder(target)  # an abandoned future of this run: it was resumed from an earlier step
     with new_folder(target) as temporary:
+        require_space(folder, size_on_disk(checkpoint.model, checkpoint.optimizer))
         state = to_json(checkpoint.state)
         write_synced(temporary / "state.json", state)
         digests = {
@@ -130,6 +167,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             "state.json": hashlib.sha256(state).hexdigest(),
         }
         write_synced(temporary / "manifest.json", to_json({"format": FORMAT, "files": digests}))
+        if target.exists():
+            discard_folder(target)  # an abandoned future of this run: it was resumed from an earlier step
 
 
 def read_manifest(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
@@ -181,4 +220,5 @@ def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
     steps = steps_in(folder)
     kept = [step for step in steps if step <= newest][-keep:]
     for step in set(steps) - set(kept):
-        discard_folder(step_folder(folder, step))
+        with contextlib.suppress(OSError):  # it takes room, no more
+            discard_folder(step_folder(folder, step))

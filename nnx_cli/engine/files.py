@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -52,25 +53,38 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file that somebody else wrote is on the disk, and give it the usual permissions."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    """Wait until a file that was just closed is on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def require_space(folder: Path, n_bytes: int) -> None:
+    """Raise OutputError unless the disk of `folder` has room for `n_bytes` more."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OutputError(
+            f"disk full: {folder} needs {n_bytes / 2**20:,.1f} MiB more, {free / 2**20:,.1f} MiB are free",
+            fix="free some space and run the command again",
+        )
+
+
+@contextlib.contextmanager
+def cleared(temporary: Path) -> Iterator[None]:
+    """Remove a temporary file where what was to be done with it fails."""
+    try:
+        yield
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file in one step. Raises OutputError; then the old content stands."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with refused_output(path):
-        try:
-            write_synced(temporary, data)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with refused_output(path), cleared(temporary):
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
 
 
 def refuse_existing(path: Path) -> None:
@@ -90,13 +104,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     with refused_output(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            yield temporary
-            refuse_existing(path)
-            sync_folder(temporary)
-            os.rename(temporary, path)
-            sync_folder(path.parent)
+            with locked_folder(temporary):
+                yield temporary
+                refuse_existing(path)
+                sync_folder(temporary)
+                os.rename(temporary, path)
+                sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             for folder in missing:
@@ -105,12 +121,55 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder itself, where the system has one; yields whether nobody else holds it."""
+    if os.name != "posix":
+        yield False
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def sweep(parent: Path) -> None:
+    """Delete the folders in `parent` that processes which no longer live left half made or half deleted."""
+    for leftover in [*parent.glob(".tmp-*"), *parent.glob(".del-*")]:
+        owner = re.fullmatch(r"\..+-(\d+)", leftover.name)
+        if owner is None or leftover.is_symlink() or not leftover.is_dir() or is_alive(int(owner[1])):
+            continue
+        with contextlib.suppress(OSError), locked_folder(leftover) as free:  # in another container, pids say nothing
+            if free:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there may be a process of that number."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def discard_folder(folder: Path) -> None:
-    """Delete a folder, whole or not at all: it loses its name first, which fails where somebody uses it on Windows."""
+    """Delete a folder, whole or not at all. Raises OSError where it cannot: on Windows, while somebody uses it."""
     doomed = folder.with_name(f".del-{folder.name}-{os.getpid()}")
-    with contextlib.suppress(OSError):
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)  # it loses its name first, so that half of it never passes for all
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def relative(folder: Path, start: Path) -> str:

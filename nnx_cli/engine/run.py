@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from nnx_cli import models
@@ -21,11 +23,13 @@ from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.files import (
+    cleared,
     new_folder,
     read_json,
     refused_output,
     relative,
     replace_file,
+    require_space,
     sha256_file,
     sync_folder,
     to_json,
@@ -76,7 +80,8 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process; it is free again when the process ends, however it ends.
 
-        Raises OutputError, naming the other process, where another one holds it.
+        Raises OutputError, naming the other process, where another one holds it. Reads config.json again, which the one
+        before may have changed.
         """
         path = self.folder / "lock"
         with refused_output(path):
@@ -91,6 +96,7 @@ class Run:
             file.flush()
             for leftover in [*self.folder.glob(".tmp-*"), *self.checkpoints.glob(".*-step-*")]:
                 remove(leftover)
+            self.config = read_verified_config(self.folder)
             yield
             file.truncate(0)
 
@@ -110,12 +116,25 @@ class Run:
         self._replace_listed("config.json", hashlib.sha256(data).hexdigest(), lambda path: write_synced(path, data))
         self.config = config
 
-    def save_best(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the weights that the run is known by."""
+    def save_best(self, weights: Mapping[str, Tensor], found: Mapping[str, Any] | None = None) -> None:
+        """Replace the weights that the run is known by; `found` (their step and losses) is written into the file.
+
+        Raises OutputError; then the old ones stand.
+        """
         temporary = self.folder / f".tmp-best-{os.getpid()}"
-        with refused_output(temporary):
-            digest = ckpt.write_tensors(temporary, weights)
+        with refused_output(temporary), cleared(temporary):
+            require_space(self.folder, ckpt.size_on_disk(weights))
+            digest = ckpt.write_tensors(temporary, weights, found and {"found": json.dumps(dict(found))})
             self._replace_listed(BEST, digest, lambda path: os.replace(temporary, path))
+
+    def best_found(self) -> dict[str, Any] | None:
+        """What `save_best` wrote beside the best weights, or None where they are missing, damaged or say nothing."""
+        path = self.folder / BEST
+        if not path.is_file() or sha256_file(path) not in allowed_digests(self.folder, BEST):
+            return None
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("found")
+        return None if found is None else json.loads(found)
 
     def _replace_listed(self, name: str, digest: str, write: Callable[[Path], Any]) -> None:
         """Replace a file of the manifest: while it changes, the manifest allows the old content and the new; a file
@@ -126,7 +145,7 @@ class Run:
         if name in files:
             replace_file(path, to_json(manifest | {"replacing": replacing | {name: digest}}))
         temporary = self.folder / f".tmp-{name}-{os.getpid()}"
-        with refused_output(path):
+        with refused_output(path), cleared(temporary):
             write(temporary)
             os.replace(temporary, self.folder / name)
             sync_folder(self.folder)
@@ -135,10 +154,20 @@ class Run:
         replace_file(path, to_json(manifest))
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl or samples.jsonl; numbers that are not finite become null."""
+        """Add a line to metrics.jsonl or samples.jsonl; numbers that are not finite become null.
+
+        Raises OutputError; then nothing of the line is there.
+        """
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        with refused_output(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, ensure_ascii=True) + "\n")
+        line = (json.dumps(clean, ensure_ascii=True) + "\n").encode()
+        with refused_output(self.folder / name), open(self.folder / name, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
     def cut_logs(self, step: int) -> None:
         """Forget what the logs say of steps after `step`."""
