@@ -31,13 +31,41 @@ def escaped(char: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+class Unheard:
+    """A stream that falls silent when nobody listens any more, be it a closed terminal or a broken pipe: what is only
+    talk ends no run."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._silence()
+
+    def _silence(self) -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())  # for what is buffered, and for Python's own last words
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Talk:
     """One command's screen. `json` and `quiet` are the options of those names."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet
         self.out = Console(highlight=False, soft_wrap=True, file=sys.stdout)
-        self.err = Console(highlight=False, soft_wrap=True, file=sys.stderr)
+        self.err = Console(highlight=False, soft_wrap=True, file=Unheard(sys.stderr))
 
     def note(self, text: str) -> None:
         """A line of talk, on stderr."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,7 +85,8 @@ def run(
             raise UsageError(
                 "--resume takes model, text and settings from the run", fix="leave out what is given besides"
             )
-        resume_run(talk, resume, cli, data, dry_run)
+        with handled_signals(("SIGTERM", "SIGHUP"), give_up):
+            resume_run(talk, resume, cli, data, dry_run)
         return
     recipe = NYX_RECIPE if model is None and (aliases or checkpoint) else {}
     values, sources = merge(cli, config, recipe)
@@ -94,7 +96,8 @@ def run(
     model, size = model or filed["model"], size or filed["size"] or "auto"
     if checkpoint is not None:
         init_from = imported(model or "nyx", checkpoint)
-    new_run(talk, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
+    with handled_signals(("SIGTERM", "SIGHUP"), give_up):
+        new_run(talk, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
 
 
 def is_foreign(checkpoint: str) -> bool:
@@ -209,11 +212,8 @@ def take_back(made: list[Path]) -> None:
     from nnx_cli.engine.files import discard_folder
 
     for number, folder in enumerate(made):
-        if number == 0:
-            discard_folder(folder)
-        else:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            discard_folder(folder) if number == 0 else folder.rmdir()
 
 
 def start_from(
@@ -383,17 +383,47 @@ def stop_signals() -> Iterator[Any]:
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if asked:
+        asked.extend(arrived(receiver) or [number])
+        if asked.count(signal.SIGINT) > 1 or (number == signal.SIGINT and asked[0] != number):
             raise KeyboardInterrupt
-        asked.append(number)
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), ask) for name in names}
+    sender, receiver = socket.socketpair()  # Python calls a handler once for signals that come at the same time
+    with sender, receiver, handled_signals(("SIGINT", "SIGTERM", "SIGHUP"), ask):
+        sender.setblocking(False)
+        receiver.setblocking(False)
+        woken = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            yield lambda: bool(asked)
+        finally:
+            signal.set_wakeup_fd(woken)
+
+
+def arrived(receiver: socket.socket) -> list[int]:
+    """The numbers of the signals that came since the last look."""
     try:
-        yield lambda: bool(asked)
+        return list(receiver.recv(4096))
+    except BlockingIOError:
+        return []
+
+
+@contextmanager
+def handled_signals(names: tuple[str, ...], handler: Any) -> Iterator[None]:
+    """Handle those of these signals that the system has and that are not ignored, as nohup and a shell's & ask for."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def give_up(number: int, frame: Any) -> None:
+    """Before the first step nothing is worth saving: end as after Ctrl-C, taking back what is half made."""
+    raise KeyboardInterrupt
 
 
 def command_line() -> str:
