@@ -1,4 +1,4 @@
-"""torch.compile, block by block: kept only where it is right and pays."""
+"""torch.compile, block by block, and whole steps as CUDA graphs: kept only where it is right and pays."""
 
 from __future__ import annotations
 
@@ -44,45 +44,105 @@ def undo_compile(model: LanguageModel) -> None:
 
 
 def decide(trainer: Trainer, wish: str) -> str:
-    """Compile the trainer's model, or leave it eager; returns on or off, and tells the observer why.
+    """Compile the trainer's model, or leave it eager; on a card also capture its step as a CUDA graph.
 
-    `auto` tries one micro-batch when the run is long enough to earn the cost back, compares loss and speed with eager,
-    and keeps the faster one if it is right.
+    Returns on, graph (captured, not compiled) or off, and tells the observer why. `auto` tries what the run is long
+    enough to earn back, compares loss and speed with eager, and keeps what is right and faster.
     """
     kind = trainer.device.type
-    if wish == "off" or (wish == "auto" and kind not in COMPILE_SECONDS):
-        return "off"
-    tell = trainer.observer.note
-    if (
-        kind == "cpu"
-        and shutil.which("c++") is None
-        and shutil.which("g++") is None
-        and shutil.which("clang++") is None
-    ):
-        tell("not compiled: there is no C++ compiler here")
-        return "off"
-    eager_loss, eager_s = timed(trainer)
-    if wish == "auto" and planned_seconds(trainer, eager_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
+    if wish == "off" or (wish != "on" and kind not in COMPILE_SECONDS):
         return "off"
     if kind == "cpu":
+        if wish == "graph":
+            return "off"
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            trainer.observer.note("not compiled: there is no C++ compiler here")
+            return "off"
+    how = "off"
+    if kind == "cuda":
+        step_s = timed_step(trainer)
+        if capture(trainer, wish, step_s):
+            how, step_s = "graph", timed_step(trainer)
+        if wish == "graph":
+            return how
+    eager = timed(trainer)
+    micro_s = step_s / trainer.config.grad_accum if kind == "cuda" else eager[1]
+    if wish == "auto" and planned_seconds(trainer, micro_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
+        return how
+    after_s = compile_checked(trainer, eager)
+    if after_s is None:
+        return how
+    if kind == "cuda":
+        if how == "graph":
+            capture(trainer, wish, None)
+        after_s = timed_step(trainer)
+    before_s = step_s if kind == "cuda" else eager[1]
+    if wish == "auto" and after_s >= WORTHWHILE * before_s:
+        undo_compile(trainer.model)
+        if how == "graph":
+            capture(trainer, wish, None)
+        trainer.observer.note("not compiled: no faster here")
+        return how
+    trainer.observer.note(f"compiled: a step takes {after_s / before_s:.0%} of its time before")
+    return "on"
+
+
+def compile_checked(trainer: Trainer, eager: tuple[float, float]) -> float | None:
+    """Compile the blocks; returns what `timed` takes then. None, and all is undone, where that fails or the loss
+    differs from that of eager blocks."""
+    if trainer.device.type == "cpu":
         torch.use_deterministic_algorithms(True)  # compiled sums would be split among threads as it comes
     compile_blocks(trainer.model)
     try:
-        compiled_loss, compiled_s = timed(trainer)
+        loss, seconds = timed(trainer)
     except torch.OutOfMemoryError:
         raise
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as error:
         undo_compile(trainer.model)
-        tell(f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
-        return "off"
-    off_by = abs(compiled_loss - eager_loss) / max(abs(eager_loss), 1e-9)
-    right, pays = off_by <= TOLERANCE[trainer.config.precision], compiled_s < WORTHWHILE * eager_s
-    if not right or (wish == "auto" and not pays):
-        undo_compile(trainer.model)
-        tell("not compiled: " + ("no faster here" if right else f"the loss differs from eager by {off_by:.1e}"))
-        return "off"
-    tell(f"compiled: a step takes {compiled_s / eager_s:.0%} of its time in eager mode")
-    return "on"
+        trainer.observer.note(f"not compiled: {in_a_line(error)}")
+        return None
+    off_by = abs(loss - eager[0]) / max(abs(eager[0]), 1e-9)
+    if off_by <= TOLERANCE[trainer.config.precision]:
+        return seconds
+    undo_compile(trainer.model)
+    trainer.observer.note(f"not compiled: the loss differs from eager by {off_by:.1e}")
+    return None
+
+
+def capture(trainer: Trainer, wish: str, plain_s: float | None) -> bool:
+    """Let the trainer's step be one CUDA graph, if that works, and if it is faster than `plain_s` where that is
+    given."""
+    try:
+        if not trainer.capture():
+            return False
+    except torch.OutOfMemoryError:
+        trainer.observer.note("no CUDA graph: not enough memory")
+    except RuntimeError as error:
+        trainer.observer.note(f"no CUDA graph: {in_a_line(error)}")
+    else:
+        if wish != "auto" or plain_s is None or timed_step(trainer) < WORTHWHILE * plain_s:
+            return True
+    trainer.captured = None
+    torch.cuda.empty_cache()
+    return False
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+
+
+def timed_step(trainer: Trainer) -> float:
+    """Median time of a whole optimizer step as it is taken now; changes nothing."""
+    samples = trainer.loader.batch(0, trainer.samples_per_step)
+    times = []
+    with trainer.step.rehearsal():
+        for _ in range(TIMED_STEPS + 1):
+            synchronize(trainer.device)
+            started = time.perf_counter()
+            trainer.run_step(*samples)
+            synchronize(trainer.device)
+            times.append(time.perf_counter() - started)
+    return sorted(times[1:])[TIMED_STEPS // 2]
 
 
 def planned_seconds(trainer: Trainer, micro_step_s: float) -> float:
@@ -99,13 +159,13 @@ def timed(trainer: Trainer) -> tuple[float, float]:
     behind."""
     torch.manual_seed(0)
     trainer.model.train(trainer.model.config.dropout == 0)  # dropout draws other masks when compiled
-    input_ids, targets = (x.to(trainer.device) for x in trainer.loader.batch(0, trainer.config.batch_size))
+    input_ids, targets = trainer.loader.batch(0, trainer.config.batch_size)
     times, loss = [], 0.0
     try:
         for _ in range(TIMED_STEPS + 1):  # the first one warms up, and compiles
             synchronize(trainer.device)
             started = time.perf_counter()
-            total, count = trainer.train_step(input_ids, targets)
+            total, count = trainer.step.micro_step(input_ids, targets)
             (total / count).backward()
             loss = (total / count).item()
             synchronize(trainer.device)

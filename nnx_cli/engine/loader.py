@@ -8,6 +8,8 @@ from torch import Tensor
 
 from nnx_cli.errors import DataError
 
+RESIDENT_TYPES = {1: np.uint8, 2: np.int32, 4: np.int32}  # of ids on a card, by the bytes they have on the disk
+
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
     """A 64-bit hash of every value under a key (the finaliser of SplitMix64, Steele et al. 2014)."""
@@ -46,14 +48,20 @@ class Loader:
     """Training batches of a token stream, in an order fixed by `seed`.
 
     An epoch is a permutation of windows of `seq_len` tokens (and the one that follows, as the last target). Where the
-    first window begins differs from epoch to epoch, so that the cuts do too. Raises DataError for a stream shorter than
-    one window.
+    first window begins differs from epoch to epoch, so that the cuts do too. A stream that fits in `room_bytes` of a
+    card lives there. Raises DataError for a stream shorter than one window.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, seq_len: int, seed: int, device: torch.device | None = None, room_bytes: int = 0
+    ) -> None:
         check_length(len(tokens), seq_len)
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.windows = max(1, (len(tokens) - seq_len) // seq_len)  # per epoch
+        self.device = device or torch.device("cpu")
+        self.resident: Tensor | None = None  # the whole stream on a card, where batches are then cut out
+        if self.device.type == "cuda" and tokens.nbytes <= room_bytes:
+            self.resident = torch.from_numpy(tokens.astype(RESIDENT_TYPES[tokens.dtype.itemsize])).to(self.device)
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Positions in the stream where samples first … first + count − 1 begin."""
@@ -69,8 +77,19 @@ class Loader:
         return starts
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Samples first … first + count − 1: input_ids and targets, int64 (count, seq_len) each."""
-        return windows_at(self.tokens, self.starts(first, count), self.seq_len)
+        """Samples first … first + count − 1 on the device: input_ids and targets, int64 (count, seq_len) each."""
+        starts = self.starts(first, count)
+        if self.resident is None:
+            return tuple(self.send(rows) for rows in windows_at(self.tokens, starts, self.seq_len))
+        places = self.send(torch.from_numpy(starts))[:, None] + torch.arange(self.seq_len + 1, device=self.device)
+        rows = self.resident[places].long()
+        return rows[:, :-1], rows[:, 1:]
+
+    def send(self, x: Tensor) -> Tensor:
+        """`x` on the device; a card copies it from pinned memory while the processor goes on."""
+        if self.device.type == "cuda":
+            return x.contiguous().pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
 
 
 def windows_at(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:

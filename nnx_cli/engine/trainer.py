@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -15,21 +16,25 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.compiler import eagerly
-from nnx_cli.engine.device import peak_memory_bytes, set_seed, synchronize
+from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize
 from nnx_cli.engine.evaluator import Evaluation, evaluate
+from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
 from nnx_cli.engine.loader import Loader
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.engine.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_lr
 from nnx_cli.engine.run import Run
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.schedule import MILESTONES, lr_at
+from nnx_cli.engine.step import MAX_CAPTURED, CapturedStep, Step
 from nnx_cli.engine.tokens import TokenFolder
-from nnx_cli.errors import QualityError
+from nnx_cli.errors import DoesNotFit, QualityError
 from nnx_cli.models._base import LanguageModel
 
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this
 LOG_STEPS = 10
-MAX_BAD_STEPS = 8  # steps in a row without a finite gradient before a run counts as diverged
+MAX_BAD_STEPS = 8  # steps in a row without a finite gradient: more than chance
+ROLLBACK_LR = 0.5  # of the learning rate is what a run goes on with after it went back to a checkpoint
+AHEAD = 2  # steps that the processor may prepare while a card is still busy
+RESIDENT_SHARE = 1 / 64  # of the memory to plan for: what the tokens of a small text may take of it
 
 
 @dataclass
@@ -45,6 +50,7 @@ class State:
     worse_validations: int = 0  # since the best one
     skipped_steps: int = 0
     bad_steps: int = 0  # skipped ones in a row
+    lr_factor: float = 1.0  # on the schedule's learning rate; below 1 after a rollback
 
 
 class Observer:
@@ -72,14 +78,19 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.model, self.data, self.config, self.device, self.observer = model, data, config, device, observer
         self.sample_config, self.sample_prompt = sample_config, sample_prompt
-        self.loader = Loader(data.train, model.config.seq_len, config.seed)
+        room = int(memory_budget(device, config.vram_bytes) * RESIDENT_SHARE) if device.type == "cuda" else 0
+        self.loader = Loader(data.train, model.config.seq_len, config.seed, device, room)
         self.samples_per_step = config.batch_size * config.grad_accum
-        self.train_step = TrainStep(model)
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.step = Step(model, self.optimizer, self.scaler, config.grad_clip)
+        self.captured: CapturedStep | None = None
+        self.spikes = SpikeWatch()
+        self.news: list[str] = []  # what happened and `train` has not yet told
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
         self.state = State()
         self._saved_at = time.monotonic()
+        self._running: deque[torch.cuda.Event] = deque()
 
     # checkpoints
 
@@ -96,11 +107,13 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint whose weights the model has. Raises CheckpointError where it is another's."""
+        self.optimizer.state.clear()
         load_optimizer_state(self.optimizer, self.model, checkpoint.optimizer)
         if self.scaler.is_enabled() and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
-        known = State.__dataclass_fields__
-        self.state = State(**{key: value for key, value in checkpoint.state.items() if key in known})
+        for key in State.__dataclass_fields__.keys() & checkpoint.state.keys():
+            setattr(self.state, key, checkpoint.state[key])
+        self.step.stats[-2:] = torch.tensor([self.state.skipped_steps, self.state.bad_steps])
 
     # the loop
 
@@ -114,41 +127,61 @@ class Trainer:
     def train(self, run: Run, should_stop: Callable[[], bool]) -> str:
         """Train to the end of the length, or until `should_stop`; returns finished or interrupted.
 
-        Raises QualityError when gradients stay without finite numbers; the last checkpoint is from before that.
+        Raises QualityError when gradients stay without finite numbers even after going back to the last checkpoint with
+        a lower learning rate; DoesNotFit when one sequence at a time is too much for the memory.
         """
         config, state = self.config, self.state
         self.model.train()
+        logged, logged_at = state.tokens, state.time_s
         while (before := self.progress()) < 1.0:
             started = time.perf_counter()
-            lr = lr_at(
+            lr = state.lr_factor * lr_at(
                 state.step, before, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
                 warmup_steps=config.warmup_steps,
             )  # fmt: skip
-            loss, grad_norm, n_tokens = self.take_step(lr)
+            state.tokens += self.take_step(lr)
             state.step += 1
-            state.tokens += n_tokens
-            elapsed = time.perf_counter() - started
-            state.time_s += elapsed
+            if self.config is not config:  # memory ran out
+                config = self.config
+                smaller = {key: getattr(config, key) for key in ("batch_size", "grad_accum", "val_batches")}
+                run.set_config(run.config | {"training": run.config["training"] | smaller})
+            state.time_s += time.perf_counter() - started
             done = self.progress()
             validate = self._due(config.val_every, before, done)
-            record = {
-                "step": state.step, "tokens": state.tokens, "time_s": round(state.time_s, 3), "train_loss": loss,
-                "val_loss": None, "val_bits_per_byte": None, "lr": lr, "grad_norm": grad_norm,
-                "tokens_per_s": round(n_tokens / elapsed, 1), "peak_memory_bytes": peak_memory_bytes(self.device),
-                "skipped_steps": state.skipped_steps,
-            }  # fmt: skip
-            if validate:
-                result = self.validate(run, loss)
-                record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
-            if validate or state.step % LOG_STEPS == 0 or state.step == 1:
+            log = validate or state.step % LOG_STEPS == 0 or state.step == 1
+            stop = should_stop()
+            overdue = config.save_every is None and time.monotonic() - self._saved_at > SAVE_SECONDS
+            save = stop or overdue or done >= 1.0 or self._due(config.save_every, before, done)
+            if log or save or self.device.type != "cuda":
+                started = time.perf_counter()
+                loss, grad_norm = self.read_stats()
+                state.time_s += time.perf_counter() - started
+                lost = self.lost() or (save and not all_finite(self.model.unique_state().values()))
+                if lost:
+                    self.roll_back(run)
+                    logged, logged_at = state.tokens, state.time_s
+                self.tell(run)
+                if lost:
+                    continue
+                if state.bad_steps and done < 1.0 and not stop:
+                    save = False  # what a run goes back to is from before its trouble
+            if log:
+                record = {
+                    "step": state.step, "tokens": state.tokens, "time_s": round(state.time_s, 3), "train_loss": loss,
+                    "val_loss": None, "val_bits_per_byte": None, "lr": lr, "grad_norm": grad_norm,
+                    "tokens_per_s": round((state.tokens - logged) / (state.time_s - logged_at), 1),
+                    "peak_memory_bytes": peak_memory_bytes(self.device), "skipped_steps": state.skipped_steps,
+                }  # fmt: skip
+                logged, logged_at = state.tokens, state.time_s
+                if validate:
+                    result = self.validate(run, loss)
+                    record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
                 run.append("metrics.jsonl", record)
                 self.observer.step(record, done)
             if self._due(config.sample_every, before, done):
                 self.sample(run)
             gave_up = validate and config.patience is not None and state.worse_validations >= config.patience
-            stop = should_stop() or gave_up
-            overdue = config.save_every is None and time.monotonic() - self._saved_at > SAVE_SECONDS
-            if stop or overdue or done >= 1.0 or self._due(config.save_every, before, done):
+            if save or gave_up:
                 self.save(run)
             if gave_up:
                 self.observer.note(f"stopped early: {config.patience} validations without a better one")
@@ -168,49 +201,123 @@ class Trainer:
             return self.state.step % every == 0
         return any(before < milestone <= done for milestone in MILESTONES)
 
-    def take_step(self, lr: float) -> tuple[float, float, int]:
-        """One optimizer step: mean loss, norm of the gradient before clipping, and the number of targets.
+    def take_step(self, lr: float) -> int:
+        """One optimizer step; returns its number of targets. A card may still be at work on it: see `read_stats`.
 
-        The loss is the sum over all targets divided by their number, however they are divided into micro-batches. A
-        gradient that is not finite never reaches the weights.
+        Where memory runs out, the same samples are taken in smaller micro-batches from here on.
         """
-        config, state = self.config, self.state
-        set_seed(config.seed, state.step)
-        set_lr(self.optimizer, lr)
-        input_ids, targets = self.loader.batch(state.step * self.samples_per_step, self.samples_per_step)
-        n_targets = int((targets != self.model.ignore_index).sum())
-        total = torch.zeros((), device=self.device)
-        for ids, wanted in self._micro_batches(input_ids, targets):
-            loss, _ = self.train_step(ids, wanted)
-            self.scaler.scale(loss / n_targets).backward()
-            total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-        mean_loss, grad_norm = torch.stack((total / n_targets, norm)).tolist()
-        if math.isfinite(grad_norm) and math.isfinite(mean_loss):
-            self.scaler.step(self.optimizer)
-            self.model.post_optim_step()
-            state.bad_steps = 0
-        else:
-            state.skipped_steps += 1
-            state.bad_steps += 0 if self.scaler.is_enabled() and self.scaler.get_scale() > 1 else 1
-            if state.bad_steps >= MAX_BAD_STEPS:
-                raise QualityError(
-                    f"the run diverged: no finite gradient in {state.bad_steps} steps up to step {state.step + 1}",
-                    fix="try a lower --lr, or --precision fp32",
-                )
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return mean_loss, grad_norm, targets.numel()
+        state, n = self.state, self.samples_per_step
+        while True:
+            set_seed(self.config.seed, state.step)
+            set_lr(self.optimizer, lr)
+            try:
+                self.run_step(*self.loader.batch(state.step * n, n))
+                break
+            except torch.OutOfMemoryError:
+                self.shrink()
+        if self.device.type == "cuda":
+            self._wait_for_older_steps()
+        return n * self.loader.seq_len
 
-    def _micro_batches(self, input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.config.batch_size
-        for ids, wanted in zip(input_ids.split(size), targets.split(size), strict=True):
-            if self.device.type == "cuda":
-                ids, wanted = ids.contiguous().pin_memory(), wanted.contiguous().pin_memory()
-            pinned = self.device.type == "cuda"
-            yield ids.to(self.device, non_blocking=pinned), wanted.to(self.device, non_blocking=pinned)
+    def run_step(self, input_ids: Tensor, targets: Tensor) -> None:
+        """One optimizer step on samples (N, T), in the faster of the ways that there are."""
+        if self.captured is not None:
+            self.captured(input_ids, targets)
+        else:
+            self.step(input_ids, targets, self.config.batch_size)
+
+    def _wait_for_older_steps(self) -> None:
+        """Keep the processor at most AHEAD steps before the card: that is enough to never leave it idle, and little
+        enough for the clock to tell the time of a step."""
+        event = torch.cuda.Event()
+        event.record()
+        self._running.append(event)
+        if len(self._running) > AHEAD:
+            self._running.popleft().synchronize()
+
+    def shrink(self) -> None:
+        """Divide a step into more micro-batches. Raises DoesNotFit where they hold one sequence already, or where
+        memory ran out while weights changed."""
+        self.captured = None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.batch_size == 1 or self.step.updating:
+            raise DoesNotFit(
+                f"out of memory at step {self.state.step + 1}, {self.config.batch_size} sequences at a time",
+                fix="the last checkpoint is intact; take a smaller --size or --seq-len, or more --vram",
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        n, size = self.samples_per_step, self.config.batch_size
+        smaller = max(divisor for divisor in range(1, size // 2 + 1) if n % divisor == 0)
+        validated = self.config.val_batches and -(-self.config.val_batches * size // smaller)
+        self.config = replace(self.config, batch_size=smaller, grad_accum=n // smaller, val_batches=validated)
+        self.news.append(
+            f"out of memory at step {self.state.step + 1}: {smaller} sequences at a time instead of {size}, "
+            f"{n // smaller} times a step; the samples stay the same"
+        )
+
+    def capture(self) -> bool:
+        """Record the step as a CUDA graph from now on; returns whether that is possible here."""
+        if self.device.type != "cuda" or self.config.grad_accum > MAX_CAPTURED:
+            return False
+        self.captured = None
+        input_ids, targets = self.loader.batch(0, self.samples_per_step)
+        self.captured = CapturedStep(self.step, input_ids, targets, self.config.batch_size)
+        return True
+
+    def read_stats(self) -> tuple[float, float]:
+        """Mean loss of the newest step and norm of its gradient before clipping; waits for the device."""
+        loss, grad_norm, highest, skipped, in_a_row = self.step.stats.tolist()
+        self.step.stats[2] = 0.0
+        self.state.skipped_steps, self.state.bad_steps = int(skipped), int(in_a_row)
+        if self.spikes.seen(highest):
+            self.news.append(f"loss spike: {highest:.3f} up to step {self.state.step}, after {self.spikes.mean:.3f}")
+        return loss, grad_norm
+
+    # numbers that go bad
+
+    def lost(self) -> bool:
+        """Whether steps fail one after the other. With fp16 that is the loss scale's business, until it is at its
+        lowest."""
+        scaling = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        return self.state.bad_steps >= MAX_BAD_STEPS and not scaling
+
+    def roll_back(self, run: Run) -> None:
+        """Go back to the last checkpoint and go on with a lower learning rate. Raises QualityError the second time."""
+        state, captured = self.state, self.captured is not None
+        if state.lr_factor < 1.0:
+            with eagerly(self.config.compile):
+                first = state.step * self.samples_per_step
+                where = first_overflow(self.model, *self.loader.batch(first, self.config.batch_size))
+            raise QualityError(
+                f"the run diverged: no finite gradient in {MAX_BAD_STEPS} steps up to step {state.step}, also at a "
+                f"lower learning rate; {where}",
+                fix=f"try --lr {self.config.lr * ROLLBACK_LR**2:.2g}, or --precision fp32",
+            )
+        checkpoint, notes = run.newest_checkpoint()
+        self.captured = None  # it knows the optimizer's state by its address
+        for name, tensor in self.model.unique_state().items():
+            tensor.copy_(checkpoint.model[name])
+        failed, skipped, time_s = state.step, state.skipped_steps, state.time_s
+        self.restore(checkpoint)
+        state.lr_factor, state.skipped_steps, state.time_s, state.bad_steps = ROLLBACK_LR, skipped, time_s, 0
+        self.step.stats[-2:] = torch.tensor([skipped, 0])
+        run.cut_logs(state.step)
+        if captured:
+            self.capture()
+        self.news += [
+            *notes,
+            f"no finite gradient in {MAX_BAD_STEPS} steps up to step {failed}: back to step {state.step}, "
+            f"going on with {ROLLBACK_LR:g} of the learning rate",
+        ]
+
+    def tell(self, run: Run) -> None:
+        """Show what happened, and keep it in run.json."""
+        for text in self.news:
+            self.observer.note(text)
+        if self.news:
+            run.set_status(events=[*run.status().get("events", []), *self.news])
+            self.news = []
 
     # looking at the run
 

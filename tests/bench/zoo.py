@@ -77,7 +77,7 @@ def train(trainer: Trainer) -> tuple[float, float]:
             "min_lr": config.min_lr,
             "warmup_steps": config.warmup_steps,
         }
-        _, _, n_tokens = trainer.take_step(lr_at(step, progress, **how))
+        n_tokens = trainer.take_step(lr_at(step, progress, **how))
         state.step += 1
         speeds.append(n_tokens / (time.perf_counter() - started))
     result = evaluate(

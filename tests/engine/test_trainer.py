@@ -17,7 +17,7 @@ from nnx_cli.engine import trainer as trainer_module
 from nnx_cli.engine.evaluator import Evaluation
 from nnx_cli.engine.run import Run
 from nnx_cli.engine.trainer import Observer
-from nnx_cli.errors import DataError, OutputError, QualityError, UsageError
+from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, UsageError
 
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes")
 
@@ -61,10 +61,11 @@ def test_division_into_micro_batches_changes_nothing(start, workspace, shape):
 
     def weights(name, batch_size, grad_accum):
         run, trainer = start(workspace / name, batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.0)
-        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        trainer.optimizer = trainer.step.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1, fused=True)
         results = []
         for _ in range(3):
-            results.append(trainer.take_step(0.1))
+            n_tokens = trainer.take_step(0.1)
+            results.append((*trainer.read_stats(), n_tokens))
             trainer.state.step += 1
         return results, [p.detach().clone() for p in trainer.model.parameters()]
 
@@ -81,16 +82,18 @@ def test_the_loss_is_the_mean_over_all_targets(start, workspace):
     ids, targets = trainer.loader.batch(0, 8)
     with torch.no_grad():
         wanted = torch.nn.functional.cross_entropy(trainer.model(ids).flatten(0, 1), targets.flatten()).item()
-    assert trainer.take_step(1e-3)[0] == pytest.approx(wanted, abs=1e-6)
+    trainer.take_step(1e-3)
+    assert trainer.read_stats()[0] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_gradients_are_clipped_and_reported_unclipped(start, workspace):
     moves = {}
     for clip in (0.0, 1e-3):
         run, trainer = start(workspace / str(clip), grad_clip=clip)
-        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        trainer.optimizer = trainer.step.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0, fused=True)
         before = [p.detach().clone() for p in trainer.model.parameters()]
-        _, norm, _ = trainer.take_step(1.0)
+        trainer.take_step(1.0)
+        _, norm = trainer.read_stats()
         moved = sum(((p.detach() - b) ** 2).sum() for p, b in zip(trainer.model.parameters(), before, strict=True))
         moves[clip] = (norm, math.sqrt(moved))
     assert moves[0.0][0] == moves[1e-3][0] > 1e-2
@@ -100,7 +103,7 @@ def test_gradients_are_clipped_and_reported_unclipped(start, workspace):
 
 def poison(trainer, monkeypatch, value, steps=(1,)):
     """Make the loss, or only the gradient of one weight, not finite at some steps."""
-    forward = trainer.train_step.forward
+    forward = trainer.step.micro_step.forward
 
     def forward_badly(ids, targets):
         loss, count = forward(ids, targets)
@@ -108,7 +111,7 @@ def poison(trainer, monkeypatch, value, steps=(1,)):
             loss = loss * value if value is not None else loss + explode(trainer.model.norm.weight)
         return loss, count
 
-    monkeypatch.setattr(trainer.train_step, "forward", forward_badly)
+    monkeypatch.setattr(trainer.step.micro_step, "forward", forward_badly)
 
 
 def explode(parameter):
@@ -124,28 +127,94 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(start, workspac
     trainer.state.step = 1
     before = {key: tensor.clone() for key, tensor in trainer.checkpoint().model.items()}
     moments = {key: tensor.clone() for key, tensor in trainer.checkpoint().optimizer.items()}
-    _, norm, _ = trainer.take_step(1e-3)
+    trainer.take_step(1e-3)
+    _, norm = trainer.read_stats()
     assert not math.isfinite(norm)
     assert all(torch.equal(before[key], tensor) for key, tensor in trainer.checkpoint().model.items())
     assert all(torch.equal(moments[key], tensor) for key, tensor in trainer.checkpoint().optimizer.items())
     assert (trainer.state.skipped_steps, trainer.state.bad_steps) == (1, 1)
     trainer.state.step = 2
-    _, norm, _ = trainer.take_step(1e-3)
+    trainer.take_step(1e-3)
+    _, norm = trainer.read_stats()
     assert math.isfinite(norm), "the bad gradient is gone"
     assert (trainer.state.skipped_steps, trainer.state.bad_steps) == (1, 0)
     assert not torch.equal(before["norm.weight"], trainer.model.norm.weight)
 
 
-def test_a_run_without_finite_gradients_ends(start, workspace, monkeypatch):
+def test_a_run_without_finite_gradients_goes_back_once_and_ends(start, workspace, monkeypatch):
     run, trainer = start(workspace / "weights" / "a", max_steps=40, save_every=4, val_every=40)
     poison(trainer, monkeypatch, math.nan, range(6, 40))
-    with pytest.raises(QualityError, match="diverged: no finite gradient in 8 steps up to step 14") as error:
+    with pytest.raises(QualityError, match="diverged: no finite gradient in 8 steps up to step 14, also at") as error:
         train(run, trainer)
     assert "--lr" in error.value.fix
+    (event,) = run.status()["events"]
+    assert "up to step 14: back to step 4" in event and trainer.state.lr_factor == 0.5
     checkpoint, _ = run.newest_checkpoint()
-    assert checkpoint.step == 12 and all(tensor.isfinite().all() for tensor in checkpoint.model.values())
-    skipped = [record["train_loss"] for record in records(run) if record["step"] > 6]
-    assert skipped == [None], "a line of the log, in JSON that every reader takes"
+    assert checkpoint.step == 4 and all(tensor.isfinite().all() for tensor in checkpoint.model.values())
+    assert trainer.state.skipped_steps == 16
+
+
+def test_a_run_goes_on_after_a_rollback(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "weights" / "a", max_steps=20, save_every=4, val_every=20)
+    bad = list(range(6, 14))
+    poison(trainer, monkeypatch, math.nan, bad)
+    monkeypatch.setattr(trainer.observer, "note", lambda text: bad.clear(), raising=False)
+    assert train(run, trainer) == "finished"
+    steps = [record["step"] for record in records(run)]
+    assert steps == sorted(set(steps)) and steps[-1] == 20, "the log forgets what was undone"
+    assert (trainer.state.skipped_steps, trainer.state.lr_factor) == (8, 0.5)
+    assert records(run)[-1]["skipped_steps"] == 8
+
+
+def test_weights_that_are_not_finite_are_not_saved(start, workspace):
+    run, trainer = start(workspace / "weights" / "a", max_steps=8, save_every=4, val_every=8)
+    step = trainer.step.model.post_optim_step
+
+    def spoil():
+        step()
+        if trainer.state.step == 3 and trainer.state.lr_factor == 1.0:
+            trainer.model.norm.weight.data[0] = math.inf
+
+    trainer.step.model.post_optim_step = spoil
+    assert train(run, trainer) == "finished"
+    assert "back to step 0" in run.status()["events"][0]
+    assert all(tensor.isfinite().all() for tensor in run.newest_checkpoint()[0].model.values())
+
+
+# memory
+
+
+def out_of_memory(trainer, monkeypatch, at, above):
+    """Let memory run out at step `at` for micro-batches of more than `above` sequences."""
+    forward = trainer.step.micro_step.forward
+
+    def limited(ids, targets):
+        if trainer.state.step == at and len(ids) > above:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(ids, targets)
+
+    monkeypatch.setattr(trainer.step.micro_step, "forward", limited)
+
+
+def test_out_of_memory_heals_without_a_seam(start, workspace, monkeypatch):
+    whole, undisturbed = start(workspace / "a", batch_size=8, grad_accum=1, max_steps=6)
+    train(whole, undisturbed)
+    run, trainer = start(workspace / "b", batch_size=8, grad_accum=1, max_steps=6)
+    out_of_memory(trainer, monkeypatch, at=3, above=2)
+    assert train(run, trainer) == "finished"
+    assert (trainer.config.batch_size, trainer.config.grad_accum) == (2, 4)
+    assert [run.config["training"][key] for key in ("batch_size", "grad_accum")] == [2, 4], "a resumed run knows"
+    assert [event[:24] for event in run.status()["events"]] == ["out of memory at step 4:"] * 2
+    for ours, theirs in zip(records(run), records(whole), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
+        assert ours["tokens"] == theirs["tokens"]
+
+
+def test_memory_for_not_even_one_sequence(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", batch_size=2, grad_accum=2, max_steps=6)
+    out_of_memory(trainer, monkeypatch, at=3, above=0)
+    with pytest.raises(DoesNotFit, match="out of memory at step 4, 1 sequences at a time"):
+        train(run, trainer)
 
 
 def test_a_validation_that_is_not_finite_is_recorded(start, workspace, monkeypatch):
