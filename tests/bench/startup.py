@@ -29,7 +29,15 @@ import typer
 from nnx_cli.cli import COMMANDS, app
 from nnx_cli.engine.machine import cpu_model
 
-HEAD = "import pathlib\nfrom pathlib import Path\nfrom typing import Annotated\nimport typer\n\napp = typer.Typer({settings})\n\n"
+HEAD = """import pathlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer({settings})
+
+"""
 SIDES = {
     "Typer, rich help": "import rich_app; rich_app.app()",
     "Typer, plain help": "import plain_app; plain_app.app()",
