@@ -1,4 +1,4 @@
-"""What people see: the product on stdout, the talk on stderr. The only file that imports rich."""
+"""What people see: the product on stdout, the talk on stderr. The only file that imports rich, and not for help."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.text import Text
 
 BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # what Unicode calls Bidi_Control
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -29,6 +29,13 @@ def escaped(char: str) -> str:
     if not harmful:
         return char
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Text for rich to print as it is, in a style."""
+    from rich.text import Text
+
+    return Text(text, style)
 
 
 class Unheard:
@@ -64,23 +71,25 @@ class Talk:
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json, self.quiet = json, quiet
+        from rich.console import Console
+
         self.out = Console(highlight=False, soft_wrap=True, file=sys.stdout)
         self.err = Console(highlight=False, soft_wrap=True, file=Unheard(sys.stderr))
 
     def note(self, text: str) -> None:
         """A line of talk, on stderr."""
         if not self.quiet:
-            self.err.print(Text(printable(text)))
+            self.err.print(styled(printable(text)))
 
     def warn(self, text: str) -> None:
         """A warning, on stderr; --quiet does not silence it."""
-        self.err.print(Text("warning: ", style="yellow") + Text(printable(text)))
+        self.err.print(styled("warning: ", style="yellow") + styled(printable(text)))
 
     def show(self, *lines: str) -> None:
         """Lines of the product, on stdout; with --json the product is another."""
         if not self.json:
             for line in lines:
-                self.out.print(Text(printable(line)))
+                self.out.print(styled(printable(line)))
 
     def stream(self, text: str) -> None:
         """A piece of the product, as it comes."""
@@ -102,11 +111,11 @@ class Talk:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=title and Text(printable(title)), box=box.SIMPLE, title_justify="left")
+        table = Table(title=title and styled(printable(title)), box=box.SIMPLE, title_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(Text(printable(column)), justify="right" if number else "left", overflow="fold")
+            table.add_column(styled(printable(column)), justify="right" if number else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(printable("–" if cell is None else str(cell))) for cell in row))
+            table.add_row(*(styled(printable("–" if cell is None else str(cell))) for cell in row))
         self.out.print(table, soft_wrap=False)
 
     def progress(self, what: str) -> ByteProgress:
@@ -128,7 +137,7 @@ class ByteProgress:
             self.last = now
             of = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
             speed = done_bytes / 1e6 / max(now - self.started, 1e-6)
-            self.talk.err.print(Text(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
+            self.talk.err.print(styled(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
 
     def end(self) -> None:
         if self.live and self.last:
@@ -186,7 +195,7 @@ class TrainingView:
     def sampled(self, step: int, text: str) -> None:
         if not self.talk.quiet:
             shown = "\n".join("    " + line for line in printable(text).splitlines())
-            self.talk.err.print(Text(f"  sample at step {step}:\n") + Text(shown, style="cyan"))
+            self.talk.err.print(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
 
     def saved(self, step: int) -> None:
         """Saving is what is expected: not worth a line."""

@@ -131,7 +131,7 @@ try:
     runpy.run_module("nnx_cli", run_name="__main__", alter_sys=False)
 except SystemExit as end:
     code = end.code
-heavy = {"torch", "numpy", "tiktoken", "safetensors", "torchinfo", "pyarrow"} & set(sys.modules)
+heavy = {"torch", "numpy", "tiktoken", "safetensors", "torchinfo", "pyarrow", "rich"} & set(sys.modules)
 print("\\nEND", code, sorted(heavy))
 """
 
