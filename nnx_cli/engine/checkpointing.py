@@ -1,0 +1,52 @@
+"""Activation checkpointing: blocks that keep their inputs alone and run again in the backward pass.
+
+Chen et al. 2016, https://arxiv.org/abs/1604.06174. Values and gradients stay the same; a block's activations are
+exchanged for one more forward pass of it. It is put around blocks from outside and around their compiled code, if any,
+so that models know nothing of it and names in the state dict stay.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nnx_cli.models._base import LanguageModel
+
+MODES = ("off", "half", "on")  # which blocks are checkpointed: none, every second one, all
+
+
+class Checkpointed(nn.Module):
+    """Mixed into a block's class: in training its calls are checkpointed.
+
+    A block that is given a cache would change it twice, so it runs plainly.
+    """
+
+    draws_noise: bool  # dropout must drop the same numbers again
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cached = any(hasattr(x, "truncate") for x in (*args, *kwargs.values()))
+        if cached or not self.training or not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        return checkpoint(
+            super().__call__, *args, use_reentrant=False, preserve_rng_state=self.draws_noise, **kwargs
+        )  # fmt: skip
+
+
+@cache
+def checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of blocks like `kind` whose calls are checkpointed."""
+    return type(kind.__name__, (Checkpointed, kind), {"__module__": kind.__module__})
+
+
+def checkpoint_blocks(model: LanguageModel, mode: str) -> None:
+    """Checkpoint no block, every second one, or all of them, in place of what was chosen before."""
+    for number, block in enumerate(model.blocks):
+        kind = type(block)
+        plain = kind.__mro__[2] if issubclass(kind, Checkpointed) else kind
+        chosen = mode == "on" or (mode == "half" and number % 2 == 0)
+        block.draws_noise = model.config.dropout > 0
+        block.__class__ = checkpointed(plain) if chosen else plain

@@ -1,0 +1,362 @@
+"""What a training step takes of memory, to the byte, before it is run.
+
+The step itself runs on the meta device, where tensors have shapes and no numbers. Every storage is counted from its
+birth to its death, so that what autograd keeps, what a block holds for a moment and when a gradient comes to exist are
+those of the code that will run. What only the kernels of a GPU know, torch's own descriptions of them tell (attention),
+or a line here does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnx_cli.engine import loss as head_loss
+from nnx_cli.engine.checkpointing import checkpoint_blocks
+from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
+from nnx_cli.engine.row_loss import has_kernel
+from nnx_cli.layers import attention
+from nnx_cli.models._base import LanguageModel
+
+ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
+WHOLE = 7  # blocks that are simulated as they are; of more, all but six or seven are copies of their neighbours
+ATEN = torch.ops.aten
+PLAIN_ATTENTION = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a simulation stands for, with the kernels it has. By default any card from 2020 on."""
+
+    device: str = "cuda"  # or cpu
+    capability: tuple[int, int] = (8, 0)
+    attention: str = "flash"  # the kernel for 16-bit numbers without a mask: flash, cudnn or efficient
+    fused_loss: bool = True  # softmax and gradient of logits are one kernel, in place
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Workspaces of the matrix library, one for the thread of the forward pass and one for the backward's."""
+        if self.device != "cuda":
+            return 0
+        return 2 * (32 * 2**20 if self.capability[0] == 9 else 8_519_680)
+
+    def attention_kernel(self, q: Tensor, mask: Tensor | None) -> str:
+        if self.device != "cuda":
+            return "cpu"
+        if q.dtype == torch.float32 or mask is not None or self.capability < (8, 0):
+            return "efficient"
+        return self.attention
+
+
+CPU = Target("cpu", (0, 0), "cpu", fused_loss=False)
+
+
+def target_of(device: torch.device) -> Target:
+    """The kernels that a device has; torch is asked which attention it will take there."""
+    if device.type != "cuda":
+        return CPU
+    capability = torch.cuda.get_device_capability(device)
+    q = torch.empty(1, 2, 256, 64, device=device, dtype=torch.float16)
+    kind = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    names = {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn"}
+    return Target("cuda", capability, names.get(kind.name, "efficient"), has_kernel(device))
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Stands for the kernel that CUDA has: keeps the input, the gain and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+class Kernels:
+    """Functions of torch and of this package as the target has them, on the meta device."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Have them take the place of what asks the device, or would do something else on the meta device."""
+        own = {(F, "scaled_dot_product_attention"): self.attention, (attention, "groups_are_fused"): self.fuses_groups}
+        if self.target.device == "cuda":
+            own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
+            own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): self.add_product}
+            if self.target.fused_loss:
+                own |= {(head_loss, "has_kernel"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+        before = {(owner, name): getattr(owner, name) for owner, name in own}
+        for (owner, name), function in own.items():
+            setattr(owner, name, function)
+        try:
+            yield
+        finally:
+            for (owner, name), function in before.items():
+                setattr(owner, name, function)
+
+    def fuses_groups(self, q: Tensor) -> bool:
+        return self.target.device != "cuda" or (q.dtype != torch.float32 and self.target.capability >= (8, 0))
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        kernel = self.target.attention_kernel(q, attn_mask)
+        if kernel == "cpu" and dropout_p > 0:
+            return PLAIN_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if kernel == "cpu":
+            call = ATEN._scaled_dot_product_flash_attention_for_cpu
+            return call(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        if kernel == "flash":
+            return ATEN._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+        if kernel == "cudnn":
+            call = ATEN._scaled_dot_product_cudnn_attention
+            return call(q, k, v, None, True, dropout_p, is_causal, False, scale=scale)[0]
+        if attn_mask is not None:  # becomes a number to add to every score
+            attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        call = ATEN._scaled_dot_product_efficient_attention
+        return call(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+    @staticmethod
+    def rms_norm(
+        input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        return FusedRMSNorm.apply(input, weight)
+
+    @staticmethod
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+    @staticmethod
+    def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, device_type: str = "cuda") -> int:
+        return chunk_rows(n_rows, vocab_size, logit_bytes, "cuda")
+
+    @staticmethod
+    def row_loss(products: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return products.new_empty(len(products), dtype=torch.float32), products
+
+    @staticmethod
+    def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+        pass  # sums in place
+
+
+def flash_workspace(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> int:
+    """Backward pass: the gradient of queries in float32 and a number a row, and of keys and values for every head."""
+    B, H, T, K = q.shape
+    rows = B * H * (-(-T // 128) * 128)
+    expanded = 2 * B * H * k.shape[2] * K * k.element_size() if k.shape[1] != H else 0
+    return rows * (-(-K // 32) * 32) * 4 + rows * 4 + expanded
+
+
+def efficient_workspace(grad: Tensor, q: Tensor, *others: Any) -> int:
+    """Backward pass: products of output and gradient, or the gradient of queries, in float32."""
+    return 4 * q.numel()
+
+
+def embedding_workspace(grad: Tensor, ids: Tensor, n_rows: int, *others: Any) -> int:
+    """Backward pass: sorted ids, and sums of up to ten rows each."""
+    if ids.numel() <= 3072:
+        return 0
+    sums = -(-ids.numel() // 10) + min(ids.numel(), n_rows)
+    return 6 * 8 * ids.numel() + 4 * sums * grad.shape[-1]
+
+
+WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds while it runs
+    ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
+    ATEN._scaled_dot_product_cudnn_attention_backward.default: flash_workspace,
+    ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
+    ATEN.embedding_dense_backward.default: embedding_workspace,
+}
+
+
+def rounded(n_bytes: int) -> int:
+    return -(-n_bytes // ROUNDING) * ROUNDING
+
+
+@dataclass
+class Section:
+    """A part of the step, between two marks: how far memory rises above where it began, and where it ends."""
+
+    label: tuple[str, int]
+    rise: int = 0
+    change: int = 0
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that come to exist, until each is freed."""
+
+    def __init__(self, target: Target = CPU) -> None:
+        super().__init__()
+        self.on_card = target.device == "cuda"
+        self.live, self.start = 0, 0
+        self.sections: list[Section] = []
+        self.known: dict[int, weakref.ref] = {}
+        self.mark("start")
+
+    def mark(self, name: str, number: int = 0) -> None:
+        """Begin a section here."""
+        if self.sections:
+            self.sections[-1].change = self.live - self.start
+        self.start = self.live
+        self.sections.append(Section((name, number)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.born(tensor.untyped_storage())
+        workspace = WORKSPACES[func](*args) if self.on_card and func in WORKSPACES else 0
+        section = self.sections[-1]
+        section.rise = max(section.rise, self.live + workspace - self.start)
+        return out
+
+    def born(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            n_bytes = rounded(storage.nbytes())
+            self.known[key] = weakref.ref(storage, partial(self.died, key, n_bytes))
+            self.live += n_bytes
+
+    def died(self, key: int, n_bytes: int, ref: weakref.ref) -> None:
+        self.live -= n_bytes
+        del self.known[key]
+
+
+@contextmanager
+def fewer_blocks(model: LanguageModel) -> Iterator[int]:
+    """Leave out blocks that are alike, in pairs, and tell how many pairs.
+
+    Blocks count as alike where the model has no more of them than layers: they are then built in one loop.
+    """
+    blocks = model.blocks
+    n = len(blocks)
+    pairs = (n - WHOLE + 1) // 2 if n > WHOLE and n == model.config.n_layers else 0
+    if pairs:
+        model.blocks = blocks[: n - 2 * pairs]
+    try:
+        yield pairs
+    finally:
+        model.blocks = blocks
+
+
+def stretched(sections: list[Section], pairs: int) -> list[Section]:
+    """The sections of the whole model: those of its third and fourth block are repeated."""
+    found = {section.label: section for section in sections}
+    whole = []
+    for section in sections:
+        whole.append(section)
+        if section.label == ("forward", 3):
+            whole += [found["forward", 2], section] * pairs
+        elif section.label == ("backward", 2):
+            whole += [found["backward", 3], section] * pairs
+    return whole
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes that come on top of weights, gradients and optimizer states in one micro-step: the most in each phase, and
+    what is kept from the forward pass (`activations`) to the backward pass."""
+
+    forward: int
+    head: int
+    backward: int
+    activations: int
+
+
+def simulate(
+    model: LanguageModel, batch_size: int, seq_len: int, *, target: Target, checkpointing: str = "off",
+    accumulate: bool = True,
+) -> Pass:  # fmt: skip
+    """One micro-step of a model on the meta device. `accumulate`: gradients exist before; without it, those that come
+    to exist are part of the backward phase."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    model.train()
+    for p in parameters:
+        p.grad = torch.empty_like(p) if accumulate else None
+    handles = []
+    with fewer_blocks(model) as pairs, Kernels(target).used(), Storages(target) as storages:
+        forward = True
+
+        def entered(number: int, block: nn.Module, args: Any) -> None:
+            if forward:
+                storages.mark("forward", number)
+
+        def left(number: int, block: nn.Module, args: Any, out: Any) -> None:
+            if forward:
+                first = out[0] if isinstance(out, tuple) else out
+                first.register_hook(lambda grad: storages.mark("backward", number))
+
+        def trunk(*args: Any) -> Tensor:
+            nonlocal forward
+            x = type(model).trunk(model, *args)
+            forward = False
+            storages.mark("head")
+            return x
+
+        for number, block in enumerate(model.blocks):
+            handles.append(block.register_forward_pre_hook(partial(entered, number)))
+            handles.append(block.register_forward_hook(partial(left, number)))
+        checkpoint_blocks(model, checkpointing)
+        model.trunk = trunk
+        try:
+            input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
+            loss, n_targets = TrainStep(model)(input_ids, targets)
+            storages.mark("backward", -1)
+            (loss / n_targets).backward()
+            del loss, n_targets
+            storages.mark("end")
+        finally:
+            del model.trunk
+            checkpoint_blocks(model, "off")
+            for handle in handles:
+                handle.remove()
+            for p in parameters:
+                p.grad = None
+            model.train(was_training)
+    most: dict[str, int] = {}
+    level = activations = 0
+    for section in stretched(storages.sections, pairs):
+        phase, number = section.label
+        phase = "forward" if phase == "start" else phase
+        if phase == "head":
+            activations = level
+        most[phase] = max(most.get(phase, 0), level + section.rise)
+        level += section.change
+    return Pass(most["forward"], most["head"], most["backward"], activations)
+
+
+def saved_tensors(
+    block: nn.Module, *args: Any, target: Target = CPU, **kwargs: Any
+) -> list[tuple[tuple[int, ...], torch.dtype, int]]:
+    """What autograd keeps of a block's forward pass: shape, type and bytes of storage of every distinct tensor, without
+    parameters and the tensors it is given.
+
+    The block and its arguments are of the meta device, or of the target's own.
+    """
+    kept: dict[int, Tensor] = {}  # a tensor that is held keeps its storage's address from being used again
+    given = {x.untyped_storage()._cdata for x in (*block.parameters(), *block.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage()._cdata) not in given:
+            kept.setdefault(address, tensor)
+        return tensor
+
+    with Kernels(target).used(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(*args, **kwargs)
+    return [(tuple(x.shape), x.dtype, x.untyped_storage().nbytes()) for x in kept.values()]
