@@ -94,7 +94,7 @@ def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> N
             [
                 f"{row.model} {row.size}", f"{row.parameters / 1e6:,.2f} M", f"{row.batch_size} x {row.seq_len}",
                 row.precision + (", compiled" if row.compile == "on" else ""),
-                row.problem or f"{row.tokens_per_s:,.0f}", None if row.share is None else f"{row.share:.1%}",
+                "does not fit" if row.problem else f"{row.tokens_per_s:,.0f}", None if row.share is None else f"{row.share:.1%}",
                 None if row.problem else size_text(row.peak_memory_bytes),
             ]
             for row in rows

@@ -45,6 +45,7 @@ COPY_BYTES = {"cpu": 2**28, "mps": 2**29, "cuda": 2**30}
 PROMPT_TOKENS = 8
 MOST_NEW_TOKENS = 256
 STEPS = 64  # of training that the random tokens last for
+MANY_TOKENS = 2**32  # so that the length of a planned run is a time
 DEFAULT_SIZE = {"cpu": "nano"}
 GPU_SIZE = "small"
 
@@ -176,7 +177,7 @@ def plan_training(case: Case, config: TrainConfig, device: torch.device) -> Trai
     wanted = replace(config, batch_size=case.batch_size, grad_accum=1, precision=case.precision)
     smallest = models.sizes(case.model)[0]  # every field is given, so that no size has a say
     return plan_run(
-        case.model, smallest, fields, wanted, vocab_size=case.config.vocab_size, train_tokens=2**40, val_tokens=2,
+        case.model, smallest, fields, wanted, vocab_size=case.config.vocab_size, train_tokens=MANY_TOKENS, val_tokens=2,
         device=device, precision=case.precision, sources={},
     ).train  # fmt: skip
 
