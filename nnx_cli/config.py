@@ -62,6 +62,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
     compile: str = "auto"  # torch.compile and CUDA graphs: auto (if right and faster), on, graph (no compiler), off
+    activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
     threads: int | None = None  # CPU threads
     val_every: int | None = None  # steps between validations
@@ -91,6 +92,7 @@ class TrainConfig:
         check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         check_choice("compile", self.compile, ("auto", "on", "graph", "off"))
+        check_choice("activation-checkpointing", self.activation_checkpointing, ("auto", "on", "half", "off"))
         if self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:
