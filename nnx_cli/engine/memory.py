@@ -20,9 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnx_cli.config import TrainConfig
 from nnx_cli.engine import loss as head_loss
 from nnx_cli.engine.checkpointing import checkpoint_blocks
+from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
+from nnx_cli.engine.optimizer import build_optimizer
 from nnx_cli.engine.row_loss import has_kernel
 from nnx_cli.layers import attention
 from nnx_cli.models._base import LanguageModel
@@ -256,6 +259,8 @@ def fewer_blocks(model: LanguageModel) -> Iterator[int]:
 
 def stretched(sections: list[Section], pairs: int) -> list[Section]:
     """The sections of the whole model: those of its third and fourth block are repeated."""
+    if pairs == 0:
+        return sections
     found = {section.label: section for section in sections}
     whole = []
     for section in sections:
@@ -280,16 +285,19 @@ class Pass:
 
 def simulate(
     model: LanguageModel, batch_size: int, seq_len: int, *, target: Target, checkpointing: str = "off",
-    accumulate: bool = True,
+    accumulate: bool = True, in_backward: bool = False,
 ) -> Pass:  # fmt: skip
-    """One micro-step of a model on the meta device. `accumulate`: gradients exist before; without it, those that come
-    to exist are part of the backward phase."""
+    """One micro-step of a model on the meta device.
+
+    `accumulate`: gradients exist before; without it, those that come to exist are part of the backward phase.
+    `in_backward`: each is gone as soon as the optimizer has used it.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.train()
     for p in parameters:
         p.grad = torch.empty_like(p) if accumulate else None
-    handles = []
+    handles = [p.register_post_accumulate_grad_hook(forget) for p in parameters if in_backward]
     with fewer_blocks(model) as pairs, Kernels(target).used(), Storages(target) as storages:
         forward = True
 
@@ -339,6 +347,68 @@ def simulate(
         most[phase] = max(most.get(phase, 0), level + section.rise)
         level += section.change
     return Pass(most["forward"], most["head"], most["backward"], activations)
+
+
+def forget(p: Tensor) -> None:
+    p.grad = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes of training, by part, and the most that there are in each phase of a step, everything included.
+
+    `activations_bytes` are what a micro-batch keeps from its forward to its backward pass, `step_bytes` what the
+    optimizer holds for the moment of its step.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    step_bytes: int
+    fixed_bytes: int
+    phases: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.phases.values())
+
+
+def optimizer_memory(model: LanguageModel, config: TrainConfig) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and what its step allocates besides, with the norm of all gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return sum(2 * rounded(p.nbytes) + ROUNDING for p in trained), ROUNDING * len(trained)
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    optimizer = build_optimizer(model, config)
+    with Storages() as storages:
+        optimizer.step()
+        storages.mark("again")
+        states = storages.live
+        optimizer.step()
+    for p in trained:
+        p.grad = None
+    return states, storages.sections[-1].rise
+
+
+def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: Target) -> Memory:
+    """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
+    has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in."""
+    model.compute_dtype = DTYPES[config.precision]
+    accumulate = (config.grad_accum or 2) > 1
+    step = simulate(
+        model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
+        accumulate=accumulate,
+    )  # fmt: skip
+    stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
+    weights, fixed = sum(stored.values()), target.fixed_bytes
+    gradients = sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
+    states, moment = optimizer_memory(model, config)
+    during = weights + states + fixed + (gradients if accumulate else 0)
+    phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
+    phases["optimizer"] = weights + states + fixed + gradients + moment
+    return Memory(weights, gradients, states, step.activations, moment, fixed, phases)
 
 
 def saved_tensors(
