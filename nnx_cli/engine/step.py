@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +31,7 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.micro_step = TrainStep(model)
-        self.max_norm = grad_clip or math.inf
+        self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stats = torch.zeros(5, device=model.device)
         self.hold = torch.zeros((), device=model.device)
@@ -47,7 +46,9 @@ class Step:
             self.scaler.scale(loss / n_targets).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
         self.update(total / n_targets, norm)
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ class Step:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Steps taken inside leave weights, optimizer and counters as they were."""
-        before = {name: tensor.cpu() for name, tensor in self.model.unique_state().items()}
+        before = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.unique_state().items()}
         stats, scale = self.stats.clone(), self.scaler.state_dict()
         self.hold.fill_(1.0)
         try:

@@ -16,7 +16,7 @@ The originals are fetched by whoever runs this, into FOLDER, and are no part of 
 NYX's own repository could not be established; palm-rlhf-pytorch has the class that NYX's files rename (equal logits).
 
 A step is forward, backward and AdamW, on random tokens. Originals run eagerly, with their own loss on all logits, under
-autocast to bf16 on CUDA; ours as the trainer runs it, in bf16 there, eager and with compiled blocks. On a CPU all is
+autocast to bf16 on CUDA; ours as the trainer runs it, in bf16 there, eager and with compiled blocks (on CUDA the whole step is then one graph). On a CPU all is
 float32. Every side lives in a process of its own and they take turns, a round each, so that what else the machine does
 hits all; numbers are medians over rounds. Memory is what a process had allocated at most (CPU: resident), and what of
 that lies above 16 bytes a parameter: weights, gradients and AdamW's moments. The matrix-product rate of the machine is
@@ -55,8 +55,8 @@ from nnx_cli import __version__, models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.device import DTYPES, describe, peak_memory_bytes, pick_device, set_threads, synchronize
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.engine.optimizer import build_optimizer
+from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.models._base import ModelConfig
 
 PRECISION = {"cuda": "bf16", "cpu": "fp32"}
@@ -232,18 +232,21 @@ def prepare_ours(case: Case, device: torch.device, compiled: bool) -> tuple[nn.M
     config = our_config(case, case.batch[device.type][1])
     model = models.from_config(case.name, config).to(device)
     model.compute_dtype = DTYPES[PRECISION[device.type]]
-    train_step = TrainStep(model)
     optimizer = build_optimizer(model, TrainConfig(optimizer="adamw", lr=1e-4, weight_decay=0.1))
+    whole_step = Step(model, optimizer, torch.amp.GradScaler(device.type, enabled=False), grad_clip=0.0)
     if compiled:
         compiler.compile_blocks(model)
+    captured: list[CapturedStep] = []
 
     def step(tokens: Tensor) -> Tensor:
-        loss, n_targets = train_step(tokens[:, :-1], tokens[:, 1:])
-        (loss / n_targets).backward()
-        optimizer.step()
-        model.post_optim_step()
-        optimizer.zero_grad(set_to_none=True)
-        return (loss / n_targets).detach()
+        ids, targets = tokens[:, :-1], tokens[:, 1:]
+        if compiled and device.type == "cuda":
+            if not captured:
+                captured.append(CapturedStep(whole_step, ids, targets, len(ids)))
+            captured[0](ids, targets)
+        else:
+            whole_step(ids, targets, len(ids))
+        return whole_step.stats[0]
 
     return model, step
 
@@ -264,6 +267,7 @@ class Side:
     def __init__(self, key: str, side: str, folder: Path, device: torch.device) -> None:
         case = CASES[key]
         self.device, self.case = device, case
+        self.captured = device.type == "cuda" and side == "compiled"
         self.resident = 0 if device.type == "cuda" else peak_memory_bytes(device) or 0
         torch.manual_seed(0)
         prepare = (lambda: prepare_original(case, folder, device)) if side == "original" else (
@@ -285,7 +289,7 @@ class Side:
 
     def calibrate(self) -> dict[str, Any]:
         """Decide how many steps a round has, when nothing else runs any more."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.captured:  # the graph's memory is counted while it is recorded
             torch.cuda.reset_peak_memory_stats()
         self.n_steps = 1
         seconds = self.n_tokens / max(self.round()["per_s"] for _ in range(CALIBRATIONS[self.device.type]))

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import TrainConfig
+from nnx_cli.engine.device import set_seed
+from nnx_cli.engine.optimizer import build_optimizer
+from nnx_cli.engine.step import CapturedStep, Step
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
+SHAPE = dict(dim=32, n_layers=2, n_heads=2, seq_len=16)
+
+
+def make_step(name="nyx", device="cpu", optimizer="adamw", grad_clip=1.0, **fields):
+    torch.manual_seed(0)
+    model = models.build(name, **(SHAPE | fields)).to(device)
+    config = TrainConfig(optimizer=optimizer, lr=1e-3, weight_decay=0.1)
+    return Step(model, build_optimizer(model, config), torch.amp.GradScaler(device, enabled=False), grad_clip=grad_clip)
+
+
+def batch(seed=0, n=4, device="cpu"):
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(256, (n, 17), generator=draw).to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def snapshot(step):
+    tensors = dict(step.model.unique_state())
+    tensors |= {f"{i}.{key}": value for i, fields in enumerate(step.optimizer.state.values())
+                for key, value in fields.items() if isinstance(value, torch.Tensor)}  # fmt: skip
+    return {name: tensor.clone() for name, tensor in tensors.items()} | {"stats": step.stats.clone()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_rehearsal_changes_nothing(name):
+    step = make_step(name)
+    step(*batch(), 4)
+    before = snapshot(step)
+    with step.rehearsal():
+        for seed in range(3):
+            step(*batch(seed), 2)
+    assert equal(before, snapshot(step))
+    assert all(p.grad is None for p in step.parameters)
+    step(*batch(1), 4)
+    assert not equal(before, snapshot(step)), "afterwards steps count again"
+
+
+def test_numbers_of_a_step():
+    step = make_step()
+    ids, targets = batch()
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(step.model(ids).flatten(0, 1), targets.flatten())
+    step(ids, targets, 2)
+    loss, norm, highest, skipped, in_a_row = step.stats.tolist()
+    assert loss == highest == pytest.approx(wanted.item(), abs=1e-6) and norm > 0
+    assert (skipped, in_a_row) == (0, 0)
+
+
+def test_steps_that_fail_are_counted():
+    step = make_step()
+    weight, counts = step.model.norm.weight.data, []
+    for bad in (False, True, True, False, True):
+        weight.fill_(torch.nan if bad else 1.0)
+        step(*batch(), 4)
+        counts.append(step.stats[3:].tolist())
+    assert counts == [[0, 0], [1, 1], [2, 2], [2, 0], [3, 1]]
+
+
+def test_without_a_limit_the_gradient_is_only_measured():
+    limited, free = make_step(grad_clip=1e-3), make_step(grad_clip=0.0)
+    for step in (limited, free):
+        step.update = lambda loss, norm: None
+        step(*batch(), 4)
+    ours, theirs = (torch.cat([p.grad.flatten() for p in step.parameters]).norm() for step in (limited, free))
+    assert ours == pytest.approx(1e-3, rel=1e-2) and theirs > 1e-2
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", models.names())
+def test_a_captured_step_is_the_step(name):
+    plain, step = make_step(name, "cuda"), make_step(name, "cuda")
+    captured = CapturedStep(step, *batch(device="cuda"), 2)
+    for i in range(5):
+        samples = batch(i, device="cuda")
+        plain(*samples, 2)
+        captured(*samples)
+        torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-5)
+
+
+@needs_cuda
+def test_a_captured_step_draws_anew_and_as_seeded():
+    step, losses = make_step("nyx", "cuda", dropout=0.2), []
+    samples = batch(device="cuda")
+    captured = CapturedStep(step, *samples, 4)
+    with step.rehearsal():
+        for seed in (1, 2, 1):
+            set_seed(seed)
+            captured(*samples)
+            losses.append(step.stats[0].item())
+    assert losses[0] == losses[2] != losses[1]
