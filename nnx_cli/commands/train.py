@@ -298,8 +298,8 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
 
     folder = session.find_unfinished() if which == "last" else find_folder(which)
     run = Run(folder)
-    status = run.status()
     lengths = LENGTHS & cli.keys()
+    status, lost = read_or_lost(run)
     if status.get("status") == "finished" and not lengths:
         talk.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
         talk.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
@@ -313,10 +313,18 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
         cli = {"max_steps": None, "max_time": None, "epochs": None} | cli
     with run.lock(), TrainingView(talk) as view:
         trainer, notes = session.resume(run, cli, data, view)
-        for note in notes:
+        for note in [*lost, *notes]:
             talk.warn(note)
         talk.note(f"resuming {folder} at step {trainer.state.step}")
         finish(talk, run, trainer, view, locked=True)
+
+
+def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """What run.json says, and a note where it is damaged: a run goes on without it."""
+    try:
+        return run.status(), []
+    except CheckpointError as error:
+        return {}, [f"{error}; its numbers come from the checkpoint"]
 
 
 def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: bool = False) -> None:

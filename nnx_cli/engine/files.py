@@ -7,11 +7,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,12 @@ def refused_output(path: Path) -> Iterator[None]:
                 f"disk full while writing {path}", fix="free some space and run the command again"
             ) from error
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def plain_opener(path: str, flags: int) -> int:
+    """For `open`, to write to a file of a run: a link leads to somebody else's file, and a pipe may block."""
+    flags |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))
+    return os.open(path, flags, 0o666)
 
 
 def sync_folder(folder: Path) -> None:
@@ -211,6 +218,21 @@ def to_json(value: Any) -> bytes:
     """JSON for people and programs: indented, UTF-8, a final newline; not-a-number is refused."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace")  # bytes of a file name that are no UTF-8 become \udc80 and the like
+
+
+def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError unless the keys of `shape` that `value` has hold what it says: a type, a tuple of types, or
+    a further shape (or null)."""
+    for key, kinds in shape.items():
+        if not isinstance(value, Mapping) or key not in value:
+            continue
+        found = value[key]
+        if isinstance(kinds, Mapping):
+            check_types(found, kinds, path)
+            kinds = (dict, type(None))
+        wrong_bool = isinstance(found, bool) and kinds is not bool
+        if wrong_bool or not isinstance(found, kinds) or (isinstance(found, float) and not math.isfinite(found)):
+            raise CheckpointError(f"{path} is damaged: its {key} is {repr(found)[:40]}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

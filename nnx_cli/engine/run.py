@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,29 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nnx_cli import models
+from nnx_cli.config import coerce
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.files import (
+    check_types,
     cleared,
     new_folder,
+    open_regular,
+    plain_opener,
     read_json,
     refused_output,
     relative,
     replace_file,
     require_space,
     sha256_file,
+    sha256_regular,
     sync_folder,
     to_json,
     write_synced,
 )
 from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
-from nnx_cli.errors import CheckpointError, NnxError, OutputError, UsageError
+from nnx_cli.errors import CheckpointError, DataError, NnxError, OutputError, UsageError
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
@@ -44,6 +49,18 @@ from nnx_cli.models._base import LanguageModel
 WEIGHTS = Path("weights")
 BEST = "model.safetensors"
 LOCKED_BYTE = 2**30
+MAX_LINE_BYTES = 2**24  # of a log
+NUMBER = (int, float, type(None))
+CONFIG_TYPES = {  # of what config.json may hold, that which something here relies on
+    "model": {"name": str}, "parameters": int, "tokenizer": {}, "training": {}, "sampling": {"max_new_tokens": int},
+    "data": {"folder": str, "fingerprint": str}, "lora": {"rank": int}, "quantization": {"kept": list},
+    "versions": {"torch": str},
+}  # fmt: skip
+STATUS_TYPES = {
+    "status": str, "step": int, "max_steps": (int, type(None)), "max_time_s": NUMBER, "time_s": NUMBER,
+    "tokens": NUMBER, "train_loss": NUMBER, "val_loss": NUMBER, "val_bits_per_byte": NUMBER, "best_step": NUMBER,
+    "best_val_loss": NUMBER, "best_val_bits_per_byte": NUMBER, "skipped_steps": NUMBER, "events": list,
+}  # fmt: skip
 
 
 class Run:
@@ -85,7 +102,7 @@ class Run:
         """
         path = self.folder / "lock"
         with refused_output(path):
-            file = open(path, "a+b")
+            file = open(path, "a+b", opener=plain_opener)
         with file:
             if not try_lock(file):
                 file.seek(0)
@@ -101,12 +118,16 @@ class Run:
             file.truncate(0)
 
     def status(self) -> dict[str, Any]:
-        """The contents of run.json."""
-        return read_json(self.folder / "run.json")
+        """The contents of run.json. Raises CheckpointError where it is damaged."""
+        return read_status(self.folder)
 
     def set_status(self, **values: Any) -> dict[str, Any]:
-        """Change some values of run.json; returns all."""
-        status = self.status() | values
+        """Change some values of run.json, whatever it holds; returns all."""
+        blank = {"format": ckpt.FORMAT, **dict.fromkeys(STATUS_TYPES.keys() - {"events"})}
+        try:
+            status = blank | self.status() | values
+        except CheckpointError:  # it decides nothing
+            status = blank | values
         replace_file(self.folder / "run.json", to_json(status))
         return status
 
@@ -160,7 +181,8 @@ class Run:
         """
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         line = (json.dumps(clean, ensure_ascii=True) + "\n").encode()
-        with refused_output(self.folder / name), open(self.folder / name, "ab", buffering=0) as file:
+        path = self.folder / name
+        with refused_output(path), open(path, "ab", buffering=0, opener=plain_opener) as file:
             end = file.tell()
             try:
                 if file.write(line) != len(line):
@@ -169,16 +191,40 @@ class Run:
                 file.truncate(end)
                 raise
 
-    def cut_logs(self, step: int) -> None:
-        """Forget what the logs say of steps after `step`."""
+    def cut_logs(self, step: int) -> list[str]:
+        """Forget what the logs say of steps after `step`, and lines that are damaged; returns a note on each log that
+        had such lines."""
+        notes = []
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.folder / name
-            if not path.exists():
+            if not path.is_symlink() and not path.exists():
                 continue
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and logged_step(line) <= step]
-            if len(kept) != len(lines):
-                replace_file(path, b"".join(kept))
+            try:
+                steps = [logged_step(line) for line in log_lines(path)]
+            except CheckpointError as error:
+                notes.append(f"{error}; it begins anew")
+                with refused_output(path):
+                    os.replace(path, path.with_name(f"{name}.damaged"))
+                continue
+            damaged = [number for number, logged in enumerate(steps, 1) if logged is None]
+            if damaged:
+                more = f", and {len(damaged) - 1:,} more lines" if len(damaged) > 1 else ""
+                notes.append(f"{path}: line {damaged[0]:,} is damaged{more}; left out")
+            kept = [logged is not None and logged <= step for logged in steps]
+            if not all(kept):
+                self._keep_lines(path, kept)
+        return notes
+
+    def _keep_lines(self, path: Path, kept: Sequence[bool]) -> None:
+        """Replace a log by some of its lines."""
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        with refused_output(path), open(temporary, "wb") as file:
+            file.writelines(line for line, keep in zip(log_lines(path), kept, strict=True) if keep)
+            file.flush()
+            os.fsync(file.fileno())
+        with refused_output(path):
+            os.replace(temporary, path)
+            sync_folder(path.parent)
 
     def newest_checkpoint(self) -> tuple[Checkpoint, list[str]]:
         """The newest intact checkpoint, and a line for each damaged one that was passed over.
@@ -186,6 +232,7 @@ class Run:
         Raises CheckpointError where there is none.
         """
         notes = []
+        ckpt.check_no_link(self.checkpoints)
         for step in reversed(ckpt.steps_in(self.checkpoints)):
             try:
                 return ckpt.load_checkpoint(self.checkpoints, step), notes
@@ -194,12 +241,24 @@ class Run:
         raise CheckpointError(f"{self.folder} has no intact checkpoint" + "".join(f"; {note}" for note in notes[:1]))
 
 
-def logged_step(line: bytes) -> float:
-    """The step of a line of a log; beyond all steps where the line is damaged."""
+def log_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log, of a very long one only the beginning. Raises CheckpointError where it is no file."""
+    with open_regular(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            rest = line
+            while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES)
+            yield line
+
+
+def logged_step(line: bytes) -> int | None:
+    """The step of a line of a log; None where the line is damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int and step >= 0 else None
 
 
 def try_lock(file: Any) -> bool:
@@ -223,7 +282,7 @@ def remove(path: Path) -> None:
     """Delete a file or a folder."""
     import shutil
 
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -255,24 +314,38 @@ def allowed_digests(folder: Path, name: str) -> set[str]:
 def read_verified_config(folder: Path) -> dict[str, Any]:
     """config.json of a run or model folder. Raises CheckpointError where there is none or it was altered."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{folder} is no run of nnx: it has no config.json", fix="see the runs: nnx list")
-    if sha256_file(path) not in allowed_digests(folder, "config.json"):
+    if sha256_regular(path) not in allowed_digests(folder, "config.json"):
         raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
     config = read_json(path)
     ckpt.check_format(config, path)
+    if not isinstance(config.get("model"), dict) or "parameters" not in config:
+        raise CheckpointError(f"{path} is damaged: it describes no model")
+    check_types(config, CONFIG_TYPES, path)
     return config
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The contents of a run's run.json. Raises CheckpointError where it is missing or damaged."""
+    path = folder / "run.json"
+    status = read_json(path)
+    check_types(status, STATUS_TYPES, path)
+    return status
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a run or model folder, or None for a model over bare ids. Raises CheckpointError."""
     path = folder / "tokenizer.json"
     allowed = allowed_digests(folder, "tokenizer.json")
-    if not allowed and not path.exists():
+    if not allowed and not os.path.lexists(path):
         return None
-    if not path.is_file() or sha256_file(path) not in allowed:
+    if sha256_regular(path) not in allowed:
         raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
-    return load_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except DataError as error:
+        raise CheckpointError(f"{error}") from error
 
 
 @dataclass(frozen=True)
@@ -306,22 +379,21 @@ class ModelRef:
         best = allowed_digests(self.folder, BEST)
         if self.which == "best" and best:
             path = self.folder / BEST
-            found = sha256_file(path) if path.is_file() and not path.is_symlink() else ""
-            if found not in best:
-                raise CheckpointError(
-                    f"{path} is damaged or missing: its checksum is not the recorded one",
-                    fix=f"try the last checkpoint: {self.folder}@last"
-                    if (self.folder / "checkpoints").is_dir()
-                    else None,
-                )
-            return path, ckpt.read_tensors(path, found)
+            try:
+                return path, ckpt.read_tensors(path, *best)
+            except CheckpointError as error:
+                others = (self.folder / "checkpoints").is_dir()
+                fix = f"try the last checkpoint: {self.folder}@last" if others else None
+                raise CheckpointError(f"{error}", fix=fix) from error
         folder = self.folder / "checkpoints"
+        ckpt.check_no_link(folder)
         steps = ckpt.steps_in(folder)
         step = int(self.which) if self.which.isdecimal() else (steps[-1] if steps else -1)
         if step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise CheckpointError(f"{self.folder} has no checkpoint {self.which}; {have}")
         path = ckpt.step_folder(folder, step)
+        ckpt.check_no_link(path)
         name = "model.safetensors"
         return path / name, ckpt.read_tensors(path / name, ckpt.read_manifest(path, (name,))[name])
 
@@ -336,9 +408,9 @@ def find_model(spec: str | None) -> ModelRef:
         if not runs:
             raise CheckpointError(f"there is no run in {WEIGHTS}/ yet", fix="train one: nnx train --filepath FILE")
         return ModelRef(runs[0])
-    is_folder = any((folder / "config.json").is_file() for folder in (Path(spec), WEIGHTS / spec))
+    is_folder = any(os.path.lexists(folder / "config.json") for folder in (Path(spec), WEIGHTS / spec))
     name, _, which = (spec, "", "best") if is_folder or "@" not in spec else spec.rpartition("@")
-    if not (which in ("best", "last") or which.isdecimal()):
+    if not (which in ("best", "last") or (which.isdecimal() and len(which) <= 18)):
         raise UsageError(f"{spec!r}: after @ comes best, last or a step")
     return ModelRef(find_folder(name), which)
 
@@ -346,7 +418,7 @@ def find_model(spec: str | None) -> ModelRef:
 def find_folder(name: str) -> Path:
     """A run or model folder by its path or its name in weights/. Raises CheckpointError where there is none."""
     for folder in (Path(name), WEIGHTS / name):
-        if name and (folder / "config.json").is_file():
+        if name and os.path.lexists(folder / "config.json"):
             return folder
     known = ", ".join(run.name for run in find_runs()[:5])
     raise CheckpointError(
@@ -368,12 +440,14 @@ def model_from_config(config: Mapping[str, Any], source: Path) -> LanguageModel:
         raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
     fields = {key: value for key, value in described.items() if key not in ("name", "size")}
     try:
+        stated = {key: value for key, value in fields.items() if value is not None}
+        coerce(models.config_fields(described["name"]), stated, "its model")
         with torch.device("meta"):
             model = models.build(described["name"], **fields)
             if config.get("lora"):
                 add_adapters(model, config["lora"]["rank"])
             return model
-    except (UsageError, TypeError, KeyError) as error:
+    except (UsageError, TypeError, KeyError, RuntimeError) as error:  # the last: a size beyond what torch can count
         raise CheckpointError(f"{source / 'config.json'} describes no {described['name']}: {error}") from error
 
 
@@ -396,7 +470,7 @@ def list_runs() -> list[dict[str, Any]]:
     for folder in find_runs():
         row: dict[str, Any] = {"name": folder.name, "out": str(folder)}
         try:
-            config, status = read_verified_config(folder), read_json(folder / "run.json")
+            config, status = read_verified_config(folder), read_status(folder)
             row |= {
                 "model": config["model"]["name"], "size": config["model"].get("size"),
                 "status": live_status(folder, status), "steps": status.get("step"),

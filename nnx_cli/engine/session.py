@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nnx_cli import __version__, models
-from nnx_cli.config import SampleConfig, TrainConfig
+from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
 from nnx_cli.engine.device import (
@@ -161,7 +161,7 @@ def resume(
     `overrides` are new values of training settings. Raises CheckpointError without an intact checkpoint, DataError
     where the data is not the run's.
     """
-    old = TrainConfig(**run.config["training"])
+    old = settings_of(run)
     config = replace(old, **{**overrides, **same_samples(old, overrides)})
     checkpoint, notes = run.newest_checkpoint()
     device, precision = prepare_device(config, strict=False)
@@ -196,12 +196,23 @@ def resume(
         notes.append(
             f"torch is {torch.__version__}, the run began with {versions['torch']}: the same run, not the same bits"
         )
-    run.cut_logs(trainer.state.step)
+    notes += run.cut_logs(trainer.state.step)
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}
     wished = asdict(replace(trainer.config, precision=old.precision))  # another device's precision is for this time
     run.set_config(run.config | {"training": wished, "data": where})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
+
+
+def settings_of(run: Run) -> TrainConfig:
+    """The training settings of a run. Raises CheckpointError where its config.json has none that can be."""
+    path = run.folder / "config.json"
+    try:
+        stated = run.config["training"]
+        coerce(own_fields(TrainConfig), {key: value for key, value in stated.items() if value is not None}, "training")
+        return TrainConfig(**stated)
+    except (UsageError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} describes no training: {error}") from error
 
 
 def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> dict[str, int | None]:
