@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,43 +14,165 @@ from torch.utils.checkpoint import checkpoint
 from nnx_cli.layers.kv_cache import KVCache
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
+LSE_ROWS = 32  # memory-efficient attention pads its sums to a multiple of these
+
+aten = torch.ops.aten
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, store: KVCache | None, layer: int, *, causal: bool, dropout: float
+    q: Tensor, kv: Tensor, times: Sequence[int], store: KVCache | None, layer: int, *, causal: bool, dropout: float
 ) -> Tensor:
-    """Attention of q (B, T, H, K) over k, v (B, T, G, H, K), the G segments of a position; returns (B, T, H, K).
+    """Attention of q (B, T, H, K) over kv (G, B, T, 2, H, K), the keys and values of G segments, each of which occurs
+    as often as `times` says; returns (B, T, H, K).
 
-    A position sees all segments of the positions up to its own. With segments side by side in every position that is
-    plain causal attention of G queries a position, of which the last one counts: no mask, which no fused kernel takes.
+    A position sees all segments of the positions up to its own: attention to one segment after the other, merged. Where
+    no kernel gives the sums that merging takes, and for a cache, segments lie side by side in every position, and that
+    is plain causal attention of as many queries a position, of which the last one counts: no mask, which no fused
+    kernel takes.
     """
-    B, T, G, H, K = k.shape
-    q, k, v = q.transpose(1, 2), k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # (B, H, T, K), (B, H, T, G, K)
-    mask = None
+    T, K, mask = q.shape[1], q.shape[-1], None
     if store is not None:
         mask, causal = store.mask(T), store.is_causal(T)
-        k, v = (x.unflatten(-1, (G, K)) for x in store.update(layer, k.flatten(3), v.flatten(3)))  # (B, H, S, G, K)
-    k, v = k.flatten(2, 3), v.flatten(2, 3)  # (B, H, S·G, K)
+        beside = side_by_side(kv, times)  # (B, T, N, 2, H, K)
+        n = beside.shape[2]
+        k, v = (x.permute(0, 3, 1, 2, 4).flatten(3) for x in beside.unbind(3))  # (B, H, T, N·K)
+        k, v = (x.unflatten(-1, (n, K)).flatten(2, 3) for x in store.update(layer, k, v))  # (B, H, S·N, K)
+    if len(kv) > 1 and causal and not dropout and sums_are_known(q):
+        return merged_attention(q, kv, times)
+    if store is None:
+        beside = side_by_side(kv, times)
+        n = beside.shape[2]
+        k, v = (x.permute(0, 3, 1, 2, 4).flatten(2, 3) for x in beside.unbind(3))  # (B, H, T·N, K)
+    q = q.transpose(1, 2)  # (B, H, T, K)
     if causal:
-        q = q.repeat_interleave(G, dim=2)  # (B, H, T·G, K)
+        q = q.repeat_interleave(n, dim=2)  # (B, H, T·N, K)
     elif mask is not None:
-        mask = mask.repeat_interleave(G, dim=3)  # (B, 1, T, S·G)
+        mask = mask.repeat_interleave(n, dim=3)  # (B, 1, T, S·N)
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=K**-0.5)
-    return (y[:, :, G - 1 :: G] if causal else y).transpose(1, 2)
+    return (y[:, :, n - 1 :: n] if causal else y).transpose(1, 2)
 
 
-def attention_entropy(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """Mean entropy in nats, float32, of the attention of q (B, T, H, K) over k (B, T, G, H, K).
+def side_by_side(kv: Tensor, times: Sequence[int]) -> Tensor:
+    """Segments (G, ...) as they occur in a position, (B, T, N, ...) with N the sum of `times`."""
+    return torch.stack([x for x, n in zip(kv, times, strict=True) for _ in range(n)], dim=2)
+
+
+def sums_are_known(q: Tensor) -> bool:
+    """Whether `attention_and_sums` has a kernel for q (B, T, H, K)."""
+    if q.device.type != "cuda":
+        return q.device.type in ("cpu", "meta")
+    if torch.version.hip is not None or q.dtype == torch.float64 or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return False
+    return q.dtype != torch.bfloat16 or torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def is_flash(q: Tensor) -> bool:
+    """Whether flash attention takes q, which lies on CUDA."""
+    return (
+        q.dtype != torch.float32
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and torch.backends.cuda.is_flash_attention_available()
+    )
+
+
+@torch.library.custom_op("nnx::attention_and_sums", mutates_args=())
+def attention_and_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of q, k, v (B, T, H, K), and the logarithm of what a query's exponentials sum to, (B, H, T)."""
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not q.is_cuda:
+        y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    elif is_flash(q):
+        y, sums = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+    else:
+        y, sums = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[:2]
+    return y.transpose(1, 2).contiguous(), sums[..., :T].contiguous()
+
+
+@torch.library.custom_op("nnx::attention_and_sums_backward", mutates_args=())
+def attention_and_sums_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (B, T, H, K) whose exponentials are part of `sums` (B, H, T) and whose output is part of
+    y (B, T, H, K), where `grad` is that of y."""
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    grad, q, k, v, y = (x.transpose(1, 2) for x in (grad, q, k, v, y))
+    if not q.is_cuda:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, y, sums, 0.0, True, scale=scale
+        )  # fmt: skip
+    else:
+        none = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of a generator that nothing is drawn from
+        if is_flash(q):
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                grad, q, k, v, y, sums, None, None, T, T, 0.0, True, none, none, scale=scale
+            )
+        else:
+            padded = F.pad(sums, (0, -T % LSE_ROWS), value=math.inf)
+            grads = aten._scaled_dot_product_efficient_attention_backward(
+                grad, q, k, v, None, y, padded, none[0], none[1], 0.0, [True, True, True, False], True, scale=scale
+            )[:3]
+    return tuple(x.transpose(1, 2).contiguous() for x in grads)
+
+
+@attention_and_sums.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@attention_and_sums_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def merged_attention(q: Tensor, kv: Tensor, times: Sequence[int]) -> Tensor:
+    """Causal attention of q (B, T, H, K) over kv (G, B, T, 2, H, K), segment by segment."""
+    if q.is_meta:  # to be counted, not run: a call with as many products that keeps as much
+        k, v = kv.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)  # (B, H, G·T, K)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+    return MergedAttention.apply(q, kv, tuple(times))
+
+
+class MergedAttention(torch.autograd.Function):
+    """Attention to segments one by one, each weighted by its share of the exponentials; a segment that occurs n times
+    has n times its own. Keeps what attention to one segment would, and the other segments."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, times: tuple[int, ...]) -> Tensor:
+        found = [attention_and_sums(q, *segment.unbind(2)) for segment in kv]
+        logs = torch.stack([sums + math.log(n) for (_, sums), n in zip(found, times, strict=True)])  # (G, B, H, T)
+        sums = logs.logsumexp(0)
+        shares = (logs - sums).exp().transpose(2, 3).unsqueeze(-1)  # (G, B, T, H, 1)
+        y = sum(share * y for (y, _), share in zip(found, shares, strict=True)).to(q.dtype)
+        ctx.times = times
+        ctx.save_for_backward(q, kv, y, sums)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, kv, y, sums = ctx.saved_tensors
+        parts = [
+            attention_and_sums_backward(grad, q, *segment.unbind(2), y, sums - math.log(n))
+            for segment, n in zip(kv, ctx.times, strict=True)
+        ]
+        q_grad = sum(part[0] for part in parts)
+        return q_grad, torch.stack([torch.stack(part[1:], dim=2) for part in parts]), None
+
+
+def attention_entropy(q: Tensor, kv: Tensor, times: Sequence[int], causal: bool) -> Tensor:
+    """Mean entropy in nats, float32, of the attention that `attend` computes of q over kv.
 
     Weights exist for ENTROPY_ROWS queries at a time and are computed again in the backward pass.
     """
-    T, G = k.shape[1:3]
-    k = k.flatten(1, 2)  # (B, T·G, H, K)
+    k = side_by_side(kv[:, :, :, 0], times)  # (B, T, N, H, K)
+    T, N = k.shape[1:3]
+    k = k.flatten(1, 2)  # (B, T·N, H, K)
 
     def summed(q: Tensor, k: Tensor, start: int) -> Tensor:
         scores = torch.einsum("bthk,bshk->bhts", q, k).float() * q.shape[-1] ** -0.5
         queries = torch.arange(start, start + q.shape[1], device=q.device)
-        keys = torch.arange(k.shape[1], device=q.device) // G
+        keys = torch.arange(k.shape[1], device=q.device) // N
         hidden = (keys > queries[:, None]) & causal
         logs = scores.masked_fill(hidden, -torch.inf).log_softmax(-1)
         return -(logs.exp() * logs.masked_fill(hidden, 0.0)).sum()
@@ -54,7 +180,7 @@ def attention_entropy(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     total = torch.zeros((), device=q.device)
     for start in range(0, T, ENTROPY_ROWS):
         end = min(start + ENTROPY_ROWS, T)
-        seen = k[:, : end * G] if causal else k
+        seen = k[:, : end * N] if causal else k
         total = total + checkpoint(
             summed, q[:, start:end], seen, start, use_reentrant=False, preserve_rng_state=False
         )  # fmt: skip

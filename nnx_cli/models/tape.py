@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.head import HeadFormula
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
@@ -163,19 +164,18 @@ class Level(nn.Module):
         """
         config = self.config
         B, T, D = tokens.shape
-        x = tokens if h is None else h
-        if h is None or config.n_segments == 1:
-            segments = [x]
-        else:
-            segments = [tokens, h] if previous is None else [previous, tokens, h]
-        kv = self.kv(torch.stack(segments, dim=2))  # (B, T, G, 4 D)
-        if len(segments) == 2:
-            kv = torch.cat((kv[:, :, :1], kv), dim=2)  # what occurs twice is projected once
-        k, v = kv.unflatten(-1, (2, 2 * config.n_heads, -1)).unbind(3)  # (B, T, G, 2 H, K) each
+        x, segments, times = tokens if h is None else h, [tokens], (1,)
+        if h is not None and config.n_segments == 1:
+            segments = [h]
+        elif h is not None and previous is None:
+            segments, times = [tokens, h], (2, 1)
+        elif h is not None:
+            segments, times = [previous, tokens, h], (1, 1, 1)
+        kv = self.kv(torch.stack(segments)).unflatten(-1, (2, 2 * config.n_heads, -1))  # (G, B, T, 2, 2 H, K)
         q = self.q(x).view(B, T, 2 * config.n_heads, -1)  # (B, T, 2 H, K)
         store = None if cache is None else cache.first if self.is_first else cache.others
         causal, dropout = config.variant != "seed", config.dropout if self.training else 0.0
-        y = attend(q, k, v, store, self.row, causal=causal, dropout=dropout)
+        y = attend(q, kv, times, store, self.row, causal=causal, dropout=dropout)
         y_left, y_right = y.reshape(B, T, 2, D).unbind(2)
         left, right = self.left(x, y_left), self.right(x, y_right)
         if self.is_critic:
@@ -183,7 +183,7 @@ class Level(nn.Module):
         else:
             merged = soft_xor(torch.sigmoid(left), torch.sigmoid(right))
         rewarded = self.training and config.entropy_weight > 0
-        return merged, attention_entropy(q, k, causal) if rewarded else None
+        return merged, attention_entropy(q, kv, times, causal) if rewarded else None
 
 
 class ProphetLayer(nn.Module):
@@ -232,6 +232,9 @@ class StudentT(nn.Module):
         distance = x.square().sum(-1, keepdim=True) - 2 * F.linear(x, centres) + centres.square().sum(-1)
         scores = torch.log1p(distance.clamp(min=1e-12) / self.df) * (-(self.df + x.shape[-1]) / 2)
         return scores.log_softmax(-1)  # (..., V)
+
+    def formula(self) -> HeadFormula:
+        return HeadFormula(weight=self.weight, df=self.df)
 
 
 class TapeCache:

@@ -10,7 +10,7 @@ from nnx_cli.engine.cost import count_parameters, flops_per_token, meta_model
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers import segments
-from nnx_cli.layers.soft_xor import Activation, Recurrence, activation, slope, soft_xor
+from nnx_cli.layers.soft_xor import Activation, Recurrence, activation, activation_and_slope, soft_xor
 
 from .reference_cases import load_case
 
@@ -78,9 +78,9 @@ def test_published_parameter_counts():
 def test_products_are_counted_as_they_are_run():
     config = models.make_config("tape", vocab_size=256, dim=128, n_critics=2, seq_len=64)
     D, T, levels = 128, 64, 10
-    blocks = 2 * levels * (48 * D**2 + 9 * 2 * D * T)  # plain causal attention of 3 queries over 3 keys a position
-    saved = 2 * (8 * D**2 + 8 * 2 * D * T)  # the first level has one segment
-    saved += 2 * (levels - 3) * 4 * D**2  # what a level attends to twice is projected once
+    blocks = 2 * levels * (48 * D**2 + 3 * 2 * D * T)  # three keys a position
+    saved = 2 * (8 * D**2 + 2 * 2 * D * T)  # the first level has one segment
+    saved += 2 * (levels - 3) * (4 * D**2 + 2 * D * T)  # what occurs twice is projected and attended to once
     expected = blocks - saved + 60 * D**2 + 2 * 256 * D
     assert flops_per_token(meta_model("tape", config))["forward"] == pytest.approx(expected, rel=1e-3)
 
@@ -100,17 +100,31 @@ def test_critics_and_prophet_take_part(tiny):
         parameter.copy_(kept)
 
 
-def test_segments_side_by_side_are_attention_under_a_tiled_mask():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 3, 4), torch.randn(2, 5, 3, 3, 4)
-    y = segments.attend(q, k, v, None, 0, causal=True, dropout=0.0)
-    keys, values = (torch.cat(x.unbind(2), dim=1) for x in (k, v))  # one segment after the other
-    scores = torch.einsum("bthk,bshk->bhts", q, keys) / 2
-    later = torch.ones(5, 5, dtype=torch.bool).triu(1).repeat(1, 3)
+def plain_attention(q, kv, times):
+    """Attention of q (B, T, H, K) over all segments, one after the other, under a tiled mask; with its weights."""
+    T, K = q.shape[1], q.shape[-1]
+    keys, values = torch.cat([x for x, n in zip(kv, times, strict=True) for _ in range(n)], dim=1).unbind(2)
+    scores = torch.einsum("bthk,bshk->bhts", q, keys) * K**-0.5
+    later = torch.ones(T, T, dtype=torch.bool).triu(1).repeat(1, sum(times))
     weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-    torch.testing.assert_close(y, torch.einsum("bhts,bshk->bthk", weights, values))
+    return torch.einsum("bhts,bshk->bthk", weights, values), weights
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("times", [(1, 1, 1), (2, 1), (1,)])
+def test_attention_over_segments_is_that_under_a_tiled_mask(times, merged, monkeypatch):
+    torch.manual_seed(0)
+    if not merged:
+        monkeypatch.setattr(segments, "sums_are_known", lambda q: False)
+    q, kv = torch.randn(2, 37, 3, 8).double(), torch.randn(len(times), 2, 37, 2, 3, 8).double()
+    leaves, factor = [q.requires_grad_(), kv.requires_grad_()], torch.randn(2, 37, 3, 8)
+    y = segments.attend(q, kv, times, None, 0, causal=True, dropout=0.0)
+    wanted, weights = plain_attention(q, kv, times)
+    torch.testing.assert_close(y, wanted)
+    found = torch.autograd.grad((y * factor).sum(), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad((wanted * factor).sum(), leaves, retain_graph=True))
     entropy = torch.special.entr(weights).sum(-1).mean()
-    torch.testing.assert_close(segments.attention_entropy(q, k, causal=True), entropy)
+    torch.testing.assert_close(segments.attention_entropy(q, kv, times, causal=True), entropy.float())
 
 
 @pytest.mark.parametrize("fields", [{}, {"variant": "sound"}, {"entropy_weight": 1.0}], ids=str)
@@ -201,13 +215,16 @@ def test_activation_and_its_slope():
     torch.testing.assert_close(activation(x), once)
     torch.testing.assert_close(activation(x, times=2), twice)
     (wanted,) = torch.autograd.grad(once.sum(), x, retain_graph=True)
-    torch.testing.assert_close(slope(x.detach()), wanted)
+    torch.testing.assert_close(activation_and_slope(x.detach())[1], wanted)
     (found,) = torch.autograd.grad(Activation.apply(x).sum(), x)
     torch.testing.assert_close(found, wanted)
     (wanted,) = torch.autograd.grad(twice.sum(), x)
-    torch.testing.assert_close(slope(x.detach(), times=2), wanted)
+    torch.testing.assert_close(activation_and_slope(x.detach(), times=2)[1], wanted)
     assert once.abs().max().item() == pytest.approx(0.2014, abs=1e-4)
-    assert slope(torch.zeros(1)) == 1 and slope(torch.tensor(0.5)).item() == pytest.approx(0.06, abs=0.005)
+    (at_zero, at_half) = activation_and_slope(torch.tensor([0.0, 0.5]))[1].tolist()
+    assert at_zero == 1 and at_half == pytest.approx(0.06, abs=0.005)
+    tiny = torch.tensor([1e-6, -3e-4])
+    torch.testing.assert_close(activation(tiny), activation(tiny.double()).float(), rtol=1e-6, atol=0)
 
 
 def test_recurrence_equals_steps_written_out():
