@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.loss import token_losses
@@ -31,6 +33,27 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
+class CapturedLosses:
+    """`token_losses` of a model in evaluation mode, recorded as a CUDA graph for batches of one shape; others are
+    computed as ever. A result is good until the next call."""
+
+    def __init__(self, model: LanguageModel, batch_size: int, seq_len: int) -> None:
+        self.input_ids, self.targets = torch.zeros(2, batch_size, seq_len, dtype=torch.int64, device=model.device)
+        token_losses(model, self.input_ids, self.targets)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.losses = token_losses(model, self.input_ids, self.targets)
+
+    def __call__(self, model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+        if input_ids.shape != self.input_ids.shape:
+            return token_losses(model, input_ids, targets)
+        self.input_ids.copy_(input_ids, non_blocking=True)
+        self.targets.copy_(targets, non_blocking=True)
+        self.graph.replay()
+        return self.losses
+
+
 def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndarray:
     """Starts of the windows that cover a stream without overlap, or of `n_windows` of them, evenly spread."""
     starts = np.arange(0, max(n_tokens - seq_len, 0), seq_len)
@@ -42,7 +65,7 @@ def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndar
 @torch.no_grad()
 def evaluate(
     model: LanguageModel, tokens: np.ndarray, *, seq_len: int, batch_size: int, token_bytes: np.ndarray | None,
-    n_windows: int | None = None,
+    n_windows: int | None = None, losses_of: Callable[[LanguageModel, Tensor, Tensor], Tensor] = token_losses,
 ) -> Evaluation:  # fmt: skip
     """Loss of `model` over `tokens`, every window read from its own start.
 
@@ -60,18 +83,17 @@ def evaluate(
     tail = (len(tokens) - 1) % seq_len
     if tail and (n_windows is None or not batches):
         batches.append((np.array([len(tokens) - 1 - tail]), tail))
+    wide = torch.float32 if model.device.type == "mps" else torch.float64
     nats, n_bytes, n_tokens = [], [], 0
     for begin, length in batches:
         input_ids, targets = windows_at(tokens, begin, length)
-        losses = token_losses(model, input_ids.to(model.device), targets.to(model.device))  # (B, T)
-        nats.append(
-            losses.double().sum(1).cpu().numpy() if losses.device.type != "mps" else losses.sum(1).cpu().numpy()
-        )
+        losses = losses_of(model, input_ids.to(model.device), targets.to(model.device))  # (B, T)
+        nats.append(losses.to(wide).sum(1))
         n_tokens += targets.numel()
         if token_bytes is not None:
             n_bytes.append(token_bytes[targets.numpy()].sum(1))
     model.train(was_training)
-    nats_by_window = np.concatenate(nats)
+    nats_by_window = torch.cat(nats).cpu().numpy()
     total = float(nats_by_window.sum())
     bits = stderr = text_bytes = None
     if token_bytes is not None and (text_bytes := int(sum(b.sum() for b in n_bytes))):
