@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from nnx_cli.engine.row_loss import StudentT, has_kernel, row_loss
+from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.models._base import LanguageModel
 
-CHUNK_BYTES = 128 * 2**20  # of logits, their float32 copy and their gradient: about 10 bytes a logit
+CHUNK_BYTES = 128 * 2**20  # of a chunk's logits and everything made from them
+CUDA_CHUNK_BYTES = 256 * 2**20  # a kernel starts late and products like many rows: 4096 rows at 32,000 tokens in bf16
+LOGIT_BYTES = 10  # of a head without a formula: logits, their float32 copy and their gradient
+FP16_FACTOR = 2.0**8  # on gradients in fp16, which have values down to 2**-24 and stay well below 2**16 - 1
 
 
-def chunk_rows(n_rows: int, vocab_size: int) -> int:
-    """Rows per chunk: a power of two between 256 and 4096 that keeps a chunk near CHUNK_BYTES, then evened out."""
-    rows = 2 ** int(math.log2(max(1, CHUNK_BYTES // (10 * vocab_size))))
-    rows = min(max(rows, 256), 4096)
+def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, device_type: str = "cpu") -> int:
+    """Rows per chunk: a power of two that keeps a chunk near CHUNK_BYTES, and on CUDA CUDA_CHUNK_BYTES, then evened
+    out. At least 256, and at most 4096 except on CUDA."""
+    budget, most = (CUDA_CHUNK_BYTES, n_rows) if device_type == "cuda" else (CHUNK_BYTES, 4096)
+    rows = 2 ** int(math.log2(max(1, budget // (logit_bytes * vocab_size))))
+    rows = min(max(rows, 256), max(most, 256))
     return math.ceil(n_rows / math.ceil(n_rows / rows))
+
+
+def logit_bytes(dtype: torch.dtype, student_t: bool, fused: bool) -> int:
+    """What one logit of a head with a formula takes: products and gradient alone where the kernel puts one in place of
+    the other."""
+    if student_t:
+        dtype = torch.promote_types(dtype, torch.float32)
+    return dtype.itemsize if fused else 16 if student_t else 8
 
 
 def summed_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -75,6 +92,114 @@ def head_vocab_size(head: nn.Module) -> int:
     return max(p.shape[0] for p in head.parameters() if p.dim() == 2)
 
 
+class Products:
+    """x @ weight.T of a head with a formula, chunk by chunk, in a buffer that all chunks share. The weight is cast
+    once, with the scale in it. Needs to be without autograd."""
+
+    def __init__(self, x: Tensor, formula: HeadFormula) -> None:
+        weight, scale, bias, self.df = formula.weight, formula.scale, formula.bias, formula.df
+        assert self.df is None or scale is None and bias is None
+        self.x, (V, self.dim) = x, weight.shape
+        self.dtype = x.dtype if self.df is None else torch.promote_types(x.dtype, torch.float32)
+        self.matrix = weight.to(self.dtype)
+        if scale is not None:
+            self.matrix = torch.mul(weight, scale[:, None], out=torch.empty_like(weight, dtype=self.dtype))
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.w_squares = None if self.df is None else self.matrix.square().sum(1)
+        per_logit = logit_bytes(x.dtype, student_t=self.df is not None, fused=has_kernel(x.device))
+        self.rows = chunk_rows(len(x), V, per_logit, x.device.type)
+        pitch = math.ceil(V / 64) * 64  # rows begin with whole vectors, whatever V is
+        self.buffer = torch.empty(self.rows, pitch, dtype=self.dtype, device=x.device)[:, :V]
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, StudentT | None]]:
+        """Where a chunk is, its x and products, and what else its logits depend on."""
+        for start in range(0, len(self.x), self.rows):
+            where = slice(start, min(start + self.rows, len(self.x)))
+            x = self.x[where].to(self.dtype)
+            products = self.buffer[: len(x)]
+            if self.bias is None:
+                torch.mm(x, self.matrix.t(), out=products)
+            else:
+                torch.addmm(self.bias, x, self.matrix.t(), out=products)
+            student_t = None
+            if self.df is not None:
+                student_t = StudentT(self.df, self.dim, x.square().sum(1), self.w_squares)
+            yield where, x, products, student_t
+
+
+class FormulaHeadLoss(torch.autograd.Function):
+    """`summed_loss` of a head with a formula: products, their softmax, and two products more for the gradients.
+
+    Nothing here waits for the device. The gradient of the weight is summed in float32 or wider.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, targets: Tensor, ignore_index: int, df: float | None,
+        weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        wants_x, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
+        head = Products(x, HeadFormula(weight=weight, scale=scale, bias=bias, df=df))
+        wide = torch.promote_types(head.dtype, torch.float32)
+        ctx.factor = FP16_FACTOR if head.dtype == torch.float16 else 1.0
+        losses = torch.empty(len(x), dtype=wide, device=x.device)
+        x_grad = torch.empty_like(x) if wants_x else None
+        weight_grad = torch.empty_like(weight, dtype=wide) if wants_weight or wants_scale else None
+        column_sums = losses.new_zeros(len(weight)) if wants_bias or df is not None else None
+        for where, chunk, products, student_t in head.chunks():
+            losses[where], g = row_loss(products, targets[where], ignore_index, student_t=student_t, factor=ctx.factor)
+            if column_sums is not None:
+                column_sums += g.sum(0, dtype=wide)
+            if weight_grad is not None:
+                add_product(weight_grad, g.t(), chunk, beta=float(where.start > 0))
+            if x_grad is not None and df is None:
+                torch.mm(g, head.matrix, out=x_grad[where])
+            elif x_grad is not None:
+                x_grad[where] = (g @ head.matrix).addcmul_(g.sum(1, keepdim=True), chunk, value=-1)
+        del products, g, head.buffer  # the gradient of a scale needs a matrix more
+        if df is not None and weight_grad is not None:
+            weight_grad.addcmul_(column_sums[:, None], head.matrix, value=-1)
+        scale_grad = (weight_grad * weight).sum(1) if wants_scale else None
+        if scale is not None and wants_weight:
+            weight_grad *= scale[:, None]
+        bias_grad = column_sums if wants_bias else None
+        ctx.save_for_backward(x_grad, weight_grad if wants_weight else None, scale_grad, bias_grad)
+        ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (x, weight, scale, bias)]
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad / ctx.factor
+        x_grad, *others = (
+            None if saved is None else scaled(saved, grad, dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return x_grad, None, None, None, *others
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """total = beta · total + a @ b, summed in the type of `total`, which may be wider than theirs."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif total.is_cuda and torch.version.hip is None:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def scaled(tensor: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor · grad in another type, without rounding the number `grad` to it first."""
+    return torch.mul(tensor, grad.view((1,) * tensor.dim()), out=torch.empty_like(tensor, dtype=dtype))
+
+
+def head_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """`summed_loss` in chunks of rows: by formula where the head has one, else through autograd."""
+    if (formula := formula_of(head)) is None:
+        return ChunkedHeadLoss.apply(x, targets, head, ignore_index, *head.parameters())
+    return FormulaHeadLoss.apply(x, targets, ignore_index, formula.df, formula.weight, formula.scale, formula.bias)
+
+
 class TrainStep(nn.Module):
     """The one callable that training wraps: input_ids, targets (B, T) to the summed loss and the number of targets."""
 
@@ -87,17 +212,24 @@ class TrainStep(nn.Module):
         x = model.trunk(input_ids).flatten(0, 1)
         targets = targets.flatten()
         n_targets = (targets != model.ignore_index).sum()
-        loss = ChunkedHeadLoss.apply(x, targets, model.head, model.ignore_index, *model.head.parameters())
+        loss = head_loss(model.head, x, targets, model.ignore_index)
         if (aux := model.aux_loss()) is not None:
             loss = loss + aux * n_targets
         return loss, n_targets
 
 
+@torch.no_grad()
 def token_losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
-    with torch.no_grad():
-        x = model.trunk(input_ids).flatten(0, 1)
+    x, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
+    if (formula := formula_of(model.head)) is None:
         rows = chunk_rows(len(x), model.config.vocab_size)
-        pieces = zip(x.split(rows), targets.flatten().split(rows), strict=True)
+        pieces = zip(x.split(rows), flat.split(rows), strict=True)
         losses = [F.cross_entropy(model.head(chunk).float(), target, reduction="none") for chunk, target in pieces]
-        return torch.cat(losses).view(targets.shape)
+    else:
+        chunks = Products(x, formula).chunks()
+        losses = [
+            row_loss(products, flat[where], model.ignore_index, student_t=student_t, gradient=False)[0].float()
+            for where, _, products, student_t in chunks
+        ]
+    return torch.cat(losses).view(targets.shape)

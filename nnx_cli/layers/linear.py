@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnx_cli.layers.head import HeadFormula
+
 
 class Linear(nn.Linear):
     """`x @ weight.T`, without a bias; the weight is cast to the type of `x`, so that no autocast is needed.
@@ -27,6 +29,11 @@ class Linear(nn.Linear):
         if self.lora_a is None:
             return y
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def formula(self) -> HeadFormula | None:
+        """What this layer computes as a head; None with an adapter, or in a subclass that computes something else."""
+        plain = type(self).forward is Linear.forward and self.lora_a is None
+        return HeadFormula(weight=self.weight) if plain else None
 
     def add_adapter(self, rank: int) -> None:
         """Begin with an adapter that changes nothing: lora_a is random with variance 1 / in_features, lora_b zero."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.linear import Linear
 
 ALPHA = 0.05  # how far a step goes at the start: section 2.2.2 of the paper
@@ -40,3 +43,7 @@ class ScaledHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) * (self.scale * self.gain)
+
+    def formula(self) -> HeadFormula | None:
+        linear = formula_of(self.linear)
+        return None if linear is None else replace(linear, scale=self.scale * self.gain)

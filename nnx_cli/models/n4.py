@@ -19,7 +19,7 @@ in float32. A window limits attention; the averages still go back to the first p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -154,6 +155,10 @@ class Biased(nn.Module):
         if isinstance(y, Tensor):
             return y + bias
         return tuple(part + b for part, b in zip(y, bias.split([part.shape[-1] for part in y]), strict=True))
+
+    def formula(self) -> HeadFormula | None:
+        linear = formula_of(self.linear)
+        return None if linear is None else replace(linear, bias=self.bias)
 
 
 def projection(config: Config, in_features: int, *splits: int) -> nn.Module:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables, rotate
@@ -177,6 +178,9 @@ class UnitLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, unit_matrix(self, self.axis).to(x.dtype))
 
+    def formula(self) -> HeadFormula:
+        return HeadFormula(weight=unit_matrix(self, self.axis))
+
 
 class UnitPackedLinear(PackedLinear):
     """Normalises the rows of its raw matrix on every use."""
@@ -283,6 +287,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x) * self.s_logit()
+
+    def formula(self) -> HeadFormula | None:
+        proj = formula_of(self.proj)
+        return None if proj is None else replace(proj, scale=self.s_logit())
 
 
 class Model(LanguageModel):

@@ -1,21 +1,58 @@
+import importlib.util
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnx_cli import models
 from nnx_cli.engine import loss as loss_module
-from nnx_cli.engine.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_vocab_size, token_losses
+from nnx_cli.engine.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_loss, head_vocab_size, token_losses
+from nnx_cli.engine.row_loss import StudentT, plain_row_loss
+from nnx_cli.layers.head import formula_of
+from nnx_cli.layers.linear import Linear
+from nnx_cli.layers.sphere import ScaledHead
+from nnx_cli.models import n4, ngpt, tape
+
+D, V = 6, 11
+HEADS = {
+    "linear": lambda: Linear(D, V),
+    "biased": lambda: n4.Biased(Linear(D, V)),
+    "scaled": lambda: ScaledHead(D, V),
+    "ngpt": lambda: ngpt.Head(ngpt.Config(dim=D, vocab_size=V, n_heads=1)),
+    "ngpt, normalised on use": lambda: ngpt.Head(ngpt.Config(dim=D, vocab_size=V, n_heads=1, normalize_on_use=True)),
+    "student-t": lambda: tape.StudentT(tape.Config(dim=D, vocab_size=V, n_heads=1)),
+}
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 @pytest.fixture(params=[1, 7, 16, 50, 4096], ids=lambda rows: f"chunks of {rows}")
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, vocab_size: min(n_rows, request.param))
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *rest: min(n_rows, request.param))
     return request.param
 
 
-def head_of(tied, D=6, V=11):
+@pytest.fixture(params=HEADS)
+def head(request):
+    """A head of every kind that has a formula, its parameters random."""
+    head = HEADS[request.param]()
+    torch.manual_seed(3)
+    for parameter in head.parameters():
+        nn.init.uniform_(parameter, 0.1, 1.0) if parameter.dim() == 1 else nn.init.normal_(parameter)
+    return head
+
+
+def rows_of(n_rows, dtype=torch.float64):
+    """x and targets, every fifth of them to be ignored."""
+    torch.manual_seed(4)
+    x, targets = torch.randn(n_rows, D, dtype=dtype), torch.randint(V, (n_rows,))
+    targets[::5] = -100
+    return x.requires_grad_(), targets
+
+
+def head_of(tied):
     torch.manual_seed(3)
     head = nn.Linear(D, V, bias=False, dtype=torch.float64)
     if tied:
@@ -35,6 +72,13 @@ def test_rows_of_a_chunk():
         rows = chunk_rows(n_rows, V)
         assert 1 <= rows <= 4096 and rows * math.ceil(n_rows / rows) >= n_rows
         assert rows <= 256 or rows * V * 10 <= loss_module.CHUNK_BYTES
+
+
+def test_a_gpu_takes_more_rows_at_once():
+    assert chunk_rows(65_536, 256, 2, "cuda") == 65_536
+    assert chunk_rows(4096, 32_000, 2, "cuda") == 4096
+    assert chunk_rows(16_384, 50_304, 2, "cuda") == 2048
+    assert chunk_rows(100, 10**7, 2, "cuda") == 100
 
 
 def test_a_small_budget_makes_more_chunks(monkeypatch):
@@ -60,6 +104,92 @@ def test_gradients_are_those_of_finite_differences(chunks, tied):
         return ChunkedHeadLoss.apply(inputs, targets, head, -100, weight)
 
     assert torch.autograd.gradcheck(function, (x, head.weight), atol=1e-7)
+
+
+def test_gradients_by_formula_are_those_of_finite_differences(monkeypatch, head):
+    if isinstance(getattr(head, "proj", None), ngpt.UnitLinear):
+        pytest.skip("norms are float32; the formula is that of the kind before")
+    head.double()
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *rest: 4)
+    x, targets = rows_of(9)
+    assert formula_of(head) is not None
+    parameters = tuple(head.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, -100), (x, *parameters), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_formulas_equal_the_plain_loss(chunks, head, dtype, rtol):
+    x, targets = rows_of(23, dtype)
+    inputs = [x, *head.parameters()]
+    loss = head_loss(head, x, targets, -100)
+    wanted = loss_module.summed_loss(head, x.float(), targets, -100)
+    grads = torch.autograd.grad(loss * 0.25, inputs)
+    plain = torch.autograd.grad(wanted * 0.25, inputs)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted, rtol=rtol, atol=0)
+    for grad, expected, tensor in zip(grads, plain, inputs, strict=True):
+        assert grad.dtype == tensor.dtype
+        assert (grad - expected).norm() <= 2 * rtol * expected.norm()
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_architecture_has_a_formula_of_its_own_logits(tiny, name):
+    model = tiny(name)
+    x, targets = torch.randn(5, 32), torch.randint(64, (5,))
+    assert formula_of(model.head) is not None
+    wanted = F.cross_entropy(model.head(x), targets, reduction="sum")
+    torch.testing.assert_close(head_loss(model.head, x, targets, -100), wanted)
+
+
+def test_a_head_that_computes_something_else_has_no_formula():
+    class SoftCapped(Linear):
+        def forward(self, x):
+            return 5 * torch.tanh(super().forward(x) / 5)
+
+    adapted, capped, scaled = Linear(D, V), SoftCapped(D, V), ScaledHead(D, V)
+    adapted.add_adapter(2)
+    scaled.linear = SoftCapped(D, V)
+    nn.init.normal_(adapted.lora_b)
+    x, targets = rows_of(7, torch.float32)
+    for head in (adapted, capped, scaled, nn.Linear(D, V)):
+        assert formula_of(head) is None
+        torch.testing.assert_close(head_loss(head, x, targets, -100), loss_module.summed_loss(head, x, targets, -100))
+
+
+def test_fp16_keeps_the_gradients_of_sure_predictions():
+    head = Linear(D, V)
+    with torch.no_grad():
+        head.weight.copy_(torch.cat((torch.eye(D), -torch.eye(D)[1:])))
+    targets = torch.arange(D)
+    x = (14 * torch.eye(D)).half().requires_grad_()  # the other tokens have a probability of 8e-7
+    (grad,) = torch.autograd.grad(head_loss(head, x, targets, -100) * 2.0**16, x)
+    exact_x = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(loss_module.summed_loss(head, exact_x, targets, -100) * 2.0**16, exact_x)
+    assert (grad - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.skipif(KERNEL_DEVICE is None, reason="needs a CUDA GPU, or TRITON_INTERPRET=1")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("n_tokens", [11, 256, 5003])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "student-t"])
+def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
+    from nnx_cli.engine.row_loss_kernel import fused_row_loss
+
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "student-t" else getattr(torch, kind)
+    x, weight = torch.randn(6, 32, device=KERNEL_DEVICE), torch.randn(n_tokens, 32, device=KERNEL_DEVICE)
+    targets = torch.randint(n_tokens, (6,), device=KERNEL_DEVICE)
+    targets[2] = -100
+    products = torch.empty(6, n_tokens + 5, dtype=dtype, device=KERNEL_DEVICE)[:, :n_tokens].copy_(x @ weight.t())
+    student_t = StudentT(2.7, 32, x.square().sum(1), weight.square().sum(1)) if kind == "student-t" else None
+    losses, gradient = plain_row_loss(products.clone(), targets, -100, student_t, 1.5, True)
+    alone, _ = fused_row_loss(products.clone(), targets, -100, student_t, 1.5, False)
+    fused, in_place = fused_row_loss(products, targets, -100, student_t, 1.5, True)
+    assert in_place is products and torch.equal(fused, alone)
+    torch.testing.assert_close(fused, losses, rtol=2e-6, atol=1e-5)
+    rtol = {torch.float32: 5e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(in_place, gradient, rtol=rtol, atol=1e-6)
+    assert fused[2] == 0 and not in_place[2].any()
 
 
 @pytest.mark.parametrize("name", ["llama", "nyx"])
@@ -117,8 +247,9 @@ def test_a_loss_of_the_architectures_own_counts_once_per_target(tiny):
     assert (loss - plain).item() == pytest.approx(0.5 * count.item(), rel=1e-4)
 
 
-def test_token_losses_are_those_of_the_full_logits(tiny, chunks):
-    model = tiny("llama").eval()
+@pytest.mark.parametrize("name", ["llama", "tape"])
+def test_token_losses_are_those_of_the_full_logits(tiny, chunks, name):
+    model = tiny(name).eval()
     ids = torch.randint(64, (3, 12))
     losses = token_losses(model, ids[:, :-1], ids[:, 1:])
     with torch.no_grad():

@@ -1,0 +1,84 @@
+"""Cross-entropy of rows of logits and its gradient: what lies between the matrix products of a head's loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MIN_DISTANCE = 1e-12  # squared, of a Student-t kernel: rounding would make some negative
+
+
+@dataclass(frozen=True)
+class StudentT:
+    """Logits −(df + D)/2 · ln(1 + d²/df) of d² = |x|² − 2 x·w + |w|², in place of x·w itself."""
+
+    df: float
+    dim: int  # D
+    x_squares: Tensor  # (N,)
+    w_squares: Tensor  # (V,)
+
+
+def row_loss(
+    products: Tensor, targets: Tensor, ignore_index: int, *, student_t: StudentT | None = None,
+    factor: float = 1.0, gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy in nats of every row (N,), at least float32, and its gradient with respect to `products` (N, V)
+    times `factor`, in their type; both are zero where a target is `ignore_index`.
+
+    `products`, x·w of every row and token, are used up, with what their rows have beyond V: the gradient may lie in
+    their place. Statistics are taken in float32 or wider.
+    """
+    if has_kernel(products.device) and products.dtype != torch.float64:
+        from nnx_cli.engine.row_loss_kernel import fused_row_loss
+
+        return fused_row_loss(products, targets, ignore_index, student_t, factor, gradient)
+    return plain_row_loss(products, targets, ignore_index, student_t, factor, gradient)
+
+
+def plain_row_loss(
+    products: Tensor, targets: Tensor, ignore_index: int, student_t: StudentT | None, factor: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`row_loss` without a kernel of its own."""
+    logits, slope = products.to(torch.promote_types(products.dtype, torch.float32)), None
+    if student_t is not None:
+        df, power = student_t.df, (student_t.df + student_t.dim) / 2
+        distance = torch.sub(student_t.x_squares[:, None], logits, alpha=2).add_(student_t.w_squares)
+        distance.clamp_(min=MIN_DISTANCE)
+        slope = 2 * power / (distance + df) if gradient else None
+        logits = distance.div_(df).log1p_().mul_(-power)
+    log_p = logits.log_softmax(1)
+    counts = targets != ignore_index
+    index = targets.where(counts, 0)[:, None]
+    wanted = log_p.gather(1, index)
+    losses = torch.where(counts, -wanted.squeeze(1), 0)
+    if not gradient:
+        return losses, None
+    g = log_p.exp_().scatter_(1, index, wanted.exp() - 1)
+    g.mul_((counts * factor).to(g.dtype)[:, None])
+    if slope is not None:
+        g.mul_(slope)
+    return losses, g.to(products.dtype)
+
+
+@cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether Triton is there and really runs on a device: it also needs a C compiler, and a card from 2017 on."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    from triton.errors import TritonError
+
+    from nnx_cli.engine.row_loss_kernel import fused_row_loss
+
+    products, targets = torch.zeros(1, 64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        fused_row_loss(products, targets, -1, None, 1.0, True)
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError):
+        return False
+    return True

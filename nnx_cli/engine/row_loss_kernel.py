@@ -1,0 +1,88 @@
+"""`row_loss` as one Triton kernel: two passes over a row, the second of which writes the gradient in its place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nnx_cli.engine.row_loss import MIN_DISTANCE, StudentT
+
+MAX_BLOCK = 4096  # logits in registers at a time
+
+
+@triton.jit
+def squared_distance(product, x_square, w_square, min_distance):
+    distance = x_square - 2 * product + w_square
+    return tl.where(distance < min_distance, min_distance, distance)  # tl.maximum would lose NaN
+
+
+@triton.jit
+def row_loss_kernel(
+    products, targets, losses, x_squares, w_squares,
+    ignore_index, factor, df, power, min_distance,
+    V: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STUDENT_T: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """One program for each row, of which it reads and writes PITCH numbers: V itself may not be a multiple of 16 bytes,
+    which whole vectors take."""
+    row = tl.program_id(0).to(tl.int64)
+    products += row * PITCH
+    columns = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    inside = (target >= 0) & (target < V)
+    wanted = tl.load(products + target, mask=inside, other=float("nan")).to(tl.float32)
+    if STUDENT_T:
+        x_square = tl.load(x_squares + row)
+        distance_to_wanted = squared_distance(wanted, x_square, tl.load(w_squares + target, mask=inside), min_distance)
+        wanted = -power * tl.log(1 + distance_to_wanted / df)
+
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)  # of exp(logit - top)
+    for start in range(0, V, BLOCK):
+        column = start + columns
+        logits = tl.load(products + column, mask=column < PITCH, other=0.0).to(tl.float32)
+        if STUDENT_T:
+            w_square = tl.load(w_squares + column, mask=column < V, other=0.0)
+            logits = -power * tl.log(1 + squared_distance(logits, x_square, w_square, min_distance) / df)
+        logits = tl.where(column < V, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top), 0)
+        top = new_top
+    log_sum = top + tl.log(total)
+    counts = target != ignore_index
+    tl.store(losses + row, tl.where(counts, log_sum - wanted, 0.0))
+
+    if GRADIENT:
+        for start in range(0, V, BLOCK):
+            column = start + columns
+            logits = tl.load(products + column, mask=column < PITCH, other=0.0).to(tl.float32)
+            slope = factor
+            if STUDENT_T:
+                w_square = tl.load(w_squares + column, mask=column < V, other=0.0)
+                distance = squared_distance(logits, x_square, w_square, min_distance)
+                logits = -power * tl.log(1 + distance / df)
+                slope = factor * 2 * power / (distance + df)
+            gradient = (tl.exp(logits - log_sum) - tl.where(column == target, 1.0, 0.0)) * slope
+            gradient = tl.where(counts & (column < V), gradient, 0.0)
+            tl.store(products + column, gradient.to(products.dtype.element_ty), mask=column < PITCH)
+
+
+def fused_row_loss(
+    products: Tensor, targets: Tensor, ignore_index: int, student_t: StudentT | None, factor: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`row_loss`; the gradient takes the place of `products`. Targets outside of the vocabulary give NaN."""
+    n_rows, V = products.shape
+    assert products.stride(1) == 1 and targets.stride(0) == 1, (products.stride(), targets.stride())
+    losses = torch.empty(n_rows, dtype=torch.float32, device=products.device)
+    x_squares, w_squares = (losses, losses) if student_t is None else (student_t.x_squares, student_t.w_squares)
+    df, power = (1.0, 1.0) if student_t is None else (student_t.df, (student_t.df + student_t.dim) / 2)
+    block = min(triton.next_power_of_2(V), MAX_BLOCK)
+    with torch.cuda.device_of(products):
+        row_loss_kernel[(n_rows,)](
+            products, targets, losses, x_squares, w_squares,
+            ignore_index, factor, df, power, MIN_DISTANCE,
+            V=V, PITCH=products.stride(0), BLOCK=block, STUDENT_T=student_t is not None, GRADIENT=gradient,
+            num_warps=8 if block > 1024 else 4,
+        )  # fmt: skip
+    return losses, products if gradient else None
