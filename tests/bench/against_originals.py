@@ -16,11 +16,12 @@ The originals are fetched by whoever runs this, into FOLDER, and are no part of 
 NYX's own repository could not be established; palm-rlhf-pytorch has the class that NYX's files rename (equal logits).
 
 A step is forward, backward and AdamW, on random tokens. Originals run eagerly, with their own loss on all logits, under
-autocast to bf16 on CUDA; ours as the trainer runs it, in bf16 there, eager and with compiled blocks (on CUDA the whole step is then one graph). On a CPU all is
-float32. Every side lives in a process of its own and they take turns, a round each, so that what else the machine does
-hits all; numbers are medians over rounds. Memory is what a process had allocated at most (CPU: resident), and what of
-that lies above 16 bytes a parameter: weights, gradients and AdamW's moments. The matrix-product rate of the machine is
-taken in the same rounds; "share" is matrix products of ours (attention counted as causal) a second, over that rate.
+autocast to bf16 on CUDA; ours as the trainer runs it, in bf16 there, eager and with compiled blocks, where on CUDA the
+whole step is one graph. On a CPU all is float32. Every side lives in a process of its own and they take turns, a round
+each, so that what else the machine does hits all; numbers are medians over rounds. Memory is what a process had
+allocated at most (CPU: resident), and what of that lies above 16 bytes a parameter: weights, gradients and AdamW's
+moments. The matrix-product rate of the machine is taken in the same rounds; "share" is matrix products of ours
+(attention counted as causal) a second, over that rate.
 """
 
 from __future__ import annotations

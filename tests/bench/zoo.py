@@ -1,12 +1,12 @@
 """Which architecture is better: every one trained with its own default recipe on the same tokens of the same text.
 
     python tests/bench/zoo.py --text tinyshakespeare.txt [--size tiny] [--tokens 4000000] [--seeds 3] [--model nyx ...]
-                              [--markdown tests/bench/zoo.md]
+                              [--tokenizer char] [--set dropout=0.2 lr=0.002 ...] [--markdown tests/bench/zoo.md]
 
-Byte tokens; a run has --tokens training tokens at the size's context (tiny: 256); its loss is the mean over the whole
-validation split, of the weights at the end. Prints the mean over the seeds and their spread, tokens a second in eager
-mode (median over the steps of the last seed) and the peak of memory; and for `--lora RANK` the peak of adapter training
-beside full training.
+A run has --tokens training tokens at the size's context (tiny: 256); its loss is the mean over the whole validation
+split, of the weights at the end. --set overrides settings of the recipe and of the model. Prints the mean over the seeds
+and their spread, tokens a second (on a card with the step captured as a CUDA graph) and the peak of memory; and for
+`--lora RANK` the peak of adapter training beside full training.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from nnx_cli import models
-from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig
-from nnx_cli.engine.device import DTYPES, describe, peak_memory_bytes, pick_device, pick_precision, set_seed
+from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, own_fields
+from nnx_cli.engine.compiler import decide
+from nnx_cli.engine.device import DTYPES, describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 from nnx_cli.engine.evaluator import evaluate
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.prepare import prepare
@@ -66,20 +67,19 @@ def make_trainer(
 def train(trainer: Trainer) -> tuple[float, float]:
     """Loss on the validation split after all steps, and tokens a second."""
     config, state = trainer.config, trainer.state
-    speeds = []
     trainer.model.train()
+    decide(trainer, "graph")
+    synchronize(trainer.device)
+    started = time.perf_counter()
     for step in range(config.max_steps):
-        started = time.perf_counter()
-        progress = step / config.max_steps
-        how = {
-            "schedule": config.schedule,
-            "lr": config.lr,
-            "min_lr": config.min_lr,
-            "warmup_steps": config.warmup_steps,
-        }
-        n_tokens = trainer.take_step(lr_at(step, progress, **how))
+        lr = lr_at(
+            step, step / config.max_steps, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
+            warmup_steps=config.warmup_steps,
+        )  # fmt: skip
+        state.tokens += trainer.take_step(lr)
         state.step += 1
-        speeds.append(n_tokens / (time.perf_counter() - started))
+    synchronize(trainer.device)
+    speed = state.tokens / (time.perf_counter() - started)
     result = evaluate(
         trainer.model,
         trainer.data.val,
@@ -87,19 +87,22 @@ def train(trainer: Trainer) -> tuple[float, float]:
         batch_size=16,
         token_bytes=trainer.token_bytes,
     )
-    return result.loss, statistics.median(speeds)
+    return result.loss, speed
 
 
 def race(
     name: str, size: str, data: TokenFolder, tokens: int, seeds: int, device: torch.device, **settings: Any
 ) -> dict[str, Any]:
-    """One row of the table. `settings` override the default recipe."""
+    """One row of the table. `settings` override the default recipe, and fields of the model."""
     losses, row = [], {}
+    own = {field.name for field in models.config_fields(name)}
+    fields = {key: value for key, value in settings.items() if key in own}
+    recipe = {key: value for key, value in settings.items() if key not in own}
     for seed in range(seeds):
         free(device)
-        shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **settings), device).config
-        config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **settings)
-        trainer = make_trainer(name, size, data, config, device)
+        shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **recipe), device, fields).config
+        config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **recipe)
+        trainer = make_trainer(name, size, data, config, device, fields)
         loss, speed = train(trainer)
         losses.append(loss)
         row = {
@@ -107,6 +110,7 @@ def race(
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "step": f"{config.max_steps} x {shape.tokens_per_step}",
             "lr": trainer.config.lr,
+            "set": " ".join(f"{key}={value}" for key, value in settings.items()),
             "loss": statistics.mean(losses),
             "spread": max(losses) - min(losses),
             "tokens/s": round(speed),
@@ -125,6 +129,13 @@ def adapter_memory(name: str, size: str, data: TokenFolder, rank: int, device: t
         train(make_trainer(name, size, data, config, device))
         peaks.append(peak_memory_bytes(device))
     return peaks[1] / peaks[0]
+
+
+def coerced(name: str, settings: dict[str, str]) -> dict[str, Any]:
+    """Settings of the command line in the types of their fields."""
+    kinds = {field.name: field.type for field in (*models.config_fields(name), *own_fields(TrainConfig))}
+    types = {"int": int, "float": float, "str": str, "bool": lambda text: text == "true"}
+    return {key: types[kinds[key]](value) for key, value in settings.items()}
 
 
 def free(device: torch.device) -> None:
@@ -155,16 +166,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", nargs="*", default=models.names())
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokenizer", default="byte")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--lora", type=int)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     device = pick_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        prepare([options.text], Path(folder) / "tokens", PrepareConfig())
+        prepare([options.text], Path(folder) / "tokens", PrepareConfig(tokenizer=options.tokenizer))
         data = open_token_folder(Path(folder) / "tokens")
         rows = []
         for name in options.model:
-            rows.append(race(name, options.size, data, options.tokens, options.seeds, device))
+            settings = coerced(name, dict(pair.split("=", 1) for pair in options.set))
+            rows.append(race(name, options.size, data, options.tokens, options.seeds, device, **settings))
             if options.lora:
                 rows[-1]["adapter peak"] = adapter_memory(name, options.size, data, options.lora, device)
             print(table(rows)[-1], flush=True)
