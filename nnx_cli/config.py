@@ -52,15 +52,18 @@ class TrainConfig:
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
-    optimizer: str = "auto"  # auto, adamw, lion, wolf
+    optimizer: str = "auto"  # auto, adamw, adamw8bit, lion, muon, wolf
+    optimizer_in_backward: bool = False  # update each weight as its gradient appears, and free that: saves memory
     lr: float | None = None  # peak learning rate
-    schedule: str = "linear"  # learning rate after warm-up: linear, cosine, constant
+    schedule: str = "linear"  # learning rate after warm-up: linear, cosine, wsd (constant, then linear), constant
     warmup_steps: int | None = None  # steps of rising learning rate
     min_lr: float = 0.0  # learning rate at the end
     weight_decay: float | None = None  # of matrices
+    beta2: float | None = None  # of AdamW: how much of its average of squared gradients it keeps at each step
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
+    weight_precision: str = "auto"  # of the stored matrices: auto, fp32, bf16 (stochastically rounded; saves memory)
     compile: str = "auto"  # torch.compile and CUDA graphs: auto (if right and faster), on, graph (no compiler), off
     activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
@@ -88,11 +91,15 @@ class TrainConfig:
         check_range("weight-decay", self.weight_decay, 0.0, 1e3)
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
         check_range("seed", self.seed, 0, 2**63 - 1)
-        check_choice("optimizer", self.optimizer, ("auto", "adamw", "lion", "wolf"))
-        check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
+        check_range("beta2", self.beta2, 0.0, 1 - 2**-24, low_open=True)
+        check_choice("optimizer", self.optimizer, ("auto", "adamw", "adamw8bit", "lion", "muon", "wolf"))
+        check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf16"))
         check_choice("compile", self.compile, ("auto", "on", "graph", "off"))
         check_choice("activation-checkpointing", self.activation_checkpointing, ("auto", "on", "half", "off"))
+        if self.optimizer_in_backward and (self.grad_accum or 1) > 1:
+            raise UsageError(f"--optimizer-in-backward sees one micro-batch, not --grad-accum {self.grad_accum}")
         if self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:

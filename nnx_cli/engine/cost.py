@@ -19,8 +19,9 @@ from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
-STATE_BYTES = {"adamw": 8, "lion": 4, "wolf": 4}  # optimizer state per trained parameter
-STEP_BYTES = {"adamw": 0, "lion": 4, "wolf": 8}  # what the optimizer holds for the moment of its step
+STATE_BYTES = {"adamw": 8, "adamw8bit": 3, "lion": 4, "muon": 5, "wolf": 4}  # optimizer state per trained parameter
+# what the optimizer holds for the moment of its step
+STEP_BYTES = {"adamw": 0, "adamw8bit": 0, "lion": 0, "muon": 1, "wolf": 0}
 ALLOCATOR_MARGIN = 1.06  # blocks are rounded up and leave gaps
 FIXED_GPU_BYTES = 64 * 2**20  # workspaces of the matrix library
 

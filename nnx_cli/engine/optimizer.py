@@ -1,15 +1,19 @@
-"""Optimizers over a model's parameters, and their state under the parameters' names."""
+"""The optimizer of a run, its parameter groups, and its state under the parameters' names."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.wolf import Wolf
+from nnx_cli.engine.device_optimizer import DeviceOptimizer
 from nnx_cli.errors import CheckpointError
+from nnx_cli.layers.linear import Linear
 
-BETAS = {"adamw": (0.9, 0.99), "lion": (0.9, 0.99)}
+BETAS = (0.9, 0.99)  # of AdamW and Lion
+LEAST_IN_EIGHT_BITS = 4096  # numbers of a matrix; smaller ones are not worth it
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -22,45 +26,99 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names: fused AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101),
-    Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675) or Wolf, which has no betas."""
-    groups = parameter_groups(model, config.weight_decay)
-    if config.optimizer == "wolf":
-        return Wolf(groups, lr=config.lr, weight_decay=config.weight_decay)
-    betas = BETAS[config.optimizer]
-    if config.optimizer == "lion":
-        from lion_pytorch.foreach import Lion
+def hidden_matrices(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """The weights of the blocks' linear layers, each with the rows of the projections packed in it."""
+    layers = [module for module in model.blocks.modules() if isinstance(module, Linear)]
+    return {layer.weight: getattr(layer, "splits", (layer.out_features,)) for layer in layers}
 
-        return Lion(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-10, fused=True)
+
+def outer_parameters(model: nn.Module) -> set[Tensor]:
+    """Embedding and head: between token ids and the residual stream."""
+    return {*model.embedding.parameters(), *model.head.parameters()}
+
+
+def set_apart(groups: list[dict], special: set[Tensor], **options: bool) -> list[dict]:
+    """Split groups so that `special` parameters are in groups with `options`."""
+    split = []
+    for group in groups:
+        inside = [p for p in group["params"] if p in special]
+        outside = [p for p in group["params"] if p not in special]
+        split += [group | {"params": outside}] if outside else []
+        split += [group | {"params": inside} | options] if inside else []
+    return split
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> DeviceOptimizer:
+    """The optimizer that `config` names, for the parameters of a model that are trained."""
+    groups = parameter_groups(model, config.weight_decay)
+    lr, seed = config.lr, config.seed
+    if config.optimizer == "wolf":
+        from nnx_cli.engine.wolf import Wolf
+
+        return Wolf(groups, lr, seed=seed)
+    if config.optimizer == "lion":
+        from nnx_cli.engine.lion import Lion
+
+        return Lion(groups, lr, BETAS, seed=seed)
+    betas = (BETAS[0], config.beta2 or BETAS[1])
+    if config.optimizer == "muon":
+        from nnx_cli.engine.muon import Muon
+
+        splits = hidden_matrices(model)
+        return Muon(set_apart(groups, set(splits), orthogonal=True), lr, betas, splits=splits, seed=seed)
+    from nnx_cli.engine.adamw import AdamW
+
+    if config.optimizer == "adamw8bit":
+        outer = outer_parameters(model)
+        large = {p for p in model.parameters() if p.dim() >= 2 and p.numel() >= LEAST_IN_EIGHT_BITS and p not in outer}
+        groups = set_apart(groups, large, eight_bit=True)
+    return AdamW(groups, lr, betas, seed=seed)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group the same learning rate; where it is a tensor, in place, for graphs that read it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def store_weights(model: nn.Module, precision: str) -> None:
+    """Keep a model's matrices in float32 ("fp32") or bfloat16 ("bf16"); vectors stay in float32. In place: tied
+    parameters stay tied, and there must be no optimizer yet."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    for p in model.parameters():
+        if p.dim() >= 2:
+            p.data = p.data.to(dtype)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the optimizer's state as "PARAMETER.FIELD"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}.{field}": torch.as_tensor(value)
+        f"{names[parameter]}.{field}": value
         for parameter, fields in optimizer.state.items()
         for field, value in fields.items()
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Undo `optimizer_state`. Raises CheckpointError where names or shapes belong to another model."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def load_optimizer_state(optimizer: DeviceOptimizer, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Undo `optimizer_state`; a state of no tensor is that before the first step.
+
+    Raises CheckpointError where names, shapes or types are not those of this model and optimizer.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    expected = {
+        f"{names[p]}.{field}": (p, field, *what)
+        for p, fields in optimizer.layouts().items()
+        for field, what in fields.items()
+    }
     for key, value in state.items():
-        name, _, field = key.rpartition(".")
-        parameter = parameters.get(name)
-        if parameter is None or value.dim() and value.shape != parameter.shape:
+        if key not in expected or (value.shape, value.dtype) != expected[key][2:]:
             raise CheckpointError(f"the optimizer's state has {key}, which does not belong to this model")
-        optimizer.state[parameter][field] = value.to(parameter.device)
-    fields = {frozenset(fields) for fields in optimizer.state.values()}
-    if state and (len(optimizer.state) != len(parameters) or len(fields) > 1):
+    if state and len(state) < len(expected):
         raise CheckpointError("the optimizer's state does not cover this model")
+    for key, value in state.items():
+        parameter, field, *_ = expected[key]
+        optimizer.state[parameter][field] = value.to(parameter.device)

@@ -72,7 +72,10 @@ def plan_run(
     optimizer = derived.get("optimizer", train.optimizer)
     recipe = models.recipe(name)
     derive("lr", default_lr(optimizer, config.dim, recipe.lr_factor), "optimizer, width and model")
-    derive("weight_decay", recipe.weight_decay if optimizer == "adamw" else 0.0, "optimizer and model")
+    decays = optimizer in ("adamw", "adamw8bit", "muon")
+    derive("weight_decay", recipe.weight_decay if decays else 0.0, "optimizer and model")
+    derive("beta2", 0.99, "optimizer")
+    derive("weight_precision", "fp32", "memory")
     derived |= batch_shape(train, config, name, optimizer, precision, device, where)
     tokens_per_step = derived["tokens_per_step"]
     epoch_steps = max(1, train_tokens // tokens_per_step)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SHARE = 1 / math.e  # of the new in every average; the original has no option for it
+from nnx_cli.engine import elementwise
+from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout, rounded
 
 
-class Wolf(torch.optim.Optimizer):
+class Wolf(DeviceOptimizer):
     """With momentum m and gradient g: u = m + (g − m)/e, m ← m + (u − m)/e, p ← p − lr·u where u and g have one sign.
 
     Smoothed gradient descent with a test of signs: unlike Adam's and Lion's, a step grows with the gradient, so lr is
@@ -20,32 +20,13 @@ class Wolf(torch.optim.Optimizer):
     p ← p·(1 − lr·weight_decay); the original has none.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0) -> None:
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+    def __init__(self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0, *, seed: int = 0) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay), seed)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p, dtype=torch.float32)
-            momenta = [self.state[p]["momentum"] for p in parameters]
-            gradients = [p.grad.float() for p in parameters]
-            updates = torch._foreach_lerp(momenta, gradients, SHARE)
-            torch._foreach_lerp_(momenta, updates, SHARE)
-            agree = torch._foreach_sign(updates)
-            torch._foreach_mul_(agree, gradients)
-            torch._foreach_sign_(agree)
-            torch._foreach_clamp_min_(agree, 0.0)  # 1 where the signs are one, else 0
-            torch._foreach_mul_(updates, agree)
-            if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
-        return loss
+    def layout(self, p: Tensor, group: Group) -> Layout:
+        return {"momentum": (p.shape, torch.float32)} | rounded(p)
+
+    def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
+        for p in parameters:
+            elementwise.wolf(p, self.state[p], group, found_inf, self.keys[p])
+        self.count_step(parameters, found_inf)

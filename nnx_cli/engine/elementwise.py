@@ -1,0 +1,130 @@
+"""Update rules that treat every number of a parameter alone: Adam with decoupled decay, Lion, Wolf.
+
+Each is written out here in torch, in pieces that bound what it needs besides the parameter and its state, and again in
+`kernels` as one kernel that a CUDA device runs instead. A parameter is float32, or bfloat16 with stochastic rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnx_cli.engine import eight_bit
+from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
+
+PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
+PIECE_ELSEWHERE = 2**24
+WOLF_SHARE = 1 / math.e  # of the new in each of Wolf's averages
+
+State = Mapping[str, Tensor]
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The rules as kernels; None where Triton, or the C compiler that it needs, is missing."""
+    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return None
+    from nnx_cli.engine import kernels
+
+    return kernels
+
+
+def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """p ← p·(1 - lr·weight_decay) - lr·m̂ / (√v̂ + eps), state in float32 or 8 bits; `step` counts the steps before."""
+    if p.is_cuda and kernels():
+        return kernels().adamw(p, state, group, found_inf, key)
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    step = state["step"] + 1
+    correction1, correction2 = 1 - beta1**step, (1 - beta2**step).sqrt()
+    for piece in pieces(p, state, found_inf, key):
+        g = piece.gradient()
+        m = piece.read("exp_avg", sign=True).lerp_(g, 1 - beta1)
+        v = piece.read("exp_avg_sq", sign=False).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update = m / (v.sqrt().div_(correction2).add_(group["eps"])).mul_(correction1)
+        weights = piece.weights().mul_(1 - lr * group["weight_decay"]).sub_(update.mul_(lr))
+        piece.write(weights, exp_avg=m, exp_avg_sq=v)
+
+
+def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """p ← p·(1 - lr·weight_decay) - lr·sign of the gradient averaged with beta1; the average kept is that with beta2,
+    in the type of its tensor."""
+    if p.is_cuda and kernels():
+        return kernels().lion(p, state, group, found_inf, key)
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    for piece in pieces(p, state, found_inf, key):
+        g, m = piece.gradient(), piece.read("exp_avg")
+        update = m.lerp(g, 1 - beta1).sign_()
+        weights = piece.weights().mul_(1 - lr * group["weight_decay"]).sub_(update.mul_(lr))
+        piece.write(weights, exp_avg=m.lerp_(g, 1 - beta2))
+
+
+def wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
+    if p.is_cuda and kernels():
+        return kernels().wolf(p, state, group, found_inf, key)
+    lr = group["lr"]
+    for piece in pieces(p, state, found_inf, key):
+        g, m = piece.gradient(), piece.read("momentum")
+        update = m.lerp(g, WOLF_SHARE)
+        m.lerp_(update, WOLF_SHARE)
+        update *= update.sign() * g.sign() > 0
+        weights = piece.weights().mul_(1 - lr * group["weight_decay"]).sub_(update.mul_(lr))
+        piece.write(weights, momentum=m)
+
+
+class Piece:
+    """A stretch of a parameter, flattened, with its gradient and state: read as float32, written back as they are
+    stored, unless `skip` () is true. `stream` is where random bits begin; None where nothing is rounded."""
+
+    def __init__(
+        self, p: Tensor, g: Tensor, state: State, first: int, last: int, skip: Tensor | None, stream: Tensor | None
+    ) -> None:
+        self.p, self.g, self.state, self.skip, self.stream = p[first:last], g[first:last], state, skip, stream
+        self.numbers, self.blocks = slice(first, last), slice(first // eight_bit.BLOCK, eight_bit.n_blocks(last))
+
+    def gradient(self) -> Tensor:
+        return self.g.float()
+
+    def weights(self) -> Tensor:
+        return self.p.to(torch.float32, copy=True)
+
+    def read(self, field: str, sign: bool = True) -> Tensor:
+        stored = self.state[field].view(-1)[self.numbers]
+        if stored.dtype == torch.uint8:
+            return eight_bit.decode(stored, self.state[f"{field}_scale"][self.blocks], sign)
+        return stored.to(torch.float32, copy=True)
+
+    def write(self, weights: Tensor, **averages: Tensor) -> None:
+        self._put(self.p, stochastic_round(weights, self._bits(0)) if self.p.dtype == torch.bfloat16 else weights)
+        for field, value in averages.items():
+            stored = self.state[field].view(-1)[self.numbers]
+            if stored.dtype == torch.uint8:
+                sign = field == "exp_avg"
+                value, scale = eight_bit.encode(value, self._bits(0) >> 16 if sign else self._bits(1), sign)
+                self._put(self.state[f"{field}_scale"][self.blocks], scale)
+            elif stored.dtype == torch.bfloat16:
+                value = stochastic_round(value, self._bits(0) >> 16)
+            self._put(stored, value)
+
+    def _bits(self, word: int) -> Tensor:
+        return random_bits(self.stream, self.numbers.start, len(self.p), word)
+
+    def _put(self, old: Tensor, new: Tensor) -> None:
+        old.copy_(new if self.skip is None else torch.where(self.skip, old, new))
+
+
+def pieces(p: Tensor, state: State, found_inf: Tensor | None, key: int) -> Iterator[Piece]:
+    """A parameter in order, PIECE numbers at a time."""
+    flat, gradient, skip = p.detach().view(-1), p.grad.reshape(-1), None if found_inf is None else found_inf != 0
+    stream = random_stream(key, state["step"]) if "step" in state else None
+    size = PIECE.get(p.device.type, PIECE_ELSEWHERE)
+    for first in range(0, p.numel(), size):
+        yield Piece(flat, gradient, state, first, min(first + size, p.numel()), skip, stream)

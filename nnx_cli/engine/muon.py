@@ -1,0 +1,134 @@
+"""Muon: momentum made orthogonal, for the matrices of blocks; AdamW for everything else."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnx_cli.engine.adamw import AdamW
+from nnx_cli.engine.device_optimizer import Group, Layout, rounded
+from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
+
+STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
+# Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as
+# published with modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) for a margin of 2 % and cushion 2. They
+# take singular values from 0.001 up to between 0.85 and 1.15.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+MARGIN = 1.02  # by which a matrix's norm is kept below 1 at the start
+
+
+def orthogonalize(
+    matrices: Tensor, dtype: torch.dtype, steps: Sequence[tuple[float, float, float]] = POLAR_EXPRESS
+) -> Tensor:
+    """U Vᵀ of each matrix (N, R, C) = U S Vᵀ, nearly, by x ← a·x + (b·x xᵀ + c·(x xᵀ)²)·x in `dtype`."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def step_type(device: torch.device) -> torch.dtype:
+    """The arithmetic of `orthogonalize`: bfloat16 where a card multiplies matrices in it, else float32."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows of a parameter that are one projection."""
+
+    p: Tensor
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.last - self.first, self.p.shape[1]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor of the parameter's shape."""
+        return tensor.detach()[self.first : self.last]
+
+
+class Muon(AdamW):
+    """Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: Nesterov momentum, orthogonalised.
+
+    Groups with `orthogonal` hold matrices; the projections that `splits` says are packed in one by rows are taken
+    apart, because they are separate maps. An update is scaled by 0.2·√max(rows, columns), the root mean square of
+    Adam's, so that one learning rate and weight decay serve both (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+    The momentum has the type of the weights. Equal shapes go through `orthogonalize` together.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
+        weight_decay: float = 0.0, *, momentum: float = 0.95, splits: Mapping[Tensor, Sequence[int]] | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed)
+        self.splits = splits or {}
+
+    def layout(self, p: Tensor, group: Group) -> Layout:
+        return {"momentum": (p.shape, p.dtype)} | rounded(p) if group["orthogonal"] else super().layout(p, group)
+
+    def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
+        if not group["orthogonal"]:
+            return super().update(parameters, group, found_inf)
+        skip = None if found_inf is None else found_inf != 0
+        for stack in self.stacks(parameters):
+            self.update_stack(stack, group, skip)
+        self.count_step(parameters, found_inf)
+
+    def stacks(self, parameters: list[Tensor]) -> Iterator[list[Matrix]]:
+        """The matrices of some parameters: lists of equal shape, none of them over STACK_BYTES unless it is of one."""
+        by_shape: dict[tuple[int, int], list[Matrix]] = defaultdict(list)
+        for p in parameters:
+            first = 0
+            for rows in self.splits.get(p, (len(p),)):
+                by_shape[rows, p.shape[1]].append(Matrix(p, first, first + rows))
+                first += rows
+        for (rows, columns), matrices in by_shape.items():
+            n = max(1, STACK_BYTES // (4 * rows * columns))
+            for start in range(0, len(matrices), n):
+                yield matrices[start : start + n]
+
+    def update_stack(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> None:
+        """Move matrices of one shape. What is skipped is multiplied by 1 and has -0.0 added: no bit of it changes."""
+        p, beta, lr = stack[0].p, group["momentum"], group["lr"]
+        decay, keep = 1 - lr * group["weight_decay"], beta
+        g = torch.stack([matrix.of(matrix.p.grad) for matrix in stack]).float()
+        if skip is not None:
+            g.masked_fill_(skip, -0.0)
+            decay, keep = torch.where(skip, 1.0, decay), torch.where(skip, 1.0, keep)
+        momenta = [matrix.of(self.state[matrix.p]["momentum"]) for matrix in stack]
+        m = torch.stack(momenta).float().mul_(keep).add_(g, alpha=1 - beta)
+        torch._foreach_copy_(momenta, list(m.unbind()))
+        g.lerp_(m, beta)  # Nesterov: where the momentum will be
+        del m
+        change = orthogonalize(g, step_type(p.device)).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
+        del g
+        if skip is not None:
+            change.masked_fill_(skip, -0.0)
+        weights = [matrix.of(matrix.p) for matrix in stack]
+        if p.dtype == torch.float32:
+            torch._foreach_mul_(weights, decay)
+            torch._foreach_add_(weights, list(change.unbind()))
+        else:
+            change += torch.stack(weights).float() * decay
+            stream = random_stream(self.keys[p] ^ stack[0].first, self.state[p]["step"])
+            bits = random_bits(stream, 0, change.numel(), 0).view(change.shape)
+            torch._foreach_copy_(weights, list(stochastic_round(change, bits).unbind()))
