@@ -16,6 +16,8 @@ from nnx_cli.errors import CheckpointError, DataError, UsageError
 # The command line of the original NYX: options that choose the newest run of a shape, and ours.
 SHAPE = {"vocab_size": "vocab_size", "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads"}
 
+MAX_PROMPT_BYTES = 64 * 2**20
+
 OPTIONS = [
     *settings(SampleConfig),
     hidden("sample_prompt", str),
@@ -95,12 +97,20 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from the option, a file, or standard input."""
     if prompt_file is not None:
         try:
-            return prompt_file.read_text(encoding="utf-8", errors="replace")
+            with open(prompt_file, "rb") as file:
+                return decoded(file.read(MAX_PROMPT_BYTES + 1))
         except OSError as error:
             raise DataError(f"cannot read --prompt-file {prompt_file}: {error.strerror}") from error
     if prompt == "-":
-        return sys.stdin.buffer.read().decode("utf-8", "replace")
+        return decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))
     return prompt or ""
+
+
+def decoded(data: bytes) -> str:
+    """A prompt as text. Raises DataError where it is more than anybody would write (or has no end, as /dev/zero)."""
+    if len(data) > MAX_PROMPT_BYTES:
+        raise DataError(f"the prompt has more than {MAX_PROMPT_BYTES >> 20} MiB")
+    return data.decode("utf-8", "replace")
 
 
 def prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pickle
 import platform
+import struct
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nnx_cli import __version__, models
+from nnx_cli.engine.checkpoint import check_finite
 from nnx_cli.engine.files import new_folder, refuse_existing
 from nnx_cli.engine.run import write_model_folder
 from nnx_cli.engine.tokenizer import build_tokenizer
-from nnx_cli.errors import CheckpointError
+from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.models._base import LanguageModel
 
+MAX_REPEATS = 4  # how often a file may use the same numbers: tied matrices and views do, bombs do more
+DAMAGE = (
+    pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, MemoryError,
+    AssertionError, NotImplementedError,
+)  # fmt: skip
+NONSENSE = (ArithmeticError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)  # well formed, unusable
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts nest the weights
 PREFIXES = ("module.", "_orig_mod.")  # what data-parallel and compiled wrappers put before names
 
@@ -34,8 +45,15 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+            if zipfile.is_zipfile(path):
+                check_archive(path)
+            with warnings.catch_warnings(action="ignore"):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (*DAMAGE, *NONSENSE) as error:
         raise CheckpointError(f"{path} is no checkpoint of tensors, or is damaged; nothing in it was run") from error
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -43,10 +61,44 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
+    for tensor in tensors.values():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path} holds tensors of a kind that no original has")
+    if sum(tensor.nbytes for tensor in tensors.values()) > MAX_REPEATS * path.stat().st_size:
+        raise CheckpointError(f"{path} is damaged: its tensors are larger than the file")
+    check_finite(tensors, path)
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def check_archive(path: Path) -> None:
+    """Raise CheckpointError where the zip archive that torch writes would unpack to more than it is, or where what it
+    holds is not what was written (torch itself does not look at the checksums)."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise CheckpointError(f"{path} is damaged: it unpacks to more than its size")
+        if damaged := archive.testzip():
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is not the recorded one")
+
+
+def load_original(name: str, path: Path, weights: dict[str, Tensor], variant: str | None) -> LanguageModel:
+    """The model that an original's weights make, whose shape is read off theirs. Raises CheckpointError where they make
+    none, UsageError for a variant there is not."""
+    if variant is not None:
+        models.make_config(name, variant=variant)
+    try:
+        arguments = models.infer_reference(name, weights)
+    except NONSENSE as error:
+        raise CheckpointError(f"{path} is no checkpoint of {name}: {error}") from error
+    try:
+        shapes = {key: tensor.to("meta") for key, tensor in weights.items()}
+        with torch.device("meta"):  # names and shapes, before they take any memory
+            models.load_reference(name, arguments, shapes, variant=variant)
+        return models.load_reference(name, arguments, weights, variant=variant)
+    except (UsageError, *NONSENSE) as error:
+        raise CheckpointError(f"{path} is no checkpoint of {name}: {error}") from error
 
 
 def import_checkpoint(
@@ -59,8 +111,7 @@ def import_checkpoint(
     """
     refuse_existing(out)
     weights = read_foreign(path)
-    arguments = models.infer_reference(name, weights)
-    model = models.load_reference(name, arguments, weights, variant=variant)
+    model = load_original(name, path, weights, variant)
     chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else None)
     reader = build_tokenizer(chosen) if chosen else None
     if reader is not None and reader.vocab_size != model.config.vocab_size:

@@ -94,7 +94,10 @@ def csv_rows(blocks: Iterable[str], key: str, limit: int, name: str) -> Iterator
 
 
 def _cells(header: str, delimiter: str) -> list[str]:
-    return next(csv.reader([header], delimiter=delimiter), [])
+    try:
+        return next(csv.reader([header], delimiter=delimiter), [])
+    except csv.Error:  # no header can look like that
+        return []
 
 
 def parquet_rows(file: BinaryIO, key: str, name: str) -> Iterator[tuple[int, str | BadRow]]:

@@ -74,6 +74,8 @@ def _special(name: str, token_id: int) -> dict[str, Any]:
 def read(path: Path) -> Tokenizer:
     """The tokenizer of a file. DataError where it is missing, damaged, or of a kind that cannot be run here."""
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"cannot read the tokenizer {path}: it is no file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise DataError(f"{path} is no tokenizer: it has more than {MAX_FILE_BYTES >> 20} MiB")
         content = json.loads(path.read_bytes())

@@ -130,7 +130,9 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, veri
         if not (path / f"{split}.bin").is_file():
             found = f"{path} holds no prepared tokens" if path.is_dir() else f"there is no token folder {path}"
             raise DataError(found, fix=mend)
-    if not (path / "meta.json").exists():
+    if not os.path.lexists(path / "meta.json"):
+        if os.path.lexists(path / "tokenizer.json"):  # nanoGPT writes none
+            raise DataError(f"the token folder {path} is damaged: it has no meta.json", fix=f"remove it, then: {mend}")
         return _open_nanogpt(path, tokenizer)
     try:
         return _open_ours(path, tokenizer, verify)
@@ -217,6 +219,8 @@ def round_vocab_size(n: int) -> int:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            raise _Damaged("meta.json is no file")
         if path.stat().st_size > MAX_META_BYTES:
             raise _Damaged("meta.json is too large")
         meta = json.loads(path.read_bytes())
