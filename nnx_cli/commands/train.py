@@ -336,7 +336,8 @@ def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: b
         try:
             ended = trainer.train(run, should_stop)
         except NnxError as error:
-            record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
+            with suppress(OutputError):  # a full disk is what the error may be
+                record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
             raise
     status = record(run, trainer, ended)
     view.__exit__()

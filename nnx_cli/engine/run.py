@@ -36,6 +36,7 @@ from nnx_cli.engine.files import (
     require_space,
     sha256_file,
     sha256_regular,
+    sync_file,
     sync_folder,
     to_json,
     write_synced,
@@ -149,13 +150,14 @@ class Run:
             self._replace_listed(BEST, digest, lambda path: os.replace(temporary, path))
 
     def best_found(self) -> dict[str, Any] | None:
-        """What `save_best` wrote beside the best weights, or None where they are missing, damaged or say nothing."""
+        """What `save_best` wrote beside the best weights, {} where it wrote nothing, None where they are missing or
+        damaged."""
         path = self.folder / BEST
         if not path.is_file() or sha256_file(path) not in allowed_digests(self.folder, BEST):
             return None
         with safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get("found")
-        return None if found is None else json.loads(found)
+        return {} if found is None else json.loads(found)
 
     def _replace_listed(self, name: str, digest: str, write: Callable[[Path], Any]) -> None:
         """Replace a file of the manifest: while it changes, the manifest allows the old content and the new; a file
@@ -190,6 +192,12 @@ class Run:
             except OSError:
                 file.truncate(end)
                 raise
+
+    def sync_logs(self) -> None:
+        """Wait until the logs are on the disk. Raises OutputError."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with refused_output(self.folder / name):
+                sync_file(self.folder / name)
 
     def cut_logs(self, step: int) -> list[str]:
         """Forget what the logs say of steps after `step`, and lines that are damaged; returns a note on each log that

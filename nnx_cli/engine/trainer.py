@@ -17,19 +17,21 @@ from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.compiler import eagerly
 from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize
-from nnx_cli.engine.evaluator import Evaluation, evaluate
+from nnx_cli.engine.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
 from nnx_cli.engine.loader import Loader
+from nnx_cli.engine.loss import token_losses
 from nnx_cli.engine.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_lr
 from nnx_cli.engine.run import Run
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.schedule import MILESTONES, lr_at
 from nnx_cli.engine.step import MAX_CAPTURED, CapturedStep, Step
 from nnx_cli.engine.tokens import TokenFolder
-from nnx_cli.errors import DoesNotFit, QualityError
+from nnx_cli.errors import DoesNotFit, OutputError, QualityError
 from nnx_cli.models._base import LanguageModel
 
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this
+RETRY_SECONDS = 60  # after which a refused save is tried again
 LOG_STEPS = 10
 MAX_BAD_STEPS = 8  # steps in a row without a finite gradient: more than chance
 ROLLBACK_LR = 0.5  # of the learning rate is what a run goes on with after it went back to a checkpoint
@@ -85,11 +87,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = Step(model, self.optimizer, self.scaler, config.grad_clip)
         self.captured: CapturedStep | None = None
+        self.losses_of = token_losses
         self.spikes = SpikeWatch()
         self.news: list[str] = []  # what happened and `train` has not yet told
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
         self.state = State()
+        self.best: dict | None = None  # step and losses of the best weights that are on the disk
+        self.unwritten: list[tuple[str, dict]] = []  # lines of logs that the disk refused
         self._saved_at = time.monotonic()
+        self._refused_at: float | None = None  # when the disk last refused a write
         self._running: deque[torch.cuda.Event] = deque()
 
     # checkpoints
@@ -131,6 +137,7 @@ class Trainer:
         a lower learning rate; DoesNotFit when one sequence at a time is too much for the memory.
         """
         config, state = self.config, self.state
+        self.best = self.find_best(run)
         self.model.train()
         logged, logged_at = state.tokens, state.time_s
         while (before := self.progress()) < 1.0:
@@ -144,13 +151,14 @@ class Trainer:
             if self.config is not config:  # memory ran out
                 config = self.config
                 smaller = {key: getattr(config, key) for key in ("batch_size", "grad_accum", "val_batches")}
-                run.set_config(run.config | {"training": run.config["training"] | smaller})
+                training = run.config["training"] | smaller
+                self.attempt(lambda training=training: run.set_config(run.config | {"training": training}))
             state.time_s += time.perf_counter() - started
             done = self.progress()
             validate = self._due(config.val_every, before, done)
             log = validate or state.step % LOG_STEPS == 0 or state.step == 1
             stop = should_stop()
-            overdue = config.save_every is None and time.monotonic() - self._saved_at > SAVE_SECONDS
+            overdue = self.is_overdue()
             save = stop or overdue or done >= 1.0 or self._due(config.save_every, before, done)
             if log or save or self.device.type != "cuda":
                 started = time.perf_counter()
@@ -176,13 +184,15 @@ class Trainer:
                 if validate:
                     result = self.validate(run, loss)
                     record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
-                run.append("metrics.jsonl", record)
+                self.log(run, "metrics.jsonl", record)
                 self.observer.step(record, done)
             if self._due(config.sample_every, before, done):
                 self.sample(run)
             gave_up = validate and config.patience is not None and state.worse_validations >= config.patience
-            if save or gave_up:
+            if stop or gave_up or done >= 1.0:
                 self.save(run)
+            elif save:
+                self.attempt(lambda: self.save(run))
             if gave_up:
                 self.observer.note(f"stopped early: {config.patience} validations without a better one")
                 return "finished"
@@ -302,6 +312,7 @@ class Trainer:
         self.restore(checkpoint)
         state.lr_factor, state.skipped_steps, state.time_s, state.bad_steps = ROLLBACK_LR, skipped, time_s, 0
         self.step.stats[-2:] = torch.tensor([skipped, 0])
+        self.unwritten = [(name, record) for name, record in self.unwritten if record["step"] <= state.step]
         run.cut_logs(state.step)
         if captured:
             self.capture()
@@ -316,8 +327,8 @@ class Trainer:
         for text in self.news:
             self.observer.note(text)
         if self.news:
-            run.set_status(events=[*run.status().get("events", []), *self.news])
-            self.news = []
+            news, self.news = self.news, []
+            self.attempt(lambda: run.set_status(events=[*run.status().get("events", []), *news]))
 
     # looking at the run
 
@@ -325,22 +336,34 @@ class Trainer:
         """Loss on fixed windows of the validation split; the best weights so far are kept in the run folder."""
         config, state = self.config, self.state
         n_windows = None if config.val_batches is None else config.val_batches * config.batch_size
+        seq_len = self.model.config.seq_len
         with eagerly(config.compile):
+            if self.captured is not None and self.losses_of is token_losses:
+                self.model.eval()
+                self.losses_of = CapturedLosses(self.model, config.batch_size, seq_len)
+                self.model.train()
             result = evaluate(
-                self.model, self.data.val, seq_len=self.model.config.seq_len, batch_size=config.batch_size,
-                token_bytes=self.token_bytes, n_windows=n_windows,
+                self.model, self.data.val, seq_len=seq_len, batch_size=config.batch_size, token_bytes=self.token_bytes,
+                n_windows=n_windows, losses_of=self.losses_of,
             )  # fmt: skip
-        if math.isfinite(result.loss) and (state.best_val_loss is None or result.loss < state.best_val_loss):
+        improved = math.isfinite(result.loss) and (state.best_val_loss is None or result.loss < state.best_val_loss)
+        if improved:
             state.best_val_loss, state.best_val_bits_per_byte = result.loss, result.bits_per_byte
             state.best_step, state.worse_validations = state.step, 0
-            run.save_best(self.model.unique_state())
         else:
             state.worse_validations += 1
-        run.set_status(
-            step=state.step, train_loss=finite(train_loss), val_loss=finite(result.loss),
-            val_bits_per_byte=finite(result.bits_per_byte), best_step=state.best_step,
-            best_val_loss=state.best_val_loss, best_val_bits_per_byte=state.best_val_bits_per_byte,
-        )  # fmt: skip
+        before = math.inf if self.best is None else self.best["best_val_loss"]
+        if result.loss < before or (improved and result.loss == before):  # equal: the same step once more, after a kill
+            found = {
+                "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
+            }  # fmt: skip
+            if self.attempt(lambda: run.save_best(self.model.unique_state(), found)):
+                self.best = found
+        status = {
+            "step": state.step, "train_loss": finite(train_loss), "val_loss": finite(result.loss),
+            "val_bits_per_byte": finite(result.bits_per_byte), **(self.best or {}),
+        }  # fmt: skip
+        self.attempt(lambda: run.set_status(**status))
         return result
 
     def sample(self, run: Run) -> None:
@@ -349,16 +372,68 @@ class Trainer:
         with eagerly(self.config.compile):
             drawn = generate(self.model, self.data.tokenizer, [self.sample_prompt], seed).samples[0]
         prompt = self.data.tokenizer.decode(np.array(self.sample_prompt)) if self.data.tokenizer else ""
-        run.append("samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
+        self.log(run, "samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
         self.observer.sampled(self.state.step, prompt + drawn.text)
 
+    def find_best(self, run: Run) -> dict | None:
+        """Step and losses of the best weights in the run folder. They may be of a later step than the newest
+        checkpoint, where the run was killed between the two."""
+        state, found = self.state, run.best_found()
+        if found is None and state.best_val_loss is not None:
+            self.observer.note("the best weights are missing or damaged: the next validation replaces them")
+        if found == {} and state.best_val_loss is not None:
+            return {key: getattr(state, key) for key in ("best_step", "best_val_loss", "best_val_bits_per_byte")}
+        return found or None
+
+    # writing
+
+    def log(self, run: Run, name: str, record: dict) -> None:
+        """Add a line to a log, now or when the disk has room again."""
+        self.unwritten.append((name, record))
+        self.attempt(lambda: self.write_logs(run))
+
+    def write_logs(self, run: Run) -> None:
+        """Write what the logs lack. Raises OutputError."""
+        while self.unwritten:
+            run.append(*self.unwritten[0])
+            del self.unwritten[0]
+
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Write something that the run can do without for now: where the disk refuses, it says so once and goes on."""
+        try:
+            write()
+        except OutputError as error:
+            if self._refused_at is None:
+                self.observer.note(f"{error}; training goes on, and tries again every {RETRY_SECONDS} s")
+            self._refused_at = time.monotonic()
+            return False
+        return True
+
+    def is_overdue(self) -> bool:
+        """Whether a checkpoint is due by the clock: the last one is old, or was refused a while ago."""
+        now = time.monotonic()
+        if self._refused_at is not None:
+            return now - self._refused_at > RETRY_SECONDS
+        return self.config.save_every is None and now - self._saved_at > SAVE_SECONDS
+
     def save(self, run: Run) -> None:
-        """Write a checkpoint and drop those that are no longer kept."""
+        """Write a checkpoint and drop those that are no longer kept. Raises OutputError; then the older ones stand."""
         synchronize(self.device)
-        ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
-        ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
-        run.set_status(step=self.state.step)
-        self._saved_at = time.monotonic()
+        try:
+            self.write_logs(run)
+            run.sync_logs()
+            ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
+            ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
+            run.set_status(step=self.state.step)
+        except OutputError as error:
+            newest = max(ckpt.steps_in(run.checkpoints), default=0)
+            raise OutputError(
+                f"{error}; the newest checkpoint is of step {newest}",
+                fix=f"free some space, then: nnx train --resume {run.folder}",
+            ) from error
+        if self._refused_at is not None:
+            self.observer.note(f"the disk takes what is written again: saved step {self.state.step}")
+        self._saved_at, self._refused_at = time.monotonic(), None
         self.observer.saved(self.state.step)
 
 

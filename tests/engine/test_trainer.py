@@ -302,21 +302,32 @@ def test_samples_are_logged(start, workspace):
     assert all(line["text"] for line in drawn)
 
 
-def test_a_full_disk_while_saving_costs_no_checkpoint(start, workspace, monkeypatch):
-    run, trainer = start(workspace / "a", save_every=4)
+@pytest.mark.parametrize(("full_at", "newest"), [((8,), 12), ((12,), 8), ((8, 12), 4)])
+def test_a_full_disk_while_saving_costs_no_checkpoint(start, workspace, monkeypatch, full_at, newest):
+    """A checkpoint in between can wait, the last one cannot."""
+    notes = []
+    observer = Observer()
+    observer.note = notes.append
+    run, trainer = start(workspace / "a", save_every=4, observer=observer)
 
-    def full(path, tensors):
-        if trainer.state.step == 8:
+    def full(path, *contents):
+        if trainer.state.step in full_at:
             raise OSError(28, "No space left on device")
-        return write(path, tensors)
+        return write(path, *contents)
 
     write = ckpt.write_tensors
     monkeypatch.setattr(ckpt, "write_tensors", full)
-    with pytest.raises(OutputError, match="disk full"):
-        train(run, trainer)
+    if 12 in full_at:
+        with pytest.raises(OutputError, match=f"disk full.*the newest checkpoint is of step {newest}"):
+            train(run, trainer)
+    else:
+        assert train(run, trainer) == "finished"
+    assert sum("disk full" in note for note in notes) == 1
     monkeypatch.undo()
-    assert run.newest_checkpoint()[0].step == 4
+    assert run.newest_checkpoint()[0].step == newest
     assert train(run, resume(run)) == "finished"
+    assert [record["step"] for record in records(run)] == [1, 4, 8, 10, 12]
+    assert not list(run.folder.rglob(".*"))
 
 
 # resuming
