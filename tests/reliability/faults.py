@@ -1,0 +1,111 @@
+"""What goes wrong with a disk: calls that fail, or in which the process dies."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+
+
+class WatchedFile:
+    """An open file that asks before every write."""
+
+    def __init__(self, file: Any, ask: Callable[[str, Callable], Any]) -> None:
+        self._file, self._ask = file, ask
+
+    def write(self, data: Any) -> int:
+        def half() -> None:
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+
+        return self._ask("write", lambda: self._file.write(data), half)
+
+    def truncate(self, size: int) -> int:
+        return self._ask("truncate", lambda: self._file.truncate(size))
+
+    def __enter__(self) -> WatchedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextlib.contextmanager
+def watched(ask: Callable[..., Any]) -> Iterator[None]:
+    """Call `ask(name, do, half=None)` in place of everything that changes the disk: it may `do()` it, do `half()` of a
+    write, raise, or kill. Calls inside of `ask` pass."""
+    inside = False
+
+    def asking(name: str, do: Callable[[], Any], half: Callable[[], None] | None = None) -> Any:
+        nonlocal inside
+        if inside:
+            return do()
+        inside = True
+        try:
+            return ask(name, do, half)
+        finally:
+            inside = False
+
+    def wrap(name: str, real: Callable) -> Callable:
+        return lambda *args, **options: asking(name, lambda: real(*args, **options))
+
+    real_open = builtins.open
+
+    def watched_open(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if not set(mode) & set("wax+") or str(file) == os.devnull:
+            return real_open(file, mode, *args, **options)
+        return WatchedFile(asking("open", lambda: real_open(file, mode, *args, **options)), asking)
+
+    with contextlib.ExitStack() as stack:
+        for name in CALLS:
+            stack.enter_context(mock.patch.object(os, name, wrap(name, getattr(os, name))))
+        stack.enter_context(mock.patch.object(builtins, "open", watched_open))
+        yield
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """Kills its process at the n-th call that changes the disk during the first save and the pruning after it."""
+
+    number: int
+    when: str  # before or after the call; a write is half done before
+
+    def __call__(self) -> None:
+        from nnx_cli.engine import checkpoint
+
+        calls, saves = 0, 0
+
+        def ask(name: str, do: Callable[[], Any], half: Callable[[], None] | None) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != self.number:
+                return do()
+            if self.when == "after":
+                do()
+            elif half:
+                half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        for name in ("save_checkpoint", "prune_checkpoints"):
+            real = getattr(checkpoint, name)
+
+            def call(*args: Any, real: Callable = real, name: str = name, **options: Any) -> None:
+                nonlocal saves
+                if Path(args[0]).parent.name.startswith("."):
+                    return real(*args, **options)  # the first checkpoint of a run that does not exist yet
+                saves += name == "save_checkpoint"
+                with watched(ask) if saves == 1 else contextlib.nullcontext():
+                    return real(*args, **options)
+
+            setattr(checkpoint, name, call)

@@ -1,0 +1,137 @@
+"""Promise 1: a process killed at any instant loses nothing but the steps since the last checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.reliability import Result
+from tests.reliability.faults import KillAt
+from tests.reliability.processes import (
+    Command,
+    Setting,
+    assert_same,
+    make_data,
+    outcome,
+    train_words,
+    workplace,
+)
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+
+STEPS = 40
+LONG = 100  # steps in which there is a save for every call that may come after one
+N_CALLS = 30  # of a save and the pruning after it, at least
+PATIENCE = 6  # kills of one run, after which it may finish
+AIMED = ("saving", "saving", "saving", "rotating", "evaluating", "sampling", "best", "resuming", "creating")
+
+
+def uninterrupted(folder: Path, data: Path, model: str, steps: int = STEPS) -> dict:
+    """How a run ends that nobody kills."""
+    command = Command(folder, *train_words(data, f"weights/{model}", model, steps))
+    assert command.wait() == 0, command.output
+    return outcome(folder / "weights" / model)
+
+
+def go_on(data: Path, out: Path, model: str, steps: int = STEPS) -> list:
+    """The command for a run wherever it stands: begin, where it was killed before it existed, or resume."""
+    if not (out / "run.json").exists():
+        return train_words(data, out, model, steps)
+    return ["train", "--resume", out]
+
+
+def kill_somewhere(command: Command, draw: random.Random, duration: float) -> str | None:
+    """Kill the process at a random moment, or a random time after it enters a random phase; the phase it was in, or
+    None where it ended before."""
+    if draw.random() < 0.6:
+        command.wait_for(draw.choice(AIMED), times=draw.randint(1, 3))
+        time.sleep(draw.random() * 0.003)
+    else:
+        time.sleep(draw.random() * duration)
+    command.send(signal.SIGKILL)
+    code = command.wait()
+    assert code in (0, -signal.SIGKILL), command.output
+    return command.phase if code else None
+
+
+def kill_often(folder: Path, models: tuple[str, ...], n_kills: int, seed: int) -> Counter:
+    """Kill runs again and again, resume them, and compare their ends with those of runs that nobody killed; returns
+    what they were doing when killed."""
+    draw, killed = random.Random(seed), Counter()
+    data = make_data(folder)
+    wanted = {model: uninterrupted(folder, data, model) for model in models}
+    for number in itertools.count():
+        model = models[number % len(models)]
+        out = folder / "weights" / f"{model}-{number}"
+        kills = 0
+        while kills < PATIENCE and killed.total() < n_kills:
+            command = Command(folder, *go_on(data, out, model))
+            phase = kill_somewhere(command, draw, duration=1.5)
+            if phase is None:
+                break
+            killed[phase] += 1
+            kills += 1
+        if not (out / "run.json").exists() or b'"finished"' not in (out / "run.json").read_bytes():
+            command = Command(folder, *go_on(data, out, model))
+            assert command.wait() == 0, command.output
+        assert_same(outcome(out), wanted[model], f"{model} after {kills} kills")
+        leftovers = [path.name for path in (folder / "weights").glob(".*")]
+        assert not leftovers, leftovers
+        if killed.total() >= n_kills:
+            return killed
+
+
+def kill_at_every_call(folder: Path, model: str, moments: tuple[str, ...]) -> int:
+    """Kill a run at the first, second, … call that changes the disk, from the start of a save to its end, each time
+    resuming it; returns how many calls there were."""
+    data = make_data(folder)
+    wanted = uninterrupted(folder, data, model, LONG)
+    kills = 0
+    for when in moments:
+        out = folder / "weights" / f"every-{when}"
+        for number in itertools.count(1):
+            command = Command(folder, *go_on(data, out, model, LONG), setting=Setting(change=KillAt(number, when)))
+            code = command.wait()
+            if code == 0:
+                break  # there is no such call any more: it ran to the end
+            assert code == -signal.SIGKILL and command.phase in ("saving", "rotating"), command.output
+            kills += 1
+        assert_same(outcome(out), wanted, f"{model} killed {when} each of {number - 1} calls")
+        assert number > N_CALLS, "a save has more calls than that: the run ended before all had their turn"
+    return kills
+
+
+def test_killed_at_random_moments(tmp_path):
+    killed = kill_often(tmp_path, ("nyx", "llama", "n4", "tape"), 20, seed=1)
+    assert killed.total() == 20 and len(killed) > 2
+
+
+def test_killed_at_every_call_of_a_save(tmp_path):
+    assert kill_at_every_call(tmp_path, "nyx", ("before",)) >= N_CALLS
+
+
+def random_moments(full: bool) -> Result:
+    n_kills, models = (200, ("nyx", "n4", "neon", "ngpt", "tape", "llama")) if full else (20, ("nyx", "llama", "n4"))
+    with workplace() as folder:
+        killed = kill_often(folder, models, n_kills, seed=int(time.time()))
+    where = ", ".join(f"{phase} {count}" for phase, count in killed.most_common())
+    return Result(1, f"kill -9 at random moments of {', '.join(models)}", n_kills, killed.total(), [f"while {where}"])
+
+
+def every_call(full: bool) -> Result:
+    models, moments = (("nyx", "tape", "llama"), ("before", "after")) if full else (("nyx",), ("before",))
+    kills = 0
+    for model in models:
+        with workplace() as folder:
+            kills += kill_at_every_call(folder, model, moments)
+    return Result(1, f"kill -9 {' and '.join(moments)} every write, fsync and rename of a save", kills, kills)
+
+
+PARTS = {"kill-anywhere": random_moments, "kill-every-call": every_call}
