@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.loss import token_losses
+from nnx_cli.engine.step import capture_stream
 from nnx_cli.errors import DataError
 from nnx_cli.models._base import LanguageModel
 
@@ -39,10 +40,12 @@ class CapturedLosses:
 
     def __init__(self, model: LanguageModel, batch_size: int, seq_len: int) -> None:
         self.input_ids, self.targets = torch.zeros(2, batch_size, seq_len, dtype=torch.int64, device=model.device)
-        token_losses(model, self.input_ids, self.targets)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(capture_stream()):
+            token_losses(model, self.input_ids, self.targets)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=capture_stream()):
             self.losses = token_losses(model, self.input_ids, self.targets)
 
     def __call__(self, model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from nnx_cli.models._base import LanguageModel
 
 MAX_CAPTURED = 32  # micro-batches of a step that one graph may hold; more of them keep a card busy without it
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
+
+
+@cache
+def capture_stream() -> torch.cuda.Stream:
+    """Where graphs are recorded: always the same, for matrix products keep a workspace for every stream."""
+    return torch.cuda.Stream()
 
 
 class Step:
@@ -96,7 +103,7 @@ class CapturedStep:
         self.input_ids, self.targets = input_ids.clone(), targets.clone()  # (N, T): what a replay reads
         self.graph = torch.cuda.CUDAGraph()
         with step.rehearsal():
-            stream = torch.cuda.Stream()
+            stream = capture_stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
@@ -104,7 +111,7 @@ class CapturedStep:
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the graph has a pool of its own
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=stream):
                 step(self.input_ids, self.targets, batch_size)
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> None:
