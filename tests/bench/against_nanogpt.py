@@ -3,8 +3,8 @@
     python tests/bench/against_nanogpt.py --nanogpt FOLDER --text tinyshakespeare.txt [--parts cpu ...]
                                           [--side both|nanogpt|nnx] [--results FILE] [--markdown FILE]
 
-FOLDER is a checkout of https://github.com/karpathy/nanoGPT at 3adf61e1 (MIT), which runs as it is and is not written
-to. It needs torch and numpy. On a GPU both sides live under the same cap, --vram (8GB: 7.25 GiB of the allocator).
+FOLDER is a checkout of https://github.com/karpathy/nanoGPT at 3adf61e1 (MIT), which runs as it is. It needs torch
+and numpy. On a GPU both sides live under the same cap, --vram (8GB: 7.25 GiB of the allocator).
 
 parts:
     cpu           nanoGPT's CPU recipe (0.8 million parameters, context 64) and ours of that size
@@ -59,6 +59,7 @@ from nnx_cli.engine.device import RESERVE_BYTES, describe, pick_device, pick_pre
 from nnx_cli.engine.run import find_model, load_model
 
 COMMIT = "3adf61e1"
+WINDOWS_AT_ONCE = 64
 TARGET = 1.47  # of the character recipe on tinyshakespeare: what nanoGPT's README states, rounded
 CPU_RECIPE = [
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
@@ -68,7 +69,7 @@ CPU_RECIPE = [
 GPU_RECIPE = ["config/train_shakespeare_char.py"]
 LENGTHS = {"cpu": ["12s", "18s", "24s", "30s"], "cuda": ["4s", "6s", "9s", "13s", "18s"]}
 PEER_BATCHES = {"speed-124m": [6, 8, 10], "speed-10m": [64, 128, 256]}
-OUR_BATCHES = {"speed-124m": [4, 8, 16], "speed-10m": [64, 128, 256]}
+OUR_BATCHES = {"speed-124m": [8, 12, 16, 24], "speed-10m": [64, 128, 256]}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {  # ours, within 2 % of nanoGPT's parameters
     "speed-124m": {
         "llama": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, vocab_size=50304),
@@ -197,13 +198,15 @@ def peer_quality(place: Place, data: Path, recipe: list[str], cold: bool) -> Ite
         seen = watch(command, place, environment, place.limit_s, Path(out) / "ckpt.pt")
         if not seen.checkpoints:
             raise SystemExit("nanoGPT saved no checkpoint:\n" + "\n".join(line for _, line in seen.lines[-15:]))
+        if seen.code and place.device == "cpu":
+            raise SystemExit(f"nanoGPT did not end within {place.limit_s:.0f} s: give it more, --limit")
         for seconds, path in seen.checkpoints:
             logits, block_size, step = nanogpt_model(place, path)
-            loss = common_loss(logits, data / "val.bin", block_size, place.device)
+            loss = common_loss(logits, val_tokens(data), block_size, place.device)
             yield {"side": "nanogpt", "step": step, "seconds": seconds, "loss": loss, "block_size": block_size}
 
 
-def nanogpt_model(place: Place, checkpoint: Path) -> tuple[Callable[[Tensor, Tensor], Tensor], int, int]:
+def nanogpt_model(place: Place, checkpoint: Path) -> tuple[Callable[[Tensor], Tensor], int, int]:
     """The logits of a checkpoint, by nanoGPT's own class, its context, and its step."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", place.nanogpt / "model.py")
     module = importlib.util.module_from_spec(spec)
@@ -213,7 +216,7 @@ def nanogpt_model(place: Place, checkpoint: Path) -> tuple[Callable[[Tensor, Ten
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in found["model"].items()}
     model = module.GPT(module.GPTConfig(**found["model_args"])).to(place.device).eval()
     model.load_state_dict(state)
-    return (lambda ids, targets: model(ids, targets)[0]), model.config.block_size, found["iter_num"]
+    return (lambda ids: model(ids, ids)[0]), model.config.block_size, found["iter_num"]
 
 
 def peer_speed(part: str, place: Place) -> Iterator[dict[str, Any]]:
@@ -287,7 +290,7 @@ def our_quality(
             where = environment or place.environment("nnx", cold=True)
             seconds, run = train(place, data, ["--model", name, *size, "--max-time", length], where)
             model = load_model(find_model(str(run)), pick_device(place.device))
-            loss = common_loss(lambda ids, _: model(ids), data / "val.bin", block_size, place.device)  # noqa: B023
+            loss = common_loss(model, val_tokens(data), block_size, place.device)
             status = json.loads((run / "run.json").read_text())
             shutil.rmtree(run)
             yield {
@@ -358,22 +361,28 @@ def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> No
 
 
 @torch.no_grad()
-def common_loss(logits: Callable[[Tensor, Tensor], Tensor], file: Path, block_size: int, device: str) -> float:
-    """Nats a token over a whole split of nanoGPT's: windows of `block_size` from the first token on, each read from its
-    own start, the last one shorter; every token but the first is a target."""
-    tokens = torch.from_numpy(np.fromfile(file, dtype=np.uint16).astype(np.int64))
-    ids, targets = tokens[:-1], tokens[1:]
-    whole = len(ids) // block_size * block_size
-    pieces = [
-        *zip(ids[:whole].view(-1, block_size).split(64), targets[:whole].view(-1, block_size).split(64), strict=True)
-    ]
+def common_loss(
+    logits: Callable[[Tensor], Tensor], tokens: np.ndarray, seq_len: int, device: torch.device | str
+) -> float:
+    """Nats a token over a whole split: windows of `seq_len` from the first token on, each read from its own start, the
+    last one shorter; every token but the first is a target. `logits` maps ids (B, T) to (B, T, V)."""
+    stream = torch.from_numpy(tokens.astype(np.int64))
+    ids, targets = stream[:-1], stream[1:]
+    whole = len(ids) // seq_len * seq_len
+    windows = [part[:whole].view(-1, seq_len).split(WINDOWS_AT_ONCE) for part in (ids, targets)]
+    pieces = [*zip(*windows, strict=True)]
     if whole < len(ids):
         pieces.append((ids[None, whole:], targets[None, whole:]))
     total = 0.0
     for x, y in pieces:
-        x, y = x.to(device), y.to(device)
-        total += F.cross_entropy(logits(x, y).flatten(0, 1).float(), y.flatten(), reduction="sum").item()
+        predicted = logits(x.to(device)).flatten(0, 1).float()
+        total += F.cross_entropy(predicted, y.to(device).flatten(), reduction="sum").item()
     return total / len(ids)
+
+
+def val_tokens(folder: Path) -> np.ndarray:
+    """The validation split of a folder of nanoGPT's."""
+    return np.fromfile(folder / "val.bin", dtype=np.uint16)
 
 
 def quality(part: str, place: Place, options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[dict]:
@@ -392,7 +401,7 @@ def quality(part: str, place: Place, options: argparse.Namespace, known: list[di
         aim = target(part, rows)
         tell(f"{part}: the target is {aim:.4f}")
         lengths = options.lengths or LENGTHS[place.device]
-        yield from our_quality(part, place, data, options.models, lengths, aim, rows[0]["block_size"])
+        yield from our_quality(part, place, data, options.models or ["nyx"], lengths, aim, rows[0]["block_size"])
 
 
 def target(part: str, rows: Iterable[dict[str, Any]]) -> float:
@@ -410,7 +419,7 @@ def speed(part: str, place: Place, options: argparse.Namespace) -> Iterator[dict
     if options.side in ("both", "nanogpt"):
         yield from peer_speed(part, place)
     if options.side in ("both", "nnx"):
-        yield from our_speed(part, place, list(SHAPES[part]))
+        yield from our_speed(part, place, [name for name in SHAPES[part] if name in (options.models or SHAPES[part])])
 
 
 # the report
@@ -499,16 +508,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: cpu on a CPU, the others on a GPU")
     parser.add_argument("--side", choices=("both", "nanogpt", "nnx"), default="both")
-    parser.add_argument("--models", nargs="+", choices=models.names(), default=["nyx"], help="ours, for a loss")
+    parser.add_argument("--models", nargs="+", choices=models.names(), help="ours; default: nyx, for speed llama too")
     parser.add_argument("--lengths", nargs="+", help=f"of ours, shortest first; default {LENGTHS}")
     parser.add_argument("--vram", default="8GB")
-    parser.add_argument("--limit", type=float, help="seconds of a side of a part; default 150, and 600 on a CPU")
+    parser.add_argument("--limit", type=float, help="seconds of a side of a part; default 110, and 600 on a CPU")
     parser.add_argument("--work", type=Path, help="for texts and compile caches; default: a folder that is removed")
     parser.add_argument("--results", type=Path, default=Path("against_nanogpt.jsonl"))
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     parts = options.parts or [part for part in PARTS if (part == "cpu") == (options.device == "cpu")]
-    limit = options.limit or (600.0 if options.device == "cpu" else 150.0)
+    limit = options.limit or (600.0 if options.device == "cpu" else 110.0)
     call = datetime.datetime.now().isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
