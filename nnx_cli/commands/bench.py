@@ -14,6 +14,7 @@ from nnx_cli.console import Talk
 from nnx_cli.console import size as size_text
 from nnx_cli.errors import DoesNotFit, UsageError
 
+COMPUTING = {"on": ", compiled", "graph": ", graph", "off": ""}
 SHOWN = {"training": "model FLOPs, of large matrix products", "decoding": "bytes read, of a large copy"}
 
 
@@ -32,7 +33,9 @@ def run(
     ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Positions of a sequence.", show_default="the size's own")] = None,
     vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 256,
-    compile: Annotated[str, typer.Option(help="torch.compile: auto (as in a run of 4 minutes), on, off.")] = "auto",
+    compile: Annotated[
+        str, typer.Option(help="As in training: auto (of a run of 4 minutes), on, graph, off.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
     vram: Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GB.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="auto")] = None,
@@ -93,8 +96,9 @@ def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> N
         lines = [
             [
                 f"{row.model} {row.size}", f"{row.parameters / 1e6:,.2f} M", f"{row.batch_size} x {row.seq_len}",
-                row.precision + (", compiled" if row.compile == "on" else ""),
-                "does not fit" if row.problem else f"{row.tokens_per_s:,.0f}", None if row.share is None else f"{row.share:.1%}",
+                row.precision + COMPUTING[row.compile],
+                "does not fit" if row.problem else f"{row.tokens_per_s:,.0f}",
+                None if row.share is None else f"{row.share:.1%}",
                 None if row.problem else size_text(row.peak_memory_bytes),
             ]
             for row in rows

@@ -200,6 +200,8 @@ def training(
         trainer.state.step += 1
 
     tokens_per_s = config.tokens_per_step * calls_per_s(step, device, seconds)
+    if trainer.config.batch_size < case.batch_size:
+        raise DoesNotFit(f"out of memory: the trainer went on with {trainer.config.batch_size} sequences at a time")
     if trainer.config.compile == "on":
         torch.compiler.reset()  # the next shapes are no variants of these
     flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]

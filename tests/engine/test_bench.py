@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,3 +101,12 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch):
         measure(precisions=["bf16"])
     with pytest.raises(DoesNotFit):
         bench.training(case(), TrainConfig(device="cpu", vram="1GB"), CPU, LIMITS, 0.01, lambda line: None)
+
+
+def test_a_trainer_that_had_to_take_less_at_once_is_no_measurement(monkeypatch):
+    def shrink(trainer, lr):
+        trainer.config = replace(trainer.config, batch_size=1, grad_accum=2)
+
+    monkeypatch.setattr(bench.session.Trainer, "take_step", shrink)
+    with pytest.raises(DoesNotFit, match="1 sequences at a time"):
+        bench.training(case(), CONFIG, CPU, LIMITS, 0.01, lambda line: None)
