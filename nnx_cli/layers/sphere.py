@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -12,11 +14,36 @@ from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.linear import Linear
 
 ALPHA = 0.05  # how far a step goes at the start: section 2.2.2 of the paper
+GROUP_BYTES = 2**25  # of small matrices that are normalised side by side, in a copy
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
     """`x` over its L2 norm, in float32."""
     return F.normalize(x.float(), dim=dim, eps=1e-12)
+
+
+@torch.no_grad()
+def normalize_matrices(matrices: Iterable[tuple[Tensor, int]]) -> None:
+    """Divide matrices by their L2 norms along an axis each, in place; norms in float32.
+
+    On CUDA small ones of one shape are stacked, up to GROUP_BYTES of them: a few kernels for all instead of for each.
+    """
+    groups = defaultdict(list)
+    for matrix, axis in matrices:
+        groups[matrix.shape, matrix.dtype, axis].append(matrix)
+    for (_, _, axis), group in groups.items():
+        n = max(1, GROUP_BYTES // (group[0].numel() * group[0].element_size())) if group[0].is_cuda else 1
+        for start in range(0, len(group), n):
+            normalize_stacked(group[start : start + n], axis)
+
+
+def normalize_stacked(matrices: list[Tensor], axis: int) -> None:
+    """Divide matrices of one shape by their L2 norms along an axis, in place."""
+    stack = torch.stack(matrices) if len(matrices) > 1 else matrices[0].unsqueeze(0)
+    lengths = torch.linalg.vector_norm(stack, dim=axis + 1, keepdim=True, dtype=torch.float32)
+    stack.div_(lengths.clamp_(min=1e-12))
+    if len(matrices) > 1:
+        torch._foreach_copy_(matrices, stack.unbind())
 
 
 class Interpolation(nn.Module):

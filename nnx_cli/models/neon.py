@@ -41,7 +41,7 @@ from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.memory import Memory
 from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.rope import rotary_tables, rotate
-from nnx_cli.layers.sphere import Interpolation, ScaledHead, unit
+from nnx_cli.layers.sphere import Interpolation, ScaledHead, normalize_matrices, unit
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
@@ -299,13 +299,13 @@ class Model(LanguageModel):
         if self.config.normalized:
             self.normalize_weights()
 
-    @torch.no_grad()
     def normalize_weights(self) -> None:
         """Unit length along the axis of the stream: columns where a matrix writes to it, rows where it reads."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and ".lora_" not in name:
-                writes = any(part in f".{name}" for part in WRITERS)
-                parameter.copy_(unit(parameter, dim=0 if writes else 1))
+        normalize_matrices(
+            (parameter, 0 if any(part in f".{name}" for part in WRITERS) else 1)
+            for name, parameter in self.named_parameters()
+            if parameter.dim() == 2 and ".lora_" not in name
+        )
 
     @torch.no_grad()
     def post_optim_step(self) -> None:

@@ -37,6 +37,7 @@ from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.sphere import normalize_matrices
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
@@ -321,13 +322,10 @@ class Model(LanguageModel):
             if parameter.dim() == 2 and name.endswith(".weight"):
                 yield name, 0 if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1
 
-    @torch.no_grad()
     def post_optim_step(self) -> None:
         """Put every matrix that is trained back onto the sphere."""
-        for name, axis in self.unit_axes():
-            matrix = self.get_parameter(name)
-            if matrix.requires_grad:
-                matrix.div_(length(matrix, axis))
+        matrices = ((self.get_parameter(name), axis) for name, axis in self.unit_axes())
+        normalize_matrices((matrix, axis) for matrix, axis in matrices if matrix.requires_grad)
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         T = input_ids.shape[1]
