@@ -12,6 +12,8 @@ from importlib import resources, util
 
 import numpy as np
 
+from nnx_cli.engine import fast_encoder
+from nnx_cli.engine.fast_encoder import FastEncoder
 from nnx_cli.engine.tokenizer import N_BYTES, Tokenizer, utf8, well_formed
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
@@ -62,6 +64,7 @@ class BpeTokenizer(Tokenizer):
         self.pattern = plain(pattern)
         self.specials = specials
         super().__init__(_kind(ranks, self.pattern), tokens, eot_id)
+        self._fast: FastEncoder | None = None
         self._run_chars = RUN_CHARS if self.pattern in _FAST else FOREIGN_RUN_CHARS
         try:
             self._tiktoken = tiktoken.Encoding(
@@ -72,6 +75,16 @@ class BpeTokenizer(Tokenizer):
             )
         except ValueError as error:
             raise DataError(f"the tokenizer's pattern cannot be used: {error}") from error
+
+    def hasten(self) -> None:
+        if self._fast is None and self.kind in fast_encoder.SCHEMES and fast_encoder.is_installed():
+            self._fast = FastEncoder(self.ranks, fast_encoder.SCHEMES[self.kind], self._encode_exactly)
+
+    @property
+    def doubt(self) -> str | None:
+        if self._fast is None or not self._fast.failed:
+            return None
+        return "gigatoken gives other ids than tiktoken, which took its place"
 
     def encode(self, text: str) -> np.ndarray:
         text = well_formed(text) if not _encodable(text) else text
@@ -92,13 +105,17 @@ class BpeTokenizer(Tokenizer):
         return _last_boundary(text[: self._run_chars]) or len(text[: self._run_chars])
 
     def _encode_piece(self, text: str) -> np.ndarray:
+        ids = self._fast.encode(text) if self._fast is not None else None
+        return (self._encode_exactly(text) if ids is None else ids).astype(self.dtype, copy=False)
+
+    def _encode_exactly(self, text: str) -> np.ndarray:
+        """Ids (N,) uint32, from tiktoken."""
         try:
-            ids = self._tiktoken.encode_to_numpy(text, disallowed_special=())
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:  # a Rust panic is no Exception
             if type(error).__name__ != "PanicException":
                 raise
             raise DataError(f"the tokenizer's pattern fails on this text: {error}") from error
-        return ids.astype(self.dtype)
 
     def cuts_safely(self, text: str) -> bool:
         """Whether `safe_cut` keeps its promise on every beginning of `text`."""

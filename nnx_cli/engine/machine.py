@@ -30,6 +30,15 @@ def peak_rss_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def rss_bytes() -> int | None:
+    """Memory this process holds now; None where only Linux would tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def cpu_model() -> str:
     """What the processor calls itself, where the system tells."""
     info = Path("/proc/cpuinfo")

@@ -121,11 +121,14 @@ def _prepare(
         reader = Reader(config.text_key, config.errors == "strict", folder)
         if needs_training(config.tokenizer):
             sources = [source if source.repeatable else _spooled(source, folder) for source in sources]
-        tokenizer = _build(config, sources, reader, tell)
+        tokenizer = _build(config, sources, reader, first := Report(), tell)
         writer = SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction)
         report = Report()
         reading = replace(reader, on_bytes=_progress("encode", sources, tell))
         n_bytes = _encode(reading.pieces(sources, report), writer.add, sources, tokenizer, config, report)
+        for before, now in zip(first.sources, report.sources, strict=False):
+            if before != now:
+                raise DataError(f"{now['name']} changed while it was read", fix="run the command again")
         if val_sources:
             n_bytes += _encode(
                 reader.pieces(val_sources, report), writer.add_val, val_sources, tokenizer, config, report
@@ -156,12 +159,12 @@ def _prepare(
     }
 
 
-def _build(config: PrepareConfig, sources: list[Source], reader: Reader, tell: Progress) -> Tokenizer:
-    """The tokenizer; `char` and `bpe` read all sources for it first."""
+def _build(config: PrepareConfig, sources: list[Source], reader: Reader, report: Report, tell: Progress) -> Tokenizer:
+    """The tokenizer; `char` and `bpe` read all sources for it first, and `report` then has what they found."""
     sample = None
     if needs_training(config.tokenizer):
         reading = replace(reader, on_bytes=_progress("train", sources, tell))
-        sample = (piece.text for piece in reading.pieces(sources, Report()))
+        sample = (piece.text for piece in reading.pieces(sources, report))
     tokenizer = build_tokenizer(config.tokenizer, vocab_size=config.vocab_size, sample=sample)
     if config.vocab_size is not None and tokenizer.vocab_size < config.vocab_size:
         tell({"note": f"the text gives a vocabulary of {tokenizer.vocab_size:,}, not {config.vocab_size:,}"})
@@ -177,6 +180,7 @@ def _encode(
     report: Report,
 ) -> int:
     """Encode all pieces and hand the ids to `add` in order. Returns the bytes of text; DataError if there is none."""
+    tokenizer.hasten()
     jobs = _Jobs(tokenizer)
     workers = config.workers or n_cores()
     n_waiting = max(2, min(2 * workers, config.max_memory_bytes // JOB_BYTES))
@@ -196,6 +200,8 @@ def _encode(
         names = ", ".join(source.name for source in sources[:3])
         why = report.notes[0] if report.n_skipped_rows else "nothing but white space in it" if n_bytes else "empty"
         raise DataError(f"no text in {names}: {why}")
+    if tokenizer.doubt and tokenizer.doubt not in report.notes:
+        report.note(tokenizer.doubt)
     if jobs.n_forced:
         report.note(f"{jobs.n_forced:,} very long runs without a break were split for the tokenizer")
     return n_bytes

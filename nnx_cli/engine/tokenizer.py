@@ -63,6 +63,14 @@ class Tokenizer:
         """Ids (N,) of `dtype`. Lone surrogates count as U+FFFD."""
         raise NotImplementedError
 
+    def hasten(self) -> None:
+        """Called before much text is encoded: take the fastest encoder that is installed."""
+
+    @property
+    def doubt(self) -> str | None:
+        """What to tell the user of a fast encoder that was given up."""
+        return None
+
     def safe_cut(self, text: str) -> tuple[int, bool]:
         """The last place where `text` may be cut, whatever follows it: both parts encode to the ids of the whole.
 
@@ -128,7 +136,8 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         codes = _code_points(text)
-        ids = np.take(self._id_of, codes)
+        ids = np.empty(len(codes), self.dtype)
+        np.take(self._id_of, codes, out=ids, mode="clip")  # no code is outside: this mode is the one without a copy
         if len(ids) and not ids.all():
             return self._encode_rare(codes, ids)
         return ids

@@ -189,6 +189,20 @@ def test_standard_input_is_read_once(tmp_path, monkeypatch):
         assert source["sha256"] == hashlib.sha256((LINE * 100).encode()).hexdigest()
 
 
+def test_a_file_that_changes_between_two_readings_is_refused(text_file, tmp_path, monkeypatch):
+    build = module._build
+
+    def build_and_change(*arguments):
+        tokenizer = build(*arguments)
+        text_file.write_bytes((LINE[::-1] * 500).encode())
+        return tokenizer
+
+    monkeypatch.setattr(module, "_build", build_and_change)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare([text_file], tmp_path / "made", PrepareConfig(tokenizer="char"))
+    assert not (tmp_path / "made").exists()
+
+
 # notes
 
 
