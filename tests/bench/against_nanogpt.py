@@ -34,6 +34,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,7 @@ class Seen:
     checkpoints: list[tuple[float, Path]]
     seconds: float
     code: int
+    cpu_seconds: float = 0.0
 
 
 def watch(
@@ -155,7 +157,7 @@ def watch(
 ) -> Seen:
     """Run a script of nanoGPT to its end or to the time limit. A checkpoint is copied once the next line shows that it
     is written; its time is that of its file."""
-    started, clock = time.perf_counter(), time.time()
+    started, clock, used = time.perf_counter(), time.time(), children_cpu_s()
     seen = Seen([], [], 0.0, 0)
     pending = False
     own = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -176,7 +178,7 @@ def watch(
             guard.cancel()
         if pending and code == 0 and checkpoint is not None:
             keep(seen, checkpoint, clock)
-    seen.seconds, seen.code = time.perf_counter() - started, code
+    seen.seconds, seen.code, seen.cpu_seconds = time.perf_counter() - started, code, children_cpu_s() - used
     return seen
 
 
@@ -203,7 +205,11 @@ def peer_quality(place: Place, data: Path, recipe: list[str], cold: bool) -> Ite
         for seconds, path in seen.checkpoints:
             logits, block_size, step = nanogpt_model(place, path)
             loss = common_loss(logits, val_tokens(data), block_size, place.device)
-            yield {"side": "nanogpt", "step": step, "seconds": seconds, "loss": loss, "block_size": block_size}
+            part = seconds / seen.seconds  # of its processor time, as far as can be told
+            yield {
+                "side": "nanogpt", "step": step, "seconds": seconds, "cpu_seconds": part * seen.cpu_seconds,
+                "loss": loss, "block_size": block_size,
+            }  # fmt: skip
 
 
 def nanogpt_model(place: Place, checkpoint: Path) -> tuple[Callable[[Tensor], Tensor], int, int]:
@@ -281,25 +287,38 @@ def our_quality(
     environment = place.environment("nnx") if place.device == "cpu" or not cold else None
     for name in names:
         if environment is not None and place.device == "cuda":
-            train(place, data, ["--model", name, *size, "--max-time", lengths[-1]], environment)
+            train(place, data, ["--model", name, *size, *length_option(lengths[-1])], environment)
         deadline = time.monotonic() + place.limit_s
         for length in lengths:
             if time.monotonic() > deadline:
                 tell(f"no time left for {name} at {length}")
                 break
             where = environment or place.environment("nnx", cold=True)
-            seconds, run = train(place, data, ["--model", name, *size, "--max-time", length], where)
+            used = children_cpu_s()
+            seconds, run = train(place, data, ["--model", name, *size, *length_option(length)], where)
+            used = children_cpu_s() - used
             model = load_model(find_model(str(run)), pick_device(place.device))
             loss = common_loss(model, val_tokens(data), block_size, place.device)
             status = json.loads((run / "run.json").read_text())
             shutil.rmtree(run)
             yield {
-                "side": "nnx", "model": name, "length": length, "seconds": seconds, "loss": loss,
+                "side": "nnx", "model": name, "length": length, "seconds": seconds, "cpu_seconds": used, "loss": loss,
                 "step": status["step"], "tokens": status["tokens"], "block_size": block_size,
                 "parameters": cost.count_parameters(model)["total"],
             }  # fmt: skip
             if loss <= target:
                 break
+
+
+def length_option(length: str) -> list[str]:
+    """A bare number is a number of steps, everything else a time."""
+    return ["--max-steps" if length.isdecimal() else "--max-time", length]
+
+
+def children_cpu_s() -> float:
+    """Processor time of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def train(place: Place, data: Path, words: list[str], environment: dict[str, str]) -> tuple[float, Path]:
@@ -462,21 +481,24 @@ def quality_table(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     peers = [row for row in rows if row["side"] == "nanogpt"]
     aim = target(part, peers) if peers else float("nan")
     first = next((row for row in peers if row["loss"] <= aim), None)
-    yield "| side | length given | step | seconds from the start | loss | at the target | of nanoGPT's time |"
-    yield "| --- | --- | ---: | ---: | ---: | --- | ---: |"
+    yield "| side | length | step | seconds from the start | processor s | loss | at the target | of nanoGPT's time |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: |"
     for row in rows:
         peer = row["side"] == "nanogpt"
         if peer and row is not first and row["loss"] > min(r["loss"] for r in peers) and row is not peers[-1]:
             continue
+        length = "recipe" if peer else row["length"] + (" steps" if row["length"].isdecimal() else "")
         name = "nanoGPT" if peer else f"nnx `{row['model']}`, {row['parameters'] / 1e6:.2f} M"
         share = "" if first is None or peer else f"{row['seconds'] / first['seconds']:.0%}"
         mark = "first" if row is first else "yes" if row["loss"] <= aim else "no"
         yield (
-            f"| {name} | {row.get('length', 'recipe')} | {row['step']:,} | {row['seconds']:.1f} | {row['loss']:.4f} | "
+            f"| {name} | {length} | {row['step']:,} | {row['seconds']:.1f} | "
+            f"{row['cpu_seconds']:.1f} | {row['loss']:.4f} | "
             f"{mark} | {share} |"
         )
-    yield ""
-    yield f"Target: {aim:.4f}."
+    if peers:
+        yield ""
+        yield f"Target: {aim:.4f}."
 
 
 def speed_table(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -488,8 +510,9 @@ def speed_table(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         name = "nanoGPT" if row["side"] == "nanogpt" else f"nnx `{row['model']}`"
         speed = row["tokens_per_s"]
         share, peak = row.get("share"), row.get("peak_memory_bytes")
+        size = f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else ""
         yield (
-            f"| {name} | {row.get('parameters', 0) / 1e6:.2f} M | {row['batch_size']} | "
+            f"| {name} | {size} | {row['batch_size']} | "
             f"{f'{speed:,.0f}' if speed else row['problem']} | {f'{speed / best:.2f}' if speed else ''} | "
             f"{f'{share:.0%}' if share else ''} | {f'{peak / 2**30:.2f}' if peak else ''} |"
         )
@@ -509,7 +532,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: cpu on a CPU, the others on a GPU")
     parser.add_argument("--side", choices=("both", "nanogpt", "nnx"), default="both")
     parser.add_argument("--models", nargs="+", choices=models.names(), help="ours; default: nyx, for speed llama too")
-    parser.add_argument("--lengths", nargs="+", help=f"of ours, shortest first; default {LENGTHS}")
+    parser.add_argument(
+        "--lengths", nargs="+", help=f"of ours, shortest first: times, or numbers of steps; default {LENGTHS}"
+    )
     parser.add_argument("--vram", default="8GB")
     parser.add_argument("--limit", type=float, help="seconds of a side of a part; default 110, and 600 on a CPU")
     parser.add_argument("--work", type=Path, help="for texts and compile caches; default: a folder that is removed")
