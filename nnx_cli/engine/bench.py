@@ -35,8 +35,6 @@ from nnx_cli.engine.trainer import Observer
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.models._base import ModelConfig
 
-BATCH_SIZES = (1, 8, 32)
-SECONDS = 2.0  # of every measurement, beside its warm-up
 ROUNDS = 5  # whose median counts
 WARMUP_CALLS = {"cpu": 1}  # before anything is timed: memory is taken, kernels are chosen, blocks compiled
 GPU_WARMUP_CALLS = 5
@@ -202,8 +200,6 @@ def training(
     tokens_per_s = config.tokens_per_step * calls_per_s(step, device, seconds)
     if trainer.config.batch_size < case.batch_size:
         raise DoesNotFit(f"out of memory: the trainer went on with {trainer.config.batch_size} sequences at a time")
-    if trainer.config.compile == "on":
-        torch.compiler.reset()  # the next shapes are no variants of these
     flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]
     return case.row(
         "training", compile=trainer.config.compile, tokens_per_s=tokens_per_s, flops_per_token=flops,
@@ -287,6 +283,8 @@ def attempt(case: Case, what: str, measure: Callable[[], Row]) -> Row:
 def free_memory(device: torch.device) -> None:
     """Let go of what the last model held, and begin to look for the peak of memory anew, where the system can."""
     gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # the next shapes are no variants of the last ones
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
