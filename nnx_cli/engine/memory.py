@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
+from nnx_cli.engine import adamw, elementwise, muon
 from nnx_cli.engine import loss as head_loss
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
 from nnx_cli.engine.row_loss import has_kernel
-from nnx_cli.layers import attention
+from nnx_cli.layers import attention, segments, soft_xor
 from nnx_cli.models._base import LanguageModel
 
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
@@ -43,7 +44,7 @@ class Target:
     device: str = "cuda"  # or cpu
     capability: tuple[int, int] = (8, 0)
     attention: str = "flash"  # the kernel for 16-bit numbers without a mask: flash, cudnn or efficient
-    fused_loss: bool = True  # softmax and gradient of logits are one kernel, in place
+    triton: bool = True  # the project's own kernels work in place: softmax of logits, optimizers
 
     @property
     def fixed_bytes(self) -> int:
@@ -60,7 +61,7 @@ class Target:
         return self.attention
 
 
-CPU = Target("cpu", (0, 0), "cpu", fused_loss=False)
+CPU = Target("cpu", (0, 0), "cpu", triton=False)
 
 
 def target_of(device: torch.device) -> Target:
@@ -97,12 +98,24 @@ class Kernels:
     @contextmanager
     def used(self) -> Iterator[None]:
         """Have them take the place of what asks the device, or would do something else on the meta device."""
-        own = {(F, "scaled_dot_product_attention"): self.attention, (attention, "groups_are_fused"): self.fuses_groups}
-        if self.target.device == "cuda":
+        target = self.target
+        own: dict[tuple[Any, str], Any] = {
+            (F, "scaled_dot_product_attention"): self.attention,
+            (attention, "groups_are_fused"): self.fuses_groups,
+            (segments, "merged_attention"): lambda q, kv, times: segments.MergedAttention.apply(q, kv, tuple(times)),
+            (soft_xor.Recurrence, "backward"): self.recurrence_backward,
+            (adamw.fused, "adamw"): in_place,
+        }
+        if target.device == "cuda":
             own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
-            own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): self.add_product}
-            if self.target.fused_loss:
-                own |= {(head_loss, "has_kernel"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+            own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): in_place}
+            if target.capability >= (8, 0):
+                own[muon, "step_type"] = lambda device: torch.bfloat16
+        else:
+            own[elementwise, "PIECE_ELSEWHERE"] = elementwise.PIECE["cpu"]
+        if target.triton:
+            own |= {(head_loss, "has_kernel"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+            own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
         before = {(owner, name): getattr(owner, name) for owner, name in own}
         for (owner, name), function in own.items():
             setattr(owner, name, function)
@@ -120,6 +133,8 @@ class Kernels:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         kernel = self.target.attention_kernel(q, attn_mask)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # becomes a number to add to every score
+            attn_mask = torch.empty_like(attn_mask, dtype=q.dtype)
         if kernel == "cpu" and dropout_p > 0:
             return PLAIN_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if kernel == "cpu":
@@ -130,8 +145,8 @@ class Kernels:
         if kernel == "cudnn":
             call = ATEN._scaled_dot_product_cudnn_attention
             return call(q, k, v, None, True, dropout_p, is_causal, False, scale=scale)[0]
-        if attn_mask is not None:  # becomes a number to add to every score
-            attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
         call = ATEN._scaled_dot_product_efficient_attention
         return call(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
@@ -154,8 +169,15 @@ class Kernels:
         return products.new_empty(len(products), dtype=torch.float32), products
 
     @staticmethod
-    def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
-        pass  # sums in place
+    def recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Without the loop over positions, which is long and works in place."""
+        slopes, states, weight = ctx.saved_tensors
+        sums_grad, grad_states = torch.empty_like(slopes), torch.empty_like(states)
+        return sums_grad, sums_grad.flatten(0, 1).t() @ states[:-1].flatten(0, 1), grad_states[0]
+
+
+def in_place(*args: Any, **kwargs: Any) -> None:
+    """What allocates nothing."""
 
 
 def flash_workspace(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> int:
@@ -164,6 +186,11 @@ def flash_workspace(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> int:
     rows = B * H * (-(-T // 128) * 128)
     expanded = 2 * B * H * k.shape[2] * K * k.element_size() if k.shape[1] != H else 0
     return rows * (-(-K // 32) * 32) * 4 + rows * 4 + expanded
+
+
+def segment_workspace(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> int:
+    """As `flash_workspace`, of (B, T, H, K)."""
+    return flash_workspace(grad, q.transpose(1, 2), k.transpose(1, 2))
 
 
 def efficient_workspace(grad: Tensor, q: Tensor, *others: Any) -> int:
@@ -183,6 +210,7 @@ WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds whi
     ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_cudnn_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
+    torch.ops.nnx.attention_and_sums_backward.default: segment_workspace,
     ATEN.embedding_dense_backward.default: embedding_workspace,
 }
 
@@ -374,22 +402,24 @@ class Memory:
         return max(self.phases.values())
 
 
-def optimizer_memory(model: LanguageModel, config: TrainConfig) -> tuple[int, int]:
+def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) -> tuple[int, int]:
     """Bytes of the optimizer's state, and what its step allocates besides, with the norm of all gradients."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return sum(2 * rounded(p.nbytes) + ROUNDING for p in trained), ROUNDING * len(trained)
+    optimizer = build_optimizer(model, replace(config, lr=1.0, weight_decay=0.1))
+    states = sum(
+        rounded(shape.numel() * dtype.itemsize)
+        for layout in optimizer.layouts().values()
+        for shape, dtype in layout.values()
+    )
     for p in trained:
         p.grad = torch.empty_like(p)
-    optimizer = build_optimizer(model, config)
-    with Storages() as storages:
-        optimizer.step()
+    with Kernels(target).used(), Storages() as storages:
+        optimizer.step()  # its state comes to exist
         storages.mark("again")
-        states = storages.live
         optimizer.step()
     for p in trained:
         p.grad = None
-    return states, storages.sections[-1].rise
+    return states, storages.sections[-1].rise + 2 * ROUNDING * len(trained)
 
 
 def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: Target) -> Memory:
@@ -404,7 +434,7 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     weights, fixed = sum(stored.values()), target.fixed_bytes
     gradients = sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
-    states, moment = optimizer_memory(model, config)
+    states, moment = optimizer_memory(model, config, target)
     during = weights + states + fixed + (gradients if accumulate else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
     phases["optimizer"] = weights + states + fixed + gradients + moment
