@@ -144,7 +144,7 @@ class Run:
         Raises OutputError; then the old ones stand.
         """
         temporary = self.folder / f".tmp-best-{os.getpid()}"
-        with refused_output(temporary), cleared(temporary):
+        with refused_output(self.folder / BEST), cleared(temporary):
             require_space(self.folder, ckpt.size_on_disk(weights))
             digest = ckpt.write_tensors(temporary, weights, found and {"found": json.dumps(dict(found))})
             self._replace_listed(BEST, digest, lambda path: os.replace(temporary, path))

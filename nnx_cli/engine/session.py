@@ -17,6 +17,7 @@ from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
 from nnx_cli.engine.device import (
     DTYPES,
+    describe,
     limit_memory,
     pick_device,
     pick_precision,
@@ -117,6 +118,7 @@ def start(
         "init_from": None if init_from is None else init_from.label,
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": describe(device),
     }  # fmt: skip
     status = {
         "format": 1, "status": "running", "command": command, "device": device.type, "started": round(time.time()),
@@ -191,17 +193,27 @@ def resume(
             f"{run.folder} is at step {trainer.state.step:,} after {trainer.state.time_s:,.0f} s of training already",
             fix="name a length beyond that",
         )
-    versions = run.config["versions"]
-    if versions["torch"] != torch.__version__:
-        notes.append(
-            f"torch is {torch.__version__}, the run began with {versions['torch']}: the same run, not the same bits"
-        )
+    notes += differences(run, old, trainer)
     notes += run.cut_logs(trainer.state.step)
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}
     wished = asdict(replace(trainer.config, precision=old.precision))  # another device's precision is for this time
-    run.set_config(run.config | {"training": wished, "data": where})
+    run.set_config(run.config | {"training": wished, "data": where, "machine": describe(device)})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
+
+
+def differences(run: Run, old: TrainConfig, trainer: Trainer) -> list[str]:
+    """What is no longer as it was and changes the rounding of numbers, though not the data order or the schedule."""
+    began_with, now, before = run.config["versions"]["torch"], describe(trainer.device), run.config.get("machine")
+    config = trainer.config
+    found = []
+    if began_with != torch.__version__:
+        found.append(f"torch is {torch.__version__}, the run began with {began_with}")
+    if before not in (None, now):
+        found.append(f"this is {now}, the run was on {before}")
+    if config.batch_size != old.batch_size:
+        found.append(f"{config.batch_size} sequences at a time, {old.batch_size} before")
+    return [f"{what}: the same run, not the same bits" for what in found]
 
 
 def settings_of(run: Run) -> TrainConfig:

@@ -93,6 +93,8 @@ class Trainer:
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
         self.state = State()
         self.best: dict | None = None  # step and losses of the best weights that are on the disk
+        self.better: dict | None = None  # of better ones that the disk refused
+        self.status: dict = {}  # what run.json should say
         self.unwritten: list[tuple[str, dict]] = []  # lines of logs that the disk refused
         self._saved_at = time.monotonic()
         self._refused_at: float | None = None  # when the disk last refused a write
@@ -137,7 +139,7 @@ class Trainer:
         a lower learning rate; DoesNotFit when one sequence at a time is too much for the memory.
         """
         config, state = self.config, self.state
-        self.best = self.find_best(run)
+        self.find_best(run)
         self.model.train()
         logged, logged_at = state.tokens, state.time_s
         while (before := self.progress()) < 1.0:
@@ -327,8 +329,9 @@ class Trainer:
         for text in self.news:
             self.observer.note(text)
         if self.news:
-            news, self.news = self.news, []
-            self.attempt(lambda: run.set_status(events=[*run.status().get("events", []), *news]))
+            told = self.status.get("events") or run.status().get("events", [])
+            self.status["events"], self.news = [*told, *self.news], []
+            self.attempt(lambda: run.set_status(**self.status))
 
     # looking at the run
 
@@ -357,13 +360,13 @@ class Trainer:
             found = {
                 "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
             }  # fmt: skip
-            if self.attempt(lambda: run.save_best(self.model.unique_state(), found)):
-                self.best = found
-        status = {
+            self.better = found
+            self.attempt(lambda: self.write_best(run))
+        self.status |= {
             "step": state.step, "train_loss": finite(train_loss), "val_loss": finite(result.loss),
             "val_bits_per_byte": finite(result.bits_per_byte), **(self.best or {}),
         }  # fmt: skip
-        self.attempt(lambda: run.set_status(**status))
+        self.attempt(lambda: run.set_status(**self.status))
         return result
 
     def sample(self, run: Run) -> None:
@@ -375,15 +378,19 @@ class Trainer:
         self.log(run, "samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
         self.observer.sampled(self.state.step, prompt + drawn.text)
 
-    def find_best(self, run: Run) -> dict | None:
-        """Step and losses of the best weights in the run folder. They may be of a later step than the newest
-        checkpoint, where the run was killed between the two."""
+    def find_best(self, run: Run) -> None:
+        """Learn which best weights the run folder has. They may be of a later step than the newest checkpoint, where
+        the run was killed between the two; or missing, where the disk was full."""
         state, found = self.state, run.best_found()
-        if found is None and state.best_val_loss is not None:
+        known = {key: getattr(state, key) for key in ("best_step", "best_val_loss", "best_val_bits_per_byte")}
+        if state.best_val_loss is None:
+            known = None
+        elif found is None:
             self.observer.note("the best weights are missing or damaged: the next validation replaces them")
-        if found == {} and state.best_val_loss is not None:
-            return {key: getattr(state, key) for key in ("best_step", "best_val_loss", "best_val_bits_per_byte")}
-        return found or None
+        self.best = known if found == {} else found
+        if known and (self.best is None or state.best_val_loss < self.best["best_val_loss"]):
+            self.better = known
+            self.attempt(lambda: self.write_best(run))
 
     # writing
 
@@ -391,6 +398,12 @@ class Trainer:
         """Add a line to a log, now or when the disk has room again."""
         self.unwritten.append((name, record))
         self.attempt(lambda: self.write_logs(run))
+
+    def write_best(self, run: Run) -> None:
+        """Write the weights as the best ones, if that is what they are. Raises OutputError."""
+        if self.better is not None and self.better["best_step"] == self.state.step:
+            run.save_best(self.model.unique_state(), self.better)
+            self.best, self.better = self.better, None
 
     def write_logs(self, run: Run) -> None:
         """Write what the logs lack. Raises OutputError."""
@@ -423,8 +436,10 @@ class Trainer:
             self.write_logs(run)
             run.sync_logs()
             ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
+            self.write_best(run)
             ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
-            run.set_status(step=self.state.step)
+            self.status |= {"step": self.state.step, **(self.best or {})}
+            run.set_status(**self.status)
         except OutputError as error:
             newest = max(ckpt.steps_in(run.checkpoints), default=0)
             raise OutputError(

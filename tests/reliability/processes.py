@@ -31,7 +31,6 @@ PHASES = (
     "saving",
     "rotating",
     "best",
-    "done",
 )
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "started")
 SHAPE = (
@@ -211,6 +210,46 @@ def train_words(data: Path, out: Path, model: str = "nyx", steps: int = 40, **ch
     options |= {"--" + name.replace("_", "-"): value for name, value in changes.items()}
     given = [word for name, value in options.items() if value is not None for word in (name, value)]
     return ["train", "--model", model, "--data", data, "--out", out, *given]
+
+
+class Watching:
+    """An observer that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, record: dict[str, Any], progress: float) -> None:
+        """Not of interest here."""
+
+    def sampled(self, step: int, text: str) -> None:
+        """Not of interest here."""
+
+    def saved(self, step: int) -> None:
+        """Not of interest here."""
+
+
+def start_small(data: Path, out: Path, observer: Any, model: str = "nyx", **changes: Any) -> tuple[Any, Any]:
+    """A run like that of `train_words` in this process: the run and its trainer."""
+    import torch
+
+    from nnx_cli.config import TrainConfig
+    from nnx_cli.engine import session
+    from nnx_cli.engine.planner import plan_run
+    from nnx_cli.engine.tokens import open_token_folder
+
+    settings = dict(max_steps=8, batch_size=4, grad_accum=1, val_every=4, val_batches=1, save_every=4, lr=3e-3,
+                    sample_every=0, compile="off", device="cpu", threads=1)  # fmt: skip
+    tokens, shape = open_token_folder(data), dict(n_layers=1, dim=32, n_heads=2, seq_len=32)
+    plan = plan_run(
+        model, "nano", shape, TrainConfig(**(settings | changes)), vocab_size=tokens.vocab_size,
+        train_tokens=len(tokens.train), val_tokens=len(tokens.val), device=torch.device("cpu"), precision="fp32",
+        sources={},
+    )  # fmt: skip
+    prompt = session.Sampling([10], 4)
+    return session.start(plan, tokens, out, torch.device("cpu"), observer, prompt, "nnx train", None)
 
 
 def outcome(run: Path) -> dict[str, Any]:
