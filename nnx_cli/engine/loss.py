@@ -22,8 +22,8 @@ FP16_FACTOR = 2.0**8  # on gradients in fp16, which have values down to 2**-24 a
 
 
 def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, device_type: str = "cpu") -> int:
-    """Rows per chunk: a power of two that keeps a chunk near CHUNK_BYTES, and on CUDA CUDA_CHUNK_BYTES, then evened
-    out. At least 256, and at most 4096 except on CUDA."""
+    """Rows per chunk, of which each logit takes `logit_bytes`: a power of two that keeps the chunk within CHUNK_BYTES,
+    or on CUDA within CUDA_CHUNK_BYTES, but at least 256 and, except on CUDA, at most 4096; then evened out."""
     budget, most = (CUDA_CHUNK_BYTES, n_rows) if device_type == "cuda" else (CHUNK_BYTES, 4096)
     rows = 2 ** int(math.log2(max(1, budget // (logit_bytes * vocab_size))))
     rows = min(max(rows, 256), max(most, 256))
@@ -31,8 +31,8 @@ def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, dev
 
 
 def logit_bytes(dtype: torch.dtype, student_t: bool, fused: bool) -> int:
-    """What one logit of a head with a formula takes: products and gradient alone where the kernel puts one in place of
-    the other."""
+    """What a logit of a head with a formula takes at its peak: one number where the kernel puts the gradient in the
+    place of the product, else a few."""
     if student_t:
         dtype = torch.promote_types(dtype, torch.float32)
     return dtype.itemsize if fused else 16 if student_t else 8
@@ -56,7 +56,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, targets: Tensor, head: nn.Module, ignore_index: int, *parameters: Tensor
     ) -> Tensor:
-        rows = chunk_rows(len(x), head_vocab_size(head))
+        rows = chunk_rows(len(x), head_vocab_size(head), device_type=x.device.type)
         wanted = [p for p in parameters if p.requires_grad]
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         x_grad = torch.empty_like(x)
@@ -78,13 +78,11 @@ class ChunkedHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_grad, *parameter_grads = ctx.saved_tensors
-        scaled = iter(parameter_grads)
-        return (
-            x_grad * grad.to(x_grad.dtype), None, None, None,
-            *(next(scaled) * grad if wanted else None for wanted in ctx.wanted),
-        )  # fmt: skip
+        x_grad, *parameter_grads = (scaled(saved, grad, saved.dtype) for saved in ctx.saved_tensors)
+        grads = iter(parameter_grads)
+        return x_grad, None, None, None, *(next(grads) if wanted else None for wanted in ctx.wanted)
 
 
 def head_vocab_size(head: nn.Module) -> int:
@@ -94,7 +92,7 @@ def head_vocab_size(head: nn.Module) -> int:
 
 class Products:
     """x @ weight.T of a head with a formula, chunk by chunk, in a buffer that all chunks share. The weight is cast
-    once, with the scale in it. Needs to be without autograd."""
+    once, with the scale in it. For use where autograd does not look: products are written over one another."""
 
     def __init__(self, x: Tensor, formula: HeadFormula) -> None:
         weight, scale, bias, self.df = formula.weight, formula.scale, formula.bias, formula.df
@@ -223,7 +221,7 @@ def token_losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Te
     """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
     x, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
     if (formula := formula_of(model.head)) is None:
-        rows = chunk_rows(len(x), model.config.vocab_size)
+        rows = chunk_rows(len(x), model.config.vocab_size, device_type=x.device.type)
         pieces = zip(x.split(rows), flat.split(rows), strict=True)
         losses = [F.cross_entropy(model.head(chunk).float(), target, reduction="none") for chunk, target in pieces]
     else:

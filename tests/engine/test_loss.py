@@ -30,7 +30,7 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get
 
 @pytest.fixture(params=[1, 7, 16, 50, 4096], ids=lambda rows: f"chunks of {rows}")
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *rest: min(n_rows, request.param))
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *_, **__: min(n_rows, request.param))
     return request.param
 
 
@@ -110,7 +110,7 @@ def test_gradients_by_formula_are_those_of_finite_differences(monkeypatch, head)
     if isinstance(getattr(head, "proj", None), ngpt.UnitLinear):
         pytest.skip("norms are float32; the formula is that of the kind before")
     head.double()
-    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *rest: 4)
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *_, **__: 4)
     x, targets = rows_of(9)
     assert formula_of(head) is not None
     parameters = tuple(head.parameters())
