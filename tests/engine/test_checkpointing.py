@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from nnx_cli import models
+from nnx_cli.engine.checkpointing import checkpoint_blocks
+from nnx_cli.engine.loss import TrainStep
+
+FURTHER = [("neon", dict(decoder="function", function_balance=0.01)), ("tape", dict(entropy_weight=0.1)),
+           ("nyx", dict(dropout=0.2)), ("ngpt", dict(dropout=0.2))]  # fmt: skip
+
+
+def loss_and_gradients(model, ids):
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    loss, n_targets = TrainStep(model)(ids, ids.roll(-1, 1))
+    (loss / n_targets).backward()
+    return [loss.detach()] + [p.grad for p in model.parameters()]
+
+
+def blocks_run(model, ids):
+    """How often each block's inside runs in one training step."""
+    runs = [0] * len(model.blocks)
+
+    def count(number):
+        def hook(*_):
+            runs[number] += 1
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(count(number)) for number, block in enumerate(model.blocks)]
+    loss_and_gradients(model, ids)
+    for handle in handles:
+        handle.remove()
+    return runs
+
+
+@pytest.mark.parametrize(("name", "fields"), [*((name, {}) for name in models.names()), *FURTHER])
+def test_loss_and_gradients_stay_the_same(tiny, name, fields):
+    model = tiny(name, **fields)
+    ids = torch.randint(64, (2, 32))
+    names = list(model.state_dict())
+    plain = loss_and_gradients(model, ids)
+    for mode in ("on", "half", "off"):
+        checkpoint_blocks(model, mode)
+        for ours, theirs in zip(loss_and_gradients(model, ids), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert list(model.state_dict()) == names
+
+
+def test_which_blocks_run_again(tiny):
+    model, ids = tiny("llama", n_layers=5), torch.randint(64, (1, 8))
+    assert blocks_run(model, ids) == [1, 1, 1, 1, 1]
+    checkpoint_blocks(model, "half")
+    assert blocks_run(model, ids) == [2, 1, 2, 1, 2]
+    checkpoint_blocks(model, "on")
+    checkpoint_blocks(model, "on")
+    assert blocks_run(model, ids) == [2, 2, 2, 2, 2]
+    checkpoint_blocks(model, "off")
+    assert blocks_run(model, ids) == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_cache_is_filled_once(tiny, name):
+    model, ids = tiny(name), torch.randint(64, (1, 12))
+    checkpoint_blocks(model, "on")
+    with torch.no_grad():
+        whole = model.eval()(ids)
+        cache = model.make_cache(1, 16)
+        pieces = torch.cat((model.train()(ids[:, :7], cache=cache), model(ids[:, 7:], cache=cache)), 1)
+    assert cache.lengths.tolist() == [12]
+    torch.testing.assert_close(pieces, whole)
+    cache = model.make_cache(1, 16)
+    model(ids[:, :7], cache=cache)  # with gradients
+    assert cache.lengths.tolist() == [7]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_checkpointed_blocks_compile(tiny, name):
+    model, ids = tiny(name), torch.randint(64, (2, 32))
+    plain = loss_and_gradients(model, ids)
+    checkpoint_blocks(model, "half")
+    for block in model.blocks:
+        block.compile(backend="aot_eager", dynamic=False)
+    for ours, theirs in zip(loss_and_gradients(model, ids), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
