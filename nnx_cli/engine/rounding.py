@@ -7,6 +7,8 @@ on every device, so that a resumed run draws the same ones and a CUDA graph draw
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,7 @@ def signed(x: int) -> int:
 
 def random_key(seed: int, index: int) -> int:
     """The int32 that tells the random bits of a run's parameter number `index` from those of others."""
-    words = torch.tensor([signed(index * GOLDEN), signed(seed), signed(seed >> 32)], dtype=torch.int32)
-    key = torch.zeros((), dtype=torch.int32)
-    for word in words:
-        key = scramble(key ^ word)
-    return int(key)
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:4], "little", signed=True)
 
 
 def random_stream(key: int, step: Tensor) -> Tensor:

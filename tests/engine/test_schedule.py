@@ -14,6 +14,7 @@ def lr(step, progress, schedule="linear", min_lr=0.0, warmup_steps=0):
     [
         ("linear", 0.0, 1.0), ("linear", 0.25, 0.75), ("linear", 0.5, 0.5), ("linear", 1.0, 0.0),
         ("cosine", 0.0, 1.0), ("cosine", 0.25, 0.5 * (1 + math.sqrt(0.5))), ("cosine", 0.5, 0.5), ("cosine", 1.0, 0.0),
+        ("wsd", 0.0, 1.0), ("wsd", 0.6, 1.0), ("wsd", 0.7, 0.75), ("wsd", 0.8, 0.5), ("wsd", 1.0, 0.0),
         ("constant", 0.0, 1.0), ("constant", 0.7, 1.0), ("constant", 1.0, 1.0),
     ],
 )  # fmt: skip
@@ -21,7 +22,7 @@ def test_values_without_warmup(schedule, progress, wanted):
     assert lr(500, progress, schedule) == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.55), ("cosine", 0.55)])
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.55), ("cosine", 0.55), ("wsd", 1.0)])
 def test_min_lr_is_where_it_ends(schedule, half):
     assert lr(9, 1.0, schedule, min_lr=0.1) == pytest.approx(0.1)
     assert lr(9, 0.5, schedule, min_lr=0.1) == pytest.approx(half)

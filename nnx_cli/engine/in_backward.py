@@ -1,0 +1,60 @@
+"""The optimizer's step inside the backward pass: a weight moves as soon as its gradient is complete, and the gradient
+is freed, so that the gradients of a model never exist together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nnx_cli.engine.device_optimizer import DeviceOptimizer
+
+
+class InBackward:
+    """Lets every backward pass through a model take the step of an optimizer, parameter by parameter.
+
+    Between `begin` and `finish` there is one backward pass: one micro-batch to a step, and no loss scale. A parameter
+    that is used in several places moves once all of them have given their part. Clipping and the test for numbers that
+    are not finite are a parameter's own: the norm of all gradients is known only when none of them is left. `hold`,
+    float32 (), keeps weights and state as they are where it is not 0, whatever the gradients.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: DeviceOptimizer, grad_clip: float) -> None:
+        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        device = next(iter(self.groups)).device
+        self.hold = torch.zeros((), device=device)
+        self.squares = torch.zeros((), device=device)  # of all gradients, summed
+        self.bad = torch.zeros((), device=device)
+        self.hooks = [p.register_post_accumulate_grad_hook(self.take) for p in model.parameters() if p in self.groups]
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self.squares.zero_()
+        self.bad.zero_()
+
+    @torch.no_grad()
+    def take(self, p: Tensor) -> None:
+        """Move a parameter by its gradient, clipped to a norm of `grad_clip` (0: not), and free that."""
+        norm = torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        bad = 1 - norm.isfinite().float()
+        self.squares += norm.square()
+        torch.maximum(self.bad, bad, out=self.bad)
+        if self.grad_clip:
+            p.grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step_on([p], self.groups[p], torch.maximum(bad, self.hold))
+        p.grad = None
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Norm of all gradients before clipping, and 1.0 where some were not finite, else 0.0: both float32 ().
+
+        Gradients that were not accumulated by autograd are taken now.
+        """
+        for p in self.groups:
+            if p.grad is not None:
+                self.take(p)
+        return self.squares.sqrt(), self.bad
+
+    def detach(self) -> None:
+        """Leave the model as it was before."""
+        for hook in self.hooks:
+            hook.remove()
