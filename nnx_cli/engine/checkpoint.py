@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -34,6 +34,7 @@ from nnx_cli.errors import CheckpointError
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 BLOCK_BYTES = 2**22  # between two of which a signal is heard
+MAX_HEADER_BYTES = 100 * 2**20  # what the library reads too
 SPARE_BYTES = 2**20  # for headers, JSON and logs
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -81,6 +82,7 @@ def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
     It is held in memory only after that.
     """
     with open_regular(path) as file:
+        check_size(file, path)
         if hashlib.file_digest(file, "sha256").hexdigest() not in sha256:
             raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
         file.seek(0)
@@ -89,6 +91,21 @@ def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a type or a shape that torch cannot have
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def check_size(file: BinaryIO, path: Path) -> None:
+    """Raise CheckpointError where a safetensors file is cut or extended: before all of it is read."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(length) if length <= min(size, MAX_HEADER_BYTES) else b"")
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        whole = 8 + length + end == size
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged: its size is not what its header says")
+    file.seek(0)
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:

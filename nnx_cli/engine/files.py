@@ -209,9 +209,16 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def sha256_regular(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file of a model or run folder. Raises CheckpointError where it is missing or no file."""
+    """Hexadecimal SHA-256 of a JSON file of a model or run folder. Raises CheckpointError where it is missing, no file
+    or much too large."""
     with open_regular(path) as file:
+        check_json_size(file, path)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_json_size(file: BinaryIO, path: Path) -> None:
+    if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is damaged: it has more than {MAX_JSON_BYTES >> 20} MiB")
 
 
 def to_json(value: Any) -> bytes:
@@ -238,9 +245,8 @@ def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of ours. Raises CheckpointError where it is missing, damaged or no object."""
     with open_regular(path) as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is damaged: it has more than {MAX_JSON_BYTES >> 20} MiB")
+        check_json_size(file, path)
+        data = file.read()
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
