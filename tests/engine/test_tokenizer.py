@@ -163,6 +163,28 @@ def test_published_patterns_split_alike_everywhere(made, tmp_path, monkeypatch, 
     assert tokenizer.cuts_safely(TEXT[:400])
 
 
+@pytest.mark.parametrize("name", ["own", "gpt2", "cl100k_base", "o200k_base"])
+def test_the_quick_form_of_a_pattern_splits_alike(made, monkeypatch, name):
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: made["bpe"].ranks)
+    own = {"own": bpe.OWN_PATTERN, "gpt2": openai_public.r50k_pat_str}
+    pattern = own[name] if name in own else openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
+    assert bpe.quick(bpe.plain(pattern)).startswith("(?:")
+    slow, quick = (
+        tiktoken.Encoding("x", pat_str=form, mergeable_ranks={bytes([b]): b for b in range(256)} | made["bpe"].ranks,
+                          special_tokens={})
+        for form in (pattern, bpe.quick(bpe.plain(pattern)))
+    )  # fmt: skip
+    choose = random.Random(2)
+    for _ in range(500):
+        text = "".join(choose.choices([*ODD, " ", "\n", "ab", "A1"], k=20))
+        assert quick.encode_ordinary(text) == slow.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("pattern", [r"(?i)a|\s+(?!\S)|\s", r"(a|\s+(?!\S)|\s)", r"\w+|\s+", r"[(]|(\(|\s+(?!\S)|b)"])
+def test_patterns_that_have_no_quick_form_are_left_alone(pattern):
+    assert bpe.quick(pattern) == pattern
+
+
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
 @QUICK
 @given(parts=st.lists(st.sampled_from([*ODD, *TEXT.split()]), max_size=40), n=st.integers(0, 200))
