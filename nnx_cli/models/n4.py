@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any, Self
 
 import torch
@@ -167,6 +168,21 @@ def projection(config: Config, in_features: int, *splits: int) -> nn.Module:
     return Biased(linear) if config.bias else linear
 
 
+def products(layer: nn.Module, x: Tensor, *counts: int) -> tuple[Tensor, ...]:
+    """What a packed layer computes, in products that make `counts` of its parts each.
+
+    Gates in one product with keys would leave rows that no kernel can load in wide pieces, and gradients of wide parts
+    would be copied together for a product of theirs. Only a plain packed layer can be told.
+    """
+    if type(layer) is not PackedLinear or layer.lora_a is not None:
+        return layer(x)
+    splits = iter(layer.splits)
+    widths = [list(islice(splits, n)) for n in counts]
+    matrices = layer.weight.to(x.dtype).split([sum(each) for each in widths])
+    parts = (F.linear(x, matrix).split(each, dim=-1) for matrix, each in zip(matrices, widths, strict=True))
+    return tuple(chain.from_iterable(parts))
+
+
 class Attention(nn.Module):
     """Causal attention to averaged keys: with positions j = 1, 2, … and gates r = tanh(.), one per key head,
     K_j = 1/j² · Σ_{m≤j} m · r_m · k_m. Values are not averaged."""
@@ -182,7 +198,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
         B, T, D = x.shape
-        q, k, v, gate = self.qkvg(x)
+        q, k, v, gate = products(self.qkvg, x, 3, 1)
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H or G, K)
         share = counts * torch.tanh(gate.float())  # (B, T, G), float32, and so are the sums
         sums = (share.unsqueeze(-1) * k).cumsum(1)  # (B, T, G, K)
@@ -235,7 +251,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, inner, value = self.up(x)  # (B, T, F) each
+        gate, inner, value = products(self.up, x, 1, 1, 1)  # (B, T, F) each
         return self.down(F.dropout(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
 
 

@@ -9,7 +9,8 @@ from nnx_cli import models
 from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.errors import CheckpointError, UsageError
-from nnx_cli.models.n4 import reference_config, windowed_attention
+from nnx_cli.layers.linear import PackedLinear
+from nnx_cli.models.n4 import products, reference_config, windowed_attention
 from tests.models.reference_cases import FOLDER, load_case
 
 CASES = json.loads((FOLDER / "n4.parity.json").read_text())["cases"]
@@ -258,3 +259,15 @@ def test_options_that_the_original_lacks_have_no_names_there(tiny):
     for options in (dict(n_kv_heads=1), dict(dyt_alpha=True)):
         with pytest.raises(UsageError, match="original"):
             models.reference_tensors(tiny("n4", **options))
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (1, 1, 2), (4,)])
+def test_products_of_parts_equal_the_packed_one(counts):
+    torch.manual_seed(0)
+    layer, x = PackedLinear(16, (8, 4, 4, 3)), torch.randn(2, 5, 16)
+    for part, wanted in zip(products(layer, x, *counts), layer(x), strict=True):
+        torch.testing.assert_close(part, wanted)
+    layer.add_adapter(2)
+    torch.nn.init.normal_(layer.lora_b)
+    for part, wanted in zip(products(layer, x, *counts), layer(x), strict=True):
+        assert torch.equal(part, wanted)
