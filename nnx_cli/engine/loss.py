@@ -92,25 +92,31 @@ def head_vocab_size(head: nn.Module) -> int:
 
 class Products:
     """x @ weight.T of a head with a formula, chunk by chunk, in a buffer that all chunks share. The weight is cast
-    once, with the scale in it. For use where autograd does not look: products are written over one another."""
+    once, with the scale in it. For use where autograd does not look: products are written over one another.
+
+    Where the kernel is, there are zeros below the weight up to a multiple of 64 rows: matrix units dislike a vocabulary
+    of 50,257.
+    """
 
     def __init__(self, x: Tensor, formula: HeadFormula) -> None:
         weight, scale, bias, self.df = formula.weight, formula.scale, formula.bias, formula.df
         assert self.df is None or scale is None and bias is None
         self.x, (V, self.dim) = x, weight.shape
         self.dtype = x.dtype if self.df is None else torch.promote_types(x.dtype, torch.float32)
+        fused = has_kernel(x.device)
+        self.vocab_size, width = V, math.ceil(V / 64) * 64
         self.matrix = weight.to(self.dtype)
-        if scale is not None:
-            self.matrix = torch.mul(weight, scale[:, None], out=torch.empty_like(weight, dtype=self.dtype))
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.w_squares = None if self.df is None else self.matrix.square().sum(1)
-        per_logit = logit_bytes(x.dtype, student_t=self.df is not None, fused=has_kernel(x.device))
+        if scale is not None or (fused and width > V):
+            self.matrix = torch.zeros(width if fused else V, self.dim, dtype=self.dtype, device=x.device)
+            self.matrix[:V] = weight if scale is None else weight * scale[:, None]
+        self.bias = None if bias is None else F.pad(bias.to(self.dtype), (0, len(self.matrix) - V))
+        self.w_squares = None if self.df is None else self.matrix[:V].square().sum(1)
+        per_logit = logit_bytes(x.dtype, student_t=self.df is not None, fused=fused)
         self.rows = chunk_rows(len(x), V, per_logit, x.device.type)
-        pitch = math.ceil(V / 64) * 64  # rows begin with whole vectors, whatever V is
-        self.buffer = torch.empty(self.rows, pitch, dtype=self.dtype, device=x.device)[:, :V]
+        self.buffer = torch.empty(self.rows, width, dtype=self.dtype, device=x.device)[:, : len(self.matrix)]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, StudentT | None]]:
-        """Where a chunk is, its x and products, and what else its logits depend on."""
+        """Where a chunk is, its x, its products (with zeros behind them) and what else its logits depend on."""
         for start in range(0, len(self.x), self.rows):
             where = slice(start, min(start + self.rows, len(self.x)))
             x = self.x[where].to(self.dtype)
@@ -142,10 +148,14 @@ class FormulaHeadLoss(torch.autograd.Function):
         ctx.factor = FP16_FACTOR if head.dtype == torch.float16 else 1.0
         losses = torch.empty(len(x), dtype=wide, device=x.device)
         x_grad = torch.empty_like(x) if wants_x else None
-        weight_grad = torch.empty_like(weight, dtype=wide) if wants_weight or wants_scale else None
-        column_sums = losses.new_zeros(len(weight)) if wants_bias or df is not None else None
+        weight_grad = torch.empty_like(head.matrix, dtype=wide) if wants_weight or wants_scale else None
+        column_sums = losses.new_zeros(len(head.matrix)) if wants_bias or df is not None else None
+        V = head.vocab_size
         for where, chunk, products, student_t in head.chunks():
-            losses[where], g = row_loss(products, targets[where], ignore_index, student_t=student_t, factor=ctx.factor)
+            losses[where], g = row_loss(
+                products[:, :V], targets[where], ignore_index, student_t=student_t, factor=ctx.factor
+            )  # fmt: skip
+            g = products if len(head.matrix) > V else g  # the kernel put it there; the zeros behind it are still zeros
             if column_sums is not None:
                 column_sums += g.sum(0, dtype=wide)
             if weight_grad is not None:
@@ -157,10 +167,11 @@ class FormulaHeadLoss(torch.autograd.Function):
         del products, g, head.buffer  # the gradient of a scale needs a matrix more
         if df is not None and weight_grad is not None:
             weight_grad.addcmul_(column_sums[:, None], head.matrix, value=-1)
+        weight_grad = None if weight_grad is None else weight_grad[:V]
         scale_grad = (weight_grad * weight).sum(1) if wants_scale else None
         if scale is not None and wants_weight:
             weight_grad *= scale[:, None]
-        bias_grad = column_sums if wants_bias else None
+        bias_grad = column_sums[:V] if wants_bias else None
         ctx.save_for_backward(x_grad, weight_grad if wants_weight else None, scale_grad, bias_grad)
         ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (x, weight, scale, bias)]
         return losses.sum()
@@ -225,9 +236,9 @@ def token_losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Te
         pieces = zip(x.split(rows), flat.split(rows), strict=True)
         losses = [F.cross_entropy(model.head(chunk).float(), target, reduction="none") for chunk, target in pieces]
     else:
-        chunks = Products(x, formula).chunks()
+        chunks, V = Products(x, formula).chunks(), len(formula.weight)
         losses = [
-            row_loss(products, flat[where], model.ignore_index, student_t=student_t, gradient=False)[0].float()
+            row_loss(products[:, :V], flat[where], model.ignore_index, student_t=student_t, gradient=False)[0].float()
             for where, _, products, student_t in chunks
         ]
     return torch.cat(losses).view(targets.shape)

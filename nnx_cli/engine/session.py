@@ -15,6 +15,7 @@ from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
+from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.device import (
     DTYPES,
     describe,
@@ -26,6 +27,7 @@ from nnx_cli.engine.device import (
     set_threads,
 )  # fmt: skip
 from nnx_cli.engine.files import relative
+from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
 from nnx_cli.engine.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run
@@ -97,7 +100,7 @@ def start(
     model = models.from_config(plan.model, plan.model_config)
     if init_from is not None:
         path, state = init_from.weights()
-        load_weights(model, state, path, device)
+        load_weights(model, widen(state), path, device)
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)
@@ -137,8 +140,11 @@ def make_trainer(
     observer: Observer,
     sampling: Sampling,
 ) -> Trainer:
+    if config.weight_precision == "bf16":
+        store_weights(model, "bf16")
     model.to(device)
     model.compute_dtype = DTYPES[config.precision]
+    checkpoint_blocks(model, config.activation_checkpointing)
     how = SampleConfig(max_new_tokens=sampling.max_new_tokens, seed=config.seed)
     return Trainer(model, data, config, device, observer, how, sampling.prompt_ids)
 
@@ -181,6 +187,8 @@ def resume(
     if overrides.get("epochs"):
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
     model = model_from_config(run.config, run.folder)
+    if config.weight_precision == "bf16":
+        store_weights(model, "bf16")
     path = step_folder(run.checkpoints, checkpoint.step)
     check_format(checkpoint.state, path / "state.json")
     load_weights(model, checkpoint.model, path, device)

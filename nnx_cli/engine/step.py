@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nnx_cli.engine.in_backward import InBackward
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
 
@@ -27,26 +28,39 @@ class Step:
 
     The loss is the sum over all targets divided by their number, however they are divided into micro-batches. A
     gradient that is not finite never reaches the weights: the optimizer is told on the device, by `found_inf`, to leave
-    weights and state as they are. `hold` makes it do so whatever the gradients are.
+    weights and state as they are. `hold` makes it do so whatever the gradients are. With `in_backward` the optimizer
+    moves each weight as soon as its gradient is there, and only one micro-batch makes a step.
 
     `stats` (5,), float32 on the device: mean loss and norm of the gradient before clipping of the newest step, the
     highest loss since somebody last put a number there, steps skipped so far, steps skipped in a row.
     """
 
     def __init__(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float
-    ) -> None:
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float,
+        in_backward: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.micro_step = TrainStep(model)
         self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stats = torch.zeros(5, device=model.device)
         self.hold = torch.zeros((), device=model.device)
+        self.in_backward = InBackward(model, optimizer, grad_clip) if in_backward else None
+        if self.in_backward:
+            self.hold = self.in_backward.hold
         self.updating = False  # while the optimizer is at work: what it began cannot be taken back
 
     def __call__(self, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:
         """One step on all samples (N, T), `batch_size` at a time."""
         n_targets = (targets != self.model.ignore_index).sum()
+        if self.in_backward:
+            loss, _ = self.micro_step(input_ids, targets)
+            self.in_backward.begin()
+            self.updating = True
+            (loss / n_targets).backward()
+            norm, bad = self.in_backward.finish()
+            self.finish(loss.detach() / n_targets, norm, bad)
+            return
         total = torch.zeros((), device=input_ids.device)
         for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
             loss, _ = self.micro_step(ids, wanted)
@@ -65,10 +79,15 @@ class Step:
         self.optimizer.found_inf = torch.maximum(bad, self.hold)
         self.updating = True
         self.optimizer.step()
-        self.updating = False
-        self.model.post_optim_step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.finish(loss, norm, bad)
+
+    @torch.no_grad()
+    def finish(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+        """Let the model do what it does after a step, and count it; `bad` is 1.0 where it was skipped."""
+        self.updating = False
+        self.model.post_optim_step()
         highest, skipped, in_a_row = self.stats[2:].unbind()
         highest = torch.maximum(highest, loss.nan_to_num(0.0, 0.0, 0.0))
         self.stats.copy_(torch.stack((loss, norm, highest, skipped + bad, (in_a_row + 1) * bad)))

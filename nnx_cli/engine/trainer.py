@@ -85,7 +85,7 @@ class Trainer:
         self.samples_per_step = config.batch_size * config.grad_accum
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.step = Step(model, self.optimizer, self.scaler, config.grad_clip)
+        self.step = Step(model, self.optimizer, self.scaler, config.grad_clip, config.optimizer_in_backward)
         self.captured: CapturedStep | None = None
         self.losses_of = token_losses
         self.spikes = SpikeWatch()
