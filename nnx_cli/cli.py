@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -15,9 +16,10 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.errors import DoesNotFit, NnxError, nearest
+from nnx_cli.errors import DataError, DoesNotFit, NnxError, nearest
 
 MAX_LINE_CHARS = 600
+BAD_PLACES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EILSEQ}
 COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --help`)
     "prepare": ("prepare", "Turn text into a token folder."),
     "train": ("train", "Train a model from scratch."),
@@ -97,6 +99,8 @@ def explain(error: Exception) -> NnxError:
     )  # the latter is torch's
     if out_of_memory or "can't allocate memory" in text:
         return DoesNotFit("out of memory", fix="take a smaller --batch-size or --size; nnx summarize says what fits")
+    if isinstance(error, OSError) and error.filename is not None and error.errno in BAD_PLACES:
+        return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
 
 

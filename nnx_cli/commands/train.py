@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import socket
@@ -178,7 +179,7 @@ def new_run(
     if size != "auto" or "seq_len" in fields:
         check_batch_shape(train, shape.seq_len)
     device, precision = session.prepare_device(train)
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
     folder, made = token_folder(talk, filepath, data, preparing, base)
     try:

@@ -64,7 +64,8 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     for tensor in tensors.values():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(f"{path} holds tensors of a kind that no original has")
-    if sum(tensor.nbytes for tensor in tensors.values()) > MAX_REPEATS * path.stat().st_size:
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if n_bytes > MAX_REPEATS * path.stat().st_size:
         raise CheckpointError(f"{path} is damaged: its tensors are larger than the file")
     check_finite(tensors, path)
     for prefix in PREFIXES:

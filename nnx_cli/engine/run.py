@@ -81,7 +81,7 @@ class Run:
 
         Raises OutputError where the folder exists or cannot be written.
         """
-        if folder.exists():
+        if os.path.lexists(folder):
             raise OutputError(
                 f"{folder} exists already", fix="name another folder with --out, or resume it with --resume"
             )
