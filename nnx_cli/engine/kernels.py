@@ -7,6 +7,7 @@ masked: neither read nor written. Random bits are those of `rounding`, bit for b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def wolf_kernel(p_ptr, g_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, we
 
 def launch(kernel: Any, p: Tensor, *arguments: Any) -> None:
     """Run a kernel on all numbers of a parameter and its gradient, on the parameter's device."""
-    with torch.cuda.device(p.device) if p.is_cuda else torch.device(p.device):
+    with torch.cuda.device(p.device) if p.is_cuda else nullcontext():
         kernel[(triton.cdiv(p.numel(), ROWS * BLOCK),)](p.detach(), p.grad.contiguous(), *arguments, ROWS=ROWS)
 
 
