@@ -9,7 +9,7 @@ or a line here does.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -236,8 +236,12 @@ class Storages(TorchDispatchMode):
         self.on_card = target.device == "cuda"
         self.live, self.start = 0, 0
         self.sections: list[Section] = []
-        self.known: dict[int, weakref.ref] = {}
+        self.known: dict[int, weakref.ref | None] = {}
         self.mark("start")
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Not to count tensors that exist already; they must outlive this."""
+        self.known |= {tensor.untyped_storage()._cdata: None for tensor in tensors}
 
     def mark(self, name: str, number: int = 0) -> None:
         """Begin a section here."""
@@ -328,6 +332,7 @@ def simulate(
     handles = [p.register_post_accumulate_grad_hook(forget) for p in parameters if in_backward]
     with fewer_blocks(model) as pairs, Kernels(target).used(), Storages(target) as storages:
         forward = True
+        storages.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in parameters if accumulate)])
 
         def entered(number: int, block: nn.Module, args: Any) -> None:
             if forward:
@@ -414,6 +419,7 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) 
     for p in trained:
         p.grad = torch.empty_like(p)
     with Kernels(target).used(), Storages() as storages:
+        storages.leave_out([*trained, *(p.grad for p in trained)])
         optimizer.step()  # its state comes to exist
         storages.mark("again")
         optimizer.step()
@@ -426,19 +432,23 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
     has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in."""
     model.compute_dtype = DTYPES[config.precision]
-    accumulate = (config.grad_accum or 2) > 1
+    in_backward = config.optimizer_in_backward
+    accumulate = (config.grad_accum or 2) > 1 and not in_backward
     step = simulate(
         model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
-        accumulate=accumulate,
+        accumulate=accumulate, in_backward=in_backward,
     )  # fmt: skip
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
-    weights, fixed = sum(stored.values()), target.fixed_bytes
-    gradients = sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
+    gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
     states, moment = optimizer_memory(model, config, target)
-    during = weights + states + fixed + (gradients if accumulate else 0)
+    resting = sum(stored.values()) + states + target.fixed_bytes
+    during = resting + (gradients if accumulate else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
-    phases["optimizer"] = weights + states + fixed + gradients + moment
-    return Memory(weights, gradients, states, step.activations, moment, fixed, phases)
+    phases["backward"] += moment if in_backward else 0
+    phases["optimizer"] = resting + gradients + moment
+    return Memory(
+        sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases
+    )  # fmt: skip
 
 
 def saved_tensors(

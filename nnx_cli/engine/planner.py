@@ -13,7 +13,9 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import cost
 from nnx_cli.engine.device import memory_budget
+from nnx_cli.engine.ladder import Predictor, Rung, advice, descend
 from nnx_cli.engine.loader import check_length
+from nnx_cli.engine.memory import target_of
 from nnx_cli.engine.schedule import MILESTONES
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -30,13 +32,17 @@ GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 mi
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with every value filled in. `sources` says where each value came from."""
+    """A run with every value filled in. `sources` says where each value came from, `rungs` what was given up for it to
+    fit."""
 
     model: str
     size: str | None  # None: shapes of the user's own
     model_config: ModelConfig
     train: TrainConfig
     sources: dict[str, str]
+    rungs: tuple[Rung, ...] = ()
+    peak_bytes: int = 0  # predicted
+    budget_bytes: int = 0
 
 
 def plan_run(
@@ -68,15 +74,14 @@ def plan_run(
             where[field] = f"derived: {reason}"
 
     derive("precision", precision, "device")
-    derive("optimizer", "adamw", "model")
+    fitted = fit(replace(train, **derived), config, name, device, where)
+    derived |= fitted.settings
     optimizer = derived.get("optimizer", train.optimizer)
     recipe = models.recipe(name)
     derive("lr", default_lr(optimizer, config.dim, recipe.lr_factor), "optimizer, width and model")
     decays = optimizer in ("adamw", "adamw8bit", "muon")
     derive("weight_decay", recipe.weight_decay if decays else 0.0, "optimizer and model")
     derive("beta2", 0.99, "optimizer")
-    derive("weight_precision", "fp32", "memory")
-    derived |= batch_shape(train, config, name, optimizer, precision, device, where)
     tokens_per_step = derived["tokens_per_step"]
     epoch_steps = max(1, train_tokens // tokens_per_step)
     if train.epochs is not None:
@@ -105,7 +110,7 @@ def plan_run(
         if rows * config.seq_len < val_tokens:
             derived["val_batches"] = max(1, rows // derived["batch_size"])
             where["val_batches"] = "derived: 2 % of the run"
-    return Plan(name, label, config, replace(train, **derived), where)
+    return Plan(name, label, config, replace(train, **derived), where, fitted.rungs, fitted.peak_bytes, fitted.budget)
 
 
 def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:
@@ -130,52 +135,55 @@ def check_batch_shape(train: TrainConfig, seq_len: int) -> None:
             raise UsageError(f"--tokens-per-step {N} is no multiple of {option} {part}")
 
 
-def batch_shape(
-    train: TrainConfig, config: ModelConfig, name: str, optimizer: str, precision: str, device: torch.device,
-    where: dict[str, str],
-) -> dict[str, int]:  # fmt: skip
+@dataclass(frozen=True)
+class Fitted:
+    """How a run fits: settings to take, what they give up, and the memory they need and have."""
+
+    settings: dict[str, Any]
+    rungs: tuple[Rung, ...]
+    peak_bytes: int
+    budget: int
+
+
+def fit(train: TrainConfig, config: ModelConfig, name: str, device: torch.device, where: dict[str, str]) -> Fitted:
     """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
-    that fits."""
+    that fits. Where what is asked does not fit, settings on auto go down the ladder until it does.
+
+    Raises DoesNotFit where even that is not enough.
+    """
     T, B, A, N = config.seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
     check_batch_shape(train, T)
     for field in ("batch_size", "grad_accum", "tokens_per_step"):
         if getattr(train, field) is None:
             where[field] = "derived: device, memory and the other two"
-    model = cost.meta_model(name, config, train.lora_rank)
-
-    def peak(rows: int) -> int:
-        return cost.training_memory(
-            model, batch_size=rows, seq_len=T, optimizer=optimizer, precision=precision
-        ).peak_bytes
-
+    default = N or default_tokens_per_step(cost.meta_model(name, config), device)
+    if train.optimizer_in_backward:
+        A = 1
     if B is None and A and N:
         B = N // (A * T)
+    predictor = Predictor(name, config, train.lora_rank, target_of(device))
     budget = memory_budget(device, train.vram_bytes)
-    largest = largest_batch(peak(1), peak(2), budget)
-    if (B or 1) > largest:
+    chosen, rungs, fits = descend(predictor, replace(train, grad_accum=A), B or 1, budget)
+    if not fits:
+        largest = predictor.largest(chosen, budget, B or 1)
         enough = f"a batch of {largest} would fit" if largest else "not even one sequence fits"
+        needed = predictor.peak(chosen, B or 1)
         raise DoesNotFit(
-            f"--batch-size {B or 1} needs about {peak(B or 1) / 2**30:.2f} GiB of {budget / 2**30:.2f} GiB; {enough}",
-            fix=f"take --batch-size {largest}" if largest else "take a smaller --size or --seq-len",
+            f"--batch-size {B or 1} needs about {needed / 2**30:.2f} GiB of {budget / 2**30:.2f} GiB; {enough}",
+            fix=advice(predictor, train, B or 1, budget, largest),
         )
     if B is None:
-        default = N or default_tokens_per_step(model, device)
-        rows = max(1, default // T)
-        if A is not None:
-            B = max(1, min(largest, default // (T * A)))
-        else:
-            B = max(b for b in range(1, min(rows, largest) + 1) if rows % b == 0)
-            A = rows // B
-    if A is None:
-        A = max(1, (N or default_tokens_per_step(model, device)) // (B * T))
-    return {"batch_size": B, "grad_accum": A, "tokens_per_step": B * A * T}
-
-
-def largest_batch(one: int, two: int, budget: int) -> int:
-    """Sequences in the largest micro-batch within `budget`, given the peaks of one and of two."""
-    if one > budget:
-        return 0
-    return 1 + int((budget - one) // max(1, two - one))
+        rows = max(1, default // (T * (A or 1)))
+        largest = predictor.largest(chosen, budget, rows)
+        B = largest if A else max(b for b in range(1, largest + 1) if rows % b == 0)
+    A = A or max(1, default // (B * T))
+    settings = {"batch_size": B, "grad_accum": A, "tokens_per_step": B * A * T}
+    for field in ("optimizer", "weight_precision", "activation_checkpointing"):
+        if getattr(train, field) == "auto":
+            settings[field] = getattr(chosen, field)
+            reasons = [rung.text for rung in rungs if rung.field == field]
+            where[field] = "derived: memory; " + reasons[0] if reasons else "derived: it fits"
+    return Fitted(settings, rungs, predictor.peak(replace(chosen, grad_accum=A, batch_size=B), B), budget)
 
 
 def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:

@@ -1,0 +1,133 @@
+"""What fits: the largest micro-batch, and what is given up, rung by rung, where not even one sequence would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+from nnx_cli.config import TrainConfig
+from nnx_cli.engine.cost import meta_model
+from nnx_cli.engine.memory import Memory, Target, predict
+from nnx_cli.engine.optimizer import store_weights
+from nnx_cli.models._base import LanguageModel, ModelConfig
+
+SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A setting that saves memory, and what it costs."""
+
+    field: str
+    value: str
+    text: str
+
+
+RUNGS = (  # exact ones first
+    Rung("activation_checkpointing", "half", "every second block runs again in the backward pass: a sixth more work"),
+    Rung("activation_checkpointing", "on", "all blocks run again in the backward pass: a third more work"),
+    Rung("optimizer", "adamw8bit", "the optimizer's averages are kept in 8 bits: coarser steps"),
+    Rung("weight_precision", "bf16", "weights are kept in bf16, rounded at random: noisier steps"),
+)
+
+
+def ladder(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[TrainConfig, tuple[Rung, ...]]]:
+    """Settings with nothing left on auto, from those that cost nothing down, and the rungs taken for them.
+
+    A rung is for settings that are on auto only. `optimizer` is what that one means where memory suffices.
+    """
+    plain = {"activation_checkpointing": "off", "optimizer": optimizer, "weight_precision": "fp32"}
+    free = {field for field in plain if getattr(train, field) == "auto"}
+    chosen = replace(train, **{field: plain[field] for field in free})
+    taken: dict[str, Rung] = {}
+    yield chosen, ()
+    for rung in RUNGS:
+        if rung.field in free:
+            chosen = replace(chosen, **{rung.field: rung.value})
+            taken[rung.field] = rung
+            yield chosen, tuple(taken.values())
+
+
+class Predictor:
+    """Memory of one model on one device, in whatever way it is trained; what was computed is kept."""
+
+    def __init__(self, name: str, config: ModelConfig, lora_rank: int | None, target: Target) -> None:
+        self.seq_len, self.target = config.seq_len, target
+
+        @cache
+        def model(weight_precision: str) -> LanguageModel:
+            built = meta_model(name, config, lora_rank)
+            store_weights(built, weight_precision)
+            return built
+
+        @cache
+        def memory(train: TrainConfig, rows: int) -> Memory:
+            return predict(model(train.weight_precision), train, rows, target)
+
+        self._memory = memory
+
+    def memory(self, train: TrainConfig, rows: int) -> Memory:
+        """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it."""
+        settings = TrainConfig(
+            optimizer=train.optimizer, precision=train.precision, weight_precision=train.weight_precision,
+            activation_checkpointing=train.activation_checkpointing, optimizer_in_backward=train.optimizer_in_backward,
+            grad_accum=train.grad_accum,
+        )  # fmt: skip
+        return self._memory(settings, rows)
+
+    def peak(self, train: TrainConfig, rows: int) -> int:
+        """Predicted peak in bytes, of any micro-batch."""
+        most = max(2, SIMULATED_TOKENS // self.seq_len)
+        if rows <= most:
+            return self.memory(train, rows).peak_bytes
+        half, whole = (self.memory(train, n).peak_bytes for n in (most // 2, most))
+        return whole + (rows - most) * (whole - half) // (most - most // 2)
+
+    def largest(self, train: TrainConfig, budget: int, most: int) -> int:
+        """The largest micro-batch within `budget`, up to `most`; 0 where there is none."""
+        return largest_batch(lambda rows: self.peak(train, rows), budget, most)
+
+
+def largest_batch(peak: Callable[[int], int], budget: int, most: int) -> int:
+    """The most rows, up to `most`, whose peak is within `budget`: 0 where not even one is."""
+    if peak(1) > budget:
+        return 0
+    if peak(most) <= budget:
+        return most
+    low, high = 1, most  # what fits, and what does not
+    while high - low > 1:
+        share = (budget - peak(low)) / (peak(high) - peak(low))
+        guess = min(max(low + int((high - low) * share), low + 1), high - 1)
+        if peak(guess) <= budget:
+            low = guess
+        else:
+            high = guess
+    return low
+
+
+def descend(
+    predictor: Predictor, train: TrainConfig, rows: int, budget: int, optimizer: str = "adamw"
+) -> tuple[TrainConfig, tuple[Rung, ...], bool]:
+    """The first settings of the ladder with which micro-batches of `rows` fit, the rungs taken, and whether they
+    do; the last settings where none do."""
+    for chosen, taken in ladder(train, optimizer):
+        if predictor.peak(chosen, rows) <= budget:
+            return chosen, taken, True
+    return chosen, taken, False
+
+
+def advice(predictor: Predictor, train: TrainConfig, rows: int, budget: int, largest: int) -> str:
+    """What would help training that does not fit, in a few words that can be typed."""
+    if largest:
+        return f"take --batch-size {largest}"
+    set_by_hand = {"activation_checkpointing": "on", "optimizer": "adamw8bit", "weight_precision": "bf16"}
+    given = {field for field, last in set_by_hand.items() if getattr(train, field) not in ("auto", last)}
+    freed = replace(train, **dict.fromkeys(given, "auto"))
+    if given and descend(predictor, freed, 1, budget)[2]:
+        return "leave out " + " and ".join("--" + field.replace("_", "-") for field in sorted(given))
+    last = replace([*ladder(freed)][-1][0], optimizer_in_backward=True, grad_accum=1, batch_size=None)
+    if not train.optimizer_in_backward and predictor.peak(last, 1) <= budget:
+        return "add --optimizer-in-backward, which has no accumulation and no clipping by the norm of all gradients"
+    return "take a smaller --size or --seq-len"
