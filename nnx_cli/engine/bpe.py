@@ -277,12 +277,14 @@ def merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
     A token that no merge leads to has none; it is only found as a whole piece.
     """
+    never = max(ranks.values()) + 1
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-            if best >= rank:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
+        ends = list(range(len(token) + 1))  # of the parts, which begin as single bytes
+        pairs = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]  # rank of parts i and i+1 as one
+        while len(pairs) > 1 and (best := min(pairs)) < rank:
+            at = pairs.index(best)
+            del pairs[at], ends[at + 1]
+            for i in range(max(at - 1, 0), min(at + 1, len(pairs))):
+                pairs[i] = ranks.get(token[ends[i] : ends[i + 2]], never)
+        if len(pairs) == 1:
+            yield token[: ends[1]], token[ends[1] :]

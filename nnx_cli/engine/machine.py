@@ -24,11 +24,12 @@ def peak_rss_bytes() -> int | None:
     """Most memory this process has held; None on Windows."""
     if sys.platform == "win32":
         return None
-    status = Path("/proc/self/status")
-    if status.exists():  # the other source starts with what the process held that started this one
-        return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM:")) * 1024
     import resource
 
+    status = Path("/proc/self/status")  # the other source starts with what the process held that started this one
+    lines = status.read_text().splitlines() if status.exists() else []
+    if own := next((line for line in lines if line.startswith("VmHWM:")), None):
+        return int(own.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

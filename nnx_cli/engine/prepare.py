@@ -21,7 +21,7 @@ from nnx_cli.engine.compression import BLOCK_BYTES
 from nnx_cli.engine.corpus import Piece, Reader, Report, Source
 from nnx_cli.engine.machine import n_cores, peak_rss_bytes
 from nnx_cli.engine.split import SplitWriter
-from nnx_cli.engine.tokenizer import Tokenizer, build_tokenizer, needs_training, utf8
+from nnx_cli.engine.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer, needs_training, utf8
 from nnx_cli.errors import DataError, UsageError
 
 JOB_CHARS = 2**20  # encoded at a time by one thread
@@ -237,7 +237,12 @@ class _Jobs:
 
 def _encode_job(tokenizer: Tokenizer, job: list[Piece]) -> list[tuple[np.ndarray, int, bool]]:
     """(ids, bytes of text, whether the document ends) for each piece."""
-    return [(tokenizer.encode(text), len(text) if text.isascii() else len(utf8(text)), ends) for text, ends in job]
+    encoded = []
+    for text, ends in job:
+        ids = tokenizer.encode(text)
+        is_bytes = isinstance(tokenizer, ByteTokenizer)
+        encoded.append((ids, len(ids) if is_bytes else len(text) if text.isascii() else len(utf8(text)), ends))
+    return encoded
 
 
 def _describe(
