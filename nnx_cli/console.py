@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,23 +41,28 @@ def styled(text: str, style: str = "") -> Text:
 
 
 class Unheard:
-    """A stream that falls silent when nobody listens any more, be it a closed terminal or a broken pipe: what is only
-    talk ends no run."""
+    """A stream that falls silent when writing fails, because the terminal was closed or nobody reads the pipe: what is
+    only talk ends no run. `numbers` are those of the errors that count; all without them."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self, stream: Any, numbers: Sequence[int] = ()) -> None:
+        self.stream, self.numbers = stream, numbers
 
     def write(self, text: str) -> int:
-        try:
+        with self._listening():
             return self.stream.write(text)
-        except OSError:
-            self._silence()
-            return len(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._listening():
             self.stream.flush()
-        except OSError:
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.numbers and error.errno not in self.numbers:
+                raise
             self._silence()
 
     def _silence(self) -> None:
@@ -73,7 +80,7 @@ class Talk:
         self.json, self.quiet = json, quiet
         from rich.console import Console
 
-        self.out = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+        self.out = Console(highlight=False, soft_wrap=True, file=Unheard(sys.stdout, [errno.EIO]))
         self.err = Console(highlight=False, soft_wrap=True, file=Unheard(sys.stderr))
 
     def note(self, text: str) -> None:
@@ -94,15 +101,15 @@ class Talk:
     def stream(self, text: str) -> None:
         """A piece of the product, as it comes."""
         if not self.json:
-            sys.stdout.write(printable(text))
-            sys.stdout.flush()
+            self.out.file.write(printable(text))
+            self.out.file.flush()
 
     def show_json(self, value: Any) -> None:
         """The product as JSON, when --json asks for it."""
         if self.json:
             text = json.dumps(value, indent=2, allow_nan=False)  # ASCII, and DEL is the one control left in it
-            sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
-            sys.stdout.flush()
+            self.out.file.write(text.replace("\x7f", "\\u007f") + "\n")
+            self.out.file.flush()
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
         """A table on stdout; all columns but the first are numbers, to the right."""

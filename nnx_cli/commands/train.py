@@ -197,10 +197,16 @@ def new_run(
             take_back(made)
             return
         stem = folder.resolve().name if data is not None else folder.name.rpartition("-")[0]  # without the hash
-        out = out or session.free_folder(f"{plan.model}-{stem}")
         tell_plan(talk, plan, tokens, device)
         with TrainingView(talk) as view:
-            started, trainer = session.start(plan, tokens, out, device, view, prompt, command_line(), base)
+            while True:
+                folder = out or session.free_folder(f"{plan.model}-{stem}")
+                try:
+                    started, trainer = session.start(plan, tokens, folder, device, view, prompt, command_line(), base)
+                    break
+                except OutputError:
+                    if out is not None or not folder.exists():  # else another process took the name meanwhile
+                        raise
             made = []
             finish(talk, started, trainer, view)
     except NnxError:
@@ -278,11 +284,16 @@ def token_folder(
         return folder, []
     made = [folder] if folder.parent.exists() else [folder, folder.parent]
     view = preparation_view(talk)
-    if filepath:
-        prepare.prepare(filepath, folder, preparing, None, view)
-    else:
-        talk.note("no --filepath: training on the language documentation that Python ships")
-        prepare.prepare_builtin(folder, preparing, view)
+    try:
+        if filepath:
+            prepare.prepare(filepath, folder, preparing, None, view)
+        else:
+            talk.note("no --filepath: training on the language documentation that Python ships")
+            prepare.prepare_builtin(folder, preparing, view)
+    except OutputError:
+        if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
+            raise
+        return folder, []
     return folder, made
 
 

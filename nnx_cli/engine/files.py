@@ -32,6 +32,8 @@ def refused_output(path: Path) -> Iterator[None]:
             raise OutputError(
                 f"disk full while writing {path}", fix="free some space and run the command again"
             ) from error
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+            refuse_existing(path)
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 

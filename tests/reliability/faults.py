@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import hashlib
+import itertools
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +113,68 @@ class KillAt:
                     return real(*args, **options)
 
             setattr(checkpoint, name, call)
+
+
+@dataclass(frozen=True)
+class SlowStep:
+    """Makes one step take seconds in a single call into C, and leaves a file when it begins."""
+
+    step: int
+    signs: str = "slow"
+
+    def __call__(self) -> None:
+        from nnx_cli.engine.trainer import Trainer
+
+        real = Trainer.take_step
+
+        def take_step(trainer: Any, lr: float) -> Any:
+            if trainer.state.step == self.step:
+                Path(self.signs).touch()
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)
+            return real(trainer, lr)
+
+        Trainer.take_step = take_step
+
+
+@dataclass(frozen=True)
+class SlowSave:
+    """Makes every write of a checkpoint, but those of the first, take a while."""
+
+    seconds: float = 0.2
+
+    def __call__(self) -> None:
+        from nnx_cli.engine import checkpoint
+
+        real = checkpoint.save_checkpoint
+
+        def ask(name: str, do: Callable[[], Any], half: Callable[[], None] | None) -> Any:
+            time.sleep(self.seconds)
+            return do()
+
+        def save(folder: Path, content: Any) -> None:
+            with watched(ask) if content.step else contextlib.nullcontext():
+                real(folder, content)
+
+        checkpoint.save_checkpoint = save
+
+
+@dataclass(frozen=True)
+class NanAt:
+    """Puts a number that is not finite into a gradient at the given steps, counted as they are taken from 0."""
+
+    steps: tuple[int, ...]
+    value: float = math.nan
+
+    def __call__(self) -> None:
+        from nnx_cli.engine.step import Step
+
+        real, taken = Step.update, itertools.count()
+
+        def update(step: Any, loss: Any, norm: Any) -> None:
+            if next(taken) in self.steps:
+                parameter = next(p for p in step.parameters if p.grad is not None)
+                parameter.grad.view(-1)[0] = self.value
+                norm = norm + self.value
+            real(step, loss, norm)
+
+        Step.update = update

@@ -159,6 +159,7 @@ def speak(setting: Setting, log: Path) -> None:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             else:
                 os.dup2(os.open(path, os.O_WRONLY), number)
+        os.setpgid(0, 0)  # a group of its own, that no key of a terminal reaches and that can be suspended
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8", line_buffering=os.isatty(1))
     sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), encoding="utf-8", line_buffering=True)
 
