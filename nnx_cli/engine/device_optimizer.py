@@ -17,7 +17,7 @@ Group = Mapping[str, Any]
 class DeviceOptimizer(torch.optim.Optimizer):
     """An optimizer whose step may be captured as a CUDA graph.
 
-    `found_inf`, a float32 tensor of one number on the parameters' device, is set from outside: where it is not 0,
+    `found_inf`, a float32 tensor of one number on the parameters' device, 0 or 1, is set from outside: where it is 1,
     `step` leaves weights and state as they are, to the bit, whatever the gradients hold. On CUDA a group's `lr` is a
     tensor, so that it can change between replays. A parameter's state begins as zeros at its first step.
     """
@@ -78,8 +78,10 @@ class DeviceOptimizer(torch.optim.Optimizer):
     def count_step(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
         """Add a step to the parameters that count theirs, unless it was left out."""
         steps = [self.state[p]["step"] for p in parameters if "step" in self.state[p]]
-        if steps:
-            torch._foreach_add_(steps, 1.0 if found_inf is None else 1.0 - (found_inf != 0).float())
+        if steps and found_inf is None:
+            torch._foreach_add_(steps, 1.0)
+        elif steps:  # a list, for a single tensor would be read on the host
+            torch._foreach_add_(steps, [1.0 - (found_inf != 0).float()] * len(steps))
 
 
 def rounded(p: Tensor) -> Layout:
