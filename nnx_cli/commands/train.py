@@ -375,7 +375,7 @@ def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
 
 def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int) -> list[str]:
     """What happened, and what to do next."""
-    state, bits = trainer.state, status["best_val_bits_per_byte"]
+    state, bits, best_step = trainer.state, status["best_val_bits_per_byte"], status["best_step"] or 0
     quality = (
         f"validation loss {status['best_val_loss']:.4f}" if status["best_val_loss"] is not None else "no validation"
     )
@@ -383,9 +383,9 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
         quality += f", {bits:.3f} bits per byte"
     lines = [
         f"{run.folder}: {run.config['model']['name']} with {parameters:,} parameters, {state.step:,} steps, "
-        f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {state.best_step:,})"
+        f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
-    if state.best_step < 0.9 * state.step:
+    if best_step < 0.9 * state.step:
         lines.append(
             "it was better earlier: more text, a smaller model or --dropout 0.1 would help more than more steps"
         )
@@ -464,6 +464,8 @@ def tell_plan(talk: Talk, plan: Any, tokens: TokenFolder, device: Any) -> None:
     talk.note(
         f"{plan.model} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, {train.precision}"
     )
+    for rung in plan.rungs:
+        talk.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {rung.text}")
     talk.note(
         f"{len(tokens.train):,} tokens to train on; {train.batch_size} x {train.grad_accum} x {config.seq_len} tokens "
         f"a step, {train.optimizer}, learning rate {train.lr:g}, for {' or '.join(ends)}"

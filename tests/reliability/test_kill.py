@@ -8,18 +8,23 @@ import random
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nnx_cli.engine import session
+from nnx_cli.engine.run import Run
 from tests.reliability import Result
 from tests.reliability.faults import KillAt
 from tests.reliability.processes import (
     Command,
     Setting,
+    Watching,
     assert_same,
     make_data,
     outcome,
+    start_small,
     train_words,
     workplace,
 )
@@ -115,6 +120,36 @@ def test_killed_at_random_moments(tmp_path):
 
 def test_killed_at_every_call_of_a_save(tmp_path):
     assert kill_at_every_call(tmp_path, "nyx", ("before",)) >= N_CALLS
+
+
+class PowerCut(BaseException):
+    """The machine is off: no handler for ordinary errors runs."""
+
+
+def test_best_weights_of_a_future_that_never_came(tmp_path):
+    """Killed between a validation and the next checkpoint, a run by the clock does not take the same steps again: its
+    best weights stay until it finds better ones, and run.json says whose they are."""
+
+    class Cut(Watching):
+        def step(self, record, progress):
+            if record["step"] == 4:
+                raise PowerCut
+
+    data = make_data(tmp_path)
+    run, trainer = start_small(data, tmp_path / "run", Cut(), max_steps=8, val_every=2, save_every=100)
+    with pytest.raises(PowerCut), run.lock():
+        trainer.train(run, lambda: False)
+    weights = (run.folder / "model.safetensors").read_bytes()
+    again, _ = session.resume(Run(run.folder), {}, None, Watching())
+    assert again.state.step == 0
+    again.config = replace(again.config, lr=1e-9, min_lr=0.0)  # this time it learns nothing
+    with run.lock():
+        assert again.train(run, lambda: False) == "finished"
+    status = run.status()
+    assert status["best_step"] == 4 and status["best_val_loss"] < status["val_loss"]
+    assert (run.folder / "model.safetensors").read_bytes() == weights
+    assert {key: status[key] for key in run.best_found()} == run.best_found()
+    assert again.state.best_val_loss > status["best_val_loss"], "patience goes by this run's own steps"
 
 
 def random_moments(full: bool) -> Result:

@@ -1,0 +1,69 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nnx_cli.engine import files
+from nnx_cli.errors import OutputError
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are asked for by POSIX means")
+
+
+@pytest.fixture
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("half")
+
+
+def test_what_a_dead_process_left_is_swept(tmp_path, dead_pid):
+    make(tmp_path, f".tmp-run-{dead_pid}", f".del-step-00000005-{dead_pid}", f".tmp-run-{os.getppid()}", ".tmp-mine")
+    make(tmp_path, f"run-{dead_pid}", "elsewhere")
+    (tmp_path / f".tmp-link-{dead_pid}").symlink_to(tmp_path / "elsewhere")
+    with files.new_folder(tmp_path / "run") as folder:
+        (folder / "file").write_text("whole")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    kept = [f".tmp-link-{dead_pid}", ".tmp-mine", f".tmp-run-{os.getppid()}", "elsewhere", "run", f"run-{dead_pid}"]
+    assert left == sorted(kept)
+    assert (tmp_path / "elsewhere" / "file").exists()
+
+
+def test_what_somebody_holds_is_not_swept(tmp_path, dead_pid):
+    """Process numbers of another container say nothing here: who makes a folder has its lock."""
+    make(tmp_path, f".tmp-run-{dead_pid}")
+    with files.locked_folder(tmp_path / f".tmp-run-{dead_pid}") as free:
+        assert free
+        files.sweep(tmp_path)
+        assert (tmp_path / f".tmp-run-{dead_pid}").exists()
+    files.sweep(tmp_path)
+    assert not (tmp_path / f".tmp-run-{dead_pid}").exists()
+
+
+def test_a_folder_in_the_making_has_its_lock(tmp_path):
+    with (
+        files.new_folder(tmp_path / "run") as folder,
+        files.locked_folder(folder) as free,
+    ):
+        assert not free
+
+
+def test_the_slower_of_two_is_told(tmp_path):
+    with pytest.raises(OutputError, match="run exists already"), files.new_folder(tmp_path / "run"):
+        make(tmp_path, "run")
+    with pytest.raises(OutputError, match="exists already"), files.refused_output(tmp_path / "run"):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_space_that_is_not_there(tmp_path):
+    files.require_space(tmp_path, 1)
+    with pytest.raises(OutputError, match=r"disk full: .* needs 1,048,576,000\.0 MiB more, .* MiB are free"):
+        files.require_space(tmp_path, 1000 * 2**40)
