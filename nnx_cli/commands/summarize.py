@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nnx_cli import models
 from nnx_cli.commands._options import command, given, model_fields, model_options
-from nnx_cli.config import check_choice, check_range, parse_bytes
+from nnx_cli.config import TrainConfig, check_choice
 from nnx_cli.console import Talk, size
 from nnx_cli.errors import DoesNotFit, UsageError
 
@@ -33,21 +32,30 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences in a micro-batch.", show_default="what fits")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, lion, wolf")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="auto, adamw, adamw8bit, lion, muon, wolf")] = "auto",
     precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
+    weight_precision: Annotated[str, typer.Option(help="Of the stored matrices: auto, fp32, bf16.")] = "auto",
+    activation_checkpointing: Annotated[
+        str, typer.Option(help="Run blocks again in the backward pass: auto, on, half, off.")
+    ] = "auto",
+    optimizer_in_backward: Annotated[
+        bool, typer.Option("--optimizer-in-backward", help="Update each weight as its gradient appears.")
+    ] = False,
+    lora_rank: Annotated[int | None, typer.Option(help="Train low-rank adapters of this rank alone.")] = None,
     **options: Any,
 ) -> None:
     """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
-    check_choice("optimizer", optimizer, ("adamw", "lion", "wolf"))
     check_choice("precision", precision, ("fp32", "bf16", "fp16"))
-    check_range("batch-size", batch_size, 1, 2**20)
-    budget = parse_bytes(vram)
+    train = TrainConfig(
+        vram=vram, batch_size=batch_size, optimizer=optimizer, precision=precision, weight_precision=weight_precision,
+        activation_checkpointing=activation_checkpointing, optimizer_in_backward=optimizer_in_backward,
+        lora_rank=lora_rank,
+    )  # fmt: skip
     fields = given(options, model_fields().values())
     if ref is not None and (model or size or fields or all):
         raise UsageError("a run has its own shape: give a run or --model, not both")
-    how = {"vram_bytes": budget, "batch_size": batch_size, "optimizer": optimizer, "precision": precision}
     if all or (ref is None and model is None and not fields):
-        zoo = [summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), **how)
+        zoo = [summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), train)
                for name in models.names()]  # fmt: skip
         talk.show_json(zoo)
         show_zoo(talk, zoo)
@@ -58,7 +66,7 @@ def run(
         name = model or "nyx"
         models.check_name(name)
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
-    facts = summary(name, label, config, **how)
+    facts = summary(name, label, config, train)
     talk.show_json(facts)
     show_layers(talk, name, config)
     show_facts(talk, facts)
@@ -67,7 +75,8 @@ def run(
         enough = f"--batch-size {fits['largest']} would" if fits["largest"] else "not even one sequence does"
         raise DoesNotFit(
             f"a batch of {fits['batch_size']} takes {fits['predicted_peak_bytes'] / 2**30:.2f} GiB "
-            f"and does not fit in {fits['budget_bytes'] / 2**30:.2f} GiB; {enough}"
+            f"and does not fit in {fits['budget_bytes'] / 2**30:.2f} GiB; {enough}",
+            fix=fits["advice"],
         )
 
 
@@ -80,43 +89,47 @@ def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
     return described["name"], described.get("size"), model_from_config(found.config, found.folder).config
 
 
-def summary(
-    name: str, label: str | None, config: ModelConfig, *, vram_bytes: int | None, batch_size: int | None,
-    optimizer: str, precision: str,
-) -> dict[str, Any]:  # fmt: skip
+def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """Everything there is to say of a model, under the keys of --json."""
     import torch
 
     from nnx_cli.engine import cost
     from nnx_cli.engine.device import memory_budget, pick_device
-    from nnx_cli.engine.planner import default_tokens_per_step, largest_batch
+    from nnx_cli.engine.ladder import Predictor, advice, descend, ladder
+    from nnx_cli.engine.memory import Target, target_of
+    from nnx_cli.engine.planner import default_tokens_per_step
 
-    model = cost.meta_model(name, config)
-    T = config.seq_len
-
-    def memory(rows: int) -> cost.Memory:
-        return cost.training_memory(model, batch_size=rows, seq_len=T, optimizer=optimizer, precision=precision)
-
-    budget = memory_budget(pick_device("auto"), vram_bytes)
-    one, two = memory(1).peak_bytes, memory(2).peak_bytes
-    largest = largest_batch(one, two, budget)
+    model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
+    predictor = Predictor(name, config, train.lora_rank, target_of(device) if device.type == "cuda" else Target())
+    budget = memory_budget(device, train.vram_bytes)
+    chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget)
     per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
-    rows = batch_size or max(1, min(largest, per_step))
-    chosen = memory(rows)
+    largest = predictor.largest(chosen, budget, max(per_step, train.batch_size or 1))
+    rows = train.batch_size or max(1, min(largest, per_step))
+    memory, peak = predictor.memory(chosen, rows), predictor.peak(chosen, rows)
     weights, cache = cost.sampling_bytes(model)
+    least = min(predictor.peak(settings, 1) for settings, _ in ladder(train))
     return {
         "model": name, "size": label, "seq_len": T, "vocab_size": config.vocab_size,
         "parameters": cost.count_parameters(model),
         "flops_per_token": cost.flops_per_token(model),
-        "memory": asdict(chosen) | {"sampling_bytes": weights + cache * T},
+        "memory": {
+            "weights_bytes": memory.weights_bytes, "gradients_bytes": memory.gradients_bytes,
+            "optimizer_bytes": memory.optimizer_bytes, "activations_bytes": memory.activations_bytes,
+            "step_bytes": memory.step_bytes, "fixed_bytes": memory.fixed_bytes,
+            "phases": memory.phases, "peak_bytes": peak, "sampling_bytes": weights + cache * T,
+        },
         "cache_bytes_per_token": cache,
         "file_bytes": cost.file_bytes(model),
         "fits": {
-            "budget_bytes": budget, "fits": rows <= largest, "batch_size": rows, "largest": largest,
-            "grad_accum": max(1, -(-per_step // rows)), "activation_checkpointing": "off",
-            "predicted_peak_bytes": chosen.peak_bytes,
+            "budget_bytes": budget, "fits": fits, "batch_size": rows, "largest": largest,
+            "grad_accum": 1 if train.optimizer_in_backward else max(1, -(-per_step // rows)),
+            "activation_checkpointing": chosen.activation_checkpointing, "optimizer": chosen.optimizer,
+            "weight_precision": chosen.weight_precision, "predicted_peak_bytes": peak,
+            "gives_up": [rung.text for rung in rungs],
+            "advice": None if fits else advice(predictor, train, budget, largest),
         },
-        "trains_in_gb": {str(gb): one <= memory_budget(pick_device("auto"), gb * 2**30) for gb in CARDS_GB},
+        "trains_in_gb": {str(gb): least <= memory_budget(device, gb * 2**30) for gb in CARDS_GB},
     }  # fmt: skip
 
 
@@ -187,11 +200,12 @@ def show_facts(talk: Talk, facts: dict[str, Any]) -> None:
         f"{facts['model']} {facts['size'] or 'of your shape'}: {parameters['total']:,} parameters "
         f"({parameters['embedding']:,} in the embedding)",
         f"forward {flops['forward'] / 1e6:,.1f} MFLOP a token, training {flops['train'] / 1e6:,.1f}",
-        f"training with {fits['batch_size']} x {facts['seq_len']} tokens at once (estimate): "
+        f"training with {fits['batch_size']} x {facts['seq_len']} tokens at once: "
         f"weights {size(memory['weights_bytes'])}, gradients {size(memory['gradients_bytes'])}, "
         f"optimizer {size(memory['optimizer_bytes'])}, "
         f"activations {size(memory['activations_bytes'])}; peak about {size(memory['peak_bytes'])}, "
         f"{verdict} in {size(fits['budget_bytes'])}",
+        *(f"  {text}" for text in fits["gives_up"]),
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
         f"file: {files}",
         f"trains on cards with {', '.join(cards)} GB" if cards else "trains on no card of up to 24 GB",

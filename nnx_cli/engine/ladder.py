@@ -118,7 +118,7 @@ def descend(
     return chosen, taken, False
 
 
-def advice(predictor: Predictor, train: TrainConfig, rows: int, budget: int, largest: int) -> str:
+def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) -> str:
     """What would help training that does not fit, in a few words that can be typed."""
     if largest:
         return f"take --batch-size {largest}"

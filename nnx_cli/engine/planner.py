@@ -170,7 +170,7 @@ def fit(train: TrainConfig, config: ModelConfig, name: str, device: torch.device
         needed = predictor.peak(chosen, B or 1)
         raise DoesNotFit(
             f"--batch-size {B or 1} needs about {needed / 2**30:.2f} GiB of {budget / 2**30:.2f} GiB; {enough}",
-            fix=advice(predictor, train, B or 1, budget, largest),
+            fix=advice(predictor, train, budget, largest),
         )
     if B is None:
         rows = max(1, default // (T * (A or 1)))

@@ -46,10 +46,44 @@ def test_layers_with_tied_weights_counted_once(nnx):
 
 
 def test_it_says_when_training_does_not_fit(nnx):
-    result = nnx("summarize", "--model", "llama", "--size", "xl", "--vram", "8GB")
-    assert result.exit_code == 4 and "does not fit" in result.stderr
-    result = nnx("summarize", "--model", "nyx", "--size", "base", "--vram", "8GB", "--batch-size", 64)
-    assert result.exit_code == 4 and "--batch-size" in result.stderr
+    result = nnx("summarize", "--model", "llama", "--size", "xl", "--vram", "6GB")
+    assert result.exit_code == 4 and "does not fit" in result.stderr and "--optimizer-in-backward" in result.stderr
+    result = nnx("summarize", "--model", "llama", "--size", "xl", "--vram", "4GB")
+    assert result.exit_code == 4 and "not even one sequence" in result.stderr and "smaller --size" in result.stderr
+    result = nnx("summarize", "--model", "nyx", "--size", "base", "--vram", "8GB", "--batch-size", 640)
+    assert result.exit_code == 4 and "take --batch-size" in result.stderr
+    result = nnx("summarize", "--model", "llama", "--size", "xl", "--vram", "8GB", "--weight-precision", "fp32")
+    assert result.exit_code == 4 and "leave out --weight-precision" in result.stderr
+
+
+def fits(nnx, *words):
+    return json.loads(nnx("summarize", "--model", "llama", *words, "--json").stdout)
+
+
+def test_what_is_given_up_is_said(nnx):
+    shown = nnx("summarize", "--model", "llama", "--size", "xl", "--vram", "8GB")
+    assert shown.exit_code == 0 and "all blocks run again" in shown.stdout and "in bf16" in shown.stdout
+    found = fits(nnx, "--size", "xl", "--vram", "8GB")["fits"]
+    assert found["activation_checkpointing"] == "on" and found["optimizer"] == "adamw8bit" and found["fits"]
+    assert found["weight_precision"] == "bf16" and len(found["gives_up"]) == 3
+    roomy = fits(nnx, "--size", "xl", "--vram", "80GB")["fits"]
+    assert roomy["activation_checkpointing"] == "off" and not roomy["gives_up"]
+
+
+def test_memory_follows_the_settings(nnx):
+    plain = fits(nnx, "--size", "nano", "--batch-size", 8)["memory"]
+    assert plain["peak_bytes"] == max(plain["phases"].values())
+
+    def memory(*words):
+        return fits(nnx, "--size", "nano", "--batch-size", 8, *words)["memory"]
+
+    assert memory("--activation-checkpointing", "on")["activations_bytes"] < plain["activations_bytes"] / 3
+    assert memory("--precision", "fp32")["activations_bytes"] > plain["activations_bytes"]
+    assert memory("--seq-len", 512)["activations_bytes"] > 1.8 * plain["activations_bytes"]
+    assert memory("--weight-precision", "bf16")["weights_bytes"] < 0.55 * plain["weights_bytes"]
+    assert memory("--optimizer", "lion")["optimizer_bytes"] < 0.55 * plain["optimizer_bytes"]
+    assert memory("--optimizer-in-backward")["gradients_bytes"] == 0
+    assert memory("--lora-rank", 4)["optimizer_bytes"] < 0.2 * plain["optimizer_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +94,9 @@ def test_it_says_when_training_does_not_fit(nnx):
         (2, "no amount of memory", ["--vram", "8 apples"]),
         (2, "no size 'enormous'", ["--model", "nyx", "--size", "enormous"]),
         (2, "--precision has no choice", ["--precision", "fp12"]),
+        (2, "--optimizer has no choice", ["--optimizer", "sgd"]),
+        (2, "--activation-checkpointing has no choice", ["--activation-checkpointing", "most"]),
+        (2, "--lora-rank is 0", ["--lora-rank", 0]),
         (5, "there is no run or model", ["nobody"]),
     ],
 )

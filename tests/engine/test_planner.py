@@ -4,7 +4,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import planner
-from nnx_cli.engine.planner import affordable_size, default_lr, largest_batch, plan_run, steps_in
+from nnx_cli.engine.planner import affordable_size, default_lr, plan_run, steps_in
 from nnx_cli.errors import DoesNotFit, UsageError
 
 T = 32
@@ -121,13 +121,6 @@ def test_warmup_is_a_small_part_of_the_run():
     assert plan(max_steps=10**6).train.warmup_steps == 200
     assert plan(max_steps=1).train.warmup_steps <= 1
     assert plan(max_steps=1000, schedule="constant").train.warmup_steps == 0
-
-
-def test_the_largest_batch_within_a_budget():
-    assert largest_batch(100, 150, 99) == 0
-    assert largest_batch(100, 150, 100) == 1
-    assert largest_batch(100, 150, 249) == 3
-    assert largest_batch(100, 150, 250) == 4
 
 
 @pytest.mark.parametrize("name", models.names())
