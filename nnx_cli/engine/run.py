@@ -109,9 +109,9 @@ class Run:
                 file.seek(0)
                 holder = file.read(40).decode("ascii", "replace").strip() or "another process"
                 raise OutputError(f"{self.folder} is in use by process {holder}", fix="wait for it or stop it")
-            file.truncate(0)
-            file.write(str(os.getpid()).encode())
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+                file.truncate(0)
+                os.write(file.fileno(), str(os.getpid()).encode())
             for leftover in [*self.folder.glob(".tmp-*"), *self.checkpoints.glob(".*-step-*")]:
                 remove(leftover)
             self.config = read_verified_config(self.folder)
@@ -196,7 +196,7 @@ class Run:
     def sync_logs(self) -> None:
         """Wait until the logs are on the disk. Raises OutputError."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            with refused_output(self.folder / name):
+            with refused_output(self.folder / name), contextlib.suppress(FileNotFoundError):
                 sync_file(self.folder / name)
 
     def cut_logs(self, step: int) -> list[str]:
@@ -226,11 +226,11 @@ class Run:
     def _keep_lines(self, path: Path, kept: Sequence[bool]) -> None:
         """Replace a log by some of its lines."""
         temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        with refused_output(path), open(temporary, "wb") as file:
-            file.writelines(line for line, keep in zip(log_lines(path), kept, strict=True) if keep)
-            file.flush()
-            os.fsync(file.fileno())
-        with refused_output(path):
+        with refused_output(path), cleared(temporary):
+            with open(temporary, "wb") as file:
+                file.writelines(line for line, keep in zip(log_lines(path), kept, strict=True) if keep)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
 

@@ -185,6 +185,9 @@ def full_file_system(folder: Path, leaves: tuple[int, ...]) -> int:
             assert command.wait() == 8, command.output
             assert "training goes on" in command.output and "the newest checkpoint is of step" in command.output
             check_intact(out, 0)
+            early = Command(folder, "train", "--resume", out)
+            assert early.wait() == 8 and "disk full" in early.output, early.output
+            check_intact(out, 0)
             ballast.unlink()
             again = Command(folder, "train", "--resume", out)
             assert again.wait() == 0, again.output
