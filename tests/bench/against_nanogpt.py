@@ -539,6 +539,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="seconds of a side of a part; default 110, and 600 on a CPU")
     parser.add_argument("--work", type=Path, help="for texts and compile caches; default: a folder that is removed")
     parser.add_argument("--results", type=Path, default=Path("against_nanogpt.jsonl"))
+    parser.add_argument("--note", help="a sentence about the machine, for the table")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     parts = options.parts or [part for part in PARTS if (part == "cpu") == (options.device == "cpu")]
@@ -550,7 +551,7 @@ def main() -> None:
         place = Place(options.nanogpt.resolve(), work, options.text.resolve(), options.vram, options.device, limit)
         machine = (
             f"{describe(pick_device(options.device))}, torch {torch.__version__}, Python {platform.python_version()}, "
-            f"nanoGPT {COMMIT}, {call[:10]}."
+            f"nanoGPT {COMMIT}, {call[:10]}.{' ' + options.note if options.note else ''}"
         )
         for part in parts:
             found = speed(part, place, options) if part.startswith("speed") else quality(
