@@ -1,6 +1,6 @@
 """Validation loss of our architectures beside the code they come from: same shapes, same tokens, same batch.
 
-    python tests/bench/quality.py --originals FOLDER --text tinyshakespeare.txt [--models nyx ...] [--seeds 3]
+    python tests/bench/quality.py --originals FOLDER --text tinyshakespeare.txt [--models nyx,n4] [--seeds 3]
                                   [--time-limit SECONDS] [--results FILE] [--markdown FILE]
 
 FOLDER holds the originals as `against_originals.py` says. Sizes are our `tiny` (10.7 million parameters), tokens bytes,
