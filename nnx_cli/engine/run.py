@@ -465,11 +465,23 @@ def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> 
     model = model_from_config(config, ref.folder)
     path, state = ref.weights()
     if "quantization" in config:
-        quantize_layers(model, Quantization.read(config["quantization"]))
+        quantize_layers(model, read_quantization(config["quantization"], ref.folder))
         state = widen(state)
     ckpt.load_weights(model, state, path, device)
     model.compute_dtype = DTYPES[precision]
     return model.eval()
+
+
+def read_quantization(described: Mapping[str, Any], source: Path) -> Quantization:
+    """How the matrices of a model are stored. Raises CheckpointError where that cannot be."""
+    try:
+        found = Quantization.read(described)
+    except TypeError as error:
+        raise CheckpointError(f"{source / 'config.json'} describes no quantization: {error}") from error
+    group = found.group_size
+    if not (group is None if found.bits == 8 else type(group) is int and 2 <= group <= 2**16):
+        raise CheckpointError(f"{source / 'config.json'} describes no quantization: groups of {str(group)[:20]}")
+    return found
 
 
 def list_runs() -> list[dict[str, Any]]:
