@@ -193,7 +193,7 @@ def check_range(name: str, value: float | None, low: float, high: float, *, low_
     if value is None:
         return
     if isinstance(value, int) and abs(value) > 2**63:
-        value = math.copysign(math.inf, value)  # more than a float may hold
+        value = math.inf if value > 0 else -math.inf  # more than a float may hold
     if not math.isfinite(value) or not (low < value if low_open else low <= value) or value > high:
         above = f"above {low:g}" if low_open else f"at least {low:g}"
         option = "--" + name.replace("_", "-")

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from nnx_cli.config import check_choice
 from nnx_cli.engine.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
 
@@ -36,8 +37,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     """The arithmetic to use: what was asked for, or the best that the device does in hardware.
 
     CUDA: bf16 from compute capability 8.0, fp16 from 7.0 except on GTX 16 cards (slow or broken there), else fp32. CPU
-    and MPS: fp32. Raises MissingFeature for low precision on a CPU, where it is emulated, or bf16 on a card without it.
+    and MPS: fp32. Raises UsageError for another name, MissingFeature for low precision on a CPU, where it is emulated,
+    or bf16 on a card without it.
     """
+    check_choice("precision", name, ("auto", *DTYPES))
     if device.type == "cpu":
         if name in ("bf16", "fp16"):
             raise MissingFeature(
