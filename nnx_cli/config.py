@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -63,7 +62,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
-    weight_precision: str = "auto"  # of the stored matrices: auto, fp32, bf16 (stochastically rounded; saves memory)
+    weight_precision: str = "auto"  # of stored matrices: auto, fp32, bf24, bf16 (less memory; rounded at random)
     compile: str = "auto"  # torch.compile and CUDA graphs: auto (if right and faster), on, graph (no compiler), off
     activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
@@ -95,7 +94,7 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, ("auto", "adamw", "adamw8bit", "lion", "muon", "wolf"))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf16"))
+        check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf24", "bf16"))
         check_choice("compile", self.compile, ("auto", "on", "graph", "off"))
         check_choice("activation-checkpointing", self.activation_checkpointing, ("auto", "on", "half", "off"))
         if self.optimizer_in_backward and (self.grad_accum or 1) > 1:
@@ -241,6 +240,8 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
     Raises DataError where the file is missing or no TOML, UsageError for a key that is not in `known`.
     """
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_TOML_BYTES + 1)

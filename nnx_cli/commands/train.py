@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,12 +16,13 @@ import typer
 
 from nnx_cli import models
 from nnx_cli.commands._options import command, given, hidden, model_fields, model_options, settings
-from nnx_cli.commands.prepare import preparation_view
 from nnx_cli.config import PrepareConfig, TrainConfig, check_one_length, coerce, own_fields, read_toml
 from nnx_cli.console import Talk, TrainingView, duration
 from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from nnx_cli.engine.run import ModelRef, Run
     from nnx_cli.engine.tokenizer import Tokenizer
     from nnx_cli.engine.tokens import TokenFolder
@@ -34,7 +34,9 @@ ALIASES = {
     "gradient_accumulate_every": "grad_accum", "learning_rate": "lr", "validate_every": "val_every",
     "generate_every": "sample_every",
 }  # fmt: skip
-NYX_RECIPE = {"optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0}
+NYX_RECIPE = {
+    "optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0, "dropout": 0.0,
+}  # fmt: skip
 LENGTHS = {"max_steps", "max_time", "epochs"}
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
 PREPARING = ("tokenizer", "val_fraction", "text_key", "errors")
@@ -275,6 +277,7 @@ def token_folder(
         raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
     from dataclasses import replace
 
+    from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.engine import prepare
 
     if base is not None and base.tokenizer is not None:
@@ -401,6 +404,8 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
 def stop_signals() -> Iterator[Any]:
     """A question, asked after every step: has somebody asked to stop? A second Ctrl-C stops at once, saving nothing
     more."""
+    import socket
+
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
@@ -419,7 +424,7 @@ def stop_signals() -> Iterator[Any]:
             signal.set_wakeup_fd(woken)
 
 
-def arrived(receiver: socket.socket) -> list[int]:
+def arrived(receiver: socket) -> list[int]:
     """The numbers of the signals that came since the last look."""
     try:
         return list(receiver.recv(4096))
