@@ -12,7 +12,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import cost
-from nnx_cli.engine.device import memory_budget
+from nnx_cli.engine.device import DTYPES, memory_budget, synchronize
 from nnx_cli.engine.ladder import Predictor, Rung, advice, descend
 from nnx_cli.engine.loader import check_length
 from nnx_cli.engine.memory import target_of
@@ -23,8 +23,9 @@ from nnx_cli.models._base import LanguageModel, ModelConfig
 DEFAULT_SECONDS = 240  # training time of a run without a length
 DEFAULT_EPOCHS = 30  # but no more passes over the text than this
 TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
-GPU_FLOPS = 1e13  # a second, that any card worth training on reaches: for planning only
-CPU_EFFICIENCY = 0.3  # of the matrix rate that training reaches on a CPU, for planning
+EFFICIENCY = {"cpu": 0.3, "cuda": 0.1, "mps": 0.1}  # of the matrix rate that training reaches, for planning
+DROPOUT = ((12, 0.2), (6, 0.1))  # passes over the text from which on a model needs it: tests/bench/zoo.md
+MEMORISES = 2  # parameters a token of the text from which on a model can learn it by heart
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = 2048
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
@@ -55,7 +56,7 @@ def plan_run(
     that disagree, DoesNotFit where not even one sequence fits.
     """
     where = dict(sources)
-    rate = cpu_flops() * CPU_EFFICIENCY if device.type == "cpu" else GPU_FLOPS
+    rate = matrix_flops(device, precision) * EFFICIENCY[device.type]
     seconds = train.max_time_s or DEFAULT_SECONDS
     if size == "auto":
         size = affordable_size(name, seconds * rate) if device.type == "cpu" else "small"
@@ -73,6 +74,13 @@ def plan_run(
             derived[field] = value
             where[field] = f"derived: {reason}"
 
+    model = cost.meta_model(name, config)
+    flops = cost.flops_per_token(model)["train"]
+    if "dropout" not in fields:
+        passes = planned_tokens(train, model, device, train_tokens, seconds * rate / flops) / train_tokens
+        if dropout := default_dropout(passes, cost.count_parameters(model)["total"], train_tokens):
+            config = replace(config, dropout=dropout)
+            where["dropout"] = f"derived: the text is read {passes:.0f} times"
     derive("precision", precision, "device")
     fitted = fit(replace(train, **derived), config, name, device, where)
     derived |= fitted.settings
@@ -91,8 +99,7 @@ def plan_run(
         derived["max_time"] = f"{DEFAULT_SECONDS}s"
         derived["max_steps"] = DEFAULT_EPOCHS * epoch_steps
         where["max_time"] = where["max_steps"] = "derived: default length, whichever ends first"
-    flops = cost.flops_per_token(cost.meta_model(name, config))
-    steps, by_time = derived.get("max_steps", train.max_steps), int(seconds * rate / (flops["train"] * tokens_per_step))
+    steps, by_time = derived.get("max_steps", train.max_steps), int(seconds * rate / (flops * tokens_per_step))
     timed = train.max_time is not None or "max_time" in derived
     expected_steps = max(1, min(steps or by_time, by_time) if timed else steps)
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
@@ -111,6 +118,25 @@ def plan_run(
             derived["val_batches"] = max(1, rows // derived["batch_size"])
             where["val_batches"] = "derived: 2 % of the run"
     return Plan(name, label, config, replace(train, **derived), where, fitted.rungs, fitted.peak_bytes, fitted.budget)
+
+
+def planned_tokens(
+    train: TrainConfig, model: LanguageModel, device: torch.device, train_tokens: int, in_time: float
+) -> float:
+    """Tokens that a run is going to see, about, where its time is enough for `in_time`."""
+    if train.epochs is not None:
+        return train.epochs * train_tokens
+    if train.max_steps is not None:
+        rows = (train.batch_size or 0) * (train.grad_accum or 0) * model.config.seq_len
+        return train.max_steps * (train.tokens_per_step or rows or default_tokens_per_step(model, device))
+    return in_time if train.max_time is not None else min(in_time, DEFAULT_EPOCHS * train_tokens)
+
+
+def default_dropout(passes: float, parameters: int, train_tokens: int) -> float:
+    """Dropout for that many passes over a text: none where the model is too small to learn it by heart."""
+    if parameters < MEMORISES * train_tokens:
+        return 0.0
+    return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
 
 
 def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:
@@ -218,13 +244,16 @@ def affordable_size(name: str, flops: float) -> str:
     return chosen
 
 
-def cpu_flops() -> float:
-    """Floating-point operations a second that a matrix product reaches here, in fp32."""
-    a, b = torch.randn(512, 512), torch.randn(512, 512)
+def matrix_flops(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second that a matrix product reaches here."""
+    n = 512 if device.type == "cpu" else 4096
+    a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
     a @ b
     times = []
     for _ in range(5):
+        synchronize(device)
         started = time.perf_counter()
         a @ b
+        synchronize(device)
         times.append(time.perf_counter() - started)
-    return 2 * 512**3 / sorted(times)[2]
+    return 2 * n**3 / sorted(times)[2]

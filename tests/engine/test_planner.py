@@ -132,9 +132,9 @@ def test_a_size_is_what_the_time_allows(name):
 
 @pytest.mark.parametrize("rate", [1e6, 1e12])
 def test_auto_size_on_a_cpu_follows_its_speed(monkeypatch, rate):
-    monkeypatch.setattr(planner, "cpu_flops", lambda: rate)
+    monkeypatch.setattr(planner, "matrix_flops", lambda device, precision: rate)
     planned = plan(fields={}, size="auto", max_time="20m")
-    seen = 1200 * rate * planner.CPU_EFFICIENCY
+    seen = 1200 * rate * planner.EFFICIENCY["cpu"]
     assert planned.size == affordable_size("nyx", seen)
     assert planned.sources["size"].startswith("derived")
 
@@ -142,3 +142,28 @@ def test_auto_size_on_a_cpu_follows_its_speed(monkeypatch, rate):
 def test_shapes_of_ones_own_have_no_size():
     assert plan(max_steps=5).size is None
     assert plan(fields={"seq_len": 64, "dropout": 0.1}, max_steps=5).size == "nano"
+
+
+# dropout
+
+
+@pytest.mark.parametrize(
+    ("passes", "parameters", "dropout"),
+    [(1, 10**7, 0.0), (5.9, 10**7, 0.0), (6, 10**7, 0.1), (12, 10**7, 0.2), (40, 10**7, 0.2), (40, 10**6, 0.0)],
+)
+def test_dropout_where_a_text_is_learnt_by_heart(passes, parameters, dropout):
+    assert planner.default_dropout(passes, parameters, 10**6) == dropout
+
+
+@pytest.mark.parametrize(
+    ("fields", "length", "dropout"),
+    [({}, {"epochs": 12.0}, 0.2), ({}, {"epochs": 3.0}, 0.0), ({}, {"max_steps": 1000}, 0.2),
+     ({}, {"max_steps": 20}, 0.0), ({"dropout": 0.0}, {"epochs": 12.0}, 0.0)],
+)  # fmt: skip
+def test_dropout_follows_from_length_and_text_unless_it_is_given(fields, length, dropout):
+    made = planner.plan_run(
+        "llama", "nano", fields, TrainConfig(**length), vocab_size=256, train_tokens=100_000, val_tokens=10_000,
+        device=torch.device("cpu"), precision="fp32", sources={},
+    )  # fmt: skip
+    assert made.model_config.dropout == dropout
+    assert ("dropout" in made.sources) == (dropout > 0)
