@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import warnings
@@ -186,18 +187,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def listing(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder: what files hold, where links lead."""
-    found: dict[str, bytes | str] = {}
+def listing(folder: Path) -> dict[str, tuple[int, int] | str]:
+    """Everything below a folder: size and time of files (but of locks), what else is what."""
+    found: dict[str, tuple[int, int] | str] = {}
     for root, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             path = Path(root, name)
-            if path.is_symlink():
-                found[str(path)] = "link"
-            elif path.is_file():
-                found[str(path)] = b"" if name == "lock" else path.read_bytes()
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found[str(path)] = "lock" if name == "lock" else (status.st_size, status.st_mtime_ns)
             else:
-                found[str(path)] = "folder" if path.is_dir() else "other"
+                found[str(path)] = stat.filemode(status.st_mode)[0]
     return found
 
 
