@@ -24,13 +24,21 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0, longer: bool = False) -> None:
+        """`longer`: keep eight more bits of every bfloat16 weight, in its state."""
         super().__init__(params, defaults)
+        self.longer = longer
         for group in self.param_groups:
             if group["params"][0].is_cuda and not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.keys = {p: random_key(seed, i) for i, p in enumerate(parameters)}  # of the bits that round it
+
+    def rounded(self, p: Tensor) -> Layout:
+        """What rounding a bfloat16 parameter needs: its steps are counted."""
+        if p.dtype != torch.bfloat16:
+            return {}
+        return {"step": (torch.Size(()), torch.float32)} | ({"rest": (p.shape, torch.int8)} if self.longer else {})
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         """Shape and type of every tensor of a parameter's state."""
@@ -82,8 +90,3 @@ class DeviceOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(steps, 1.0)
         elif steps:  # a list, for a single tensor would be read on the host
             torch._foreach_add_(steps, [1.0 - (found_inf != 0).float()] * len(steps))
-
-
-def rounded(p: Tensor) -> Layout:
-    """What rounding a bfloat16 parameter needs: its steps are counted."""
-    return {"step": (torch.Size(()), torch.float32)} if p.dtype == torch.bfloat16 else {}

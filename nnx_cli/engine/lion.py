@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nnx_cli.engine import elementwise
-from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout, rounded
+from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 
 
 class Lion(DeviceOptimizer):
@@ -16,12 +16,12 @@ class Lion(DeviceOptimizer):
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
-        *, seed: int = 0,
+        *, seed: int = 0, longer: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), seed)
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), seed, longer)
 
     def layout(self, p: Tensor, group: Group) -> Layout:
-        return {"exp_avg": (p.shape, p.dtype)} | rounded(p)
+        return {"exp_avg": (p.shape, p.dtype)} | self.rounded(p)
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         for p in parameters:

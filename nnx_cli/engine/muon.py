@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nnx_cli.engine.adamw import AdamW
-from nnx_cli.engine.device_optimizer import Group, Layout, rounded
-from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
+from nnx_cli.engine.device_optimizer import Group, Layout
+from nnx_cli.engine.rounding import join, random_bits, random_stream, split, stochastic_round
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as
@@ -77,13 +77,15 @@ class Muon(AdamW):
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
         weight_decay: float = 0.0, *, momentum: float = 0.95, splits: Mapping[Tensor, Sequence[int]] | None = None,
-        seed: int = 0,
+        seed: int = 0, longer: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed, longer=longer
+        )
         self.splits = splits or {}
 
     def layout(self, p: Tensor, group: Group) -> Layout:
-        return {"momentum": (p.shape, p.dtype)} | rounded(p) if group["orthogonal"] else super().layout(p, group)
+        return {"momentum": (p.shape, p.dtype)} | self.rounded(p) if group["orthogonal"] else super().layout(p, group)
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         if not group["orthogonal"]:
@@ -127,8 +129,13 @@ class Muon(AdamW):
         if p.dtype == torch.float32:
             torch._foreach_mul_(weights, decay)
             torch._foreach_add_(weights, list(change.unbind()))
+            return
+        stream = random_stream(self.keys[p] ^ stack[0].first, self.state[p]["step"])
+        bits = random_bits(stream, 0, change.numel(), 0).view(change.shape)
+        if self.longer:
+            rests = [matrix.of(self.state[matrix.p]["rest"]) for matrix in stack]
+            new, rest = split(change.add_(join(torch.stack(weights), torch.stack(rests)) * decay), bits)
+            torch._foreach_copy_(rests, list(rest.unbind()))
         else:
-            change += torch.stack(weights).float() * decay
-            stream = random_stream(self.keys[p] ^ stack[0].first, self.state[p]["step"])
-            bits = random_bits(stream, 0, change.numel(), 0).view(change.shape)
-            torch._foreach_copy_(weights, list(stochastic_round(change, bits).unbind()))
+            new = stochastic_round(change.add_(torch.stack(weights).float() * decay), bits)
+        torch._foreach_copy_(weights, list(new.unbind()))

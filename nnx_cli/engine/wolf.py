@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.engine import elementwise
-from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout, rounded
+from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 
 
 class Wolf(DeviceOptimizer):
@@ -20,11 +20,14 @@ class Wolf(DeviceOptimizer):
     p ← p·(1 − lr·weight_decay); the original has none.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0, *, seed: int = 0) -> None:
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay), seed)
+    def __init__(
+        self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0, *, seed: int = 0,
+        longer: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay), seed, longer)
 
     def layout(self, p: Tensor, group: Group) -> Layout:
-        return {"momentum": (p.shape, torch.float32)} | rounded(p)
+        return {"momentum": (p.shape, torch.float32)} | self.rounded(p)
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         for p in parameters:
