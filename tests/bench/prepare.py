@@ -68,11 +68,11 @@ def run_nnx(text: Path, tokenizer: str, n_workers: int, out: Path) -> dict[str, 
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cpu, started = time.process_time(), time.perf_counter()
     made = prepare([text], out, PrepareConfig(tokenizer=tokenizer, workers=n_workers))
-    wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+    wall, cpu, rss = time.perf_counter() - started, time.process_time() - cpu, peak_rss_bytes()
     ids = hashlib.sha256()
     for split in ("train", "val"):
         ids.update((out / f"{split}.bin").read_bytes())
-    return {"wall_s": wall, "cpu_s": cpu, "rss": peak_rss_bytes(), "bytes": made["text_bytes"], "ids": ids.hexdigest()}
+    return {"wall_s": wall, "cpu_s": cpu, "rss": rss, "bytes": made["text_bytes"], "ids": ids.hexdigest()}
 
 
 def run_tiktoken(text: Path, tokenizer: str) -> dict[str, Any]:
