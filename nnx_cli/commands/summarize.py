@@ -95,7 +95,7 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
 
     from nnx_cli.engine import cost
     from nnx_cli.engine.device import memory_budget, pick_device
-    from nnx_cli.engine.ladder import Predictor, advice, descend, ladder
+    from nnx_cli.engine.ladder import Predictor, advice, descend
     from nnx_cli.engine.memory import Target, target_of
     from nnx_cli.engine.planner import default_tokens_per_step
 
@@ -108,7 +108,10 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
     rows = train.batch_size or max(1, min(largest, per_step))
     memory, peak = predictor.memory(chosen, rows), predictor.peak(chosen, rows)
     weights, cache = cost.sampling_bytes(model)
-    least = min(predictor.peak(settings, 1) for settings, _ in ladder(train))
+
+    def trains(budget: int) -> bool:
+        return descend(predictor, train, 1, budget)[2]
+
     return {
         "model": name, "size": label, "seq_len": T, "vocab_size": config.vocab_size,
         "parameters": cost.count_parameters(model),
@@ -129,7 +132,7 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
             "gives_up": [rung.text for rung in rungs],
             "advice": None if fits else advice(predictor, train, budget, largest),
         },
-        "trains_in_gb": {str(gb): least <= memory_budget(device, gb * 2**30) for gb in CARDS_GB},
+        "trains_in_gb": {str(gb): trains(memory_budget(device, gb * 2**30)) for gb in CARDS_GB},
     }  # fmt: skip
 
 

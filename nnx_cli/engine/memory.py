@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -219,6 +219,48 @@ def rounded(n_bytes: int) -> int:
     return -(-n_bytes // ROUNDING) * ROUNDING
 
 
+@cache
+def makes_new(func: Any) -> bool:
+    """Whether what an operator returns are new tensors, each one by one, whatever it is given."""
+    schema = func._schema
+    if func.namespace not in ("aten", "nnx"):
+        return False
+    aliases = [x.alias_info for x in (*schema.arguments, *schema.returns)]
+    return not schema.is_mutable and not any(aliases) and all(x.type.kind() != "ListType" for x in schema.returns)
+
+
+def described(x: Any) -> Any:
+    """An operator's argument, as far as shapes and types of what it returns depend on it."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    return tuple(map(described, x)) if isinstance(x, (list, tuple)) else (type(x), x)
+
+
+KNOWN_OUTPUTS: dict[Any, list[Any]] = {}  # shape, stride, type and device of what an operator returned before, or value
+
+
+def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns on the meta device. Working out its shapes takes it many times as long as looking them
+    up."""
+    if not makes_new(func):
+        return func(*args, **kwargs)
+    key = (func, *map(described, args), *((name, described(x)) for name, x in kwargs.items()))
+    if key not in KNOWN_OUTPUTS:
+        out = func(*args, **kwargs)
+        each = out if isinstance(out, tuple) else (out,)
+        found = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in each]
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in given for x in each):
+            return out  # a view, whatever the schema says
+        KNOWN_OUTPUTS[key] = found
+        return out
+    new = [
+        torch.empty_strided(x[0], x[1], dtype=x[2], device=x[3]) if isinstance(x, tuple) else x
+        for x in KNOWN_OUTPUTS[key]
+    ]  # fmt: skip
+    return tuple(new) if len(func._schema.returns) > 1 else new[0]
+
+
 @dataclass
 class Section:
     """A part of the step, between two marks: how far memory rises above where it began, and where it ends."""
@@ -251,7 +293,7 @@ class Storages(TorchDispatchMode):
         self.sections.append(Section((name, number)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = outputs(func, args, kwargs or {})
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self.born(tensor.untyped_storage())

@@ -28,10 +28,9 @@ def test_json_has_the_promised_keys(nnx):
 
 
 def test_the_zoo_stands_side_by_side(nnx):
-    zoo = json.loads(nnx("summarize", "--size", "nano", "--json").stdout)
+    zoo = json.loads(nnx("summarize", "--all", "--size", "nano", "--vram", "1.2GB", "--json").stdout)
     assert [facts["model"] for facts in zoo] == models.names()
-    assert json.loads(nnx("summarize", "--all", "--size", "nano", "--vram", "1.2GB", "--json").stdout)
-    shown = nnx("summarize")
+    shown = nnx("summarize", "--size", "nano")
     assert shown.exit_code == 0 and all(name in shown.stdout for name in models.names())
 
 

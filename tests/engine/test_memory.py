@@ -5,7 +5,8 @@ from torch.utils._pytree import tree_map
 from nnx_cli import models
 from nnx_cli.engine import memory
 from nnx_cli.engine.cost import meta_model
-from nnx_cli.engine.memory import CPU, Storages, Target, simulate
+from nnx_cli.engine.loss import TrainStep
+from nnx_cli.engine.memory import Storages, Target, simulate
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [
@@ -55,3 +56,59 @@ def test_what_blocks_keep_is_known_to_the_byte(name, fields, dtype):
         real = kept_for_real(block, args, kwargs)
         told = memory.saved_tensors(to_meta[id(block)], *tree_map(meta, args), **tree_map(meta, kwargs))
         assert told == real, block
+
+
+@pytest.mark.parametrize("mode", ["off", "half", "on"])
+@pytest.mark.parametrize("name", [name for name in models.names() if name != "tape"])
+def test_blocks_left_out_and_shapes_looked_up_change_nothing(name, mode, monkeypatch):
+    config = models.make_config(name, **(SHAPE | dict(n_layers=11 if mode == "off" else 10)))
+    model = meta_model(name, config)
+    short = [simulate(model, 2, 40, target=Target(), checkpointing=mode) for _ in range(2)]
+    monkeypatch.setattr(memory, "WHOLE", 99)
+    monkeypatch.setattr(memory, "outputs", lambda func, args, kwargs: func(*args, **kwargs))
+    assert short == 2 * [simulate(model, 2, 40, target=Target(), checkpointing=mode)]
+    assert len(model.blocks) == config.n_layers and all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_of_two_layers_by_hand():
+    """y = relu(x a) b, and its backward pass: what is alive when."""
+    a, b = (torch.empty(1024, 1024, device="meta", requires_grad=True) for _ in range(2))
+    kib = 1024
+    with Storages() as storages:
+        storages.leave_out([a, b])
+        x = torch.empty(256, 1024, device="meta")  # 1 MiB
+        hidden = (x @ a).relu()  # 1 MiB, and 1 more for a moment
+        assert storages.live == 2 * 1024 * kib and storages.sections[-1].rise == 3 * 1024 * kib
+        loss = (hidden @ b).sum()
+        del hidden
+        assert storages.live == 2 * 1024 * kib + 512  # hidden is kept by autograd
+        storages.mark("backward")
+        loss.backward()
+        storages.mark("end")
+        assert storages.live == (1 + 8) * 1024 * kib + 512
+    a.grad = b.grad = None
+    assert storages.live == 1024 * kib + 512
+
+
+@pytest.mark.filterwarnings("ignore:Module is None")
+@pytest.mark.parametrize("name", ["llama", "n4", "ngpt"])
+def test_phases_agree_with_memtracker(name):
+    """torch's own tracker, on fake tensors of the CPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    config = models.make_config(name, **(SHAPE | dict(vocab_size=3000, seq_len=64)))
+    told = simulate(meta_model(name, config), 4, 64, target=memory.CPU, accumulate=False)
+    with FakeTensorMode():
+        model = models.from_config(name, config)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            ids, targets = (torch.zeros(4, 64, dtype=torch.int64) for _ in range(2))
+            loss, n_targets = TrainStep(model)(ids, targets)
+            after = tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]
+            (loss / n_targets).backward()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    weights = sum(memory.rounded(x.nbytes) for x in {*model.parameters(), *model.buffers()})
+    assert max(told.forward, told.head, told.backward) == pytest.approx(peak["Total"] - weights, rel=0.05)
+    assert after > told.activations

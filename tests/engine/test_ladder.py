@@ -1,0 +1,84 @@
+import pytest
+
+from nnx_cli import models
+from nnx_cli.config import TrainConfig
+from nnx_cli.engine.ladder import Predictor, advice, descend, ladder, largest_batch
+from nnx_cli.engine.memory import Target
+
+GIB = 2**30
+
+
+def predictor(name="llama", size="large", lora_rank=None):
+    return Predictor(name, models.make_config(name, size=size), lora_rank, Target())
+
+
+def train(**settings):
+    return TrainConfig(**(dict(precision="bf16") | settings))
+
+
+def chosen(train):
+    return train.activation_checkpointing, train.optimizer, train.weight_precision
+
+
+def test_exact_measures_come_first():
+    steps = [(chosen(settings), len(taken)) for settings, taken in ladder(train())]
+    assert steps == [
+        (("off", "adamw", "fp32"), 0), (("half", "adamw", "fp32"), 1), (("on", "adamw", "fp32"), 1),
+        (("on", "adamw8bit", "fp32"), 2), (("on", "adamw8bit", "bf16"), 3),
+    ]  # fmt: skip
+
+
+def test_what_was_asked_for_stays():
+    asked = train(optimizer="lion", activation_checkpointing="off")
+    assert [chosen(settings) for settings, _ in ladder(asked)] == [("off", "lion", "fp32"), ("off", "lion", "bf16")]
+    assert len(list(ladder(train(optimizer="muon", activation_checkpointing="half", weight_precision="fp32")))) == 1
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_rung_saves_memory(name):
+    found = predictor(name, "base")
+    peaks = [found.peak(settings, 1) for settings, _ in ladder(train())]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_billion_parameters_fit_in_eight_gigabytes(name):
+    settings, taken, fits = descend(predictor(name, "xl"), train(), 1, 7 * GIB)
+    assert fits and len(taken) == 3 and chosen(settings) == ("on", "adamw8bit", "bf16")
+
+
+def test_the_largest_batch_is_the_largest():
+    found = predictor()
+    settings, _, fits = descend(found, train(), 1, 7 * GIB)
+    n = found.largest(settings, 7 * GIB, 64)
+    assert fits and 1 <= n < 64
+    assert found.peak(settings, n) <= 7 * GIB < found.peak(settings, n + 1)
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [(99, 0), (100, 1), (249, 3), (250, 4), (10**6, 50)])
+def test_the_largest_batch_within_a_budget(budget, wanted):
+    assert largest_batch(lambda rows: 50 + 50 * rows, budget, 50) == wanted
+
+
+def test_a_batch_too_large_to_simulate_lies_on_a_line():
+    found = predictor(size="nano")
+    settings = next(ladder(train()))[0]
+    most = 2**18 // 256
+    half, whole = found.peak(settings, most // 2), found.peak(settings, most)
+    assert found.peak(settings, 3 * most) == pytest.approx(whole + 4 * (whole - half), rel=1e-6)
+
+
+def test_advice_names_what_would_help():
+    xl = predictor(size="xl")
+    assert advice(xl, train(), 7 * GIB, 5) == "take --batch-size 5"
+    assert advice(xl, train(optimizer="adamw"), 7 * GIB, 0) == "leave out --optimizer"
+    assert "--optimizer-in-backward" in advice(xl, train(), 5 * GIB, 0)
+    assert "smaller --size" in advice(xl, train(), 2 * GIB, 0)
+
+
+def test_adapters_take_less_than_half_of_full_training():
+    full, adapters = predictor(size="base"), predictor(size="base", lora_rank=8)
+    settings = next(ladder(train()))[0]
+    assert adapters.memory(settings, 4).gradients_bytes < 0.05 * full.memory(settings, 4).gradients_bytes
+    on = train(activation_checkpointing="on", optimizer="adamw", weight_precision="fp32")
+    assert adapters.peak(on, 4) < 0.45 * full.peak(settings, 4)
