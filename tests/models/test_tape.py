@@ -10,6 +10,7 @@ from nnx_cli.engine.cost import count_parameters, flops_per_token, meta_model
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers import segments
+from nnx_cli.layers import soft_xor as soft_xor_module
 from nnx_cli.layers.soft_xor import Activation, Recurrence, activation, activation_and_slope, soft_xor
 
 from .reference_cases import load_case
@@ -225,6 +226,17 @@ def test_activation_and_its_slope():
     assert at_zero == 1 and at_half == pytest.approx(0.06, abs=0.005)
     tiny = torch.tensor([1e-6, -3e-4])
     torch.testing.assert_close(activation(tiny), activation(tiny.double()).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_activation_of_many_numbers_in_pieces(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(soft_xor_module, "CACHED", 1000)
+    x = torch.randn(45, 100, dtype=torch.float64).t().requires_grad_()
+    (wanted,) = torch.autograd.grad(plain_activation(x).square().sum(), x)
+    y = Activation.apply(x)
+    torch.testing.assert_close(y, plain_activation(x))
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x), (wanted,))
 
 
 def test_recurrence_equals_steps_written_out():
