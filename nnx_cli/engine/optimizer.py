@@ -87,7 +87,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def store_weights(model: nn.Module, precision: str) -> None:
     """Keep a model's matrices in float32 ("fp32") or bfloat16 ("bf16", and "bf24", whose other 8 bits the optimizer
     has); vectors stay in float32. In place: tied parameters stay tied, and there must be no optimizer yet."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if precision in ("bf16", "bf24") else torch.float32
     for p in model.parameters():
         if p.dim() >= 2:
             p.data = p.data.to(dtype)
