@@ -3,7 +3,6 @@ no GPU)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
-from nnx_cli.engine.loss import chunk_rows
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
-
-STATE_BYTES = {"adamw": 8, "adamw8bit": 3, "lion": 4, "muon": 5, "wolf": 4}  # optimizer state per trained parameter
-# what the optimizer holds for the moment of its step
-STEP_BYTES = {"adamw": 0, "adamw8bit": 0, "lion": 0, "muon": 1, "wolf": 0}
-ALLOCATOR_MARGIN = 1.06  # blocks are rounded up and leave gaps
-FIXED_GPU_BYTES = 64 * 2**20  # workspaces of the matrix library
 
 
 def meta_model(name: str, config: ModelConfig, lora_rank: int | None = None) -> LanguageModel:
@@ -99,49 +91,6 @@ def count_parameters(model: LanguageModel) -> dict[str, int]:
         "embedding": sum(p.numel() for p in tables.values()),
         "active": total,
     }
-
-
-def activation_bytes(model: LanguageModel, batch_size: int, seq_len: int) -> int:
-    """Bytes that autograd keeps of the trunk's forward pass: every distinct tensor it saves, parameters left out."""
-    kept: dict[int, Tensor] = {}  # a tensor that is held keeps its storage's address from being used again
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (address := tensor.untyped_storage()._cdata) not in weights:
-            kept[address] = tensor
-        return tensor
-
-    with WithFusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.trunk(torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta"))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that training needs, by part. The peak adds what head and optimizer hold for a moment, and a margin."""
-
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    peak_bytes: int
-
-
-def training_memory(model: LanguageModel, *, batch_size: int, seq_len: int, optimizer: str, precision: str) -> Memory:
-    """Predicted memory of training with micro-batches of `batch_size` sequences. An estimate: see
-    `activation_bytes`."""
-    trainable = count_parameters(model)["trainable"]
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.unique_state().values())
-    model.compute_dtype = DTYPES[precision]
-    activations = activation_bytes(model, batch_size, seq_len)
-    config, width = model.config, DTYPES[precision].itemsize
-    head_weights = sum(p.numel() for p in model.head.parameters())
-    head = chunk_rows(batch_size * seq_len, config.vocab_size) * config.vocab_size * (width + 8) + 4 * head_weights
-    head += 2 * batch_size * seq_len * config.dim * width
-    gradients, states = 4 * trainable, STATE_BYTES[optimizer] * trainable
-    moment = max(activations + head, STEP_BYTES[optimizer] * trainable)
-    peak = int((weights + gradients + states + moment) * ALLOCATOR_MARGIN) + FIXED_GPU_BYTES
-    return Memory(weights, gradients, states, activations, peak)
 
 
 def sampling_bytes(model: LanguageModel, precision: str = "fp32") -> tuple[int, int]:

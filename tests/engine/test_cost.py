@@ -7,13 +7,11 @@ from nnx_cli import models
 from nnx_cli.engine.cost import (
     MatrixProducts,
     WithFusedAttention,
-    activation_bytes,
     count_parameters,
     file_bytes,
     flops_per_token,
     meta_model,
     sampling_bytes,
-    training_memory,
 )
 
 SHAPES = [
@@ -100,38 +98,3 @@ def test_files():
     matrices = 406_912 - 3 * 128
     assert sizes["int8"] == 2 * 3 * 128 + matrices + 2 * rows
     assert sizes["int4"] == 2 * 3 * 128 + matrices // 2 + matrices // 32 * 2
-
-
-@pytest.mark.parametrize("name", models.names())
-def test_memory_grows_with_what_it_holds(name):
-    model = meta_model(name, models.make_config(name, size="nano"))
-
-    def memory(rows=2, optimizer="adamw", precision="fp32", seq_len=128):
-        return training_memory(model, batch_size=rows, seq_len=seq_len, optimizer=optimizer, precision=precision)
-
-    base, total = memory(), count_parameters(model)["total"]
-    assert base.weights_bytes >= 4 * total and base.gradients_bytes == 4 * total and base.optimizer_bytes == 8 * total
-    assert memory(optimizer="lion").optimizer_bytes == 4 * total
-    assert memory(rows=4).activations_bytes == pytest.approx(2 * base.activations_bytes, rel=0.05)
-    assert memory(precision="bf16").activations_bytes < base.activations_bytes
-    assert memory(seq_len=256).activations_bytes > base.activations_bytes
-    parts = base.weights_bytes + base.gradients_bytes + base.optimizer_bytes + base.activations_bytes
-    assert parts < base.peak_bytes < 2 * parts + 2**28
-
-
-@pytest.mark.parametrize("name", models.names())
-def test_activations_of_the_meta_device_are_near_those_of_a_pass(tiny, name):
-    """What autograd really keeps on a CPU, whose attention is fused too."""
-    model = tiny(name, dim=64, n_heads=4, seq_len=64)
-    kept = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.trunk(torch.zeros(1, 64, dtype=torch.int64))
-    real = sum(n_bytes for _, n_bytes in kept.values())
-    assert activation_bytes(model.to("meta"), 1, 64) == pytest.approx(real, rel=0.25)

@@ -3,10 +3,12 @@ import torch
 from torch.utils._pytree import tree_map
 
 from nnx_cli import models
+from nnx_cli.config import TrainConfig
 from nnx_cli.engine import memory
-from nnx_cli.engine.cost import meta_model
+from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.engine.memory import Storages, Target, simulate
+from nnx_cli.engine.optimizer import store_weights
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [
@@ -112,3 +114,27 @@ def test_phases_agree_with_memtracker(name):
     weights = sum(memory.rounded(x.nbytes) for x in {*model.parameters(), *model.buffers()})
     assert max(told.forward, told.head, told.backward) == pytest.approx(peak["Total"] - weights, rel=0.05)
     assert after > told.activations
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_memory_grows_with_what_it_holds(name):
+    config = models.make_config(name, size="nano")
+
+    def told(rows=2, weights="fp32", **settings):
+        model = meta_model(name, config)
+        store_weights(model, weights)
+        train = TrainConfig(**(dict(optimizer="adamw", precision="fp32", activation_checkpointing="off") | settings))
+        return memory.predict(model, train, rows, Target())
+
+    base, total = told(), count_parameters(meta_model(name, config))["total"]
+    assert 4 * total <= base.weights_bytes < 4.2 * total and 4 * total <= base.gradients_bytes < 4.2 * total
+    assert 8 * total <= base.optimizer_bytes < 8.4 * total
+    assert told(optimizer="lion").optimizer_bytes == base.gradients_bytes
+    assert told(optimizer="adamw8bit").optimizer_bytes < 0.6 * base.optimizer_bytes
+    assert told(rows=4).activations_bytes == pytest.approx(2 * base.activations_bytes, rel=0.05)
+    assert told(precision="bf16").activations_bytes < base.activations_bytes
+    assert told(weights="bf16", precision="bf16").weights_bytes < 0.55 * base.weights_bytes
+    freed = told(optimizer_in_backward=True)
+    assert freed.gradients_bytes == 0 and freed.phases["forward"] == base.phases["forward"] - base.gradients_bytes
+    parts = base.weights_bytes + base.gradients_bytes + base.optimizer_bytes + base.activations_bytes
+    assert parts + base.fixed_bytes < base.peak_bytes < 1.3 * parts + base.fixed_bytes

@@ -76,6 +76,29 @@ def test_vram_bounds_the_micro_batch():
     assert tight.batch_size * tight.grad_accum == roomy.batch_size * roomy.grad_accum == 4096
 
 
+def test_what_was_given_up_to_fit_is_recorded():
+    fields = dict(n_layers=4, dim=512, n_heads=8, seq_len=512)
+    roomy = plan(fields, max_steps=5, vram="8GB", batch_size=4)
+    assert roomy.train.activation_checkpointing == "off" and not roomy.rungs and roomy.train.weight_precision == "fp32"
+    assert 0 < roomy.peak_bytes <= roomy.budget_bytes == 7 * 2**30
+    tight = f"{(roomy.peak_bytes * 0.8 + 2**30) / 2**20:.0f}MB"
+    planned = plan(fields, max_steps=5, vram=tight, batch_size=4)
+    assert planned.train.activation_checkpointing in ("half", "on") and planned.peak_bytes <= planned.budget_bytes
+    assert [rung.field for rung in planned.rungs] == ["activation_checkpointing"]
+    assert "run" in planned.sources["activation_checkpointing"] and planned.train.batch_size == 4
+    assert (planned.train.lr, planned.train.max_steps) == (roomy.train.lr, roomy.train.max_steps)
+    with pytest.raises(DoesNotFit) as error:
+        plan(fields, max_steps=5, vram=tight, batch_size=4, activation_checkpointing="off", optimizer="adamw",
+             weight_precision="fp32")  # fmt: skip
+    assert "--batch-size" in error.value.fix
+
+
+def test_the_optimizer_in_the_backward_pass_sees_one_micro_batch():
+    train = plan(max_steps=5, optimizer_in_backward=True, tokens_per_step=T * 16).train
+    assert (train.batch_size, train.grad_accum) == (16, 1)
+    assert plan(max_steps=5, optimizer_in_backward=True).train.grad_accum == 1
+
+
 def test_epochs_become_steps():
     train = plan(epochs=2, batch_size=4, grad_accum=2, train_tokens=10_000).train
     assert train.max_steps == round(2 * 10_000 / (8 * T)) and train.max_time is None
