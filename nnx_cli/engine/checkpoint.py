@@ -93,8 +93,9 @@ def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def check_size(file: BinaryIO, path: Path) -> None:
-    """Raise CheckpointError where a safetensors file is cut or extended: before all of it is read."""
+def check_size(file: BinaryIO, path: Path) -> dict[str, Any]:
+    """Raise CheckpointError where a safetensors file is cut or extended: before all of it is read. Returns its
+    header."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     try:
@@ -106,6 +107,7 @@ def check_size(file: BinaryIO, path: Path) -> None:
     if not whole:
         raise CheckpointError(f"{path} is damaged: its size is not what its header says")
     file.seek(0)
+    return header
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nnx_cli import models
@@ -155,8 +154,8 @@ class Run:
         path = self.folder / BEST
         if not path.is_file() or sha256_file(path) not in allowed_digests(self.folder, BEST):
             return None
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("found")
+        with open_regular(path) as file:
+            found = ckpt.check_size(file, path).get("__metadata__", {}).get("found")
         return {} if found is None else json.loads(found)
 
     def _replace_listed(self, name: str, digest: str, write: Callable[[Path], Any]) -> None:
