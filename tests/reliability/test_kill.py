@@ -32,8 +32,8 @@ from tests.reliability.processes import (
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 
 STEPS = 40
-LONG = 100  # steps in which there is a save for every call that may come after one
-N_CALLS = 30  # of a save and the pruning after it, at least
+LONG = 200  # steps in which there is a save for every call that may come after one
+N_CALLS = 20  # of a save and the pruning after it, at least
 PATIENCE = 6  # kills of one run, after which it may finish
 AIMED = ("saving", "saving", "saving", "rotating", "evaluating", "sampling", "best", "resuming", "creating")
 
@@ -101,15 +101,16 @@ def kill_at_every_call(folder: Path, model: str, moments: tuple[str, ...]) -> in
     kills = 0
     for when in moments:
         out = folder / "weights" / f"every-{when}"
+        (folder / "calls").unlink(missing_ok=True)
         for number in itertools.count(1):
             command = Command(folder, *go_on(data, out, model, LONG), setting=Setting(change=KillAt(number, when)))
             code = command.wait()
             if code == 0:
-                break  # there is no such call any more: it ran to the end
+                assert N_CALLS <= int((folder / "calls").read_text()) < number, "all calls had their turn"
+                break
             assert code == -signal.SIGKILL and command.phase in ("saving", "rotating"), command.output
             kills += 1
         assert_same(outcome(out), wanted, f"{model} killed {when} each of {number - 1} calls")
-        assert number > N_CALLS, "a save has more calls than that: the run ended before all had their turn"
     return kills
 
 
