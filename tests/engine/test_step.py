@@ -11,11 +11,12 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, seq_len=16)
 
 
-def make_step(name="nyx", device="cpu", optimizer="adamw", grad_clip=1.0, **fields):
+def make_step(name="nyx", device="cpu", optimizer="adamw", grad_clip=1.0, in_backward=False, **fields):
     torch.manual_seed(0)
     model = models.build(name, **(SHAPE | fields)).to(device)
     config = TrainConfig(optimizer=optimizer, lr=1e-3, weight_decay=0.1)
-    return Step(model, build_optimizer(model, config), torch.amp.GradScaler(device, enabled=False), grad_clip=grad_clip)
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    return Step(model, build_optimizer(model, config), scaler, grad_clip, in_backward)
 
 
 def batch(seed=0, n=4, device="cpu"):
@@ -77,6 +78,28 @@ def test_without_a_limit_the_gradient_is_only_measured():
         step(*batch(), 4)
     ours, theirs = (torch.cat([p.grad.flatten() for p in step.parameters]).norm() for step in (limited, free))
     assert ours == pytest.approx(1e-3, rel=1e-2) and theirs > 1e-2
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_steps_in_the_backward_pass_are_the_same_steps(name, optimizer):
+    plain, step = (make_step(name, optimizer=optimizer, grad_clip=0.0, in_backward=b) for b in (False, True))
+    for seed in range(3):
+        plain(*batch(seed), 4)
+        step(*batch(seed), 4)
+    assert all(p.grad is None for p in step.parameters)
+    torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rehearsal_in_the_backward_pass_changes_nothing():
+    step = make_step(in_backward=True)
+    step(*batch(), 4)
+    before = snapshot(step)
+    with step.rehearsal():
+        step(*batch(1), 4)
+    assert equal(before, snapshot(step))
 
 
 @needs_cuda
