@@ -532,7 +532,7 @@ def garbled_lines(full: bool) -> Result:
         for name in (RUN, BYTE):
             fresh(name)
         make_files()
-        for _ in range(2000 if full else 120):
+        for _ in range(2000 if full else 80):
             words = [draw.choice(verbs), *(draw.choice(options + values * 2) for _ in range(draw.randint(0, 5)))]
             if words[0] == "train":
                 words.append("--dry-run")

@@ -111,7 +111,10 @@ def signed_models(full: bool) -> Result:
                         damage.sign(path.parent)
                         with watched(folder):
                             outcome = sample(model)
-                            others = [nnx("summarize", model, "--json"), nnx("list")] if name == "config.json" else []
+                            others = [nnx("list")] if name == "config.json" else []
+                            others += (
+                                [nnx("summarize", model, "--json")] if others and (full or tally.times % 5 == 0) else []
+                            )
                         decides = name == "model.safetensors"
                         check_refusal(outcome, 5 if decides else {0, 4, 5}, case)
                         for other in others:
