@@ -134,18 +134,19 @@ class Products:
 class FormulaHeadLoss(torch.autograd.Function):
     """`summed_loss` of a head with a formula: products, their softmax, and two products more for the gradients.
 
-    Nothing here waits for the device. The gradient of the weight is summed in float32 or wider.
+    Nothing here waits for the device. The gradient of the weight is summed in float32 or wider. With `once` the
+    gradients are handed out in the memory they were kept in, so there is one backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, targets: Tensor, ignore_index: int, df: float | None,
+        ctx: Any, x: Tensor, targets: Tensor, ignore_index: int, df: float | None, once: bool,
         weight: Tensor, scale: Tensor | None, bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        wants_x, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
+        wants_x, _, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
         head = Products(x, HeadFormula(weight=weight, scale=scale, bias=bias, df=df))
         wide = torch.promote_types(head.dtype, torch.float32)
-        ctx.factor = FP16_FACTOR if head.dtype == torch.float16 else 1.0
+        ctx.once, ctx.factor = once, FP16_FACTOR if head.dtype == torch.float16 else 1.0
         losses = torch.empty(len(x), dtype=wide, device=x.device)
         x_grad = torch.empty_like(x) if wants_x else None
         weight_grad = torch.empty_like(head.matrix, dtype=wide) if wants_weight or wants_scale else None
@@ -181,10 +182,10 @@ class FormulaHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad / ctx.factor
         x_grad, *others = (
-            None if saved is None else scaled(saved, grad, dtype)
+            None if saved is None else scaled(saved, grad, dtype, in_place=ctx.once)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return x_grad, None, None, None, *others
+        return x_grad, None, None, None, None, *others
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
@@ -197,16 +198,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
-def scaled(tensor: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor · grad in another type, without rounding the number `grad` to it first."""
+def scaled(tensor: Tensor, grad: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    """tensor · grad in another type, without rounding the number `grad` to it first; in the same memory, if that is
+    allowed and the type stays."""
+    if in_place and dtype == tensor.dtype:
+        return tensor.mul_(grad)
     return torch.mul(tensor, grad.view((1,) * tensor.dim()), out=torch.empty_like(tensor, dtype=dtype))
 
 
-def head_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """`summed_loss` in chunks of rows: by formula where the head has one, else through autograd."""
+def head_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int, once: bool = False) -> Tensor:
+    """`summed_loss` in chunks of rows: by formula where the head has one, else through autograd. With `once`, memory is
+    saved by taking gradients in place: autograd refuses a second backward pass."""
     if (formula := formula_of(head)) is None:
         return ChunkedHeadLoss.apply(x, targets, head, ignore_index, *head.parameters())
-    return FormulaHeadLoss.apply(x, targets, ignore_index, formula.df, formula.weight, formula.scale, formula.bias)
+    return FormulaHeadLoss.apply(
+        x, targets, ignore_index, formula.df, once, formula.weight, formula.scale, formula.bias
+    )  # fmt: skip
 
 
 class TrainStep(nn.Module):
@@ -221,7 +228,7 @@ class TrainStep(nn.Module):
         x = model.trunk(input_ids).flatten(0, 1)
         targets = targets.flatten()
         n_targets = (targets != model.ignore_index).sum()
-        loss = head_loss(model.head, x, targets, model.ignore_index)
+        loss = head_loss(model.head, x, targets, model.ignore_index, once=True)
         if (aux := model.aux_loss()) is not None:
             loss = loss + aux * n_targets
         return loss, n_targets

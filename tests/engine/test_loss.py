@@ -253,3 +253,17 @@ def test_token_losses_are_those_of_the_full_logits(tiny, chunks, name):
         wanted = F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
     assert losses.shape == (3, 11) and losses.dtype == torch.float32 and not losses.requires_grad
     torch.testing.assert_close(losses, wanted)
+
+
+def test_gradients_taken_in_place_are_the_same_and_taken_once():
+    head, x = Linear(16, 50), torch.randn(20, 16)
+    targets, grads = torch.randint(50, (20,)), []
+    for once in (False, True):
+        given = x.clone().requires_grad_()
+        loss = head_loss(head, given * 1.0, targets, -100, once=once)
+        (loss / 20).backward(retain_graph=True)
+        grads.append((given.grad.clone(), head.weight.grad.clone()))
+        head.weight.grad = None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
