@@ -18,6 +18,10 @@ from typing import Any, BinaryIO
 
 from nnx_cli.errors import CheckpointError, OutputError
 
+OURS = {
+    "checkpoints", "config.json", "manifest.json", "meta.json", "metrics.jsonl", "model.safetensors",
+    "optimizer.safetensors", "run.json", "samples.jsonl", "state.json", "tokenizer.json", "train.bin", "val.bin",
+}  # fmt: skip
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -113,7 +117,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with refused_output(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path.parent)
+            sweep(path)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             with locked_folder(temporary):
@@ -150,15 +154,18 @@ def locked_folder(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def sweep(parent: Path) -> None:
-    """Delete the folders in `parent` that processes which no longer live left half made or half deleted."""
-    for leftover in [*parent.glob(".tmp-*"), *parent.glob(".del-*")]:
-        owner = re.fullmatch(r"\..+-(\d+)", leftover.name)
-        if owner is None or leftover.is_symlink() or not leftover.is_dir() or is_alive(int(owner[1])):
+def sweep(path: Path) -> None:
+    """Delete what processes that no longer live left half made or half deleted of `path` and, as far as it is certainly
+    ours, of its neighbours."""
+    for leftover in [*path.parent.glob(".tmp-*"), *path.parent.glob(".del-*")]:
+        name = re.fullmatch(r"\.(?:tmp|del)-(.+)-(\d+)", leftover.name)
+        if name is None or leftover.is_symlink() or not leftover.is_dir() or is_alive(int(name[2])):
             continue
-        with contextlib.suppress(OSError), locked_folder(leftover) as free:  # in another container, pids say nothing
-            if free:
-                shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if name[1] == path.name or OURS.issuperset(os.listdir(leftover)):
+                with locked_folder(leftover) as free:  # in another container, process numbers say nothing
+                    if free:
+                        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_alive(pid: int) -> bool:

@@ -18,22 +18,22 @@ def dead_pid():
     return process.pid
 
 
-def make(folder, *names):
+def make(folder, *names, file="model.safetensors"):
     for name in names:
         (folder / name).mkdir()
-        (folder / name / "file").write_text("half")
+        (folder / name / file).write_text("half")
 
 
 def test_what_a_dead_process_left_is_swept(tmp_path, dead_pid):
-    make(tmp_path, f".tmp-run-{dead_pid}", f".del-step-00000005-{dead_pid}", f".tmp-run-{os.getppid()}", ".tmp-mine")
-    make(tmp_path, f"run-{dead_pid}", "elsewhere")
-    (tmp_path / f".tmp-link-{dead_pid}").symlink_to(tmp_path / "elsewhere")
+    make(tmp_path, f".tmp-run-{dead_pid}", f".tmp-mine-{dead_pid}", f".tmp-run-{os.getppid()}", file="notes.txt")
+    make(tmp_path, f".tmp-other-{dead_pid}", f".del-step-00000005-{dead_pid}", ".tmp-mine", f"run-{dead_pid}", "there")
+    (tmp_path / f".tmp-link-{dead_pid}").symlink_to(tmp_path / "there")
     with files.new_folder(tmp_path / "run") as folder:
         (folder / "file").write_text("whole")
-    left = sorted(path.name for path in tmp_path.iterdir())
-    kept = [f".tmp-link-{dead_pid}", ".tmp-mine", f".tmp-run-{os.getppid()}", "elsewhere", "run", f"run-{dead_pid}"]
-    assert left == sorted(kept)
-    assert (tmp_path / "elsewhere" / "file").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    somebody_elses = {f".tmp-mine-{dead_pid}", f".tmp-run-{os.getppid()}", ".tmp-mine", f".tmp-link-{dead_pid}"}
+    assert left == somebody_elses | {f"run-{dead_pid}", "there", "run"}
+    assert (tmp_path / "there" / "model.safetensors").exists()
 
 
 def test_what_somebody_holds_is_not_swept(tmp_path, dead_pid):
@@ -41,9 +41,9 @@ def test_what_somebody_holds_is_not_swept(tmp_path, dead_pid):
     make(tmp_path, f".tmp-run-{dead_pid}")
     with files.locked_folder(tmp_path / f".tmp-run-{dead_pid}") as free:
         assert free
-        files.sweep(tmp_path)
+        files.sweep(tmp_path / "run")
         assert (tmp_path / f".tmp-run-{dead_pid}").exists()
-    files.sweep(tmp_path)
+    files.sweep(tmp_path / "run")
     assert not (tmp_path / f".tmp-run-{dead_pid}").exists()
 
 
