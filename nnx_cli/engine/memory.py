@@ -24,6 +24,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.engine import adamw, elementwise, muon
 from nnx_cli.engine import loss as head_loss
 from nnx_cli.engine.checkpointing import checkpoint_blocks
+from nnx_cli.engine.compiler import undo_compile
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
@@ -92,8 +93,8 @@ class FusedRMSNorm(torch.autograd.Function):
 class Kernels:
     """Functions of torch and of this package as the target has them, on the meta device."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, compiled: bool = False) -> None:
+        self.target, self.compiled = target, compiled
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -107,7 +108,8 @@ class Kernels:
             (adamw.fused, "adamw"): in_place,
         }
         if target.device == "cuda":
-            own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
+            if not self.compiled:  # the compiler has its own
+                own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
             own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): in_place}
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
@@ -349,12 +351,13 @@ def stretched(sections: list[Section], pairs: int) -> list[Section]:
 @dataclass(frozen=True)
 class Pass:
     """Bytes that come on top of weights, gradients and optimizer states in one micro-step: the most in each phase, and
-    what is kept from the forward pass (`activations`) to the backward pass."""
+    what is kept from the forward pass (`activations`) to the backward pass, by `blocks` among it."""
 
     forward: int
     head: int
     backward: int
     activations: int
+    blocks: int
 
 
 def simulate(
@@ -413,15 +416,52 @@ def simulate(
                 p.grad = None
             model.train(was_training)
     most: dict[str, int] = {}
-    level = activations = 0
+    level = activations = blocks = 0
     for section in stretched(storages.sections, pairs):
         phase, number = section.label
         phase = "forward" if phase == "start" else phase
         if phase == "head":
             activations = level
         most[phase] = max(most.get(phase, 0), level + section.rise)
+        blocks += section.change if section.label[0] == "forward" else 0
         level += section.change
-    return Pass(most["forward"], most["head"], most["backward"], activations)
+    return Pass(most["forward"], most["head"], most["backward"], activations, blocks)
+
+
+def kept_by_compiled_blocks(model: LanguageModel, batch_size: int, target: Target) -> int:
+    """Bytes that a model's blocks keep when compiled: the compiler's own division into forward and backward pass says
+    which results it would rather compute again. Takes seconds."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    kept = 0
+
+    def forward(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        results = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        made = [x.meta["val"] for x in results if isinstance(x, torch.fx.Node) and x.op != "placeholder"]
+        storages = {id(x.untyped_storage()): x.untyped_storage() for x in made if isinstance(x, Tensor)}
+        n_bytes = sum(rounded(storage.nbytes()) for storage in storages.values())
+
+        def run(*args: Any) -> Any:
+            nonlocal kept
+            kept += n_bytes
+            return graph.forward(*args)
+
+        return make_boxed_func(run)
+
+    backend = aot_autograd(
+        fw_compiler=forward, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table(),
+    )  # fmt: skip
+    for block in model.blocks:
+        block.compile(backend=backend, dynamic=False)
+    try:
+        with Kernels(target, compiled=True).used():
+            model.trunk(torch.empty(batch_size, model.config.seq_len, dtype=torch.int64, device="meta"))
+    finally:
+        undo_compile(model)
+    return kept
 
 
 def forget(p: Tensor) -> None:
@@ -472,7 +512,9 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) 
 
 def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: Target) -> Memory:
     """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
-    has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in."""
+    has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in.
+
+    Blocks count as compiled with `compile` "on" alone; eager ones keep more."""
     model.compute_dtype = DTYPES[config.precision]
     in_backward = config.optimizer_in_backward
     accumulate = (config.grad_accum or 2) > 1 and not in_backward
@@ -487,9 +529,17 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     during = resting + (gradients if accumulate else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
     phases["backward"] += moment if in_backward else 0
+    activations = step.activations
+    if config.compile == "on":
+        plain = simulate(model, batch_size, model.config.seq_len, target=target).blocks
+        less = max(0, plain - kept_by_compiled_blocks(model, batch_size, target))
+        again = {"off": 0.0, "half": 0.5, "on": 1.0}[config.activation_checkpointing]  # one of them at a time
+        phases = {name: n_bytes - int(less * (1 - again)) for name, n_bytes in phases.items()}
+        phases["backward"] -= int(less / len(model.blocks)) if again else 0
+        activations -= int(less * (1 - again))
     phases["optimizer"] = resting + gradients + moment
     return Memory(
-        sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases
+        sum(stored.values()), gradients, states, activations, moment, target.fixed_bytes, phases
     )  # fmt: skip
 
 

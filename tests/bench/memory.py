@@ -75,7 +75,9 @@ def all_cells() -> list[Cell]:
 
 
 def settings(cell: Cell) -> TrainConfig:
-    return TrainConfig(precision=cell.precision, lr=1e-4, weight_decay=0.1, compile="off", **WAYS[cell.way])
+    return TrainConfig(
+        precision=cell.precision, lr=1e-4, weight_decay=0.1, compile="on" if cell.compiled else "off", **WAYS[cell.way]
+    )
 
 
 def rows_of(config: models.ModelConfig) -> int:

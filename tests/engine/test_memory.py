@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -138,3 +140,15 @@ def test_memory_grows_with_what_it_holds(name):
     assert freed.gradients_bytes == 0 and freed.phases["forward"] == base.phases["forward"] - base.gradients_bytes
     parts = base.weights_bytes + base.gradients_bytes + base.optimizer_bytes + base.activations_bytes
     assert parts + base.fixed_bytes < base.peak_bytes < 1.3 * parts + base.fixed_bytes
+
+
+def test_compiled_blocks_keep_less():
+    model = meta_model("llama", models.make_config("llama", **SHAPE))
+    model.compute_dtype = torch.bfloat16
+    kept = memory.kept_by_compiled_blocks(model, 2, Target())
+    eager = simulate(model, 2, SHAPE["seq_len"], target=Target())
+    assert 0.5 * eager.blocks < kept < 0.95 * eager.blocks
+    assert simulate(model, 2, SHAPE["seq_len"], target=Target()) == eager
+    train = TrainConfig(optimizer="adamw", precision="bf16", activation_checkpointing="off", weight_precision="fp32")
+    plain, compiled = (memory.predict(model, replace(train, compile=how), 2, Target()) for how in ("off", "on"))
+    assert plain.activations_bytes - compiled.activations_bytes == eager.blocks - kept
