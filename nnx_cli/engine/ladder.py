@@ -36,15 +36,17 @@ RUNGS = (  # exact ones first
 def ladder(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[TrainConfig, tuple[Rung, ...]]]:
     """Settings with nothing left on auto, from those that cost nothing down, and the rungs taken for them.
 
-    A rung is for settings that are on auto only. `optimizer` is what that one means where memory suffices.
+    A rung is for settings that are on auto only. `optimizer` is what that one means where memory suffices. Adapters
+    begin with all blocks checkpointed: without that, activations would undo what their few gradients save.
     """
-    plain = {"activation_checkpointing": "off", "optimizer": optimizer, "weight_precision": "fp32"}
+    blocks = "off" if train.lora_rank is None else "on"
+    plain = {"activation_checkpointing": blocks, "optimizer": optimizer, "weight_precision": "fp32"}
     free = {field for field in plain if getattr(train, field) == "auto"}
     chosen = replace(train, **{field: plain[field] for field in free})
     taken: dict[str, Rung] = {}
     yield chosen, ()
     for rung in RUNGS:
-        if rung.field in free:
+        if rung.field in free and plain[rung.field] != "on":
             chosen = replace(chosen, **{rung.field: rung.value})
             taken[rung.field] = rung
             yield chosen, tuple(taken.values())

@@ -209,6 +209,8 @@ def fit(train: TrainConfig, config: ModelConfig, name: str, device: torch.device
             settings[field] = getattr(chosen, field)
             reasons = [rung.text for rung in rungs if rung.field == field]
             where[field] = "derived: memory; " + reasons[0] if reasons else "derived: it fits"
+    if train.lora_rank is not None and train.activation_checkpointing == "auto":
+        where["activation_checkpointing"] = "derived: adapters are to take little memory; a third more work"
     return Fitted(settings, rungs, predictor.peak(replace(chosen, grad_accum=A, batch_size=B), B), budget)
 
 

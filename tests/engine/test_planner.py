@@ -190,3 +190,16 @@ def test_dropout_follows_from_length_and_text_unless_it_is_given(fields, length,
     )  # fmt: skip
     assert made.model_config.dropout == dropout
     assert ("dropout" in made.sources) == (dropout > 0)
+
+
+def test_adapters_are_trained_in_little_memory():
+    def made(**settings):
+        return planner.plan_run(
+            "llama", "nano", {}, TrainConfig(max_steps=10, **settings), vocab_size=256, train_tokens=100_000,
+            val_tokens=10_000, device=torch.device("cpu"), precision="fp32", sources={},
+        )  # fmt: skip
+
+    assert made(lora_rank=4).train.activation_checkpointing == "on"
+    assert made(lora_rank=4, activation_checkpointing="off").train.activation_checkpointing == "off"
+    assert made().train.activation_checkpointing == "off"
+    assert made(lora_rank=4).peak_bytes < 0.45 * made().peak_bytes
