@@ -327,7 +327,8 @@ def read_verified_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
     config = read_json(path)
     ckpt.check_format(config, path)
-    if not isinstance(config.get("model"), dict) or "parameters" not in config:
+    described = config.get("model")
+    if not isinstance(described, dict) or "name" not in described or "parameters" not in config:
         raise CheckpointError(f"{path} is damaged: it describes no model")
     check_types(config, CONFIG_TYPES, path)
     return config
