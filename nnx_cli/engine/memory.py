@@ -113,10 +113,9 @@ class Kernels:
             own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): in_place}
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
-        else:
-            own[elementwise, "PIECE_ELSEWHERE"] = elementwise.PIECE["cpu"]
         if target.triton:
             own |= {(head_loss, "has_kernel"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+        if target.triton or target.device == "cpu":  # a CPU works on small pieces
             own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
         before = {(owner, name): getattr(owner, name) for owner, name in own}
         for (owner, name), function in own.items():
