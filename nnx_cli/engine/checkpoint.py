@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nnx_cli.engine.files import (
+    check_types,
     discard_folder,
     new_folder,
     open_regular,
@@ -34,6 +35,11 @@ from nnx_cli.errors import CheckpointError
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 BLOCK_BYTES = 2**22  # between two of which a signal is heard
+STATE_TYPES = {  # of what state.json holds
+    **dict.fromkeys(("step", "tokens", "best_step", "worse_validations", "skipped_steps", "bad_steps"), int),
+    **dict.fromkeys(("time_s", "lr_factor"), (int, float)), "scaler": {}, "random": {},
+    **dict.fromkeys(("best_val_loss", "best_val_bits_per_byte"), (int, float, type(None))),
+}  # fmt: skip
 MAX_HEADER_BYTES = 100 * 2**20  # what the library reads too
 SPARE_BYTES = 2**20  # for headers, JSON and logs
 DTYPES = {
@@ -218,6 +224,7 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
         raise CheckpointError(f"{path / 'state.json'} is damaged: its checksum is not the recorded one")
     state = read_json(path / "state.json")
     check_format(state, path / "state.json")
+    check_types(state, STATE_TYPES, path / "state.json")
     if state.get("step") != step:
         raise CheckpointError(f"{path} is damaged: it holds step {str(state.get('step'))[:20]}")
     model = read_tensors(path / "model.safetensors", digests["model.safetensors"])

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -246,8 +245,9 @@ def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:
         if isinstance(kinds, Mapping):
             check_types(found, kinds, path)
             kinds = (dict, type(None))
-        wrong_bool = isinstance(found, bool) and kinds is not bool
-        if wrong_bool or not isinstance(found, kinds) or (isinstance(found, float) and not math.isfinite(found)):
+        wrong = isinstance(found, bool) and kinds is not bool
+        wrong |= isinstance(found, (int, float)) and not abs(found) < 2**62  # nor not a number
+        if wrong or not isinstance(found, kinds):
             raise CheckpointError(f"{path} is damaged: its {key} is {repr(found)[:40]}")
 
 
