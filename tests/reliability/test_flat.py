@@ -68,11 +68,11 @@ def check_flat(before: dict[str, int], after: dict[str, int]) -> None:
 
 
 def test_memory_stays_flat(tmp_path):
-    check_flat(*run_long(tmp_path, "nyx", 200, 1200))
+    check_flat(*run_long(tmp_path, "nyx", 200, 800))
 
 
 def flat(full: bool) -> Result:
-    models, late = (("nyx",), 20_000) if full else (("nyx",), 1200)
+    models, late = (("nyx",), 20_000) if full else (("nyx",), 800)
     notes = []
     for model in models:
         with workplace() as folder:
