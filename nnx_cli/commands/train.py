@@ -354,7 +354,7 @@ def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: b
             with suppress(OutputError):  # a full disk is what the error may be
                 record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
             raise
-    status = record(run, trainer, ended)
+        status = record(run, trainer, ended)
     view.__exit__()
     if ended == "interrupted":
         talk.note("")
