@@ -26,8 +26,9 @@ TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be wo
 EFFICIENCY = {"cpu": 0.3, "cuda": 0.1, "mps": 0.1}  # of the matrix rate that training reaches, for planning
 DROPOUT = ((12, 0.2), (6, 0.1))  # passes over the text from which on a model needs it: tests/bench/zoo.md
 MEMORISES = 2  # parameters a token of the text from which on a model can learn it by heart
+BY_HEART = 0.2  # dropout from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
-CPU_TOKENS_PER_STEP = 2048
+CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
 
 
@@ -76,16 +77,19 @@ def plan_run(
 
     model = cost.meta_model(name, config)
     flops = cost.flops_per_token(model)["train"]
-    if "dropout" not in fields:
-        passes = planned_tokens(train, model, device, train_tokens, seconds * rate / flops) / train_tokens
-        if dropout := default_dropout(passes, cost.count_parameters(model)["total"], train_tokens):
-            config = replace(config, dropout=dropout)
-            where["dropout"] = f"derived: the text is read {passes:.0f} times"
+    passes = planned_tokens(train, model, device, train_tokens, seconds * rate / flops) / train_tokens
+    dropout = default_dropout(passes, cost.count_parameters(model)["total"], train_tokens)
+    if dropout and "dropout" not in fields:
+        config = replace(config, dropout=dropout)
+        where["dropout"] = f"derived: the text is read {passes:.0f} times"
+    recipe = models.recipe(name)
+    preferred = "adamw" if dropout >= BY_HEART or train.lora_rank else recipe.optimizer
     derive("precision", precision, "device")
-    fitted = fit(replace(train, **derived), config, name, device, where)
+    fitted = fit(replace(train, **derived), config, name, device, where, preferred)
     derived |= fitted.settings
     optimizer = derived.get("optimizer", train.optimizer)
-    recipe = models.recipe(name)
+    if derived.get("optimizer") == preferred:
+        where["optimizer"] = "derived: model, and how often the text is read"
     derive("lr", default_lr(optimizer, config.dim, recipe.lr_factor), "optimizer, width and model")
     decays = optimizer in ("adamw", "adamw8bit", "muon")
     derive("weight_decay", recipe.weight_decay if decays else 0.0, "optimizer and model")
@@ -171,9 +175,12 @@ class Fitted:
     budget: int
 
 
-def fit(train: TrainConfig, config: ModelConfig, name: str, device: torch.device, where: dict[str, str]) -> Fitted:
+def fit(
+    train: TrainConfig, config: ModelConfig, name: str, device: torch.device, where: dict[str, str], optimizer: str
+) -> Fitted:  # fmt: skip
     """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
-    that fits. Where what is asked does not fit, settings on auto go down the ladder until it does.
+    that fits. Where what is asked does not fit, settings on auto go down the ladder until it does; at its top `auto`
+    means `optimizer`.
 
     Raises DoesNotFit where even that is not enough.
     """
@@ -189,7 +196,7 @@ def fit(train: TrainConfig, config: ModelConfig, name: str, device: torch.device
         B = N // (A * T)
     predictor = Predictor(name, config, train.lora_rank, target_of(device))
     budget = memory_budget(device, train.vram_bytes)
-    chosen, rungs, fits = descend(predictor, replace(train, grad_accum=A), B or 1, budget)
+    chosen, rungs, fits = descend(predictor, replace(train, grad_accum=A), B or 1, budget, optimizer)
     if not fits:
         largest = predictor.largest(chosen, budget, B or 1)
         enough = f"a batch of {largest} would fit" if largest else "not even one sequence fits"
@@ -216,23 +223,24 @@ def fit(train: TrainConfig, config: ModelConfig, name: str, device: torch.device
 
 def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
     """Tokens of an optimizer step: few, so that there are many steps, but enough to keep a card busy."""
-    if device.type == "cpu":
-        return CPU_TOKENS_PER_STEP
     total = cost.count_parameters(model)["total"]
+    if device.type == "cpu":
+        few, more = CPU_TOKENS_PER_STEP
+        return few if total <= 2e6 else more
     few, more, many = GPU_TOKENS_PER_STEP
     return few if total <= 20e6 else more if total <= 60e6 else many
 
 
 def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
     """Peak learning rate: falls with the width from 128 on, times an architecture's factor; Lion takes a tenth of it,
-    Muon two and a half.
+    Muon two and a half, whatever the architecture, for it moves all matrices by the same share.
 
     Wolf has the rate its author gives.
     """
     if optimizer == "wolf":
         return 0.3678
-    share = {"lion": 0.1, "muon": 2.5}.get(optimizer, 1.0)
-    return float(f"{4e-3 * 128 / max(dim, 128) * factor * share:.2g}")
+    share = 2.5 if optimizer == "muon" else 0.1 * factor if optimizer == "lion" else factor
+    return float(f"{4e-3 * 128 / max(dim, 128) * share:.2g}")
 
 
 def affordable_size(name: str, flops: float) -> str:

@@ -64,8 +64,9 @@ class ModelConfig:
 class Recipe:
     """How an architecture differs from the others in what it learns best from."""
 
-    lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest
-    weight_decay: float = 0.1  # with AdamW
+    optimizer: str = "muon"  # where memory suffices and the text is not read too often
+    lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest, but with Muon
+    weight_decay: float = 0.1  # with AdamW and Muon
     warmup: bool = True
 
 

@@ -6,6 +6,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.engine import planner
 from nnx_cli.engine.planner import affordable_size, default_lr, plan_run, steps_in
 from nnx_cli.errors import DoesNotFit, UsageError
+from nnx_cli.models._base import Recipe
 
 T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
@@ -137,6 +138,8 @@ def test_learning_rate_falls_with_the_width():
     assert default_lr("adamw", 128) == pytest.approx(4e-3)
     assert default_lr("adamw", 512) == pytest.approx(1e-3)
     assert default_lr("lion", 512, 2.0) == pytest.approx(2e-4)
+    assert default_lr("muon", 128) == pytest.approx(1e-2)
+    assert default_lr("muon", 512, 2.0) == pytest.approx(2.5e-3)
 
 
 def test_warmup_is_a_small_part_of_the_run():
@@ -180,7 +183,7 @@ def test_dropout_where_a_text_is_learnt_by_heart(passes, parameters, dropout):
 
 @pytest.mark.parametrize(
     ("fields", "length", "dropout"),
-    [({}, {"epochs": 12.0}, 0.2), ({}, {"epochs": 3.0}, 0.0), ({}, {"max_steps": 1000}, 0.2),
+    [({}, {"epochs": 12.0}, 0.2), ({}, {"epochs": 3.0}, 0.0), ({}, {"max_steps": 2000}, 0.2),
      ({}, {"max_steps": 20}, 0.0), ({"dropout": 0.0}, {"epochs": 12.0}, 0.0)],
 )  # fmt: skip
 def test_dropout_follows_from_length_and_text_unless_it_is_given(fields, length, dropout):
@@ -203,3 +206,36 @@ def test_adapters_are_trained_in_little_memory():
     assert made(lora_rank=4, activation_checkpointing="off").train.activation_checkpointing == "off"
     assert made().train.activation_checkpointing == "off"
     assert made(lora_rank=4).peak_bytes < 0.45 * made().peak_bytes
+
+
+# optimizer
+
+
+def test_muon_where_the_text_is_not_read_too_often():
+    made = [plan(train_tokens=10_000, epochs=epochs) for epochs in (3.0, 8.0, 12.0)]
+    assert [p.train.optimizer for p in made] == ["muon", "muon", "adamw"]
+    assert [p.train.lr for p in made] == [default_lr(o, 32) for o in ("muon", "muon", "adamw")]
+    assert all(p.sources["optimizer"].startswith("derived: model") for p in made)
+
+
+@pytest.mark.parametrize(("dropout", "epochs", "optimizer"), [(0.5, 3.0, "muon"), (0.0, 12.0, "adamw")])
+def test_dropout_of_ones_own_does_not_change_the_optimizer(dropout, epochs, optimizer):
+    made = plan(FIELDS | {"dropout": dropout}, train_tokens=10_000, epochs=epochs)
+    assert (made.model_config.dropout, made.train.optimizer) == (dropout, optimizer)
+
+
+def test_adapters_are_left_to_adamw():
+    assert plan(max_steps=5, lora_rank=4).train.optimizer == "adamw"
+    assert plan(max_steps=5, lora_rank=4, optimizer="muon").train.optimizer == "muon"
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_an_architecture_may_prefer_another_optimizer(name, monkeypatch):
+    assert plan(model=name, max_steps=5).train.optimizer == models.recipe(name).optimizer
+    monkeypatch.setattr(models, "recipe", lambda name: Recipe(optimizer="lion"))
+    assert plan(model=name, max_steps=5).train.optimizer == "lion"
+
+
+@pytest.mark.parametrize(("size", "tokens"), [("nano", 1024), ("tiny", 2048)])
+def test_small_models_take_small_steps_on_a_processor(size, tokens):
+    assert plan({}, size, max_steps=5).train.tokens_per_step == tokens

@@ -67,7 +67,7 @@ def test_a_folder_that_exists_is_left_alone(start, workspace):
 def test_config_has_every_value_and_no_place_of_this_machine(run):
     config = run.config
     assert None not in (config["training"][key] for key in ("lr", "batch_size", "grad_accum", "max_steps"))
-    assert config["training"]["optimizer"] == "adamw" and config["training"]["precision"] == "fp32"
+    assert config["training"]["optimizer"] == "muon" and config["training"]["precision"] == "fp32"
     assert config["model"]["name"] == "nyx" and config["model"]["ffn_dim"] > 0
     assert not os.path.isabs(config["data"]["folder"])
     assert (run.folder / config["data"]["folder"]).resolve() == (run.folder.parents[1] / "data" / "words").resolve()

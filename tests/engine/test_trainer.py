@@ -238,7 +238,7 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
     first, last = lines[0], lines[-1]
     assert first["step"] == 1 and last["step"] == 40 and last["tokens"] == 40 * 8 * 32
     assert first["train_loss"] == pytest.approx(math.log(256), rel=0.1)
-    assert last["val_loss"] < 3.5 < first["train_loss"]
+    assert last["val_loss"] < 3.8 < first["train_loss"]
     assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2))
     assert [line["step"] for line in lines if line["val_loss"] is not None] == [10, 20, 30, 40]
     assert status["best_val_loss"] == min(line["val_loss"] for line in lines if line["val_loss"] is not None)
