@@ -68,7 +68,7 @@ CPU_RECIPE = [
     "--lr_decay_iters=2000", "--dropout=0.0",
 ]  # fmt: skip
 GPU_RECIPE = ["config/train_shakespeare_char.py"]
-LENGTHS = {"cpu": ["12s", "18s", "24s", "30s"], "cuda": ["4s", "6s", "9s", "13s", "18s"]}
+LENGTHS = {"cpu": ["200", "250", "300", "400"], "cuda": ["4s", "6s", "9s", "13s", "18s"]}
 PEER_BATCHES = {"speed-124m": [6, 8, 10], "speed-10m": [64, 128, 256]}
 OUR_BATCHES = {"speed-124m": [8, 12, 16, 24], "speed-10m": [64, 128, 256]}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {  # ours, within 2 % of nanoGPT's parameters

@@ -1,12 +1,13 @@
 """Which architecture is better: every one trained with its own default recipe on the same tokens of the same text.
 
     python tests/bench/zoo.py --text tinyshakespeare.txt [--size tiny] [--tokens 4000000] [--seeds 3] [--model nyx ...]
-                              [--tokenizer char] [--set dropout=0.2 lr=0.002 ...] [--markdown tests/bench/zoo.md]
+                              [--tokenizer char] [--set dropout=0.2 optimizer=muon seq_len=64 ...] [--markdown FILE]
 
 A run has --tokens training tokens at the size's context (tiny: 256); its loss is the mean over the whole validation
-split, of the weights at the end. --set overrides settings of the recipe and of the model. Prints the mean over the seeds
-and their spread, tokens a second (on a card with the step captured as a CUDA graph) and the peak of memory; and for
-`--lora RANK` the peak of adapter training beside full training.
+split, of the weights at the end. --set overrides settings of the recipe and of the model. Prints the mean over the
+seeds and their spread, processor seconds of the last run's steps (what to compare on a CPU that does other work too,
+with OMP_NUM_THREADS=1), tokens a second (on a card with the step captured as a CUDA graph) and the peak of memory; and
+for `--lora RANK` the peak of adapter training beside full training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, own_fields
 from nnx_cli.engine.compiler import decide
-from nnx_cli.engine.device import DTYPES, describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
+from nnx_cli.engine.device import (
+    DTYPES,
+    describe,
+    peak_memory_bytes,
+    pick_device,
+    pick_precision,
+    set_seed,
+    synchronize,
+)
 from nnx_cli.engine.evaluator import evaluate
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.prepare import prepare
@@ -64,13 +73,13 @@ def make_trainer(
     return Trainer(model, data, plan.train, device, Observer(), SampleConfig(), [10])
 
 
-def train(trainer: Trainer) -> tuple[float, float]:
-    """Loss on the validation split after all steps, and tokens a second."""
+def train(trainer: Trainer) -> tuple[float, float, float]:
+    """Loss on the validation split after all steps, tokens a second, and seconds of processor time for the steps."""
     config, state = trainer.config, trainer.state
     trainer.model.train()
     decide(trainer, "graph")
     synchronize(trainer.device)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     for step in range(config.max_steps):
         lr = lr_at(
             step, step / config.max_steps, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
@@ -79,7 +88,7 @@ def train(trainer: Trainer) -> tuple[float, float]:
         state.tokens += trainer.take_step(lr)
         state.step += 1
     synchronize(trainer.device)
-    speed = state.tokens / (time.perf_counter() - started)
+    speed, used = state.tokens / (time.perf_counter() - started), time.process_time() - used
     result = evaluate(
         trainer.model,
         trainer.data.val,
@@ -87,7 +96,7 @@ def train(trainer: Trainer) -> tuple[float, float]:
         batch_size=16,
         token_bytes=trainer.token_bytes,
     )
-    return result.loss, speed
+    return result.loss, speed, used
 
 
 def race(
@@ -103,16 +112,18 @@ def race(
         shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **recipe), device, fields).config
         config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **recipe)
         trainer = make_trainer(name, size, data, config, device, fields)
-        loss, speed = train(trainer)
+        loss, speed, used = train(trainer)
         losses.append(loss)
         row = {
             "model": name,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "step": f"{config.max_steps} x {shape.tokens_per_step}",
+            "optimizer": trainer.config.optimizer,
             "lr": trainer.config.lr,
             "set": " ".join(f"{key}={value}" for key, value in settings.items()),
             "loss": statistics.mean(losses),
             "spread": max(losses) - min(losses),
+            "processor s": round(used),
             "tokens/s": round(speed),
             "peak MiB": round((peak_memory_bytes(device) or 0) / 2**20),
         }
