@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nnx_cli.engine.device import synchronize
 from nnx_cli.models._base import LanguageModel
@@ -16,14 +18,29 @@ if TYPE_CHECKING:
     from nnx_cli.engine.trainer import Trainer
 
 TOLERANCE = {
-    "fp32": 1e-4,
-    "bf16": 2e-2,
-    "fp16": 1e-2,
-}  # relative difference of the loss from eager that counts as equal
+    "fp32": (1e-4, 1e-3),
+    "bf16": (2e-2, 1e-1),
+    "fp16": (1e-2, 1e-1),
+}  # relative differences of loss and gradient from eager that count as equal
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 30.0}  # what compiling a block and its backward may cost
 HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
 WORTHWHILE = 0.95  # of the time of an eager step: what a compiled one may take at most; less is noise
 TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A micro-batch, tried: its loss, the norm of every parameter's gradient, and the seconds it takes."""
+
+    loss: float
+    seconds: float
+    norms: Tensor
+
+    def off_by(self, other: Trial) -> tuple[float, float]:
+        """Difference of loss and of gradient from another trial's, relative to that."""
+        loss = abs(self.loss - other.loss) / max(abs(other.loss), 1e-9)
+        gradient = (self.norms - other.norms).norm() / other.norms.norm().clamp(min=1e-12)
+        return loss, gradient.item()
 
 
 def compile_blocks(model: LanguageModel) -> None:
@@ -66,7 +83,7 @@ def decide(trainer: Trainer, wish: str) -> str:
         if wish == "graph":
             return how
     eager = timed(trainer)
-    micro_s = step_s / trainer.config.grad_accum if kind == "cuda" else eager[1]
+    micro_s = step_s / trainer.config.grad_accum if kind == "cuda" else eager.seconds
     if wish == "auto" and planned_seconds(trainer, micro_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
         return how
     after_s = compile_checked(trainer, eager)
@@ -76,7 +93,7 @@ def decide(trainer: Trainer, wish: str) -> str:
         if how == "graph":
             capture(trainer, wish, None)
         after_s = timed_step(trainer)
-    before_s = step_s if kind == "cuda" else eager[1]
+    before_s = step_s if kind == "cuda" else eager.seconds
     if wish == "auto" and after_s >= WORTHWHILE * before_s:
         undo_compile(trainer.model)
         if how == "graph":
@@ -87,26 +104,28 @@ def decide(trainer: Trainer, wish: str) -> str:
     return "on"
 
 
-def compile_checked(trainer: Trainer, eager: tuple[float, float]) -> float | None:
-    """Compile the blocks; returns what `timed` takes then. None, and all is undone, where that fails or the loss
-    differs from that of eager blocks."""
+def compile_checked(trainer: Trainer, eager: Trial) -> float | None:
+    """Compile the blocks; returns what `timed` takes then. None, and all is undone, where that fails, or where loss or
+    gradient differ from those of eager blocks."""
     if trainer.device.type == "cpu":
         torch.use_deterministic_algorithms(True)  # compiled sums would be split among threads as it comes
     compile_blocks(trainer.model)
     try:
-        loss, seconds = timed(trainer)
+        trial = timed(trainer)
     except torch.OutOfMemoryError:
         raise
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as error:
         undo_compile(trainer.model)
         trainer.observer.note(f"not compiled: {in_a_line(error)}")
         return None
-    off_by = abs(loss - eager[0]) / max(abs(eager[0]), 1e-9)
-    if off_by <= TOLERANCE[trainer.config.precision]:
-        return seconds
-    undo_compile(trainer.model)
-    trainer.observer.note(f"not compiled: the loss differs from eager by {off_by:.1e}")
-    return None
+    for what, off_by, allowed in zip(
+        ("loss", "gradient"), trial.off_by(eager), TOLERANCE[trainer.config.precision], strict=True
+    ):
+        if not off_by <= allowed:
+            undo_compile(trainer.model)
+            trainer.observer.note(f"not compiled: the {what} differs from eager by {off_by:.1e}")
+            return None
+    return trial.seconds
 
 
 def capture(trainer: Trainer, wish: str, plain_s: float | None) -> bool:
@@ -154,13 +173,12 @@ def planned_seconds(trainer: Trainer, micro_step_s: float) -> float:
     return ahead * (1.0 - trainer.progress())
 
 
-def timed(trainer: Trainer) -> tuple[float, float]:
-    """Loss of the first micro-batch, and the median time of its forward and backward pass; leaves no gradient
-    behind."""
+def timed(trainer: Trainer) -> Trial:
+    """The first micro-batch, forward and backward, by the median time; leaves no gradient behind."""
     torch.manual_seed(0)
     trainer.model.train(trainer.model.config.dropout == 0)  # dropout draws other masks when compiled
     input_ids, targets = trainer.loader.batch(0, trainer.config.batch_size)
-    times, loss = [], 0.0
+    times, loss, norms = [], 0.0, torch.zeros(0)
     try:
         for _ in range(TIMED_STEPS + 1):  # the first one warms up, and compiles
             synchronize(trainer.device)
@@ -170,8 +188,10 @@ def timed(trainer: Trainer) -> tuple[float, float]:
             loss = (total / count).item()
             synchronize(trainer.device)
             times.append(time.perf_counter() - started)
+            gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
             trainer.model.zero_grad(set_to_none=True)
     finally:
         trainer.model.zero_grad(set_to_none=True)
         trainer.model.train()
-    return loss, sorted(times[1:])[TIMED_STEPS // 2]
+    return Trial(loss, sorted(times[1:])[TIMED_STEPS // 2], norms)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nnx_cli.engine import compiler
-from nnx_cli.engine.compiler import compile_blocks, decide, planned_seconds, undo_compile
+from nnx_cli.engine.compiler import Trial, compile_blocks, decide, planned_seconds, undo_compile
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def pretend(monkeypatch):
             result = next(results)
             if isinstance(result, Exception):
                 raise result
-            return result
+            loss, seconds, *norms = result
+            return Trial(loss, seconds, torch.tensor(norms or [1.0, 2.0]))
 
         monkeypatch.setattr(compiler, "timed", timed)
         monkeypatch.setattr(compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -64,6 +65,13 @@ def test_a_wrong_result_is_not_kept(trainer, pretend, wish, loss):
     pretend((5.5, 1000.0), (loss, 1.0))
     assert decide(trainer, wish) == "off" and not is_compiled(trainer)
     assert "the loss differs from eager" in trainer.notes[0]
+
+
+@pytest.mark.parametrize("norms", [(1.0, 2.1), (0.0, 0.0), (1.0, float("nan"))])
+def test_a_wrong_gradient_is_not_kept(trainer, pretend, norms):
+    pretend((5.5, 1000.0, 1.0, 2.0), (5.5, 1.0, *norms))
+    assert decide(trainer, "auto") == "off" and not is_compiled(trainer)
+    assert "the gradient differs from eager" in trainer.notes[0]
 
 
 def test_auto_keeps_nothing_that_is_slower(trainer, pretend):
@@ -107,7 +115,7 @@ def test_names_in_the_state_dict_stay(trainer):
 
 def test_timing_leaves_nothing_behind(trainer):
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    loss, seconds = compiler.timed(trainer)
-    assert 5 < loss < 6 and seconds > 0
+    trial = compiler.timed(trainer)
+    assert 5 < trial.loss < 6 and trial.seconds > 0 and (trial.norms > 0).all()
     assert all(p.grad is None for p in trainer.model.parameters())
     assert all(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
