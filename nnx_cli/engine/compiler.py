@@ -82,6 +82,10 @@ def decide(trainer: Trainer, wish: str) -> str:
             how, step_s = "graph", timed_step(trainer)
         if wish == "graph":
             return how
+    if trainer.step.in_backward:  # weights would move while a compiled gradient is compared with an eager one
+        if wish == "on":
+            trainer.observer.note("not compiled: not together with --optimizer-in-backward")
+        return how
     eager = timed(trainer)
     micro_s = step_s / trainer.config.grad_accum if kind == "cuda" else eager.seconds
     if wish == "auto" and planned_seconds(trainer, micro_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:

@@ -67,6 +67,13 @@ def test_a_wrong_result_is_not_kept(trainer, pretend, wish, loss):
     assert "the loss differs from eager" in trainer.notes[0]
 
 
+def test_steps_in_the_backward_pass_are_not_compiled(trainer, monkeypatch):
+    monkeypatch.setattr(compiler, "timed", None)
+    trainer.step.in_backward = True
+    assert decide(trainer, "on") == "off" and "--optimizer-in-backward" in trainer.notes[0]
+    assert decide(trainer, "auto") == "off"
+
+
 @pytest.mark.parametrize("norms", [(1.0, 2.1), (0.0, 0.0), (1.0, float("nan"))])
 def test_a_wrong_gradient_is_not_kept(trainer, pretend, norms):
     pretend((5.5, 1000.0, 1.0, 2.0), (5.5, 1.0, *norms))
