@@ -80,6 +80,19 @@ def test_without_a_limit_the_gradient_is_only_measured():
     assert ours == pytest.approx(1e-3, rel=1e-2) and theirs > 1e-2
 
 
+def test_an_overflow_under_a_loss_scale_is_the_scalers_business():
+    step = make_step()
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    before = step.model.norm.weight.detach().clone()
+    for skipped in range(100):
+        step(*batch(), 4)
+        if step.stats[1].isfinite():
+            break
+        assert torch.equal(before, step.model.norm.weight)
+    assert 0 < skipped == step.stats[3].item() and step.scaler.get_scale() == 2.0 ** (127 - skipped)
+    assert not torch.equal(before, step.model.norm.weight), "the scale is low enough now"
+
+
 @pytest.mark.parametrize("name", models.names())
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 def test_steps_in_the_backward_pass_are_the_same_steps(name, optimizer):

@@ -183,3 +183,43 @@ class NanAt:
             real(step, loss, norm)
 
         Step.update = update
+
+
+@dataclass(frozen=True)
+class OverflowAt:
+    """Makes a vector of the first block so large, after the given steps, that the next forward pass overflows there."""
+
+    steps: tuple[int, ...]
+
+    def __call__(self) -> None:
+        import torch
+
+        from nnx_cli.engine.step import Step
+
+        real, taken = Step.finish, itertools.count()
+
+        def finish(step: Any, *numbers: Any) -> None:
+            real(step, *numbers)
+            if next(taken) in self.steps:
+                with torch.no_grad():
+                    next(p for p in step.model.blocks[0].parameters() if p.dim() == 1).fill_(3e38)
+
+        Step.finish = finish
+
+
+@dataclass(frozen=True)
+class SpikeAt:
+    """Adds to the loss that a step reports, at the given steps."""
+
+    steps: tuple[int, ...]
+    height: float = 50.0
+
+    def __call__(self) -> None:
+        from nnx_cli.engine.step import Step
+
+        real, taken = Step.finish, itertools.count()
+
+        def finish(step: Any, loss: Any, norm: Any, bad: Any) -> None:
+            real(step, loss + self.height if next(taken) in self.steps else loss, norm, bad)
+
+        Step.finish = finish

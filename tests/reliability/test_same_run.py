@@ -12,10 +12,8 @@ import pytest
 
 from nnx_cli.engine.files import read_json, sha256_file, to_json
 from tests.reliability import Result
-from tests.reliability.faults import NanAt
 from tests.reliability.processes import (
     Command,
-    Setting,
     assert_same,
     make_data,
     outcome,
@@ -124,14 +122,6 @@ CHANGES = {
 def test_resuming_under_other_conditions(tmp_path, change):
     options, pretended, says, tolerance = CHANGES[change]
     moved(tmp_path, "nyx", options, pretended, says, tolerance)
-
-
-def test_a_gradient_that_is_not_finite_is_skipped(tmp_path):
-    """The harness of promise 5: numbers go bad at chosen steps of a real process."""
-    data, out = make_data(tmp_path), tmp_path / "weights" / "run"
-    command = Command(tmp_path, *train_words(data, out, steps=20), setting=Setting(change=NanAt((6, 9))))
-    assert command.wait() == 0, command.output
-    assert read_json(out / "run.json")["skipped_steps"] == 2
 
 
 def determinism(full: bool) -> Result:
