@@ -84,7 +84,7 @@ def test_an_overflow_under_a_loss_scale_is_the_scalers_business():
     step = make_step()
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
     before = step.model.norm.weight.detach().clone()
-    for skipped in range(100):
+    for skipped in range(100):  # noqa: B007 (counted at the end)
         step(*batch(), 4)
         if step.stats[1].isfinite():
             break
