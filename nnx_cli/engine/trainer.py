@@ -226,7 +226,8 @@ class Trainer:
                 self.run_step(*self.loader.batch(state.step * n, n))
                 break
             except torch.OutOfMemoryError:
-                self.shrink()
+                pass  # the exception holds on to what was computed: it has to go first
+            self.shrink()
         if self.device.type == "cuda":
             self._wait_for_older_steps()
         return n * self.loader.seq_len
