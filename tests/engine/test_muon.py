@@ -33,13 +33,13 @@ def test_arithmetic_on_a_processor_is_float32():
 
 def test_follows_torch_muon(monkeypatch):
     """With its coefficients and scale. Torch computes in bfloat16, so the updates differ by parts of a hundred."""
-    monkeypatch.setattr(orthogonalize, "__defaults__", (JORDAN,))
+    monkeypatch.setattr(muon, "SHORTER", JORDAN)
     monkeypatch.setattr(muon, "MARGIN", 1.0)
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((48, 32), (48, 32), (32, 48), (16, 16))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     options = dict(lr=1e-2, weight_decay=0.1)
-    a = Muon([{"params": ours, "orthogonal": True}], **options)
+    a = Muon([{"params": ours, "orthogonal": True}], **options, momentum=0.95)
     b = torch.optim.Muon(theirs, **options, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     start = [p.detach().clone() for p in ours]
     for _ in range(4):
