@@ -124,13 +124,13 @@ def limited_file_size(folder: Path) -> int:
     limits = (1_000, 90_000, 150_000)
     for number, limit in enumerate(limits):
         out = folder / "weights" / f"limited-{number}"
-        begin = Command(folder, *train_words(data, out, steps=20), setting=Setting(file_limit=limit))
+        begin = Command(folder, *train_words(data, out, steps=20, optimizer="adamw"), setting=Setting(file_limit=limit))
         assert begin.wait() == 8 and "disk full" in begin.output and "Traceback" not in begin.output, begin.output
         assert not list((folder / "weights").glob(".*"))
         if out.exists():
             check_intact(out, 0)
         else:
-            command = Command(folder, *train_words(data, out, steps=20, max_steps=3))
+            command = Command(folder, *train_words(data, out, steps=20, max_steps=3, optimizer="adamw"))
             assert command.wait() == 0, command.output
         longer = ["train", "--resume", out, "--max-steps", 20]
         limited = Command(folder, *longer, setting=Setting(file_limit=limit))
