@@ -3,6 +3,8 @@ no GPU)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,18 +15,62 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
+from nnx_cli.layers import soft_xor
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
+LIGHT = 5e10  # parameters x positions up to which a sequence takes less than importing the compiler, about 1 s
+
+
+@contextmanager
+def replaced(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
+    """Have functions take the place of those of modules and classes, given as (owner, name)."""
+    before = {(owner, name): getattr(owner, name) for owner, name in functions}
+    for (owner, name), function in functions.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name), function in before.items():
+            setattr(owner, name, function)
+
+
+class LightMode(TorchDispatchMode):
+    """A mode that does not import the compiler, which takes longer than all the rest of a plan. None of ours is used
+    while something compiles."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class WithoutNumbers(LightMode):
+    """Leaves weights as they are where random numbers would fill them or norms divide them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("normal_", "uniform_", "div_"):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
 
 def meta_model(name: str, config: ModelConfig, lora_rank: int | None = None) -> LanguageModel:
     """A model without memory behind its tensors, with adapters where a rank is given."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutNumbers():
         model = models.from_config(name, config)
         if lora_rank is not None:
             add_adapters(model, lora_rank)
         return model
+
+
+def light_model(name: str, config: ModelConfig) -> LanguageModel:
+    """A model for `dry_run` where that is quickest: on the CPU with weights that nobody has written, which take no
+    memory yet; or, if it is large, on the meta device, whose operations import the compiler."""
+    model = meta_model(name, config)
+    if count_parameters(model)["total"] * config.seq_len > LIGHT:
+        return model
+    with WithoutNumbers():
+        return models.from_config(name, config)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -55,27 +101,46 @@ class WithFusedAttention(TorchFunctionMode):
         return FusedAttention.apply(q, k, v)
 
 
-class MatrixProducts(TorchDispatchMode):
-    """Counts the multiplications and additions of matrix products."""
+class WithoutProducts(LightMode):
+    """Counts the multiplications and additions of matrix products, which it does not take, and the bytes of all
+    results."""
 
-    flops = 0
+    NAMES = ("mm", "bmm", "addmm", "addmm_", "baddbmm")
+    flops = n_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("mm", "bmm"):
-            self.flops += 2 * out.numel() * args[0].shape[-1]
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            a, b = args[-2:]
+            self.flops += 2 * a.numel() * b.shape[-1]
+            out = args[0] if name.endswith("_") else a.new_empty(*a.shape[:-1], b.shape[-1])
+        elif name == "attention_and_sums":  # of q (B, T, H, K), causal
+            B, T, H, K = args[0].shape
+            self.flops += 2 * B * H * T * T * K
+            out = torch.empty_like(args[0]), args[0].new_empty(B, H, T)
+        else:
+            out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        self.n_bytes += sum(x.nbytes for x in results if isinstance(x, Tensor))
         return out
 
 
-def flops_per_token(model: LanguageModel, seq_len: int | None = None) -> dict[str, int]:
-    """Floating-point operations of matrix products per token: forward, and in training (three times that).
+def dry_run(model: LanguageModel, seq_len: int | None = None) -> tuple[int, int]:
+    """Floating-point operations of matrix products of one sequence forward, and the bytes of all that is computed, some
+    of it counted several times. No product is taken: what the model returns means nothing.
 
     Attention is counted as causal: a position attends to half of the context on average.
     """
     T = seq_len or model.config.seq_len
-    with MatrixProducts() as products, WithFusedAttention() as attention, torch.no_grad():
-        model(torch.zeros(1, T, dtype=torch.int64, device="meta"))
-    forward = (products.flops + attention.flops // 2) // T
+    no_cell = {(soft_xor, "fastest_cell"): lambda x: lambda sums, state: None}  # a recurrence's products are enough
+    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad(), replaced(no_cell):
+        model(torch.zeros(1, T, dtype=torch.int64, device=model.device))
+    return products.flops + attention.flops // 2, products.n_bytes
+
+
+def flops_per_token(model: LanguageModel, seq_len: int | None = None) -> dict[str, int]:
+    """Floating-point operations of matrix products per token: forward, and in training (three times that)."""
+    forward = dry_run(model, seq_len)[0] // (seq_len or model.config.seq_len)
     return {"forward": forward, "train": 3 * forward}
 
 

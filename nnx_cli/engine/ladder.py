@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.cost import meta_model
+from nnx_cli.engine.cost import count_parameters, dry_run, light_model, meta_model
 from nnx_cli.engine.memory import Memory, Target, predict
 from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -68,7 +68,22 @@ class Predictor:
         def memory(train: TrainConfig, rows: int) -> Memory:
             return predict(model(train.weight_precision), train, rows, target)
 
-        self._memory = memory
+        @cache
+        def size() -> tuple[int, int]:
+            return count_parameters(model("fp32"))["total"], dry_run(light_model(name, config))[1]
+
+        self._memory, self._size, self._bounded = memory, size, lora_rank is None
+
+    def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:
+        """Whether micro-batches of `rows` fit in `budget`. A step is simulated only where it comes near that: to do so
+        imports the compiler, which takes a second."""
+        return (self._bounded and self.bound(rows) <= budget) or self.peak(train, rows) <= budget
+
+    def bound(self, rows: int) -> int:
+        """More bytes than any settings take: a GiB, 48 for a parameter with all that belongs to it, and twice all that
+        a forward pass computes."""
+        parameters, computed = self._size()
+        return GIB + 48 * parameters + 2 * rows * computed
 
     def memory(self, train: TrainConfig, rows: int) -> Memory:
         """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it."""
@@ -89,6 +104,8 @@ class Predictor:
 
     def largest(self, train: TrainConfig, budget: int, most: int) -> int:
         """The largest micro-batch within `budget`, up to `most`; 0 where there is none."""
+        if self.fits(train, most, budget):
+            return most
         return largest_batch(lambda rows: self.peak(train, rows), budget, most)
 
 
@@ -115,7 +132,7 @@ def descend(
     """The first settings of the ladder with which micro-batches of `rows` fit, the rungs taken, and whether they
     do; the last settings where none do."""
     for chosen, taken in ladder(train, optimizer):
-        if predictor.peak(chosen, rows) <= budget:
+        if predictor.fits(chosen, rows, budget):
             return chosen, taken, True
     return chosen, taken, False
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import adamw, elementwise, muon
 from nnx_cli.engine import loss as head_loss
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import undo_compile
+from nnx_cli.engine.cost import LightMode, replaced
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
@@ -117,14 +117,8 @@ class Kernels:
             own |= {(head_loss, "has_kernel"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
         if target.triton or target.device == "cpu":  # a CPU works on small pieces
             own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
-        before = {(owner, name): getattr(owner, name) for owner, name in own}
-        for (owner, name), function in own.items():
-            setattr(owner, name, function)
-        try:
+        with replaced(own):
             yield
-        finally:
-            for (owner, name), function in before.items():
-                setattr(owner, name, function)
 
     def fuses_groups(self, q: Tensor) -> bool:
         return self.target.device != "cuda" or (q.dtype != torch.float32 and self.target.capability >= (8, 0))
@@ -271,7 +265,7 @@ class Section:
     change: int = 0
 
 
-class Storages(TorchDispatchMode):
+class Storages(LightMode):
     """Counts the bytes of all storages that come to exist, until each is freed."""
 
     def __init__(self, target: Target = CPU) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 mi
 @dataclass(frozen=True)
 class Plan:
     """A run with every value filled in. `sources` says where each value came from, `rungs` what was given up for it to
-    fit."""
+    fit, `predict` its peak memory in bytes, when asked."""
 
     model: str
     size: str | None  # None: shapes of the user's own
@@ -43,8 +43,8 @@ class Plan:
     train: TrainConfig
     sources: dict[str, str]
     rungs: tuple[Rung, ...] = ()
-    peak_bytes: int = 0  # predicted
     budget_bytes: int = 0
+    predict: Callable[[], int] = lambda: 0
 
 
 def plan_run(
@@ -75,7 +75,7 @@ def plan_run(
             derived[field] = value
             where[field] = f"derived: {reason}"
 
-    model = cost.meta_model(name, config)
+    model = cost.light_model(name, config)
     flops = cost.flops_per_token(model)["train"]
     passes = planned_tokens(train, model, device, train_tokens, seconds * rate / flops) / train_tokens
     dropout = default_dropout(passes, cost.count_parameters(model)["total"], train_tokens)
@@ -121,7 +121,7 @@ def plan_run(
         if rows * config.seq_len < val_tokens:
             derived["val_batches"] = max(1, rows // derived["batch_size"])
             where["val_batches"] = "derived: 2 % of the run"
-    return Plan(name, label, config, replace(train, **derived), where, fitted.rungs, fitted.peak_bytes, fitted.budget)
+    return Plan(name, label, config, replace(train, **derived), where, fitted.rungs, fitted.budget, fitted.predict)
 
 
 def planned_tokens(
@@ -167,12 +167,12 @@ def check_batch_shape(train: TrainConfig, seq_len: int) -> None:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a run fits: settings to take, what they give up, and the memory they need and have."""
+    """How a run fits: settings to take, what they give up, and the bytes of memory they have and are going to need."""
 
     settings: dict[str, Any]
     rungs: tuple[Rung, ...]
-    peak_bytes: int
     budget: int
+    predict: Callable[[], int]
 
 
 def fit(
@@ -218,7 +218,8 @@ def fit(
             where[field] = "derived: memory; " + reasons[0] if reasons else "derived: it fits"
     if train.lora_rank is not None and train.activation_checkpointing == "auto":
         where["activation_checkpointing"] = "derived: adapters are to take little memory; a third more work"
-    return Fitted(settings, rungs, predictor.peak(replace(chosen, grad_accum=A, batch_size=B), B), budget)
+    final = replace(chosen, grad_accum=A, batch_size=B)
+    return Fitted(settings, rungs, budget, lambda: predictor.peak(final, B))
 
 
 def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
@@ -247,7 +248,7 @@ def affordable_size(name: str, flops: float) -> str:
     """The largest named size that sees 10 tokens a parameter within `flops` of training, at least the smallest."""
     chosen = models.sizes(name)[0]
     for size in models.sizes(name):
-        model = cost.meta_model(name, models.make_config(name, size=size))
+        model = cost.light_model(name, models.make_config(name, size=size))
         tokens = flops / cost.flops_per_token(model)["train"]
         if tokens < TOKENS_PER_PARAMETER * cost.count_parameters(model)["total"]:
             break

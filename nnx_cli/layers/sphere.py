@@ -27,10 +27,12 @@ def normalize_matrices(matrices: Iterable[tuple[Tensor, int]]) -> None:
     """Divide matrices by their L2 norms along an axis each, in place; norms in float32.
 
     On CUDA small ones of one shape are stacked, up to GROUP_BYTES of them: a few kernels for all instead of for each.
+    Those of the meta device have no numbers to divide.
     """
     groups = defaultdict(list)
     for matrix, axis in matrices:
-        groups[matrix.shape, matrix.dtype, axis].append(matrix)
+        if not matrix.is_meta:
+            groups[matrix.shape, matrix.dtype, axis].append(matrix)
     for (_, _, axis), group in groups.items():
         n = max(1, GROUP_BYTES // (group[0].numel() * group[0].element_size())) if group[0].is_cuda else 1
         for start in range(0, len(group), n):

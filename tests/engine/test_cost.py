@@ -5,11 +5,13 @@ from torch import nn
 
 from nnx_cli import models
 from nnx_cli.engine.cost import (
-    MatrixProducts,
     WithFusedAttention,
+    WithoutProducts,
     count_parameters,
+    dry_run,
     file_bytes,
     flops_per_token,
+    light_model,
     meta_model,
     sampling_bytes,
 )
@@ -67,14 +69,28 @@ def test_tied_and_frozen_parameters():
     assert counted["total"] - counted["trainable"] == 256 * 64
 
 
-def test_matrix_products_are_counted():
-    with MatrixProducts() as products, WithFusedAttention() as attention:
-        nn.Linear(8, 5, bias=False, device="meta")(torch.empty(3, 8, device="meta"))
-        torch.bmm(torch.empty(2, 3, 4, device="meta"), torch.empty(2, 4, 6, device="meta"))
+def test_matrix_products_are_counted_and_not_taken():
+    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad():
+        y = nn.Linear(8, 5, bias=False, device="meta")(torch.empty(3, 8, device="meta"))
+        nn.Linear(8, 7, device="meta")(torch.empty(3, 8, device="meta"))
+        z = torch.bmm(torch.empty(2, 3, 4), torch.full((2, 4, 6), torch.nan))
         q, kv = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 5, 16, device="meta")
         F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
-    assert products.flops == 2 * 3 * 8 * 5 + 2 * 2 * 3 * 4 * 6
+    assert y.shape == (3, 5) and z.shape == (2, 3, 6)
+    assert products.flops == 2 * 3 * 8 * (5 + 7) + 2 * 2 * 3 * 4 * 6
     assert attention.flops == 2 * 2 * 8 * 5 * 5 * (16 + 16)
+    assert products.n_bytes >= y.nbytes + z.nbytes
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_light_model_costs_what_one_of_the_meta_device_does(name):
+    config = models.make_config(name, size="nano")
+    light = light_model(name, config)
+    assert light.device.type == "cpu" and dry_run(light)[0] == dry_run(meta_model(name, config))[0]
+
+
+def test_a_large_model_is_never_filled():
+    assert light_model("llama", models.make_config("llama", size="xl")).device.type == "meta"
 
 
 def test_cache_of_nyx_is_two_heads_a_layer():

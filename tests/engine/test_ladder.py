@@ -3,7 +3,7 @@ import pytest
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine.ladder import Predictor, advice, descend, ladder, largest_batch
-from nnx_cli.engine.memory import Target
+from nnx_cli.engine.memory import CPU, Target
 
 GIB = 2**30
 
@@ -53,6 +53,24 @@ def test_the_largest_batch_is_the_largest():
     n = found.largest(settings, 7 * GIB, 64)
     assert fits and 1 <= n < 64
     assert found.peak(settings, n) <= 7 * GIB < found.peak(settings, n + 1)
+
+
+@pytest.mark.parametrize("target", [CPU, Target(), Target(triton=False)], ids=["cpu", "card", "no-triton"])
+@pytest.mark.parametrize("name", models.names())
+def test_nothing_takes_more_than_the_bound(name, target):
+    found = Predictor(name, models.make_config(name, size="nano"), None, target)
+    for optimizer, precision in (("muon", "fp32"), ("wolf", "bf16")):
+        settings = next(ladder(train(optimizer=optimizer, precision=precision)))[0]
+        for rows in (1, 64):
+            assert 1.5 * found.peak(settings, rows) < found.bound(rows)
+
+
+def test_what_clearly_fits_is_not_simulated(monkeypatch):
+    found = predictor(size="nano")
+    monkeypatch.setattr(found, "peak", None)
+    settings = next(ladder(train()))[0]
+    assert descend(found, train(), 8, 7 * GIB) == (settings, (), True)
+    assert found.largest(settings, 7 * GIB, 8) == 8
 
 
 @pytest.mark.parametrize(("budget", "wanted"), [(99, 0), (100, 1), (249, 3), (250, 4), (10**6, 50)])

@@ -81,10 +81,10 @@ def test_what_was_given_up_to_fit_is_recorded():
     fields = dict(n_layers=4, dim=512, n_heads=8, seq_len=512)
     roomy = plan(fields, max_steps=5, vram="8GB", batch_size=4)
     assert roomy.train.activation_checkpointing == "off" and not roomy.rungs and roomy.train.weight_precision == "fp32"
-    assert 0 < roomy.peak_bytes <= roomy.budget_bytes == 7 * 2**30
-    tight = f"{(roomy.peak_bytes * 0.8 + 2**30) / 2**20:.0f}MB"
+    assert 0 < roomy.predict() <= roomy.budget_bytes == 7 * 2**30
+    tight = f"{(roomy.predict() * 0.8 + 2**30) / 2**20:.0f}MB"
     planned = plan(fields, max_steps=5, vram=tight, batch_size=4)
-    assert planned.train.activation_checkpointing in ("half", "on") and planned.peak_bytes <= planned.budget_bytes
+    assert planned.train.activation_checkpointing in ("half", "on") and planned.predict() <= planned.budget_bytes
     assert [rung.field for rung in planned.rungs] == ["activation_checkpointing"]
     assert "run" in planned.sources["activation_checkpointing"] and planned.train.batch_size == 4
     assert (planned.train.lr, planned.train.max_steps) == (roomy.train.lr, roomy.train.max_steps)
@@ -205,7 +205,7 @@ def test_adapters_are_trained_in_little_memory():
     assert made(lora_rank=4).train.activation_checkpointing == "on"
     assert made(lora_rank=4, activation_checkpointing="off").train.activation_checkpointing == "off"
     assert made().train.activation_checkpointing == "off"
-    assert made(lora_rank=4).peak_bytes < 0.45 * made().peak_bytes
+    assert made(lora_rank=4).predict() < 0.45 * made().predict()
 
 
 # optimizer
