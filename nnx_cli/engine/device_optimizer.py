@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Group = Mapping[str, Any]
 
 
-class DeviceOptimizer(torch.optim.Optimizer):
-    """An optimizer whose step may be captured as a CUDA graph.
+class DeviceOptimizer:
+    """An optimizer whose step may be captured as a CUDA graph. It has the groups and the state of torch's, but not its
+    class, which imports the compiler, 1 s, when an object is made of it.
 
     `found_inf`, a float32 tensor of one number on the parameters' device, 0 or 1, is set from outside: where it is 1,
     `step` leaves weights and state as they are, to the bit, whatever the gradients hold. On CUDA a group's `lr` is a
@@ -26,7 +28,10 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0, longer: bool = False) -> None:
         """`longer`: keep eight more bits of every bfloat16 weight, in its state."""
-        super().__init__(params, defaults)
+        given = list(params)
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        self.param_groups = [defaults | group | {"params": list(group["params"])} for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         self.longer = longer
         for group in self.param_groups:
             if group["params"][0].is_cuda and not isinstance(group["lr"], Tensor):
@@ -48,15 +53,18 @@ class DeviceOptimizer(torch.optim.Optimizer):
         """Move parameters of a group, whose state exists, by their gradients."""
         raise NotImplementedError
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free all gradients, or make them zeros."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad = torch.zeros_like(p.grad)
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             self.step_on([p for p in group["params"] if p.grad is not None], group, self.found_inf)
-        return loss
 
     def step_on(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         """The step of some parameters of a group, all with gradients."""

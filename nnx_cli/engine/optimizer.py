@@ -75,7 +75,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> DeviceOptimizer:
     return AdamW(groups, lr, betas, **options)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: DeviceOptimizer, lr: float) -> None:
     """Give every parameter group the same learning rate; where it is a tensor, in place, for graphs that read it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -93,7 +93,7 @@ def store_weights(model: nn.Module, precision: str) -> None:
             p.data = p.data.to(dtype)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_state(optimizer: DeviceOptimizer, model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the optimizer's state as "PARAMETER.FIELD"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
