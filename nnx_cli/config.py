@@ -62,7 +62,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
-    weight_precision: str = "auto"  # of stored matrices: auto, fp32, bf24, bf16 (less memory; rounded at random)
+    weight_precision: str = "auto"  # of stored matrices: auto, fp32, bf16 (less memory; rounded at random)
     compile: str = "auto"  # torch.compile and CUDA graphs: auto (if right and faster), on, graph (no compiler), off
     activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
@@ -94,7 +94,7 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, ("auto", "adamw", "adamw8bit", "lion", "muon", "wolf"))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf24", "bf16"))
+        check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf16"))
         check_choice("compile", self.compile, ("auto", "on", "graph", "off"))
         check_choice("activation-checkpointing", self.activation_checkpointing, ("auto", "on", "half", "off"))
         if self.optimizer_in_backward and (self.grad_accum or 1) > 1:

@@ -24,11 +24,10 @@ class AdamW(DeviceOptimizer):
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
-        weight_decay: float = 0.0, *, eight_bit: bool = False, seed: int = 0,
-        longer: bool = False, **options: Any,
+        weight_decay: float = 0.0, *, eight_bit: bool = False, seed: int = 0, **options: Any,
     ) -> None:  # fmt: skip
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, **options)
-        super().__init__(params, defaults, seed, longer)
+        super().__init__(params, defaults, seed)
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         layout = {"step": (torch.Size(()), torch.float32)} | self.rounded(p)

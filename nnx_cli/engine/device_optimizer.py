@@ -26,13 +26,11 @@ class DeviceOptimizer:
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0, longer: bool = False) -> None:
-        """`longer`: keep eight more bits of every bfloat16 weight, in its state."""
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0) -> None:
         given = list(params)
         groups = given if isinstance(given[0], dict) else [{"params": given}]
         self.param_groups = [defaults | group | {"params": list(group["params"])} for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        self.longer = longer
         for group in self.param_groups:
             if group["params"][0].is_cuda and not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
@@ -43,7 +41,7 @@ class DeviceOptimizer:
         """What rounding a bfloat16 parameter needs: its steps are counted."""
         if p.dtype != torch.bfloat16:
             return {}
-        return {"step": (torch.Size(()), torch.float32)} | ({"rest": (p.shape, torch.int8)} if self.longer else {})
+        return {"step": (torch.Size(()), torch.float32)}
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         """Shape and type of every tensor of a parameter's state."""

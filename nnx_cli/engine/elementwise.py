@@ -1,8 +1,7 @@
 """Update rules that treat every number of a parameter alone: Adam with decoupled decay, Lion, Wolf.
 
 Each is written out here in torch, in pieces that bound what it needs besides the parameter and its state, and again in
-`kernels` as one kernel that a CUDA device runs instead. A parameter is float32, or bfloat16 with stochastic rounding;
-`rest` in its state are eight more bits of it.
+`kernels` as one kernel that a CUDA device runs instead. A parameter is float32, or bfloat16 with stochastic rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.engine import eight_bit
-from nnx_cli.engine.rounding import join, random_bits, random_stream, split, stochastic_round
+from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
 
 PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
 PIECE_ELSEWHERE = 2**24
@@ -95,8 +94,6 @@ class Piece:
         return self.g.float()
 
     def weights(self) -> Tensor:
-        if "rest" in self.state:
-            return join(self.p, self.state["rest"].view(-1)[self.numbers])
         return self.p.to(torch.float32, copy=True)
 
     def read(self, field: str, sign: bool = True) -> Tensor:
@@ -106,10 +103,7 @@ class Piece:
         return stored.to(torch.float32, copy=True)
 
     def write(self, weights: Tensor, **averages: Tensor) -> None:
-        if "rest" in self.state:
-            weights, rest = split(weights, self._bits(0))
-            self._put(self.state["rest"].view(-1)[self.numbers], rest)
-        elif self.p.dtype == torch.bfloat16:
+        if self.p.dtype == torch.bfloat16:
             weights = stochastic_round(weights, self._bits(0))
         self._put(self.p, weights)
         for field, value in averages.items():

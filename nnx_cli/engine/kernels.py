@@ -61,27 +61,6 @@ def store_rounded(ptr, at, x, inside, bits):
 
 
 @triton.jit
-def load_weights(p_ptr, rest_ptr, at, inside):
-    p = tl.load(p_ptr + at, mask=inside, other=0.0)
-    if rest_ptr is None:
-        return p.to(tl.float32)
-    else:
-        rest = tl.load(rest_ptr + at, mask=inside, other=0).to(tl.int32)
-        return ((p.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (rest << 8)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_weights(p_ptr, rest_ptr, at, x, inside, bits):
-    if rest_ptr is None:
-        store_rounded(p_ptr, at, x, inside, bits)
-    else:
-        x = (x.to(tl.uint32, bitcast=True) + (bits & 0xFF)) & 0xFFFFFF00
-        high = (x + 0x8000) & 0xFFFF0000
-        tl.store(p_ptr + at, high.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=inside)
-        tl.store(rest_ptr + at, ((x - high).to(tl.int32, bitcast=True) >> 8).to(tl.int8), mask=inside)
-
-
-@triton.jit
 def level(code, top: tl.constexpr):
     return tl.where(code > 0, tl.exp2((code - top) * 0.125), 0.0)
 
@@ -128,14 +107,14 @@ def store_average(ptr, scale_ptr, at, x, inside, rows, bits, sign: tl.constexpr)
 
 @triton.jit(do_not_specialize=["key", "weight_decay", "eps", "beta1", "beta2"])
 def adamw_kernel(
-    p_ptr, g_ptr, rest_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key,
+    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key,
     weight_decay, eps, beta1, beta2, ROWS: tl.constexpr,
 ):  # fmt: skip
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     step, lr = tl.load(step_ptr) + 1.0, tl.load(lr_ptr)
     correction1 = 1.0 - tl.exp2(step * tl.log2(beta1))
     correction2 = tl.sqrt(1.0 - tl.exp2(step * tl.log2(beta2)))
-    p = load_weights(p_ptr, rest_ptr, at, inside)
+    p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
     m = load_average(m_ptr, m_scale_ptr, at, inside, rows, True)
     v = load_average(v_ptr, v_scale_ptr, at, inside, rows, False)
@@ -144,7 +123,7 @@ def adamw_kernel(
     p = p * (1.0 - lr * weight_decay) - lr * m / ((tl.sqrt(v) / correction2 + eps) * correction1)
     stream = random_stream(key, step_ptr)
     bits = random_bits(stream, at, 0)
-    store_weights(p_ptr, rest_ptr, at, p, inside, bits)
+    store_rounded(p_ptr, at, p, inside, bits)
     store_average(m_ptr, m_scale_ptr, at, m, inside, rows, bits >> 16, True)
     store_average(v_ptr, v_scale_ptr, at, v, inside, rows, random_bits(stream, at, 1), False)
 
@@ -153,7 +132,6 @@ def adamw_kernel(
 def lion_kernel(
     p_ptr,
     g_ptr,
-    rest_ptr,
     m_ptr,
     step_ptr,
     lr_ptr,
@@ -167,7 +145,7 @@ def lion_kernel(
 ):
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     lr = tl.load(lr_ptr)
-    p = load_weights(p_ptr, rest_ptr, at, inside)
+    p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
     update = m + (1.0 - beta1) * (g - m)
@@ -177,17 +155,15 @@ def lion_kernel(
     bits = tl.zeros_like(at).to(tl.uint32)
     if step_ptr is not None:
         bits = random_bits(random_stream(key, step_ptr), at, 0)
-    store_weights(p_ptr, rest_ptr, at, p, inside, bits)
+    store_rounded(p_ptr, at, p, inside, bits)
     store_rounded(m_ptr, at, m, inside, bits >> 16)
 
 
 @triton.jit(do_not_specialize=["key", "weight_decay", "share"])
-def wolf_kernel(
-    p_ptr, g_ptr, rest_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, weight_decay, share, ROWS: tl.constexpr
-):
+def wolf_kernel(p_ptr, g_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, weight_decay, share, ROWS: tl.constexpr):
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     lr = tl.load(lr_ptr)
-    p = load_weights(p_ptr, rest_ptr, at, inside)
+    p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + at, mask=inside, other=0.0)
     update = m + share * (g - m)
@@ -197,21 +173,19 @@ def wolf_kernel(
     bits = tl.zeros_like(at).to(tl.uint32)
     if step_ptr is not None:
         bits = random_bits(random_stream(key, step_ptr), at, 0)
-    store_weights(p_ptr, rest_ptr, at, p, inside, bits)
+    store_rounded(p_ptr, at, p, inside, bits)
     tl.store(m_ptr + at, m, mask=inside)
 
 
-def launch(kernel: Any, p: Tensor, state: Mapping[str, Tensor], *arguments: Any) -> None:
+def launch(kernel: Any, p: Tensor, *arguments: Any) -> None:
     """Run a kernel on all numbers of a parameter and its gradient, on the parameter's device."""
     with torch.cuda.device(p.device) if p.is_cuda else nullcontext():
-        kernel[(triton.cdiv(p.numel(), ROWS * BLOCK),)](
-            p.detach(), p.grad.contiguous(), state.get("rest"), *arguments, ROWS=ROWS
-        )  # fmt: skip
+        kernel[(triton.cdiv(p.numel(), ROWS * BLOCK),)](p.detach(), p.grad.contiguous(), *arguments, ROWS=ROWS)
 
 
 def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
-        adamw_kernel, p, state, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_scale"),
+        adamw_kernel, p, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_scale"),
         state.get("exp_avg_sq_scale"), state["step"], group["lr"], found_inf, p.numel(), key, group["weight_decay"],
         group["eps"], *group["betas"],
     )  # fmt: skip
@@ -219,13 +193,13 @@ def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], foun
 
 def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
-        lion_kernel, p, state, state["exp_avg"], state.get("step"), group["lr"], found_inf, p.numel(), key,
+        lion_kernel, p, state["exp_avg"], state.get("step"), group["lr"], found_inf, p.numel(), key,
         group["weight_decay"], *group["betas"],
     )  # fmt: skip
 
 
 def wolf(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
-        wolf_kernel, p, state, state["momentum"], state.get("step"), group["lr"], found_inf, p.numel(), key,
+        wolf_kernel, p, state["momentum"], state.get("step"), group["lr"], found_inf, p.numel(), key,
         group["weight_decay"], WOLF_SHARE,
     )  # fmt: skip

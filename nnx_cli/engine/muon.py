@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnx_cli.engine.adamw import AdamW
 from nnx_cli.engine.device_optimizer import Group, Layout
-from nnx_cli.engine.rounding import join, random_bits, random_stream, split, stochastic_round
+from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as
@@ -78,11 +78,9 @@ class Muon(AdamW):
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
         weight_decay: float = 0.0, *, momentum: float = 0.9, splits: Mapping[Tensor, Sequence[int]] | None = None,
-        seed: int = 0, longer: bool = False,
+        seed: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(
-            params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed, longer=longer
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed)
         self.splits = splits or {}
 
     def layout(self, p: Tensor, group: Group) -> Layout:
@@ -134,10 +132,5 @@ class Muon(AdamW):
             return
         stream = random_stream(self.keys[p] ^ stack[0].first, self.state[p]["step"])
         bits = random_bits(stream, 0, change.numel(), 0).view(change.shape)
-        if self.longer:
-            rests = [matrix.of(self.state[matrix.p]["rest"]) for matrix in stack]
-            new, rest = split(change.add_(join(torch.stack(weights), torch.stack(rests)) * decay), bits)
-            torch._foreach_copy_(rests, list(rest.unbind()))
-        else:
-            new = stochastic_round(change.add_(torch.stack(weights).float() * decay), bits)
+        new = stochastic_round(change.add_(torch.stack(weights).float() * decay), bits)
         torch._foreach_copy_(weights, list(new.unbind()))

@@ -51,28 +51,28 @@ def set_apart(groups: list[dict], special: set[Tensor], **options: bool) -> list
 def build_optimizer(model: nn.Module, config: TrainConfig) -> DeviceOptimizer:
     """The optimizer that `config` names, for the parameters of a model that are trained."""
     groups = parameter_groups(model, config.weight_decay)
-    lr, options = config.lr, dict(seed=config.seed, longer=config.weight_precision == "bf24")
+    lr, seed = config.lr, config.seed
     if config.optimizer == "wolf":
         from nnx_cli.engine.wolf import Wolf
 
-        return Wolf(groups, lr, **options)
+        return Wolf(groups, lr, seed=seed)
     if config.optimizer == "lion":
         from nnx_cli.engine.lion import Lion
 
-        return Lion(groups, lr, BETAS, **options)
+        return Lion(groups, lr, BETAS, seed=seed)
     betas = (BETAS[0], config.beta2 or BETAS[1])
     if config.optimizer == "muon":
         from nnx_cli.engine.muon import Muon
 
         splits = hidden_matrices(model)
-        return Muon(set_apart(groups, set(splits), orthogonal=True), lr, betas, splits=splits, **options)
+        return Muon(set_apart(groups, set(splits), orthogonal=True), lr, betas, splits=splits, seed=seed)
     from nnx_cli.engine.adamw import AdamW
 
     if config.optimizer == "adamw8bit":
         outer = outer_parameters(model)
         large = {p for p in model.parameters() if p.dim() >= 2 and p.numel() >= LEAST_IN_EIGHT_BITS and p not in outer}
         groups = set_apart(groups, large, eight_bit=True)
-    return AdamW(groups, lr, betas, **options)
+    return AdamW(groups, lr, betas, seed=seed)
 
 
 def set_lr(optimizer: DeviceOptimizer, lr: float) -> None:
@@ -85,9 +85,9 @@ def set_lr(optimizer: DeviceOptimizer, lr: float) -> None:
 
 
 def store_weights(model: nn.Module, precision: str) -> None:
-    """Keep a model's matrices in float32 ("fp32") or bfloat16 ("bf16", and "bf24", whose other 8 bits the optimizer
-    has); vectors stay in float32. In place: tied parameters stay tied, and there must be no optimizer yet."""
-    dtype = torch.bfloat16 if precision in ("bf16", "bf24") else torch.float32
+    """Keep a model's matrices in float32 ("fp32") or bfloat16 ("bf16"); vectors stay in float32. In place: tied
+    parameters stay tied, and there must be no optimizer yet."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for p in model.parameters():
         if p.dim() >= 2:
             p.data = p.data.to(dtype)

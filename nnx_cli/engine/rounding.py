@@ -3,9 +3,6 @@
 Rounded to the nearest, an update below 2^-9 of a weight is lost, and training stalls; rounded at random, it arrives on
 average (https://arxiv.org/abs/2502.20566). The random bits are a function of (seed, parameter, step, element), the same
 on every device, so that a resumed run draws the same ones and a CUDA graph draws new ones whenever it is replayed.
-
-With eight more bits beside a weight (`split`) the noise of rounding is 256 times smaller and the model sees the nearest
-bfloat16 of what training keeps.
 """
 
 from __future__ import annotations
@@ -53,15 +50,3 @@ def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
     """bfloat16 of float32 `x`: one of its two neighbours, the nearer with the greater chance. `bits` int32: their
     lowest 16 decide. Zero and what bfloat16 holds exactly stay; x must be finite."""
     return ((x.view(torch.int32) + (bits & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()
-
-
-def join(high: Tensor, rest: Tensor) -> Tensor:
-    """float32 of bfloat16 numbers and the eight bits that `split` took from them, int8."""
-    return ((high.view(torch.int16).int() << 16) + (rest.int() << 8)).view(torch.float32)
-
-
-def split(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the nearest bfloat16 and, int8, the eight bits below, those rounded at random."""
-    x = (x.view(torch.int32) + (bits & 0xFF)) & ~0xFF
-    high = (x + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), ((x - (high << 16)) >> 8).to(torch.int8)

@@ -26,12 +26,12 @@ def compare(device):
     group = GROUP | {"lr": torch.tensor(1e-2, device=device)}
     cases = [("adamw", AdamW, False), ("adamw", AdamW, True), ("lion", Lion, None), ("wolf", Wolf, None)]
     for rule, kind, eight_bit in cases:
-        for dtype, longer in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        for dtype in (torch.float32, torch.bfloat16):
             for n in (300, 5000):
                 torch.manual_seed(n)
                 p = nn.Parameter(torch.randn(n, device=device).to(dtype))
                 options = {} if eight_bit is None else {"eight_bit": eight_bit}
-                optimizer = kind([p], lr=1e-2, longer=longer, **options)
+                optimizer = kind([p], lr=1e-2, **options)
                 p.grad = torch.randn_like(p)
                 optimizer.step()
                 twin = nn.Parameter(p.detach().clone())
@@ -64,9 +64,7 @@ def compare(device):
 def nearly(a, b):
     """Equal up to the order of sums; where that decides a rounding, one step of the stored type apart."""
     assert a.dtype == b.dtype
-    if a.dtype == torch.int8:
-        assert (a != b).float().mean() < 0.05  # of the last of 24 bits a random number decides
-    elif a.dtype == torch.uint8:
+    if a.dtype == torch.uint8:
         assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < 2e-3
     elif a.dtype == torch.bfloat16:
         assert (a != b).float().mean() < 2e-3

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnx_cli.engine.rounding import join, random_bits, random_key, random_stream, split, stochastic_round
+from nnx_cli.engine.rounding import random_bits, random_key, random_stream, stochastic_round
 
 
 def bits(n, step=0, key=1, first=0, word=0):
@@ -58,17 +58,3 @@ def test_tiny_updates_arrive_on_average():
         weights = stochastic_round(weights.float() + 2**-13, bits(512, step))
     assert (torch.ones(1, dtype=torch.bfloat16) + 2**-13).item() == 1.0
     assert weights.float().mean().item() == pytest.approx(1.125, abs=0.01)
-
-
-def test_eight_more_bits():
-    """Together they are one of two neighbours of 16 bits of mantissa, right on average; the first part is nearest."""
-    torch.manual_seed(0)
-    x = torch.randn(64) * torch.logspace(-6, 6, 64)
-    parts = [split(x, bits(64, step)) for step in range(2000)]
-    drawn = torch.stack([join(*part) for part in parts]).double()
-    assert all(len(column.unique()) <= 2 for column in drawn.T)
-    assert ((drawn - x).abs() <= x.abs() * 2**-15).all()
-    assert ((drawn.mean(0) - x).abs() <= x.abs() * 2**-15 * 5 * 0.5 / 2000**0.5).all()
-    high, rest = parts[0]
-    assert torch.equal(high, drawn[0].bfloat16()) and rest.dtype == torch.int8
-    assert torch.equal(join(high, torch.zeros_like(rest)), high.float())

@@ -1,4 +1,4 @@
-"""Starting a run leaves torch's compiler unimported: that takes a second, and a short run on a CPU has no use for it."""
+"""Starting a run leaves torch's compiler unimported: it takes a second, and a short run on a CPU has no use for it."""
 
 import os
 import subprocess
