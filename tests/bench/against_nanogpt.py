@@ -19,7 +19,8 @@ The target is the loss that nanoGPT itself reaches: of its CPU recipe the last c
 1.47 on tinyshakespeare, or its best where it does not get there and on the second text. Its time runs from the start of
 its process to the checkpoint that first is at the target (they are copied as they appear). Ours is a whole `nnx train`,
 from the start of its process to its end, default recipe, with a length given beforehand: --lengths, from the shortest
-on, until a run ends at the target or below. Every length that was tried is a row.
+on, until a run ends at the target or below. Every length that was tried is a row. On a CPU, which often does other
+work too, shares are of processor time.
 
 Each side of each part is one call where time is short; rows are appended to --results, and every call prints the
 tables of all rows that are there. A later row of the same kind replaces an earlier one.
@@ -480,6 +481,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 def quality_table(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     peers = [row for row in rows if row["side"] == "nanogpt"]
     aim = target(part, peers) if peers else float("nan")
+    clock = "cpu_seconds" if part == "cpu" else "seconds"
     first = next((row for row in peers if row["loss"] <= aim), None)
     yield "| side | length | step | seconds from the start | processor s | loss | at the target | of nanoGPT's time |"
     yield "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: |"
@@ -489,7 +491,7 @@ def quality_table(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
             continue
         length = "recipe" if peer else row["length"] + (" steps" if row["length"].isdecimal() else "")
         name = "nanoGPT" if peer else f"nnx `{row['model']}`, {row['parameters'] / 1e6:.2f} M"
-        share = "" if first is None or peer else f"{row['seconds'] / first['seconds']:.0%}"
+        share = "" if first is None or peer else f"{row[clock] / first[clock]:.0%}"
         mark = "first" if row is first else "yes" if row["loss"] <= aim else "no"
         yield (
             f"| {name} | {length} | {row['step']:,} | {row['seconds']:.1f} | "
