@@ -6,11 +6,8 @@ Each is written out here in torch, in pieces that bound what it needs besides th
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import shutil
 from collections.abc import Iterator, Mapping
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from nnx_cli.engine import eight_bit
 from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
+from nnx_cli.layers.triton_probe import has_triton
 
 PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
 PIECE_ELSEWHERE = 2**24
@@ -27,10 +25,9 @@ WOLF_SHARE = 1 / math.e  # of the new in each of Wolf's averages
 State = Mapping[str, Tensor]
 
 
-@cache
-def kernels() -> ModuleType | None:
-    """The rules as kernels; None where Triton, or the C compiler that it needs, is missing."""
-    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+def kernels(device: torch.device) -> ModuleType | None:
+    """The rules as kernels; None where those do not run."""
+    if not has_triton(device):
         return None
     from nnx_cli.engine import kernels
 
@@ -39,8 +36,8 @@ def kernels() -> ModuleType | None:
 
 def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """p ← p·(1 - lr·weight_decay) - lr·m̂ / (√v̂ + eps), state in float32 or 8 bits; `step` counts the steps before."""
-    if p.is_cuda and kernels():
-        return kernels().adamw(p, state, group, found_inf, key)
+    if fused := kernels(p.device):
+        return fused.adamw(p, state, group, found_inf, key)
     (beta1, beta2), lr = group["betas"], group["lr"]
     step = state["step"] + 1
     correction1, correction2 = 1 - beta1**step, (1 - beta2**step).sqrt()
@@ -56,8 +53,8 @@ def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor |
 def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """p ← p·(1 - lr·weight_decay) - lr·sign of the gradient averaged with beta1; the average kept is that with beta2,
     in the type of its tensor."""
-    if p.is_cuda and kernels():
-        return kernels().lion(p, state, group, found_inf, key)
+    if fused := kernels(p.device):
+        return fused.lion(p, state, group, found_inf, key)
     (beta1, beta2), lr = group["betas"], group["lr"]
     for piece in pieces(p, state, found_inf, key):
         g, m = piece.gradient(), piece.read("exp_avg")
@@ -68,8 +65,8 @@ def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | 
 
 def wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
-    if p.is_cuda and kernels():
-        return kernels().wolf(p, state, group, found_inf, key)
+    if fused := kernels(p.device):
+        return fused.wolf(p, state, group, found_inf, key)
     lr = group["lr"]
     for piece in pieces(p, state, found_inf, key):
         g, m = piece.gradient(), piece.read("momentum")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnx_cli.engine.row_loss import StudentT, has_kernel, row_loss
+from nnx_cli.engine.row_loss import StudentT, row_loss
 from nnx_cli.layers.head import HeadFormula, formula_of
+from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
 CHUNK_BYTES = 128 * 2**20  # of a chunk's logits and everything made from them
@@ -103,7 +104,7 @@ class Products:
         assert self.df is None or scale is None and bias is None
         self.x, (V, self.dim) = x, weight.shape
         self.dtype = x.dtype if self.df is None else torch.promote_types(x.dtype, torch.float32)
-        fused = has_kernel(x.device)
+        fused = has_triton(x.device)
         self.vocab_size, width = V, math.ceil(V / 64) * 64
         self.matrix = weight.to(self.dtype)
         if scale is not None or (fused and width > V):

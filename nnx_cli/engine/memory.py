@@ -28,8 +28,8 @@ from nnx_cli.engine.cost import LightMode, replaced
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
-from nnx_cli.engine.row_loss import has_kernel
 from nnx_cli.layers import attention, segments, soft_xor
+from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
@@ -73,7 +73,7 @@ def target_of(device: torch.device) -> Target:
     q = torch.empty(1, 2, 256, 64, device=device, dtype=torch.float16)
     kind = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
     names = {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn"}
-    return Target("cuda", capability, names.get(kind.name, "efficient"), has_kernel(device))
+    return Target("cuda", capability, names.get(kind.name, "efficient"), has_triton(device))
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -114,7 +114,7 @@ class Kernels:
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
         if target.triton:
-            own |= {(head_loss, "has_kernel"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+            own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
         if target.triton or target.device == "cpu":  # a CPU works on small pieces
             own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
         with replaced(own):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from nnx_cli.layers.triton_probe import has_triton
 
 MIN_DISTANCE = 1e-12  # squared, of a Student-t kernel: rounding would make some negative
 
@@ -33,7 +32,7 @@ def row_loss(
     `products`, x·w of every row and token, are used up, with what their rows have beyond V: the gradient may lie in
     their place. Statistics are taken in float32 or wider.
     """
-    if has_kernel(products.device) and products.dtype != torch.float64:
+    if has_triton(products.device) and products.dtype != torch.float64:
         from nnx_cli.engine.row_loss_kernel import fused_row_loss
 
         return fused_row_loss(products, targets, ignore_index, student_t, factor, gradient)
@@ -63,22 +62,3 @@ def plain_row_loss(
     if slope is not None:
         g.mul_(slope)
     return losses, g.to(products.dtype)
-
-
-@cache
-def has_kernel(device: torch.device) -> bool:
-    """Whether Triton is there and really runs on a device: it also needs a C compiler, and a card from 2017 on."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
-        return False
-    from triton.errors import TritonError
-
-    from nnx_cli.engine.row_loss_kernel import fused_row_loss
-
-    products, targets = torch.zeros(1, 64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    try:
-        fused_row_loss(products, targets, -1, None, 1.0, True)
-    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError):
-        return False
-    return True

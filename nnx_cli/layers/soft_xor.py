@@ -6,14 +6,13 @@ state back.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nnx_cli.layers.triton_probe import has_triton
 
 CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
 
@@ -91,21 +90,10 @@ def cell(sums: Tensor, state: Tensor) -> None:
 
 def fastest_cell(x: Tensor) -> Callable[[Tensor, Tensor], None]:
     """`cell`, or one kernel that does the same where `x` lies and Triton runs."""
-    return (fused_cell(x.device.index) if x.is_cuda and x.dtype != torch.float64 else None) or cell
-
-
-@functools.cache
-def fused_cell(device_index: int) -> Callable[[Tensor, Tensor], None] | None:
-    """The kernel, tried out once on a device; None where Triton, or the C compiler it needs, is missing."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+    if x.dtype == torch.float64 or not has_triton(x.device):
+        return cell
     from nnx_cli.layers import soft_xor_kernel
 
-    probe = torch.zeros(1, 2, device=f"cuda:{device_index}")
-    try:
-        soft_xor_kernel.cell(probe, torch.empty_like(probe[:, :1]))
-    except (RuntimeError, OSError, subprocess.CalledProcessError):
-        return None
     return soft_xor_kernel.cell
 
 
