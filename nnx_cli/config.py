@@ -99,6 +99,8 @@ class TrainConfig:
         check_choice("activation-checkpointing", self.activation_checkpointing, ("auto", "on", "half", "off"))
         if self.optimizer_in_backward and (self.grad_accum or 1) > 1:
             raise UsageError(f"--optimizer-in-backward sees one micro-batch, not --grad-accum {self.grad_accum}")
+        if self.optimizer_in_backward and self.precision == "fp16":
+            raise UsageError("--optimizer-in-backward has no loss scale, which fp16 needs", fix="take --precision fp32")
         if self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:

@@ -156,6 +156,12 @@ def check_batch_shape(train: TrainConfig, seq_len: int) -> None:
             f"--batch-size {B} x --grad-accum {A} x --seq-len {T} is {B * A * T}, not --tokens-per-step {N}",
             fix="give two of the three",
         )
+    if train.optimizer_in_backward and B and N and B * T != N:
+        raise UsageError(
+            f"--optimizer-in-backward sees one micro-batch: --batch-size {B} x --seq-len {T} is {B * T}, "
+            f"not --tokens-per-step {N}",
+            fix="leave out one of the two",
+        )
     for option, part in (
         ("--seq-len", T),
         ("--batch-size x --seq-len", T * (B or 1)),

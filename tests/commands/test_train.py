@@ -219,6 +219,9 @@ def test_invalid_bytes_under_strict_are_refused(refused, bad_files):
         (["--threads", 0], "--threads"),
         (["--variant", "best"], "--variant"),
         (["--batch-size", 2, "--grad-accum", 2, "--tokens-per-step", 7], "--tokens-per-step"),
+        (["--optimizer-in-backward", "--precision", "fp16"], "no loss scale, which fp16 needs"),
+        (["--optimizer-in-backward", "--grad-accum", 2], "not --grad-accum 2"),
+        (["--optimizer-in-backward", "--seq-len", 32, "--batch-size", 2, "--tokens-per-step", 128], "is 64, not"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -112,3 +112,8 @@ def test_accumulation_is_refused():
     with pytest.raises(UsageError, match="--optimizer-in-backward.*--grad-accum 2"):
         TrainConfig(optimizer_in_backward=True, grad_accum=2)
     TrainConfig(optimizer_in_backward=True, grad_accum=1)
+
+
+def test_a_loss_scale_is_refused():
+    with pytest.raises(UsageError, match="--optimizer-in-backward.*fp16"):
+        TrainConfig(optimizer_in_backward=True, precision="fp16")

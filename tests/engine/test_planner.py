@@ -94,10 +94,23 @@ def test_what_was_given_up_to_fit_is_recorded():
     assert "--batch-size" in error.value.fix
 
 
+def test_the_optimizer_in_the_backward_pass_has_no_fp16():
+    """Nor where a device's best precision is that."""
+    with pytest.raises(UsageError, match="--optimizer-in-backward.*fp16"):
+        plan_run(
+            "nyx", "nano", FIELDS, TrainConfig(max_steps=5, optimizer_in_backward=True), vocab_size=256,
+            train_tokens=100_000, val_tokens=10_000, device=torch.device("cpu"), precision="fp16", sources={},
+        )  # fmt: skip
+
+
 def test_the_optimizer_in_the_backward_pass_sees_one_micro_batch():
     train = plan(max_steps=5, optimizer_in_backward=True, tokens_per_step=T * 16).train
     assert (train.batch_size, train.grad_accum) == (16, 1)
     assert plan(max_steps=5, optimizer_in_backward=True).train.grad_accum == 1
+    given = dict(max_steps=5, optimizer_in_backward=True, tokens_per_step=T * 16)
+    assert plan(**given, batch_size=16).train.batch_size == 16
+    with pytest.raises(UsageError, match=f"--batch-size 8 x --seq-len {T} is {T * 8}, not --tokens-per-step {T * 16}"):
+        plan(**given, batch_size=8)
 
 
 def test_epochs_become_steps():
