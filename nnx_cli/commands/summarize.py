@@ -97,12 +97,13 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
     from nnx_cli.engine.device import memory_budget, pick_device
     from nnx_cli.engine.ladder import Predictor, advice, descend
     from nnx_cli.engine.memory import Target, target_of
-    from nnx_cli.engine.planner import default_tokens_per_step
+    from nnx_cli.engine.planner import default_tokens_per_step, preferred_optimizer
 
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
     predictor = Predictor(name, config, train.lora_rank, target_of(device) if device.type == "cuda" else Target())
     budget = memory_budget(device, train.vram_bytes)
-    chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget)
+    preferred = preferred_optimizer(name, config.dropout, train.lora_rank)
+    chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget, preferred)
     per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
     largest = predictor.largest(chosen, budget, max(per_step, train.batch_size or 1))
     rows = train.batch_size or max(1, min(largest, per_step))
@@ -110,7 +111,7 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
     weights, cache = cost.sampling_bytes(model)
 
     def trains(budget: int) -> bool:
-        return descend(predictor, train, 1, budget)[2]
+        return descend(predictor, train, 1, budget, preferred)[2]
 
     return {
         "model": name, "size": label, "seq_len": T, "vocab_size": config.vocab_size,

@@ -83,7 +83,7 @@ def plan_run(
         config = replace(config, dropout=dropout)
         where["dropout"] = f"derived: the text is read {passes:.0f} times"
     recipe = models.recipe(name)
-    preferred = "adamw" if dropout >= BY_HEART or train.lora_rank else recipe.optimizer
+    preferred = preferred_optimizer(name, dropout, train.lora_rank)
     derive("precision", precision, "device")
     fitted = fit(replace(train, **derived), config, name, device, where, preferred)
     derived |= fitted.settings
@@ -141,6 +141,11 @@ def default_dropout(passes: float, parameters: int, train_tokens: int) -> float:
     if parameters < MEMORISES * train_tokens:
         return 0.0
     return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
+
+
+def preferred_optimizer(name: str, dropout: float, lora_rank: int | None) -> str:
+    """The optimizer that `auto` means for a model where memory suffices."""
+    return "adamw" if dropout >= BY_HEART or lora_rank else models.recipe(name).optimizer
 
 
 def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:

@@ -80,9 +80,19 @@ def test_memory_follows_the_settings(nnx):
     assert memory("--precision", "fp32")["activations_bytes"] > plain["activations_bytes"]
     assert memory("--seq-len", 512)["activations_bytes"] > 1.8 * plain["activations_bytes"]
     assert memory("--weight-precision", "bf16")["weights_bytes"] < 0.55 * plain["weights_bytes"]
-    assert memory("--optimizer", "lion")["optimizer_bytes"] < 0.55 * plain["optimizer_bytes"]
+    adamw = memory("--optimizer", "adamw")["optimizer_bytes"]
+    assert memory("--optimizer", "lion")["optimizer_bytes"] < 0.55 * adamw
     assert memory("--optimizer-in-backward")["gradients_bytes"] == 0
     assert memory("--lora-rank", 4)["optimizer_bytes"] < 0.2 * plain["optimizer_bytes"]
+
+
+def test_auto_is_the_optimizer_that_training_would_take(nnx):
+    def optimizer(*words):
+        return fits(nnx, "--size", "nano", "--vram", "8GB", *words)["fits"]["optimizer"]
+
+    assert optimizer() == models.recipe("llama").optimizer
+    assert optimizer("--lora-rank", 4) == optimizer("--dropout", 0.3) == "adamw"
+    assert optimizer("--optimizer", "wolf") == "wolf"
 
 
 @pytest.mark.parametrize(
