@@ -50,7 +50,8 @@ def summed_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int) 
 class ChunkedHeadLoss(torch.autograd.Function):
     """`summed_loss`, chunk by chunk: each chunk's gradient is taken as soon as its logits exist.
 
-    Works for any head that acts on rows alone. Gradients reach the head's parameters and `x` through autograd.
+    Works for any head that acts on rows alone. Gradients reach the head's parameters and `x` through autograd; those of
+    parameters are summed in float32 or wider.
     """
 
     @staticmethod
@@ -71,17 +72,20 @@ class ChunkedHeadLoss(torch.autograd.Function):
             total += loss.detach()
             x_grad[start:end] = chunk_grad
             if not parameter_grads:
-                parameter_grads = grads
+                parameter_grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
             else:
                 torch._foreach_add_(parameter_grads, grads)
         ctx.save_for_backward(x_grad, *parameter_grads)
+        ctx.dtypes = [x.dtype, *(p.dtype for p in wanted)]
         ctx.wanted = [p.requires_grad for p in parameters]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_grad, *parameter_grads = (scaled(saved, grad, saved.dtype) for saved in ctx.saved_tensors)
+        x_grad, *parameter_grads = (
+            scaled(saved, grad, dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         grads = iter(parameter_grads)
         return x_grad, None, None, None, *(next(grads) if wanted else None for wanted in ctx.wanted)
 

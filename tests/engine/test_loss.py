@@ -255,6 +255,21 @@ def test_token_losses_are_those_of_the_full_logits(tiny, chunks, name):
     torch.testing.assert_close(losses, wanted)
 
 
+def test_gradients_of_a_bfloat16_head_are_summed_in_float32(monkeypatch):
+    """A thousand equal parts of a sum: in bfloat16 it would stop growing at 256 of them."""
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda *_, **__: 1)
+    torch.manual_seed(0)
+    head = nn.Linear(D, V, bias=False, dtype=torch.bfloat16)
+    x, targets = torch.randn(1, D, dtype=torch.bfloat16), torch.tensor([2])
+
+    def gradient(n):
+        head.zero_grad()
+        ChunkedHeadLoss.apply(x.repeat(n, 1).requires_grad_(), targets.repeat(n), head, -100, head.weight).backward()
+        return head.weight.grad.float()
+
+    torch.testing.assert_close(gradient(1000), 1000 * gradient(1), rtol=2**-7, atol=0)
+
+
 def test_gradients_taken_in_place_are_the_same_and_taken_once():
     head, x = Linear(16, 50), torch.randn(20, 16)
     targets, grads = torch.randint(50, (20,)), []
