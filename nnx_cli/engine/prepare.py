@@ -61,10 +61,10 @@ def prepare_builtin(out: Path, config: PrepareConfig, on_progress: Progress | No
 def encode_files(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, config: PrepareConfig) -> np.ndarray:
     """Ids (N,) of all text in `paths`, mapped from a file in the existing `folder`. Raises DataError."""
     sources = corpus.find_sources(paths)
-    writer = SplitWriter(folder, tokenizer, None)
     reader = Reader(config.text_key, config.errors == "strict", folder)
-    _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
-    writer.finish()
+    with SplitWriter(folder, tokenizer, None) as writer:
+        _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
+        writer.finish()
     return np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
 
 
@@ -122,18 +122,18 @@ def _prepare(
         if needs_training(config.tokenizer):
             sources = [source if source.repeatable else _spooled(source, folder) for source in sources]
         tokenizer = _build(config, sources, reader, first := Report(), tell)
-        writer = SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction)
         report = Report()
         reading = replace(reader, on_bytes=_progress("encode", sources, tell))
-        n_bytes = _encode(reading.pieces(sources, report), writer.add, sources, tokenizer, config, report)
-        for before, now in zip(first.sources, report.sources, strict=False):
-            if before != now:
-                raise DataError(f"{now['name']} changed while it was read", fix="run the command again")
-        if val_sources:
-            n_bytes += _encode(
-                reader.pieces(val_sources, report), writer.add_val, val_sources, tokenizer, config, report
-            )
-        writer.finish()
+        with SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction) as writer:
+            n_bytes = _encode(reading.pieces(sources, report), writer.add, sources, tokenizer, config, report)
+            for before, now in zip(first.sources, report.sources, strict=False):
+                if before != now:
+                    raise DataError(f"{now['name']} changed while it was read", fix="run the command again")
+            if val_sources:
+                n_bytes += _encode(
+                    reader.pieces(val_sources, report), writer.add_val, val_sources, tokenizer, config, report
+                )
+            writer.finish()
         meta = _describe(writer, n_bytes, tokenizer, report, config)
         (folder / SPOOL).unlink(missing_ok=True)
         tokens.write_meta(folder, tokenizer, meta)

@@ -34,6 +34,14 @@ class SplitWriter:
         self._spans: list[list[int]] | None = None if val_fraction is None else []  # of the first documents
         self._file: TokenFile | None = None  # that takes the open document
 
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave no file open, for some systems could not remove the folder."""
+        self.train.let_go()
+        self.val.let_go()
+
     def add(self, ids: np.ndarray, ends: bool) -> None:
         """The next ids of a document."""
         if len(ids):

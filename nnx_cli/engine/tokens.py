@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ class TokenFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def let_go(self) -> None:
+        """Close the file as it is, whatever of it is on the disk: for one that is not to be."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_ids(path: Path, dtype: np.dtype, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:

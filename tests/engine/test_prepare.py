@@ -11,6 +11,7 @@ from nnx_cli.config import PrepareConfig
 from nnx_cli.engine import bpe, compression, files, tokens
 from nnx_cli.engine import prepare as module
 from nnx_cli.engine.prepare import default_folder, prepare, prepare_builtin
+from nnx_cli.engine.split import SplitWriter
 from nnx_cli.engine.tokenizer import build_tokenizer
 from nnx_cli.engine.tokens import open_token_folder
 from nnx_cli.errors import DataError, MissingFeature, NnxError, OutputError, UsageError
@@ -341,3 +342,20 @@ def test_builtin(tmp_path):
     summary = prepare_builtin(tmp_path / "made", PrepareConfig())
     assert summary["documents"] == 1 and summary["text_bytes"] > 300_000
     assert open_token_folder(tmp_path / "made").meta["sources"][0]["name"] == "python-docs"
+
+
+def test_a_preparation_that_fails_leaves_no_file_open(tmp_path, monkeypatch):
+    writers = []
+
+    class Remembered(SplitWriter):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            writers.append(self)
+
+    monkeypatch.setattr(module, "SplitWriter", Remembered)
+    (tmp_path / "bad.txt").write_bytes(b"some text\n" * 100 + b"\xff\xfe\xff\n")
+    with pytest.raises(DataError):
+        prepare([tmp_path / "bad.txt"], tmp_path / "out", PrepareConfig(errors="strict", workers=1))
+    [writer] = writers
+    assert writer.train._file.closed and writer.val._file.closed
+    assert not (tmp_path / "out").exists()
