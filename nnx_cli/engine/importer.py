@@ -108,8 +108,10 @@ def import_checkpoint(
     """Write the model folder `out` from an original's checkpoint; returns its config.json.
 
     The original's constructor arguments are read off the shapes of its weights. Without `tokenizer`: bytes where the
-    vocabulary is 256, else bare ids. Raises CheckpointError, OutputError.
+    vocabulary is 256, else bare ids. Raises UsageError for an architecture without an original, CheckpointError,
+    OutputError.
     """
+    models.check_original(name)
     refuse_existing(out)
     weights = read_foreign(path)
     model = load_original(name, path, weights, variant)

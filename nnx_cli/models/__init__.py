@@ -126,14 +126,18 @@ def load_reference(
     return model
 
 
+def check_original(name: str) -> None:
+    """Raise UsageError for an architecture whose checkpoints nobody else makes."""
+    check_name(name)
+    if not hasattr(importlib.import_module(f"nnx_cli.models.{name}"), "infer_reference"):
+        raise UsageError(f"{name} has no original to import from")
+
+
 def infer_reference(name: str, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The original's constructor arguments that fit a checkpoint's weights. Raises CheckpointError where none do."""
-    check_name(name)
-    module = importlib.import_module(f"nnx_cli.models.{name}")
-    if not hasattr(module, "infer_reference"):
-        raise UsageError(f"{name} has no original to import from")
+    check_original(name)
     try:
-        return module.infer_reference(weights)
+        return importlib.import_module(f"nnx_cli.models.{name}").infer_reference(weights)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"this is no checkpoint of {name}: {error}") from error
 

@@ -61,6 +61,7 @@ def test_what_cannot_be_imported(refused, seed, workspace):
     refused(5, "there is no checkpoint", "import", "--model", "nyx", "nothing.pth")
     torch.save({"weight": torch.ones(2)}, "other.pth")
     refused(5, "no checkpoint of nyx", "import", "--model", "nyx", "other.pth")
-    refused(2, "has no original", "import", "--model", "llama", "seed.pth")
+    for path in ("seed.pth", "noise.pth", "nothing.pth"):
+        refused(2, "has no original", "import", "--model", "llama", path)
     (workspace / "weights" / "there").mkdir(parents=True)
     refused(8, "exists already", "import", "--model", "nyx", "seed.pth", "--out", "weights/there")
