@@ -20,7 +20,7 @@ from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
-LIGHT = 5e10  # parameters x positions up to which a sequence takes less than importing the compiler, about 1 s
+LIGHT = 1.5e11  # parameters x positions up to which a sequence takes less than importing the compiler, 1 s
 
 
 @contextmanager
