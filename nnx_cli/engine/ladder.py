@@ -80,10 +80,10 @@ class Predictor:
         return (self._bounded and self.bound(rows) <= budget) or self.peak(train, rows) <= budget
 
     def bound(self, rows: int) -> int:
-        """More bytes than any settings take: a GiB, 48 for a parameter with all that belongs to it, and twice all that
-        a forward pass computes."""
+        """More bytes than any settings take, by half at least: a GiB, 32 for a parameter with all that belongs to it,
+        and all that a forward pass computes, of which less than half is kept."""
         parameters, computed = self._size()
-        return GIB + 48 * parameters + 2 * rows * computed
+        return GIB + 32 * parameters + rows * computed
 
     def memory(self, train: TrainConfig, rows: int) -> Memory:
         """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it."""

@@ -61,8 +61,8 @@ def test_nothing_takes_more_than_the_bound(name, target):
     found = Predictor(name, models.make_config(name, size="nano"), None, target)
     for optimizer, precision in (("muon", "fp32"), ("wolf", "bf16")):
         settings = next(ladder(train(optimizer=optimizer, precision=precision)))[0]
-        for rows in (1, 64):
-            assert 1.5 * found.peak(settings, rows) < found.bound(rows)
+        for rows in (8, 64):
+            assert 1.5 * found.peak(settings, rows) < found.bound(rows) - GIB
 
 
 def test_what_clearly_fits_is_not_simulated(monkeypatch):
