@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -86,6 +87,8 @@ def decide(trainer: Trainer, wish: str) -> str:
         if wish == "on":
             trainer.observer.note("not compiled: not together with --optimizer-in-backward")
         return how
+    if wish == "auto" and kind == "cpu" and saved_at_most(trainer) < COMPILE_SECONDS[kind]:
+        return how
     eager = timed(trainer)
     micro_s = step_s / trainer.config.grad_accum if kind == "cuda" else eager.seconds
     if wish == "auto" and planned_seconds(trainer, micro_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
@@ -166,6 +169,12 @@ def timed_step(trainer: Trainer) -> float:
             synchronize(trainer.device)
             times.append(time.perf_counter() - started)
     return sorted(times[1:])[TIMED_STEPS // 2]
+
+
+def saved_at_most(trainer: Trainer) -> float:
+    """Seconds that compiling may save in a run whose time is limited, however long a step takes."""
+    ahead = math.inf if trainer.config.max_time_s is None else trainer.config.max_time_s * (1 - trainer.progress())
+    return ahead * HOPED_SAVING[trainer.device.type]
 
 
 def planned_seconds(trainer: Trainer, micro_step_s: float) -> float:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nnx_cli.engine.device_optimizer import DeviceOptimizer
 from nnx_cli.engine.in_backward import InBackward
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
@@ -36,7 +37,7 @@ class Step:
     """
 
     def __init__(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float,
+        self, model: LanguageModel, optimizer: DeviceOptimizer, scaler: torch.amp.GradScaler, grad_clip: float,
         in_backward: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.scaler = model, optimizer, scaler

@@ -253,7 +253,7 @@ class Trainer:
         memory ran out while weights changed."""
         self.captured = None
         self.optimizer.zero_grad(set_to_none=True)
-        if self.config.batch_size == 1 or self.step.updating:
+        if self.config.batch_size == 1 or self.step.in_backward or self.step.updating:
             raise DoesNotFit(
                 f"out of memory at step {self.state.step + 1}, {self.config.batch_size} sequences at a time",
                 fix="the last checkpoint is intact; take a smaller --size or --seq-len, or more --vram",
