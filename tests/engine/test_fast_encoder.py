@@ -102,7 +102,7 @@ def test_its_memory_is_bounded(install, monkeypatch):
 
 @pytest.mark.parametrize("kind", fast_encoder.SCHEMES)
 def test_the_real_one_gives_the_same_ids(kind, monkeypatch):
-    pytest.importorskip("gigatoken")
+    pytest.importorskip("gigatoken", reason="needs the extra nnx-cli[fast]")
     from tiktoken_ext import openai_public
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: gpt2().ranks)
