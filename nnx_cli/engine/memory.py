@@ -28,7 +28,7 @@ from nnx_cli.engine.cost import LightMode, replaced
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
-from nnx_cli.layers import attention, segments, soft_xor
+from nnx_cli.layers import attention, averaged_keys, segments, soft_xor
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
@@ -114,7 +114,8 @@ class Kernels:
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
         if target.triton:
-            own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+            own |= {(module, "has_triton"): lambda device: True for module in (head_loss, averaged_keys)}
+            own |= {(head_loss, "row_loss"): self.row_loss}
         if target.triton or target.device == "cpu":  # a CPU works on small pieces
             own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
         with replaced(own):
@@ -201,11 +202,17 @@ def embedding_workspace(grad: Tensor, ids: Tensor, n_rows: int, *others: Any) ->
     return 6 * 8 * ids.numel() + 4 * sums * grad.shape[-1]
 
 
+def averages_workspace(grad: Tensor, k: Tensor, share: Tensor) -> int:
+    """Backward pass: what each program adds to the gradient of shares."""
+    return 4 * share.numel() * -(-k.shape[-1] // 32)
+
+
 WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds while it runs
     ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_cudnn_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
     torch.ops.nnx.attention_and_sums_backward.default: segment_workspace,
+    torch.ops.nnx.averaged_keys_backward.default: averages_workspace,
     ATEN.embedding_dense_backward.default: embedding_workspace,
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.precision import in_type
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
 LSE_ROWS = 32  # memory-efficient attention pads its sums to a multiple of these
@@ -144,7 +145,7 @@ class MergedAttention(torch.autograd.Function):
         logs = torch.stack([sums + math.log(n) for (_, sums), n in zip(found, times, strict=True)])  # (G, B, H, T)
         sums = logs.logsumexp(0)
         shares = (logs - sums).exp().transpose(2, 3).unsqueeze(-1)  # (G, B, T, H, 1)
-        y = sum(share * y for (y, _), share in zip(found, shares, strict=True)).to(q.dtype)
+        y = in_type(sum(share * y for (y, _), share in zip(found, shares, strict=True)), q.dtype)
         ctx.times = times
         ctx.save_for_backward(q, kv, y, sums)
         return y

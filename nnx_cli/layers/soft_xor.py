@@ -12,14 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnx_cli.layers.precision import in_type, widened
 from nnx_cli.layers.triton_probe import has_triton
 
 CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32, or float64 where it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def activation(x: Tensor, times: int = 1) -> Tensor:
@@ -57,7 +53,7 @@ class Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            y, slope = (part.to(x.dtype) for part in activation_and_slope(x))
+            y, slope = (in_type(part, x.dtype) for part in activation_and_slope(x))
         else:
             x = x.contiguous()
             y, slope = torch.empty_like(x), torch.empty_like(x)

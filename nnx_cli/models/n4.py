@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.averaged_keys import averaged_keys, averages, weighted_sums
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
@@ -201,11 +202,12 @@ class Attention(nn.Module):
         q, k, v, gate = products(self.qkvg, x, 3, 1)
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H or G, K)
         share = counts * torch.tanh(gate.float())  # (B, T, G), float32, and so are the sums
-        sums = (share.unsqueeze(-1) * k).cumsum(1)  # (B, T, G, K)
-        if cache is not None:
-            sums = sums + cache.sums[self.layer].unsqueeze(1)
+        if cache is None:
+            k = averaged_keys(k, share, counts)  # (B, T, G, K)
+        else:
+            sums = weighted_sums(k, share) + cache.sums[self.layer].unsqueeze(1)
             cache.sums[self.layer] = sums[:, -1]
-        k = (sums / counts.square().unsqueeze(-1)).to(x.dtype)
+            k = averages(sums, counts).to(x.dtype)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
         how = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
         is_first = cache is None or cache.is_causal(T)

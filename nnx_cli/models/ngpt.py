@@ -36,6 +36,7 @@ from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.precision import in_type
 from nnx_cli.layers.rope import rotary_tables, rotate
 from nnx_cli.layers.sphere import normalize_matrices
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
@@ -145,7 +146,7 @@ class Interpolate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, alpha)
         moved = torch.lerp(x.float(), y / length(y), alpha)
-        return (moved / length(moved)).to(x.dtype)
+        return in_type(moved / length(moved), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,9 @@
-"""Predicted and real memory of training, on a CUDA card: every architecture, at several sizes and ways to save memory.
+"""Predicted and real memory of training, on a CUDA card: every architecture, at several sizes and ways to save memory,
+and the configurations that the originals' authors trained.
 
     python tests/bench/memory.py --quick                      # eager, plain and checkpointed, nano to small
     python tests/bench/memory.py --part 1/4 --out part1.md    # a quarter of all cells
+    python tests/bench/memory.py --only originals             # cells with this word in their row
 
 Each cell is built, takes two optimizer steps (of two micro-batches; one where the optimizer is in the backward pass)
 and is thrown away; the second step is measured.
@@ -24,6 +26,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line does
 
 import torch
+from against_originals import CASES, our_config
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
@@ -36,6 +39,7 @@ from nnx_cli.engine.optimizer import build_optimizer, store_weights
 from nnx_cli.engine.step import Step
 
 MIB = 2**20
+ORIGINALS = "originals"  # stands for a size: what an original's author trained
 SLACK = 48 * MIB
 PLAIN = dict(activation_checkpointing="off", optimizer="adamw", weight_precision="fp32", grad_accum=2)
 SMALL = dict(activation_checkpointing="on", optimizer="adamw8bit", weight_precision="bf16")
@@ -59,6 +63,16 @@ class Cell:
     def name(self) -> str:
         return f"{self.model} {self.size} {self.way} {'compiled' if self.compiled else 'eager'} {self.precision}"
 
+    def shape(self) -> tuple[models.ModelConfig, int]:
+        """The model's shape and the rows of its micro-batch: 8192 tokens, less where a model is large."""
+        if self.size == ORIGINALS and self.model == "neon":
+            return models.make_config("neon", size="spark", vocab_size=32_000, seq_len=2048), 8
+        if self.size == ORIGINALS:
+            rows, seq_len = CASES[self.model].batch["cuda"]
+            return our_config(CASES[self.model], seq_len), rows
+        config = models.make_config(self.model, size=self.size)
+        return config, max(1, 8192 // config.seq_len // max(1, config.dim * config.n_layers // 12_000))
+
 
 def quick_cells() -> list[Cell]:
     return [
@@ -71,6 +85,8 @@ def quick_cells() -> list[Cell]:
 def all_cells() -> list[Cell]:
     sizes = ("tiny", "base", "large")
     eager = [Cell(model, size, way, False) for model in models.names() for size in sizes for way in WAYS]
+    eager += [Cell(model, "xl", way, False) for model in models.names() for way in ("8bit-bf16", "in-backward")]
+    eager += [Cell(model, ORIGINALS, "plain", False) for model in ("nyx", "n4", "neon", "tape")]
     return eager + [Cell(model, "base", way, True) for model in models.names() for way in WAYS]
 
 
@@ -80,16 +96,11 @@ def settings(cell: Cell) -> TrainConfig:
     )
 
 
-def rows_of(config: models.ModelConfig) -> int:
-    """Micro-batch: 8192 tokens, less where a model is large."""
-    return max(1, 8192 // config.seq_len // max(1, config.dim * config.n_layers // 12_000))
-
-
 def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
     """The most bytes allocated and reserved in the second of two steps."""
     torch.manual_seed(0)
     torch.cuda.empty_cache()
-    train, config = settings(cell), models.make_config(cell.model, size=cell.size)
+    train, (config, rows) = settings(cell), cell.shape()
     with device:
         model = models.from_config(cell.model, config)
     model.compute_dtype = DTYPES[cell.precision]
@@ -98,7 +109,7 @@ def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
     if cell.compiled:
         compile_blocks(model)
     checkpoint_blocks(model, train.activation_checkpointing)
-    optimizer, rows = build_optimizer(model, train), rows_of(config)
+    optimizer = build_optimizer(model, train)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     step = Step(model, optimizer, scaler, train.grad_clip, train.optimizer_in_backward)
     draw = torch.Generator().manual_seed(0)
@@ -109,6 +120,8 @@ def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats()
         step(input_ids, targets, rows)
     torch.cuda.synchronize()
+    if step.in_backward:
+        step.in_backward.detach()  # hooks of parameters would keep the model alive
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
@@ -144,8 +157,7 @@ def main() -> int:
     print("\n".join(lines), flush=True)
     broken, started = 0, time.perf_counter()
     for cell in cells[piece - 1 :: pieces]:
-        config = models.make_config(cell.model, size=cell.size)
-        rows = rows_of(config)
+        config, rows = cell.shape()
         on_meta = meta_model(cell.model, config)
         store_weights(on_meta, settings(cell).weight_precision)
         predicted = memory.predict(on_meta, settings(cell), rows, target)

@@ -1,6 +1,6 @@
 """Validation loss of our architectures beside the code they come from: same shapes, same tokens, same batch.
 
-    python tests/bench/quality.py --originals FOLDER --text tinyshakespeare.txt [--models nyx,n4] [--seeds 3]
+    python tests/bench/quality.py --originals FOLDER --text tinyshakespeare.txt [--models nyx,n4] [--seeds 0,1,2]
                                   [--time-limit SECONDS] [--results FILE] [--markdown FILE]
 
 FOLDER holds the originals as `against_originals.py` says. Sizes are our `tiny` (10.7 million parameters), tokens bytes,
@@ -202,12 +202,14 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
     return {"loss": loss, "parameters": parameters, "lr": config.lr, "optimizer": config.optimizer}
 
 
-def runs(name: str, seeds: int, known: Callable[[], list[dict[str, Any]]]) -> Iterator[tuple[str, float | None, int]]:
+def runs(
+    name: str, seeds: list[int], known: Callable[[], list[dict[str, Any]]]
+) -> Iterator[tuple[str, float | None, int]]:
     """Side, learning rate (None: the recipe's) and seed of every run of a model, the first seeds of both sides first.
 
     From the second seed on an original runs at the learning rate that was better before; `known` returns its rows.
     """
-    for seed in range(seeds):
+    for seed in seeds:
         for side in SIDES[name]:
             if side != "original":
                 yield side, None, seed
@@ -226,7 +228,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def work(job: Job, names: list[str], seeds: int, results: Path) -> None:
+def work(job: Job, names: list[str], seeds: list[int], results: Path) -> None:
     """Do the runs that are not in `results` yet, until the time is over."""
     machine = f"{describe(job.device)}, torch {torch.__version__}, {date.today()}"
     for name in names:
@@ -321,7 +323,7 @@ def main() -> None:
     parser.add_argument("--originals", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--models", default=",".join(SIDES), help="with commas between them; default: all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", default="0,1,2", help="with commas between them; 0 before the others")
     parser.add_argument("--tokens", type=int, default=4_000_000)
     parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--device", default="auto")
@@ -339,7 +341,7 @@ def main() -> None:
             options.originals.resolve(), open_token_folder(Path(folder) / "tokens"), pick_device(options.device),
             options.tokens, options.tokens_per_step, deadline,
         )  # fmt: skip
-        work(job, names, options.seeds, options.results)
+        work(job, names, [int(seed) for seed in options.seeds.split(",")], options.results)
     text = report(read_rows(options.results))
     print(text)
     if options.markdown:

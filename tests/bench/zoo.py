@@ -24,17 +24,10 @@ from typing import Any
 import torch
 
 from nnx_cli import models
-from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, own_fields
+from nnx_cli.config import PrepareConfig, TrainConfig, own_fields
+from nnx_cli.engine import session
 from nnx_cli.engine.compiler import decide
-from nnx_cli.engine.device import (
-    DTYPES,
-    describe,
-    peak_memory_bytes,
-    pick_device,
-    pick_precision,
-    set_seed,
-    synchronize,
-)
+from nnx_cli.engine.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 from nnx_cli.engine.evaluator import evaluate
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.prepare import prepare
@@ -66,11 +59,10 @@ def make_trainer(
         sources={},
     )
     set_seed(config.seed)
-    model = models.from_config(name, plan.model_config).to(device)
+    model = models.from_config(name, plan.model_config)
     if config.lora_rank is not None:
         add_adapters(model, config.lora_rank)
-    model.compute_dtype = DTYPES[plan.train.precision]
-    return Trainer(model, data, plan.train, device, Observer(), SampleConfig(), [10])
+    return session.make_trainer(model, data, plan.train, device, Observer(), session.Sampling([10]))
 
 
 def train(trainer: Trainer) -> tuple[float, float, float]:

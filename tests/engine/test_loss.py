@@ -182,7 +182,8 @@ def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
     losses, gradient = plain_row_loss(products.clone(), targets, -100, student_t, 1.5, True)
     alone, _ = fused_row_loss(products.clone(), targets, -100, student_t, 1.5, False)
     fused, in_place = fused_row_loss(products, targets, -100, student_t, 1.5, True)
-    assert in_place is products and torch.equal(fused, alone)
+    assert in_place is products
+    torch.testing.assert_close(fused, alone, rtol=1e-6, atol=1e-6)  # rows of other widths are summed in another order
     torch.testing.assert_close(fused, losses, rtol=2e-6, atol=1e-5)
     rtol = {torch.float32: 5e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(in_place, gradient, rtol=rtol, atol=1e-6)

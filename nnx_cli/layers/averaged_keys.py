@@ -1,0 +1,66 @@
+"""Averages of keys over all positions so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnx_cli.layers.triton_probe import has_triton
+
+
+def averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
+    """1/j² · Σ_{m≤j} share_m · k_m for positions j = 1, 2, …, summed in float32 and returned in the type of k.
+
+    k (B, T, G, K), share (B, T, G) float32, counts (T, 1): the positions. Where Triton runs, one kernel reads keys and
+    writes averages, and the sums, which take twice the memory of keys of 16 bits, are never written.
+    """
+    if has_triton(k.device) and k.dtype != torch.float64:
+        return averaged_keys_op(k, share)
+    return averages(weighted_sums(k, share), counts).to(k.dtype)
+
+
+def weighted_sums(k: Tensor, share: Tensor) -> Tensor:
+    """Σ_{m≤j} share_m · k_m, (B, T, G, K), float32."""
+    return (share.unsqueeze(-1) * k).cumsum(1)
+
+
+def averages(sums: Tensor, counts: Tensor) -> Tensor:
+    return sums / counts.square().unsqueeze(-1)
+
+
+@torch.library.custom_op("nnx::averaged_keys", mutates_args=())
+def averaged_keys_op(k: Tensor, share: Tensor) -> Tensor:
+    from nnx_cli.layers import averaged_keys_kernel
+
+    return averaged_keys_kernel.forward(k, share)
+
+
+@torch.library.custom_op("nnx::averaged_keys_backward", mutates_args=())
+def averaged_keys_backward(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of k and share where `grad` (B, T, G, K) is that of the averages."""
+    from nnx_cli.layers import averaged_keys_kernel
+
+    return averaged_keys_kernel.backward(grad, k, share)
+
+
+@averaged_keys_op.register_fake
+def _(k: Tensor, share: Tensor) -> Tensor:
+    return k.new_empty(k.shape)
+
+
+@averaged_keys_backward.register_fake
+def _(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape), share.new_empty(share.shape)
+
+
+def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return averaged_keys_backward(grad, *ctx.saved_tensors)
+
+
+averaged_keys_op.register_autograd(backward, setup_context=keep)
