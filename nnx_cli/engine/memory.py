@@ -114,8 +114,8 @@ class Kernels:
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
         if target.triton:
-            own |= {(module, "has_triton"): lambda device: True for module in (head_loss, averaged_keys)}
-            own |= {(head_loss, "row_loss"): self.row_loss}
+            own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
+            own |= {(averaged_keys, "is_one_kernel"): lambda k: k.dtype != torch.float64}
         if target.triton or target.device == "cpu":  # a CPU works on small pieces
             own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
         with replaced(own):
@@ -202,7 +202,7 @@ def embedding_workspace(grad: Tensor, ids: Tensor, n_rows: int, *others: Any) ->
     return 6 * 8 * ids.numel() + 4 * sums * grad.shape[-1]
 
 
-def averages_workspace(grad: Tensor, k: Tensor, share: Tensor) -> int:
+def averages_workspace(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> int:
     """Backward pass: what each program adds to the gradient of shares."""
     return 4 * share.numel() * -(-k.shape[-1] // 32)
 

@@ -13,12 +13,16 @@ from nnx_cli.layers.triton_probe import has_triton
 def averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     """1/j² · Σ_{m≤j} share_m · k_m for positions j = 1, 2, …, summed in float32 and returned in the type of k.
 
-    k (B, T, G, K), share (B, T, G) float32, counts (T, 1): the positions. Where Triton runs, one kernel reads keys and
-    writes averages, and the sums, which take twice the memory of keys of 16 bits, are never written.
+    k (B, T, G, K), share (B, T, G) float32, counts (T, 1): the positions. On CUDA a kernel reads keys and writes
+    averages, and the sums, which take twice the memory of keys of 16 bits, are never written.
     """
-    if has_triton(k.device) and k.dtype != torch.float64:
-        return averaged_keys_op(k, share)
+    if is_one_kernel(k):
+        return averaged_keys_op(k, share, counts)
     return averages(weighted_sums(k, share), counts).to(k.dtype)
+
+
+def is_one_kernel(k: Tensor) -> bool:
+    return k.is_cuda and k.dtype != torch.float64
 
 
 def weighted_sums(k: Tensor, share: Tensor) -> Tensor:
@@ -31,36 +35,41 @@ def averages(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("nnx::averaged_keys", mutates_args=())
-def averaged_keys_op(k: Tensor, share: Tensor) -> Tensor:
+def averaged_keys_op(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
+    if not has_triton(k.device):
+        return averages(weighted_sums(k, share), counts).to(k.dtype)
     from nnx_cli.layers import averaged_keys_kernel
 
     return averaged_keys_kernel.forward(k, share)
 
 
 @torch.library.custom_op("nnx::averaged_keys_backward", mutates_args=())
-def averaged_keys_backward(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def averaged_keys_backward(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and share where `grad` (B, T, G, K) is that of the averages."""
+    if not has_triton(k.device):
+        sums_grad = averages(grad.float(), counts).flip(1).cumsum(1).flip(1)  # a key is in all averages from its own on
+        return (share.unsqueeze(-1) * sums_grad).to(k.dtype), (sums_grad * k).sum(-1)
     from nnx_cli.layers import averaged_keys_kernel
 
     return averaged_keys_kernel.backward(grad, k, share)
 
 
 @averaged_keys_op.register_fake
-def _(k: Tensor, share: Tensor) -> Tensor:
+def _(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     return k.new_empty(k.shape)
 
 
 @averaged_keys_backward.register_fake
-def _(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape), share.new_empty(share.shape)
 
 
-def keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return averaged_keys_backward(grad, *ctx.saved_tensors)
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *averaged_keys_backward(grad, *ctx.saved_tensors), None
 
 
 averaged_keys_op.register_autograd(backward, setup_context=keep)

@@ -9,15 +9,10 @@ from functools import cache
 import torch
 
 
-@torch.compiler.assume_constant_result
+@cache
 def has_triton(device: torch.device) -> bool:
     """Whether Triton is there and really runs on a device, tried once: it also needs a C compiler, and a card from 2017
     on."""
-    return probe(device)
-
-
-@cache
-def probe(device: torch.device) -> bool:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):

@@ -8,7 +8,7 @@ import torch
 
 from nnx_cli.layers import averaged_keys as layer
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 def case(B=2, T=130, G=3, K=40, dtype=torch.float32, device="cpu"):
@@ -29,18 +29,25 @@ def test_is_a_mean_in_which_position_m_counts_m_times():
         torch.testing.assert_close(averages[:, j], want)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a card, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kernel", ["plain", "triton"])
 @pytest.mark.parametrize("shape", [dict(), dict(T=1, K=32), dict(B=1, T=64, G=1, K=128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_equals_plain_operations(shape, dtype):
-    k, share, counts = case(**shape, dtype=dtype, device=DEVICE)
+def test_the_operator_equals_plain_operations(monkeypatch, shape, dtype, kernel):
+    if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):
+        pytest.skip("needs Triton and a card, or TRITON_INTERPRET=1")
+    monkeypatch.setattr(layer, "has_triton", lambda device: kernel == "triton")
+    k, share, counts = case(**shape, dtype=dtype, device=KERNEL_DEVICE if kernel == "triton" else "cpu")
     plain = layer.averages(layer.weighted_sums(k, share), counts).to(dtype)
     grad = torch.randn_like(plain.transpose(1, 2)).transpose(1, 2)  # as attention returns it
     wanted = torch.autograd.grad(plain, (k, share), grad)
-    fused = layer.averaged_keys_op(k, share)
-    found = torch.autograd.grad(fused, (k, share), grad)
+    averaged = layer.averaged_keys_op(k, share, counts)
+    found = torch.autograd.grad(averaged, (k, share), grad)
     rtol = dict(rtol=2e-5 if dtype == torch.float32 else 1.6e-2)
-    torch.testing.assert_close(fused, plain, **rtol, atol=1e-6)
+    torch.testing.assert_close(averaged, plain, **rtol, atol=1e-6)
     torch.testing.assert_close(found[0], wanted[0], **rtol, atol=1e-5)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_is_described_rightly():
+    k, share, counts = case(B=1, T=3, G=2, K=8)
+    torch.library.opcheck(layer.averaged_keys_op, (k, share, counts))

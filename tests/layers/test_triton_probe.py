@@ -31,9 +31,9 @@ def card(monkeypatch):
     monkeypatch.setattr(triton_probe, "launch", launch)
     monkeypatch.setattr(triton_probe.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    triton_probe.probe.cache_clear()
+    has_triton.cache_clear()
     yield errors, launched
-    triton_probe.probe.cache_clear()
+    has_triton.cache_clear()
 
 
 def test_it_is_tried_once(card):
