@@ -78,7 +78,7 @@ def decide(trainer: Trainer, wish: str) -> str:
             return "off"
     how = "off"
     if kind == "cuda":
-        step_s = timed_step(trainer)
+        step_s = first_step(trainer)
         if capture(trainer, wish, step_s):
             how, step_s = "graph", timed_step(trainer)
         if wish == "graph":
@@ -89,38 +89,53 @@ def decide(trainer: Trainer, wish: str) -> str:
         return how
     if wish == "auto" and kind == "cpu" and saved_at_most(trainer) < COMPILE_SECONDS[kind]:
         return how
-    eager = timed(trainer)
-    micro_s = step_s / trainer.config.grad_accum if kind == "cuda" else eager.seconds
-    if wish == "auto" and planned_seconds(trainer, micro_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
+    eager = timed(trainer) if kind == "cpu" else None
+    if eager is not None:
+        step_s = eager.seconds * trainer.config.grad_accum
+    if wish == "auto" and planned_seconds(trainer, step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
         return how
+    if how == "graph":
+        trainer.release()  # there may be no room for another step beside it
     after_s = compile_checked(trainer, eager)
+    if how == "graph":
+        capture(trainer, wish, None)
     if after_s is None:
         return how
-    if kind == "cuda":
-        if how == "graph":
-            capture(trainer, wish, None)
-        after_s = timed_step(trainer)
-    before_s = step_s if kind == "cuda" else eager.seconds
-    if wish == "auto" and after_s >= WORTHWHILE * before_s:
+    after_s = timed_step(trainer) if kind == "cuda" else after_s * trainer.config.grad_accum
+    if wish == "auto" and after_s >= WORTHWHILE * step_s:
         undo_compile(trainer.model)
         if how == "graph":
             capture(trainer, wish, None)
         trainer.observer.note("not compiled: no faster here")
         return how
-    trainer.observer.note(f"compiled: a step takes {after_s / before_s:.0%} of its time before")
+    trainer.observer.note(f"compiled: a step takes {after_s / step_s:.0%} of its time before")
     return "on"
 
 
-def compile_checked(trainer: Trainer, eager: Trial) -> float | None:
-    """Compile the blocks; returns what `timed` takes then. None, and all is undone, where that fails, or where loss or
-    gradient differ from those of eager blocks."""
+def first_step(trainer: Trainer) -> float:
+    """`timed_step` of steps that fit: where memory runs out, micro-batches get smaller. Raises DoesNotFit."""
+    while True:
+        try:
+            return timed_step(trainer)
+        except torch.OutOfMemoryError:
+            pass  # the exception holds on to what was computed: it has to go first
+        trainer.shrink()
+
+
+def compile_checked(trainer: Trainer, eager: Trial | None) -> float | None:
+    """Compile the blocks; returns the seconds of a micro-batch then. None, and all is undone, where that fails, or
+    where loss or gradient differ from those of eager blocks, which are tried now unless they have been."""
     if trainer.device.type == "cpu":
         torch.use_deterministic_algorithms(True)  # compiled sums would be split among threads as it comes
-    compile_blocks(trainer.model)
     try:
+        eager = eager or timed(trainer)
+        compile_blocks(trainer.model)
         trial = timed(trainer)
     except torch.OutOfMemoryError:
-        raise
+        undo_compile(trainer.model)
+        torch.cuda.empty_cache()
+        trainer.observer.note("not compiled: not enough memory")
+        return None
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as error:
         undo_compile(trainer.model)
         trainer.observer.note(f"not compiled: {in_a_line(error)}")
@@ -177,10 +192,10 @@ def saved_at_most(trainer: Trainer) -> float:
     return ahead * HOPED_SAVING[trainer.device.type]
 
 
-def planned_seconds(trainer: Trainer, micro_step_s: float) -> float:
-    """Training time that lies ahead, in eager mode."""
+def planned_seconds(trainer: Trainer, step_s: float) -> float:
+    """Training time that lies ahead, where a step takes `step_s`."""
     config = trainer.config
-    by_steps = (config.max_steps or 0) * config.grad_accum * micro_step_s
+    by_steps = (config.max_steps or 0) * step_s
     by_time = config.max_time_s or 0.0
     ahead = min(by_steps, by_time) if by_steps and by_time else by_steps or by_time
     return ahead * (1.0 - trainer.progress())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnx_cli.config import check_choice
 from nnx_cli.engine.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
@@ -121,3 +123,10 @@ def describe(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU"
     return f"CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
+
+
+def without_attention_plans() -> AbstractContextManager:
+    """Attention by kernels that are ready for any shape, for passes of ever new shapes: cuDNN, which is faster, first
+    makes a plan for each, which takes a tenth of a second and more."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)

@@ -32,6 +32,7 @@ from nnx_cli.layers import attention, averaged_keys, segments, soft_xor
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
+REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sums over rows
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
 WHOLE = 7  # blocks that are simulated as they are; of more, all but six or seven are copies of their neighbours
 ATEN = torch.ops.aten
@@ -202,6 +203,16 @@ def embedding_workspace(grad: Tensor, ids: Tensor, n_rows: int, *others: Any) ->
     return 6 * 8 * ids.numel() + 4 * sums * grad.shape[-1]
 
 
+def reduction_workspace(x: Tensor, dims: list[int] | None = None, *others: Any) -> int:
+    """Sums over all but the last dimension, as of a bias: blocks of 64 rows leave sums in float32, 128 for a column, as
+    long as there are about sixteen blocks for every processor of a large card."""
+    if x.dim() < 2 or not dims or {d % x.dim() for d in dims} != set(range(x.dim() - 1)):
+        return 0
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    blocks = min(-(-rows // 64), REDUCING_BLOCKS // -(-columns // 128))
+    return 4 * 128 * columns * blocks if blocks > 1 else 0
+
+
 def averages_workspace(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> int:
     """Backward pass: what each program adds to the gradient of shares."""
     return 4 * share.numel() * -(-k.shape[-1] // 32)
@@ -213,6 +224,7 @@ WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds whi
     ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
     torch.ops.nnx.attention_and_sums_backward.default: segment_workspace,
     torch.ops.nnx.averaged_keys_backward.default: averages_workspace,
+    ATEN.sum.dim_IntList: reduction_workspace,
     ATEN.embedding_dense_backward.default: embedding_workspace,
 }
 

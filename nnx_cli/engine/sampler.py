@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import SampleConfig
-from nnx_cli.engine.device import synchronize
+from nnx_cli.engine.device import synchronize, without_attention_plans
 from nnx_cli.engine.tokenizer import StreamDecoder, Tokenizer
 from nnx_cli.models._base import LanguageModel
 
@@ -205,6 +205,7 @@ def uniforms(config: SampleConfig, n_rows: int) -> Tensor:
     return torch.stack(rows)
 
 
+@without_attention_plans()
 @torch.inference_mode()
 def generate(
     model: LanguageModel, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], config: SampleConfig, *,

@@ -96,7 +96,9 @@ class Step:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Steps taken inside leave weights, optimizer and counters as they were."""
-        before = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.unique_state().items()}
+        touched = type(self.model).post_optim_step is not LanguageModel.post_optim_step
+        state = self.model.unique_state() if touched else {}
+        before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         stats, scale = self.stats.clone(), self.scaler.state_dict()
         self.hold.fill_(1.0)
         try:
@@ -104,8 +106,8 @@ class Step:
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.hold.zero_()
-            for name, tensor in self.model.unique_state().items():
-                tensor.copy_(before[name])  # `post_optim_step` may have touched them
+            for name, tensor in state.items():
+                tensor.copy_(before[name])
             self.stats.copy_(stats)
             if scale:
                 self.scaler.load_state_dict(scale)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.compiler import eagerly
-from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize
+from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize, without_attention_plans
 from nnx_cli.engine.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
 from nnx_cli.engine.loader import Loader
@@ -30,7 +32,10 @@ from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
 from nnx_cli.models._base import LanguageModel
 
+T = TypeVar("T")
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this
+UPKEEP_SHARE = 0.05  # of the time may go into saving, and as much into samples, unless they were asked for
+UPKEEP_SECONDS = 0.1  # what they are taken to need before the first one: nothing of it in a run's first two seconds
 RETRY_SECONDS = 60  # after which a refused save is tried again
 LOG_STEPS = 10
 MAX_BAD_STEPS = 8  # steps in a row without a finite gradient: more than chance
@@ -53,6 +58,24 @@ class State:
     skipped_steps: int = 0
     bad_steps: int = 0  # skipped ones in a row
     lr_factor: float = 1.0  # on the schedule's learning rate; below 1 after a rollback
+
+
+@dataclass
+class Upkeep:
+    """Keeps something that a run does beside training to a share of its time."""
+
+    ended_at: float = field(default_factory=lambda: time.monotonic())
+    seconds: float = UPKEEP_SECONDS  # that it took the last time
+
+    def is_affordable(self) -> bool:
+        return time.monotonic() - self.ended_at >= self.seconds / UPKEEP_SHARE
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.ended_at = time.monotonic()
+        self.seconds = self.ended_at - started
 
 
 class Observer:
@@ -93,9 +116,11 @@ class Trainer:
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
         self.state = State()
         self.best: dict | None = None  # step and losses of the best weights that are on the disk
-        self.better: dict | None = None  # of better ones that the disk refused
+        self.better: dict | None = None  # of better ones that are not yet on it
+        self.better_weights: dict[str, Tensor] = {}  # a copy of those, while there is no time to write them
         self.status: dict = {}  # what run.json should say
         self.unwritten: list[tuple[str, dict]] = []  # lines of logs that the disk refused
+        self._saving, self._saving_best, self._sampling = Upkeep(), Upkeep(), Upkeep()
         self._saved_at = time.monotonic()
         self._refused_at: float | None = None  # when the disk last refused a write
         self._running: deque[torch.cuda.Event] = deque()
@@ -161,7 +186,7 @@ class Trainer:
             log = validate or state.step % LOG_STEPS == 0 or state.step == 1
             stop = should_stop()
             overdue = self.is_overdue()
-            save = stop or overdue or done >= 1.0 or self._due(config.save_every, before, done)
+            save = stop or overdue or done >= 1.0 or self._due(config.save_every, before, done, self._saving)
             if log or save or self.device.type != "cuda":
                 started = time.perf_counter()
                 loss, grad_norm = self.read_stats()
@@ -188,8 +213,9 @@ class Trainer:
                     record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
                 self.log(run, "metrics.jsonl", record)
                 self.observer.step(record, done)
-            if self._due(config.sample_every, before, done):
-                self.sample(run)
+            if self._due(config.sample_every, before, done, self._sampling):
+                with self._sampling.timed():
+                    self.sample(run)
             gave_up = validate and config.patience is not None and state.worse_validations >= config.patience
             if stop or gave_up or done >= 1.0:
                 self.save(run)
@@ -202,16 +228,17 @@ class Trainer:
                 return "interrupted"
         return "finished"
 
-    def _due(self, every: int | None, before: float, done: float) -> bool:
-        """Whether something that happens every so many steps (0: never; None: at MILESTONES), and at the end, happens
-        now."""
+    def _due(self, every: int | None, before: float, done: float, upkeep: Upkeep | None = None) -> bool:
+        """Whether something that happens every so many steps (0: never; None: at MILESTONES, if there is time for it),
+        and at the end, happens now."""
         if every == 0:
             return False
         if done >= 1.0:
             return True
         if every is not None:
             return self.state.step % every == 0
-        return any(before < milestone <= done for milestone in MILESTONES)
+        at_milestone = any(before < milestone <= done for milestone in MILESTONES)
+        return at_milestone and (upkeep is None or upkeep.is_affordable())
 
     def take_step(self, lr: float) -> int:
         """One optimizer step; returns its number of targets. A card may still be at work on it: see `read_stats`.
@@ -269,11 +296,16 @@ class Trainer:
             f"{n // smaller} times a step; the samples stay the same"
         )
 
+    def release(self) -> None:
+        """Forget what was recorded as a CUDA graph, and give its memory back."""
+        self.captured, self.losses_of = None, token_losses
+        torch.cuda.empty_cache()
+
     def capture(self) -> bool:
         """Record the step as a CUDA graph from now on; returns whether that is possible here."""
         if self.device.type != "cuda" or self.config.grad_accum > MAX_CAPTURED:
             return False
-        self.captured = None
+        self.release()
         input_ids, targets = self.loader.batch(0, self.samples_per_step)
         self.captured = CapturedStep(self.step, input_ids, targets, self.config.batch_size)
         return True
@@ -341,15 +373,19 @@ class Trainer:
         config, state = self.config, self.state
         n_windows = None if config.val_batches is None else config.val_batches * config.batch_size
         seq_len = self.model.config.seq_len
-        with eagerly(config.compile):
+
+        def look() -> Evaluation:
             if self.captured is not None and self.losses_of is token_losses:
                 self.model.eval()
                 self.losses_of = CapturedLosses(self.model, config.batch_size, seq_len)
                 self.model.train()
-            result = evaluate(
+            return evaluate(
                 self.model, self.data.val, seq_len=seq_len, batch_size=config.batch_size, token_bytes=self.token_bytes,
                 n_windows=n_windows, losses_of=self.losses_of,
             )  # fmt: skip
+
+        with eagerly(config.compile), without_attention_plans():
+            result = self.with_room(look)
         improved = math.isfinite(result.loss) and (state.best_val_loss is None or result.loss < state.best_val_loss)
         if improved:
             state.best_val_loss, state.best_val_bits_per_byte = result.loss, result.bits_per_byte
@@ -361,8 +397,11 @@ class Trainer:
             found = {
                 "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
             }  # fmt: skip
-            self.better = found
-            self.attempt(lambda: self.write_best(run))
+            self.better, self.better_weights = found, {}
+            if not self._saving_best.is_affordable():
+                self.better_weights = {k: x.to("cpu", copy=True) for k, x in self.model.unique_state().items()}
+            else:
+                self.attempt(lambda: self.write_best(run))
         self.status |= {
             "step": state.step, "train_loss": finite(train_loss), "val_loss": finite(result.loss),
             "val_bits_per_byte": finite(result.bits_per_byte), **(self.best or {}),
@@ -374,10 +413,23 @@ class Trainer:
         """Draw a sample, show it and log it."""
         seed = replace(self.sample_config, seed=(self.sample_config.seed + self.state.step) % 2**63)
         with eagerly(self.config.compile):
-            drawn = generate(self.model, self.data.tokenizer, [self.sample_prompt], seed).samples[0]
+            drawn = self.with_room(lambda: generate(self.model, self.data.tokenizer, [self.sample_prompt], seed))
+        drawn = drawn.samples[0]
         prompt = self.data.tokenizer.decode(np.array(self.sample_prompt)) if self.data.tokenizer else ""
         self.log(run, "samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
         self.observer.sampled(self.state.step, prompt + drawn.text)
+
+    def with_room(self, look: Callable[[], T]) -> T:
+        """What `look` returns. Where memory does not suffice beside a CUDA graph, which keeps that of a whole step to
+        itself, steps are taken without one from here on."""
+        try:
+            return look()
+        except torch.OutOfMemoryError:
+            if self.captured is None:
+                raise
+        self.release()
+        self.news.append(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")
+        return look()
 
     def find_best(self, run: Run) -> None:
         """Learn which best weights the run folder has. They may be of a later step than the newest checkpoint, where
@@ -401,10 +453,12 @@ class Trainer:
         self.attempt(lambda: self.write_logs(run))
 
     def write_best(self, run: Run) -> None:
-        """Write the weights as the best ones, if that is what they are. Raises OutputError."""
-        if self.better is not None and self.better["best_step"] == self.state.step:
-            run.save_best(self.model.unique_state(), self.better)
-            self.best, self.better = self.better, None
+        """Write the best weights, if they are at hand and not yet on the disk. Raises OutputError."""
+        if self.better is None or not (self.better_weights or self.better["best_step"] == self.state.step):
+            return
+        with self._saving_best.timed():
+            run.save_best(self.better_weights or self.model.unique_state(), self.better)
+        self.best, self.better, self.better_weights = self.better, None, {}
 
     def write_logs(self, run: Run) -> None:
         """Write what the logs lack. Raises OutputError."""
@@ -436,7 +490,8 @@ class Trainer:
         try:
             self.write_logs(run)
             run.sync_logs()
-            ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
+            with self._saving.timed():
+                ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
             self.write_best(run)
             ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
             self.status |= {"step": self.state.step, **(self.best or {})}

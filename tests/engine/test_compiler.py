@@ -107,9 +107,9 @@ def test_auto_does_not_compile_for_a_short_run(trainer, pretend):
 
 
 def test_the_time_ahead(trainer):
-    assert planned_seconds(trainer, 0.5) == 12 * 2 * 0.5
+    assert planned_seconds(trainer, 0.5) == 12 * 0.5
     trainer.state.step = 9
-    assert planned_seconds(trainer, 0.5) == pytest.approx(12 * 2 * 0.5 / 4)
+    assert planned_seconds(trainer, 0.5) == pytest.approx(12 * 0.5 / 4)
 
 
 def test_names_in_the_state_dict_stay(trainer):

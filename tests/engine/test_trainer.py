@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nnx_cli.cli import app
@@ -294,6 +295,57 @@ def test_checkpoints_beyond_keep_are_dropped(start, workspace):
     assert ckpt.steps_in(run.checkpoints) == [8, 10, 12]
 
 
+@pytest.mark.parametrize("there_is_time", [True, False])
+def test_the_best_weights_are_kept_also_while_there_is_no_time_to_write_them(
+    start, workspace, monkeypatch, there_is_time
+):
+    monkeypatch.setattr(trainer_module.Upkeep, "is_affordable", lambda upkeep: there_is_time)
+    losses, seen = {4: 3.0, 8: 2.0, 12: 2.5}, {}
+    run, trainer = start(workspace / "a")
+
+    def evaluate(model, *args, **options):
+        seen[trainer.state.step] = {name: tensor.clone() for name, tensor in model.unique_state().items()}
+        return Evaluation(losses[trainer.state.step], 1.0, None, 1, 1, 1.0)
+
+    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    train(run, trainer)
+    best = run.best_found()
+    assert (best["best_step"], best["best_val_loss"]) == (8, 2.0) == (run.status()["best_step"], 2.0)
+    kept = load_file(run.folder / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in seen[8].items())
+
+
+def test_looking_and_saving_take_a_small_share_of_the_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+    upkeep = trainer_module.Upkeep()
+    clock[0] = 1.9
+    assert not upkeep.is_affordable()
+    clock[0] = 2.1
+    assert upkeep.is_affordable()
+    with upkeep.timed():
+        clock[0] += 3.0
+    clock[0] += 59.0
+    assert not upkeep.is_affordable()
+    clock[0] += 2.0
+    assert upkeep.is_affordable()
+
+
+def test_memory_that_a_graph_keeps_is_given_back_to_look(start, workspace):
+    run, trainer = start(workspace / "a")
+    trainer.captured, tries = object(), []
+
+    def look():
+        tries.append(trainer.captured)
+        if trainer.captured is not None:
+            raise torch.OutOfMemoryError
+        return "seen"
+
+    assert trainer.with_room(look) == "seen" and len(tries) == 2 and "no graph" in trainer.news[0]
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.with_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+
+
 def test_samples_are_logged(start, workspace):
     run, trainer = start(workspace / "a", max_steps=6, sample_every=3)
     train(run, trainer)
@@ -322,7 +374,7 @@ def test_a_full_disk_while_saving_costs_no_checkpoint(start, workspace, monkeypa
             train(run, trainer)
     else:
         assert train(run, trainer) == "finished"
-    assert sum("disk full" in note for note in notes) == 1
+    assert sum("disk full" in note for note in notes) == (8 in full_at)
     monkeypatch.undo()
     assert run.newest_checkpoint()[0].step == newest
     assert train(run, resume(run)) == "finished"
