@@ -71,7 +71,7 @@ CPU_RECIPE = [
 GPU_RECIPE = ["config/train_shakespeare_char.py"]
 LENGTHS = {"cpu": ["200", "250", "300", "400"], "cuda": ["4s", "6s", "9s", "13s", "18s"]}
 PEER_BATCHES = {"speed-124m": [6, 8, 10], "speed-10m": [64, 128, 256]}
-OUR_BATCHES = {"speed-124m": [8, 12, 16, 24], "speed-10m": [64, 128, 256]}
+OUR_BATCHES = {"speed-124m": [8, 10, 12, 14], "speed-10m": [64, 128]}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {  # ours, within 2 % of nanoGPT's parameters
     "speed-124m": {
         "llama": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, vocab_size=50304),
@@ -104,6 +104,7 @@ class Place:
     vram: str
     device: str
     limit_s: float
+    batches: list[int] | None
 
     def data(self, name: str) -> Path:
         """A text as nanoGPT's prepare.py encodes it: characters, the last tenth for validation."""
@@ -229,7 +230,7 @@ def nanogpt_model(place: Place, checkpoint: Path) -> tuple[Callable[[Tensor], Te
 def peer_speed(part: str, place: Place) -> Iterator[dict[str, Any]]:
     """Tokens a second of every micro-batch, until one does not fit."""
     deadline = time.monotonic() + place.limit_s
-    for batch_size in PEER_BATCHES[part]:
+    for batch_size in place.batches or PEER_BATCHES[part]:
         left = deadline - time.monotonic()
         if left < 20:
             tell(f"no time left for nanoGPT at batch {batch_size}")
@@ -340,7 +341,7 @@ def our_speed(part: str, place: Place, names: list[str]) -> Iterator[dict[str, A
     """Tokens a second of every micro-batch, each in a process of its own, until one does not fit."""
     deadline = time.monotonic() + place.limit_s
     for name in names:
-        for batch_size in OUR_BATCHES[part]:
+        for batch_size in place.batches or OUR_BATCHES[part]:
             left = deadline - time.monotonic()
             if left < 10:
                 tell(f"no time left for {name} at batch {batch_size}")
@@ -537,6 +538,7 @@ def main() -> None:
     parser.add_argument(
         "--lengths", nargs="+", help=f"of ours, shortest first: times, or numbers of steps; default {LENGTHS}"
     )
+    parser.add_argument("--batches", nargs="+", type=int, help="micro-batches to try for speed, smallest first")
     parser.add_argument("--vram", default="8GB")
     parser.add_argument("--limit", type=float, help="seconds of a side of a part; default 110, and 600 on a CPU")
     parser.add_argument("--work", type=Path, help="for texts and compile caches; default: a folder that is removed")
@@ -550,7 +552,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        place = Place(options.nanogpt.resolve(), work, options.text.resolve(), options.vram, options.device, limit)
+        place = Place(
+            options.nanogpt.resolve(),
+            work,
+            options.text.resolve(),
+            options.vram,
+            options.device,
+            limit,
+            options.batches,
+        )
         machine = (
             f"{describe(pick_device(options.device))}, torch {torch.__version__}, Python {platform.python_version()}, "
             f"nanoGPT {COMMIT}, {call[:10]}.{' ' + options.note if options.note else ''}"
