@@ -90,7 +90,8 @@ def plan_run(
     optimizer = derived.get("optimizer", train.optimizer)
     if derived.get("optimizer") == preferred:
         where["optimizer"] = "derived: model, and how often the text is read"
-    derive("lr", default_lr(optimizer, config.dim, recipe.lr_factor), "optimizer, width and model")
+    factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
+    derive("lr", default_lr(optimizer, config.dim, factor), "optimizer, width and model")
     decays = optimizer in ("adamw", "adamw8bit", "muon")
     derive("weight_decay", recipe.weight_decay if decays else 0.0, "optimizer and model")
     derive("beta2", 0.99, "optimizer")
@@ -245,14 +246,14 @@ def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
 
 def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
     """Peak learning rate: falls with the width from 128 on, times an architecture's factor; Lion takes a tenth of it,
-    Muon two and a half, whatever the architecture, for it moves all matrices by the same share.
+    Muon two and a half.
 
     Wolf has the rate its author gives.
     """
     if optimizer == "wolf":
         return 0.3678
-    share = 2.5 if optimizer == "muon" else 0.1 * factor if optimizer == "lion" else factor
-    return float(f"{4e-3 * 128 / max(dim, 128) * share:.2g}")
+    share = {"lion": 0.1, "muon": 2.5}.get(optimizer, 1.0)
+    return float(f"{4e-3 * 128 / max(dim, 128) * share * factor:.2g}")
 
 
 def affordable_size(name: str, flops: float) -> str:

@@ -65,7 +65,8 @@ class Recipe:
     """How an architecture differs from the others in what it learns best from."""
 
     optimizer: str = "muon"  # where memory suffices and the text is not read too often
-    lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest, but with Muon
+    lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest
+    muon_lr_factor: float = 1.0  # the same with Muon, which moves all matrices by the same share
     weight_decay: float = 0.1  # with AdamW and Muon
     warmup: bool = True
 

@@ -33,7 +33,7 @@ from nnx_cli.layers.averaged_keys import averaged_keys, averages, weighted_sums
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +275,8 @@ class Block(nn.Module):
 
 
 class Model(LanguageModel):
+    recipe = Recipe(lr_factor=1.5, muon_lr_factor=3.0)  # measured: tests/bench/zoo.md
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)

@@ -11,8 +11,8 @@ parts:
     quality-warm  nanoGPT's character recipe (10.7 million) and ours, after a run that filled the compile cache
     quality-cold  the same with an empty compile cache on each side
     second        like quality-warm on a second text: the language documentation that Python ships, as characters
-    speed-124m    tokens a second, 124 million parameters, vocabulary 50304, context 1024, best micro-batch
-    speed-10m     tokens a second, 10.7 million parameters, characters, context 256, best micro-batch
+    speed-124m    tokens a second, 124 million parameters, vocabulary 50304, context 1024, best micro-batch, AdamW
+    speed-10m     tokens a second, 10.7 million parameters, characters, context 256, best micro-batch, AdamW
 
 Time to a loss: one evaluator judges both, in float32 over the whole validation split in windows of nanoGPT's context.
 The target is the loss that nanoGPT itself reaches: of its CPU recipe the last checkpoint's, of its character recipe
@@ -364,7 +364,7 @@ def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> No
     """Print the speed of one shape and micro-batch as JSON: the trainer's own steps, compiled, on random tokens."""
     where, shape = pick_device(device), SHAPES[part][name]
     precision = pick_precision("auto", where)
-    config = TrainConfig(device=device, vram=vram, compile="on" if where.type == "cuda" else "off")
+    config = TrainConfig(device=device, vram=vram, optimizer="adamw", compile="on" if where.type == "cuda" else "off")
     session.prepare_device(config)
     limits = bench.measure_limits(where, [precision], 1.0)
     case = bench.Case(name, None, models.make_config(name, **shape), precision, int(batch_size))

@@ -7,8 +7,8 @@
 Needs a CUDA card, whose allocator is held to what --vram leaves (8GB: 7.25 GiB), so that a larger card will do.
 
 promise: each architecture at its default size on a GPU (`small`), micro-batches as large as the planner takes, two to
-    a step, optimizer and all else its defaults: op by op, and captured as a CUDA graph. Then a fifth more sequences, op
-    by op, which should run out of memory.
+    a step, optimizer and all else its defaults: op by op, and captured as a CUDA graph (where a graph does not fit,
+    training goes on without). Then a fifth more sequences, op by op, which should run out of memory.
 billion: whole commands, each in its own process; validation loss is of the run's own windows at the end.
 largest: blocks are added to `xl` while the prediction fits with every rung of the ladder, one sequence of 1024 bytes at
     a time; then three steps are taken under the cap. With --nanogpt the same is done with that project's model and
@@ -53,8 +53,8 @@ from nnx_cli.engine.step import CapturedStep, Step
 STEPS = 50
 MANY_ROWS = 720_720  # of a step: more than fit, with many divisors, of which the planner takes one as micro-batch
 BILLION = {  # what `nnx train --size xl --seq-len 1024` is told besides
-    "llama": ["--tokens-per-step", "8192"],
-    "nyx": ["--tokens-per-step", "8192"],
+    "llama": ["--tokens-per-step", "4096"],
+    "nyx": ["--tokens-per-step", "4096"],
     "ngpt": ["--tokens-per-step", "4096", "--optimizer-in-backward"],
 }
 PEER_WIDTH = dict(n_embd=1280, n_head=20, block_size=1024, vocab_size=256, dropout=0.0, bias=False)

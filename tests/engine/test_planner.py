@@ -152,7 +152,7 @@ def test_learning_rate_falls_with_the_width():
     assert default_lr("adamw", 512) == pytest.approx(1e-3)
     assert default_lr("lion", 512, 2.0) == pytest.approx(2e-4)
     assert default_lr("muon", 128) == pytest.approx(1e-2)
-    assert default_lr("muon", 512, 2.0) == pytest.approx(2.5e-3)
+    assert default_lr("muon", 512, 2.0) == pytest.approx(5e-3)
 
 
 def test_warmup_is_a_small_part_of_the_run():
