@@ -148,7 +148,7 @@ def billion(name: str, text: Path, vram: str) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         row = {"model": name, "command": " ".join(["nnx train", *words, *BILLION[name]]), "seconds": round(seconds)}
         if done.returncode:
-            return row | {"result": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
+            return row | {"result": f"exit {done.returncode}: {done.stderr.strip()[-1500:]}"}
         config, status = (json.loads((run / file).read_text()) for file in ("config.json", "run.json"))
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         training = config["training"]
@@ -158,6 +158,7 @@ def billion(name: str, text: Path, vram: str) -> dict[str, Any]:
             "weights": training["weight_precision"], "checkpointing": training["activation_checkpointing"],
             "tokens_per_s": max(line.get("tokens_per_s") or 0 for line in metrics),
             "peak_bytes": max(line.get("peak_memory_bytes") or 0 for line in metrics), "result": "trained",
+            "events": "; ".join(status.get("events", [])) or None,
         }  # fmt: skip
 
 
