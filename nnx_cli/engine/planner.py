@@ -29,6 +29,7 @@ MEMORISES = 2  # parameters a token of the text from which on a model can learn 
 BY_HEART = 0.2  # dropout from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
+GRAPH_BYTES = 2**27  # that a step recorded as a CUDA graph takes beside what a plain one does
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
 
 
@@ -219,7 +220,8 @@ def fit(
         )
     if B is None:
         rows = max(1, default // (T * (A or 1)))
-        largest = predictor.largest(chosen, budget, rows)
+        room = GRAPH_BYTES if device.type == "cuda" and train.compile != "off" else 0
+        largest = predictor.largest(chosen, budget - room, rows) or predictor.largest(chosen, budget, rows)
         B = largest if A else max(b for b in range(1, largest + 1) if rows % b == 0)
     A = A or max(1, default // (B * T))
     settings = {"batch_size": B, "grad_accum": A, "tokens_per_step": B * A * T}

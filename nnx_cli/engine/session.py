@@ -129,7 +129,10 @@ def start(
         "train_loss": None, "val_loss": None, "val_bits_per_byte": None, "best_step": None, "best_val_loss": None,
         "best_val_bits_per_byte": None, "skipped_steps": 0,
     }  # fmt: skip
-    return Run.create(out, described, tokenizer, status, trainer.checkpoint()), trainer
+    with trainer.saving.timed():
+        run = Run.create(out, described, tokenizer, status, trainer.checkpoint())
+    trainer.saving_best.seconds = trainer.saving.seconds
+    return run, trainer
 
 
 def make_trainer(

@@ -120,7 +120,7 @@ class Trainer:
         self.better_weights: dict[str, Tensor] = {}  # a copy of those, while there is no time to write them
         self.status: dict = {}  # what run.json should say
         self.unwritten: list[tuple[str, dict]] = []  # lines of logs that the disk refused
-        self._saving, self._saving_best, self._sampling = Upkeep(), Upkeep(), Upkeep()
+        self.saving, self.saving_best, self.sampling = Upkeep(), Upkeep(), Upkeep()
         self._saved_at = time.monotonic()
         self._refused_at: float | None = None  # when the disk last refused a write
         self._running: deque[torch.cuda.Event] = deque()
@@ -186,7 +186,7 @@ class Trainer:
             log = validate or state.step % LOG_STEPS == 0 or state.step == 1
             stop = should_stop()
             overdue = self.is_overdue()
-            save = stop or overdue or done >= 1.0 or self._due(config.save_every, before, done, self._saving)
+            save = stop or overdue or done >= 1.0 or self._due(config.save_every, before, done, self.saving)
             if log or save or self.device.type != "cuda":
                 started = time.perf_counter()
                 loss, grad_norm = self.read_stats()
@@ -213,8 +213,8 @@ class Trainer:
                     record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
                 self.log(run, "metrics.jsonl", record)
                 self.observer.step(record, done)
-            if self._due(config.sample_every, before, done, self._sampling):
-                with self._sampling.timed():
+            if self._due(config.sample_every, before, done, self.sampling):
+                with self.sampling.timed():
                     self.sample(run)
             gave_up = validate and config.patience is not None and state.worse_validations >= config.patience
             if stop or gave_up or done >= 1.0:
@@ -398,7 +398,7 @@ class Trainer:
                 "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
             }  # fmt: skip
             self.better, self.better_weights = found, {}
-            if not self._saving_best.is_affordable():
+            if not self.saving_best.is_affordable():
                 self.better_weights = {k: x.to("cpu", copy=True) for k, x in self.model.unique_state().items()}
             else:
                 self.attempt(lambda: self.write_best(run))
@@ -456,7 +456,7 @@ class Trainer:
         """Write the best weights, if they are at hand and not yet on the disk. Raises OutputError."""
         if self.better is None or not (self.better_weights or self.better["best_step"] == self.state.step):
             return
-        with self._saving_best.timed():
+        with self.saving_best.timed():
             run.save_best(self.better_weights or self.model.unique_state(), self.better)
         self.best, self.better, self.better_weights = self.better, None, {}
 
@@ -490,7 +490,7 @@ class Trainer:
         try:
             self.write_logs(run)
             run.sync_logs()
-            with self._saving.timed():
+            with self.saving.timed():
                 ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
             self.write_best(run)
             ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
