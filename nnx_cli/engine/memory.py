@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import adamw, elementwise, muon
 from nnx_cli.engine import loss as head_loss
+from nnx_cli.engine.buffers import compile_imitations
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import undo_compile
 from nnx_cli.engine.cost import LightMode, replaced
@@ -36,7 +37,7 @@ REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sum
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
 WHOLE = 7  # blocks that are simulated as they are; of more, all but six or seven are copies of their neighbours
 ATEN = torch.ops.aten
-PLAIN_ATTENTION = F.scaled_dot_product_attention
+PLAIN_ATTENTION, PLAIN_RMS_NORM, PLAIN_DROPOUT = F.scaled_dot_product_attention, F.rms_norm, F.dropout
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class FusedRMSNorm(torch.autograd.Function):
 class Kernels:
     """Functions of torch and of this package as the target has them, on the meta device."""
 
-    def __init__(self, target: Target, compiled: bool = False) -> None:
-        self.target, self.compiled = target, compiled
+    def __init__(self, target: Target) -> None:
+        self.target = target
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -109,8 +110,7 @@ class Kernels:
             (adamw.fused, "adamw"): in_place,
         }
         if target.device == "cuda":
-            if not self.compiled:  # the compiler has its own
-                own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
+            own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
             own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): in_place}
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
@@ -151,10 +151,14 @@ class Kernels:
     def rms_norm(
         input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
     ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return PLAIN_RMS_NORM(input, normalized_shape, weight, eps)
         return FusedRMSNorm.apply(input, weight)
 
     @staticmethod
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if torch.compiler.is_compiling():
+            return PLAIN_DROPOUT(input, p, training, inplace)
         return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
     @staticmethod
@@ -308,13 +312,26 @@ class Storages(LightMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = outputs(func, args, kwargs or {})
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        workspace = WORKSPACES[func](*args) if self.on_card and func in WORKSPACES else 0
+        self.count(out if isinstance(out, (tuple, list)) else (out,), workspace)
+        return out
+
+    def count(self, tensors: Iterable[Any], workspace: int = 0) -> None:
+        """Note what a kernel returns, and what it holds while it runs."""
+        for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self.born(tensor.untyped_storage())
-        workspace = WORKSPACES[func](*args) if self.on_card and func in WORKSPACES else 0
         section = self.sections[-1]
         section.rise = max(section.rise, self.live + workspace - self.start)
-        return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave this for a while: code that was compiled without a mode is compiled again under one."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def born(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -374,12 +391,13 @@ class Pass:
 
 def simulate(
     model: LanguageModel, batch_size: int, seq_len: int, *, target: Target, checkpointing: str = "off",
-    accumulate: bool = True, in_backward: bool = False,
+    accumulate: bool = True, in_backward: bool = False, compiled: bool = False,
 ) -> Pass:  # fmt: skip
     """One micro-step of a model on the meta device.
 
     `accumulate`: gradients exist before; without it, those that come to exist are part of the backward phase.
-    `in_backward`: each is gone as soon as the optimizer has used it.
+    `in_backward`: each is gone as soon as the optimizer has used it. `compiled`: blocks are, as `compile_blocks` does
+    it, which takes seconds.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
@@ -391,14 +409,14 @@ def simulate(
         forward = True
         storages.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in parameters if accumulate)])
 
-        def entered(number: int, block: nn.Module, args: Any) -> None:
-            if forward:
-                storages.mark("forward", number)
-
-        def left(number: int, block: nn.Module, args: Any, out: Any) -> None:
-            if forward:
-                first = out[0] if isinstance(out, tuple) else out
-                first.register_hook(lambda grad: storages.mark("backward", number))
+        def run(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not forward:
+                return call(*args, **kwargs)
+            storages.mark("forward", number)
+            out = call(*args, **kwargs)
+            first = out[0] if isinstance(out, tuple) else out
+            first.register_hook(lambda grad: storages.mark("backward", number))
+            return out
 
         def trunk(*args: Any) -> Tensor:
             nonlocal forward
@@ -407,10 +425,12 @@ def simulate(
             storages.mark("head")
             return x
 
-        for number, block in enumerate(model.blocks):
-            handles.append(block.register_forward_pre_hook(partial(entered, number)))
-            handles.append(block.register_forward_hook(partial(left, number)))
         checkpoint_blocks(model, checkpointing)
+        if compiled:
+            compile_imitations(model.blocks, WORKSPACES if storages.on_card else {}, storages.count)
+        for number, block in enumerate(model.blocks):
+            call = storages.paused()(block._compiled_call_impl) if compiled else block._call_impl
+            block._compiled_call_impl = partial(run, number, call)
         model.trunk = trunk
         try:
             input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
@@ -421,6 +441,9 @@ def simulate(
             storages.mark("end")
         finally:
             del model.trunk
+            undo_compile(model)
+            if compiled:
+                torch.compiler.reset()  # the next shape would count as the same code compiled once more
             checkpoint_blocks(model, "off")
             for handle in handles:
                 handle.remove()
@@ -438,42 +461,6 @@ def simulate(
         blocks += section.change if section.label[0] == "forward" else 0
         level += section.change
     return Pass(most["forward"], most["head"], most["backward"], activations, blocks)
-
-
-def kept_by_compiled_blocks(model: LanguageModel, batch_size: int, target: Target) -> int:
-    """Bytes that a model's blocks keep when compiled: the compiler's own division into forward and backward pass says
-    which results it would rather compute again. Takes seconds."""
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
-
-    kept = 0
-
-    def forward(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        results = next(node for node in graph.graph.nodes if node.op == "output").args[0]
-        made = [x.meta["val"] for x in results if isinstance(x, torch.fx.Node) and x.op != "placeholder"]
-        storages = {id(x.untyped_storage()): x.untyped_storage() for x in made if isinstance(x, Tensor)}
-        n_bytes = sum(rounded(storage.nbytes()) for storage in storages.values())
-
-        def run(*args: Any) -> Any:
-            nonlocal kept
-            kept += n_bytes
-            return graph.forward(*args)
-
-        return make_boxed_func(run)
-
-    backend = aot_autograd(
-        fw_compiler=forward, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
-        partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table(),
-    )  # fmt: skip
-    for block in model.blocks:
-        block.compile(backend=backend, dynamic=False)
-    try:
-        with Kernels(target, compiled=True).used():
-            model.trunk(torch.empty(batch_size, model.config.seq_len, dtype=torch.int64, device="meta"))
-    finally:
-        undo_compile(model)
-    return kept
 
 
 def forget(p: Tensor) -> None:
@@ -532,7 +519,7 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     accumulate = (config.grad_accum or 2) > 1 and not in_backward
     step = simulate(
         model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
-        accumulate=accumulate, in_backward=in_backward,
+        accumulate=accumulate, in_backward=in_backward, compiled=config.compile == "on",
     )  # fmt: skip
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
@@ -541,17 +528,9 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     during = resting + (gradients if accumulate else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
     phases["backward"] += moment if in_backward else 0
-    activations = step.activations
-    if config.compile == "on":
-        plain = simulate(model, batch_size, model.config.seq_len, target=target).blocks
-        less = max(0, plain - kept_by_compiled_blocks(model, batch_size, target))
-        again = {"off": 0.0, "half": 0.5, "on": 1.0}[config.activation_checkpointing]  # one of them at a time
-        phases = {name: n_bytes - int(less * (1 - again)) for name, n_bytes in phases.items()}
-        phases["backward"] -= int(less / len(model.blocks)) if again else 0
-        activations -= int(less * (1 - again))
     phases["optimizer"] = resting + gradients + moment
     return Memory(
-        sum(stored.values()), gradients, states, activations, moment, target.fixed_bytes, phases
+        sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases
     )  # fmt: skip
 
 
