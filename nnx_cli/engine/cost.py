@@ -114,6 +114,10 @@ class WithoutProducts(LightMode):
             a, b = args[-2:]
             self.flops += 2 * a.numel() * b.shape[-1]
             out = args[0] if name.endswith("_") else a.new_empty(*a.shape[:-1], b.shape[-1])
+        elif name == "product":
+            x, weight = args
+            self.flops += 2 * x.numel() * len(weight)
+            out = x.new_empty(*x.shape[:-1], len(weight))
         elif name == "attention_and_sums":  # of q (B, T, H, K), causal
             B, T, H, K = args[0].shape
             self.flops += 2 * B * H * T * T * K

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.layers.head import HeadFormula
+from nnx_cli.layers.product import multiply
 
 
 class Linear(nn.Linear):
@@ -25,7 +26,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_b", None)  # (out_features, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
+        y = multiply(x, self.weight.to(x.dtype))
         if self.lora_a is None:
             return y
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
@@ -67,7 +68,7 @@ class PackedLinear(Linear):
         self.splits = tuple(splits)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = F.linear(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
+        outputs = multiply(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
         if self.lora_a is None:
             return outputs
         narrow = F.linear(x, self.lora_a.to(x.dtype)).chunk(len(self.adapted), dim=-1)
