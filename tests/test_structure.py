@@ -63,7 +63,8 @@ def test_libraries_have_their_place(name):
     if name.split("/")[0] in ("models", "layers", "engine"):
         assert "typer" not in used
     if name.split("/")[0] in ("models", "layers"):
-        assert not {"os", "sys", "pathlib", "json"} & used or name == "models/__init__.py"
+        may = name in ("models/__init__.py", "layers/product.py")  # one finds files, one asks which processor this is
+        assert may or not {"os", "sys", "pathlib", "json"} & used
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -33,6 +33,7 @@ from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.engine.trainer import Observer
 from nnx_cli.errors import DoesNotFit
+from nnx_cli.layers.product import multiply
 from nnx_cli.models._base import ModelConfig
 
 ROUNDS = 5  # whose median counts
@@ -114,8 +115,7 @@ def matrix_flops(device: torch.device, precision: str, seconds: float) -> float:
     """Floating-point operations a second of a product of large matrices."""
     n = MATRIX[device.type]
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
-    out = torch.empty_like(a)
-    return 2 * n**3 * calls_per_s(lambda: torch.mm(a, b, out=out), device, seconds)
+    return 2 * n**3 * calls_per_s(lambda: multiply(a, b), device, seconds)
 
 
 def copy_bytes_per_s(device: torch.device, seconds: float) -> float:

@@ -18,6 +18,7 @@ from nnx_cli.engine.loader import check_length
 from nnx_cli.engine.memory import target_of
 from nnx_cli.engine.schedule import MILESTONES
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
+from nnx_cli.layers.product import multiply
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
@@ -274,12 +275,12 @@ def matrix_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations a second that a matrix product reaches here."""
     n = 512 if device.type == "cpu" else 4096
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
-    a @ b
+    multiply(a, b)
     times = []
     for _ in range(5):
         synchronize(device)
         started = time.perf_counter()
-        a @ b
+        multiply(a, b)
         synchronize(device)
         times.append(time.perf_counter() - started)
     return 2 * n**3 / sorted(times)[2]
