@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from nnx_cli.engine.row_loss import StudentT, row_loss
 from nnx_cli.layers.head import HeadFormula, formula_of
+from nnx_cli.layers.product import multiply, pays
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
@@ -125,11 +126,12 @@ class Products:
         for start in range(0, len(self.x), self.rows):
             where = slice(start, min(start + self.rows, len(self.x)))
             x = self.x[where].to(self.dtype)
-            products = self.buffer[: len(x)]
-            if self.bias is None:
-                torch.mm(x, self.matrix.t(), out=products)
+            if self.bias is None and pays(x, self.matrix):
+                products = multiply(x, self.matrix)
+            elif self.bias is None:
+                products = torch.mm(x, self.matrix.t(), out=self.buffer[: len(x)])
             else:
-                torch.addmm(self.bias, x, self.matrix.t(), out=products)
+                products = torch.addmm(self.bias, x, self.matrix.t(), out=self.buffer[: len(x)])
             student_t = None
             if self.df is not None:
                 student_t = StudentT(self.df, self.dim, x.square().sum(1), self.w_squares)
@@ -167,7 +169,7 @@ class FormulaHeadLoss(torch.autograd.Function):
             if weight_grad is not None:
                 add_product(weight_grad, g.t(), chunk, beta=float(where.start > 0))
             if x_grad is not None and df is None:
-                torch.mm(g, head.matrix, out=x_grad[where])
+                multiply_into(x_grad[where], g, head.matrix.t())
             elif x_grad is not None:
                 x_grad[where] = (g @ head.matrix).addcmul_(g.sum(1, keepdim=True), chunk, value=-1)
         del products, g, head.buffer  # the gradient of a scale needs a matrix more
@@ -193,9 +195,20 @@ class FormulaHeadLoss(torch.autograd.Function):
         return x_grad, None, None, None, None, *others
 
 
+def multiply_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out = x @ weight.T"""
+    if pays(x, weight):
+        out.copy_(multiply(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     """total = beta · total + a @ b, summed in the type of `total`, which may be wider than theirs."""
-    if total.dtype == a.dtype:
+    if total.dtype == a.dtype and pays(a, b.t()):
+        product = multiply(a, b.t())
+        total.copy_(product) if beta == 0 else torch.add(product, total, alpha=beta, out=total)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)
     elif total.is_cuda and torch.version.hip is None:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)

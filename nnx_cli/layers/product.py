@@ -22,11 +22,14 @@ LEAST_PRODUCTS = 2**22  # multiplications, below which starting takes longer tha
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) @ weight.T of weight (M, K), both of one type."""
+    return product(x, weight) if pays(x, weight) else F.linear(x, weight)
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether another library than torch's first choice may be worth a call."""
     M, K = weight.shape
-    pays = x.numel() >= LEAST_ROWS * K and x.numel() * M >= LEAST_PRODUCTS
-    if pays and x.device.type == "cpu" and x.dtype == torch.float32:
-        return product(x, weight)
-    return F.linear(x, weight)
+    large = x.numel() >= LEAST_ROWS * K and x.numel() * M >= LEAST_PRODUCTS
+    return large and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 @cache

@@ -33,6 +33,7 @@ from nnx_cli.layers.averaged_keys import averaged_keys, averages, weighted_sums
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.product import multiply
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 
@@ -180,7 +181,7 @@ def products(layer: nn.Module, x: Tensor, *counts: int) -> tuple[Tensor, ...]:
     splits = iter(layer.splits)
     widths = [list(islice(splits, n)) for n in counts]
     matrices = layer.weight.to(x.dtype).split([sum(each) for each in widths])
-    parts = (F.linear(x, matrix).split(each, dim=-1) for matrix, each in zip(matrices, widths, strict=True))
+    parts = (multiply(x, matrix).split(each, dim=-1) for matrix, each in zip(matrices, widths, strict=True))
     return tuple(chain.from_iterable(parts))
 
 

@@ -37,6 +37,7 @@ from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.precision import in_type
+from nnx_cli.layers.product import multiply
 from nnx_cli.layers.rope import rotary_tables, rotate
 from nnx_cli.layers.sphere import normalize_matrices
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
@@ -178,7 +179,7 @@ class UnitLinear(Linear):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, unit_matrix(self, self.axis).to(x.dtype))
+        return multiply(x, unit_matrix(self, self.axis).to(x.dtype))
 
     def formula(self) -> HeadFormula:
         return HeadFormula(weight=unit_matrix(self, self.axis))
@@ -188,7 +189,7 @@ class UnitPackedLinear(PackedLinear):
     """Normalises the rows of its raw matrix on every use."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
+        return multiply(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
 
 
 class UnitEmbedding(nn.Embedding):
