@@ -119,14 +119,16 @@ class Products:
         self.w_squares = None if self.df is None else self.matrix[:V].square().sum(1)
         per_logit = logit_bytes(x.dtype, student_t=self.df is not None, fused=fused)
         self.rows = chunk_rows(len(x), V, per_logit, x.device.type)
-        self.buffer = torch.empty(self.rows, width, dtype=self.dtype, device=x.device)[:, : len(self.matrix)]
+        self.is_new = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.matrix)  # each product
+        rows = 0 if self.is_new else self.rows
+        self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.matrix)]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, StudentT | None]]:
         """Where a chunk is, its x, its products (with zeros behind them) and what else its logits depend on."""
         for start in range(0, len(self.x), self.rows):
             where = slice(start, min(start + self.rows, len(self.x)))
             x = self.x[where].to(self.dtype)
-            if self.bias is None and pays(x, self.matrix):
+            if self.is_new:
                 products = multiply(x, self.matrix)
             elif self.bias is None:
                 products = torch.mm(x, self.matrix.t(), out=self.buffer[: len(x)])

@@ -29,7 +29,7 @@ from nnx_cli.engine.cost import LightMode, replaced
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
-from nnx_cli.layers import attention, averaged_keys, segments, soft_xor
+from nnx_cli.layers import attention, averaged_keys, product, segments, soft_xor
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
@@ -114,6 +114,8 @@ class Kernels:
             own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): in_place}
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
+        if target.device == "cpu":
+            own |= {(module, "pays"): pays_on_cpu for module in (product, head_loss)}
         if target.triton:
             own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
             own |= {(averaged_keys, "is_one_kernel"): lambda k: k.dtype != torch.float64}
@@ -177,6 +179,10 @@ class Kernels:
         return sums_grad, sums_grad.flatten(0, 1).t() @ states[:-1].flatten(0, 1), grad_states[0]
 
 
+def pays_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and product.is_large(x, weight)
+
+
 def in_place(*args: Any, **kwargs: Any) -> None:
     """What allocates nothing."""
 
@@ -208,9 +214,9 @@ def embedding_workspace(grad: Tensor, ids: Tensor, n_rows: int, *others: Any) ->
 
 
 def reduction_workspace(x: Tensor, dims: list[int] | None = None, *others: Any) -> int:
-    """Sums over all but the last dimension, as of a bias: blocks of 64 rows leave sums in float32, 128 for a column, as
-    long as there are about sixteen blocks for every processor of a large card."""
-    if x.dim() < 2 or not dims or {d % x.dim() for d in dims} != set(range(x.dim() - 1)):
+    """Sums of float32 over all but the last dimension, as of a bias: blocks of 64 rows leave 128 sums for a column, as
+    long as there are about sixteen blocks for every processor of a large card. (Of narrower types none was seen.)"""
+    if x.dtype != torch.float32 or x.dim() < 2 or not dims or {d % x.dim() for d in dims} != set(range(x.dim() - 1)):
         return 0
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     blocks = min(-(-rows // 64), REDUCING_BLOCKS // -(-columns // 128))

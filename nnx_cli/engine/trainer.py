@@ -116,11 +116,10 @@ class Trainer:
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
         self.state = State()
         self.best: dict | None = None  # step and losses of the best weights that are on the disk
-        self.better: dict | None = None  # of better ones that are not yet on it
-        self.better_weights: dict[str, Tensor] = {}  # a copy of those, while there is no time to write them
+        self.better: dict | None = None  # of better ones that the disk refused
         self.status: dict = {}  # what run.json should say
         self.unwritten: list[tuple[str, dict]] = []  # lines of logs that the disk refused
-        self.saving, self.saving_best, self.sampling = Upkeep(), Upkeep(), Upkeep()
+        self.saving, self.sampling = Upkeep(), Upkeep()
         self._saved_at = time.monotonic()
         self._refused_at: float | None = None  # when the disk last refused a write
         self._running: deque[torch.cuda.Event] = deque()
@@ -397,11 +396,8 @@ class Trainer:
             found = {
                 "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
             }  # fmt: skip
-            self.better, self.better_weights = found, {}
-            if not self.saving_best.is_affordable():
-                self.better_weights = {k: x.to("cpu", copy=True) for k, x in self.model.unique_state().items()}
-            else:
-                self.attempt(lambda: self.write_best(run))
+            self.better = found
+            self.attempt(lambda: self.write_best(run))
         self.status |= {
             "step": state.step, "train_loss": finite(train_loss), "val_loss": finite(result.loss),
             "val_bits_per_byte": finite(result.bits_per_byte), **(self.best or {}),
@@ -453,12 +449,10 @@ class Trainer:
         self.attempt(lambda: self.write_logs(run))
 
     def write_best(self, run: Run) -> None:
-        """Write the best weights, if they are at hand and not yet on the disk. Raises OutputError."""
-        if self.better is None or not (self.better_weights or self.better["best_step"] == self.state.step):
-            return
-        with self.saving_best.timed():
-            run.save_best(self.better_weights or self.model.unique_state(), self.better)
-        self.best, self.better, self.better_weights = self.better, None, {}
+        """Write the weights as the best ones, if that is what they are. Raises OutputError."""
+        if self.better is not None and self.better["best_step"] == self.state.step:
+            run.save_best(self.model.unique_state(), self.better)
+            self.best, self.better = self.better, None
 
     def write_logs(self, run: Run) -> None:
         """Write what the logs lack. Raises OutputError."""

@@ -27,9 +27,12 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether another library than torch's first choice may be worth a call."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and is_large(x, weight)
+
+
+def is_large(x: Tensor, weight: Tensor) -> bool:
     M, K = weight.shape
-    large = x.numel() >= LEAST_ROWS * K and x.numel() * M >= LEAST_PRODUCTS
-    return large and x.device.type == "cpu" and x.dtype == torch.float32
+    return x.numel() >= LEAST_ROWS * K and x.numel() * M >= LEAST_PRODUCTS
 
 
 @cache
