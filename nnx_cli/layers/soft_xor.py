@@ -6,7 +6,7 @@ state back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +16,6 @@ from nnx_cli.layers.precision import in_type, widened
 from nnx_cli.layers.triton_probe import has_triton
 
 CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
-# coefficients of powers of z², the highest first: of 2 atanh(z) / z up to 1.4e-9, fitted to |z| < 1/2
-ATANH_TO_HALF = (0.35338233, 0.10271651, 0.23647459, 0.28445524, 0.40005037, 0.66666600, 2.0)
-# of 2 atanh(s/2) / s up to 1.3e-9, Taylor's: |s| < 0.205
-ATANH_OF_HALF = (1 / 448, 1 / 80, 1 / 12, 1.0)
 
 
 def activation(x: Tensor, times: int = 1) -> Tensor:
@@ -33,34 +29,19 @@ def activation(x: Tensor, times: int = 1) -> Tensor:
 
 
 def activation_and_slope(x: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
-    """`activation` and its derivative, which need the same logarithms and roots.
-
-    The logarithm is 2 atanh(z) of z = s / (2 + s), which is (1 - exp(-|x|)) / 2 at first: by its series, half of the
-    time of log1p where this is compiled.
-    """
+    """`activation` and its derivative, which need the same logarithms and roots."""
     x = widened(x)
-    z = torch.expm1(-x.abs()) / -2
-    above, under = 1 - 2 * z, 1.0  # of the derivative's fraction
-    for left in reversed(range(times)):
-        square = z * z
-        log = z * polynomial(square, ATANH_TO_HALF)
+    below = torch.expm1(-x.abs())  # exp(-|x|) - 1
+    s = -2 * below / (2 + below)  # 2 tanh(|x|/2), by a function that takes a third of tanh's time
+    above, under = 1 - s * s / 4, 1.0  # of the derivative's fraction
+    for _ in range(times):
+        log = torch.log1p(s)
         root = torch.rsqrt(1 + 24 * log * log)
-        above, under = above * (root * root * root), under * (1 - square)
+        above, under = above * (root * root * root), under * (1 + s)
         s = log * root
-        if left:
-            z = s / (2 + s)
-            above = above * (1 - z).square()
     square = s * s
-    return (s * polynomial(square, ATANH_OF_HALF)).copysign(x), above / (under * (1 - square / 4))
-
-
-def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Of `coefficients`, the highest power's first, by Horner's rule."""
-    first, *others, last = coefficients
-    y = x * first
-    for c in others:
-        y.add_(c).mul_(x)
-    return y.add_(last)
+    series = 1 + square * (1 / 12 + square * (1 / 80 + square / 448))  # 2 atanh(s/2) / s up to 1.3e-9: |s| < 0.205
+    return (s * series).copysign(x), above / (under * (1 - square / 4))
 
 
 class Activation(torch.autograd.Function):
