@@ -27,6 +27,7 @@ from nnx_cli.engine.device import (
     set_threads,
 )  # fmt: skip
 from nnx_cli.engine.files import relative
+from nnx_cli.engine.machine import keep_freed_memory
 from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
@@ -56,6 +57,8 @@ def prepare_device(config: TrainConfig, strict: bool = True) -> tuple[torch.devi
     """
     set_threads(config.threads)
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.deterministic:
         set_deterministic()
     limit_memory(device, config.vram_bytes)

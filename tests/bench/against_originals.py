@@ -56,6 +56,7 @@ from nnx_cli import __version__, models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.device import DTYPES, describe, peak_memory_bytes, pick_device, set_threads, synchronize
+from nnx_cli.engine.machine import keep_freed_memory
 from nnx_cli.engine.optimizer import build_optimizer
 from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.layers.product import multiply
@@ -231,6 +232,8 @@ def prepare_original(case: Case, folder: Path, device: torch.device) -> tuple[nn
 
 
 def prepare_ours(case: Case, device: torch.device, compiled: bool) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    if device.type == "cpu":
+        keep_freed_memory()
     config = our_config(case, case.batch[device.type][1])
     model = models.from_config(case.name, config).to(device)
     model.compute_dtype = DTYPES[PRECISION[device.type]]
