@@ -119,7 +119,7 @@ class Products:
         self.w_squares = None if self.df is None else self.matrix[:V].square().sum(1)
         per_logit = logit_bytes(x.dtype, student_t=self.df is not None, fused=fused)
         self.rows = chunk_rows(len(x), V, per_logit, x.device.type)
-        self.is_new = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.matrix)  # each product
+        self.is_new = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.matrix)  # no buffer
         rows = 0 if self.is_new else self.rows
         self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.matrix)]
 
