@@ -2,6 +2,7 @@
 
     python tests/bench/fits.py promise [--models nyx ...]     # 50 steps with the planner's batch, then a fifth more
     python tests/bench/fits.py billion --text FILE            # `nnx train` with a billion parameters, 200 steps
+    python tests/bench/fits.py sizes --text FILE              # `nnx train`, a few steps of every named size
     python tests/bench/fits.py largest [--nanogpt FOLDER]     # the most blocks of the widest size that still train
 
 Needs a CUDA card, whose allocator is held to what --vram leaves (8GB: 7.25 GiB), so that a larger card will do.
@@ -9,7 +10,7 @@ Needs a CUDA card, whose allocator is held to what --vram leaves (8GB: 7.25 GiB)
 promise: each architecture at its default size on a GPU (`small`), micro-batches as large as the planner takes, two to
     a step, optimizer and all else its defaults: op by op, and captured as a CUDA graph (where a graph does not fit,
     training goes on without). Then a fifth more sequences, op by op, which should run out of memory.
-billion: whole commands, each in its own process; validation loss is of the run's own windows at the end.
+billion, sizes: whole commands, each in its own process; validation loss is of the run's own windows at the end.
 largest: blocks are added to `xl` while the prediction fits with every rung of the ladder, one sequence of 1024 bytes at
     a time; then three steps are taken under the cap. With --nanogpt the same is done with that project's model and
     optimizer (fp32 weights, bf16 autocast, fused AdamW, not compiled), by trying.
@@ -52,7 +53,8 @@ from nnx_cli.engine.step import CapturedStep, Step
 
 STEPS = 50
 MANY_ROWS = 720_720  # of a step: more than fit, with many divisors, of which the planner takes one as micro-batch
-BILLION = {  # what `nnx train --size xl --seq-len 1024` is told besides
+FEW_STEPS = 4  # of the part `sizes`
+BILLION = {  # what `nnx train --size xl` is told besides
     "llama": ["--tokens-per-step", "4096"],
     "nyx": ["--tokens-per-step", "4096"],
     "ngpt": ["--tokens-per-step", "4096", "--optimizer-in-backward"],
@@ -139,25 +141,39 @@ def promise(name: str, device: torch.device, vram: str) -> Iterator[dict[str, An
 
 def billion(name: str, text: Path, vram: str) -> dict[str, Any]:
     """A run of `nnx train` with a billion parameters."""
+    return whole_run(name, text, ["--size", "xl", "--max-steps", "200", "--vram", vram, *BILLION[name]])
+
+
+def sizes(name: str, text: Path, vram: str) -> Iterator[dict[str, Any]]:
+    """Short runs of `nnx train`, one for every size, as it is by default."""
+    for size in models.sizes(name):
+        row = whole_run(name, text, ["--size", size, "--max-steps", str(FEW_STEPS), "--vram", vram])
+        yield {"size": size} | row
+
+
+def whole_run(name: str, text: Path, words: list[str]) -> dict[str, Any]:
+    """What a run of `nnx train` chose and came to."""
+    words = ["--model", name, *words]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        words = ["--model", name, "--size", "xl", "--seq-len", "1024", "--max-steps", "200", "--vram", vram]
-        command = [sys.executable, "-m", "nnx_cli", "train", "--filepath", str(text), *words, *BILLION[name]]
+        command = [sys.executable, "-m", "nnx_cli", "train", "--filepath", str(text), *words]
         started = time.perf_counter()
         done = subprocess.run([*command, "--out", str(run)], cwd=folder, capture_output=True, text=True)
         seconds = time.perf_counter() - started
-        row = {"model": name, "command": " ".join(["nnx train", *words, *BILLION[name]]), "seconds": round(seconds)}
+        row = {"model": name, "command": " ".join(["nnx train", *words]), "seconds": round(seconds)}
         if done.returncode:
             return row | {"result": f"exit {done.returncode}: {done.stderr.strip()[-1500:]}"}
         config, status = (json.loads((run / file).read_text()) for file in ("config.json", "run.json"))
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         training = config["training"]
         return row | {
-            "parameters": config["parameters"], "steps": status["step"], "val_loss": status["val_loss"],
-            "rows": training["batch_size"], "optimizer": training["optimizer"],
-            "weights": training["weight_precision"], "checkpointing": training["activation_checkpointing"],
+            "parameters": config["parameters"], "seq_len": config["model"]["seq_len"],
+            "rows": training["batch_size"], "micro_batches": training["grad_accum"],
+            "optimizer": training["optimizer"], "weights": training["weight_precision"],
+            "checkpointing": training["activation_checkpointing"], "compile": training["compile"],
             "tokens_per_s": max(line.get("tokens_per_s") or 0 for line in metrics),
-            "peak_bytes": max(line.get("peak_memory_bytes") or 0 for line in metrics), "result": "trained",
+            "peak_bytes": max(line.get("peak_memory_bytes") or 0 for line in metrics),
+            "steps": status["step"], "val_loss": status["val_loss"], "result": "trained",
             "events": "; ".join(status.get("events", [])) or None,
         }  # fmt: skip
 
@@ -266,6 +282,8 @@ def results(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
             yield from promise(name, device, options.vram)
         elif options.part == "billion":
             yield billion(name, options.text.resolve(), options.vram)
+        elif options.part == "sizes":
+            yield from sizes(name, options.text.resolve(), options.vram)
         else:
             yield largest(name, device, options.vram)
     if options.nanogpt:
@@ -274,9 +292,9 @@ def results(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("promise", "billion", "largest"))
+    parser.add_argument("part", choices=("promise", "billion", "sizes", "largest"))
     parser.add_argument("--models", nargs="*", choices=models.names())
-    parser.add_argument("--text", type=Path, help="for billion")
+    parser.add_argument("--text", type=Path, help="for billion and sizes")
     parser.add_argument("--nanogpt", type=Path, help="for largest: a checkout of nanoGPT")
     parser.add_argument("--vram", default="8GB")
     parser.add_argument("--results", type=Path, default=Path("fits.jsonl"))
@@ -284,7 +302,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA card")
     device = torch.device("cuda", torch.cuda.current_device())
-    if options.part != "billion":
+    if options.part in ("promise", "largest"):
         limit_memory(device, parse_bytes(options.vram))
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {options.vram}, {date.today()}"
     for row in results(options, device):
