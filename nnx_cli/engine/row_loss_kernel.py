@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nnx_cli.engine.row_loss import MIN_DISTANCE, StudentT
 
-MAX_BLOCK = 4096  # logits in registers at a time
+BLOCKS = ((1024, 4), (4096, 8), (16_384, 16), (65_536, 32))  # logits in registers at a time, and warps to hold them
+WIDE_BLOCKS = (*BLOCKS[:2], (32_768, 32))  # where a logit takes 4 bytes
 
 
 @triton.jit
@@ -77,12 +78,13 @@ def fused_row_loss(
     losses = torch.empty(n_rows, dtype=torch.float32, device=products.device)
     x_squares, w_squares = (losses, losses) if student_t is None else (student_t.x_squares, student_t.w_squares)
     df, power = (1.0, 1.0) if student_t is None else (student_t.df, (student_t.df + student_t.dim) / 2)
-    block = min(triton.next_power_of_2(V), MAX_BLOCK)
+    blocks = BLOCKS if products.element_size() == 2 else WIDE_BLOCKS
+    block, warps = next((pair for pair in blocks if pair[0] >= V), blocks[-1])
     with torch.cuda.device_of(products):
         row_loss_kernel[(n_rows,)](
             products, targets, losses, x_squares, w_squares,
             ignore_index, factor, df, power, MIN_DISTANCE,
-            V=V, PITCH=products.stride(0), BLOCK=block, STUDENT_T=student_t is not None, GRADIENT=gradient,
-            num_warps=8 if block > 1024 else 4,
+            V=V, PITCH=products.stride(0), BLOCK=min(block, triton.next_power_of_2(V)),
+            STUDENT_T=student_t is not None, GRADIENT=gradient, num_warps=warps,
         )  # fmt: skip
     return losses, products if gradient else None

@@ -74,8 +74,8 @@ PEER_BATCHES = {"speed-124m": [6, 8, 10], "speed-10m": [64, 128, 256]}
 OUR_BATCHES = {"speed-124m": [8, 10, 12, 14], "speed-10m": [64, 128]}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {  # ours, within 2 % of nanoGPT's parameters
     "speed-124m": {
-        "llama": dict(dim=768, n_layers=12, n_heads=12, seq_len=1024, vocab_size=50304),
-        "nyx": dict(dim=768, n_layers=10, n_heads=12, ffn_dim=3136, seq_len=1024, vocab_size=50304),
+        "llama": dict(dim=768, n_layers=10, n_heads=6, ffn_dim=2944, seq_len=1024, vocab_size=50304),
+        "nyx": dict(dim=768, n_layers=10, n_heads=6, ffn_dim=3072, seq_len=1024, vocab_size=50304),
     },
     "speed-10m": {
         "llama": dict(dim=384, n_layers=6, n_heads=6, seq_len=256, vocab_size=65),
