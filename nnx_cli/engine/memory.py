@@ -29,7 +29,7 @@ from nnx_cli.engine.cost import LightMode, replaced
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
-from nnx_cli.layers import attention, averaged_keys, product, segments, soft_xor
+from nnx_cli.layers import attention, averaged_keys, product, segments, soft_xor, unpack
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
@@ -118,7 +118,7 @@ class Kernels:
             own |= {(module, "pays"): pays_on_cpu for module in (product, head_loss)}
         if target.triton:
             own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
-            own |= {(averaged_keys, "is_one_kernel"): lambda k: k.dtype != torch.float64}
+            own |= {(module, "is_one_kernel"): lambda x: x.dtype != torch.float64 for module in (averaged_keys, unpack)}
         if target.triton or target.device == "cpu":  # a CPU works on small pieces
             own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
         with replaced(own):

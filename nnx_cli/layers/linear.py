@@ -67,6 +67,11 @@ class PackedLinear(Linear):
         super().__init__(in_features, sum(splits))
         self.splits = tuple(splits)
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """All projections side by side, (..., sum of splits); None where they are not the outcome of one product."""
+        plain = type(self).forward is PackedLinear.forward and self.lora_a is None
+        return multiply(x, self.weight.to(x.dtype)) if plain else None
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         outputs = multiply(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
         if self.lora_a is None:

@@ -21,6 +21,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.unpack import product_to_unpack, swiglu, unpack
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 
@@ -54,17 +55,24 @@ SIZES: dict[str, dict[str, Any]] = {
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, config.dim // config.n_heads, config.dropout
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.dim // config.n_heads
+        self.layer, self.dropout = layer, config.dropout
         kv_dim = config.n_kv_heads * self.head_dim
         self.qkv = PackedLinear(config.dim, (config.dim, kv_dim, kv_dim))
         self.out = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))  # (B, H or G, T, K)
-        q, k = rotate(q, *tables), rotate(k, *tables)
+        q, k, v = self.heads(x, tables, cached=cache is not None)
         dropout = self.dropout if self.training else 0.0
         return self.out(causal_attention(q, k, v, cache, self.layer, scale=self.head_dim**-0.5, dropout=dropout))
+
+    def heads(self, x: Tensor, tables: tuple[Tensor, Tensor], cached: bool) -> tuple[Tensor, ...]:
+        """Queries (B, H, T, K), keys and values (B, G, T, K)."""
+        if not cached and (packed := product_to_unpack(self.qkv, x)) is not None:
+            return unpack(packed, *tables, *tables, self.n_heads, self.n_kv_heads)[:3]  # the following in one kernel
+        B, T, D = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))
+        return rotate(q, *tables), rotate(k, *tables), v
 
 
 class MLP(nn.Module):
@@ -77,8 +85,12 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)  # (B, T, F) each
-        return self.down(F.dropout(F.silu(gate) * up, self.dropout, self.training))
+        if (packed := product_to_unpack(self.gate_up, x)) is not None:
+            hidden = swiglu(packed)  # the following in one kernel
+        else:
+            gate, up = self.gate_up(x)  # (B, T, F) each
+            hidden = F.silu(gate) * up
+        return self.down(F.dropout(hidden, self.dropout, self.training))
 
 
 class Block(nn.Module):

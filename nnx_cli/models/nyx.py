@@ -28,6 +28,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.unpack import product_to_unpack, unpack
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 
@@ -84,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         inner = config.n_heads * config.head_dim
-        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.layer, self.n_heads, self.head_dim, self.dropout = layer, config.n_heads, config.head_dim, config.dropout
         self.norm = LayerNorm(config.dim)
         self.in_proj = PackedLinear(
             config.dim, (inner, config.head_dim, config.head_dim, config.ffn_dim, config.ffn_dim)
@@ -100,19 +101,26 @@ class Block(nn.Module):
                 self.scale = config.qk_norm_scale
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        q, k, v, hidden = self.inner(self.norm(x), tables, cached=cache is not None)
+        attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
+        return x + self.attn_out(attended) + self.ffn_out(F.dropout(hidden, dropout, self.training))
+
+    def inner(
+        self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cached: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, K), key and value (B, 1, T, K), one head for all queries, and hidden layer (B, T, F)."""
+        if not cached and self.q_norm_weight is None and (packed := product_to_unpack(self.in_proj, x)) is not None:
+            return unpack(packed, *tables, self.n_heads, 1)  # all of the following in one kernel
         B, T, D = x.shape
-        q, k, v, value, gate = self.in_proj(self.norm(x))
-        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, K)
-        k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, T, K): one head for all queries
+        q, k, v, value, gate = self.in_proj(x)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
         if self.q_norm_weight is not None:
             q = unit_length(q, self.q_norm_weight)
             k = unit_length(k, self.k_norm_weight)
         q_cos, q_sin, k_cos, k_sin = tables
-        q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
-        dropout = self.dropout if self.training else 0.0
-        attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
-        hidden = F.dropout(F.silu(gate) * value, dropout, self.training)  # (B, T, F)
-        return x + self.attn_out(attended) + self.ffn_out(hidden)
+        return rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin), v, F.silu(gate) * value
 
 
 def unit_length(x: Tensor, weight: Tensor) -> Tensor:
