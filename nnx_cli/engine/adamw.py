@@ -28,6 +28,19 @@ class AdamW(DeviceOptimizer):
     ) -> None:  # fmt: skip
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, **options)
         super().__init__(params, defaults, seed)
+        self.divisor: Tensor | None = None  # of all gradients, in the next step
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """The fused kernel divides on its way, where it takes all parameters."""
+        groups = self.param_groups
+        if all(p.dtype == torch.float32 and is_fused(group) for group in groups for p in group["params"]):
+            self.divisor = ((norm + 1e-6) / limit).clamp(min=1.0)
+        else:
+            super().clip(norm, limit)
+
+    def step(self) -> None:
+        super().step()
+        self.divisor = None
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         layout = {"step": (torch.Size(()), torch.float32)} | self.rounded(p)
@@ -38,17 +51,23 @@ class AdamW(DeviceOptimizer):
         return layout
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
-        plain = [p for p in parameters if p.dtype == torch.float32 and not group["eight_bit"]]
+        plain = [p for p in parameters if p.dtype == torch.float32 and is_fused(group)]
         if plain:
             states = [self.state[p] for p in plain]
             beta1, beta2 = group["betas"]
             fused.adamw(
                 plain, [p.grad for p in plain], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [s["step"] for s in states], fused=True, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                [s["step"] for s in states], fused=True, grad_scale=self.divisor, found_inf=found_inf, amsgrad=False,
+                beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                maximize=False,
             )  # fmt: skip
         if len(plain) < len(parameters):
             others = [p for p in parameters if p.dtype != torch.float32 or group["eight_bit"]]
             for p in others:
                 elementwise.adamw(p, self.state[p], group, found_inf, self.keys[p])
             self.count_step(others, found_inf)
+
+
+def is_fused(group: Group) -> bool:
+    """Whether torch's kernel takes the float32 parameters of a group."""
+    return not group["eight_bit"] and not group.get("orthogonal")

@@ -51,6 +51,11 @@ class DeviceOptimizer:
         """Move parameters of a group, whose state exists, by their gradients."""
         raise NotImplementedError
 
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Scale all gradients, whose norm is `norm`, down to one of `limit` where that is less."""
+        gradients = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(gradients, limit, norm, foreach=True)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free all gradients, or make them zeros."""
         for p in (p for group in self.param_groups for p in group["params"]):

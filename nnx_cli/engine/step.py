@@ -70,7 +70,7 @@ class Step:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
         if self.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
+            self.optimizer.clip(norm, self.grad_clip)
         self.update(total / n_targets, norm)
 
     @torch.no_grad()

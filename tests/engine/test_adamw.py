@@ -28,6 +28,25 @@ def test_equals_torch_bit_for_bit():
     assert all(torch.equal(a.state[ours][field], b.state[theirs][field]) for field in a.state[ours])
 
 
+@pytest.mark.parametrize("limit", [1e-2, 1e9])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_clipped_step_is_the_step_of_a_clipped_gradient(limit, eight_bit):
+    ours, theirs, gradients = pair()
+    a, b = (AdamW([p], **OPTIONS, eight_bit=eight_bit) for p in (ours, theirs))
+    for g in gradients:
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        a.clip(g.norm(), limit)
+        torch.nn.utils.clip_grad_norm_([theirs], limit)
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    ours.grad = gradients[0].clone()
+    theirs.grad = gradients[0].clone()
+    a.step()  # a limit holds for one step
+    b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_the_rule_written_out_equals_torch():
     """What bfloat16 weights and 8-bit states go through, with neither."""
     ours, theirs, gradients = pair()

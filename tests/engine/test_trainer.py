@@ -14,12 +14,17 @@ from nnx_cli.cli import app
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine import session
 from nnx_cli.engine import trainer as trainer_module
+from nnx_cli.engine.device_optimizer import DeviceOptimizer
 from nnx_cli.engine.evaluator import Evaluation
 from nnx_cli.engine.run import Run
 from nnx_cli.engine.trainer import Observer
 from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, UsageError
 
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes")
+
+
+class GradientDescent(torch.optim.SGD):
+    clip = DeviceOptimizer.clip
 
 
 def records(run, name="metrics.jsonl"):
@@ -61,7 +66,7 @@ def test_division_into_micro_batches_changes_nothing(start, workspace, shape):
 
     def weights(name, batch_size, grad_accum):
         run, trainer = start(workspace / name, batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.0)
-        trainer.optimizer = trainer.step.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1, fused=True)
+        trainer.optimizer = trainer.step.optimizer = GradientDescent(trainer.model.parameters(), lr=0.1, fused=True)
         results = []
         for _ in range(3):
             n_tokens = trainer.take_step(0.1)
@@ -90,7 +95,7 @@ def test_gradients_are_clipped_and_reported_unclipped(start, workspace):
     moves = {}
     for clip in (0.0, 1e-3):
         run, trainer = start(workspace / str(clip), grad_clip=clip)
-        trainer.optimizer = trainer.step.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0, fused=True)
+        trainer.optimizer = trainer.step.optimizer = GradientDescent(trainer.model.parameters(), lr=1.0, fused=True)
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer.take_step(1.0)
         _, norm = trainer.read_stats()
