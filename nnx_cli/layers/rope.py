@@ -19,11 +19,6 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair of `x` (B, H, T, K) by its angle, in float32; the result has the type of `x`.
-
-    In memory the heads of a position lie side by side, as in the products that they come from: attention then writes
-    its output that way, and nobody has to turn it around.
-    """
+    """Turn every pair of `x` (B, H, T, K) by its angle, in float32; the result has the type of `x`."""
     first, second = x.float().chunk(2, dim=-1)
-    halves = first * cos - second * sin, second * cos + first * sin
-    return torch.cat([half.transpose(1, 2) for half in halves], dim=-1).transpose(1, 2).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
