@@ -148,7 +148,7 @@ def sizes(name: str, text: Path, vram: str) -> Iterator[dict[str, Any]]:
     """Short runs of `nnx train`, one for every size, as it is by default."""
     for size in models.sizes(name):
         row = whole_run(name, text, ["--size", size, "--max-steps", str(FEW_STEPS), "--vram", vram])
-        yield {"size": size} | row
+        yield {"size": size} | {key: value for key, value in row.items() if key not in ("command", "val_loss")}
 
 
 def whole_run(name: str, text: Path, words: list[str]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def whole_run(name: str, text: Path, words: list[str]) -> dict[str, Any]:
             "rows": training["batch_size"], "micro_batches": training["grad_accum"],
             "optimizer": training["optimizer"], "weights": training["weight_precision"],
             "checkpointing": training["activation_checkpointing"], "compile": training["compile"],
-            "tokens_per_s": max(line.get("tokens_per_s") or 0 for line in metrics),
+            "tokens_per_s": round(max(line.get("tokens_per_s") or 0 for line in metrics)),
             "peak_bytes": max(line.get("peak_memory_bytes") or 0 for line in metrics),
             "steps": status["step"], "val_loss": status["val_loss"], "result": "trained",
             "events": "; ".join(status.get("events", [])) or None,
