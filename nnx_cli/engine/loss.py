@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from nnx_cli.engine.row_loss import StudentT, row_loss
 from nnx_cli.layers.head import HeadFormula, formula_of
-from nnx_cli.layers.product import multiply, pays
+from nnx_cli.layers.product import has_onednn, multiply, pays
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
@@ -123,6 +123,12 @@ class Products:
         rows = 0 if self.is_new else self.rows
         self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.matrix)]
 
+    def empty_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Memory for the gradient of the matrix; column by column where that is how products come fastest."""
+        if self.is_new and has_onednn() and self.vocab_size > self.dim:
+            return torch.empty_like(self.matrix.t(), dtype=dtype, memory_format=torch.contiguous_format).t()
+        return torch.empty_like(self.matrix, dtype=dtype)
+
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, StudentT | None]]:
         """Where a chunk is, its x, its products (with zeros behind them) and what else its logits depend on."""
         for start in range(0, len(self.x), self.rows):
@@ -158,7 +164,7 @@ class FormulaHeadLoss(torch.autograd.Function):
         ctx.once, ctx.factor = once, FP16_FACTOR if head.dtype == torch.float16 else 1.0
         losses = torch.empty(len(x), dtype=wide, device=x.device)
         x_grad = torch.empty_like(x) if wants_x else None
-        weight_grad = torch.empty_like(head.matrix, dtype=wide) if wants_weight or wants_scale else None
+        weight_grad = head.empty_gradient(wide) if wants_weight or wants_scale else None
         column_sums = losses.new_zeros(len(head.matrix)) if wants_bias or df is not None else None
         V = head.vocab_size
         for where, chunk, products, student_t in head.chunks():
@@ -177,7 +183,7 @@ class FormulaHeadLoss(torch.autograd.Function):
         del products, g, head.buffer  # the gradient of a scale needs a matrix more
         if df is not None and weight_grad is not None:
             weight_grad.addcmul_(column_sums[:, None], head.matrix, value=-1)
-        weight_grad = None if weight_grad is None else weight_grad[:V]
+        weight_grad = None if weight_grad is None else weight_grad[:V].contiguous()
         scale_grad = (weight_grad * weight).sum(1) if wants_scale else None
         if scale is not None and wants_weight:
             weight_grad *= scale[:, None]
@@ -208,7 +214,7 @@ def multiply_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     """total = beta · total + a @ b, summed in the type of `total`, which may be wider than theirs."""
     if total.dtype == a.dtype and pays(a, b.t()):
-        product = multiply(a, b.t())
+        product = multiply(a, b.t()) if total.is_contiguous() else multiply(b.t(), a).t()
         total.copy_(product) if beta == 0 else torch.add(product, total, alpha=beta, out=total)
     elif total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)
