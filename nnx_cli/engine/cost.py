@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
-from nnx_cli.layers import soft_xor
+from nnx_cli.layers import attention_in_rows, soft_xor
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -122,6 +122,9 @@ class WithoutProducts(LightMode):
             B, T, H, K = args[0].shape
             self.flops += 2 * B * H * T * T * K
             out = torch.empty_like(args[0]), args[0].new_empty(B, H, T)
+        elif name == "attention_in_rows":  # of q (B, H, T, K), causal
+            self.flops += 2 * args[0].numel() * args[0].shape[2]
+            out = attention_in_rows.shapes_only(*args)
         else:
             out = func(*args, **(kwargs or {}))
         results = out if isinstance(out, (tuple, list)) else (out,)

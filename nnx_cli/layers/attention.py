@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnx_cli.layers import attention_in_rows
 from nnx_cli.layers.kv_cache import KVCache
 
 
@@ -18,6 +19,8 @@ def causal_attention(
     probabilities.
     """
     B, H, T, K = q.shape
+    if cache is None and not dropout and attention_in_rows.pays(q):
+        return attention_in_rows.attention_in_rows(q, k, v, scale)[0].view(B, T, H * K)
     if cache is None:
         mask, is_causal = None, True
     else:
