@@ -64,7 +64,8 @@ def unpack_op(
         return unpack_kernel.forward(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
     q, k, v, value, gate = parts(packed, n_heads, n_kv_heads, 2 * q_cos.shape[-1])
     q, k = rotate(q.transpose(1, 2), q_cos, q_sin), rotate(k.transpose(1, 2), k_cos, k_sin)
-    return q.transpose(1, 2), k.transpose(1, 2), v.clone(memory_format=torch.contiguous_format), F.silu(gate) * value
+    q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+    return q, k, v.clone(memory_format=torch.contiguous_format), F.silu(gate) * value
 
 
 @torch.library.custom_op("nnx::unpack_backward", mutates_args=())
