@@ -32,8 +32,7 @@ class AdamW(DeviceOptimizer):
 
     def clip(self, norm: Tensor, limit: float) -> None:
         """The fused kernel divides on its way, where it takes all parameters."""
-        groups = self.param_groups
-        if all(p.dtype == torch.float32 and is_fused(group) for group in groups for p in group["params"]):
+        if all(is_fused(p, group) for group in self.param_groups for p in group["params"]):
             self.divisor = ((norm + 1e-6) / limit).clamp(min=1.0)
         else:
             super().clip(norm, limit)
@@ -51,7 +50,7 @@ class AdamW(DeviceOptimizer):
         return layout
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
-        plain = [p for p in parameters if p.dtype == torch.float32 and is_fused(group)]
+        plain = [p for p in parameters if is_fused(p, group)]
         if plain:
             states = [self.state[p] for p in plain]
             beta1, beta2 = group["betas"]
@@ -62,12 +61,12 @@ class AdamW(DeviceOptimizer):
                 maximize=False,
             )  # fmt: skip
         if len(plain) < len(parameters):
-            others = [p for p in parameters if p.dtype != torch.float32 or group["eight_bit"]]
+            others = [p for p in parameters if not is_fused(p, group)]
             for p in others:
                 elementwise.adamw(p, self.state[p], group, found_inf, self.keys[p])
             self.count_step(others, found_inf)
 
 
-def is_fused(group: Group) -> bool:
-    """Whether torch's kernel takes the float32 parameters of a group."""
-    return not group["eight_bit"] and not group.get("orthogonal")
+def is_fused(p: Tensor, group: Group) -> bool:
+    """Whether torch's kernel takes a parameter of a group."""
+    return p.dtype == torch.float32 and not group["eight_bit"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.engine.adamw import AdamW
-from nnx_cli.engine.device_optimizer import Group, Layout
+from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
@@ -85,6 +85,9 @@ class Muon(AdamW):
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         return {"momentum": (p.shape, p.dtype)} | self.rounded(p) if group["orthogonal"] else super().layout(p, group)
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        DeviceOptimizer.clip(self, norm, limit)
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         if not group["orthogonal"]:

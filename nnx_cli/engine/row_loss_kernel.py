@@ -10,7 +10,8 @@ from torch import Tensor
 from nnx_cli.engine.row_loss import MIN_DISTANCE, StudentT
 
 BLOCKS = ((1024, 4), (4096, 8), (16_384, 16), (65_536, 32))  # logits in registers at a time, and warps to hold them
-WIDE_BLOCKS = (*BLOCKS[:2], (32_768, 32))  # where a logit takes 4 bytes
+WIDE_BLOCKS = (*BLOCKS[:2], (32_768, 32))  # where a logit takes 4 bytes; both as measured at 32,000 and 50,304 logits
+AMD_BLOCKS = BLOCKS[:2]  # 64 lanes to a warp, and 1024 to a program
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def fused_row_loss(
     losses = torch.empty(n_rows, dtype=torch.float32, device=products.device)
     x_squares, w_squares = (losses, losses) if student_t is None else (student_t.x_squares, student_t.w_squares)
     df, power = (1.0, 1.0) if student_t is None else (student_t.df, (student_t.df + student_t.dim) / 2)
-    blocks = BLOCKS if products.element_size() == 2 else WIDE_BLOCKS
+    blocks = AMD_BLOCKS if torch.version.hip else BLOCKS if products.element_size() == 2 else WIDE_BLOCKS
     block, warps = next((pair for pair in blocks if pair[0] >= V), blocks[-1])
     with torch.cuda.device_of(products):
         row_loss_kernel[(n_rows,)](

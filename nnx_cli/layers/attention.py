@@ -19,7 +19,7 @@ def causal_attention(
     probabilities.
     """
     B, H, T, K = q.shape
-    if cache is None and not dropout and attention_in_rows.pays(q):
+    if cache is None and not dropout and attention_in_rows.pays(q, k, v):
         return attention_in_rows.attention_in_rows(q, k, v, scale)[0].view(B, T, H * K)
     if cache is None:
         mask, is_causal = None, True

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 192  # queries of a call; of fewer than these, and of fewer than 768, the kernel takes smaller pieces at once
+ROWS = 192  # queries of a call: the kernel takes blocks of 64 of them from 192 on (32 before, 256 from 768 on)
 LENGTHS = range(384, 1025)  # positions from which on, and up to which, that was measured to be no slower
 
 aten = torch.ops.aten
 
 
-def pays(q: Tensor) -> bool:
-    """Whether attention of q (B, H, T, K) to as many keys is faster in rows."""
-    return q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[2] in LENGTHS
+def pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether causal attention of q (B, H, T, K) to k, v (B, G, T, K) is faster in rows."""
+    fits = q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[2] in LENGTHS
+    return fits and k.shape == v.shape and k.shape[2:] == q.shape[2:]
 
 
 def pieces(q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -67,8 +67,8 @@ class PackedLinear(Linear):
         super().__init__(in_features, sum(splits))
         self.splits = tuple(splits)
 
-    def product(self, x: Tensor) -> Tensor | None:
-        """All projections side by side, (..., sum of splits); None where they are not the outcome of one product."""
+    def side_by_side(self, x: Tensor) -> Tensor | None:
+        """All projections in one tensor, (..., sum of splits); None where they are not the outcome of one product."""
         plain = type(self).forward is PackedLinear.forward and self.lora_a is None
         return multiply(x, self.weight.to(x.dtype)) if plain else None
 

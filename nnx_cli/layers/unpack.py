@@ -18,8 +18,9 @@ def is_one_kernel(x: Tensor) -> bool:
 
 
 def product_to_unpack(projections: PackedLinear, x: Tensor) -> Tensor | None:
-    """The packed product of x, where kernels can take it from there."""
-    return projections.product(x) if is_one_kernel(x) else None
+    """The packed product of x, where kernels can take it from there: not where a layer was put in the place of the
+    projections, as by quantizing."""
+    return projections.side_by_side(x) if is_one_kernel(x) and isinstance(projections, PackedLinear) else None
 
 
 def unpack(
@@ -43,8 +44,8 @@ def swiglu(packed: Tensor) -> Tensor:
 def parts(packed: Tensor, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
     """Queries (B, T, H, K), keys and values (B, T, G, K), feed-forward values and gates (B, T, F): views."""
     widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
-    F_ = (packed.shape[-1] - sum(widths)) // 2
-    q, k, v, value, gate = packed.split([*widths, F_, F_], dim=-1)
+    hidden = (packed.shape[-1] - sum(widths)) // 2
+    q, k, v, value, gate = packed.split([*widths, hidden, hidden], dim=-1)
     return *(y.unflatten(-1, (-1, head_dim)) for y in (q, k, v)), value, gate
 
 

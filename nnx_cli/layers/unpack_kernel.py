@@ -74,7 +74,7 @@ def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
 
 
 @triton.jit
-def closed(value, gate):
+def gated(value, gate):
     """silu(gate) · value, rounded where separate operations would round; float32."""
     gate = gate.to(tl.float32)
     passed = (gate / (1 + tl.exp(-gate))).to(value.dtype)
@@ -82,11 +82,11 @@ def closed(value, gate):
 
 
 @triton.jit
-def closed_backward(grad, value, gate):
+def gated_backward(grad, value, gate):
     """Gradients of value and gate, float32."""
     grad, value, gate = grad.to(tl.float32), value.to(tl.float32), gate.to(tl.float32)
-    open = 1 / (1 + tl.exp(-gate))
-    return grad * gate * open, grad * value * open * (1 + gate * (1 - open))
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    return grad * gate * sigmoid, grad * value * sigmoid * (1 + gate * (1 - sigmoid))
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def _forward(
     for start in range(0, F, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value, gate = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-        tl.store(hidden + at, closed(value, gate).to(hidden.dtype.element_ty), at < F)
+        tl.store(hidden + at, gated(value, gate).to(hidden.dtype.element_ty), at < F)
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _backward(
     for start in range(0, F, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value, gate = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-        grad_value, grad_gate = closed_backward(tl.load(grad_hidden + at, at < F, 0.0), value, gate)
+        grad_value, grad_gate = gated_backward(tl.load(grad_hidden + at, at < F, 0.0), value, gate)
         tl.store(out + at, grad_value.to(out.dtype.element_ty), at < F)
         tl.store(out + F + at, grad_gate.to(out.dtype.element_ty), at < F)
 
@@ -162,7 +162,7 @@ def _swiglu(packed, out, F, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     packed += row * 2 * F
     gate, up = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-    tl.store(out + row * F + at, closed(up, gate).to(out.dtype.element_ty), at < F)
+    tl.store(out + row * F + at, gated(up, gate).to(out.dtype.element_ty), at < F)
 
 
 @triton.jit
@@ -171,6 +171,6 @@ def _swiglu_backward(out, packed, grad, F, BLOCK: tl.constexpr):
     packed += row * 2 * F
     out += row * 2 * F
     gate, up = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-    grad_up, grad_gate = closed_backward(tl.load(grad + row * F + at, at < F, 0.0), up, gate)
+    grad_up, grad_gate = gated_backward(tl.load(grad + row * F + at, at < F, 0.0), up, gate)
     tl.store(out + at, grad_gate.to(out.dtype.element_ty), at < F)
     tl.store(out + F + at, grad_up.to(out.dtype.element_ty), at < F)

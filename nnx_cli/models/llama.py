@@ -84,8 +84,8 @@ class MLP(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (packed := product_to_unpack(self.gate_up, x)) is not None:
+    def forward(self, x: Tensor, cached: bool) -> Tensor:
+        if not cached and (packed := product_to_unpack(self.gate_up, x)) is not None:
             hidden = swiglu(packed)  # the following in one kernel
         else:
             gate, up = self.gate_up(x)  # (B, T, F) each
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), tables, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), cached=cache is not None)
 
 
 class Model(LanguageModel):

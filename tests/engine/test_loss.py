@@ -11,6 +11,7 @@ from nnx_cli import models
 from nnx_cli.engine import loss as loss_module
 from nnx_cli.engine.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_loss, head_vocab_size, token_losses
 from nnx_cli.engine.row_loss import StudentT, plain_row_loss
+from nnx_cli.layers import product
 from nnx_cli.layers.head import formula_of
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.sphere import ScaledHead
@@ -283,3 +284,24 @@ def test_gradients_taken_in_place_are_the_same_and_taken_once():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(64, 200), (200, 64)])  # D, V
+@pytest.mark.parametrize("known", [True, False])
+def test_the_gradient_of_a_large_head_is_that_of_autograd(shape, known, monkeypatch):
+    """Where products are oneDNN's it is summed transposed, chunk by chunk."""
+    known = known and torch.backends.mkldnn.is_available()
+    for module in (loss_module, product):
+        monkeypatch.setattr(module, "has_onednn", lambda: known)
+    monkeypatch.setattr(product, "LEAST_ROWS", 1)
+    monkeypatch.setattr(product, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda *_, **__: 12)
+    width, n_tokens = shape
+    torch.manual_seed(5)
+    head = Linear(width, n_tokens)
+    x, targets = torch.randn(30, width, requires_grad=True), torch.randint(n_tokens, (30,))
+    leaves = (x, head.weight)
+    wanted = torch.autograd.grad(F.cross_entropy(head(x), targets, reduction="sum"), leaves)
+    found = torch.autograd.grad(head_loss(head, x, targets, -100), leaves)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert found[1].is_contiguous()

@@ -12,7 +12,7 @@ from nnx_cli.layers.attention import causal_attention
 def test_attention_and_gradients_are_those_of_torch(T, G):
     leaves = [torch.randn(2, T, heads, 8, requires_grad=True) for heads in (4, G, G)]
     q, k, v = (x.transpose(1, 2) for x in leaves)
-    assert attention_in_rows.pays(q)
+    assert attention_in_rows.pays(q, k, v)
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     wanted = plain.transpose(1, 2).flatten(2)
     y = causal_attention(q, k, v, None, 0, scale=0.3)
@@ -35,5 +35,5 @@ def test_it_is_counted_as_torchs_is(monkeypatch):
     config = models.make_config("llama", vocab_size=64, dim=32, n_layers=1, n_heads=2, seq_len=400)
     model = models.from_config("llama", config)
     counted = cost.dry_run(model)[0]
-    monkeypatch.setattr(attention.attention_in_rows, "pays", lambda q: False)
+    monkeypatch.setattr(attention.attention_in_rows, "pays", lambda q, k, v: False)
     assert counted == cost.dry_run(model)[0]

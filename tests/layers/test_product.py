@@ -29,6 +29,16 @@ def test_products_and_gradients_are_those_of_linear(shape, known, always, monkey
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(7, 5, 3), (7, 3, 5)])
+def test_the_gradient_of_a_weight_lies_as_the_weight_does(shape, monkeypatch):
+    monkeypatch.setattr(product, "has_onednn", torch.backends.mkldnn.is_available)
+    rows, M, K = shape
+    a, b = torch.randn(rows, M), torch.randn(rows, K)
+    found = product.transposed_product(a, b)
+    torch.testing.assert_close(found, a.t() @ b)
+    assert found.is_contiguous()
+
+
 def test_sums_have_gradients_too(always):
     x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5)
     multiply(x, weight).sum().backward()  # of a gradient that is one number, expanded
