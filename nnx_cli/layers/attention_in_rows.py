@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnx_cli.layers.operator import operator
+
 ROWS = 192  # queries of a call: the kernel takes blocks of 64 of them from 192 on (32 before, 256 from 768 on)
 LENGTHS = range(384, 1025)  # positions from which on, and up to which, that was measured to be no slower
 
@@ -80,19 +82,11 @@ def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[T
 
 
 def gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    grads = torch.ops.nnx.attention_in_rows_backward(grad, *ctx.saved_tensors, ctx.scale)
+    grads = attention_in_rows_backward(grad, *ctx.saved_tensors, ctx.scale)
     return *(x.transpose(1, 2) for x in grads), None
 
 
-library = torch.library.Library("nnx", "FRAGMENT")
-library.define("attention_in_rows(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
-library.define(
-    "attention_in_rows_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, float scale)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-library.impl("attention_in_rows", forward, "CPU")
-library.impl("attention_in_rows_backward", backward, "CPU")
-torch.library.register_fake("nnx::attention_in_rows", shapes_only, lib=library)
-torch.library.register_fake("nnx::attention_in_rows_backward", shapes_of_gradients, lib=library)
-torch.library.register_autograd("nnx::attention_in_rows", gradients, setup_context=keep, lib=library)
-attention_in_rows = torch.ops.nnx.attention_in_rows.default
+attention_in_rows_backward = operator("attention_in_rows_backward", backward, shapes_of_gradients, device="cpu")
+attention_in_rows = operator(
+    "attention_in_rows", forward, shapes_only, keep=keep, gradients=gradients, device="cpu"
+)  # fmt: skip

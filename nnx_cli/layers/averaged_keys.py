@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnx_cli.layers.operator import operator
 from nnx_cli.layers.triton_probe import has_triton
 
 
@@ -34,8 +35,7 @@ def averages(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.square().unsqueeze(-1)
 
 
-@torch.library.custom_op("nnx::averaged_keys", mutates_args=())
-def averaged_keys_op(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
+def averaged_by_kernel(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     if not has_triton(k.device):
         return averages(weighted_sums(k, share), counts).to(k.dtype)
     from nnx_cli.layers import averaged_keys_kernel
@@ -43,8 +43,7 @@ def averaged_keys_op(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     return averaged_keys_kernel.forward(k, share)
 
 
-@torch.library.custom_op("nnx::averaged_keys_backward", mutates_args=())
-def averaged_keys_backward(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def gradients_by_kernel(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and share where `grad` (B, T, G, K) is that of the averages."""
     if not has_triton(k.device):
         sums_grad = averages(grad.float(), counts).flip(1).cumsum(1).flip(1)  # a key is in all averages from its own on
@@ -54,13 +53,11 @@ def averaged_keys_backward(grad: Tensor, k: Tensor, share: Tensor, counts: Tenso
     return averaged_keys_kernel.backward(grad, k, share)
 
 
-@averaged_keys_op.register_fake
-def _(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
+def shapes_only(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     return k.new_empty(k.shape)
 
 
-@averaged_keys_backward.register_fake
-def _(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def shapes_of_gradients(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return k.new_empty(k.shape), share.new_empty(share.shape)
 
 
@@ -72,4 +69,5 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *averaged_keys_backward(grad, *ctx.saved_tensors), None
 
 
-averaged_keys_op.register_autograd(backward, setup_context=keep)
+averaged_keys_backward = operator("averaged_keys_backward", gradients_by_kernel, shapes_of_gradients)
+averaged_keys_op = operator("averaged_keys", averaged_by_kernel, shapes_only, keep=keep, gradients=backward)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnx_cli.layers.operator import operator
+
 LEAST_ROWS = 16  # of x, below which reading the weight sets the pace
 LEAST_PRODUCTS = 2**22  # multiplications, below which starting takes longer than is won
 
@@ -86,9 +88,5 @@ def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     return product(a.contiguous(), b)
 
 
-library = torch.library.Library("nnx", "FRAGMENT")  # unlike `custom_op`, it does not import the compiler when called
-library.define("product(Tensor x, Tensor weight) -> Tensor")
-library.impl("product", fastest_product, "CPU")
-torch.library.register_fake("nnx::product", shape_only, lib=library)
-torch.library.register_autograd("nnx::product", gradients, setup_context=keep_factors, lib=library)
-product = torch.ops.nnx.product.default  # an operator, for the compiler stumbles over that of oneDNN
+# an operator, for the compiler stumbles over that of oneDNN
+product = operator("product", fastest_product, shape_only, keep=keep_factors, gradients=gradients, device="cpu")

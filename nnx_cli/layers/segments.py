@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.operator import operator
 from nnx_cli.layers.precision import in_type
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
@@ -76,8 +77,7 @@ def is_flash(q: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("nnx::attention_and_sums", mutates_args=())
-def attention_and_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q, k, v (B, T, H, K), and the logarithm of what a query's exponentials sum to, (B, H, T)."""
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -90,10 +90,7 @@ def attention_and_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return y.transpose(1, 2).contiguous(), sums[..., :T].contiguous()
 
 
-@torch.library.custom_op("nnx::attention_and_sums_backward", mutates_args=())
-def attention_and_sums_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (B, T, H, K) whose exponentials are part of `sums` (B, H, T) and whose output is part of
     y (B, T, H, K), where `grad` is that of y."""
     T, scale = q.shape[1], q.shape[-1] ** -0.5
@@ -116,15 +113,19 @@ def attention_and_sums_backward(
     return tuple(x.transpose(1, 2).contiguous() for x in grads)
 
 
-@attention_and_sums.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def shapes_only(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@attention_and_sums_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shapes_of_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+attention_and_sums = operator("attention_and_sums", forward, shapes_only)
+attention_and_sums_backward = operator("attention_and_sums_backward", backward, shapes_of_gradients)
 
 
 def merged_attention(q: Tensor, kv: Tensor, times: Sequence[int]) -> Tensor:

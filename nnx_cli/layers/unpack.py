@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.layers.linear import PackedLinear
+from nnx_cli.layers.operator import operator
 from nnx_cli.layers.rope import rotate
 from nnx_cli.layers.triton_probe import has_triton
 
@@ -54,8 +55,7 @@ def gate_backward(grad: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Te
     return grad * F.silu(gate), torch.ops.aten.silu_backward(grad * value, gate)
 
 
-@torch.library.custom_op("nnx::unpack", mutates_args=())
-def unpack_op(
+def unpacked(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Heads lie side by side: (B, T, H, K)."""
@@ -69,8 +69,7 @@ def unpack_op(
     return q, k, v.clone(memory_format=torch.contiguous_format), F.silu(gate) * value
 
 
-@torch.library.custom_op("nnx::unpack_backward", mutates_args=())
-def unpack_backward(
+def unpacked_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, packed: Tensor | None,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -90,8 +89,7 @@ def unpack_backward(
     return torch.cat(pieces, dim=-1)
 
 
-@torch.library.custom_op("nnx::swiglu", mutates_args=())
-def swiglu_op(packed: Tensor) -> Tensor:
+def gated(packed: Tensor) -> Tensor:
     if has_triton(packed.device):
         from nnx_cli.layers import unpack_kernel
 
@@ -100,8 +98,7 @@ def swiglu_op(packed: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@torch.library.custom_op("nnx::swiglu_backward", mutates_args=())
-def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
+def gated_backward(grad: Tensor, packed: Tensor) -> Tensor:
     if has_triton(packed.device):
         from nnx_cli.layers import unpack_kernel
 
@@ -110,8 +107,7 @@ def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
     return torch.cat(gate_backward(grad, up, gate)[::-1], dim=-1)
 
 
-@unpack_op.register_fake
-def _(
+def unpacked_shapes(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, W = packed.shape
@@ -121,19 +117,16 @@ def _(
     return packed.new_empty(B, T, n_heads, K), kv, torch.empty_like(kv), packed.new_empty(B, T, hidden)
 
 
-@unpack_backward.register_fake
-def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, *_: Tensor | None) -> Tensor:
+def unpacked_gradient(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, *_: Tensor | None) -> Tensor:
     B, T, H, K = grad_q.shape
     return grad_q.new_empty(B, T, (H + 2 * grad_k.shape[2]) * K + 2 * grad_hidden.shape[-1])
 
 
-@swiglu_op.register_fake
-def _(packed: Tensor) -> Tensor:
+def gated_shape(packed: Tensor) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
 
 
-@swiglu_backward.register_fake
-def _(grad: Tensor, packed: Tensor) -> Tensor:
+def gated_gradient(grad: Tensor, packed: Tensor) -> Tensor:
     return torch.empty_like(packed)
 
 
@@ -146,8 +139,15 @@ def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return unpack_backward(*grads, *ctx.saved_tensors), None, None, None, None, None, None
 
 
-unpack_op.register_autograd(backward, setup_context=keep)
-swiglu_op.register_autograd(
-    lambda ctx, grad: swiglu_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def keep_product(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def product_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return swiglu_backward(grad, *ctx.saved_tensors)
+
+
+unpack_backward = operator("unpack_backward", unpacked_backward, unpacked_gradient)
+unpack_op = operator("unpack", unpacked, unpacked_shapes, keep=keep, gradients=backward)
+swiglu_backward = operator("swiglu_backward", gated_backward, gated_gradient)
+swiglu_op = operator("swiglu", gated, gated_shape, keep=keep_product, gradients=product_gradient)

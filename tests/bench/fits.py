@@ -2,7 +2,7 @@
 
     python tests/bench/fits.py promise [--models nyx ...]     # 50 steps with the planner's batch, then a fifth more
     python tests/bench/fits.py billion --text FILE            # `nnx train` with a billion parameters, 200 steps
-    python tests/bench/fits.py sizes --text FILE              # `nnx train`, a few steps of every named size
+    python tests/bench/fits.py sizes --text FILE [--sizes xl] # `nnx train`, a few steps of every named size
     python tests/bench/fits.py largest [--nanogpt FOLDER]     # the most blocks of the widest size that still train
 
 Needs a CUDA card, whose allocator is held to what --vram leaves (8GB: 7.25 GiB), so that a larger card will do.
@@ -144,9 +144,11 @@ def billion(name: str, text: Path, vram: str) -> dict[str, Any]:
     return whole_run(name, text, ["--size", "xl", "--max-steps", "200", "--vram", vram, *BILLION[name]])
 
 
-def sizes(name: str, text: Path, vram: str) -> Iterator[dict[str, Any]]:
-    """Short runs of `nnx train`, one for every size, as it is by default."""
+def sizes(name: str, text: Path, vram: str, wanted: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Short runs of `nnx train`, one for every size, or every one that is wanted, as it is by default."""
     for size in models.sizes(name):
+        if wanted and size not in wanted:
+            continue
         row = whole_run(name, text, ["--size", size, "--max-steps", str(FEW_STEPS), "--vram", vram])
         yield {"size": size} | {key: value for key, value in row.items() if key not in ("command", "val_loss")}
 
@@ -283,7 +285,7 @@ def results(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
         elif options.part == "billion":
             yield billion(name, options.text.resolve(), options.vram)
         elif options.part == "sizes":
-            yield from sizes(name, options.text.resolve(), options.vram)
+            yield from sizes(name, options.text.resolve(), options.vram, options.sizes)
         else:
             yield largest(name, device, options.vram)
     if options.nanogpt:
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument("part", choices=("promise", "billion", "sizes", "largest"))
     parser.add_argument("--models", nargs="*", choices=models.names())
     parser.add_argument("--text", type=Path, help="for billion and sizes")
+    parser.add_argument("--sizes", nargs="*", help="for sizes: these alone")
     parser.add_argument("--nanogpt", type=Path, help="for largest: a checkout of nanoGPT")
     parser.add_argument("--vram", default="8GB")
     parser.add_argument("--results", type=Path, default=Path("fits.jsonl"))
