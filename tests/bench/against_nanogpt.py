@@ -74,7 +74,7 @@ PEER_BATCHES = {"speed-124m": [6, 8, 10], "speed-10m": [64, 128, 256]}
 OUR_BATCHES = {"speed-124m": [8, 10, 12, 14], "speed-10m": [64, 128]}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {  # ours, within 2 % of nanoGPT's parameters
     "speed-124m": {
-        "llama": dict(dim=768, n_layers=10, n_heads=6, ffn_dim=2944, seq_len=1024, vocab_size=50304),
+        "llama": dict(dim=768, n_layers=9, n_heads=6, n_kv_heads=6, ffn_dim=3072, seq_len=1024, vocab_size=50304),
         "nyx": dict(dim=768, n_layers=10, n_heads=6, ffn_dim=3072, seq_len=1024, vocab_size=50304),
     },
     "speed-10m": {

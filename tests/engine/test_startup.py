@@ -1,5 +1,5 @@
-"""Starting a run leaves torch's compiler unimported: it takes a second, beside a card four, and a short run has no use for
-it."""
+"""Starting a run leaves torch's compiler unimported: it takes a second, beside a card four, and a short run has no use
+for it."""
 
 import os
 import subprocess
