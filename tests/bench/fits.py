@@ -275,7 +275,11 @@ def cell(column: str, value: Any) -> str:
         return ""
     if column.endswith("_bytes"):
         return f"{value / 2**30:.2f} GiB"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else in_a_line(value)
+
+
+def in_a_line(value: Any) -> str:
+    return " ".join(str(value).split())
 
 
 def results(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
