@@ -111,6 +111,7 @@ class Trainer:
         self.step = Step(model, self.optimizer, self.scaler, config.grad_clip, config.optimizer_in_backward)
         self.captured: CapturedStep | None = None
         self.losses_of = token_losses
+        self.val_rows, self.captures_validation = config.batch_size, True  # less where a graph leaves no room for it
         self.spikes = SpikeWatch()
         self.news: list[str] = []  # what happened and `train` has not yet told
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
@@ -374,17 +375,18 @@ class Trainer:
         seq_len = self.model.config.seq_len
 
         def look() -> Evaluation:
-            if self.captured is not None and self.losses_of is token_losses:
+            rows = min(self.val_rows, config.batch_size)
+            if self.captured is not None and self.captures_validation and self.losses_of is token_losses:
                 self.model.eval()
-                self.losses_of = CapturedLosses(self.model, config.batch_size, seq_len)
+                self.losses_of = CapturedLosses(self.model, rows, seq_len)
                 self.model.train()
             return evaluate(
-                self.model, self.data.val, seq_len=seq_len, batch_size=config.batch_size, token_bytes=self.token_bytes,
+                self.model, self.data.val, seq_len=seq_len, batch_size=rows, token_bytes=self.token_bytes,
                 n_windows=n_windows, losses_of=self.losses_of,
             )  # fmt: skip
 
         with eagerly(config.compile), without_attention_plans():
-            result = self.with_room(look)
+            result = self.with_room(look, self.validate_in_less)
         improved = math.isfinite(result.loss) and (state.best_val_loss is None or result.loss < state.best_val_loss)
         if improved:
             state.best_val_loss, state.best_val_bits_per_byte = result.loss, result.bits_per_byte
@@ -415,17 +417,32 @@ class Trainer:
         self.log(run, "samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
         self.observer.sampled(self.state.step, prompt + drawn.text)
 
-    def with_room(self, look: Callable[[], T]) -> T:
+    def validate_in_less(self) -> bool:
+        """Let validation take less memory from here on: fewer windows at a time, then no graph of its own. Returns
+        whether that was possible."""
+        if self.val_rows > 1:
+            self.val_rows //= 2
+        elif self.captures_validation:
+            self.captures_validation = False
+        else:
+            return False
+        self.losses_of = token_losses
+        torch.cuda.empty_cache()
+        return True
+
+    def with_room(self, look: Callable[[], T], with_less: Callable[[], bool] = lambda: False) -> T:
         """What `look` returns. Where memory does not suffice beside a CUDA graph, which keeps that of a whole step to
-        itself, steps are taken without one from here on."""
-        try:
-            return look()
-        except torch.OutOfMemoryError:
-            if self.captured is None:
-                raise
-        self.release()
-        self.news.append(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")
-        return look()
+        itself, `with_less` may let `look` need less; where it cannot, steps are taken without a graph from here on."""
+        while True:
+            try:
+                return look()
+            except torch.OutOfMemoryError:
+                if self.captured is None:
+                    raise  # the exception holds on to what was computed: below it is gone
+            if with_less():
+                continue
+            self.release()
+            self.news.append(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")
 
     def find_best(self, run: Run) -> None:
         """Learn which best weights the run folder has. They may be of a later step than the newest checkpoint, where

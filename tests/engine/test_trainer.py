@@ -330,6 +330,45 @@ def test_memory_that_a_graph_keeps_is_given_back_to_look(start, workspace):
         trainer.with_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
 
 
+def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", batch_size=4)
+    graph, tries = object(), []
+    plain = trainer_module.evaluate
+
+    class Losses:
+        def __init__(self, model, rows, seq_len):
+            tries.append(f"{rows} recorded")
+            if rows > least:
+                raise torch.OutOfMemoryError
+
+        def __call__(self, *arguments):
+            return trainer_module.token_losses(*arguments)
+
+    def evaluate(model, tokens, *, batch_size, losses_of, **rest):
+        if losses_of is trainer_module.token_losses:
+            tries.append(batch_size)
+            if trainer.captured is not None and not plainly:
+                raise torch.OutOfMemoryError
+        return plain(model, tokens, batch_size=batch_size, losses_of=losses_of, **rest)
+
+    monkeypatch.setattr(trainer_module, "CapturedLosses", Losses)
+    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    seen = []
+    for least, plainly, expected in (
+        (9, False, ["4 recorded"]),
+        (2, False, ["4 recorded", "2 recorded"]),
+        (0, True, ["4 recorded", "2 recorded", "1 recorded", 1]),
+        (0, False, ["4 recorded", "2 recorded", "1 recorded", 1, 1]),
+    ):
+        trainer.captured, trainer.losses_of = graph, trainer_module.token_losses
+        trainer.val_rows, trainer.captures_validation = 4, True
+        tries.clear()
+        seen.append(trainer.validate(run, 1.0).loss)
+        assert tries == expected
+        assert (trainer.captured is graph) == (least > 0 or plainly)
+    assert seen == pytest.approx(seen[:1] * 4)
+
+
 def test_samples_are_logged(start, workspace):
     run, trainer = start(workspace / "a", max_steps=6, sample_every=3)
     train(run, trainer)
