@@ -102,7 +102,7 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
     predictor = Predictor(name, config, train.lora_rank, target_of(device) if device.type == "cuda" else Target())
     budget = memory_budget(device, train.vram_bytes)
-    preferred = preferred_optimizer(name, config.dropout, train.lora_rank)
+    preferred = preferred_optimizer(name, train.lora_rank)
     chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget, preferred)
     per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
     largest = predictor.largest(chosen, budget, max(per_step, train.batch_size or 1))

@@ -24,10 +24,11 @@ from nnx_cli.models._base import LanguageModel, ModelConfig
 DEFAULT_SECONDS = 240  # training time of a run without a length
 DEFAULT_EPOCHS = 30  # but no more passes over the text than this
 TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
-EFFICIENCY = {"cpu": 0.3, "cuda": 0.1, "mps": 0.1}  # of the matrix rate that training reaches, for planning
+REACHED = {"cpu": (0.45, 150), "cuda": (0.4, 1000), "mps": (0.1, 0)}  # see `share_reached`; mps was never measured
 DROPOUT = ((12, 0.2), (6, 0.1))  # passes over the text from which on a model needs it: tests/bench/zoo.md
-MEMORISES = 2  # parameters a token of the text from which on a model can learn it by heart
-BY_HEART = 0.2  # dropout from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
+MEMORISES = 1.5  # parameters a token of the text from which on a model can learn it by heart
+AT_ONCE = 16  # parameters a token from which on half as many passes are enough for that
+BY_HEART = 12  # passes from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GRAPH_BYTES = 2**27  # that a step recorded as a CUDA graph takes beside what a plain one does
@@ -59,7 +60,7 @@ def plan_run(
     that disagree, DoesNotFit where not even one sequence fits.
     """
     where = dict(sources)
-    rate = matrix_flops(device, precision) * EFFICIENCY[device.type]
+    rate = matrix_flops(device, precision)
     seconds = train.max_time_s or DEFAULT_SECONDS
     if size == "auto":
         size = affordable_size(name, seconds * rate) if device.type == "cpu" else "small"
@@ -78,14 +79,16 @@ def plan_run(
             where[field] = f"derived: {reason}"
 
     model = cost.light_model(name, config)
-    flops = cost.flops_per_token(model)["train"]
-    passes = planned_tokens(train, model, device, train_tokens, seconds * rate / flops) / train_tokens
-    dropout = default_dropout(passes, cost.count_parameters(model)["total"], train_tokens)
+    in_time = seconds * rate * share_reached(device, config.dim) / cost.flops_per_token(model)["train"]  # tokens
+    passes = planned_tokens(train, model, device, train_tokens, in_time) / train_tokens
+    parameters = cost.count_parameters(model)["total"]
+    dropout = default_dropout(passes, parameters, train_tokens)
     if dropout and "dropout" not in fields:
         config = replace(config, dropout=dropout)
         where["dropout"] = f"derived: the text is read {passes:.0f} times"
     recipe = models.recipe(name)
-    preferred = preferred_optimizer(name, dropout, train.lora_rank)
+    by_heart = passes >= BY_HEART and parameters >= MEMORISES * train_tokens
+    preferred = preferred_optimizer(name, train.lora_rank, by_heart)
     derive("precision", precision, "device")
     fitted = fit(replace(train, **derived), config, name, device, where, preferred)
     derived |= fitted.settings
@@ -106,7 +109,7 @@ def plan_run(
         derived["max_time"] = f"{DEFAULT_SECONDS}s"
         derived["max_steps"] = DEFAULT_EPOCHS * epoch_steps
         where["max_time"] = where["max_steps"] = "derived: default length, whichever ends first"
-    steps, by_time = derived.get("max_steps", train.max_steps), int(seconds * rate / (flops * tokens_per_step))
+    steps, by_time = derived.get("max_steps", train.max_steps), int(in_time / tokens_per_step)
     timed = train.max_time is not None or "max_time" in derived
     expected_steps = max(1, min(steps or by_time, by_time) if timed else steps)
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
@@ -143,12 +146,21 @@ def default_dropout(passes: float, parameters: int, train_tokens: int) -> float:
     """Dropout for that many passes over a text: none where the model is too small to learn it by heart."""
     if parameters < MEMORISES * train_tokens:
         return 0.0
+    if parameters >= AT_ONCE * train_tokens:
+        passes *= 2
     return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
 
 
-def preferred_optimizer(name: str, dropout: float, lora_rank: int | None) -> str:
+def preferred_optimizer(name: str, lora_rank: int | None, by_heart: bool = False) -> str:
     """The optimizer that `auto` means for a model where memory suffices."""
-    return "adamw" if dropout >= BY_HEART or lora_rank else models.recipe(name).optimizer
+    return "adamw" if by_heart or lora_rank else models.recipe(name).optimizer
+
+
+def share_reached(device: torch.device, dim: int) -> float:
+    """Of the rate of large matrix products, what training reaches at a width, about: products grow with its square,
+    all else with the width itself."""
+    most, half_at = REACHED[device.type]
+    return most * dim / (dim + half_at)
 
 
 def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:
@@ -260,11 +272,12 @@ def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
 
 
 def affordable_size(name: str, flops: float) -> str:
-    """The largest named size that sees 10 tokens a parameter within `flops` of training, at least the smallest."""
-    chosen = models.sizes(name)[0]
+    """The largest named size that sees 10 tokens a parameter on a CPU whose matrix products do `flops` in the time, at
+    least the smallest."""
+    chosen, device = models.sizes(name)[0], torch.device("cpu")
     for size in models.sizes(name):
         model = cost.light_model(name, models.make_config(name, size=size))
-        tokens = flops / cost.flops_per_token(model)["train"]
+        tokens = flops * share_reached(device, model.config.dim) / cost.flops_per_token(model)["train"]
         if tokens < TOKENS_PER_PARAMETER * cost.count_parameters(model)["total"]:
             break
         chosen = size

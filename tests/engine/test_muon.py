@@ -27,6 +27,20 @@ def test_singular_values_become_one(shape):
     assert torch.isfinite(orthogonalize(torch.zeros(1, *shape), torch.bfloat16)).all()
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (24, 100), (100, 24)])
+def test_matrices_one_by_one_are_as_in_a_stack(monkeypatch, shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    stacked = orthogonalize(matrices, torch.float32)
+    seen = []
+    monkeypatch.setattr(muon, "LEAST_APART", 1)
+    monkeypatch.setattr(muon, "pays", lambda x, weight: True)
+    monkeypatch.setattr(muon, "has_onednn", lambda: True)
+    monkeypatch.setattr(muon, "multiply", lambda x, weight: seen.append(x) or x @ weight.t())
+    torch.testing.assert_close(orthogonalize(matrices, torch.float32), stacked, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 3 * 3 * 5, "products of a matrix, matrices, steps"
+
+
 def test_arithmetic_on_a_processor_is_float32():
     assert step_type(torch.device("cpu")) == torch.float32
 

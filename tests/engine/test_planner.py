@@ -173,8 +173,7 @@ def test_a_size_is_what_the_time_allows(name):
 def test_auto_size_on_a_cpu_follows_its_speed(monkeypatch, rate):
     monkeypatch.setattr(planner, "matrix_flops", lambda device, precision: rate)
     planned = plan(fields={}, size="auto", max_time="20m")
-    seen = 1200 * rate * planner.EFFICIENCY["cpu"]
-    assert planned.size == affordable_size("nyx", seen)
+    assert planned.size == affordable_size("nyx", 1200 * rate)
     assert planned.sources["size"].startswith("derived")
 
 
@@ -188,7 +187,17 @@ def test_shapes_of_ones_own_have_no_size():
 
 @pytest.mark.parametrize(
     ("passes", "parameters", "dropout"),
-    [(1, 10**7, 0.0), (5.9, 10**7, 0.0), (6, 10**7, 0.1), (12, 10**7, 0.2), (40, 10**7, 0.2), (40, 10**6, 0.0)],
+    [
+        (1, 10**7, 0.0),
+        (5.9, 10**7, 0.0),
+        (6, 10**7, 0.1),
+        (12, 10**7, 0.2),
+        (40, 10**7, 0.2),
+        (40, 10**6, 0.0),
+        (2.9, 2 * 10**7, 0.0),
+        (3, 2 * 10**7, 0.1),
+        (6, 2 * 10**7, 0.2),
+    ],
 )
 def test_dropout_where_a_text_is_learnt_by_heart(passes, parameters, dropout):
     assert planner.default_dropout(passes, parameters, 10**6) == dropout
