@@ -48,8 +48,8 @@ def orthogonalize(
 def added_products(
     left: Tensor, right: Tensor, total: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
-    """beta · total + alpha · left @ right of stacks of matrices (N, R, K), (N, K, C); one by one where torch's product of
-    a stack is slower."""
+    """beta · total + alpha · left @ right of stacks of matrices (N, R, K) and (N, K, C); one by one where torch is slow
+    with stacks."""
     large = left[0].numel() * right.shape[-1] >= LEAST_APART
     if large and pays(left[0], right[0].t()) and has_onednn():
         products = torch.stack([multiply(a, b.t()) for a, b in zip(left, right, strict=True)])
