@@ -115,7 +115,7 @@ class Kernels:
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
         if target.device == "cpu":
-            own |= {(module, "pays"): pays_on_cpu for module in (product, head_loss)}
+            own |= {(module, "pays"): pays_on_cpu for module in (product, head_loss, muon)}
         if target.triton:
             own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
             own |= {(module, "is_one_kernel"): lambda x: x.dtype != torch.float64 for module in (averaged_keys, unpack)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnx_cli.engine.adamw import AdamW
 from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.layers.product import has_onednn, multiply, pays
+from nnx_cli.layers.product import has_onednn, pays, product
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as
@@ -28,7 +28,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 SHORTER = POLAR_EXPRESS[1:]  # from 0.008 up: no worse on a CPU, where the steps are a quarter of the time (zoo.md)
-LEAST_APART = 2**24  # multiplications of two matrices, from which on they are not left to a product of stacks
+LEAST_APART = 2**24  # multiplications of a matrix with its own transpose, from which on a stack is taken apart
 MARGIN = 1.02  # by which a matrix's norm is kept below 1 at the start
 
 
@@ -39,22 +39,23 @@ def orthogonalize(
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)
+    one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and pays(x[0], x[0]) and has_onednn()
     for a, b, c in steps:
-        gram = added_products(x, x.mT)
-        x = added_products(added_products(gram, gram, gram, b, c), x, x, a)
+        if one_by_one:
+            gram = products(x, x.mT)
+            x = products(products(gram, gram).mul_(c).add_(gram, alpha=b), x).add_(x, alpha=a)
+        else:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
-def added_products(
-    left: Tensor, right: Tensor, total: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
-) -> Tensor:
-    """beta · total + alpha · left @ right of stacks of matrices (N, R, K) and (N, K, C); one by one where torch is slow
-    with stacks."""
-    large = left[0].numel() * right.shape[-1] >= LEAST_APART
-    if large and pays(left[0], right[0].t()) and has_onednn():
-        products = torch.stack([multiply(a, b.t()) for a, b in zip(left, right, strict=True)])
-        return products if total is None else products.mul_(alpha).add_(total, alpha=beta)
-    return left @ right if total is None else torch.baddbmm(total, left, right, beta=beta, alpha=alpha)
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of stacks of matrices (N, R, K) and (N, K, C), by the library that is fastest with single ones."""
+    out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    for whole, a, b in zip(out, left, right, strict=True):
+        whole.copy_(product(a, b.t()))
+    return out
 
 
 def step_type(device: torch.device) -> torch.dtype:

@@ -81,20 +81,21 @@ def plan_run(
     model = cost.light_model(name, config)
     in_time = seconds * rate * share_reached(device, config.dim) / cost.flops_per_token(model)["train"]  # tokens
     passes = planned_tokens(train, model, device, train_tokens, in_time) / train_tokens
-    parameters = cost.count_parameters(model)["total"]
-    dropout = default_dropout(passes, parameters, train_tokens)
+    learner = model if train.lora_rank is None else cost.meta_model(name, config, train.lora_rank)
+    per_token = cost.count_parameters(learner)["trainable"] / train_tokens
+    dropout = default_dropout(passes, per_token)
     if dropout and "dropout" not in fields:
         config = replace(config, dropout=dropout)
         where["dropout"] = f"derived: the text is read {passes:.0f} times"
     recipe = models.recipe(name)
-    by_heart = passes >= BY_HEART and parameters >= MEMORISES * train_tokens
+    by_heart = passes >= BY_HEART and per_token >= MEMORISES
     preferred = preferred_optimizer(name, train.lora_rank, by_heart)
     derive("precision", precision, "device")
     fitted = fit(replace(train, **derived), config, name, device, where, preferred)
     derived |= fitted.settings
     optimizer = derived.get("optimizer", train.optimizer)
     if derived.get("optimizer") == preferred:
-        where["optimizer"] = "derived: model, and how often the text is read"
+        where["optimizer"] = "derived: " + ("adapters" if train.lora_rank else "model, and how often the text is read")
     factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
     derive("lr", default_lr(optimizer, config.dim, factor), "optimizer, width and model")
     decays = optimizer in ("adamw", "adamw8bit", "muon")
@@ -142,11 +143,12 @@ def planned_tokens(
     return in_time if train.max_time is not None else min(in_time, DEFAULT_EPOCHS * train_tokens)
 
 
-def default_dropout(passes: float, parameters: int, train_tokens: int) -> float:
-    """Dropout for that many passes over a text: none where the model is too small to learn it by heart."""
-    if parameters < MEMORISES * train_tokens:
+def default_dropout(passes: float, per_token: float) -> float:
+    """Dropout for that many passes over a text, of which the model has `per_token` parameters a token: none where it is
+    too small to learn it by heart."""
+    if per_token < MEMORISES:
         return 0.0
-    if parameters >= AT_ONCE * train_tokens:
+    if per_token >= AT_ONCE:
         passes *= 2
     return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
 

@@ -110,8 +110,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = Step(model, self.optimizer, self.scaler, config.grad_clip, config.optimizer_in_backward)
         self.captured: CapturedStep | None = None
-        self.losses_of = token_losses
-        self.val_rows, self.captures_validation = config.batch_size, True  # less where a graph leaves no room for it
+        self.validate_in_full()
         self.spikes = SpikeWatch()
         self.news: list[str] = []  # what happened and `train` has not yet told
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
@@ -291,6 +290,7 @@ class Trainer:
         smaller = max(divisor for divisor in range(1, size // 2 + 1) if n % divisor == 0)
         validated = self.config.val_batches and -(-self.config.val_batches * size // smaller)
         self.config = replace(self.config, batch_size=smaller, grad_accum=n // smaller, val_batches=validated)
+        self.validate_in_full()
         self.news.append(
             f"out of memory at step {self.state.step + 1}: {smaller} sequences at a time instead of {size}, "
             f"{n // smaller} times a step; the samples stay the same"
@@ -298,7 +298,8 @@ class Trainer:
 
     def release(self) -> None:
         """Forget what was recorded as a CUDA graph, and give its memory back."""
-        self.captured, self.losses_of = None, token_losses
+        self.captured = None
+        self.validate_in_full()
         torch.cuda.empty_cache()
 
     def capture(self) -> bool:
@@ -375,13 +376,12 @@ class Trainer:
         seq_len = self.model.config.seq_len
 
         def look() -> Evaluation:
-            rows = min(self.val_rows, config.batch_size)
             if self.captured is not None and self.captures_validation and self.losses_of is token_losses:
                 self.model.eval()
-                self.losses_of = CapturedLosses(self.model, rows, seq_len)
+                self.losses_of = CapturedLosses(self.model, self.val_rows, seq_len)
                 self.model.train()
             return evaluate(
-                self.model, self.data.val, seq_len=seq_len, batch_size=rows, token_bytes=self.token_bytes,
+                self.model, self.data.val, seq_len=seq_len, batch_size=self.val_rows, token_bytes=self.token_bytes,
                 n_windows=n_windows, losses_of=self.losses_of,
             )  # fmt: skip
 
@@ -417,12 +417,16 @@ class Trainer:
         self.log(run, "samples.jsonl", {"step": self.state.step, "prompt": prompt, "text": drawn.text})
         self.observer.sampled(self.state.step, prompt + drawn.text)
 
+    def validate_in_full(self) -> None:
+        """Let validation take as many windows at a time as a step, in a graph of its own where steps have one."""
+        self.val_rows, self.captures_validation, self.losses_of = self.config.batch_size, True, token_losses
+
     def validate_in_less(self) -> bool:
         """Let validation take less memory from here on: fewer windows at a time, then no graph of its own. Returns
         whether that was possible."""
         if self.val_rows > 1:
             self.val_rows //= 2
-        elif self.captures_validation:
+        elif self.captured is not None and self.captures_validation:
             self.captures_validation = False
         else:
             return False
@@ -431,16 +435,19 @@ class Trainer:
         return True
 
     def with_room(self, look: Callable[[], T], with_less: Callable[[], bool] = lambda: False) -> T:
-        """What `look` returns. Where memory does not suffice beside a CUDA graph, which keeps that of a whole step to
-        itself, `with_less` may let `look` need less; where it cannot, steps are taken without a graph from here on."""
+        """What `look` returns. Where memory does not suffice, `with_less` may let `look` need less; where it cannot, a
+        CUDA graph, which keeps the memory of a whole step to itself, is given up. Raises torch.OutOfMemoryError where
+        there is none."""
         while True:
             try:
                 return look()
-            except torch.OutOfMemoryError:
-                if self.captured is None:
-                    raise  # the exception holds on to what was computed: below it is gone
+            except torch.OutOfMemoryError as error:
+                refused = error.with_traceback(None)  # it would hold on to what was computed
+            self.model.train()  # it was left as it was to look
             if with_less():
                 continue
+            if self.captured is None:
+                raise refused
             self.release()
             self.news.append(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")
 

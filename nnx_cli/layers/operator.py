@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,20 @@ def operator(
     name: str, function: Callable[..., Any], shapes: Callable[..., Any], *, keep: Callable[..., None] | None = None,
     gradients: Callable[..., Any] | None = None, device: str | None = None,
 ) -> torch._ops.OpOverload:  # fmt: skip
-    """`function` as the operator nnx::`name`, on one kind of `device` or on all. Its signature is annotated, and it
-    changes none of its arguments.
+    """`function` as the operator nnx::`name`, on one kind of `device` or on all. Its signature is annotated; it changes
+    none of its arguments, and returns none of them, nor views of them.
 
     `shapes` takes the same arguments and returns empty results. `keep` puts what the backward pass needs into its first
-    argument, the context of an autograd.Function, and `gradients` is that pass. Unlike `torch.library.custom_op` this
-    does not import the compiler, which takes seconds, when the operator is called.
+    argument, the context of an autograd.Function, and `gradients` is that pass; without it there is none. Unlike
+    `torch.library.custom_op` this does not import the compiler, which takes seconds, when the operator is called.
     """
     library.define(name + torch.library.infer_schema(function, mutates_args=()))
     library.impl(name, function, "CompositeExplicitAutograd" if device is None else device.upper())
     torch.library.register_fake(f"nnx::{name}", shapes, lib=library)
-    if gradients is not None:
-        torch.library.register_autograd(f"nnx::{name}", gradients, setup_context=keep, lib=library)
+    gradients = gradients or partial(no_gradients, name)
+    torch.library.register_autograd(f"nnx::{name}", gradients, setup_context=keep, lib=library)
     return getattr(torch.ops.nnx, name).default
+
+
+def no_gradients(name: str, *_: Any) -> None:
+    raise NotImplementedError(f"nnx::{name} has no gradients")

@@ -186,21 +186,12 @@ def test_shapes_of_ones_own_have_no_size():
 
 
 @pytest.mark.parametrize(
-    ("passes", "parameters", "dropout"),
-    [
-        (1, 10**7, 0.0),
-        (5.9, 10**7, 0.0),
-        (6, 10**7, 0.1),
-        (12, 10**7, 0.2),
-        (40, 10**7, 0.2),
-        (40, 10**6, 0.0),
-        (2.9, 2 * 10**7, 0.0),
-        (3, 2 * 10**7, 0.1),
-        (6, 2 * 10**7, 0.2),
-    ],
-)
-def test_dropout_where_a_text_is_learnt_by_heart(passes, parameters, dropout):
-    assert planner.default_dropout(passes, parameters, 10**6) == dropout
+    ("passes", "per_token", "dropout"),
+    [(1, 10, 0.0), (5.9, 10, 0.0), (6, 10, 0.1), (12, 10, 0.2), (40, 10, 0.2), (40, 1, 0.0), (8, 1.9, 0.1),
+     (2.9, 20, 0.0), (3, 20, 0.1), (6, 20, 0.2)],
+)  # fmt: skip
+def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
+    assert planner.default_dropout(passes, per_token) == dropout
 
 
 @pytest.mark.parametrize(

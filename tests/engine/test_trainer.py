@@ -358,7 +358,7 @@ def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, mo
         (9, False, ["4 recorded"]),
         (2, False, ["4 recorded", "2 recorded"]),
         (0, True, ["4 recorded", "2 recorded", "1 recorded", 1]),
-        (0, False, ["4 recorded", "2 recorded", "1 recorded", 1, 1]),
+        (0, False, ["4 recorded", "2 recorded", "1 recorded", 1, 4]),
     ):
         trainer.captured, trainer.losses_of = graph, trainer_module.token_losses
         trainer.val_rows, trainer.captures_validation = 4, True
@@ -366,6 +366,7 @@ def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, mo
         seen.append(trainer.validate(run, 1.0).loss)
         assert tries == expected
         assert (trainer.captured is graph) == (least > 0 or plainly)
+        assert trainer.model.training
     assert seen == pytest.approx(seen[:1] * 4)
 
 
