@@ -389,9 +389,8 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
         f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
     if best_step < 0.9 * state.step:
-        lines.append(
-            "it was better earlier: more text, a smaller model or --dropout 0.1 would help more than more steps"
-        )
+        dropout = f"--dropout {min(0.5, trainer.model.config.dropout + 0.1):.1f}"
+        lines.append(f"it was better earlier: more text, a smaller model or {dropout} would help more than more steps")
     prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
     longer = max(2 * trainer.state.time_s, 60)
     return [
