@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
-from nnx_cli.layers import attention_in_rows, soft_xor
+from nnx_cli.layers import attention_in_rows, dropout, soft_xor
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -139,8 +139,11 @@ def dry_run(model: LanguageModel, seq_len: int | None = None) -> tuple[int, int]
     Attention is counted as causal: a position attends to half of the context on average.
     """
     T = seq_len or model.config.seq_len
-    no_cell = {(soft_xor, "fastest_cell"): lambda x: lambda sums, state: None}  # a recurrence's products are enough
-    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad(), replaced(no_cell):
+    plain = {
+        (soft_xor, "fastest_cell"): lambda x: lambda sums, state: None,  # a recurrence's products are enough
+        (dropout, "is_own"): lambda x: False,
+    }
+    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad(), replaced(plain):
         model(torch.zeros(1, T, dtype=torch.int64, device=model.device))
     return products.flops + attention.flops // 2, products.n_bytes
 

@@ -29,7 +29,7 @@ from nnx_cli.engine.cost import LightMode, replaced
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
-from nnx_cli.layers import attention, averaged_keys, product, segments, soft_xor, unpack
+from nnx_cli.layers import attention, averaged_keys, dropout, product, segments, soft_xor, unpack
 from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
 
@@ -116,6 +116,7 @@ class Kernels:
                 own[muon, "step_type"] = lambda device: torch.bfloat16
         if target.device == "cpu":
             own |= {(module, "pays"): pays_on_cpu for module in (product, head_loss, muon)}
+            own[dropout, "is_own"] = lambda x: True
         if target.triton:
             own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
             own |= {(module, "is_one_kernel"): lambda x: x.dtype != torch.float64 for module in (averaged_keys, unpack)}

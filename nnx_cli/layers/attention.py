@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.layers import attention_in_rows
+from nnx_cli.layers import dropout as dropping
 from nnx_cli.layers.kv_cache import KVCache
 
 
@@ -21,6 +22,8 @@ def causal_attention(
     B, H, T, K = q.shape
     if cache is None and not dropout and attention_in_rows.pays(q, k, v):
         return attention_in_rows.attention_in_rows(q, k, v, scale)[0].view(B, T, H * K)
+    if cache is None and dropout and dropping.is_own(q):
+        return attention_with_dropout(q, k, v, scale, dropout)
     if cache is None:
         mask, is_causal = None, True
     else:
@@ -32,6 +35,19 @@ def causal_attention(
         grouped = False
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and T > 1, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2).reshape(B, T, H * K)
+
+
+def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float) -> Tensor:
+    """Causal attention by plain operations, for torch's fused kernel on a processor knows no dropout."""
+    B, H, T, K = q.shape
+    together = B, k.shape[1], -1  # query heads of one key-value head
+    scores = (q * scale).reshape(*together, K) @ k.transpose(-1, -2)
+    scores = scores.view(B, H, T, T).add_(q.new_full((T, T), -torch.inf).triu_(1))
+    shares = dropping.dropout(
+        scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), p, True
+    )
+    y = shares.view(*together, T) @ v
+    return y.view(B, H, T, -1).transpose(1, 2).reshape(B, T, -1)
 
 
 def groups_are_fused(q: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import RMSNorm
@@ -90,7 +91,7 @@ class MLP(nn.Module):
         else:
             gate, up = self.gate_up(x)  # (B, T, F) each
             hidden = F.silu(gate) * up
-        return self.down(F.dropout(hidden, self.dropout, self.training))
+        return self.down(drop(hidden, self.dropout, self.training))
 
 
 class Block(nn.Module):

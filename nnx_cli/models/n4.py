@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.averaged_keys import averaged_keys, averages, weighted_sums
+from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
@@ -255,7 +256,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, inner, value = products(self.up, x, 1, 1, 1)  # (B, T, F) each
-        return self.down(F.dropout(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
+        return self.down(drop(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
 
 
 class Block(nn.Module):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.differential import Lambda, differential_attention, repeat_as_seed
+from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
@@ -210,7 +211,7 @@ class MLP(nn.Module):
         y = F.silu(parts[0]) * parts[1]
         if self.lambda_ is not None:
             y = y - self.lambda_(start) * (F.silu(parts[2]) * parts[3])
-        y = self.down(F.dropout(y, self.dropout, self.training))
+        y = self.down(drop(y, self.dropout, self.training))
         return y if self.norm is None else (self.norm(y.float()) * (1 - start)).to(x.dtype)
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
@@ -259,7 +260,7 @@ class MLP(nn.Module):
         hidden, gate = self.hidden_gate(x)  # (B, T, F) each
         hidden = hidden * self.s_hidden().to(x.dtype)
         gate = gate * (self.s_gate() * self.gate_scale).to(x.dtype)
-        return self.down(F.dropout(F.silu(gate) * hidden, self.dropout, self.training))
+        return self.down(drop(F.silu(gate) * hidden, self.dropout, self.training))
 
 
 class Block(nn.Module):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
@@ -104,7 +105,7 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         q, k, v, hidden = self.inner(self.norm(x), tables, cached=cache is not None)
         attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
-        return x + self.attn_out(attended) + self.ffn_out(F.dropout(hidden, dropout, self.training))
+        return x + self.attn_out(attended) + self.ffn_out(drop(hidden, dropout, self.training))
 
     def inner(
         self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cached: bool

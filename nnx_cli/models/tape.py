@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.head import HeadFormula
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear
@@ -142,7 +143,7 @@ class Stream(nn.Module):
     def forward(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.attention_norm(x + self.out(attended))
         hidden = Activation.apply(self.up(x))  # (B, T, F)
-        return self.mlp_norm(x + F.dropout(self.down(hidden), self.dropout, self.training))
+        return self.mlp_norm(x + drop(self.down(hidden), self.dropout, self.training))
 
 
 class Level(nn.Module):
