@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -286,6 +287,7 @@ def affordable_size(name: str, flops: float) -> str:
     return chosen
 
 
+@cache
 def matrix_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations a second that a matrix product reaches here: of the fastest, for threads of a process
     that has just begun may share a core for a tenth of a second."""
