@@ -31,4 +31,4 @@ def operator(
 
 
 def no_gradients(name: str, *_: Any) -> None:
-    raise NotImplementedError(f"nnx::{name} has no gradients")
+    raise RuntimeError(f"nnx::{name} has no gradients")

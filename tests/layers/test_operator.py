@@ -1,0 +1,13 @@
+"""An operator without a backward pass says so: autograd would look inside and keep what it finds there."""
+
+import pytest
+import torch
+
+from nnx_cli.layers.segments import attention_and_sums
+
+
+def test_no_gradients_where_none_were_given():
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    y, _ = attention_and_sums(q, q, q)
+    with pytest.raises(RuntimeError, match="attention_and_sums has no gradients"):
+        y.sum().backward()
