@@ -190,7 +190,7 @@ def training(
     model = models.from_config(case.model, case.config)
     data = random_tokens(case.config, case.batch_size)
     trainer = session.make_trainer(model, data, config, device, Notes(tell), session.Sampling([0]))
-    trainer.config = replace(trainer.config, compile=compiler.decide(trainer, config.compile))
+    compiler.decide(trainer, config.compile)
     model.train()
 
     def step() -> None:

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,7 @@ COMPILE_SECONDS = {"cpu": 60.0, "cuda": 30.0}  # what compiling a block and its 
 HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
 WORTHWHILE = 0.95  # of the time of an eager step: what a compiled one may take at most; less is noise
 TIMED_STEPS = 3
+TIMED_MICRO_BATCHES = 2  # of a step, at most: the others take as long
 
 
 @dataclass(frozen=True)
@@ -64,52 +65,77 @@ def undo_compile(model: LanguageModel) -> None:
 def decide(trainer: Trainer, wish: str) -> str:
     """Compile the trainer's model, or leave it eager; on a card also capture its step as a CUDA graph.
 
-    Returns on, graph (captured, not compiled) or off, and tells the observer why. `auto` tries what the run is long
-    enough to earn back, compares loss and speed with eager, and keeps what is right and faster.
+    Returns on, graph (captured, not compiled) or off, notes it in the trainer's settings, and tells the observer why.
+    `auto` tries what the run is long enough to earn back, compares loss and speed with eager, and keeps what is right
+    and faster.
     """
+    step_s = begin(trainer, wish)
+    if step_s is not None:
+        go_on(trainer, wish, step_s)
+    return trainer.config.compile
+
+
+def begin(trainer: Trainer, wish: str) -> float | None:
+    """Decide what needs no compiler, which takes long to import. Returns None where that is all; else the seconds of a
+    step, or 0 on a CPU, whose steps are not timed here."""
     kind = trainer.device.type
+    note_how(trainer, "off")
     if wish == "off" or (wish != "on" and kind not in COMPILE_SECONDS):
-        return "off"
+        return None
+    step_s = 0.0
     if kind == "cpu":
         if wish == "graph":
-            return "off"
+            return None
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             trainer.observer.note("not compiled: there is no C++ compiler here")
-            return "off"
-    how = "off"
+            return None
     if kind == "cuda":
         step_s = first_step(trainer)
         if capture(trainer, wish, step_s):
-            how, step_s = "graph", timed_step(trainer)
+            note_how(trainer, "graph")
+            step_s = timed_step(trainer)
         if wish == "graph":
-            return how
+            return None
     if trainer.step.in_backward:  # weights would move while a compiled gradient is compared with an eager one
         if wish == "on":
             trainer.observer.note("not compiled: not together with --optimizer-in-backward")
-        return how
-    if wish == "auto" and kind == "cpu" and saved_at_most(trainer) < COMPILE_SECONDS[kind]:
-        return how
-    eager = timed(trainer) if kind == "cpu" else None
-    if eager is not None:
+        return None
+    if wish == "auto":
+        at_most = saved_at_most(trainer) if kind == "cpu" else planned_seconds(trainer, step_s) * HOPED_SAVING[kind]
+        if at_most < COMPILE_SECONDS[kind]:
+            return None
+    return step_s
+
+
+def go_on(trainer: Trainer, wish: str, step_s: float) -> None:
+    """Compile after `begin`, which returned `step_s`."""
+    kind, was_captured = trainer.device.type, trainer.captured is not None
+    eager = None
+    if kind == "cpu":
+        eager = timed(trainer)
         step_s = eager.seconds * trainer.config.grad_accum
-    if wish == "auto" and planned_seconds(trainer, step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
-        return how
-    if how == "graph":
+        if wish == "auto" and planned_seconds(trainer, step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
+            return
+    if was_captured:
         trainer.release()  # there may be no room for another step beside it
     after_s = compile_checked(trainer, eager)
-    if how == "graph":
+    if was_captured:
         capture(trainer, wish, None)
     if after_s is None:
-        return how
+        return
     after_s = timed_step(trainer) if kind == "cuda" else after_s * trainer.config.grad_accum
     if wish == "auto" and after_s >= WORTHWHILE * step_s:
         undo_compile(trainer.model)
-        if how == "graph":
+        if was_captured:
             capture(trainer, wish, None)
         trainer.observer.note("not compiled: no faster here")
-        return how
+        return
+    note_how(trainer, "on")
     trainer.observer.note(f"compiled: a step takes {after_s / step_s:.0%} of its time before")
-    return "on"
+
+
+def note_how(trainer: Trainer, how: str) -> None:
+    trainer.config = replace(trainer.config, compile=how)
 
 
 def first_step(trainer: Trainer) -> float:
@@ -173,8 +199,9 @@ def in_a_line(error: Exception) -> str:
 
 
 def timed_step(trainer: Trainer) -> float:
-    """Median time of a whole optimizer step as it is taken now; changes nothing."""
-    samples = trainer.loader.batch(0, trainer.samples_per_step)
+    """Median time of an optimizer step as it is taken now, from a few of its micro-batches; changes nothing."""
+    n_micro = min(trainer.config.grad_accum, TIMED_MICRO_BATCHES)
+    samples = trainer.loader.batch(0, n_micro * trainer.config.batch_size)
     times = []
     with trainer.step.rehearsal():
         for _ in range(TIMED_STEPS + 1):
@@ -183,7 +210,7 @@ def timed_step(trainer: Trainer) -> float:
             trainer.run_step(*samples)
             synchronize(trainer.device)
             times.append(time.perf_counter() - started)
-    return sorted(times[1:])[TIMED_STEPS // 2]
+    return sorted(times[1:])[TIMED_STEPS // 2] * trainer.config.grad_accum / n_micro
 
 
 def saved_at_most(trainer: Trainer) -> float:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,7 @@ def start(
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)
-    config = replace(trainer.config, compile=compiler.decide(trainer, plan.train.compile))
-    trainer.config = config
+    config = decide_how_to_step(trainer, plan.train.compile)
     tokenizer = data.tokenizer
     described = {
         "format": 1,
@@ -152,6 +152,22 @@ def make_trainer(
     checkpoint_blocks(model, config.activation_checkpointing)
     how = SampleConfig(max_new_tokens=sampling.max_new_tokens, seed=config.seed)
     return Trainer(model, data, config, device, observer, how, sampling.prompt_ids)
+
+
+def decide_how_to_step(trainer: Trainer, wish: str) -> TrainConfig:
+    """Compile, capture or neither, as `wish` says and the machine allows; returns the settings for the run's files.
+
+    On a card a run that may be compiled takes its first steps before that, so that they can be seen soon, and notes its
+    wish meanwhile. Where its bits are promised it is compiled from the first step on.
+    """
+    if trainer.device.type != "cuda" or trainer.config.deterministic:
+        compiler.decide(trainer, wish)
+        return trainer.config
+    step_s = compiler.begin(trainer, wish)
+    if step_s is None:
+        return trainer.config
+    trainer.compile_later = partial(compiler.go_on, trainer, wish, step_s)
+    return replace(trainer.config, compile=wish)
 
 
 def find_unfinished() -> Path:
@@ -199,7 +215,7 @@ def resume(
     load_weights(model, checkpoint.model, path, device)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
     trainer.restore(checkpoint)
-    trainer.config = replace(config, compile=compiler.decide(trainer, config.compile))
+    config = decide_how_to_step(trainer, config.compile)
     longer = any(overrides.get(length) is not None for length in ("max_steps", "max_time", "epochs"))
     if longer and trainer.progress() >= 1.0:
         raise UsageError(
@@ -209,7 +225,7 @@ def resume(
     notes += differences(run, old, trainer)
     notes += run.cut_logs(trainer.state.step)
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}
-    wished = asdict(replace(trainer.config, precision=old.precision))  # another device's precision is for this time
+    wished = asdict(replace(config, precision=old.precision))  # another device's precision is for this time
     run.set_config(run.config | {"training": wished, "data": where, "machine": describe(device)})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes

@@ -14,8 +14,8 @@ from nnx_cli.engine.in_backward import InBackward
 from nnx_cli.engine.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
 
-MAX_CAPTURED = 32  # micro-batches of a step that one graph may hold; more of them keep a card busy without it
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
+WARM_MICRO_BATCHES = 2  # of such a step: the second one adds to the gradients of the first
 
 
 @cache
@@ -64,18 +64,27 @@ class Step:
             return
         total = torch.zeros((), device=input_ids.device)
         for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
-            loss, _ = self.micro_step(ids, wanted)
-            self.scaler.scale(loss / n_targets).backward()
-            total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        if self.grad_clip:
-            self.optimizer.clip(norm, self.grad_clip)
-        self.update(total / n_targets, norm)
+            total += self.accumulate(ids, wanted, n_targets)
+        self.update(total / n_targets)
+
+    def accumulate(self, input_ids: Tensor, targets: Tensor, n_targets: Tensor) -> Tensor:
+        """Add the gradient of a micro-batch (B, T) to that of the step, which has `n_targets`; returns the sum of its
+        losses."""
+        loss, _ = self.micro_step(input_ids, targets)
+        self.scaler.scale(loss / n_targets).backward()
+        return loss.detach()
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     @torch.no_grad()
-    def update(self, loss: Tensor, norm: Tensor) -> None:
-        """Let the optimizer take the gradients, unless they or the loss are not finite; forget them."""
+    def update(self, loss: Tensor) -> None:
+        """Clip the gradients and let the optimizer take them, unless they or the mean loss are not finite; forget
+        them."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
+        if self.grad_clip:
+            self.optimizer.clip(norm, self.grad_clip)
         bad = 1 - (loss.isfinite() & norm.isfinite()).float()
         self.optimizer.found_inf = torch.maximum(bad, self.hold)
         self.updating = True
@@ -114,30 +123,61 @@ class Step:
 
 
 class CapturedStep:
-    """A `Step` recorded once as a CUDA graph and replayed: one launch for the hundreds or thousands of kernels of a
-    step, which a processor cannot launch as fast as a card runs them.
+    """A `Step` recorded as CUDA graphs and replayed: one launch for the hundreds or thousands of kernels of a step,
+    which a processor cannot launch as fast as a card runs them. A step of several micro-batches is two graphs, one of
+    which is replayed for each of them, so that many do not take longer to record than one.
 
     Raises RuntimeError where something in the step cannot be recorded, torch.OutOfMemoryError where memory does not
     suffice.
     """
 
     def __init__(self, step: Step, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:
-        self.input_ids, self.targets = input_ids.clone(), targets.clone()  # (N, T): what a replay reads
-        self.graph = torch.cuda.CUDAGraph()
+        self.ignore_index = step.model.ignore_index
+        warm = [x[: WARM_MICRO_BATCHES * batch_size].clone() for x in (input_ids, targets)]
+        self.input_ids, self.targets = (x[:batch_size].clone() for x in (input_ids, targets))  # what a replay reads
+        self.n_targets = (targets != self.ignore_index).sum()
+        self.total = torch.zeros((), device=input_ids.device)
+        self.gradients: list[Tensor] = []  # what micro-batches add to
+        self.graph, self.end = torch.cuda.CUDAGraph(), None  # a micro-batch, and the end of the step; or a whole one
+        stream = capture_stream()
         with step.rehearsal():
-            stream = capture_stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    step(self.input_ids, self.targets, batch_size)
+                    step(*warm, batch_size)
+                if len(input_ids) > batch_size:
+                    step.accumulate(self.input_ids, self.targets, self.n_targets)
+                    self.gradients = step.gradients()
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # the graph has a pool of its own
+            torch.cuda.empty_cache()  # graphs have a pool of their own
+            if len(input_ids) == batch_size:
+                with torch.cuda.graph(self.graph, stream=stream):
+                    step(self.input_ids, self.targets, batch_size)
+                return
             with torch.cuda.graph(self.graph, stream=stream):
-                step(self.input_ids, self.targets, batch_size)
+                self.total += step.accumulate(self.input_ids, self.targets, self.n_targets)
+            self.end = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.end, stream=stream, pool=self.graph.pool()):
+                step.update(self.total / self.n_targets)
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> None:
-        """One step on samples of the recorded shape (N, T)."""
+        """One step on samples (N, T), as many as were recorded, or any multiple of a micro-batch where those were
+        several."""
+        if self.end is None:
+            self.read(input_ids, targets)
+            self.graph.replay()
+            return
+        self.n_targets.copy_((targets != self.ignore_index).sum())
+        self.total.zero_()
+        torch._foreach_zero_(self.gradients)
+        n = len(self.input_ids)
+        for ids, wanted in zip(input_ids.split(n), targets.split(n), strict=True):
+            self.read(ids, wanted)
+            self.graph.replay()
+        self.end.replay()
+
+    def read(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Put a micro-batch where the graph reads it."""
         self.input_ids.copy_(input_ids, non_blocking=True)
         self.targets.copy_(targets, non_blocking=True)
-        self.graph.replay()

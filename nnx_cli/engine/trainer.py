@@ -27,7 +27,7 @@ from nnx_cli.engine.optimizer import build_optimizer, load_optimizer_state, opti
 from nnx_cli.engine.run import Run
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.schedule import MILESTONES, lr_at
-from nnx_cli.engine.step import MAX_CAPTURED, CapturedStep, Step
+from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
 from nnx_cli.models._base import LanguageModel
@@ -110,6 +110,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = Step(model, self.optimizer, self.scaler, config.grad_clip, config.optimizer_in_backward)
         self.captured: CapturedStep | None = None
+        self.compile_later: Callable[[], None] | None = None  # what is left to do once the first step has been shown
         self.validate_in_full()
         self.spikes = SpikeWatch()
         self.news: list[str] = []  # what happened and `train` has not yet told
@@ -166,7 +167,10 @@ class Trainer:
         self.find_best(run)
         self.model.train()
         logged, logged_at = state.tokens, state.time_s
+        shown = False
         while (before := self.progress()) < 1.0:
+            if shown and self.compile_later is not None:
+                self.compile_now()
             started = time.perf_counter()
             lr = state.lr_factor * lr_at(
                 state.step, before, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
@@ -174,10 +178,10 @@ class Trainer:
             )  # fmt: skip
             state.tokens += self.take_step(lr)
             state.step += 1
-            if self.config is not config:  # memory ran out
+            if self.config is not config:  # memory ran out, or blocks were compiled
                 config = self.config
-                smaller = {key: getattr(config, key) for key in ("batch_size", "grad_accum", "val_batches")}
-                training = run.config["training"] | smaller
+                changed = ("batch_size", "grad_accum", "val_batches", *(() if self.compile_later else ("compile",)))
+                training = run.config["training"] | {key: getattr(config, key) for key in changed}
                 self.attempt(lambda training=training: run.set_config(run.config | {"training": training}))
             state.time_s += time.perf_counter() - started
             done = self.progress()
@@ -212,6 +216,7 @@ class Trainer:
                     record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
                 self.log(run, "metrics.jsonl", record)
                 self.observer.step(record, done)
+                shown = True
             if self._due(config.sample_every, before, done, self.sampling):
                 with self.sampling.timed():
                     self.sample(run)
@@ -302,9 +307,15 @@ class Trainer:
         self.validate_in_full()
         torch.cuda.empty_cache()
 
+    def compile_now(self) -> None:
+        """Compile what was left for later. That takes its time, which is none of training's."""
+        compile_later, self.compile_later = self.compile_later, None
+        self.observer.note("compiling, which pays in a run of this length; training goes on after it")
+        compile_later()
+
     def capture(self) -> bool:
         """Record the step as a CUDA graph from now on; returns whether that is possible here."""
-        if self.device.type != "cuda" or self.config.grad_accum > MAX_CAPTURED:
+        if self.device.type != "cuda":
             return False
         self.release()
         input_ids, targets = self.loader.batch(0, self.samples_per_step)

@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,8 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
     set_seed(seed)
     model = models.from_config(name, plan.model_config)
     trainer = session.make_trainer(model, job.data, plan.train, job.device, Observer(), session.Sampling([10]))
-    trainer.config = config = replace(trainer.config, compile=compiler.decide(trainer, plan.train.compile))
+    compiler.decide(trainer, plan.train.compile)
+    config = trainer.config
     model.train()
     for step in range(job.steps):
         job.check_time()

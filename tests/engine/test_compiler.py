@@ -112,6 +112,28 @@ def test_the_time_ahead(trainer):
     assert planned_seconds(trainer, 0.5) == pytest.approx(12 * 0.5 / 4)
 
 
+def test_a_step_is_timed_by_a_few_of_its_micro_batches(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "run", batch_size=2, grad_accum=4)
+    taken = []
+    monkeypatch.setattr(trainer, "run_step", lambda ids, targets: taken.append(len(ids)))
+    monkeypatch.setattr(compiler.time, "perf_counter", lambda: float(len(taken)))
+    assert compiler.timed_step(trainer) == 2.0 and set(taken) == {4}
+
+
+def test_smaller_micro_batches_stay_where_the_first_step_needed_them(trainer, monkeypatch):
+    before = trainer.config.batch_size
+
+    def timed(trainer):
+        if trainer.config.batch_size == before:
+            trainer.shrink()
+        return Trial(5.5, 1.0, torch.ones(1))
+
+    monkeypatch.setattr(compiler, "timed", timed)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
+    decide(trainer, "on")
+    assert trainer.config.batch_size < before and trainer.config.compile == "on"
+
+
 def test_names_in_the_state_dict_stay(trainer):
     before = list(trainer.model.state_dict())
     compile_blocks(trainer.model)

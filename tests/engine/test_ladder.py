@@ -55,14 +55,15 @@ def test_the_largest_batch_is_the_largest():
     assert found.peak(settings, n) <= 7 * GIB < found.peak(settings, n + 1)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("target", [CPU, Target(), Target(triton=False)], ids=["cpu", "card", "no-triton"])
 @pytest.mark.parametrize("name", models.names())
-def test_nothing_takes_more_than_the_bound(name, target):
-    found = Predictor(name, models.make_config(name, size="nano"), None, target)
-    for optimizer, precision in (("muon", "fp32"), ("wolf", "bf16")):
+def test_nothing_takes_more_than_the_bound(name, target, dropout):
+    found = Predictor(name, models.make_config(name, size="nano", dropout=dropout), None, target)
+    for optimizer, precision in (("muon", "fp32"), ("adamw", "bf16")):
         settings = next(ladder(train(optimizer=optimizer, precision=precision)))[0]
-        for rows in (8, 64):
-            assert 1.5 * found.peak(settings, rows) < found.bound(rows) - GIB
+        for rows in (8, 256):
+            assert 1.2 * found.peak(settings, rows) < found.bound(settings, rows)
 
 
 def test_what_clearly_fits_is_not_simulated(monkeypatch):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -313,6 +314,24 @@ def test_looking_and_saving_take_a_small_share_of_the_time(monkeypatch):
     assert not upkeep.is_affordable()
     clock[0] += 2.0
     assert upkeep.is_affordable()
+
+
+def test_what_is_compiled_later_follows_the_first_step_that_is_shown(start, workspace):
+    run, trainer = start(workspace / "a", max_steps=6, val_every=3)
+    shown, notes = [], []
+    trainer.observer.step = lambda record, progress: shown.append(record["step"])
+    trainer.observer.note = notes.append
+
+    def compile_later():
+        assert shown == [1] and trainer.compile_later is None
+        trainer.config = replace(trainer.config, compile="graph")
+
+    trainer.compile_later = compile_later
+    before = trainer.config.compile
+    assert run.config["training"]["compile"] == before != "graph"
+    train(run, trainer)
+    assert shown[-1] == 6 and [note for note in notes if "compiling" in note]
+    assert run.config["training"] == asdict(trainer.config) and trainer.config.compile == "graph"
 
 
 def test_memory_that_a_graph_keeps_is_given_back_to_look(start, workspace):
