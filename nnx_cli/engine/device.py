@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnx_cli.config import check_choice
 from nnx_cli.engine.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
@@ -19,17 +17,23 @@ RESERVE_BYTES = int(0.75 * 2**30)  # of a card: context and desktop, left outsid
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first of CUDA, MPS and CPU that is there.
 
+    On a card, attention is kept from cuDNN, which torch prefers on an H100: it makes a plan of a tenth of a second or
+    more for every new shape, is no faster with it, and in a CUDA graph ended processes with an illegal instruction when
+    another one used the card (tests/bench/against_nanogpt.md).
+
     Raises UsageError for a name that means nothing, MissingFeature for a device that is not there.
     """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{torch.cuda.current_device()}"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
         raise UsageError(f"--device has no choice {name!r}: auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
         raise MissingFeature(f"there is no device {name} here", fix="see what is there: nnx doctor")
+    if kind == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise MissingFeature("there is no Apple GPU here", fix="see what is there: nnx doctor")
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
@@ -124,10 +128,3 @@ def describe(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU"
     return f"CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
-
-
-def without_attention_plans() -> AbstractContextManager:
-    """Attention by kernels that are ready for any shape, for passes of ever new shapes: cuDNN, which is faster, first
-    makes a plan for each, which takes a tenth of a second and more."""
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(kernels)

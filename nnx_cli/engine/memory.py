@@ -46,7 +46,7 @@ class Target:
 
     device: str = "cuda"  # or cpu
     capability: tuple[int, int] = (8, 0)
-    attention: str = "flash"  # the kernel for 16-bit numbers without a mask: flash, cudnn or efficient
+    attention: str = "flash"  # the kernel for 16-bit numbers without a mask: flash or efficient
     triton: bool = True  # the project's own kernels work in place: softmax of logits, optimizers
 
     @property
@@ -74,8 +74,8 @@ def target_of(device: torch.device) -> Target:
     capability = torch.cuda.get_device_capability(device)
     q = torch.empty(1, 2, 256, 64, device=device, dtype=torch.float16)
     kind = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
-    names = {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn"}
-    return Target("cuda", capability, names.get(kind.name, "efficient"), has_triton(device))
+    attention = "flash" if kind.name == "FLASH_ATTENTION" else "efficient"
+    return Target("cuda", capability, attention, has_triton(device))
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -142,9 +142,6 @@ class Kernels:
             return call(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
         if kernel == "flash":
             return ATEN._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-        if kernel == "cudnn":
-            call = ATEN._scaled_dot_product_cudnn_attention
-            return call(q, k, v, None, True, dropout_p, is_causal, False, scale=scale)[0]
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
         call = ATEN._scaled_dot_product_efficient_attention
@@ -231,7 +228,6 @@ def averages_workspace(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -
 
 WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds while it runs
     ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
-    ATEN._scaled_dot_product_cudnn_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
     torch.ops.nnx.attention_and_sums_backward.default: segment_workspace,
     torch.ops.nnx.averaged_keys_backward.default: averages_workspace,

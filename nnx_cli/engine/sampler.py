@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nnx_cli.config import SampleConfig
-from nnx_cli.engine.device import synchronize, without_attention_plans
+from nnx_cli.engine.decoding import CapturedDecoding
+from nnx_cli.engine.device import synchronize
 from nnx_cli.engine.tokenizer import StreamDecoder, Tokenizer
 from nnx_cli.models._base import LanguageModel
+
+CAPTURE_FROM = 16  # tokens still to draw, from which on recording a decoding step pays
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Context:
         self.history = self.history.to(model.device)
         self.starts = self._starts()
         self.cache = None
+        self.captured: CapturedDecoding | None = None
+        self.captures = use_cache and capacity >= CAPTURE_FROM and model.device.type == "cuda"
 
     def _starts(self) -> list[int]:
         return [window_start(length, self.seq_len) for length in self.lengths]
@@ -150,7 +156,11 @@ class Context:
         if self.cache is None or self._starts() != self.starts:
             return self.read_all()
         newest = self.history.gather(1, self._lengths()[:, None] - 1)
-        return self.model(newest, cache=self.cache)[:, -1]
+        if self.captures and hasattr(self.cache, "way_back"):  # somebody's own architecture may have less
+            self.captures = False
+            with suppress(RuntimeError):  # out of memory, or a kernel that no graph takes
+                self.captured = CapturedDecoding(self.model, self.cache, newest)
+        return self.captured(newest) if self.captured else self.model(newest, cache=self.cache)[:, -1]
 
 
 class TextStream:
@@ -205,7 +215,6 @@ def uniforms(config: SampleConfig, n_rows: int) -> Tensor:
     return torch.stack(rows)
 
 
-@without_attention_plans()
 @torch.inference_mode()
 def generate(
     model: LanguageModel, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], config: SampleConfig, *,

@@ -18,7 +18,7 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.compiler import eagerly
-from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize, without_attention_plans
+from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize
 from nnx_cli.engine.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
 from nnx_cli.engine.loader import Loader
@@ -396,7 +396,7 @@ class Trainer:
                 n_windows=n_windows, losses_of=self.losses_of,
             )  # fmt: skip
 
-        with eagerly(config.compile), without_attention_plans():
+        with eagerly(config.compile):
             result = self.with_room(look, self.validate_in_less)
         improved = math.isfinite(result.loss) and (state.best_val_loss is None or result.loss < state.best_val_loss)
         if improved:

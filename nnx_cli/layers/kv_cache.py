@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 class KVCache:
     """Preallocated keys and values, (L, B, G, S, K) each; rows may hold different numbers of positions.
 
-    One forward pass of T new positions: `positions(T)`, then `update` once in every layer, then `advance(T)`.
+    One forward pass of T new positions: `positions(T)`, then `update` once in every layer, then `advance(T)`. Once
+    `fixed`, a pass of one position does the same operations on the same memory whatever was stored before, so that it
+    can be recorded as a CUDA graph: attention covers all S positions, with a mask. Whoever replays it calls `count`.
     """
 
     def __init__(
@@ -23,6 +26,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_seq_len = max_seq_len
+        self.fixed = False
         self._longest = 0  # the largest of `lengths`, kept on the host so that no step has to ask the device
         self._even = True  # whether all rows have that length
 
@@ -31,11 +35,18 @@ class KVCache:
         assert self._longest + n_new <= self.max_seq_len, (self._longest, n_new, self.max_seq_len)
         return self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
 
+    def is_fixed(self, n_new: int) -> bool:
+        """Whether a pass of T new positions is one that must not depend on what was stored before."""
+        return self.fixed and n_new == 1
+
+    def _end(self, n_new: int) -> int:
+        return self.max_seq_len if self.is_fixed(n_new) else self._longest + n_new
+
     def mask(self, n_new: int) -> Tensor | None:
         """What each new position may see, (B, 1, T, S), or None where plain causal attention says the same."""
-        if self._even and (self._longest == 0 or n_new == 1):
+        if self._even and (self._longest == 0 or n_new == 1) and not self.is_fixed(n_new):
             return None
-        seen = torch.arange(self._longest + n_new, device=self.lengths.device)
+        seen = torch.arange(self._end(n_new), device=self.lengths.device)
         return (seen <= self.positions(n_new)[..., None])[:, None]
 
     def is_causal(self, n_new: int) -> bool:
@@ -44,9 +55,10 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, T, K) of the new positions; return all up to the longest row, (B, G, S, K) each."""
-        n_new, end = k.shape[2], self._longest + k.shape[2]
+        n_new = k.shape[2]
+        end = self._end(n_new)
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if self._even:
+            if self._even and not self.is_fixed(n_new):
                 store[:, :, self._longest : end] = new
             else:
                 index = self.positions(n_new)[:, None, :, None].expand_as(new)
@@ -56,11 +68,25 @@ class KVCache:
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every row."""
         self.lengths += n_new
+        self.count(n_new)
+
+    def count(self, n_new: int) -> None:
+        """Learn that every row has `n_new` more positions, which `lengths` says already."""
         self._longest += n_new
+
+    def way_back(self) -> Callable[[], None]:
+        """A function that forgets, exactly, what is stored from now on."""
+        lengths, longest, even = self.lengths.clone(), self._longest, self._even
+
+        def go_back() -> None:
+            self.lengths.copy_(lengths)
+            self._longest, self._even = longest, even
+
+        return go_back
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """Forget what lies beyond `lengths`, (B,) or one number for all rows."""
-        self.lengths = torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device))
+        self.lengths.copy_(torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device)))
         self._longest = int(self.lengths.max())
         self._even = bool((self.lengths == self._longest).all())
         return self

@@ -18,7 +18,7 @@ in float32. A window limits attention; the averages still go back to the first p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Self
@@ -94,24 +94,36 @@ class AveragedKeyCache(KVCache):
             return mask
         seen = torch.arange(mask.shape[-1], device=mask.device)
         mask = mask & (seen > self.positions(n_new)[:, None, :, None] - self.window)
-        return mask[..., self._first() :]
+        return mask[..., self._first(n_new) :]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As in KVCache; where all rows are equally long, without what lies before the window."""
         keys, values = super().update(layer, k, v)
-        return keys[:, :, self._first() :], values[:, :, self._first() :]
+        first = self._first(k.shape[2])
+        return keys[:, :, first:], values[:, :, first:]
 
-    def _first(self) -> int:
+    def _first(self, n_new: int) -> int:
         """The first position that the next one sees, in any row."""
-        return 0 if self.window is None or not self._even else max(0, self._longest + 1 - self.window)
+        if self.window is None or not self._even or self.is_fixed(n_new):
+            return 0
+        return max(0, self._longest + 1 - self.window)
+
+    def way_back(self) -> Callable[[], None]:
+        forget, sums = super().way_back(), self.sums.clone()
+
+        def go_back() -> None:
+            forget()
+            self.sums.copy_(sums)
+
+        return go_back
 
     def truncate(self, lengths: Tensor | int) -> Self:
-        before = self.lengths
+        before = self.lengths.clone()
         super().truncate(lengths)
         newest = (self.lengths - 1).clamp(min=0)[:, None, None, None].expand_as(self.keys[:, :, :, :1])
         averages = self.keys.gather(3, newest).squeeze(3).float()  # (L, B, G, K)
         sums = averages * self.lengths[:, None, None].float().square()
-        self.sums = torch.where((self.lengths < before)[:, None, None], sums, self.sums)
+        self.sums.copy_(torch.where((self.lengths < before)[:, None, None], sums, self.sums))
         return self
 
     def repeat(self, n: int) -> Self:

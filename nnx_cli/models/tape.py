@@ -27,7 +27,7 @@ centres by the vocabulary's size instead of the width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -273,6 +273,31 @@ class TapeCache:
         """Count `n_new` more positions in every row."""
         for store in self.stores:
             store.advance(n_new)
+
+    def count(self, n_new: int) -> None:
+        """As in KVCache."""
+        for store in self.stores:
+            store.count(n_new)
+
+    @property
+    def fixed(self) -> bool:
+        """As in KVCache."""
+        return self.first.fixed
+
+    @fixed.setter
+    def fixed(self, value: bool) -> None:
+        for store in self.stores:
+            store.fixed = value
+
+    def way_back(self) -> Callable[[], None]:
+        """As in KVCache."""
+        ways = [store.way_back() for store in self.stores]
+
+        def go_back() -> None:
+            for way in ways:
+                way()
+
+        return go_back
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """Forget what lies beyond `lengths`, (B,) or one number for all rows."""

@@ -44,7 +44,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig, parse_bytes
 from nnx_cli.engine.checkpointing import checkpoint_blocks
-from nnx_cli.engine.device import DTYPES, limit_memory, memory_budget
+from nnx_cli.engine.device import DTYPES, limit_memory, memory_budget, pick_device
 from nnx_cli.engine.ladder import Predictor, descend
 from nnx_cli.engine.memory import target_of
 from nnx_cli.engine.optimizer import build_optimizer, store_weights
@@ -308,7 +308,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA card")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = pick_device("cuda")
     if options.part in ("promise", "largest"):
         limit_memory(device, parse_bytes(options.vram))
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {options.vram}, {date.today()}"

@@ -34,7 +34,7 @@ from nnx_cli.engine import memory
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import compile_blocks
 from nnx_cli.engine.cost import meta_model
-from nnx_cli.engine.device import DTYPES
+from nnx_cli.engine.device import DTYPES, pick_device
 from nnx_cli.engine.optimizer import build_optimizer, store_weights
 from nnx_cli.engine.step import Step
 
@@ -143,7 +143,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("this needs a CUDA card", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = pick_device("cuda")
     piece, pieces = map(int, arguments.part.split("/"))
     cells = quick_cells() if arguments.quick else all_cells()
     cells = [cell for cell in cells if all(word in cell.name.split() for word in arguments.only.split())]

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnx_cli import models
 from nnx_cli.engine import checkpoint as ckpt
@@ -135,6 +137,54 @@ def test_cache_repeats_and_resets(model, name):
     assert cache.lengths.tolist() == [0] * 6
     fresh = draw_ids(6, 5, seed=3)
     assert same(model(fresh, cache=cache), model(fresh))
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation with the shapes it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func, [x.shape if isinstance(x, torch.Tensor) else x for x in tree_leaves((args, kwargs))]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(9, 9), (4, 9)])
+def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(model, name, lengths):
+    ids, seen = draw_ids(2, 24), []
+    cache = model.make_cache(2, 32)
+    model(ids[:, :9], cache=cache)
+    cache.truncate(torch.tensor(lengths))
+    cache.fixed = True
+    for step in range(4):
+        new = torch.stack([ids[row, length + step : length + step + 1] for row, length in enumerate(lengths)])
+        with Operations() as operations:
+            logits = model(new, cache=cache)
+        seen.append(operations.seen)
+        for row, length in enumerate(lengths):
+            assert same(logits[row, -1], model(ids[row : row + 1, : length + step + 1])[0, -1]), (row, step)
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert not [f for f, _ in seen[0] if "_local_scalar_dense" in str(f)], "a number that the host waits for"
+    cache.reset()
+    assert same(model(ids, cache=cache), model(ids)), "several tokens at once, as ever"
+
+
+@torch.no_grad()
+def test_a_cache_finds_its_way_back(model, name):
+    ids = draw_ids(2, 12)
+    cache = model.make_cache(2, 32)
+    model(ids[:, :8], cache=cache)
+    cache.truncate(torch.tensor([5, 8]))
+    go_back = cache.way_back()
+    expected = model(ids[:, 8:9], cache=cache)
+    model(ids[:, 9:12], cache=cache)
+    for _ in range(2):
+        go_back()
+        assert cache.lengths.tolist() == [5, 8]
+        assert torch.equal(model(ids[:, 8:9], cache=cache), expected)
 
 
 def test_initial_loss_is_near_that_of_guessing(tiny, name):
