@@ -30,6 +30,8 @@ DROPOUT = ((12, 0.2), (6, 0.1))  # passes over the text from which on a model ne
 MEMORISES = 1.5  # parameters a token of the text from which on a model can learn it by heart
 AT_ONCE = 16  # parameters a token from which on half as many passes are enough for that
 BY_HEART = 12  # passes from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
+REMEMBERED = 6  # a weight's memory is no shorter than the run divided by this; see `default_weight_decay`
+MOST_DECAY = 0.04  # of a weight, in a step
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GRAPH_BYTES = 2**27  # that a step recorded as a CUDA graph takes beside what a plain one does
@@ -99,8 +101,6 @@ def plan_run(
         where["optimizer"] = "derived: " + ("adapters" if train.lora_rank else "model, and how often the text is read")
     factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
     derive("lr", default_lr(optimizer, config.dim, factor), "optimizer, width and model")
-    decays = optimizer in ("adamw", "adamw8bit", "muon")
-    derive("weight_decay", recipe.weight_decay if decays else 0.0, "optimizer and model")
     derive("beta2", 0.99, "optimizer")
     tokens_per_step = derived["tokens_per_step"]
     epoch_steps = max(1, train_tokens // tokens_per_step)
@@ -114,6 +114,11 @@ def plan_run(
     steps, by_time = derived.get("max_steps", train.max_steps), int(in_time / tokens_per_step)
     timed = train.max_time is not None or "max_time" in derived
     expected_steps = max(1, min(steps or by_time, by_time) if timed else steps)
+    decay = recipe.weight_decay if optimizer in ("adamw", "adamw8bit", "muon") else 0.0
+    if decay and train.lora_rank is None:
+        lr = train.lr or derived["lr"]
+        decay = default_weight_decay(decay, lr, expected_steps, expected_steps * tokens_per_step / train_tokens)
+    derive("weight_decay", decay, "lr, passes over the text")
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
     derive("warmup_steps", min(warmup, expected_steps), "length")
     if val_tokens < 2:
@@ -152,6 +157,18 @@ def default_dropout(passes: float, per_token: float) -> float:
     if per_token >= AT_ONCE:
         passes *= 2
     return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
+
+
+def default_weight_decay(most: float, lr: float, steps: int, passes: float) -> float:
+    """Weight decay for a peak learning rate and a number of steps that make as many passes over the text.
+
+    It lets weights forget what they learnt about a pass ago: they are an average over that long, which is what matters,
+    whatever the learning rate (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). With a longer memory they
+    learn the text by heart; one of less than a sixth of the run is too short. In a run of less than a pass it is `most`
+    at most. Raced: tests/bench/zoo.md.
+    """
+    once = 1 / (lr * steps)  # forgets, at the peak rate, what is as long ago as the run
+    return float(f"{min(max(min(most, once), min(passes, REMEMBERED) * once), MOST_DECAY / lr):.2g}")
 
 
 def preferred_optimizer(name: str, lora_rank: int | None, by_heart: bool = False) -> str:

@@ -252,3 +252,22 @@ def test_an_architecture_may_prefer_another_optimizer(name, monkeypatch):
 @pytest.mark.parametrize(("size", "tokens"), [("nano", 1024), ("tiny", 2048)])
 def test_small_models_take_small_steps_on_a_processor(size, tokens):
     assert plan({}, size, max_steps=5).train.tokens_per_step == tokens
+
+
+@pytest.mark.parametrize(("steps", "passes", "weight_decay"), [
+    (256, 0.26, 0.1),  # most of a pass: the most there is
+    (5000, 0.26, 0.02),  # but weights remember the whole run
+    (3400, 3.5, 0.1),  # they remember a pass
+    (500, 4.0, 0.8),
+    (300, 10.0, 2.0),  # but no less than a sixth of the run
+    (3, 30.0, 4.0),  # and a step leaves most of them
+])  # fmt: skip
+def test_weights_remember_about_a_pass(steps, passes, weight_decay):
+    assert planner.default_weight_decay(0.1, 0.01, steps, passes) == weight_decay
+
+
+def test_weight_decay_follows_the_length_unless_it_is_given():
+    short, long = (plan(max_steps=steps, tokens_per_step=1024).train.weight_decay for steps in (200, 20_000))
+    assert short > long > 0
+    assert plan(max_steps=200, weight_decay=0.3).train.weight_decay == 0.3
+    assert plan(model="ngpt", max_steps=200).train.weight_decay == 0.0
