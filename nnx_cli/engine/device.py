@@ -18,8 +18,8 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first of CUDA, MPS and CPU that is there.
 
     On a card, attention is kept from cuDNN, which torch prefers on an H100: it makes a plan of a tenth of a second or
-    more for every new shape, is no faster with it, and in a CUDA graph ended processes with an illegal instruction when
-    another one used the card (tests/bench/against_nanogpt.md).
+    more for every new shape, is no faster, and where processes shared the card they died beside it
+    (tests/bench/against_nanogpt.md).
 
     Raises UsageError for a name that means nothing, MissingFeature for a device that is not there.
     """
