@@ -1,6 +1,7 @@
 """What all commands share."""
 
 import pytest
+import torch
 
 from nnx_cli import __version__
 from nnx_cli.cli import COMMANDS
@@ -66,6 +67,15 @@ def test_an_internal_error_is_one_line(refused, workspace, monkeypatch):
     monkeypatch.setattr("nnx_cli.engine.run.find_model", crash)
     result = refused(1, "internal error: RuntimeError: first second", "sample", "words")
     assert "--debug" in result.stderr
+
+
+def test_a_card_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
+    def crash(spec):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it in the manual")
+
+    monkeypatch.setattr("nnx_cli.engine.run.find_model", crash)
+    result = refused(1, "the card failed: CUDA error: unspecified launch failure", "sample", "words")
+    assert "Search" not in result.stderr and "nnx train --resume last" in result.stderr
 
 
 def test_running_out_of_memory_is_code_4(refused, monkeypatch):
