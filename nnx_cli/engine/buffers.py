@@ -42,12 +42,12 @@ class Kernel:
 
 @dataclass
 class Formula:
-    """A result that no kernel has written: the storages and the operations that it is computed from. The number beside
-    each tells parts of one tensor apart."""
+    """A result that no kernel has written: the storages, and the operations and constants that it is computed from. The
+    number beside each tells parts of one tensor apart."""
 
     result: Tensor
     reads: set[tuple[int, int]]
-    operations: set[tuple[Node, int]]
+    operations: set[tuple[Node | float, int]]
 
 
 def storage_of(x: Tensor) -> int:
@@ -100,7 +100,8 @@ def lowered(graph: Graph, workspaces: Workspaces, results: set[int]) -> list[Ker
             own = is_own(node.target)
             for x in given if not own else ():
                 write(storage_of(x))
-            reads, operations = set(), {(node, 0)}
+            constants = {(x, 0) for x in node.args if type(x) in (int, float)}
+            reads, operations = set(), {(node, 0)} | constants
             for x in given:
                 part = int(x.storage_offset())
                 formula = formulas.get(storage_of(x)) or Formula(x, {(storage_of(x), 0)}, set())
@@ -119,9 +120,9 @@ def lowered(graph: Graph, workspaces: Workspaces, results: set[int]) -> list[Ker
         for x in tensors(node):
             if formula := formulas.get(storage_of(x)):
                 n_reads = len(formula.reads)
-                shared = len(node.users) > 1 and n_reads > SHARED_READS
-                long = n_reads > MOST_READS or (n_reads > 1 and len(formula.operations) > MOST_OPERATIONS)
-                if shared or long or storage_of(x) in results:
+                long = n_reads + len(formula.operations) > MOST_OPERATIONS
+                shared = len(node.users) > 1 and (n_reads > SHARED_READS or long)
+                if shared or n_reads > MOST_READS or (n_reads > 1 and long) or storage_of(x) in results:
                     write(storage_of(x))
     return kernels
 

@@ -185,17 +185,25 @@ def in_place(*args: Any, **kwargs: Any) -> None:
     """What allocates nothing."""
 
 
-def flash_workspace(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> int:
-    """Backward pass: the gradient of queries in float32 and a number a row, and of keys and values for every head."""
-    B, H, T, K = q.shape
+def query_gradients(B: int, T: int, H: int, K: int) -> int:
+    """What flash attention's backward pass adds up: the gradient of queries in float32, and a number a row."""
     rows = B * H * (-(-T // 128) * 128)
+    return rows * (-(-K // 32) * 32) * 4 + rows * 4
+
+
+def flash_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *others: Any) -> int:
+    """Backward pass: `query_gradients`, the gradients of keys and values for every query head, and copies of output and
+    its gradient where heads do not lie beside each other in a position."""
+    B, H, T, K = q.shape
     expanded = 2 * B * H * k.shape[2] * K * k.element_size() if k.shape[1] != H else 0
-    return rows * (-(-K // 32) * 32) * 4 + rows * 4 + expanded
+    in_place = H * T * K, K, H * K, 1  # strides; a transposed view would be counted as a tensor that came to exist
+    copied = sum(x.nbytes for x in (grad, out) if x.stride() != in_place)
+    return query_gradients(B, T, H, K) + expanded + copied
 
 
-def segment_workspace(grad: Tensor, q: Tensor, k: Tensor, *others: Any) -> int:
-    """As `flash_workspace`, of (B, T, H, K)."""
-    return flash_workspace(grad, q.transpose(1, 2), k.transpose(1, 2))
+def segment_workspace(grad: Tensor, q: Tensor, *others: Any) -> int:
+    """As `flash_workspace`, of (B, T, H, K) with as many heads everywhere."""
+    return query_gradients(*q.shape)
 
 
 def efficient_workspace(grad: Tensor, q: Tensor, *others: Any) -> int:

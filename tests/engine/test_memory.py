@@ -154,7 +154,7 @@ def test_compiled_blocks_take_what_was_measured(name):
         activation_checkpointing="on", compile="on",
     )  # fmt: skip
     told = memory.predict(model, train, 8, Target("cuda", (9, 0)))
-    assert 0.97 * ON_H100[name] < told.peak_bytes / 2**20 < 1.05 * ON_H100[name]
+    assert 0.98 * ON_H100[name] < told.peak_bytes / 2**20 < 1.02 * ON_H100[name]
 
 
 @pytest.mark.parametrize("name", models.names())
