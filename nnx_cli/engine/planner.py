@@ -162,13 +162,14 @@ def default_dropout(passes: float, per_token: float) -> float:
 def default_weight_decay(most: float, lr: float, steps: int, passes: float) -> float:
     """Weight decay for a peak learning rate and a number of steps that make as many passes over the text.
 
-    It lets weights forget what they learnt about a pass ago: they are an average over that long, which is what matters,
-    whatever the learning rate (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). With a longer memory they
-    learn the text by heart; one of less than a sixth of the run is too short. In a run of less than a pass it is `most`
-    at most. Raced: tests/bench/zoo.md.
+    Where a text is read more than once it lets weights forget what they learnt about a pass ago: they are an average
+    over that long, which is what matters, whatever the learning rate (Wang and Aitchison 2024,
+    https://arxiv.org/abs/2405.13698). With a longer memory they learn the text by heart; one of less than a sixth of
+    the run is too short. In a run of less than two passes it is `most` at most. Raced: tests/bench/zoo.md.
     """
     once = 1 / (lr * steps)  # forgets, at the peak rate, what is as long ago as the run
-    return float(f"{min(max(min(most, once), min(passes, REMEMBERED) * once), MOST_DECAY / lr):.2g}")
+    decay = min(most, once) if passes < 2 else min(passes, REMEMBERED) * once
+    return float(f"{min(decay, MOST_DECAY / lr):.2g}")
 
 
 def preferred_optimizer(name: str, lora_rank: int | None, by_heart: bool = False) -> str:

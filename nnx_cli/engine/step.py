@@ -65,7 +65,7 @@ class Step:
         total = torch.zeros((), device=input_ids.device)
         for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
             total += self.accumulate(ids, wanted, n_targets)
-        self.update(total / n_targets)
+        self.end(total / n_targets)
 
     def accumulate(self, input_ids: Tensor, targets: Tensor, n_targets: Tensor) -> Tensor:
         """Add the gradient of a micro-batch (B, T) to that of the step, which has `n_targets`; returns the sum of its
@@ -77,14 +77,17 @@ class Step:
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    @torch.no_grad()
-    def update(self, loss: Tensor) -> None:
-        """Clip the gradients and let the optimizer take them, unless they or the mean loss are not finite; forget
-        them."""
+    def end(self, loss: Tensor) -> None:
+        """What follows the last micro-batch of a step whose mean loss is `loss`."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
         if self.grad_clip:
             self.optimizer.clip(norm, self.grad_clip)
+        self.update(loss, norm)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, norm: Tensor) -> None:
+        """Let the optimizer take the gradients, unless they or the loss are not finite; forget them."""
         bad = 1 - (loss.isfinite() & norm.isfinite()).float()
         self.optimizer.found_inf = torch.maximum(bad, self.hold)
         self.updating = True
@@ -138,7 +141,7 @@ class CapturedStep:
         self.n_targets = (targets != self.ignore_index).sum()
         self.total = torch.zeros((), device=input_ids.device)
         self.gradients: list[Tensor] = []  # what micro-batches add to
-        self.graph, self.end = torch.cuda.CUDAGraph(), None  # a micro-batch, and the end of the step; or a whole one
+        self.graph, self.rest = torch.cuda.CUDAGraph(), None  # a micro-batch, and the end of a step; or a whole one
         stream = capture_stream()
         with step.rehearsal():
             stream.wait_stream(torch.cuda.current_stream())
@@ -157,14 +160,14 @@ class CapturedStep:
                 return
             with torch.cuda.graph(self.graph, stream=stream):
                 self.total += step.accumulate(self.input_ids, self.targets, self.n_targets)
-            self.end = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.end, stream=stream, pool=self.graph.pool()):
-                step.update(self.total / self.n_targets)
+            self.rest = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.rest, stream=stream, pool=self.graph.pool()):
+                step.end(self.total / self.n_targets)
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> None:
         """One step on samples (N, T), as many as were recorded, or any multiple of a micro-batch where those were
         several."""
-        if self.end is None:
+        if self.rest is None:
             self.read(input_ids, targets)
             self.graph.replay()
             return
@@ -175,7 +178,7 @@ class CapturedStep:
         for ids, wanted in zip(input_ids.split(n), targets.split(n), strict=True):
             self.read(ids, wanted)
             self.graph.replay()
-        self.end.replay()
+        self.rest.replay()
 
     def read(self, input_ids: Tensor, targets: Tensor) -> None:
         """Put a micro-batch where the graph reads it."""

@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -5,7 +8,7 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine.device import set_seed
 from nnx_cli.engine.optimizer import build_optimizer
-from nnx_cli.engine.step import CapturedStep, Step
+from nnx_cli.engine.step import CapturedStep, Step, capture_stream
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, seq_len=16)
@@ -74,8 +77,7 @@ def test_steps_that_fail_are_counted():
 def test_without_a_limit_the_gradient_is_only_measured():
     limited, free = (make_step(optimizer="lion", grad_clip=clip) for clip in (1e-3, 0.0))
     for step in (limited, free):
-        step.optimizer.step = lambda: None
-        step.optimizer.zero_grad = lambda set_to_none: None
+        step.update = lambda loss, norm: None
         step(*batch(), 4)
     ours, theirs = (torch.cat([p.grad.flatten() for p in step.parameters]).norm() for step in (limited, free))
     assert ours == pytest.approx(1e-3, rel=1e-2) and theirs > 1e-2
@@ -139,3 +141,45 @@ def test_a_captured_step_draws_anew_and_as_seeded():
             captured(*samples)
             losses.append(step.stats[0].item())
     assert losses[0] == losses[2] != losses[1]
+
+
+class FakeGraphs:
+    """Stands for CUDA graphs on a processor: what is recorded is run once, and replays are written down."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.replayed = [], []
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, stand_in in {
+            "CUDAGraph": self.make, "graph": lambda graph, **options: nullcontext(), "Stream": lambda: stream,
+            "current_stream": lambda: stream, "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        capture_stream.cache_clear()
+
+    def make(self):
+        graph = SimpleNamespace(pool=lambda: None)
+        graph.replay = lambda: self.replayed.append(self.made.index(graph))
+        self.made.append(graph)
+        return graph
+
+
+def test_a_step_of_several_micro_batches_is_recorded_as_one_of_them_and_its_end(monkeypatch):
+    graphs, step = FakeGraphs(monkeypatch), make_step()
+    step(*batch(), 4)
+    before = snapshot(step)
+    input_ids, targets = batch()
+    captured = CapturedStep(step, input_ids, targets, 2)
+    assert equal(before, snapshot(step)), "recording changes nothing"
+    assert captured.input_ids.shape == (2, input_ids.shape[1]) and len(captured.gradients) == len(step.parameters)
+    captured(input_ids, targets)
+    assert graphs.replayed == [0] * (len(input_ids) // 2) + [1]
+    assert torch.equal(captured.input_ids, input_ids[-2:]) and captured.n_targets == targets.numel()
+    assert not any(gradient.any() for gradient in captured.gradients), "they begin at zero"
+    graphs.replayed.clear()
+    captured(input_ids[:2], targets[:2])
+    assert graphs.replayed == [0, 1] and captured.n_targets == targets[:2].numel()
+    whole = CapturedStep(step, input_ids, targets, len(input_ids))
+    graphs.replayed.clear()
+    whole(input_ids, targets)
+    assert graphs.replayed == [2] and whole.rest is None
+    capture_stream.cache_clear()
