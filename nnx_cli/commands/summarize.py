@@ -96,11 +96,11 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
     from nnx_cli.engine import cost
     from nnx_cli.engine.device import memory_budget, pick_device
     from nnx_cli.engine.ladder import Predictor, advice, descend
-    from nnx_cli.engine.memory import Target, target_of
+    from nnx_cli.engine.memory import Target
     from nnx_cli.engine.planner import default_tokens_per_step, preferred_optimizer
 
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
-    predictor = Predictor(name, config, train.lora_rank, target_of(device) if device.type == "cuda" else Target())
+    predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else Target())
     budget = memory_budget(device, train.vram_bytes)
     preferred = preferred_optimizer(name, train.lora_rank)
     chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget, preferred)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,7 +28,8 @@ TOLERANCE = {
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 30.0}  # what compiling a block and its backward may cost
 HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
 WORTHWHILE = 0.95  # of the time of an eager step: what a compiled one may take at most; less is noise
-TIMED_STEPS = 3
+TIMED_STEPS = 3  # at most, and no more once they have taken so long:
+TIMED_SECONDS = 0.5
 TIMED_MICRO_BATCHES = 2  # of a step, at most: the others take as long
 
 
@@ -202,15 +205,21 @@ def timed_step(trainer: Trainer) -> float:
     """Median time of an optimizer step as it is taken now, from a few of its micro-batches; changes nothing."""
     n_micro = min(trainer.config.grad_accum, TIMED_MICRO_BATCHES)
     samples = trainer.loader.batch(0, n_micro * trainer.config.batch_size)
-    times = []
     with trainer.step.rehearsal():
-        for _ in range(TIMED_STEPS + 1):
-            synchronize(trainer.device)
-            started = time.perf_counter()
-            trainer.run_step(*samples)
-            synchronize(trainer.device)
-            times.append(time.perf_counter() - started)
-    return sorted(times[1:])[TIMED_STEPS // 2] * trainer.config.grad_accum / n_micro
+        seconds = median_seconds(lambda: trainer.run_step(*samples), trainer.device)
+    return seconds * trainer.config.grad_accum / n_micro
+
+
+def median_seconds(call: Callable[[], None], device: torch.device) -> float:
+    """Median time of a few calls, but for the first one, which warms up and compiles."""
+    times: list[float] = []
+    while len(times) <= TIMED_STEPS and (len(times) < 2 or sum(times[1:]) < TIMED_SECONDS):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def saved_at_most(trainer: Trainer) -> float:
@@ -233,20 +242,20 @@ def timed(trainer: Trainer) -> Trial:
     torch.manual_seed(0)
     trainer.model.train(trainer.model.config.dropout == 0)  # dropout draws other masks when compiled
     input_ids, targets = trainer.loader.batch(0, trainer.config.batch_size)
-    times, loss, norms = [], 0.0, torch.zeros(0)
+    loss = torch.zeros(())
+
+    def pass_through() -> None:
+        nonlocal loss
+        trainer.model.zero_grad(set_to_none=True)
+        total, count = trainer.step.micro_step(input_ids, targets)
+        loss = total / count
+        loss.backward()
+
     try:
-        for _ in range(TIMED_STEPS + 1):  # the first one warms up, and compiles
-            synchronize(trainer.device)
-            started = time.perf_counter()
-            total, count = trainer.step.micro_step(input_ids, targets)
-            (total / count).backward()
-            loss = (total / count).item()
-            synchronize(trainer.device)
-            times.append(time.perf_counter() - started)
-            gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
-            trainer.model.zero_grad(set_to_none=True)
+        seconds = median_seconds(pass_through, trainer.device)
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
     finally:
         trainer.model.zero_grad(set_to_none=True)
         trainer.model.train()
-    return Trial(loss, sorted(times[1:])[TIMED_STEPS // 2], norms)
+    return Trial(loss.item(), seconds, norms)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
+
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine.cost import count_parameters, dry_run, light_model, meta_model
-from nnx_cli.engine.memory import Memory, Target, predict
+from nnx_cli.engine.memory import Memory, Target, predict, target_of
 from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
@@ -56,10 +58,12 @@ def ladder(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[Train
 
 
 class Predictor:
-    """Memory of one model on one device, in whatever way it is trained; what was computed is kept."""
+    """Memory of one model on one device, in whatever way it is trained; what was computed is kept. A real device is
+    asked for its kernels where they matter, which takes a second on a card."""
 
-    def __init__(self, name: str, config: ModelConfig, lora_rank: int | None, target: Target) -> None:
-        self.seq_len, self.target = config.seq_len, target
+    def __init__(self, name: str, config: ModelConfig, lora_rank: int | None, target: Target | torch.device) -> None:
+        self.seq_len = config.seq_len
+        kind = target.type if isinstance(target, torch.device) else target.device
 
         @cache
         def model(weight_precision: str) -> LanguageModel:
@@ -69,14 +73,15 @@ class Predictor:
 
         @cache
         def memory(train: TrainConfig, rows: int) -> Memory:
-            return predict(model(train.weight_precision), train, rows, target)
+            kernels = target_of(target) if isinstance(target, torch.device) else target
+            return predict(model(train.weight_precision), train, rows, kernels)
 
         @cache
         def size() -> tuple[int, int]:
             return count_parameters(model("fp32"))["total"], dry_run(light_model(name, config))[1]
 
         self._memory, self._size = memory, size
-        self._keeps_scores = target.device == "cpu" and config.dropout > 0
+        self._keeps_scores = kind == "cpu" and config.dropout > 0
         self._bounded = lora_rank is None and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
 
     def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:

@@ -16,7 +16,6 @@ from nnx_cli.engine import cost
 from nnx_cli.engine.device import DTYPES, memory_budget, synchronize
 from nnx_cli.engine.ladder import Predictor, Rung, advice, descend
 from nnx_cli.engine.loader import check_length
-from nnx_cli.engine.memory import target_of
 from nnx_cli.engine.schedule import MILESTONES
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
 from nnx_cli.layers.product import multiply
@@ -241,7 +240,7 @@ def fit(
         A = 1
     if B is None and A and N:
         B = N // (A * T)
-    predictor = Predictor(name, config, train.lora_rank, target_of(device))
+    predictor = Predictor(name, config, train.lora_rank, device)
     budget = memory_budget(device, train.vram_bytes)
     chosen, rungs, fits = descend(predictor, replace(train, grad_accum=A), B or 1, budget, optimizer)
     if not fits:
