@@ -28,8 +28,8 @@ REACHED = {"cpu": (0.78, 430), "cuda": (0.4, 1000), "mps": (0.1, 0)}  # see `sha
 DROPOUT = ((12, 0.2), (6, 0.1))  # passes over the text from which on a model needs it: tests/bench/zoo.md
 MEMORISES = 1.5  # parameters a token of the text from which on a model can learn it by heart
 AT_ONCE = 16  # parameters a token from which on half as many passes are enough for that
-BY_HEART = 12  # passes from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
-REMEMBERED = 6  # a weight's memory is no shorter than the run divided by this; see `default_weight_decay`
+BY_HEART = 16  # passes from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
+PASSES_TO_FORGET, MOST_FORGOTTEN, WIDEST_RACED = 6, 3, 384  # see `default_weight_decay`
 MOST_DECAY = 0.04  # of a weight, in a step
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
@@ -115,8 +115,8 @@ def plan_run(
     expected_steps = max(1, min(steps or by_time, by_time) if timed else steps)
     decay = recipe.weight_decay if optimizer in ("adamw", "adamw8bit", "muon") else 0.0
     if decay and train.lora_rank is None:
-        lr = train.lr or derived["lr"]
-        decay = default_weight_decay(decay, lr, expected_steps, expected_steps * tokens_per_step / train_tokens)
+        seen = expected_steps * tokens_per_step / train_tokens
+        decay = default_weight_decay(decay, train.lr or derived["lr"], expected_steps, seen, config.dim)
     derive("weight_decay", decay, "lr, passes over the text")
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
     derive("warmup_steps", min(warmup, expected_steps), "length")
@@ -158,17 +158,17 @@ def default_dropout(passes: float, per_token: float) -> float:
     return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
 
 
-def default_weight_decay(most: float, lr: float, steps: int, passes: float) -> float:
+def default_weight_decay(least: float, lr: float, steps: int, passes: float, dim: int) -> float:
     """Weight decay for a peak learning rate and a number of steps that make as many passes over the text.
 
-    Where a text is read more than once it lets weights forget what they learnt about a pass ago: they are an average
-    over that long, which is what matters, whatever the learning rate (Wang and Aitchison 2024,
-    https://arxiv.org/abs/2405.13698). With a longer memory they learn the text by heart; one of less than a sixth of
-    the run is too short. In a run of less than two passes it is `most` at most. Raced: tests/bench/zoo.md.
+    What it does depends on its product with both: weights forget e^-D of where they were, D = decay * lr * steps / 2
+    with a rate that falls to zero (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). A text that is read
+    again and again is learnt by heart unless D grows with the passes, sooner by wider models; beyond 3 nothing was
+    better. Raced: tests/bench/zoo.md.
     """
-    once = 1 / (lr * steps)  # forgets, at the peak rate, what is as long ago as the run
-    decay = min(most, once) if passes < 2 else min(passes, REMEMBERED) * once
-    return float(f"{min(decay, MOST_DECAY / lr):.2g}")
+    unit = 2 / (lr * steps)  # the decay that makes D 1
+    wanted = passes / PASSES_TO_FORGET * min(max(dim, 128), WIDEST_RACED) / 128 if passes >= 2 else 0.0
+    return float(f"{min(max(least, wanted * unit), MOST_FORGOTTEN * unit, MOST_DECAY / lr):.2g}")
 
 
 def preferred_optimizer(name: str, lora_rank: int | None, by_heart: bool = False) -> str:

@@ -67,7 +67,7 @@ class Recipe:
     optimizer: str = "muon"  # where memory suffices and the text is not read too often
     lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest
     muon_lr_factor: float = 1.0  # the same with Muon, which moves all matrices by the same share
-    weight_decay: float = 0.1  # with AdamW and Muon
+    weight_decay: float = 0.1  # at least, with AdamW and Muon; 0: none
     warmup: bool = True
 
 
