@@ -102,9 +102,9 @@ def explain(error: Exception) -> NnxError:
         return DoesNotFit("out of memory", fix="take a smaller --batch-size or --size; nnx summarize says what fits")
     if isinstance(error, OSError) and error.filename is not None and error.errno in BAD_PLACES:
         return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
-    if type(error).__name__ == "AcceleratorError":  # torch's; nothing else can be done on the card in this process
+    if type(error).__name__ == "AcceleratorError" and "captur" not in text:  # torch's; the latter is a mistake of ours
         why = text.partition("\n")[0]
-        return NnxError(f"the card failed: {why}", fix="go on with what was saved: nnx train --resume last")
+        return NnxError(f"the card failed: {why}", fix="start it again; a run goes on with: nnx train --resume last")
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
 
 

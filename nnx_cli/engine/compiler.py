@@ -30,7 +30,6 @@ HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
 WORTHWHILE = 0.95  # of the time of an eager step: what a compiled one may take at most; less is noise
 TIMED_STEPS = 3  # at most, and no more once they have taken so long:
 TIMED_SECONDS = 0.5
-TIMED_MICRO_BATCHES = 2  # of a step, at most: the others take as long
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def decide(trainer: Trainer, wish: str) -> str:
 
 def begin(trainer: Trainer, wish: str) -> float | None:
     """Decide what needs no compiler, which takes long to import. Returns None where that is all; else the seconds of a
-    step, or 0 on a CPU, whose steps are not timed here."""
+    step on a card; elsewhere 0, for `go_on` times them."""
     kind = trainer.device.type
     note_how(trainer, "off")
     if wish == "off" or (wish != "on" and kind not in COMPILE_SECONDS):
@@ -114,7 +113,7 @@ def go_on(trainer: Trainer, wish: str, step_s: float) -> None:
     """Compile after `begin`, which returned `step_s`."""
     kind, was_captured = trainer.device.type, trainer.captured is not None
     eager = None
-    if kind == "cpu":
+    if kind != "cuda":
         eager = timed(trainer)
         step_s = eager.seconds * trainer.config.grad_accum
         if wish == "auto" and planned_seconds(trainer, step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
@@ -126,12 +125,12 @@ def go_on(trainer: Trainer, wish: str, step_s: float) -> None:
         capture(trainer, wish, None)
     if after_s is None:
         return
-    after_s = timed_step(trainer) if kind == "cuda" else after_s * trainer.config.grad_accum
-    if wish == "auto" and after_s >= WORTHWHILE * step_s:
+    after_s = step_that_fits(trainer) if kind == "cuda" else after_s * trainer.config.grad_accum
+    if wish == "auto" and after_s >= WORTHWHILE * step_s or after_s == math.inf:
         undo_compile(trainer.model)
         if was_captured:
             capture(trainer, wish, None)
-        trainer.observer.note("not compiled: no faster here")
+        trainer.observer.note(f"not compiled: {'not enough memory' if after_s == math.inf else 'no faster here'}")
         return
     note_how(trainer, "on")
     trainer.observer.note(f"compiled: a step takes {after_s / step_s:.0%} of its time before")
@@ -149,6 +148,16 @@ def first_step(trainer: Trainer) -> float:
         except torch.OutOfMemoryError:
             pass  # the exception holds on to what was computed: it has to go first
         trainer.shrink()
+
+
+def step_that_fits(trainer: Trainer) -> float:
+    """`timed_step`, or infinity where memory runs out."""
+    try:
+        return timed_step(trainer)
+    except torch.OutOfMemoryError:
+        pass  # the exception holds on to what was computed: it has to go first
+    torch.cuda.empty_cache()
+    return math.inf
 
 
 def compile_checked(trainer: Trainer, eager: Trial | None) -> float | None:
@@ -202,12 +211,15 @@ def in_a_line(error: Exception) -> str:
 
 
 def timed_step(trainer: Trainer) -> float:
-    """Median time of an optimizer step as it is taken now, from a few of its micro-batches; changes nothing."""
-    n_micro = min(trainer.config.grad_accum, TIMED_MICRO_BATCHES)
-    samples = trainer.loader.batch(0, n_micro * trainer.config.batch_size)
+    """Median time of an optimizer step as it is taken now, told from its first micro-batch and its second one; changes
+    nothing."""
+    size, n_micro = trainer.config.batch_size, trainer.config.grad_accum
+    times = []
     with trainer.step.rehearsal():
-        seconds = median_seconds(lambda: trainer.run_step(*samples), trainer.device)
-    return seconds * trainer.config.grad_accum / n_micro
+        for n in range(1, min(n_micro, 2) + 1):
+            samples = trainer.loader.batch(0, n * size)
+            times.append(median_seconds(lambda samples=samples: trainer.run_step(*samples), trainer.device))
+    return times[0] + (n_micro - 1) * max(0.0, times[-1] - times[0])
 
 
 def median_seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -17,7 +17,7 @@ from nnx_cli.models._base import LanguageModel, ModelConfig
 SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
 GIB = 2**30
 KEPT = {"fp32": 0.7, "bf16": 0.38, "fp16": 0.38}  # of all a forward pass computes in 32 bits, at most; seen: 0.57, 0.30
-KEPT_WITH_DROPOUT = 2.0  # on a CPU, which keeps the scores of attention then; seen: 1.26, up to this many positions:
+KEPT_WITH_DROPOUT = 2.0  # but on CUDA, all keep the scores of attention then; seen: 1.26, up to this many positions:
 DROPOUT_POSITIONS = 1024
 
 
@@ -81,7 +81,7 @@ class Predictor:
             return count_parameters(model("fp32"))["total"], dry_run(light_model(name, config))[1]
 
         self._memory, self._size = memory, size
-        self._keeps_scores = kind == "cpu" and config.dropout > 0
+        self._keeps_scores = kind != "cuda" and config.dropout > 0
         self._bounded = lora_rank is None and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
 
     def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:

@@ -113,11 +113,12 @@ def plan_run(
     steps, by_time = derived.get("max_steps", train.max_steps), int(in_time / tokens_per_step)
     timed = train.max_time is not None or "max_time" in derived
     expected_steps = max(1, min(steps or by_time, by_time) if timed else steps)
-    decay = recipe.weight_decay if optimizer in ("adamw", "adamw8bit", "muon") else 0.0
+    decay, reason = recipe.weight_decay if optimizer in ("adamw", "adamw8bit", "muon") else 0.0, "optimizer and model"
     if decay and train.lora_rank is None:
+        reason = "lr, width, passes over the text"
         seen = expected_steps * tokens_per_step / train_tokens
         decay = default_weight_decay(decay, train.lr or derived["lr"], expected_steps, seen, config.dim)
-    derive("weight_decay", decay, "lr, passes over the text")
+    derive("weight_decay", decay, reason)
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
     derive("warmup_steps", min(warmup, expected_steps), "length")
     if val_tokens < 2:

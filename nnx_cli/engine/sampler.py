@@ -109,6 +109,7 @@ class Context:
         self.cache = None
         self.captured: CapturedDecoding | None = None
         self.captures = use_cache and capacity >= CAPTURE_FROM and model.device.type == "cuda"
+        self.captures = self.captures and not model.waits_in_eval
 
     def _starts(self) -> list[int]:
         return [window_start(length, self.seq_len) for length in self.lengths]
@@ -158,7 +159,7 @@ class Context:
         newest = self.history.gather(1, self._lengths()[:, None] - 1)
         if self.captures and hasattr(self.cache, "way_back"):  # somebody's own architecture may have less
             self.captures = False
-            with suppress(RuntimeError):  # out of memory, or a kernel that no graph takes
+            with suppress(RuntimeError):  # out of memory: decoding goes on op by op
                 self.captured = CapturedDecoding(self.model, self.cache, newest)
         return self.captured(newest) if self.captured else self.model(newest, cache=self.cache)[:, -1]
 

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its micro-batches, clipping, update. Op by op, or captured as one CUDA graph."""
+"""One optimizer step: gradients of its micro-batches, clipping, update. Op by op, or recorded as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -105,6 +105,13 @@ class Step:
         highest = torch.maximum(highest, loss.nan_to_num(0.0, 0.0, 0.0))
         self.stats.copy_(torch.stack((loss, norm, highest, skipped + bad, (in_a_row + 1) * bad)))
 
+    def forget(self) -> None:
+        """Forget what an unfinished step has left: gradients, and that they were unscaled or being used."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updating = False
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
+
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Steps taken inside leave weights, optimizer and counters as they were."""
@@ -116,7 +123,7 @@ class Step:
         try:
             yield
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.forget()
             self.hold.zero_()
             for name, tensor in state.items():
                 tensor.copy_(before[name])

@@ -289,6 +289,7 @@ class Trainer:
                 f"out of memory at step {self.state.step + 1}, {self.config.batch_size} sequences at a time",
                 fix="the last checkpoint is intact; take a smaller --size or --seq-len, or more --vram",
             )
+        self.step.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         n, size = self.samples_per_step, self.config.batch_size
@@ -310,8 +311,9 @@ class Trainer:
     def compile_now(self) -> None:
         """Compile what was left for later. That takes its time, which is none of training's."""
         compile_later, self.compile_later = self.compile_later, None
-        self.observer.note("compiling, which pays in a run of this length; training goes on after it")
+        self.observer.note("compiling; training goes on after it")
         compile_later()
+        self.config = replace(self.config)  # what was decided is to be written, whatever it is
 
     def capture(self) -> bool:
         """Record the step as a CUDA graph from now on; returns whether that is possible here."""
@@ -430,7 +432,8 @@ class Trainer:
 
     def validate_in_full(self) -> None:
         """Let validation take as many windows at a time as a step, in a graph of its own where steps have one."""
-        self.val_rows, self.captures_validation, self.losses_of = self.config.batch_size, True, token_losses
+        self.val_rows, self.losses_of = self.config.batch_size, token_losses
+        self.captures_validation = not self.model.waits_in_eval
 
     def validate_in_less(self) -> bool:
         """Let validation take less memory from here on: fewer windows at a time, then no graph of its own. Returns

@@ -80,6 +80,7 @@ class LanguageModel(nn.Module):
 
     recipe = Recipe()
     ignore_index = -100  # a target that does not count; -100 is never a token
+    waits_in_eval = False  # whether a pass in evaluation mode waits for the device, so that no CUDA graph can hold it
     reference_unused: frozenset[str] = frozenset()  # the original's weights that no output depends on
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,7 +93,10 @@ class LanguageModel(nn.Module):
         raise TypeError(f"{type(self).__module__} defines no trunk")
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> Any:
-        """An empty cache, or recurrent state, for `batch_size` rows of up to `max_seq_len` positions."""
+        """An empty cache, or recurrent state, for `batch_size` rows of up to `max_seq_len` positions.
+
+        One that has `way_back` (a KVCache does) may be recorded on a card: it keeps its tensors and writes into them.
+        """
         raise TypeError(f"{type(self).__module__} defines no cache")
 
     def forward(self, input_ids: Tensor, cache: Any = None) -> Tensor:

@@ -286,6 +286,7 @@ class Model(LanguageModel):
         if config.tie_embeddings:
             matrix.weight = self.embedding.weight
             self.reference_unused = frozenset({"lm_head.weight"})  # the embedding once more
+        self.waits_in_eval = config.decoder == "function"  # every function takes the rows that chose it
         self.init_weights()
 
     def init_weights(self) -> None:

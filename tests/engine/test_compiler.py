@@ -112,12 +112,28 @@ def test_the_time_ahead(trainer):
     assert planned_seconds(trainer, 0.5) == pytest.approx(12 * 0.5 / 4)
 
 
-def test_a_step_is_timed_by_a_few_of_its_micro_batches(start, workspace, monkeypatch):
+def test_a_step_is_timed_by_its_first_micro_batches_and_its_end_once(start, workspace, monkeypatch):
     _, trainer = start(workspace / "run", batch_size=2, grad_accum=4)
-    taken = []
-    monkeypatch.setattr(trainer, "run_step", lambda ids, targets: taken.append(len(ids)))
-    monkeypatch.setattr(compiler.time, "perf_counter", lambda: float(len(taken)))
-    assert compiler.timed_step(trainer) == 2.0 and set(taken) == {4}
+    clock = [0.0]
+
+    def run_step(ids, targets):
+        clock[0] += len(ids) // 2 * 1.0 + 10.0  # micro-batches of 1 s, and an end of 10
+
+    monkeypatch.setattr(trainer, "run_step", run_step)
+    monkeypatch.setattr(compiler.time, "perf_counter", lambda: clock[0])
+    assert compiler.timed_step(trainer) == 14.0
+
+
+def test_memory_that_runs_out_once_blocks_are_compiled_undoes_that(trainer, pretend, monkeypatch):
+    def run_out(trainer):
+        raise torch.OutOfMemoryError
+
+    pretend((5.5, 100.0), (5.5, 60.0))
+    trainer.device = torch.device("cuda")
+    monkeypatch.setattr(compiler, "timed_step", run_out)
+    monkeypatch.setattr(compiler, "compile_checked", lambda trainer, eager: compile_blocks(trainer.model) or 1.0)
+    compiler.go_on(trainer, "on", 1.0)
+    assert not is_compiled(trainer) and trainer.notes == ["not compiled: not enough memory"]
 
 
 def test_smaller_micro_batches_stay_where_the_first_step_needed_them(trainer, monkeypatch):

@@ -1,4 +1,4 @@
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +107,30 @@ def test_steps_in_the_backward_pass_are_the_same_steps(name, optimizer):
     torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_unfinished_step_left_is_forgotten():
+    step = make_step()
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for failure in ("zero_grad", "step"):
+        with monkeypatched(step.optimizer, failure), pytest.raises(torch.OutOfMemoryError), step.rehearsal():
+            step(*batch(), 4)
+        assert not step.updating and all(p.grad is None for p in step.parameters)
+    step(*batch(), 4)
+    assert step.stats[3] == 0
+
+
+@contextmanager
+def monkeypatched(owner, name):
+    """Memory runs out in a method, the first time."""
+
+    def run_out(*args, **kwargs):
+        setattr(owner, name, plain)
+        raise torch.OutOfMemoryError
+
+    plain = getattr(owner, name)
+    setattr(owner, name, run_out)
+    yield
 
 
 def test_a_rehearsal_in_the_backward_pass_changes_nothing():

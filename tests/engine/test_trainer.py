@@ -316,22 +316,38 @@ def test_looking_and_saving_take_a_small_share_of_the_time(monkeypatch):
     assert upkeep.is_affordable()
 
 
-def test_what_is_compiled_later_follows_the_first_step_that_is_shown(start, workspace):
+@pytest.mark.parametrize("decided", ["graph", "off"])
+def test_what_is_compiled_later_follows_the_first_step_that_is_shown(start, workspace, decided):
     run, trainer = start(workspace / "a", max_steps=6, val_every=3)
+    run.set_config(run.config | {"training": run.config["training"] | {"compile": "auto"}})  # the wish, meanwhile
     shown, notes = [], []
     trainer.observer.step = lambda record, progress: shown.append(record["step"])
     trainer.observer.note = notes.append
 
     def compile_later():
         assert shown == [1] and trainer.compile_later is None
-        trainer.config = replace(trainer.config, compile="graph")
+        if decided != "off":
+            trainer.config = replace(trainer.config, compile=decided)
 
     trainer.compile_later = compile_later
-    before = trainer.config.compile
-    assert run.config["training"]["compile"] == before != "graph"
+    assert trainer.config.compile == "off"
     train(run, trainer)
     assert shown[-1] == 6 and [note for note in notes if "compiling" in note]
-    assert run.config["training"] == asdict(trainer.config) and trainer.config.compile == "graph"
+    assert run.config["training"] == asdict(trainer.config) and trainer.config.compile == decided
+
+
+def test_on_a_card_the_wish_to_compile_waits_unless_bits_are_promised(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "a")
+    trainer.device, asked = torch.device("cuda"), []
+    monkeypatch.setattr(session.compiler, "begin", lambda trainer, wish: 0.5)
+    monkeypatch.setattr(session.compiler, "go_on", lambda trainer, wish, step_s: asked.append((wish, step_s)))
+    assert session.decide_how_to_step(trainer, "auto").compile == "auto" and trainer.config.compile == "off"
+    assert not asked
+    trainer.compile_later()
+    assert asked == [("auto", 0.5)]
+    trainer.compile_later, trainer.config = None, replace(trainer.config, deterministic=True)
+    assert session.decide_how_to_step(trainer, "on").compile == "off" and trainer.compile_later is None
+    assert asked[1:] == [("on", 0.5)]
 
 
 def test_memory_that_a_graph_keeps_is_given_back_to_look(start, workspace):

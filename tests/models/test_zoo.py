@@ -151,6 +151,11 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def addresses(cache):
+    stores = getattr(cache, "stores", (cache,))
+    return [x.data_ptr() for store in stores for x in vars(store).values() if isinstance(x, torch.Tensor)]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(9, 9), (4, 9)])
 def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(model, name, lengths):
@@ -159,6 +164,7 @@ def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(
     model(ids[:, :9], cache=cache)
     cache.truncate(torch.tensor(lengths))
     cache.fixed = True
+    before = addresses(cache)
     for step in range(4):
         new = torch.stack([ids[row, length + step : length + step + 1] for row, length in enumerate(lengths)])
         with Operations() as operations:
@@ -170,6 +176,8 @@ def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(
     assert not [f for f, _ in seen[0] if "_local_scalar_dense" in str(f)], "a number that the host waits for"
     cache.reset()
     assert same(model(ids, cache=cache), model(ids)), "several tokens at once, as ever"
+    cache.truncate(torch.tensor(lengths))
+    assert addresses(cache) == before, "where a graph reads and writes"
 
 
 @torch.no_grad()
