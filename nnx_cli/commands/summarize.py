@@ -149,7 +149,8 @@ def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
 
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
-    layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
+    with cost.without_compiler():
+        layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
     alike = copies(model)
     hidden = {id(part) for block, n in alike.items() if n == 0 for part in block.modules()}
     seen: set[int] = set()

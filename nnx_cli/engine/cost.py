@@ -3,8 +3,11 @@ no GPU)."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,6 +37,37 @@ def replaced(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterato
     finally:
         for (owner, name), function in before.items():
             setattr(owner, name, function)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Operations on the meta device import the compiler, a second and on some machines six, to keep it from looking at
+    them. Meanwhile they find one in its place that never looks; who asks it for more gets the real one."""
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    kept: list[Any] = []
+
+    def disable(function: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(function)
+        return function
+
+    def the_real_one(attribute: str) -> Any:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    stand_in = ModuleType(name)
+    stand_in.disable, stand_in.__getattr__ = disable, the_real_one
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        for function in kept:
+            vars(function).pop("__dynamo_disable", None)  # where torch notes what it got
 
 
 class LightMode(TorchDispatchMode):
@@ -132,6 +166,7 @@ class WithoutProducts(LightMode):
         return out
 
 
+@without_compiler()
 def dry_run(model: LanguageModel, seq_len: int | None = None) -> tuple[int, int]:
     """Floating-point operations of matrix products of one sequence forward, and the bytes of all that is computed, some
     of it counted several times. No product is taken: what the model returns means nothing.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -25,7 +25,7 @@ from nnx_cli.engine import loss as head_loss
 from nnx_cli.engine.buffers import compile_imitations
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import undo_compile
-from nnx_cli.engine.cost import LightMode, replaced
+from nnx_cli.engine.cost import LightMode, replaced, without_compiler
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
@@ -528,13 +528,15 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     model.compute_dtype = DTYPES[config.precision]
     in_backward = config.optimizer_in_backward
     accumulate = (config.grad_accum or 2) > 1 and not in_backward
-    step = simulate(
-        model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
-        accumulate=accumulate, in_backward=in_backward, compiled=config.compile == "on",
-    )  # fmt: skip
+    compiled = config.compile == "on"
+    with nullcontext() if compiled else without_compiler():
+        step = simulate(
+            model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
+            accumulate=accumulate, in_backward=in_backward, compiled=compiled,
+        )  # fmt: skip
+        states, moment = optimizer_memory(model, config, target)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
-    states, moment = optimizer_memory(model, config, target)
     resting = sum(stored.values()) + states + target.fixed_bytes
     during = resting + (gradients if accumulate else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}

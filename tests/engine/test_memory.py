@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -174,3 +177,24 @@ def test_compiled_blocks_left_out_change_nothing(mode, monkeypatch):
     short = simulate(model, 2, 40, target=Target(), checkpointing=mode, compiled=True)
     monkeypatch.setattr(memory, "WHOLE", 99)
     assert short == simulate(model, 2, 40, target=Target(), checkpointing=mode, compiled=True)
+
+
+def test_a_prediction_imports_no_compiler():
+    code = """
+import sys
+from nnx_cli import models
+from nnx_cli.config import TrainConfig
+from nnx_cli.engine.cost import flops_per_token, meta_model
+from nnx_cli.engine.memory import Target, predict
+
+model = meta_model("nyx", models.make_config("nyx", size="nano"))
+train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="off")
+predict(model, train, 2, Target())
+flops_per_token(model)
+assert "torch._dynamo" not in sys.modules
+import torch._dynamo
+assert torch._dynamo.__file__
+print(torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)).item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2.0", done.stderr
