@@ -58,8 +58,10 @@ def without_compiler() -> Iterator[None]:
             del sys.modules[name]
         return getattr(importlib.import_module(name), attribute)
 
-    stand_in = ModuleType(name)
-    stand_in.disable, stand_in.__getattr__ = disable, the_real_one
+    stand_in, settings = ModuleType(name), ModuleType(f"{name}.config")
+    settings.error_on_nested_fx_trace = True  # read by every checkpoint, and of no use outside of a trace
+    settings.__getattr__ = lambda attribute: getattr(the_real_one("config"), attribute)
+    stand_in.disable, stand_in.config, stand_in.__getattr__ = disable, settings, the_real_one
     sys.modules[name] = stand_in
     try:
         yield

@@ -188,10 +188,14 @@ from nnx_cli.engine.cost import flops_per_token, meta_model
 from nnx_cli.engine.memory import Target, predict
 
 model = meta_model("nyx", models.make_config("nyx", size="nano"))
-train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="off")
+train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="half")
 predict(model, train, 2, Target())
 flops_per_token(model)
 assert "torch._dynamo" not in sys.modules
+from nnx_cli.engine.cost import without_compiler
+with without_compiler():
+    import torch
+    assert torch._dynamo.config.suppress_errors is False, "the real one, for who asks for more"
 import torch._dynamo
 assert torch._dynamo.__file__
 print(torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)).item())
