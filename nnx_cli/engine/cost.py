@@ -3,7 +3,6 @@ no GPU)."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +55,9 @@ def without_compiler() -> Iterator[None]:
     def the_real_one(attribute: str) -> Any:
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
-        return getattr(importlib.import_module(name), attribute)
+        import torch._dynamo as compiler
+
+        return getattr(compiler, attribute)
 
     stand_in, settings = ModuleType(name), ModuleType(f"{name}.config")
     settings.error_on_nested_fx_trace = True  # read by every checkpoint, and of no use outside of a trace
