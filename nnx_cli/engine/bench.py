@@ -31,7 +31,7 @@ from nnx_cli.engine.device import (
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.tokens import TokenFolder
-from nnx_cli.engine.trainer import Observer
+from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.layers.product import multiply
 from nnx_cli.models._base import ModelConfig
@@ -180,10 +180,8 @@ def plan_training(case: Case, config: TrainConfig, device: torch.device) -> Trai
     ).train  # fmt: skip
 
 
-def training(
-    case: Case, config: TrainConfig, device: torch.device, limits: Limits, seconds: float, tell: Callable[[str], None]
-) -> Row:
-    """Speed of the trainer's steps, loader and optimizer included. Raises DoesNotFit."""
+def make_trainer(case: Case, config: TrainConfig, device: torch.device, tell: Callable[[str], None]) -> Trainer:
+    """A trainer on random tokens, that has decided how it steps. Raises DoesNotFit."""
     config = plan_training(case, config, device)
     free_memory(device)
     set_seed(config.seed)
@@ -192,12 +190,20 @@ def training(
     trainer = session.make_trainer(model, data, config, device, Notes(tell), session.Sampling([0]))
     compiler.decide(trainer, config.compile)
     model.train()
+    return trainer
 
-    def step() -> None:
-        trainer.take_step(config.lr)
-        trainer.state.step += 1
 
-    tokens_per_s = config.tokens_per_step * calls_per_s(step, device, seconds)
+def take_step(trainer: Trainer) -> None:
+    trainer.take_step(trainer.config.lr)
+    trainer.state.step += 1
+
+
+def training(
+    case: Case, config: TrainConfig, device: torch.device, limits: Limits, seconds: float, tell: Callable[[str], None]
+) -> Row:
+    """Speed of the trainer's steps, loader and optimizer included. Raises DoesNotFit."""
+    trainer = make_trainer(case, config, device, tell)
+    tokens_per_s = trainer.config.tokens_per_step * calls_per_s(lambda: take_step(trainer), device, seconds)
     if trainer.config.batch_size < case.batch_size:
         raise DoesNotFit(f"out of memory: the trainer went on with {trainer.config.batch_size} sequences at a time")
     flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]

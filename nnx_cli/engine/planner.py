@@ -27,7 +27,7 @@ TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be wo
 REACHED = {"cpu": (0.78, 430), "cuda": (0.4, 1000), "mps": (0.1, 0)}  # see `share_reached`; mps was never measured
 DROPOUT = ((12, 0.2), (6, 0.1))  # passes over the text from which on a model needs it: tests/bench/zoo.md
 MEMORISES = 1.5  # parameters a token of the text from which on a model can learn it by heart
-AT_ONCE = 16  # parameters a token from which on half as many passes are enough for that
+SOONER_FROM = 4  # parameters a token from which on fewer passes are enough for that: see `default_dropout`
 BY_HEART = 16  # passes from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 PASSES_TO_FORGET, MOST_FORGOTTEN, WIDEST_RACED = 6, 3, 384  # see `default_weight_decay`
 MOST_DECAY = 0.04  # of a weight, in a step
@@ -117,7 +117,8 @@ def plan_run(
     if decay and train.lora_rank is None:
         reason = "lr, width, passes over the text"
         seen = expected_steps * tokens_per_step / train_tokens
-        decay = default_weight_decay(decay, train.lr or derived["lr"], expected_steps, seen, config.dim)
+        peak = train.lr or derived["lr"]
+        decay = default_weight_decay(decay, optimizer, peak, expected_steps, seen, config.dim)
     derive("weight_decay", decay, reason)
     warmup = 0 if train.schedule == "constant" or not recipe.warmup else min(200, max(1, expected_steps // 50))
     derive("warmup_steps", min(warmup, expected_steps), "length")
@@ -151,25 +152,26 @@ def planned_tokens(
 
 def default_dropout(passes: float, per_token: float) -> float:
     """Dropout for that many passes over a text, of which the model has `per_token` parameters a token: none where it is
-    too small to learn it by heart."""
+    too small to learn it by heart, sooner the larger it is. Raced with 2, 10 and 25: tests/bench/zoo.md."""
     if per_token < MEMORISES:
         return 0.0
-    if per_token >= AT_ONCE:
-        passes *= 2
+    passes *= max(1.0, per_token / SOONER_FROM) ** (1 / 3)
     return next((dropout for least, dropout in DROPOUT if passes >= least), 0.0)
 
 
-def default_weight_decay(least: float, lr: float, steps: int, passes: float, dim: int) -> float:
+def default_weight_decay(least: float, optimizer: str, lr: float, steps: int, passes: float, dim: int) -> float:
     """Weight decay for a peak learning rate and a number of steps that make as many passes over the text.
 
     What it does depends on its product with both: weights forget e^-D of where they were, D = decay * lr * steps / 2
     with a rate that falls to zero (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). A text that is read
-    again and again is learnt by heart unless D grows with the passes, sooner by wider models; beyond 3 nothing was
-    better. Raced: tests/bench/zoo.md.
+    again and again is learnt by heart unless D grows with the passes, sooner by wider models; with AdamW nothing beyond
+    3 was better. Raced: tests/bench/zoo.md.
     """
     unit = 2 / (lr * steps)  # the decay that makes D 1
-    wanted = passes / PASSES_TO_FORGET * min(max(dim, 128), WIDEST_RACED) / 128 if passes >= 2 else 0.0
-    return float(f"{min(max(least, wanted * unit), MOST_FORGOTTEN * unit, MOST_DECAY / lr):.2g}")
+    wider = min(max(dim, 128), WIDEST_RACED) / 128
+    wanted = passes / PASSES_TO_FORGET * wider if passes >= 2 else 0.0
+    most = MOST_FORGOTTEN * (wider if optimizer == "muon" else 1)
+    return float(f"{min(max(least, wanted * unit), most * unit, MOST_DECAY / lr):.2g}")
 
 
 def preferred_optimizer(name: str, lora_rank: int | None, by_heart: bool = False) -> str:

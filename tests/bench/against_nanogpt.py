@@ -10,7 +10,7 @@ parts:
     cpu           nanoGPT's CPU recipe (0.8 million parameters, context 64) and ours of that size
     quality-warm  nanoGPT's character recipe (10.7 million) and ours, after a run that filled the compile cache
     quality-cold  the same with an empty compile cache on each side
-    second        like quality-warm on a second text: the language documentation that Python ships, as characters
+    second        like quality-warm on another text: --second FILE, or the language documentation that Python ships
     speed-124m    tokens a second, 124 million parameters, vocabulary 50304, context 1024, best micro-batch, AdamW
     speed-10m     tokens a second, 10.7 million parameters, characters, context 256, best micro-batch, AdamW
 
@@ -21,6 +21,9 @@ its process to the checkpoint that first is at the target (they are copied as th
 from the start of its process to its end, default recipe, with a length given beforehand: --lengths, from the shortest
 on, until a run ends at the target or below. Every length that was tried is a row. On a CPU, which often does other
 work too, shares are of processor time.
+
+`against_nanogpt.py --profile PART MODEL MICRO-BATCH` says in what kernels a step of one of our rows for speed spends its
+time (no checkout, no text).
 
 Each side of each part is one call where time is short; rows are appended to --results, and every call prints the
 tables of all rows that are there. A later row of the same kind replaces an earlier one.
@@ -105,13 +108,15 @@ class Place:
     device: str
     limit_s: float
     batches: list[int] | None
+    second: Path | None  # None: the documentation that Python ships
 
     def data(self, name: str) -> Path:
         """A text as nanoGPT's prepare.py encodes it: characters, the last tenth for validation."""
         folder = self.work / name
         if not (folder / "val.bin").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            text = builtin_corpus() if name == "docs_char" else self.text.read_text(encoding="utf-8")
+            source = self.second if name == "second_char" else self.text
+            text = builtin_corpus() if source is None else source.read_text(encoding="utf-8")
             (folder / "input.txt").write_text(text, encoding="utf-8")
             shutil.copy(self.nanogpt / "data/shakespeare_char/prepare.py", folder)
             command = [sys.executable, "-c", PREPARE, str(folder / "prepare.py")]
@@ -360,14 +365,21 @@ def our_speed(part: str, place: Place, names: list[str]) -> Iterator[dict[str, A
                 break
 
 
-def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> None:
-    """Print the speed of one shape and micro-batch as JSON: the trainer's own steps, compiled, on random tokens."""
-    where, shape = pick_device(device), SHAPES[part][name]
-    precision = pick_precision("auto", where)
+def bench_case(part: str, name: str, batch_size: str, device: str, vram: str) -> tuple[bench.Case, TrainConfig]:
+    """A shape of ours and how it trains: AdamW, compiled on a GPU, on random tokens."""
+    where = pick_device(device)
     config = TrainConfig(device=device, vram=vram, optimizer="adamw", compile="on" if where.type == "cuda" else "off")
     session.prepare_device(config)
+    shape = models.make_config(name, **SHAPES[part][name])
+    return bench.Case(name, None, shape, pick_precision("auto", where), int(batch_size)), config
+
+
+def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> None:
+    """Print the speed of one shape and micro-batch as JSON: the trainer's own steps."""
+    where = pick_device(device)
+    case, config = bench_case(part, name, batch_size, device, vram)
+    precision = case.precision
     limits = bench.measure_limits(where, [precision], 1.0)
-    case = bench.Case(name, None, models.make_config(name, **shape), precision, int(batch_size))
     row = bench.attempt(case, "training", lambda: bench.training(case, config, where, limits, 3.0, tell))
     total = row.parameters
     if abs(total / PEER_PARAMETERS[part] - 1) > 0.02:
@@ -376,6 +388,38 @@ def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> No
         "parameters": total, "tokens_per_s": row.tokens_per_s, "problem": row.problem, "compile": row.compile,
         "share": row.share, "matrix_flops": limits.flops[precision], "peak_memory_bytes": row.peak_memory_bytes,
     }))  # fmt: skip
+
+
+KERNELS = {"matrix products": r"nvjet|gemm|cutlass_|splitk", "attention": r"flash|fmha|attention"}
+PROFILED_STEPS = 10
+
+
+def profile(part: str, name: str, batch_size: str, device: str = "cuda", vram: str = "8GB") -> str:
+    """What the kernels of a step take on a GPU, as a table: products, attention, then every other one by its name."""
+    case, config = bench_case(part, name, batch_size, device, vram)
+    trainer = bench.make_trainer(case, config, pick_device(device), tell)
+    for _ in range(PROFILED_STEPS):
+        bench.take_step(trainer)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_STEPS):
+            bench.take_step(trainer)
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    groups: dict[str, list[float]] = {}
+    for event in events:
+        group = next((g for g, words in KERNELS.items() if re.search(words, event.name, re.I)), event.name[:70])
+        groups.setdefault(group, []).append(event.time_range.elapsed_us())
+    begun, ended = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
+    lines = ["| kernels | a step | ms |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| {group} | {len(times) / PROFILED_STEPS:g} | {sum(times) / PROFILED_STEPS / 1e3:.3f} |"
+        for group, times in sorted(groups.items(), key=lambda item: -sum(item[1]))
+    ]
+    busy = sum(map(sum, groups.values()))
+    lines.append(f"| all | {len(events) / PROFILED_STEPS:g} | {busy / PROFILED_STEPS / 1e3:.3f} |")
+    lines.append(f"| by the clock | | {(ended - begun) / PROFILED_STEPS / 1e3:.3f} |")
+    return "\n".join(lines)
 
 
 # what both sides share
@@ -408,7 +452,7 @@ def val_tokens(folder: Path) -> np.ndarray:
 
 def quality(part: str, place: Place, options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[dict]:
     """Rows of a part that asks for the time to a loss."""
-    data = place.data("docs_char" if part == "second" else "shakespeare_char")
+    data = place.data("second_char" if part == "second" else "shakespeare_char")
     rows = [row for row in known if row["part"] == part and row["side"] == "nanogpt"]
     if options.side in ("both", "nanogpt"):
         recipe = CPU_RECIPE if part == "cpu" else GPU_RECIPE
@@ -528,9 +572,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:])
         return
+    if sys.argv[1:2] == ["--profile"]:
+        print(profile(*sys.argv[2:]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare")
+    parser.add_argument("--second", type=Path, help="the text of the part `second`")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: cpu on a CPU, the others on a GPU")
     parser.add_argument("--side", choices=("both", "nanogpt", "nnx"), default="both")
@@ -560,6 +608,7 @@ def main() -> None:
             options.device,
             limit,
             options.batches,
+            options.second and options.second.resolve(),
         )
         machine = (
             f"{describe(pick_device(options.device))}, torch {torch.__version__}, Python {platform.python_version()}, "

@@ -37,6 +37,7 @@ from nnx_cli.engine.cost import meta_model
 from nnx_cli.engine.device import DTYPES, pick_device
 from nnx_cli.engine.optimizer import build_optimizer, store_weights
 from nnx_cli.engine.step import Step
+from nnx_cli.layers.adapter import add_adapters
 
 MIB = 2**20
 ORIGINALS = "originals"  # stands for a size: what an original's author trained
@@ -48,7 +49,9 @@ WAYS = {
     "checkpointed": PLAIN | dict(activation_checkpointing="on"),
     "8bit-bf16": PLAIN | SMALL,
     "in-backward": PLAIN | SMALL | dict(optimizer_in_backward=True, grad_accum=1),
+    "lora": PLAIN | dict(activation_checkpointing="on", lora_rank=8),  # as the planner has it
 }
+FULL = [way for way in WAYS if way != "lora"]  # every weight learns
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,11 @@ def quick_cells() -> list[Cell]:
 
 def all_cells() -> list[Cell]:
     sizes = ("tiny", "base", "large")
-    eager = [Cell(model, size, way, False) for model in models.names() for size in sizes for way in WAYS]
+    eager = [Cell(model, size, way, False) for model in models.names() for size in sizes for way in FULL]
     eager += [Cell(model, "xl", way, False) for model in models.names() for way in ("8bit-bf16", "in-backward")]
+    eager += [Cell(model, size, "lora", False) for model in models.names() for size in ("tiny", "base")]
     eager += [Cell(model, ORIGINALS, "plain", False) for model in ("nyx", "n4", "neon", "tape")]
-    return eager + [Cell(model, "base", way, True) for model in models.names() for way in WAYS]
+    return eager + [Cell(model, "base", way, True) for model in models.names() for way in FULL]
 
 
 def settings(cell: Cell) -> TrainConfig:
@@ -103,6 +107,8 @@ def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
     train, (config, rows) = settings(cell), cell.shape()
     with device:
         model = models.from_config(cell.model, config)
+        if train.lora_rank is not None:
+            add_adapters(model, train.lora_rank)
     model.compute_dtype = DTYPES[cell.precision]
     if train.weight_precision == "bf16":
         store_weights(model, "bf16")
@@ -158,7 +164,7 @@ def main() -> int:
     broken, started = 0, time.perf_counter()
     for cell in cells[piece - 1 :: pieces]:
         config, rows = cell.shape()
-        on_meta = meta_model(cell.model, config)
+        on_meta = meta_model(cell.model, config, settings(cell).lora_rank)
         store_weights(on_meta, settings(cell).weight_precision)
         predicted = memory.predict(on_meta, settings(cell), rows, target)
         phase = max(predicted.phases, key=predicted.phases.get)

@@ -187,8 +187,8 @@ def test_shapes_of_ones_own_have_no_size():
 
 @pytest.mark.parametrize(
     ("passes", "per_token", "dropout"),
-    [(1, 10, 0.0), (5.9, 10, 0.0), (6, 10, 0.1), (12, 10, 0.2), (40, 10, 0.2), (40, 1, 0.0), (8, 1.9, 0.1),
-     (2.9, 20, 0.0), (3, 20, 0.1), (6, 20, 0.2)],
+    [(1, 10, 0.0), (5.9, 4, 0.0), (6, 4, 0.1), (12, 4, 0.2), (40, 4, 0.2), (40, 1, 0.0), (8, 1.9, 0.1),
+     (4.3, 10, 0.0), (4.5, 10, 0.1), (9, 10, 0.2), (3.2, 25, 0.0), (3.3, 25, 0.1), (6.6, 25, 0.2)],
 )  # fmt: skip
 def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
     assert planner.default_dropout(passes, per_token) == dropout
@@ -261,11 +261,17 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
     (300, 6.0, 128, 0.67),  # more, where a text is read again and again
     (300, 6.0, 64, 0.67),
     (300, 6.0, 256, 1.3),  # and more for wider models
-    (300, 10.0, 512, 2.0),
+    (300, 10.0, 512, 3.3),
+    (300, 30.0, 512, 4.0),
     (3, 30.0, 128, 4.0),  # a step leaves most of a weight
 ])  # fmt: skip
 def test_weights_forget_what_they_would_know_by_heart(steps, passes, dim, weight_decay):
-    assert planner.default_weight_decay(0.1, 0.01, steps, passes, dim) == weight_decay
+    assert planner.default_weight_decay(0.1, "muon", 0.01, steps, passes, dim) == weight_decay
+
+
+def test_under_adamw_wide_weights_forget_no_more_than_narrow_ones():
+    wide, narrow = (planner.default_weight_decay(0.1, "adamw", 0.01, 300, 30.0, dim) for dim in (512, 128))
+    assert wide == narrow == 2.0
 
 
 def test_weight_decay_follows_the_length_unless_it_is_given():

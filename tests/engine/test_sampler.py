@@ -3,7 +3,10 @@ import math
 import pytest
 import torch
 
+from nnx_cli import models
 from nnx_cli.config import SampleConfig
+from nnx_cli.engine import sampler
+from nnx_cli.engine.decoding import CapturedDecoding
 from nnx_cli.engine.sampler import TextStream, draw, generate, next_probabilities, overlap, uniforms, window_start
 from nnx_cli.engine.tokenizer import ByteTokenizer
 from nnx_cli.errors import UsageError
@@ -175,6 +178,20 @@ def test_five_prompts_in_a_batch_cached_and_not(tiny, name):
     together = [sample.tokens for sample in run(model, PROMPTS, **greedy).samples]
     alone = [run(model, [prompt], **greedy).samples[0].tokens for prompt in PROMPTS]
     assert together == alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
+@pytest.mark.parametrize("name", models.names())
+def test_recorded_decoding_draws_what_plain_decoding_draws(tiny, name, monkeypatch):
+    """Past the end of the context several times, so that caches are read anew under the same graph."""
+    model = sharp(tiny(name)).to("cuda")
+    settings = dict(max_new_tokens=3 * model.config.seq_len, seed=1)
+    made = []
+    monkeypatch.setattr(sampler, "CapturedDecoding", lambda *args: made.append(CapturedDecoding(*args)) or made[-1])
+    recorded = [sample.tokens for sample in run(model, PROMPTS, **settings).samples]
+    assert len(made) == 1
+    model.waits_in_eval = True  # so that nothing is recorded
+    assert [sample.tokens for sample in run(model, PROMPTS, **settings).samples] == recorded and len(made) == 1
 
 
 def test_samples_of_several_prompts_come_prompt_after_prompt(tiny):

@@ -167,6 +167,39 @@ def test_a_captured_step_draws_anew_and_as_seeded():
     assert losses[0] == losses[2] != losses[1]
 
 
+@needs_cuda
+@pytest.mark.parametrize("name", models.names())
+def test_recorded_micro_batches_under_a_loss_scale_are_the_step(name):
+    plain, step = make_step(name, "cuda"), make_step(name, "cuda")
+    for one in (plain, step):
+        one.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=3)
+    captured = CapturedStep(step, *batch(device="cuda"), 1)
+    for i in range(7):
+        samples = batch(i, device="cuda")
+        plain(*samples, 1)
+        captured(*samples)
+        torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-5)
+    assert step.scaler.get_scale() == plain.scaler.get_scale() == 2.0**12
+
+
+@needs_cuda
+def test_recorded_micro_batches_draw_their_own_dropout():
+    """The same rows twice in a step: the sum of their losses is not twice that of one."""
+    step = make_step("nyx", "cuda", dropout=0.5)
+    rows = [x[:2].repeat(2, 1) for x in batch(device="cuda")]
+    captured, losses = CapturedStep(step, *rows, 2), []
+    with step.rehearsal():
+        for seed in (1, 2, 1):
+            set_seed(seed)
+            captured(*rows)
+            both = step.stats[0].item()
+            set_seed(seed)
+            captured(*(x[:2] for x in rows))
+            assert both != step.stats[0].item()
+            losses.append(both)
+    assert losses[0] == losses[2] != losses[1]
+
+
 class FakeGraphs:
     """Stands for CUDA graphs on a processor: what is recorded is run once, and replays are written down."""
 
