@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +20,19 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "small"
 CARDS_GB = (4, 6, 8, 12, 16, 24)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Do not look for garbage: among all that torch brings a search takes a tenth of a second, and there are several in
+    one summary."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @command(*model_options())
@@ -66,7 +82,7 @@ def run(
         name = model or "nyx"
         models.check_name(name)
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
-    facts = summary(name, label, config, train)
+    facts = summary(name, label, config, train, whole=talk.json)
     talk.show_json(facts)
     show_layers(talk, name, config)
     show_facts(talk, facts)
@@ -89,13 +105,17 @@ def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
     return described["name"], described.get("size"), model_from_config(found.config, found.folder).config
 
 
-def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """Everything there is to say of a model, under the keys of --json."""
+@uncollected()
+def summary(
+    name: str, label: str | None, config: ModelConfig, train: TrainConfig, whole: bool = True
+) -> dict[str, Any]:  # fmt: skip
+    """Everything there is to say of a model, under the keys of --json. Unless it is to be `whole`, the largest
+    micro-batch is None where another was asked for and fits."""
     import torch
 
     from nnx_cli.engine import cost
     from nnx_cli.engine.device import memory_budget, pick_device
-    from nnx_cli.engine.ladder import Predictor, advice, descend
+    from nnx_cli.engine.ladder import Predictor, advice, descend, ladder
     from nnx_cli.engine.memory import Target
     from nnx_cli.engine.planner import default_tokens_per_step, preferred_optimizer
 
@@ -105,13 +125,15 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
     preferred = preferred_optimizer(name, train.lora_rank)
     chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget, preferred)
     per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
-    largest = predictor.largest(chosen, budget, max(per_step, train.batch_size or 1))
+    asked = train.batch_size or 1
+    largest = None
+    if whole or not (fits and train.batch_size):
+        largest = predictor.largest(chosen, budget, max(per_step, asked), fitting=asked if fits else 0)
     rows = train.batch_size or max(1, min(largest, per_step))
     memory, peak = predictor.memory(chosen, rows), predictor.peak(chosen, rows)
     weights, cache = cost.sampling_bytes(model)
 
-    def trains(budget: int) -> bool:
-        return descend(predictor, train, 1, budget, preferred)[2]
+    *_, (smallest, _) = ladder(train, preferred)
 
     return {
         "model": name, "size": label, "seq_len": T, "vocab_size": config.vocab_size,
@@ -133,10 +155,11 @@ def summary(name: str, label: str | None, config: ModelConfig, train: TrainConfi
             "gives_up": [rung.text for rung in rungs],
             "advice": None if fits else advice(predictor, train, budget, largest),
         },
-        "trains_in_gb": {str(gb): trains(memory_budget(device, gb * 2**30)) for gb in CARDS_GB},
+        "trains_in_gb": {str(gb): predictor.fits(smallest, 1, memory_budget(device, gb * 2**30)) for gb in CARDS_GB},
     }  # fmt: skip
 
 
+@uncollected()
 def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
     """The table of layers: torchinfo walks the modules; shapes and counts are of one sequence. Its totals are not
     used."""
@@ -149,7 +172,7 @@ def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
 
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
-    with cost.without_compiler():
+    with cost.without_compiler(), cost.WithoutProducts():
         layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
     alike = copies(model)
     hidden = {id(part) for block, n in alike.items() if n == 0 for part in block.modules()}

@@ -3,9 +3,12 @@ no GPU)."""
 
 from __future__ import annotations
 
+import importlib
+import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,60 +20,103 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.engine.device import DTYPES
-from nnx_cli.layers import attention_in_rows, dropout, soft_xor
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
-LIGHT = 1.5e11  # parameters x positions up to which a sequence takes less than importing the compiler, 1 s
+
+def is_known(x: Any) -> bool:
+    """Whether this is a number or truth, or some of them in a row, and not a symbol for one."""
+    return all(map(is_known, x)) if isinstance(x, tuple) else type(x) in (bool, int)
 
 
-@contextmanager
-def replaced(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
-    """Have functions take the place of those of modules and classes, given as (owner, name)."""
-    before = {(owner, name): getattr(owner, name) for owner, name in functions}
-    for (owner, name), function in functions.items():
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for (owner, name), function in before.items():
-            setattr(owner, name, function)
+def decided(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of that name in SYMBOLS where its arguments are known, and the real one for all others; so it does
+    no harm to who keeps it."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs and is_known(args):
+            return decide(*args)
+        return getattr(real_module(SYMBOLS), name)(*args, **kwargs)
+
+    return function
+
+
+def disable(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of the compiler: to keep it from looking at a function."""
+    kept_from_compiler.append(function)
+    return function
+
+
+def real_module(name: str) -> ModuleType:
+    """The module that has a stand-in."""
+    if isinstance(found := sys.modules.get(name), StandIn):
+        found.leave()
+    return REAL[name]()
+
+
+class StandIn(ModuleType):
+    """Takes a module's place until it leaves, or somebody asks for more than it has. Who still holds it then gets
+    everything from the real one."""
+
+    def __init__(self, name: str, **attributes: Any) -> None:
+        super().__init__(name)
+        self.own = [*attributes]
+        self.__dict__.update(attributes)
+
+    def leave(self) -> None:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        for attribute in self.own:
+            self.__dict__.pop(attribute, None)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # the import system asks for a path
+            raise AttributeError(attribute)
+        module, _, part = self.__name__.partition(":")
+        found = real_module(module)
+        return getattr(getattr(found, part) if part else found, attribute)
+
+
+COMPILER, SYMBOLS = "torch._dynamo", "torch.fx.experimental.symbolic_shapes"
+ALGEBRA, ALGEBRA_OF_TORCH = "sympy", "torch.utils._sympy.functions"
+REAL: dict[str, Callable[[], ModuleType]] = {
+    COMPILER: lambda: importlib.import_module("torch._dynamo"),
+    SYMBOLS: lambda: importlib.import_module("torch.fx.experimental.symbolic_shapes"),
+    ALGEBRA: lambda: importlib.import_module("sympy"),
+    ALGEBRA_OF_TORCH: lambda: importlib.import_module("torch.utils._sympy.functions"),
+}
+KNOWN: dict[str, Callable[..., Any]] = {  # what functions of SYMBOLS return of numbers and truths
+    "guard_or_false": bool, "guard_or_true": bool, "guard_size_oblivious": bool, "expect_true": bool,
+    "statically_known_true": bool, "sym_and": lambda *parts: all(parts), "sym_or": lambda *parts: any(parts),
+    "sym_eq": operator.eq, "is_nested_int": lambda size: False, "has_guarding_hint": lambda size: True,
+    "guarding_hint_or_throw": lambda size: size, "has_hint": lambda size: True, "size_hint": lambda size: size,
+}  # fmt: skip
+kept_from_compiler: list[Any] = []
 
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Operations on the meta device import the compiler, a second and on some machines six, to keep it from looking at
-    them. Meanwhile they find one in its place that never looks; who asks it for more gets the real one."""
-    name = "torch._dynamo"
-    if name in sys.modules:
-        yield
-        return
-    kept: list[Any] = []
-
-    def disable(function: Any, *args: Any, **kwargs: Any) -> Any:
-        kept.append(function)
-        return function
-
-    def the_real_one(attribute: str) -> Any:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
-        import torch._dynamo as compiler
-
-        return getattr(compiler, attribute)
-
-    stand_in, settings = ModuleType(name), ModuleType(f"{name}.config")
-    settings.error_on_nested_fx_trace = True  # read by every checkpoint, and of no use outside of a trace
-    settings.__getattr__ = lambda attribute: getattr(the_real_one("config"), attribute)
-    stand_in.disable, stand_in.config, stand_in.__getattr__ = disable, settings, the_real_one
-    sys.modules[name] = stand_in
+    them, and a package for algebra, a third of a second, to compare sizes. Meanwhile they find a compiler that never
+    looks, and sizes that are numbers."""
+    settings = StandIn(f"{COMPILER}:config", error_on_nested_fx_trace=True)  # read by every checkpoint
+    stand_ins = [
+        StandIn(COMPILER, disable=disable, config=settings),
+        StandIn(SYMBOLS, **{name: decided(name, decide) for name, decide in KNOWN.items()}),
+        StandIn(ALGEBRA, Basic=type("Basic", (), {})),  # for isinstance
+        StandIn(ALGEBRA_OF_TORCH, Max=None),  # imported, not used
+    ]
+    used = [module for module in stand_ins if module.__name__ not in sys.modules]
+    sys.modules.update({module.__name__: module for module in used})
     try:
         yield
     finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
-        for function in kept:
+        for module in (*used, settings):
+            module.leave()
+        for function in kept_from_compiler:
             vars(function).pop("__dynamo_disable", None)  # where torch notes what it got
+        kept_from_compiler.clear()
 
 
 class LightMode(TorchDispatchMode):
@@ -98,16 +144,6 @@ def meta_model(name: str, config: ModelConfig, lora_rank: int | None = None) -> 
         if lora_rank is not None:
             add_adapters(model, lora_rank)
         return model
-
-
-def light_model(name: str, config: ModelConfig) -> LanguageModel:
-    """A model for `dry_run` where that is quickest: on the CPU with weights that nobody has written, which take no
-    memory yet; or, if it is large, on the meta device, whose operations import the compiler."""
-    model = meta_model(name, config)
-    if count_parameters(model)["total"] * config.seq_len > LIGHT:
-        return model
-    with WithoutNumbers():
-        return models.from_config(name, config)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -138,6 +174,48 @@ class WithFusedAttention(TorchFunctionMode):
         return FusedAttention.apply(q, k, v)
 
 
+@cache
+def makes_new(func: Any) -> bool:
+    """Whether what an operator returns are new tensors, each one by one, whatever it is given."""
+    schema = func._schema
+    if func.namespace not in ("aten", "nnx"):
+        return False
+    aliases = [x.alias_info for x in (*schema.arguments, *schema.returns)]
+    return not schema.is_mutable and not any(aliases) and all(x.type.kind() != "ListType" for x in schema.returns)
+
+
+def described(x: Any) -> Any:
+    """An operator's argument, as far as shapes and types of what it returns depend on it."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.is_meta
+    return tuple(map(described, x)) if isinstance(x, (list, tuple)) else (type(x), x)
+
+
+KNOWN_OUTPUTS: dict[Any, list[Any]] = {}  # shape, stride and type of what an operator returned before, or value
+
+
+def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns on the meta device. Working out its shapes takes it many times as long as looking them
+    up."""
+    if not makes_new(func):
+        return func(*args, **kwargs)
+    key = (id(func), *map(described, args), *[(name, described(x)) for name, x in kwargs.items()])
+    found = KNOWN_OUTPUTS.get(key)
+    if found is None:
+        out = func(*args, **kwargs)
+        each = out if isinstance(out, tuple) else (out,)
+        tensors = [x for x in each if isinstance(x, Tensor)]
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        is_view = any(x.untyped_storage()._cdata in given for x in tensors)  # whatever the schema says
+        if not is_view and all(x.is_meta for x in tensors):
+            KNOWN_OUTPUTS[key] = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in each]
+        return out
+    new = [
+        torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") if isinstance(x, tuple) else x for x in found
+    ]  # fmt: skip
+    return tuple(new) if len(new) > 1 else new[0]
+
+
 class WithoutProducts(LightMode):
     """Counts the multiplications and additions of matrix products, which it does not take, and the bytes of all
     results."""
@@ -151,19 +229,12 @@ class WithoutProducts(LightMode):
             a, b = args[-2:]
             self.flops += 2 * a.numel() * b.shape[-1]
             out = args[0] if name.endswith("_") else a.new_empty(*a.shape[:-1], b.shape[-1])
-        elif name == "product":
-            x, weight = args
-            self.flops += 2 * x.numel() * len(weight)
-            out = x.new_empty(*x.shape[:-1], len(weight))
         elif name == "attention_and_sums":  # of q (B, T, H, K), causal
             B, T, H, K = args[0].shape
             self.flops += 2 * B * H * T * T * K
             out = torch.empty_like(args[0]), args[0].new_empty(B, H, T)
-        elif name == "attention_in_rows":  # of q (B, H, T, K), causal
-            self.flops += 2 * args[0].numel() * args[0].shape[2]
-            out = attention_in_rows.shapes_only(*args)
         else:
-            out = func(*args, **(kwargs or {}))
+            out = outputs(func, args, kwargs or {})
         results = out if isinstance(out, (tuple, list)) else (out,)
         self.n_bytes += sum(x.nbytes for x in results if isinstance(x, Tensor))
         return out
@@ -172,17 +243,13 @@ class WithoutProducts(LightMode):
 @without_compiler()
 def dry_run(model: LanguageModel, seq_len: int | None = None) -> tuple[int, int]:
     """Floating-point operations of matrix products of one sequence forward, and the bytes of all that is computed, some
-    of it counted several times. No product is taken: what the model returns means nothing.
+    of it counted several times, by a model of the meta device.
 
     Attention is counted as causal: a position attends to half of the context on average.
     """
     T = seq_len or model.config.seq_len
-    plain = {
-        (soft_xor, "fastest_cell"): lambda x: lambda sums, state: None,  # a recurrence's products are enough
-        (dropout, "is_own"): lambda x: False,
-    }
-    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad(), replaced(plain):
-        model(torch.zeros(1, T, dtype=torch.int64, device=model.device))
+    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad():
+        model(torch.zeros(1, T, dtype=torch.int64, device="meta"))
     return products.flops + attention.flops // 2, products.n_bytes
 
 

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.cost import count_parameters, dry_run, light_model, meta_model
+from nnx_cli.engine.cost import count_parameters, dry_run, meta_model
+from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.memory import Memory, Target, predict, target_of
 from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -78,16 +79,23 @@ class Predictor:
 
         @cache
         def size() -> tuple[int, int]:
-            return count_parameters(model("fp32"))["total"], dry_run(light_model(name, config))[1]
+            return count_parameters(model("fp32"))["total"], dry_run(model("fp32"))[1]
 
-        self._memory, self._size = memory, size
+        self._memory, self._size, self._adapters = memory, size, lora_rank is not None
         self._keeps_scores = kind != "cuda" and config.dropout > 0
-        self._bounded = lora_rank is None and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
+        self._bounded = not self._adapters and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
 
     def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:
-        """Whether micro-batches of `rows` fit in `budget`. A step is simulated only where it comes near that: to do so
-        imports the compiler, which takes a second and on some machines six."""
+        """Whether micro-batches of `rows` fit in `budget`. A step is simulated only where that is not plain to see."""
+        if self.least(train) > budget:
+            return False
         return (self._bounded and self.bound(train, rows) <= budget) or self.peak(train, rows) <= budget
+
+    def least(self, train: TrainConfig) -> int:
+        """Fewer bytes than such training takes: weights, and their gradients unless each is gone when the next comes or
+        adapters alone have one."""
+        each = DTYPES[train.weight_precision].itemsize
+        return self._size()[0] * each * (1 if train.optimizer_in_backward or self._adapters else 2)
 
     def bound(self, train: TrainConfig, rows: int) -> int:
         """More bytes than such training takes, by a fifth at least: half a GiB, 24 bytes for a parameter with all that
@@ -113,20 +121,21 @@ class Predictor:
         half, whole = (self.memory(train, n).peak_bytes for n in (most // 2, most))
         return whole + (rows - most) * (whole - half) // (most - most // 2)
 
-    def largest(self, train: TrainConfig, budget: int, most: int) -> int:
-        """The largest micro-batch within `budget`, up to `most`; 0 where there is none."""
+    def largest(self, train: TrainConfig, budget: int, most: int, fitting: int = 0) -> int:
+        """The largest micro-batch within `budget`, up to `most`, where one of `fitting` rows is known to fit; 0 where
+        there is none."""
         if self.fits(train, most, budget):
             return most
-        return largest_batch(lambda rows: self.peak(train, rows), budget, most)
+        return largest_batch(lambda rows: self.peak(train, rows), budget, most, fitting)
 
 
-def largest_batch(peak: Callable[[int], int], budget: int, most: int) -> int:
-    """The most rows, up to `most`, whose peak is within `budget`: 0 where not even one is."""
-    if peak(1) > budget:
+def largest_batch(peak: Callable[[int], int], budget: int, most: int, fitting: int = 0) -> int:
+    """The most rows, up to `most`, whose peak is within `budget`, as that of `fitting` is: 0 where not even one is."""
+    low, high = fitting or 1, most  # what fits, and what does not
+    if peak(low) > budget:
         return 0
-    if peak(most) <= budget:
-        return most
-    low, high = 1, most  # what fits, and what does not
+    if peak(high) <= budget:
+        return high
     while high - low > 1:
         share = (budget - peak(low)) / (peak(high) - peak(low))
         guess = min(max(low + int((high - low) * share), low + 1), high - 1)

@@ -9,10 +9,10 @@ or a line here does.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import adamw, elementwise, muon
 from nnx_cli.engine import loss as head_loss
-from nnx_cli.engine.buffers import compile_imitations
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import undo_compile
-from nnx_cli.engine.cost import LightMode, replaced, without_compiler
+from nnx_cli.engine.cost import LightMode, outputs, without_compiler
 from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
@@ -90,6 +89,19 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+@contextmanager
+def replaced(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
+    """Have functions take the place of those of modules and classes, given as (owner, name)."""
+    before = {(owner, name): getattr(owner, name) for owner, name in functions}
+    for (owner, name), function in functions.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name), function in before.items():
+            setattr(owner, name, function)
 
 
 class Kernels:
@@ -248,48 +260,6 @@ def rounded(n_bytes: int) -> int:
     return -(-n_bytes // ROUNDING) * ROUNDING
 
 
-@cache
-def makes_new(func: Any) -> bool:
-    """Whether what an operator returns are new tensors, each one by one, whatever it is given."""
-    schema = func._schema
-    if func.namespace not in ("aten", "nnx"):
-        return False
-    aliases = [x.alias_info for x in (*schema.arguments, *schema.returns)]
-    return not schema.is_mutable and not any(aliases) and all(x.type.kind() != "ListType" for x in schema.returns)
-
-
-def described(x: Any) -> Any:
-    """An operator's argument, as far as shapes and types of what it returns depend on it."""
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    return tuple(map(described, x)) if isinstance(x, (list, tuple)) else (type(x), x)
-
-
-KNOWN_OUTPUTS: dict[Any, list[Any]] = {}  # shape, stride, type and device of what an operator returned before, or value
-
-
-def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operator returns on the meta device. Working out its shapes takes it many times as long as looking them
-    up."""
-    if not makes_new(func):
-        return func(*args, **kwargs)
-    key = (func, *map(described, args), *((name, described(x)) for name, x in kwargs.items()))
-    if key not in KNOWN_OUTPUTS:
-        out = func(*args, **kwargs)
-        each = out if isinstance(out, tuple) else (out,)
-        found = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in each]
-        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
-        if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in given for x in each):
-            return out  # a view, whatever the schema says
-        KNOWN_OUTPUTS[key] = found
-        return out
-    new = [
-        torch.empty_strided(x[0], x[1], dtype=x[2], device=x[3]) if isinstance(x, tuple) else x
-        for x in KNOWN_OUTPUTS[key]
-    ]  # fmt: skip
-    return tuple(new) if len(func._schema.returns) > 1 else new[0]
-
-
 @dataclass
 class Section:
     """A part of the step, between two marks: how far memory rises above where it began, and where it ends."""
@@ -323,8 +293,8 @@ class Storages(LightMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = outputs(func, args, kwargs or {})
-        workspace = WORKSPACES[func](*args) if self.on_card and func in WORKSPACES else 0
-        self.count(out if isinstance(out, (tuple, list)) else (out,), workspace)
+        workspace = WORKSPACES.get(func) if self.on_card else None
+        self.count(out if isinstance(out, (tuple, list)) else (out,), workspace(*args) if workspace else 0)
         return out
 
     def count(self, tensors: Iterable[Any], workspace: int = 0) -> None:
@@ -438,6 +408,8 @@ def simulate(
 
         checkpoint_blocks(model, checkpointing)
         if compiled:
+            from nnx_cli.engine.buffers import compile_imitations  # a tenth of a second, most of it torch's
+
             compile_imitations(model.blocks, WORKSPACES if storages.on_card else {}, storages.count)
         for number, block in enumerate(model.blocks):
             call = storages.paused()(block._compiled_call_impl) if compiled else block._call_impl

@@ -80,7 +80,7 @@ def plan_run(
             derived[field] = value
             where[field] = f"derived: {reason}"
 
-    model = cost.light_model(name, config)
+    model = cost.meta_model(name, config)
     in_time = seconds * rate * share_reached(device, config.dim) / cost.flops_per_token(model)["train"]  # tokens
     passes = planned_tokens(train, model, device, train_tokens, in_time) / train_tokens
     learner = model if train.lora_rank is None else cost.meta_model(name, config, train.lora_rank)
@@ -299,7 +299,7 @@ def affordable_size(name: str, flops: float) -> str:
     least the smallest."""
     chosen, device = models.sizes(name)[0], torch.device("cpu")
     for size in models.sizes(name):
-        model = cost.light_model(name, models.make_config(name, size=size))
+        model = cost.meta_model(name, models.make_config(name, size=size))
         tokens = flops * share_reached(device, model.config.dim) / cost.flops_per_token(model)["train"]
         if tokens < TOKENS_PER_PARAMETER * cost.count_parameters(model)["total"]:
             break

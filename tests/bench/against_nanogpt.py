@@ -22,8 +22,8 @@ from the start of its process to its end, default recipe, with a length given be
 on, until a run ends at the target or below. Every length that was tried is a row. On a CPU, which often does other
 work too, shares are of processor time.
 
-`against_nanogpt.py --profile PART MODEL MICRO-BATCH` says in what kernels a step of one of our rows for speed spends its
-time (no checkout, no text).
+`against_nanogpt.py --profile PART MODEL MICRO-BATCH` says in what kernels a step of one of our rows for speed spends
+its time (no checkout, no text).
 
 Each side of each part is one call where time is short; rows are appended to --results, and every call prints the
 tables of all rows that are there. A later row of the same kind replaces an earlier one.

@@ -66,6 +66,15 @@ def test_nothing_takes_more_than_the_bound(name, target, dropout):
             assert 1.2 * found.peak(settings, rows) < found.bound(settings, rows)
 
 
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("name", models.names())
+def test_nothing_takes_less_than_the_least(name, lora_rank):
+    found = predictor(name, "nano", lora_rank)
+    for settings, _ in ladder(train(optimizer_in_backward=lora_rank is None, grad_accum=1)):
+        assert found.least(settings) < found.peak(settings, 1)
+    assert not found.fits(settings, 1, found.least(settings) - 1)
+
+
 def test_what_clearly_fits_is_not_simulated(monkeypatch):
     found = predictor(size="nano")
     monkeypatch.setattr(found, "peak", None)
@@ -77,6 +86,7 @@ def test_what_clearly_fits_is_not_simulated(monkeypatch):
 @pytest.mark.parametrize(("budget", "wanted"), [(99, 0), (100, 1), (249, 3), (250, 4), (10**6, 50)])
 def test_the_largest_batch_within_a_budget(budget, wanted):
     assert largest_batch(lambda rows: 50 + 50 * rows, budget, 50) == wanted
+    assert largest_batch(lambda rows: 50 + 50 * rows, budget, 50, fitting=wanted) == wanted
 
 
 def test_a_batch_too_large_to_simulate_lies_on_a_line():

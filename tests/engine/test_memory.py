@@ -191,14 +191,19 @@ model = meta_model("nyx", models.make_config("nyx", size="nano"))
 train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="half")
 predict(model, train, 2, Target())
 flops_per_token(model)
-assert "torch._dynamo" not in sys.modules
+assert not {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & {*sys.modules}
 from nnx_cli.engine.cost import without_compiler
 with without_compiler():
+    import sympy as held
     import torch
+    from torch.fx.experimental.symbolic_shapes import guard_or_false as decides
+    assert decides(3 < 2) is False and not hasattr(held, "__file__")
     assert torch._dynamo.config.suppress_errors is False, "the real one, for who asks for more"
+import sympy
 import torch._dynamo
-assert torch._dynamo.__file__
-print(torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)).item())
+assert torch._dynamo.__file__ and sympy.__file__ and held.Basic is sympy.Basic
+add = torch.compile(lambda x: x + len(x), backend="eager", fullgraph=True, dynamic=True)
+print(*(add(torch.ones(n))[0].item() for n in (2, 3)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "2.0", done.stderr
+    assert done.stdout.strip() == "3.0 4.0", done.stderr
