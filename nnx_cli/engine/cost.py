@@ -207,7 +207,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [x for x in each if isinstance(x, Tensor)]
         given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         is_view = any(x.untyped_storage()._cdata in given for x in tensors)  # whatever the schema says
-        if not is_view and all(x.is_meta for x in tensors):
+        if tensors and not is_view and all(x.is_meta for x in tensors):
             KNOWN_OUTPUTS[key] = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in each]
         return out
     new = [

@@ -79,7 +79,9 @@ class Predictor:
 
         @cache
         def size() -> tuple[int, int]:
-            return count_parameters(model("fp32"))["total"], dry_run(model("fp32"))[1]
+            built = model("fp32")
+            built.compute_dtype = torch.float32  # a prediction leaves its own
+            return count_parameters(built)["total"], dry_run(built)[1]
 
         self._memory, self._size, self._adapters = memory, size, lora_rank is not None
         self._keeps_scores = kind != "cuda" and config.dropout > 0

@@ -569,7 +569,7 @@ def test_a_length_that_lies_behind_is_refused(run):
 
 # processes
 
-LENGTH = 160
+LENGTH = 400  # more than a second after the checkpoint that is waited for
 COMMAND = ["--model", "nyx", "--dim", "32", "--n-layers", "2", "--n-heads", "2", "--seq-len", "32", "--dropout", "0.1",
            "--max-steps", str(LENGTH), "--batch-size", "4", "--grad-accum", "1", "--lr", "2e-3", "--val-every", "50",
            "--val-batches", "2", "--save-every", "20", "--sample-every", "100", "--compile", "off", "--device", "cpu",
