@@ -139,7 +139,7 @@ class WithoutNumbers(LightMode):
 
 def meta_model(name: str, config: ModelConfig, lora_rank: int | None = None) -> LanguageModel:
     """A model without memory behind its tensors, with adapters where a rank is given."""
-    with torch.device("meta"), WithoutNumbers():
+    with without_compiler(), torch.device("meta"), WithoutNumbers():
         model = models.from_config(name, config)
         if lora_rank is not None:
             add_adapters(model, lora_rank)
