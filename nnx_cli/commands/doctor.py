@@ -12,7 +12,7 @@ from nnx_cli.errors import MissingFeature
 @command()
 def run(talk: Talk) -> None:
     """Look at this machine's set-up and say how to mend what is wrong."""
-    from nnx_cli.engine.diagnosis import diagnose
+    from nnx_cli.system.doctor import diagnose
 
     findings = list(diagnose())
     talk.show_json([asdict(finding) for finding in findings])

@@ -31,10 +31,10 @@ def run(
     """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""
     check_range("batch-size", batch_size, 1, 2**20)
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
-    from nnx_cli.engine.device import pick_device, pick_precision
     from nnx_cli.engine.evaluator import evaluate
     from nnx_cli.engine.held_out import held_out_tokens
     from nnx_cli.engine.run import find_model, load_model
+    from nnx_cli.system.device import pick_device, pick_precision
 
     where = pick_device(device)
     precision = pick_precision(precision, where)

@@ -50,9 +50,9 @@ def run(
     if options.get("generate_length") is not None:
         values["max_new_tokens"] = options["generate_length"]
     config = SampleConfig(**values)
-    from nnx_cli.engine.device import peak_memory_bytes, pick_device, pick_precision
     from nnx_cli.engine.run import find_model, load_model
     from nnx_cli.engine.sampler import generate
+    from nnx_cli.system.device import peak_memory_bytes, pick_device, pick_precision
 
     where = pick_device(device)
     precision = pick_precision(precision, where)

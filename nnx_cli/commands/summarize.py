@@ -114,10 +114,10 @@ def summary(
     import torch
 
     from nnx_cli.engine import cost
-    from nnx_cli.engine.device import memory_budget, pick_device
     from nnx_cli.engine.ladder import Predictor, advice, descend, ladder
     from nnx_cli.engine.memory import Target
     from nnx_cli.engine.planner import default_tokens_per_step, preferred_optimizer
+    from nnx_cli.system.device import memory_budget, pick_device
 
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
     predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else Target())

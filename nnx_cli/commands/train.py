@@ -218,7 +218,7 @@ def new_run(
 
 def take_back(made: list[Path]) -> None:
     """Remove the folders, innermost first, that were made for a run that is not to be; others may use an outer one."""
-    from nnx_cli.engine.files import discard_folder
+    from nnx_cli.system.files import discard_folder
 
     for number, folder in enumerate(made):
         with suppress(OSError):
@@ -459,7 +459,7 @@ def command_line() -> str:
 def tell_plan(talk: Talk, plan: Any, tokens: TokenFolder, device: Any) -> None:
     """What is about to happen, in two lines."""
     from nnx_cli.engine import cost
-    from nnx_cli.engine.device import describe
+    from nnx_cli.system.device import describe
 
     train, config = plan.train, plan.model_config
     total = cost.count_parameters(cost.meta_model(plan.model, config))["total"]

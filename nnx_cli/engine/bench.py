@@ -20,14 +20,6 @@ import torch
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import compiler, cost, session
-from nnx_cli.engine.device import (
-    DTYPES,
-    describe,
-    peak_memory_bytes,
-    pick_precision,
-    set_seed,
-    synchronize,
-)
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.tokens import TokenFolder
@@ -35,6 +27,14 @@ from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.layers.product import multiply
 from nnx_cli.models._base import ModelConfig
+from nnx_cli.system.device import (
+    DTYPES,
+    describe,
+    peak_memory_bytes,
+    pick_precision,
+    set_seed,
+    synchronize,
+)
 
 ROUNDS = 5  # whose median counts
 WARMUP_CALLS = {"cpu": 1}  # before anything is timed: memory is taken, kernels are chosen, blocks compiled

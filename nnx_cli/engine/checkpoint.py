@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nnx_cli.engine.files import (
+from nnx_cli.errors import CheckpointError
+from nnx_cli.system.files import (
     check_types,
     discard_folder,
     new_folder,
@@ -30,7 +31,6 @@ from nnx_cli.engine.files import (
     to_json,
     write_synced,
 )
-from nnx_cli.errors import CheckpointError
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

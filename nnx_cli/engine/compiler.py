@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nnx_cli.engine.device import synchronize
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import synchronize
 
 if TYPE_CHECKING:
     from nnx_cli.engine.trainer import Trainer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnx_cli.engine import eight_bit
 from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.layers.triton_probe import has_triton
+from nnx_cli.system.hardware import has_triton
 
 PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
 PIECE_ELSEWHERE = 2**24

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnx_cli.engine.machine import rss_bytes
+from nnx_cli.system.machine import rss_bytes
 
 SCHEMES = {"gpt2": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}  # its names for the ways to split text
 MAX_GROWTH_BYTES = 32 * 2**20  # its memory of words seen has no bound; after so much it starts anew

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from nnx_cli.engine.row_loss import StudentT, row_loss
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.product import has_onednn, multiply, pays
-from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.hardware import has_triton
 
 CHUNK_BYTES = 128 * 2**20  # of a chunk's logits and everything made from them
 CUDA_CHUNK_BYTES = 256 * 2**20  # a kernel starts late and products like many rows: 4096 rows at 32,000 tokens in bf16

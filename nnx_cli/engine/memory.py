@@ -25,12 +25,12 @@ from nnx_cli.engine import loss as head_loss
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import undo_compile
 from nnx_cli.engine.cost import LightMode, outputs, without_compiler
-from nnx_cli.engine.device import DTYPES
 from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
 from nnx_cli.layers import attention, averaged_keys, dropout, product, segments, soft_xor, unpack
-from nnx_cli.layers.triton_probe import has_triton
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import DTYPES
+from nnx_cli.system.hardware import has_triton
 
 REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sums over rows
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it

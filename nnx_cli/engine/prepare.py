@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine import corpus, files, tokens
+from nnx_cli.engine import corpus, tokens
 from nnx_cli.engine.compression import BLOCK_BYTES
 from nnx_cli.engine.corpus import Piece, Reader, Report, Source
-from nnx_cli.engine.machine import n_cores, peak_rss_bytes
 from nnx_cli.engine.split import SplitWriter
 from nnx_cli.engine.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer, needs_training, utf8
 from nnx_cli.errors import DataError, UsageError
+from nnx_cli.system import files
+from nnx_cli.system.machine import n_cores, peak_rss_bytes
 
 JOB_CHARS = 2**20  # encoded at a time by one thread
 JOB_BYTES = 12 * 2**20  # what that takes at most, text and ids together

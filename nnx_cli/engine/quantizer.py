@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.engine.evaluator import window_starts
-from nnx_cli.engine.files import new_folder, refuse_existing, to_json, write_synced
 from nnx_cli.engine.held_out import held_out_tokens
 from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.loss import chunk_rows
@@ -24,6 +23,7 @@ from nnx_cli.engine.sampler import generate
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.files import new_folder, refuse_existing, to_json, write_synced
 
 RELATIVE_DROP = 0.01  # of the loss: what quantizing may cost unless told otherwise
 MEASURED_FLOPS = 5e11  # spent on text by each of the two models: a few seconds of a small computer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnx_cli.layers.triton_probe import has_triton
+from nnx_cli.system.hardware import has_triton
 
 MIN_DISTANCE = 1e-12  # squared, of a Student-t kernel: rounding would make some negative
 

@@ -21,8 +21,13 @@ from nnx_cli import models
 from nnx_cli.config import coerce
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
-from nnx_cli.engine.device import DTYPES
-from nnx_cli.engine.files import (
+from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
+from nnx_cli.errors import CheckpointError, DataError, NnxError, OutputError, UsageError
+from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
+from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import DTYPES
+from nnx_cli.system.files import (
     check_types,
     cleared,
     new_folder,
@@ -40,11 +45,6 @@ from nnx_cli.engine.files import (
     to_json,
     write_synced,
 )
-from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
-from nnx_cli.errors import CheckpointError, DataError, NnxError, OutputError, UsageError
-from nnx_cli.layers.adapter import add_adapters
-from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
-from nnx_cli.models._base import LanguageModel
 
 WEIGHTS = Path("weights")
 BEST = "model.safetensors"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.engine.decoding import CapturedDecoding
-from nnx_cli.engine.device import synchronize
 from nnx_cli.engine.tokenizer import StreamDecoder, Tokenizer
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import synchronize
 
 CAPTURE_FROM = 16  # tokens still to draw, from which on recording a decoding step pays
 

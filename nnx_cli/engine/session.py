@@ -17,18 +17,6 @@ from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
 from nnx_cli.engine.checkpointing import checkpoint_blocks
-from nnx_cli.engine.device import (
-    DTYPES,
-    describe,
-    limit_memory,
-    pick_device,
-    pick_precision,
-    set_deterministic,
-    set_seed,
-    set_threads,
-)  # fmt: skip
-from nnx_cli.engine.files import relative
-from nnx_cli.engine.machine import keep_freed_memory
 from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
@@ -39,6 +27,18 @@ from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageErro
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import (
+    DTYPES,
+    describe,
+    limit_memory,
+    pick_device,
+    pick_precision,
+    set_deterministic,
+    set_seed,
+    set_threads,
+)  # fmt: skip
+from nnx_cli.system.files import relative
+from nnx_cli.system.machine import keep_freed_memory
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from nnx_cli.engine import files
 from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
 from nnx_cli.errors import DataError
+from nnx_cli.system import files
 
 FORMAT = 1
 SPLITS = ("train", "val")

@@ -18,7 +18,6 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.compiler import eagerly
-from nnx_cli.engine.device import memory_budget, peak_memory_bytes, set_seed, synchronize
 from nnx_cli.engine.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
 from nnx_cli.engine.loader import Loader
@@ -31,6 +30,7 @@ from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import memory_budget, peak_memory_bytes, set_seed, synchronize
 
 T = TypeVar("T")
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.layers.operator import operator
-from nnx_cli.layers.triton_probe import has_triton
+from nnx_cli.system.hardware import has_triton
 
 
 def averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:

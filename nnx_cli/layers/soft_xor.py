@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.layers.precision import in_type, widened
-from nnx_cli.layers.triton_probe import has_triton
+from nnx_cli.system.hardware import has_triton
 
 CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nnx_cli.layers.linear import PackedLinear
 from nnx_cli.layers.operator import operator
 from nnx_cli.layers.rope import rotate
-from nnx_cli.layers.triton_probe import has_triton
+from nnx_cli.system.hardware import has_triton
 
 
 def is_one_kernel(x: Tensor) -> bool:

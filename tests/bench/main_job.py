@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from nnx_cli.engine.corpus import builtin_corpus
-from nnx_cli.engine.machine import cpu_model
+from nnx_cli.system.machine import cpu_model
 
 NNX = [sys.executable, "-m", "nnx_cli"]
 

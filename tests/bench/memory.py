@@ -34,10 +34,10 @@ from nnx_cli.engine import memory
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import compile_blocks
 from nnx_cli.engine.cost import meta_model
-from nnx_cli.engine.device import DTYPES, pick_device
 from nnx_cli.engine.optimizer import build_optimizer, store_weights
 from nnx_cli.engine.step import Step
 from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.system.device import DTYPES, pick_device
 
 MIB = 2**20
 ORIGINALS = "originals"  # stands for a size: what an original's author trained

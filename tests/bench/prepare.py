@@ -38,9 +38,9 @@ import tiktoken
 from nnx_cli.config import PrepareConfig
 from nnx_cli.engine import bpe, fast_encoder
 from nnx_cli.engine.corpus import builtin_corpus
-from nnx_cli.engine.machine import cpu_model, n_cores, peak_rss_bytes
 from nnx_cli.engine.prepare import prepare
 from nnx_cli.engine.tokenizer import build_tokenizer
+from nnx_cli.system.machine import cpu_model, n_cores, peak_rss_bytes
 
 ONE_CORE = ("byte", "char")
 CYRILLIC = str.maketrans("abcdefghijklmnopqrstuvwxyz", "абцдефгхийклмнопярстужвьыз")

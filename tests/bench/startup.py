@@ -27,7 +27,7 @@ from statistics import median
 import typer
 
 from nnx_cli.cli import COMMANDS, app
-from nnx_cli.engine.machine import cpu_model
+from nnx_cli.system.machine import cpu_model
 
 HEAD = """import pathlib
 from pathlib import Path

@@ -27,7 +27,6 @@ from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig, own_fields
 from nnx_cli.engine import session
 from nnx_cli.engine.compiler import decide
-from nnx_cli.engine.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 from nnx_cli.engine.evaluator import evaluate
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.prepare import prepare
@@ -35,6 +34,7 @@ from nnx_cli.engine.schedule import lr_at
 from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 
 
 def make_trainer(

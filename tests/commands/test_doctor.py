@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from nnx_cli.engine import diagnosis
+from nnx_cli.system import doctor as diagnosis
 
 
 def test_findings_and_the_lines_that_mend_them(nnx):

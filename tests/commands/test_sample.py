@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nnx_cli.engine import files
+from nnx_cli.system import files
 
 KEYS = ["model", "prompt", "samples", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nnx_cli.engine import checkpoint as ckpt
-from nnx_cli.engine import files
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.system import files
 
 
 def make(step=5, **tensors):

@@ -8,13 +8,14 @@ import tracemalloc
 import pytest
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine import bpe, compression, files, tokens
+from nnx_cli.engine import bpe, compression, tokens
 from nnx_cli.engine import prepare as module
 from nnx_cli.engine.prepare import default_folder, prepare, prepare_builtin
 from nnx_cli.engine.split import SplitWriter
 from nnx_cli.engine.tokenizer import build_tokenizer
 from nnx_cli.engine.tokens import open_token_folder
 from nnx_cli.errors import DataError, MissingFeature, NnxError, OutputError, UsageError
+from nnx_cli.system import files
 
 LINE = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。\n"
 KEYS = (

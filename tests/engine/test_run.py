@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from nnx_cli.engine import checkpoint as ckpt
-from nnx_cli.engine import files
 from nnx_cli.engine import run as run_module
 from nnx_cli.engine.run import ModelRef, Run, find_folder, find_model, find_runs, list_runs, live_status, load_model
 from nnx_cli.errors import CheckpointError, OutputError, UsageError
+from nnx_cli.system import files
 
 CPU = torch.device("cpu")
 

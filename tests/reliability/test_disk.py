@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from nnx_cli.engine import files, session
+from nnx_cli.engine import session
 from nnx_cli.engine.checkpoint import load_checkpoint, steps_in
 from nnx_cli.engine.run import ModelRef, Run
 from nnx_cli.errors import OutputError
+from nnx_cli.system import files
 from tests.reliability import Result
 from tests.reliability.faults import watched
 from tests.reliability.processes import (

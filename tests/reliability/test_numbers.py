@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 
 from nnx_cli.engine.checkpoint import steps_in
-from nnx_cli.engine.files import read_json
+from nnx_cli.system.files import read_json
 from tests.reliability import Result
 from tests.reliability.faults import NanAt, OverflowAt, SpikeAt
 from tests.reliability.processes import Command, Setting, make_data, train_words, workplace

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.engine.files import read_json, sha256_file, to_json
+from nnx_cli.system.files import read_json, sha256_file, to_json
 from tests.reliability import Result
 from tests.reliability.processes import (
     Command,

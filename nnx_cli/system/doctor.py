@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nnx_cli.engine.device import describe, pick_device, pick_precision
-from nnx_cli.engine.machine import machine_memory_bytes
+from nnx_cli.system.device import describe, pick_device, pick_precision
+from nnx_cli.system.machine import machine_memory_bytes
 
 OLDEST_TORCH, MAC_TORCH = (2, 11), (2, 14)
 GIB = 2**30

@@ -4,8 +4,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from nnx_cli.layers import triton_probe
-from nnx_cli.layers.triton_probe import has_triton
+from nnx_cli.system import hardware as triton_probe
+from nnx_cli.system.hardware import has_triton
 
 CARD = torch.device("cuda", 7)
 

@@ -7,8 +7,8 @@ import os
 import torch
 
 from nnx_cli.config import check_choice
-from nnx_cli.engine.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
+from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESERVE_BYTES = int(0.75 * 2**30)  # of a card: context and desktop, left outside the allocator

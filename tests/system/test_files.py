@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from nnx_cli.engine import files
 from nnx_cli.errors import OutputError
+from nnx_cli.system import files
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are asked for by POSIX means")
 

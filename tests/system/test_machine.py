@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.engine.machine import peak_rss_bytes, rss_bytes
+from nnx_cli.system.machine import peak_rss_bytes, rss_bytes
 
 STATUS = Path("/proc/self/status")
 
@@ -13,7 +13,7 @@ STATUS = Path("/proc/self/status")
 def test_the_peak_of_memory_is_that_of_this_process():
     held = bytearray(64 * 2**20)
     held[::4096] = b"x" * len(held[::4096])
-    code = "from nnx_cli.engine.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from nnx_cli.system.machine import peak_rss_bytes; print(peak_rss_bytes())"
     of_child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert of_child < 48 * 2**20 < rss_bytes() <= peak_rss_bytes()
     assert len(held)
