@@ -25,7 +25,7 @@ from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import DoesNotFit
-from nnx_cli.layers.product import multiply
+from nnx_cli.kernels.gemm import multiply
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.system.device import (
     DTYPES,

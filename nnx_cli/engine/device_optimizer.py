@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.engine.rounding import random_key
+from nnx_cli.kernels.stochastic_rounding import random_key
 
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Group = Mapping[str, Any]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnx_cli.engine.row_loss import StudentT, row_loss
+from nnx_cli.kernels.cross_entropy import StudentT, row_loss
+from nnx_cli.kernels.gemm import has_onednn, multiply, pays
 from nnx_cli.layers.head import HeadFormula, formula_of
-from nnx_cli.layers.product import has_onednn, multiply, pays
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.hardware import has_triton
 

@@ -17,7 +17,7 @@ from nnx_cli.engine.ladder import Predictor, Rung, advice, descend
 from nnx_cli.engine.loader import check_length
 from nnx_cli.engine.schedule import MILESTONES
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
-from nnx_cli.layers.product import multiply
+from nnx_cli.kernels.gemm import multiply
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.system.device import DTYPES, memory_budget, synchronize
 

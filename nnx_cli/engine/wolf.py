@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.engine import elementwise
 from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
+from nnx_cli.kernels import optimizer_step as elementwise
 
 
 class Wolf(DeviceOptimizer):

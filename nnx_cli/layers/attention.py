@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.layers import attention_in_rows
-from nnx_cli.layers import dropout as dropping
+from nnx_cli.kernels import attention_in_rows
+from nnx_cli.kernels import dropout as dropping
 from nnx_cli.layers.kv_cache import KVCache
 
 

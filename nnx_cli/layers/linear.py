@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnx_cli.kernels.gemm import multiply
 from nnx_cli.layers.head import HeadFormula
-from nnx_cli.layers.product import multiply
 
 
 class Linear(nn.Linear):

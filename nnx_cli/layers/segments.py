@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nnx_cli.kernels.custom_op import operator
+from nnx_cli.kernels.precision import in_type
 from nnx_cli.layers.kv_cache import KVCache
-from nnx_cli.layers.operator import operator
-from nnx_cli.layers.precision import in_type
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
 LSE_ROWS = 32  # memory-efficient attention pads its sums to a multiple of these

@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.kernels.averaged_keys import averaged_keys, averages, weighted_sums
+from nnx_cli.kernels.dropout import dropout as drop
+from nnx_cli.kernels.gemm import multiply
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.averaged_keys import averaged_keys, averages, weighted_sums
-from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.layers.product import multiply
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 

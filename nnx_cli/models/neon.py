@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.differential import Lambda, differential_attention, repeat_as_seed
-from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear

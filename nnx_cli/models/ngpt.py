@@ -32,13 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.kernels.dropout import dropout as drop
+from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.precision import in_type
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.layers.precision import in_type
-from nnx_cli.layers.product import multiply
 from nnx_cli.layers.rope import rotary_tables, rotate
 from nnx_cli.layers.sphere import normalize_matrices
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.kernels.dropout import dropout as drop
+from nnx_cli.kernels.qkv_swiglu import product_to_unpack, unpack
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.dropout import dropout as drop
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.rope import rotary_tables, rotate
-from nnx_cli.layers.unpack import product_to_unpack, unpack
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 

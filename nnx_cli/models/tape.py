@@ -36,15 +36,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
-from nnx_cli.layers.dropout import dropout as drop
+from nnx_cli.kernels.dropout import dropout as drop
+from nnx_cli.kernels.precision import widened
+from nnx_cli.kernels.soft_xor import Activation, Recurrence, soft_xor
 from nnx_cli.layers.head import HeadFormula
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
-from nnx_cli.layers.precision import widened
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.segments import attend, attention_entropy
-from nnx_cli.layers.soft_xor import Activation, Recurrence, soft_xor
 from nnx_cli.models._base import MAX_LAYERS, LanguageModel, ModelConfig
 
 SIDES = ("left", "right")

@@ -28,7 +28,7 @@ def has_triton(device: torch.device) -> bool:
 
 def launch(device: torch.device) -> None:
     """Run the smallest of the kernels."""
-    from nnx_cli.layers import soft_xor_kernel
+    from nnx_cli.kernels import soft_xor_triton as soft_xor_kernel
 
     sums = torch.zeros(1, 2, device=device)
     with torch.cuda.device(device):

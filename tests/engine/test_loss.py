@@ -10,8 +10,8 @@ from torch import nn
 from nnx_cli import models
 from nnx_cli.engine import loss as loss_module
 from nnx_cli.engine.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_loss, head_vocab_size, token_losses
-from nnx_cli.engine.row_loss import StudentT, plain_row_loss
-from nnx_cli.layers import product
+from nnx_cli.kernels import gemm as product
+from nnx_cli.kernels.cross_entropy import StudentT, plain_row_loss
 from nnx_cli.layers.head import formula_of
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.sphere import ScaledHead
@@ -171,7 +171,7 @@ def test_fp16_keeps_the_gradients_of_unlikely_tokens():
 @pytest.mark.parametrize("n_tokens", [11, 256, 5003])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "student-t"])
 def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
-    from nnx_cli.engine.row_loss_kernel import fused_row_loss
+    from nnx_cli.kernels.cross_entropy_triton import fused_row_loss
 
     torch.manual_seed(0)
     dtype = torch.float32 if kind == "student-t" else getattr(torch, kind)

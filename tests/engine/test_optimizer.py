@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine import elementwise
 from nnx_cli.engine.adamw import AdamW
 from nnx_cli.engine.lion import Lion
 from nnx_cli.engine.loss import TrainStep
@@ -20,6 +19,7 @@ from nnx_cli.engine.optimizer import (
 )
 from nnx_cli.engine.wolf import Wolf
 from nnx_cli.errors import CheckpointError
+from nnx_cli.kernels import optimizer_step as elementwise
 
 KINDS = ["adamw", "adamw8bit", "lion", "muon", "wolf"]
 STORED = ["fp32", "bf16"]

@@ -25,7 +25,9 @@ try:
 finally:
     print("END", "torch._dynamo" in sys.modules)
     import torch
-    from nnx_cli.layers import averaged_keys, segments, unpack
+    from nnx_cli.layers import segments
+    from nnx_cli.kernels import averaged_keys
+    from nnx_cli.kernels import qkv_swiglu as unpack
     x, table = torch.ones(2, 4, 2, 8, requires_grad=True), torch.ones(4, 4)
     results = [
         *unpack.unpack(x.flatten(2).repeat(1, 1, 5), *[table] * 4, 4, 1), unpack.swiglu(x),

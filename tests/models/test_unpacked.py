@@ -7,7 +7,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.loss import TrainStep
-from nnx_cli.layers import unpack
+from nnx_cli.kernels import qkv_swiglu as unpack
 from nnx_cli.layers.adapter import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers
 

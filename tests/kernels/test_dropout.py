@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnx_cli.layers import attention, dropout
+from nnx_cli.kernels import dropout
+from nnx_cli.layers import attention
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])

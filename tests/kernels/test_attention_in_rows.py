@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnx_cli.layers import attention_in_rows
+from nnx_cli.kernels import attention_in_rows
 from nnx_cli.layers.attention import causal_attention
 
 

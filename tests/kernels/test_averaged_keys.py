@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from nnx_cli.layers import averaged_keys as layer
+from nnx_cli.kernels import averaged_keys as layer
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
 

@@ -33,7 +33,7 @@ def row_loss(
     their place. Statistics are taken in float32 or wider.
     """
     if has_triton(products.device) and products.dtype != torch.float64:
-        from nnx_cli.engine.row_loss_kernel import fused_row_loss
+        from nnx_cli.kernels.cross_entropy_triton import fused_row_loss
 
         return fused_row_loss(products, targets, ignore_index, student_t, factor, gradient)
     return plain_row_loss(products, targets, ignore_index, student_t, factor, gradient)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnx_cli.engine.eight_bit import BLOCK
-from nnx_cli.engine.elementwise import WOLF_SHARE
+from nnx_cli.kernels.log8 import BLOCK
+from nnx_cli.kernels.optimizer_step import WOLF_SHARE
 
 ROWS = 4
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from nnx_cli.layers import soft_xor
+from nnx_cli.kernels import soft_xor
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_plain_operations(dtype):
-    from nnx_cli.layers import soft_xor_kernel
+    from nnx_cli.kernels import soft_xor_triton as soft_xor_kernel
 
     torch.manual_seed(0)
     sums = (3 * torch.randn(5, 2 * 77, device=DEVICE)).to(dtype)

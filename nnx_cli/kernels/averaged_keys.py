@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.layers.operator import operator
+from nnx_cli.kernels.custom_op import operator
 from nnx_cli.system.hardware import has_triton
 
 
@@ -38,7 +38,7 @@ def averages(sums: Tensor, counts: Tensor) -> Tensor:
 def averaged_by_kernel(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     if not has_triton(k.device):
         return averages(weighted_sums(k, share), counts).to(k.dtype)
-    from nnx_cli.layers import averaged_keys_kernel
+    from nnx_cli.kernels import averaged_keys_triton as averaged_keys_kernel
 
     return averaged_keys_kernel.forward(k, share)
 
@@ -48,7 +48,7 @@ def gradients_by_kernel(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) 
     if not has_triton(k.device):
         sums_grad = averages(grad.float(), counts).flip(1).cumsum(1).flip(1)  # a key is in all averages from its own on
         return (share.unsqueeze(-1) * sums_grad).to(k.dtype), (sums_grad * k).sum(-1)
-    from nnx_cli.layers import averaged_keys_kernel
+    from nnx_cli.kernels import averaged_keys_triton as averaged_keys_kernel
 
     return averaged_keys_kernel.backward(grad, k, share)
 

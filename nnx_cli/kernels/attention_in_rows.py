@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.layers.operator import operator
+from nnx_cli.kernels.custom_op import operator
 
 ROWS = 192  # queries of a call: the kernel takes blocks of 64 of them from 192 on (32 before, 256 from 768 on)
 LENGTHS = range(384, 1025)  # positions from which on, and up to which, that was measured to be no slower

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.layers.operator import operator
+from nnx_cli.kernels.custom_op import operator
 
 LEAST_ROWS = 16  # of x, below which reading the weight sets the pace
 LEAST_PRODUCTS = 2**22  # multiplications, below which starting takes longer than is won

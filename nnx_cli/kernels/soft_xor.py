@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.layers.precision import in_type, widened
+from nnx_cli.kernels.precision import in_type, widened
 from nnx_cli.system.hardware import has_triton
 
 CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
@@ -88,7 +88,7 @@ def fastest_cell(x: Tensor) -> Callable[[Tensor, Tensor], None]:
     """`cell`, or one kernel that does the same where `x` lies and Triton runs."""
     if x.dtype == torch.float64 or not has_triton(x.device):
         return cell
-    from nnx_cli.layers import soft_xor_kernel
+    from nnx_cli.kernels import soft_xor_triton as soft_xor_kernel
 
     return soft_xor_kernel.cell
 

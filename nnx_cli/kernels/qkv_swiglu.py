@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnx_cli.kernels.custom_op import operator
 from nnx_cli.layers.linear import PackedLinear
-from nnx_cli.layers.operator import operator
 from nnx_cli.layers.rope import rotate
 from nnx_cli.system.hardware import has_triton
 
@@ -60,7 +60,7 @@ def unpacked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Heads lie side by side: (B, T, H, K)."""
     if has_triton(packed.device):
-        from nnx_cli.layers import unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.forward(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
     q, k, v, value, gate = parts(packed, n_heads, n_kv_heads, 2 * q_cos.shape[-1])
@@ -75,7 +75,7 @@ def unpacked_backward(
 ) -> Tensor:  # fmt: skip
     """The gradient of the product, which is needed itself where there are gates."""
     if has_triton(grad_q.device):
-        from nnx_cli.layers import unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.backward(grad_q, grad_k, grad_v, grad_hidden, packed, q_cos, q_sin, k_cos, k_sin)
     q, k = (
@@ -91,7 +91,7 @@ def unpacked_backward(
 
 def gated(packed: Tensor) -> Tensor:
     if has_triton(packed.device):
-        from nnx_cli.layers import unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.swiglu(packed)
     gate, up = packed.chunk(2, dim=-1)
@@ -100,7 +100,7 @@ def gated(packed: Tensor) -> Tensor:
 
 def gated_backward(grad: Tensor, packed: Tensor) -> Tensor:
     if has_triton(packed.device):
-        from nnx_cli.layers import unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.swiglu_backward(grad, packed)
     gate, up = packed.chunk(2, dim=-1)

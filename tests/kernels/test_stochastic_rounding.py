@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnx_cli.engine.rounding import random_bits, random_key, random_stream, stochastic_round
+from nnx_cli.kernels.stochastic_rounding import random_bits, random_key, random_stream, stochastic_round
 
 
 def bits(n, step=0, key=1, first=0, word=0):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnx_cli.engine.row_loss import MIN_DISTANCE, StudentT
+from nnx_cli.kernels.cross_entropy import MIN_DISTANCE, StudentT
 
 BLOCKS = ((1024, 4), (4096, 8), (16_384, 16), (65_536, 32))  # logits in registers at a time, and warps to hold them
 WIDE_BLOCKS = (*BLOCKS[:2], (32_768, 32))  # where a logit takes 4 bytes; both as measured at 32,000 and 50,304 logits

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnx_cli.layers import product
-from nnx_cli.layers.product import multiply
+from nnx_cli.kernels import gemm as product
+from nnx_cli.kernels.gemm import multiply
 
 
 @pytest.fixture

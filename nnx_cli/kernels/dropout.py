@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.layers.operator import operator
+from nnx_cli.kernels.custom_op import operator
 
 LEVELS = 2**16  # a probability is a multiple of one in so many
 

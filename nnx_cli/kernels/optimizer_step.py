@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.engine import eight_bit
-from nnx_cli.engine.rounding import random_bits, random_stream, stochastic_round
+from nnx_cli.kernels import log8 as eight_bit
+from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
 from nnx_cli.system.hardware import has_triton
 
 PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
@@ -29,7 +29,7 @@ def kernels(device: torch.device) -> ModuleType | None:
     """The rules as kernels; None where those do not run."""
     if not has_triton(device):
         return None
-    from nnx_cli.engine import kernels
+    from nnx_cli.kernels import optimizer_step_triton as kernels
 
     return kernels
 

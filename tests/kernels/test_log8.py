@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from nnx_cli.engine.eight_bit import BLOCK, decode, encode, n_blocks
-from nnx_cli.engine.rounding import random_bits, random_stream
+from nnx_cli.kernels.log8 import BLOCK, decode, encode, n_blocks
+from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream
 
 LEVEL = 2 ** (1 / 8) - 1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnx_cli.layers import unpack as layer
+from nnx_cli.kernels import qkv_swiglu as layer
 from nnx_cli.layers.rope import rotary_tables, rotate
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
