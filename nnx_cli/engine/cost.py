@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
-from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.system.device import DTYPES

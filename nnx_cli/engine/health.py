@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnx_cli.engine.loss import TrainStep
+from nnx_cli.layers.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
 
 MEMORY = 0.9  # share of the past in running averages of the loss

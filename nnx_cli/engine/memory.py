@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine import adamw, muon
-from nnx_cli.engine import loss as head_loss
-from nnx_cli.engine.checkpointing import checkpoint_blocks
 from nnx_cli.engine.compiler import undo_compile
 from nnx_cli.engine.cost import LightMode, outputs, without_compiler
-from nnx_cli.engine.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.engine.optimizer import build_optimizer
 from nnx_cli.kernels import averaged_keys, dropout, soft_xor
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels import optimizer_step as elementwise
 from nnx_cli.kernels import qkv_swiglu as unpack
-from nnx_cli.layers import attention, segments
+from nnx_cli.layers import attention
+from nnx_cli.layers import loss as head_loss
+from nnx_cli.layers import segment_attention as segments
+from nnx_cli.layers.blocks import checkpoint_blocks
+from nnx_cli.layers.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import has_triton

@@ -23,7 +23,7 @@ from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
 from nnx_cli.errors import CheckpointError, DataError, NnxError, OutputError, UsageError
-from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.device import DTYPES

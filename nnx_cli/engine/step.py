@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnx_cli.engine.device_optimizer import DeviceOptimizer
 from nnx_cli.engine.in_backward import InBackward
-from nnx_cli.engine.loss import TrainStep
+from nnx_cli.layers.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
 
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces

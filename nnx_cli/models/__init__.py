@@ -98,7 +98,7 @@ def load_reference(
     architectures that have any. Raises CheckpointError where names or shapes do not match.
     """
     check_name(name)
-    from nnx_cli.layers.adapter import add_adapters
+    from nnx_cli.layers.lora import add_adapters
 
     module = importlib.import_module(f"nnx_cli.models.{name}")
     if not hasattr(module, "reference_config"):

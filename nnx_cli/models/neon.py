@@ -35,14 +35,14 @@ from torch import Tensor, nn
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.differential import Lambda, differential_attention, repeat_as_seed
+from nnx_cli.layers.differential_attention import Lambda, differential_attention, repeat_as_seed
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.layers.memory import Memory
+from nnx_cli.layers.memory_slots import Memory
 from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.rope import rotary_tables, rotate
-from nnx_cli.layers.sphere import Interpolation, ScaledHead, normalize_matrices, unit
+from nnx_cli.layers.unit_norm import Interpolation, ScaledHead, normalize_matrices, unit
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head

@@ -40,7 +40,7 @@ from nnx_cli.layers.head import HeadFormula, formula_of
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables, rotate
-from nnx_cli.layers.sphere import normalize_matrices
+from nnx_cli.layers.unit_norm import normalize_matrices
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")

@@ -44,7 +44,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.rope import rotary_tables
-from nnx_cli.layers.segments import attend, attention_entropy
+from nnx_cli.layers.segment_attention import attend, attention_entropy
 from nnx_cli.models._base import MAX_LAYERS, LanguageModel, ModelConfig
 
 SIDES = ("left", "right")

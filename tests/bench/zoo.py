@@ -33,7 +33,7 @@ from nnx_cli.engine.prepare import prepare
 from nnx_cli.engine.schedule import lr_at
 from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
-from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.layers.lora import add_adapters
 from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 
 

@@ -3,9 +3,9 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine.in_backward import InBackward
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.engine.optimizer import build_optimizer, store_weights
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.loss import TrainStep
 
 
 def built(model, kind, stored="fp32"):

@@ -7,7 +7,6 @@ from torch import nn
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine.adamw import AdamW
 from nnx_cli.engine.lion import Lion
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.engine.optimizer import (
     build_optimizer,
     hidden_matrices,
@@ -20,6 +19,7 @@ from nnx_cli.engine.optimizer import (
 from nnx_cli.engine.wolf import Wolf
 from nnx_cli.errors import CheckpointError
 from nnx_cli.kernels import optimizer_step as elementwise
+from nnx_cli.layers.loss import TrainStep
 
 KINDS = ["adamw", "adamw8bit", "lion", "muon", "wolf"]
 STORED = ["fp32", "bf16"]

@@ -25,7 +25,7 @@ try:
 finally:
     print("END", "torch._dynamo" in sys.modules)
     import torch
-    from nnx_cli.layers import segments
+    from nnx_cli.layers import segment_attention as segments
     from nnx_cli.kernels import averaged_keys
     from nnx_cli.kernels import qkv_swiglu as unpack
     x, table = torch.ones(2, 4, 2, 8, requires_grad=True), torch.ones(4, 4)

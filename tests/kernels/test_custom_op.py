@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnx_cli.layers.segments import attention_and_sums
+from nnx_cli.layers.segment_attention import attention_and_sums
 
 
 def test_no_gradients_where_none_were_given():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnx_cli.engine.compiler import compile_blocks
-from nnx_cli.engine.loss import TrainStep
+from nnx_cli.layers.loss import TrainStep
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nnx_cli import models
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.loss import TrainStep
 
 FOLDER = Path(__file__).parent
 CASES = json.loads((FOLDER / "llama.parity.json").read_text())["cases"]

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from nnx_cli import models
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.errors import CheckpointError, UsageError
-from nnx_cli.layers.adapter import adapted_layers, add_adapters, merge_adapters
+from nnx_cli.layers.lora import adapted_layers, add_adapters, merge_adapters
+from nnx_cli.layers.loss import TrainStep
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models.ngpt import Interpolate, unit
 

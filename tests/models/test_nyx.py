@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nnx_cli import models
-from nnx_cli.engine.loss import TrainStep
-from nnx_cli.layers.adapter import merge_adapters, remove_adapters
+from nnx_cli.layers.lora import merge_adapters, remove_adapters
+from nnx_cli.layers.loss import TrainStep
 from nnx_cli.models.nyx import xpos_tables
 
 FOLDER = Path(__file__).parent

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.engine.checkpointing import checkpoint_blocks
-from nnx_cli.engine.loss import TrainStep
 from nnx_cli.kernels import qkv_swiglu as unpack
-from nnx_cli.layers.adapter import add_adapters
+from nnx_cli.layers.blocks import checkpoint_blocks
+from nnx_cli.layers.lora import add_adapters
+from nnx_cli.layers.loss import TrainStep
 from nnx_cli.layers.quantized import Quantization, quantize_layers
 
 SHAPE = dict(vocab_size=40, dim=24, n_layers=2, n_heads=3, seq_len=12)

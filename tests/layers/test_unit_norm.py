@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnx_cli.layers.sphere import normalize_matrices, normalize_stacked
+from nnx_cli.layers.unit_norm import normalize_matrices, normalize_stacked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

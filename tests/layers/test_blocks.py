@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.engine.checkpointing import checkpoint_blocks
-from nnx_cli.engine.loss import TrainStep
+from nnx_cli.layers.blocks import checkpoint_blocks
+from nnx_cli.layers.loss import TrainStep
 
 FURTHER = [("neon", dict(decoder="function", function_balance=0.01)), ("tape", dict(entropy_weight=0.1)),
            ("nyx", dict(dropout=0.2)), ("ngpt", dict(dropout=0.2))]  # fmt: skip

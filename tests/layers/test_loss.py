@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnx_cli import models
-from nnx_cli.engine import loss as loss_module
-from nnx_cli.engine.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_loss, head_vocab_size, token_losses
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels.cross_entropy import StudentT, plain_row_loss
+from nnx_cli.layers import loss as loss_module
 from nnx_cli.layers.head import formula_of
 from nnx_cli.layers.linear import Linear
-from nnx_cli.layers.sphere import ScaledHead
+from nnx_cli.layers.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_loss, head_vocab_size, token_losses
+from nnx_cli.layers.unit_norm import ScaledHead
 from nnx_cli.models import n4, ngpt, tape
 
 D, V = 6, 11
