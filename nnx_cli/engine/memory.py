@@ -20,10 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine import adamw, muon
 from nnx_cli.engine.compiler import undo_compile
 from nnx_cli.engine.cost import LightMode, outputs, without_compiler
-from nnx_cli.engine.optimizer import build_optimizer
 from nnx_cli.kernels import averaged_keys, dropout, soft_xor
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels import optimizer_step as elementwise
@@ -34,6 +32,8 @@ from nnx_cli.layers import segment_attention as segments
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim import adamw, muon
+from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import has_triton
 

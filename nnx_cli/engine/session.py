@@ -16,7 +16,6 @@ from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
-from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
 from nnx_cli.engine.tokenizer import Tokenizer
@@ -27,6 +26,7 @@ from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim._groups import store_weights
 from nnx_cli.system.device import (
     DTYPES,
     describe,

@@ -9,10 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nnx_cli.engine.device_optimizer import DeviceOptimizer
-from nnx_cli.engine.in_backward import InBackward
 from nnx_cli.layers.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim._base import DeviceOptimizer
+from nnx_cli.optim._in_backward import InBackward
 
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
 WARM_MICRO_BATCHES = 2  # of such a step: the second one adds to the gradients of the first

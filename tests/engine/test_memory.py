@@ -10,8 +10,8 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.engine import memory
 from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.engine.memory import Storages, Target, simulate
-from nnx_cli.engine.optimizer import store_weights
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.optim._groups import store_weights
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [

@@ -18,11 +18,11 @@ GROUP = dict(betas=(0.9, 0.99), eps=1e-10, weight_decay=0.1)
 
 def compare(device):
     """Every rule, stored type and way of skipping, on sizes that end within a block."""
-    from nnx_cli.engine.adamw import AdamW
-    from nnx_cli.engine.lion import Lion
-    from nnx_cli.engine.wolf import Wolf
     from nnx_cli.kernels import optimizer_step as elementwise
     from nnx_cli.kernels import optimizer_step_triton as kernels
+    from nnx_cli.optim.adamw import AdamW
+    from nnx_cli.optim.lion import Lion
+    from nnx_cli.optim.wolf import Wolf
 
     group = GROUP | {"lr": torch.tensor(1e-2, device=device)}
     cases = [("adamw", AdamW, False), ("adamw", AdamW, True), ("lion", Lion, None), ("wolf", Wolf, None)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from nnx_cli.engine import muon
-from nnx_cli.engine.adamw import AdamW
-from nnx_cli.engine.muon import STACK_BYTES, Muon, orthogonalize, step_type
+from nnx_cli.optim import muon
+from nnx_cli.optim.adamw import AdamW
+from nnx_cli.optim.muon import STACK_BYTES, Muon, orthogonalize, step_type
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # what torch.optim.Muon takes at every step
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import adamw as fused
 
-from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 from nnx_cli.kernels import optimizer_step as elementwise
 from nnx_cli.kernels.log8 import n_blocks
+from nnx_cli.optim._base import DeviceOptimizer, Group, Layout
 
 
 class AdamW(DeviceOptimizer):

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.in_backward import InBackward
-from nnx_cli.engine.optimizer import build_optimizer, store_weights
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.optim._groups import build_optimizer, store_weights
+from nnx_cli.optim._in_backward import InBackward
 
 
 def built(model, kind, stored="fp32"):

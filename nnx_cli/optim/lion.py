@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 from nnx_cli.kernels import optimizer_step as elementwise
+from nnx_cli.optim._base import DeviceOptimizer, Group, Layout
 
 
 class Lion(DeviceOptimizer):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nnx_cli.engine.device_optimizer import DeviceOptimizer
+from nnx_cli.optim._base import DeviceOptimizer
 
 
 class InBackward:

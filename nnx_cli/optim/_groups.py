@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.device_optimizer import DeviceOptimizer
 from nnx_cli.errors import CheckpointError
 from nnx_cli.layers.linear import Linear
+from nnx_cli.optim._base import DeviceOptimizer
 
 BETAS = (0.9, 0.99)  # of AdamW and Lion
 LEAST_IN_EIGHT_BITS = 4096  # numbers of a matrix; smaller ones are not worth it
@@ -53,20 +53,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> DeviceOptimizer:
     groups = parameter_groups(model, config.weight_decay)
     lr, seed = config.lr, config.seed
     if config.optimizer == "wolf":
-        from nnx_cli.engine.wolf import Wolf
+        from nnx_cli.optim.wolf import Wolf
 
         return Wolf(groups, lr, seed=seed)
     if config.optimizer == "lion":
-        from nnx_cli.engine.lion import Lion
+        from nnx_cli.optim.lion import Lion
 
         return Lion(groups, lr, BETAS, seed=seed)
     betas = (BETAS[0], config.beta2 or BETAS[1])
     if config.optimizer == "muon":
-        from nnx_cli.engine.muon import Muon
+        from nnx_cli.optim.muon import Muon
 
         splits = hidden_matrices(model)
         return Muon(set_apart(groups, set(splits), orthogonal=True), lr, betas, splits=splits, seed=seed)
-    from nnx_cli.engine.adamw import AdamW
+    from nnx_cli.optim.adamw import AdamW
 
     if config.optimizer == "adamw8bit":
         outer = outer_parameters(model)

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.adamw import AdamW
-from nnx_cli.engine.lion import Lion
-from nnx_cli.engine.optimizer import (
+from nnx_cli.errors import CheckpointError
+from nnx_cli.kernels import optimizer_step as elementwise
+from nnx_cli.layers.loss import TrainStep
+from nnx_cli.optim._groups import (
     build_optimizer,
     hidden_matrices,
     load_optimizer_state,
@@ -16,10 +17,9 @@ from nnx_cli.engine.optimizer import (
     set_lr,
     store_weights,
 )
-from nnx_cli.engine.wolf import Wolf
-from nnx_cli.errors import CheckpointError
-from nnx_cli.kernels import optimizer_step as elementwise
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.optim.adamw import AdamW
+from nnx_cli.optim.lion import Lion
+from nnx_cli.optim.wolf import Wolf
 
 KINDS = ["adamw", "adamw8bit", "lion", "muon", "wolf"]
 STORED = ["fp32", "bf16"]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from nnx_cli.engine.adamw import AdamW
 from nnx_cli.kernels import optimizer_step as elementwise
+from nnx_cli.optim.adamw import AdamW
 
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.optimizer import build_optimizer, load_optimizer_state, optimizer_state
-from nnx_cli.engine.wolf import Wolf
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.optim._groups import build_optimizer, load_optimizer_state, optimizer_state
+from nnx_cli.optim.wolf import Wolf
 
 
 def plain_step(p, g, state, lr):

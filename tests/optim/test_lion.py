@@ -2,7 +2,7 @@ import torch
 from lion_pytorch.foreach import Lion as Oracle
 from torch import nn
 
-from nnx_cli.engine.lion import Lion
+from nnx_cli.optim.lion import Lion
 
 
 def test_equals_lion_pytorch_bit_for_bit():

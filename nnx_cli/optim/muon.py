@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.engine.adamw import AdamW
-from nnx_cli.engine.device_optimizer import DeviceOptimizer, Group, Layout
 from nnx_cli.kernels.gemm import has_onednn, pays, product
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
+from nnx_cli.optim._base import DeviceOptimizer, Group, Layout
+from nnx_cli.optim.adamw import AdamW
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as
