@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from nnx_cli import models
 from nnx_cli.cli import app
 from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.data.prepare import prepare
+from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.engine import session
 from nnx_cli.engine.planner import plan_run
-from nnx_cli.engine.prepare import prepare
 from nnx_cli.engine.run import Run
-from nnx_cli.engine.tokens import open_token_folder
 from nnx_cli.engine.trainer import Observer
 
 torch.set_num_threads(1)  # these models are too small to share

@@ -32,7 +32,7 @@ def run(
         raise UsageError("nothing to prepare", fix="name files, folders, globs, or - for standard input")
     limit = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
     config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
-    from nnx_cli.engine.prepare import default_folder, prepare
+    from nnx_cli.data.prepare import default_folder, prepare
 
     if out is None:
         out = default_folder(sources, config, [val] if val else None)

@@ -23,9 +23,9 @@ from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, Ou
 if TYPE_CHECKING:
     from socket import socket
 
+    from nnx_cli.data.token_folder import TokenFolder
+    from nnx_cli.data.tokenizers.base import Tokenizer
     from nnx_cli.engine.run import ModelRef, Run
-    from nnx_cli.engine.tokenizer import Tokenizer
-    from nnx_cli.engine.tokens import TokenFolder
     from nnx_cli.engine.trainer import Trainer
 
 # The command line of the original NYX: its spelling of each option, and ours.
@@ -167,9 +167,9 @@ def new_run(
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
+    from nnx_cli.data.tokenizers.base import build_tokenizer
     from nnx_cli.engine import session
     from nnx_cli.engine.planner import check_batch_shape
-    from nnx_cli.engine.tokenizer import build_tokenizer
 
     base = None
     if init_from is not None:
@@ -251,8 +251,8 @@ def make_plan(
     device: Any, precision: str, base: ModelRef | None, tokenizer: Tokenizer | None,
 ) -> tuple[TokenFolder, Any]:  # fmt: skip
     """Open the tokens and fill in every value."""
+    from nnx_cli.data.token_folder import open_token_folder
     from nnx_cli.engine.planner import plan_run
-    from nnx_cli.engine.tokens import open_token_folder
 
     tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else tokenizer)
     if base is not None and tokens.vocab_size != fields["vocab_size"]:
@@ -278,7 +278,7 @@ def token_folder(
     from dataclasses import replace
 
     from nnx_cli.commands.prepare import preparation_view
-    from nnx_cli.engine import prepare
+    from nnx_cli.data import prepare
 
     if base is not None and base.tokenizer is not None:
         preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))

@@ -19,10 +19,10 @@ import torch
 
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
+from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.engine import compiler, cost, session
 from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.sampler import generate
-from nnx_cli.engine.tokens import TokenFolder
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.kernels.gemm import multiply

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnx_cli.engine.loader import windows_at
+from nnx_cli.data.loader import windows_at
 from nnx_cli.engine.step import capture_stream
 from nnx_cli.errors import DataError
 from nnx_cli.layers.loss import token_losses

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine.prepare import encode_files
+from nnx_cli.data.prepare import encode_files
+from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.engine.run import ModelRef
-from nnx_cli.engine.tokens import open_token_folder
 from nnx_cli.errors import DataError
 
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nnx_cli import __version__, models
+from nnx_cli.data.tokenizers.base import build_tokenizer
 from nnx_cli.engine.checkpoint import check_finite
 from nnx_cli.engine.run import write_model_folder
-from nnx_cli.engine.tokenizer import build_tokenizer
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.files import new_folder, refuse_existing

@@ -12,9 +12,9 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
+from nnx_cli.data.loader import check_length
 from nnx_cli.engine import cost
 from nnx_cli.engine.ladder import Predictor, Rung, advice, descend
-from nnx_cli.engine.loader import check_length
 from nnx_cli.engine.schedule import MILESTONES
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
 from nnx_cli.kernels.gemm import multiply

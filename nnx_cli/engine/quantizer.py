@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import SampleConfig
+from nnx_cli.data.loader import windows_at
 from nnx_cli.engine.evaluator import window_starts
 from nnx_cli.engine.held_out import held_out_tokens
-from nnx_cli.engine.loader import windows_at
 from nnx_cli.engine.run import BEST, ModelRef, load_model, write_model_folder
 from nnx_cli.engine.sampler import generate
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest

@@ -14,12 +14,12 @@ import torch
 
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
+from nnx_cli.data.token_folder import TokenFolder, open_token_folder
+from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.engine import compiler, cost
 from nnx_cli.engine.checkpoint import check_format, load_weights, step_folder
 from nnx_cli.engine.planner import Plan, steps_in
 from nnx_cli.engine.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
-from nnx_cli.engine.tokenizer import Tokenizer
-from nnx_cli.engine.tokens import TokenFolder, open_token_folder
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.layers.blocks import checkpoint_blocks

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from nnx_cli.engine.corpus import builtin_corpus
+from nnx_cli.data.sources import builtin_corpus
 from nnx_cli.system.machine import cpu_model
 
 NNX = [sys.executable, "-m", "nnx_cli"]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nnx_cli.engine.tokens import open_token_folder
+from nnx_cli.data.token_folder import open_token_folder
 
 KEYS = ["out", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "text_bytes", "bytes_per_token", "documents",
         "seconds", "megabytes_per_s", "peak_rss_bytes", "sha256"]  # fmt: skip

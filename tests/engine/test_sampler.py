@@ -5,10 +5,10 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import SampleConfig
+from nnx_cli.data.tokenizers.base import ByteTokenizer
 from nnx_cli.engine import sampler
 from nnx_cli.engine.decoding import CapturedDecoding
 from nnx_cli.engine.sampler import TextStream, draw, generate, next_probabilities, overlap, uniforms, window_start
-from nnx_cli.engine.tokenizer import ByteTokenizer
 from nnx_cli.errors import UsageError
 
 NO_HISTORY = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))

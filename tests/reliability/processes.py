@@ -195,7 +195,7 @@ def follow(shared: mmap.mmap) -> None:
 def make_data(folder: Path) -> Path:
     """A small token folder in `folder`."""
     from nnx_cli.config import PrepareConfig
-    from nnx_cli.engine.prepare import prepare
+    from nnx_cli.data.prepare import prepare
 
     draw = random.Random(5)
     words = "the a cat dog tree sees likes over naïve 小猫 and under river stone light old small quickly".split()
@@ -237,9 +237,9 @@ def start_small(data: Path, out: Path, observer: Any, model: str = "nyx", **chan
     import torch
 
     from nnx_cli.config import TrainConfig
+    from nnx_cli.data.token_folder import open_token_folder
     from nnx_cli.engine import session
     from nnx_cli.engine.planner import plan_run
-    from nnx_cli.engine.tokens import open_token_folder
 
     settings = dict(max_steps=8, batch_size=4, grad_accum=1, val_every=4, val_batches=1, save_every=4, lr=3e-3,
                     sample_every=0, compile="off", device="cpu", threads=1)  # fmt: skip

@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from hypothesis.configuration import storage_directory
 
 from nnx_cli.config import TrainConfig, coerce, own_fields, parse_bytes, parse_duration, read_toml
-from nnx_cli.engine import tokenizer_json
+from nnx_cli.data.charset import TextReader
+from nnx_cli.data.compression import Stream
+from nnx_cli.data.sources import Reader, Report, Source, format_of
+from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.data.tokenizers import hf_json as tokenizer_json
+from nnx_cli.data.tokenizers.base import build_tokenizer, load_tokenizer
 from nnx_cli.engine.checkpoint import load_checkpoint, read_tensors
-from nnx_cli.engine.compression import Stream
-from nnx_cli.engine.corpus import Reader, Report, Source, format_of
-from nnx_cli.engine.encoding import TextReader
 from nnx_cli.engine.run import logged_step, read_status, read_verified_config
-from nnx_cli.engine.tokenizer import build_tokenizer, load_tokenizer
-from nnx_cli.engine.tokens import open_token_folder
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.system.files import read_json, sha256_file, to_json
 from tests.reliability import Result, damage

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import nnx_cli
+from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.engine.run import Run
-from nnx_cli.engine.tokens import open_token_folder
 from nnx_cli.errors import CheckpointError, DataError
 from tests.reliability import Result, damage
 from tests.reliability.scene import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 
-from nnx_cli.engine.compression import BLOCK_BYTES, Stream
+from nnx_cli.data.compression import BLOCK_BYTES, Stream
 from nnx_cli.errors import DataError
 
 PROBE_BYTES = 2**16

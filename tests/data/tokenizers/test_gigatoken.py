@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine import bpe, fast_encoder
-from nnx_cli.engine.fast_encoder import PROBE, FastEncoder
-from nnx_cli.engine.prepare import prepare
+from nnx_cli.data.prepare import prepare
+from nnx_cli.data.tokenizers import bpe
+from nnx_cli.data.tokenizers import gigatoken as fast_encoder
+from nnx_cli.data.tokenizers.gigatoken import PROBE, FastEncoder
 
 TEXT = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。 It's 2026!!\n\n   don't <|endoftext|>\n" * 3000
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine.prepare import prepare
-from nnx_cli.engine.tokenizer import build_tokenizer
-from nnx_cli.engine.tokens import open_token_folder
+from nnx_cli.data.prepare import prepare
+from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.data.tokenizers.base import build_tokenizer
 from nnx_cli.errors import DataError
 
 TEXT = "".join(f"Zeile {i}: größer\n" for i in range(200))

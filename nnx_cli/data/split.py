@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nnx_cli.engine.tokenizer import Tokenizer
-from nnx_cli.engine.tokens import TokenFile, read_ids
+from nnx_cli.data.token_folder import TokenFile, read_ids
+from nnx_cli.data.tokenizers.base import Tokenizer
 
 MIN_DOCUMENTS = 100  # for holding out whole ones
 SEARCH_TOKENS = 2**18  # how far from the wanted place a line may end

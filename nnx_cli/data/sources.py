@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from nnx_cli.engine import rows
-from nnx_cli.engine.compression import BLOCK_BYTES, Stream, brief, unpack
-from nnx_cli.engine.encoding import TextReader
-from nnx_cli.engine.tokenizer import well_formed
+from nnx_cli.data import formats as rows
+from nnx_cli.data.charset import TextReader
+from nnx_cli.data.compression import BLOCK_BYTES, Stream, brief, unpack
+from nnx_cli.data.tokenizers.base import well_formed
 from nnx_cli.errors import DataError, UsageError
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")

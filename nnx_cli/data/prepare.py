@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine import corpus, tokens
-from nnx_cli.engine.compression import BLOCK_BYTES
-from nnx_cli.engine.corpus import Piece, Reader, Report, Source
-from nnx_cli.engine.split import SplitWriter
-from nnx_cli.engine.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer, needs_training, utf8
+from nnx_cli.data import sources as corpus
+from nnx_cli.data import token_folder as tokens
+from nnx_cli.data.compression import BLOCK_BYTES
+from nnx_cli.data.sources import Piece, Reader, Report, Source
+from nnx_cli.data.split import SplitWriter
+from nnx_cli.data.tokenizers.base import ByteTokenizer, Tokenizer, build_tokenizer, needs_training, utf8
 from nnx_cli.errors import DataError, UsageError
 from nnx_cli.system import files
 from nnx_cli.system.machine import n_cores, peak_rss_bytes

@@ -10,8 +10,10 @@ import zipfile
 
 import pytest
 
-from nnx_cli.engine import compression, corpus, rows
-from nnx_cli.engine.corpus import Reader, Report, Source, find_sources
+from nnx_cli.data import compression
+from nnx_cli.data import formats as rows
+from nnx_cli.data import sources as corpus
+from nnx_cli.data.sources import Reader, Report, Source, find_sources
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
 TEXT = "One line.\nZwei Zeilen, größer.\r\n三行。\n"

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.engine import bpe
-from nnx_cli.engine.tokenizer import N_BYTES, ByteTokenizer, CharTokenizer, Tokenizer
+from nnx_cli.data.tokenizers import bpe
+from nnx_cli.data.tokenizers.base import N_BYTES, ByteTokenizer, CharTokenizer, Tokenizer
 from nnx_cli.errors import DataError
 
 MAX_FILE_BYTES = 64 * 2**20

@@ -8,12 +8,14 @@ import tracemalloc
 import pytest
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.engine import bpe, compression, tokens
-from nnx_cli.engine import prepare as module
-from nnx_cli.engine.prepare import default_folder, prepare, prepare_builtin
-from nnx_cli.engine.split import SplitWriter
-from nnx_cli.engine.tokenizer import build_tokenizer
-from nnx_cli.engine.tokens import open_token_folder
+from nnx_cli.data import compression
+from nnx_cli.data import prepare as module
+from nnx_cli.data import token_folder as tokens
+from nnx_cli.data.prepare import default_folder, prepare, prepare_builtin
+from nnx_cli.data.split import SplitWriter
+from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.data.tokenizers import bpe
+from nnx_cli.data.tokenizers.base import build_tokenizer
 from nnx_cli.errors import DataError, MissingFeature, NnxError, OutputError, UsageError
 from nnx_cli.system import files
 
@@ -156,7 +158,7 @@ def test_workers_and_blocks_change_nothing(tmp_path, monkeypatch, kind):
 
 
 def test_a_document_of_many_blocks_encodes_as_a_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("nnx_cli.engine.encoding.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("nnx_cli.data.charset.BLOCK_BYTES", 1000)
     monkeypatch.setattr(module, "JOB_CHARS", 3000)
     text = (LINE + "  don't\n\n   stop   now !!\n") * 300
     (tmp_path / "a.txt").write_bytes(text.encode())

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnx_cli.engine.loader import Loader, permute, windows_at
+from nnx_cli.data.loader import Loader, permute, windows_at
 from nnx_cli.errors import DataError
 
 

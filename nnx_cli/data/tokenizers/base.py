@@ -95,7 +95,7 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json in the format of Hugging Face's `tokenizers`. OSError passes through."""
-        from nnx_cli.engine.tokenizer_json import to_json
+        from nnx_cli.data.tokenizers.hf_json import to_json
 
         Path(path).write_text(json.dumps(to_json(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
@@ -212,7 +212,7 @@ def build_tokenizer(
     UsageError for a name that is no kind and no file, or a `vocab_size` that the tokenizer cannot have;
     MissingFeature where an extra or a vocabulary is not on this machine; DataError for a damaged file.
     """
-    from nnx_cli.engine import bpe
+    from nnx_cli.data.tokenizers import bpe
 
     if kind_or_file == "char":
         return CharTokenizer.train(sample or iter(()), vocab_size)
@@ -239,6 +239,6 @@ def needs_training(kind_or_file: str) -> bool:
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer of a tokenizer.json, ours or a foreign byte-level one. DataError where missing or damaged."""
-    from nnx_cli.engine.tokenizer_json import read
+    from nnx_cli.data.tokenizers.hf_json import read
 
     return read(Path(path))

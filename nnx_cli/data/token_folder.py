@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnx_cli.engine.tokenizer import Tokenizer, load_tokenizer
+from nnx_cli.data.tokenizers.base import Tokenizer, load_tokenizer
 from nnx_cli.errors import DataError
 from nnx_cli.system import files
 

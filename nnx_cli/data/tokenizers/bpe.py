@@ -12,9 +12,9 @@ from importlib import resources, util
 
 import numpy as np
 
-from nnx_cli.engine import fast_encoder
-from nnx_cli.engine.fast_encoder import FastEncoder
-from nnx_cli.engine.tokenizer import N_BYTES, Tokenizer, utf8, well_formed
+from nnx_cli.data.tokenizers import gigatoken as fast_encoder
+from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8, well_formed
+from nnx_cli.data.tokenizers.gigatoken import FastEncoder
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
 END_OF_TEXT = "<|endoftext|>"

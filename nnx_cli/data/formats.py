@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from nnx_cli.engine.compression import brief
-from nnx_cli.engine.tokenizer import well_formed
+from nnx_cli.data.compression import brief
+from nnx_cli.data.tokenizers.base import well_formed
 from nnx_cli.errors import DataError, MissingFeature
 
 PARQUET_ROWS = 256  # decoded at a time

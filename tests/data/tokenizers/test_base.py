@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from nnx_cli.engine import bpe, tokenizer_json
-from nnx_cli.engine.tokenizer import CharTokenizer, StreamDecoder, build_tokenizer, load_tokenizer
+from nnx_cli.data.tokenizers import bpe
+from nnx_cli.data.tokenizers import hf_json as tokenizer_json
+from nnx_cli.data.tokenizers.base import CharTokenizer, StreamDecoder, build_tokenizer, load_tokenizer
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
 KINDS = ("byte", "char", "bpe", "gpt2")
