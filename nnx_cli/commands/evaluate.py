@@ -33,7 +33,7 @@ def run(
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
     from nnx_cli.engine.evaluator import evaluate
     from nnx_cli.engine.held_out import held_out_tokens
-    from nnx_cli.engine.run import find_model, load_model
+    from nnx_cli.runs.run import find_model, load_model
     from nnx_cli.system.device import pick_device, pick_precision
 
     where = pick_device(device)

@@ -9,7 +9,7 @@ from nnx_cli.console import Talk, duration
 @command()
 def run(talk: Talk) -> None:
     """List the runs: name, model, size, status, steps, best bits per byte, age."""
-    from nnx_cli.engine.run import list_runs
+    from nnx_cli.runs.run import list_runs
 
     rows = list_runs()
     talk.show_json(rows)

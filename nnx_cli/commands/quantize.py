@@ -47,8 +47,8 @@ def run(
     if bits == 8 and group_size is not None:
         talk.note("--group-size is for 4 bits; with 8 there is one scale a row")
     from nnx_cli.engine.quantizer import quantize_model
-    from nnx_cli.engine.run import WEIGHTS, find_model
     from nnx_cli.layers.quantized import Quantization
+    from nnx_cli.runs.run import WEIGHTS, find_model
     from nnx_cli.system.device import pick_device, pick_precision
 
     where = pick_device(device)

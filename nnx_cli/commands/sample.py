@@ -50,8 +50,8 @@ def run(
     if options.get("generate_length") is not None:
         values["max_new_tokens"] = options["generate_length"]
     config = SampleConfig(**values)
-    from nnx_cli.engine.run import find_model, load_model
     from nnx_cli.engine.sampler import generate
+    from nnx_cli.runs.run import find_model, load_model
     from nnx_cli.system.device import peak_memory_bytes, pick_device, pick_precision
 
     where = pick_device(device)
@@ -130,7 +130,7 @@ def prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
 def newest_of_shape(shape: dict[str, int]) -> Any:
     """The newest run whose model has these values. Raises CheckpointError, saying which runs exist, where there is
     none."""
-    from nnx_cli.engine.run import ModelRef, find_runs
+    from nnx_cli.runs.run import ModelRef, find_runs
 
     seen = []
     for folder in find_runs():

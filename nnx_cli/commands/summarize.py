@@ -98,7 +98,7 @@ def run(
 
 def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
     """Name, size and configuration of a run's model."""
-    from nnx_cli.engine.run import find_model, model_from_config
+    from nnx_cli.runs.run import find_model, model_from_config
 
     found = find_model(spec)
     described = found.config["model"]

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.base import Tokenizer
-    from nnx_cli.engine.run import ModelRef, Run
     from nnx_cli.engine.trainer import Trainer
+    from nnx_cli.runs.run import ModelRef, Run
 
 # The command line of the original NYX: its spelling of each option, and ours.
 ALIASES = {
@@ -111,7 +111,7 @@ def is_foreign(checkpoint: str) -> bool:
 def imported(model: str, checkpoint: str) -> str:
     """The model folder of an original's checkpoint: imported now, or before."""
     from nnx_cli.engine.importer import import_checkpoint
-    from nnx_cli.engine.run import WEIGHTS
+    from nnx_cli.runs.run import WEIGHTS
 
     folder = WEIGHTS / f"{model}-{Path(checkpoint).stem}"
     if not folder.exists():
@@ -229,7 +229,7 @@ def start_from(
     spec: str, model: str | None, size: str | None, fields: dict[str, Any]
 ) -> tuple[ModelRef, str, dict[str, Any]]:
     """The model to start from, its name, and its shape with the context and dropout that may differ."""
-    from nnx_cli.engine.run import find_model
+    from nnx_cli.runs.run import find_model
 
     base = find_model(spec)
     if base.config.get("lora") or base.config.get("quantization"):
@@ -309,7 +309,7 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
     TrainConfig(**cli)
     check_one_length(cli)
     from nnx_cli.engine import session
-    from nnx_cli.engine.run import Run, find_folder
+    from nnx_cli.runs.run import Run, find_folder
 
     folder = session.find_unfinished() if which == "last" else find_folder(which)
     run = Run(folder)

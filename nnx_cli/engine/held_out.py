@@ -12,8 +12,8 @@ import numpy as np
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.prepare import encode_files
 from nnx_cli.data.token_folder import open_token_folder
-from nnx_cli.engine.run import ModelRef
 from nnx_cli.errors import DataError
+from nnx_cli.runs.run import ModelRef
 
 
 @contextmanager

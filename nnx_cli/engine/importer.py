@@ -18,10 +18,10 @@ from torch import Tensor
 
 from nnx_cli import __version__, models
 from nnx_cli.data.tokenizers.base import build_tokenizer
-from nnx_cli.engine.checkpoint import check_finite
-from nnx_cli.engine.run import write_model_folder
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.runs.checkpoint import check_finite
+from nnx_cli.runs.run import write_model_folder
 from nnx_cli.system.files import new_folder, refuse_existing
 
 MAX_REPEATS = 4  # how often a file may use the same numbers: tied matrices and views do, bombs do more

@@ -17,12 +17,12 @@ from nnx_cli.config import SampleConfig
 from nnx_cli.data.loader import windows_at
 from nnx_cli.engine.evaluator import window_starts
 from nnx_cli.engine.held_out import held_out_tokens
-from nnx_cli.engine.run import BEST, ModelRef, load_model, write_model_folder
 from nnx_cli.engine.sampler import generate
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.layers.loss import chunk_rows
 from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.runs.run import BEST, ModelRef, load_model, write_model_folder
 from nnx_cli.system.files import new_folder, refuse_existing, to_json, write_synced
 
 RELATIVE_DROP = 0.01  # of the loss: what quantizing may cost unless told otherwise

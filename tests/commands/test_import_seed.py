@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from nnx_cli import models
-from nnx_cli.engine.run import find_model, load_model
+from nnx_cli.runs.run import find_model, load_model
 
 
 @pytest.fixture

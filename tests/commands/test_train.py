@@ -4,9 +4,9 @@ import shutil
 import pytest
 import torch
 
-from nnx_cli.engine import checkpoint as ckpt
-from nnx_cli.engine.run import Run, find_model
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs.run import Run, find_model
 
 SMALL = ["--dim", 32, "--n-layers", 2, "--n-heads", 2, "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
          "--threads", 1, "--compile", "off"]  # fmt: skip

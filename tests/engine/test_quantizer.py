@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from nnx_cli import models
 from nnx_cli.engine import cost, quantizer
-from nnx_cli.engine.checkpoint import load_weights
 from nnx_cli.engine.evaluator import evaluate
-from nnx_cli.engine.run import ModelRef, load_model, model_from_config, write_model_folder
 from nnx_cli.errors import QualityError
 from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
+from nnx_cli.runs.checkpoint import load_weights
+from nnx_cli.runs.run import ModelRef, load_model, model_from_config, write_model_folder
 
 CPU = torch.device("cpu")
 INT8 = Quantization(bits=8, group_size=None, kept=[])

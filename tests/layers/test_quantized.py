@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnx_cli.engine.checkpoint import load_weights
 from nnx_cli.engine.quantizer import quantized_state
 from nnx_cli.errors import CheckpointError
 from nnx_cli.layers import quantized
@@ -23,6 +22,7 @@ from nnx_cli.layers.quantized import (
     quantize_layers,
     widen,
 )
+from nnx_cli.runs.checkpoint import load_weights
 
 INT8 = Quantization(bits=8, group_size=None, kept=[])
 INT4 = Quantization(bits=4, group_size=32, kept=[])

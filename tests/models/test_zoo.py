@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnx_cli import models
-from nnx_cli.engine import checkpoint as ckpt
 from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.runs import checkpoint as ckpt
 
 NAMES = models.names()
 SIZES = {"nano": 0.8e6, "tiny": 10.7e6, "small": 30e6, "base": 124e6, "large": 350e6, "xl": 1.0e9}

@@ -88,7 +88,7 @@ class KillAt:
     count: str = "calls"  # that file
 
     def __call__(self) -> None:
-        from nnx_cli.engine import checkpoint
+        from nnx_cli.runs import checkpoint
 
         calls, saves = 0, 0
 
@@ -148,7 +148,7 @@ class SlowSave:
     seconds: float = 0.2
 
     def __call__(self) -> None:
-        from nnx_cli.engine import checkpoint
+        from nnx_cli.runs import checkpoint
 
         real = checkpoint.save_checkpoint
 

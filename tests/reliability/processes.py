@@ -166,9 +166,10 @@ def speak(setting: Setting, log: Path) -> None:
 
 def follow(shared: mmap.mmap) -> None:
     """Keep the first byte of `shared` at the phase that this process is in."""
-    from nnx_cli.engine import checkpoint, session
-    from nnx_cli.engine.run import Run
+    from nnx_cli.engine import session
     from nnx_cli.engine.trainer import Trainer
+    from nnx_cli.runs import checkpoint
+    from nnx_cli.runs.run import Run
 
     def mark(owner: Any, name: str, phase: str) -> None:
         real = getattr(owner, name)

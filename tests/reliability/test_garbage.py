@@ -30,9 +30,9 @@ from nnx_cli.data.sources import Reader, Report, Source, format_of
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import hf_json as tokenizer_json
 from nnx_cli.data.tokenizers.base import build_tokenizer, load_tokenizer
-from nnx_cli.engine.checkpoint import load_checkpoint, read_tensors
-from nnx_cli.engine.run import logged_step, read_status, read_verified_config
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
+from nnx_cli.runs.checkpoint import load_checkpoint, read_tensors
+from nnx_cli.runs.run import logged_step, read_status, read_verified_config
 from nnx_cli.system.files import read_json, sha256_file, to_json
 from tests.reliability import Result, damage
 from tests.reliability.scene import (

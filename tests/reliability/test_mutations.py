@@ -20,8 +20,8 @@ import torch
 
 import nnx_cli
 from nnx_cli.data.token_folder import open_token_folder
-from nnx_cli.engine.run import Run
 from nnx_cli.errors import CheckpointError, DataError
+from nnx_cli.runs.run import Run
 from tests.reliability import Result, damage
 from tests.reliability.scene import (
     CODES,

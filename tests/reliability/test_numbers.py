@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from nnx_cli.engine.checkpoint import steps_in
+from nnx_cli.runs.checkpoint import steps_in
 from nnx_cli.system.files import read_json
 from tests.reliability import Result
 from tests.reliability.faults import NanAt, OverflowAt, SpikeAt

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.engine.checkpoint import steps_in
+from nnx_cli.runs.checkpoint import steps_in
 from tests.reliability import Result
 from tests.reliability.faults import SlowSave, SlowStep
 from tests.reliability.processes import (

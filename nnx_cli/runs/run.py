@@ -20,12 +20,12 @@ from torch import Tensor
 from nnx_cli import models
 from nnx_cli.config import coerce
 from nnx_cli.data.tokenizers.base import Tokenizer, load_tokenizer
-from nnx_cli.engine import checkpoint as ckpt
-from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.errors import CheckpointError, DataError, NnxError, OutputError, UsageError
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.files import (
     check_types,

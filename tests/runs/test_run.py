@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from nnx_cli.engine import checkpoint as ckpt
-from nnx_cli.engine import run as run_module
-from nnx_cli.engine.run import ModelRef, Run, find_folder, find_model, find_runs, list_runs, live_status, load_model
 from nnx_cli.errors import CheckpointError, OutputError, UsageError
+from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs import run as run_module
+from nnx_cli.runs.run import ModelRef, Run, find_folder, find_model, find_runs, list_runs, live_status, load_model
 from nnx_cli.system import files
 
 CPU = torch.device("cpu")
@@ -302,7 +302,7 @@ def test_runs_are_listed_newest_first(run, workspace):
 HOLD = """
 import sys, time
 from pathlib import Path
-from nnx_cli.engine.run import Run
+from nnx_cli.runs.run import Run
 with Run(Path(sys.argv[1])).lock():
     print("locked", flush=True)
     sys.stdin.readline()

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from nnx_cli.engine import checkpoint as ckpt
-from nnx_cli.engine.checkpoint import Checkpoint
 from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.system import files
 
 
