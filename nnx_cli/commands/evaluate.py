@@ -31,8 +31,8 @@ def run(
     """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""
     check_range("batch-size", batch_size, 1, 2**20)
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
-    from nnx_cli.engine.evaluator import evaluate
-    from nnx_cli.engine.held_out import held_out_tokens
+    from nnx_cli.evaluation.evaluator import evaluate
+    from nnx_cli.evaluation.held_out import held_out_tokens
     from nnx_cli.runs.run import find_model, load_model
     from nnx_cli.system.device import pick_device, pick_precision
 

@@ -50,7 +50,7 @@ def run(
     if options.get("generate_length") is not None:
         values["max_new_tokens"] = options["generate_length"]
     config = SampleConfig(**values)
-    from nnx_cli.engine.sampler import generate
+    from nnx_cli.inference.sampler import generate
     from nnx_cli.runs.run import find_model, load_model
     from nnx_cli.system.device import peak_memory_bytes, pick_device, pick_precision
 

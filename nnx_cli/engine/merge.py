@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from nnx_cli.data.loader import windows_at
-from nnx_cli.engine.evaluator import window_starts
-from nnx_cli.engine.held_out import held_out_tokens
 from nnx_cli.errors import DataError, QualityError, UsageError
+from nnx_cli.evaluation.evaluator import window_starts
+from nnx_cli.evaluation.held_out import held_out_tokens
 from nnx_cli.layers.lora import merge_adapters
 from nnx_cli.runs.run import ModelRef, load_model, write_model_folder
 from nnx_cli.system.files import new_folder, refuse_existing

@@ -18,12 +18,12 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.engine.compiler import eagerly
-from nnx_cli.engine.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
-from nnx_cli.engine.sampler import generate
 from nnx_cli.engine.schedule import MILESTONES, lr_at
 from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
+from nnx_cli.evaluation.evaluator import CapturedLosses, Evaluation, evaluate
+from nnx_cli.inference.sampler import generate
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import build_optimizer, load_optimizer_state, optimizer_state, set_lr

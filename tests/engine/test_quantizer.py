@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from nnx_cli import models
 from nnx_cli.engine import cost, quantizer
-from nnx_cli.engine.evaluator import evaluate
 from nnx_cli.errors import QualityError
+from nnx_cli.evaluation.evaluator import evaluate
 from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.runs.checkpoint import load_weights

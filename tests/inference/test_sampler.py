@@ -6,10 +6,10 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import ByteTokenizer
-from nnx_cli.engine import sampler
-from nnx_cli.engine.decoding import CapturedDecoding
-from nnx_cli.engine.sampler import TextStream, draw, generate, next_probabilities, overlap, uniforms, window_start
 from nnx_cli.errors import UsageError
+from nnx_cli.inference import sampler
+from nnx_cli.inference.decoding import CapturedDecoding
+from nnx_cli.inference.sampler import TextStream, draw, generate, next_probabilities, overlap, uniforms, window_start
 
 NO_HISTORY = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import StreamDecoder, Tokenizer
-from nnx_cli.engine.decoding import CapturedDecoding
+from nnx_cli.inference.decoding import CapturedDecoding
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.device import synchronize
 
