@@ -113,10 +113,10 @@ def summary(
     micro-batch is None where another was asked for and fits."""
     import torch
 
-    from nnx_cli.engine import cost
-    from nnx_cli.engine.ladder import Predictor, advice, descend, ladder
-    from nnx_cli.engine.memory import Target
-    from nnx_cli.engine.planner import default_tokens_per_step, preferred_optimizer
+    from nnx_cli.planning import flops as cost
+    from nnx_cli.planning.fit import Predictor, advice, descend, ladder
+    from nnx_cli.planning.memory import Target
+    from nnx_cli.planning.plan import default_tokens_per_step, preferred_optimizer
     from nnx_cli.system.device import memory_budget, pick_device
 
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
@@ -168,7 +168,7 @@ def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
     import torch
     import torchinfo
 
-    from nnx_cli.engine import cost
+    from nnx_cli.planning import flops as cost
 
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")

@@ -169,7 +169,7 @@ def new_run(
         raise UsageError("--filepath and --data: give one, text or tokens")
     from nnx_cli.data.tokenizers.base import build_tokenizer
     from nnx_cli.engine import session
-    from nnx_cli.engine.planner import check_batch_shape
+    from nnx_cli.planning.plan import check_batch_shape
 
     base = None
     if init_from is not None:
@@ -252,7 +252,7 @@ def make_plan(
 ) -> tuple[TokenFolder, Any]:  # fmt: skip
     """Open the tokens and fill in every value."""
     from nnx_cli.data.token_folder import open_token_folder
-    from nnx_cli.engine.planner import plan_run
+    from nnx_cli.planning.plan import plan_run
 
     tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else tokenizer)
     if base is not None and tokens.vocab_size != fields["vocab_size"]:
@@ -458,7 +458,7 @@ def command_line() -> str:
 
 def tell_plan(talk: Talk, plan: Any, tokens: TokenFolder, device: Any) -> None:
     """What is about to happen, in two lines."""
-    from nnx_cli.engine import cost
+    from nnx_cli.planning import flops as cost
     from nnx_cli.system.device import describe
 
     train, config = plan.train, plan.model_config

@@ -20,13 +20,14 @@ import torch
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.engine import compiler, cost, session
-from nnx_cli.engine.planner import plan_run
+from nnx_cli.engine import compiler, session
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.inference.sampler import generate
 from nnx_cli.kernels.gemm import multiply
 from nnx_cli.models._base import ModelConfig
+from nnx_cli.planning import flops as cost
+from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import (
     DTYPES,
     describe,

@@ -16,8 +16,7 @@ from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.data.tokenizers.base import Tokenizer
-from nnx_cli.engine import compiler, cost
-from nnx_cli.engine.planner import Plan, steps_in
+from nnx_cli.engine import compiler
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.layers.blocks import checkpoint_blocks
@@ -25,6 +24,8 @@ from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import store_weights
+from nnx_cli.planning import flops as cost
+from nnx_cli.planning.plan import Plan, steps_in
 from nnx_cli.runs.checkpoint import check_format, load_weights, step_folder
 from nnx_cli.runs.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
 from nnx_cli.system.device import (

@@ -43,12 +43,12 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig, parse_bytes
-from nnx_cli.engine.ladder import Predictor, descend
-from nnx_cli.engine.memory import target_of
-from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.optim._groups import build_optimizer, store_weights
+from nnx_cli.planning.fit import Predictor, descend
+from nnx_cli.planning.memory import target_of
+from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device
 
 STEPS = 50

@@ -29,11 +29,11 @@ from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.engine import session
 from nnx_cli.engine.compiler import decide
-from nnx_cli.engine.planner import plan_run
 from nnx_cli.engine.schedule import lr_at
 from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.evaluation.evaluator import evaluate
 from nnx_cli.layers.lora import add_adapters
+from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 
 

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from nnx_cli import models
-from nnx_cli.engine import cost, quantizer
+from nnx_cli.engine import quantizer
 from nnx_cli.errors import QualityError
 from nnx_cli.evaluation.evaluator import evaluate
 from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
+from nnx_cli.planning import flops as cost
 from nnx_cli.runs.checkpoint import load_weights
 from nnx_cli.runs.run import ModelRef, load_model, model_from_config, write_model_folder
 

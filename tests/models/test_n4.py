@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.linear import PackedLinear
 from nnx_cli.layers.loss import TrainStep
 from nnx_cli.models.n4 import products, reference_config, windowed_attention
+from nnx_cli.planning.flops import count_parameters, meta_model
 from tests.models.reference_cases import FOLDER, load_case
 
 CASES = json.loads((FOLDER / "n4.parity.json").read_text())["cases"]

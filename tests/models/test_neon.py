@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from nnx_cli import models
-from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.differential_attention import Lambda, differential_attention
 from nnx_cli.layers.function_bank import FunctionBank, StraightThrough
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.runs import checkpoint as ckpt
 from tests.models.reference_cases import FOLDER, load_case
 

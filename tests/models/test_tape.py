@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.engine.cost import count_parameters, flops_per_token, meta_model
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.kernels import soft_xor as soft_xor_module
 from nnx_cli.kernels.soft_xor import Activation, Recurrence, activation, activation_and_slope, soft_xor
 from nnx_cli.layers import segment_attention as segments
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
 
 from .reference_cases import load_case
 

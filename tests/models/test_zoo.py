@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnx_cli import models
-from nnx_cli.engine.cost import count_parameters, meta_model
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.loss import TrainStep
+from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.runs import checkpoint as ckpt
 
 NAMES = models.names()

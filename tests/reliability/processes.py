@@ -240,7 +240,7 @@ def start_small(data: Path, out: Path, observer: Any, model: str = "nyx", **chan
     from nnx_cli.config import TrainConfig
     from nnx_cli.data.token_folder import open_token_folder
     from nnx_cli.engine import session
-    from nnx_cli.engine.planner import plan_run
+    from nnx_cli.planning.plan import plan_run
 
     settings = dict(max_steps=8, batch_size=4, grad_accum=1, val_every=4, val_batches=1, save_every=4, lr=3e-3,
                     sample_every=0, compile="off", device="cpu", threads=1)  # fmt: skip

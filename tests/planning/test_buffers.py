@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nnx_cli.engine.buffers import imitation, kernels_of
-from nnx_cli.engine.memory import Storages
+from nnx_cli.planning.buffers import imitation, kernels_of
+from nnx_cli.planning.memory import Storages
 
 KIB = 1024
 ROWS, DIM = 256, 256

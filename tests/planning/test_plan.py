@@ -3,10 +3,10 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine import planner
-from nnx_cli.engine.planner import affordable_size, default_lr, plan_run, steps_in
 from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import Recipe
+from nnx_cli.planning import plan as planner
+from nnx_cli.planning.plan import affordable_size, default_lr, plan_run, steps_in
 
 T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.engine.compiler import undo_compile
-from nnx_cli.engine.cost import LightMode, outputs, without_compiler
 from nnx_cli.kernels import averaged_keys, dropout, soft_xor
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels import optimizer_step as elementwise
@@ -34,6 +33,7 @@ from nnx_cli.layers.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim import adamw, muon
 from nnx_cli.optim._groups import build_optimizer
+from nnx_cli.planning.flops import LightMode, outputs, without_compiler
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import has_triton
 
@@ -413,7 +413,7 @@ def simulate(
 
         checkpoint_blocks(model, checkpointing)
         if compiled:
-            from nnx_cli.engine.buffers import compile_imitations  # a tenth of a second, most of it torch's
+            from nnx_cli.planning.buffers import compile_imitations  # a tenth of a second, most of it torch's
 
             compile_imitations(model.blocks, WORKSPACES if storages.on_card else {}, storages.count)
         for number, block in enumerate(model.blocks):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnx_cli import models
-from nnx_cli.engine.cost import (
+from nnx_cli.planning.flops import (
     WithFusedAttention,
     WithoutProducts,
     count_parameters,

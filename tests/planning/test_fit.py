@@ -2,8 +2,8 @@ import pytest
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.ladder import Predictor, advice, descend, ladder, largest_batch
-from nnx_cli.engine.memory import CPU, Target
+from nnx_cli.planning.fit import Predictor, advice, descend, ladder, largest_batch
+from nnx_cli.planning.memory import CPU, Target
 
 GIB = 2**30
 

@@ -7,11 +7,11 @@ from torch.utils._pytree import tree_map
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine import memory
-from nnx_cli.engine.cost import count_parameters, meta_model
-from nnx_cli.engine.memory import Storages, Target, simulate
 from nnx_cli.layers.loss import TrainStep
 from nnx_cli.optim._groups import store_weights
+from nnx_cli.planning import memory
+from nnx_cli.planning.flops import count_parameters, meta_model
+from nnx_cli.planning.memory import Storages, Target, simulate
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [
@@ -184,15 +184,15 @@ def test_a_prediction_imports_no_compiler():
 import sys
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.cost import flops_per_token, meta_model
-from nnx_cli.engine.memory import Target, predict
+from nnx_cli.planning.flops import flops_per_token, meta_model
+from nnx_cli.planning.memory import Target, predict
 
 model = meta_model("nyx", models.make_config("nyx", size="nano"))
 train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="half")
 predict(model, train, 2, Target())
 flops_per_token(model)
 assert not {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & {*sys.modules}
-from nnx_cli.engine.cost import without_compiler
+from nnx_cli.planning.flops import without_compiler
 with without_compiler():
     import sympy as held
     import torch

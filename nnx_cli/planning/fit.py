@@ -9,10 +9,10 @@ from functools import cache
 import torch
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.cost import count_parameters, dry_run, meta_model
-from nnx_cli.engine.memory import Memory, Target, predict, target_of
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.optim._groups import store_weights
+from nnx_cli.planning.flops import count_parameters, dry_run, meta_model
+from nnx_cli.planning.memory import Memory, Target, predict, target_of
 from nnx_cli.system.device import DTYPES
 
 SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
