@@ -14,10 +14,10 @@ from nnx_cli.cli import app
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import open_token_folder
-from nnx_cli.engine import session
-from nnx_cli.engine.trainer import Observer
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.run import Run
+from nnx_cli.training import session
+from nnx_cli.training.trainer import Observer
 
 torch.set_num_threads(1)  # these models are too small to share
 

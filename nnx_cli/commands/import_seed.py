@@ -26,7 +26,7 @@ def run(
     """Read an original's checkpoint, running nothing that is in it, and write a model folder."""
     models.check_name(model)
     from nnx_cli.engine.importer import import_checkpoint
-    from nnx_cli.engine.session import free_folder
+    from nnx_cli.training.session import free_folder
 
     out = out or free_folder(f"{model}-{file.stem}")
     config = import_checkpoint(model, file, out, tokenizer, variant)

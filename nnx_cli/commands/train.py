@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.base import Tokenizer
-    from nnx_cli.engine.trainer import Trainer
     from nnx_cli.runs.run import ModelRef, Run
+    from nnx_cli.training.trainer import Trainer
 
 # The command line of the original NYX: its spelling of each option, and ours.
 ALIASES = {
@@ -168,8 +168,8 @@ def new_run(
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
     from nnx_cli.data.tokenizers.base import build_tokenizer
-    from nnx_cli.engine import session
     from nnx_cli.planning.plan import check_batch_shape
+    from nnx_cli.training import session
 
     base = None
     if init_from is not None:
@@ -308,8 +308,8 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
         )
     TrainConfig(**cli)
     check_one_length(cli)
-    from nnx_cli.engine import session
     from nnx_cli.runs.run import Run, find_folder
+    from nnx_cli.training import session
 
     folder = session.find_unfinished() if which == "last" else find_folder(which)
     run = Run(folder)

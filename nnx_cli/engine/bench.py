@@ -20,8 +20,6 @@ import torch
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.engine import compiler, session
-from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.inference.sampler import generate
 from nnx_cli.kernels.gemm import multiply
@@ -36,6 +34,9 @@ from nnx_cli.system.device import (
     set_seed,
     synchronize,
 )
+from nnx_cli.training import compilation as compiler
+from nnx_cli.training import session
+from nnx_cli.training.trainer import Observer, Trainer
 
 ROUNDS = 5  # whose median counts
 WARMUP_CALLS = {"cpu": 1}  # before anything is timed: memory is taken, kernels are chosen, blocks compiled

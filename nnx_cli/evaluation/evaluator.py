@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nnx_cli.data.loader import windows_at
-from nnx_cli.engine.step import capture_stream
 from nnx_cli.errors import DataError
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.training.step import capture_stream
 
 
 @dataclass(frozen=True)

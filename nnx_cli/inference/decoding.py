@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.engine.step import capture_stream
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.training.step import capture_stream
 
 
 class CapturedDecoding:

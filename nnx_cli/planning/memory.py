@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.compiler import undo_compile
 from nnx_cli.kernels import averaged_keys, dropout, soft_xor
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels import optimizer_step as elementwise
@@ -36,6 +35,7 @@ from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.planning.flops import LightMode, outputs, without_compiler
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import has_triton
+from nnx_cli.training.compilation import undo_compile
 
 REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sums over rows
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it

@@ -13,13 +13,13 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import check_length
-from nnx_cli.engine.schedule import MILESTONES
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
 from nnx_cli.kernels.gemm import multiply
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.fit import Predictor, Rung, advice, descend
 from nnx_cli.system.device import DTYPES, memory_budget, synchronize
+from nnx_cli.training.schedule import MILESTONES
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
 DEFAULT_EPOCHS = 30  # but no more passes over the text than this

@@ -54,14 +54,14 @@ from torch import Tensor, nn
 
 from nnx_cli import __version__, models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine import compiler
-from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.kernels.gemm import multiply
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.planning import flops as cost
 from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_device, set_threads, synchronize
 from nnx_cli.system.machine import keep_freed_memory
+from nnx_cli.training import compilation as compiler
+from nnx_cli.training.step import CapturedStep, Step
 
 PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 ROUND_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # a round has as many steps as fit, at least one

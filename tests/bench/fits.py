@@ -43,13 +43,13 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig, parse_bytes
-from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.optim._groups import build_optimizer, store_weights
 from nnx_cli.planning.fit import Predictor, descend
 from nnx_cli.planning.memory import target_of
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device
+from nnx_cli.training.step import CapturedStep, Step
 
 STEPS = 50
 MANY_ROWS = 720_720  # of a step: more than fit, with many divisors, of which the planner takes one as micro-batch

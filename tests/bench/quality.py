@@ -44,11 +44,12 @@ from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.engine import compiler, session
-from nnx_cli.engine.schedule import lr_at
-from nnx_cli.engine.trainer import Observer
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, describe, pick_device, pick_precision, set_seed
+from nnx_cli.training import compilation as compiler
+from nnx_cli.training import session
+from nnx_cli.training.schedule import lr_at
+from nnx_cli.training.trainer import Observer
 
 SEQ_LEN = 256
 MARGIN = 0.02  # nats that ours may be above the original

@@ -27,14 +27,14 @@ from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig, own_fields
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.engine import session
-from nnx_cli.engine.compiler import decide
-from nnx_cli.engine.schedule import lr_at
-from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.evaluation.evaluator import evaluate
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
+from nnx_cli.training import session
+from nnx_cli.training.compilation import decide
+from nnx_cli.training.schedule import lr_at
+from nnx_cli.training.trainer import Observer, Trainer
 
 
 def make_trainer(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.engine import session
-from nnx_cli.engine.trainer import Observer
 from nnx_cli.layers.lora import add_adapters, merge_adapters, remove_adapters
 from nnx_cli.runs.run import Run
+from nnx_cli.training import session
+from nnx_cli.training.trainer import Observer
 
 NAMES = models.names()
 

@@ -128,7 +128,7 @@ class SlowStep:
     signs: str = "slow"
 
     def __call__(self) -> None:
-        from nnx_cli.engine.trainer import Trainer
+        from nnx_cli.training.trainer import Trainer
 
         real = Trainer.take_step
 
@@ -171,7 +171,7 @@ class NanAt:
     value: float = math.nan
 
     def __call__(self) -> None:
-        from nnx_cli.engine.step import Step
+        from nnx_cli.training.step import Step
 
         real, taken = Step.update, itertools.count()
 
@@ -194,7 +194,7 @@ class OverflowAt:
     def __call__(self) -> None:
         import torch
 
-        from nnx_cli.engine.step import Step
+        from nnx_cli.training.step import Step
 
         real, taken = Step.finish, itertools.count()
 
@@ -215,7 +215,7 @@ class SpikeAt:
     height: float = 50.0
 
     def __call__(self) -> None:
-        from nnx_cli.engine.step import Step
+        from nnx_cli.training.step import Step
 
         real, taken = Step.finish, itertools.count()
 

@@ -114,7 +114,7 @@ class Command:
 def preload() -> None:
     """Have the process that all others are forked from import what the command needs."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    warm.set_forkserver_preload(["torch", "torch._dynamo", "nnx_cli.cli", "nnx_cli.engine.session", __name__])
+    warm.set_forkserver_preload(["torch", "torch._dynamo", "nnx_cli.cli", "nnx_cli.training.session", __name__])
 
 
 def run_command(folder: Path, words: list[str], log: Path, track: Path, setting: Setting) -> None:
@@ -166,10 +166,10 @@ def speak(setting: Setting, log: Path) -> None:
 
 def follow(shared: mmap.mmap) -> None:
     """Keep the first byte of `shared` at the phase that this process is in."""
-    from nnx_cli.engine import session
-    from nnx_cli.engine.trainer import Trainer
     from nnx_cli.runs import checkpoint
     from nnx_cli.runs.run import Run
+    from nnx_cli.training import session
+    from nnx_cli.training.trainer import Trainer
 
     def mark(owner: Any, name: str, phase: str) -> None:
         real = getattr(owner, name)
@@ -239,8 +239,8 @@ def start_small(data: Path, out: Path, observer: Any, model: str = "nyx", **chan
 
     from nnx_cli.config import TrainConfig
     from nnx_cli.data.token_folder import open_token_folder
-    from nnx_cli.engine import session
     from nnx_cli.planning.plan import plan_run
+    from nnx_cli.training import session
 
     settings = dict(max_steps=8, batch_size=4, grad_accum=1, val_every=4, val_batches=1, save_every=4, lr=3e-3,
                     sample_every=0, compile="off", device="cpu", threads=1)  # fmt: skip

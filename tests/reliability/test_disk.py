@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from nnx_cli.engine import session
 from nnx_cli.errors import OutputError
 from nnx_cli.runs.checkpoint import load_checkpoint, steps_in
 from nnx_cli.runs.run import ModelRef, Run
 from nnx_cli.system import files
+from nnx_cli.training import session
 from tests.reliability import Result
 from tests.reliability.faults import watched
 from tests.reliability.processes import (

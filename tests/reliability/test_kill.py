@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.engine import session
 from nnx_cli.runs.run import Run
+from nnx_cli.training import session
 from tests.reliability import Result
 from tests.reliability.faults import KillAt
 from tests.reliability.processes import (

@@ -17,10 +17,6 @@ from torch import Tensor
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.engine.compiler import eagerly
-from nnx_cli.engine.health import SpikeWatch, all_finite, first_overflow
-from nnx_cli.engine.schedule import MILESTONES, lr_at
-from nnx_cli.engine.step import CapturedStep, Step
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
 from nnx_cli.evaluation.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.inference.sampler import generate
@@ -31,6 +27,10 @@ from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.run import Run
 from nnx_cli.system.device import memory_budget, peak_memory_bytes, set_seed, synchronize
+from nnx_cli.training.compilation import eagerly
+from nnx_cli.training.divergence import SpikeWatch, all_finite, first_overflow
+from nnx_cli.training.schedule import MILESTONES, lr_at
+from nnx_cli.training.step import CapturedStep, Step
 
 T = TypeVar("T")
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nnx_cli.engine.schedule import lr_at
+from nnx_cli.training.schedule import lr_at
 
 
 def lr(step, progress, schedule="linear", min_lr=0.0, warmup_steps=0):

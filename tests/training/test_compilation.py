@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from nnx_cli.engine import compiler
-from nnx_cli.engine.compiler import Trial, compile_blocks, decide, planned_seconds, undo_compile
+from nnx_cli.training import compilation as compiler
+from nnx_cli.training.compilation import Trial, compile_blocks, decide, planned_seconds, undo_compile
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.device import synchronize
 
 if TYPE_CHECKING:
-    from nnx_cli.engine.trainer import Trainer
+    from nnx_cli.training.trainer import Trainer
 
 TOLERANCE = {
     "fp32": (1e-4, 1e-3),

@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from nnx_cli.cli import app
-from nnx_cli.engine import session
-from nnx_cli.engine import trainer as trainer_module
-from nnx_cli.engine.trainer import Observer
 from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, UsageError
 from nnx_cli.evaluation.evaluator import Evaluation
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.run import Run
+from nnx_cli.training import session
+from nnx_cli.training import trainer as trainer_module
+from nnx_cli.training.trainer import Observer
 
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes")
 

@@ -6,9 +6,9 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine.step import CapturedStep, Step, capture_stream
 from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.system.device import set_seed
+from nnx_cli.training.step import CapturedStep, Step, capture_stream
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, seq_len=16)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.engine.health import FAMILIAR, SpikeWatch, first_overflow
+from nnx_cli.training.divergence import FAMILIAR, SpikeWatch, first_overflow
 
 
 def losses(n, seed=0):

@@ -16,8 +16,6 @@ from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.data.tokenizers.base import Tokenizer
-from nnx_cli.engine import compiler
-from nnx_cli.engine.trainer import Observer, Trainer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
@@ -40,6 +38,8 @@ from nnx_cli.system.device import (
 )  # fmt: skip
 from nnx_cli.system.files import relative
 from nnx_cli.system.machine import keep_freed_memory
+from nnx_cli.training import compilation as compiler
+from nnx_cli.training.trainer import Observer, Trainer
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run
 
