@@ -52,7 +52,7 @@ def run(
     check_range("seconds", seconds, 0.0, 3600.0, low_open=True)
     config = TrainConfig(compile=compile, device=device, vram=vram, threads=threads)
     fields = {"vocab_size": vocab_size} | ({} if seq_len is None else {"seq_len": seq_len})
-    from nnx_cli.engine.bench import measure_all
+    from nnx_cli.experiments.benchmark import measure_all
 
     found = measure_all(
         names, size, fields, config, batch_sizes=batch_sizes, precisions=precisions, seconds=seconds, tell=talk.note

@@ -19,7 +19,7 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
 ) -> None:
     """Add the adapters of --lora-rank to the weights, and show that both models agree."""
-    from nnx_cli.engine.merge import merge_model
+    from nnx_cli.convert.merge_lora import merge_model
     from nnx_cli.runs.run import WEIGHTS, find_model
     from nnx_cli.system.device import pick_device
 

@@ -46,7 +46,7 @@ def run(
     check_range("max-drop", max_drop, 0.0, 100.0)
     if bits == 8 and group_size is not None:
         talk.note("--group-size is for 4 bits; with 8 there is one scale a row")
-    from nnx_cli.engine.quantizer import quantize_model
+    from nnx_cli.convert.quantize import quantize_model
     from nnx_cli.layers.quantized import Quantization
     from nnx_cli.runs.run import WEIGHTS, find_model
     from nnx_cli.system.device import pick_device, pick_precision

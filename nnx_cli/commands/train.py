@@ -110,7 +110,7 @@ def is_foreign(checkpoint: str) -> bool:
 
 def imported(model: str, checkpoint: str) -> str:
     """The model folder of an original's checkpoint: imported now, or before."""
-    from nnx_cli.engine.importer import import_checkpoint
+    from nnx_cli.convert.import_original import import_checkpoint
     from nnx_cli.runs.run import WEIGHTS
 
     folder = WEIGHTS / f"{model}-{Path(checkpoint).stem}"

@@ -27,7 +27,7 @@ def test_a_table_to_paste(nnx):
 
 
 def test_nothing_fits(nnx, monkeypatch):
-    from nnx_cli.engine import bench
+    from nnx_cli.experiments import benchmark as bench
 
     monkeypatch.setattr(bench, "decoding", lambda case, *rest: case.row("decoding", problem="out of memory"))
     result = nnx(*QUICK, "--batch-size", 64, "--vram", "1GB")

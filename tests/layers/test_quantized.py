@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnx_cli.engine.quantizer import quantized_state
+from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.errors import CheckpointError
 from nnx_cli.layers import quantized
 from nnx_cli.layers.linear import Linear

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from nnx_cli import models
-from nnx_cli.engine import quantizer
+from nnx_cli.convert import quantize as quantizer
 from nnx_cli.errors import QualityError
 from nnx_cli.evaluation.evaluator import evaluate
 from nnx_cli.layers import quantized

@@ -25,7 +25,7 @@ def run(
 ) -> None:
     """Read an original's checkpoint, running nothing that is in it, and write a model folder."""
     models.check_name(model)
-    from nnx_cli.engine.importer import import_checkpoint
+    from nnx_cli.convert.import_original import import_checkpoint
     from nnx_cli.training.session import free_folder
 
     out = out or free_folder(f"{model}-{file.stem}")

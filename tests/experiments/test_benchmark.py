@@ -5,9 +5,9 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.engine import bench
-from nnx_cli.engine.bench import Case, Limits, Row, calls_per_s, measure_all
 from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
+from nnx_cli.experiments import benchmark as bench
+from nnx_cli.experiments.benchmark import Case, Limits, Row, calls_per_s, measure_all
 
 CPU = torch.device("cpu")
 LIMITS = Limits({"fp32": 1e11}, 1e10)
