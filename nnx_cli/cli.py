@@ -29,7 +29,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "summarize": ("summarize", "Show layers, parameters, FLOPs, memory, and whether it fits."),
     "quantize": ("quantize", "Make a smaller, faster copy of a model."),
     "merge": ("merge", "Add the adapters of --lora-rank to the weights."),
-    "import": ("import_seed", "Read an original's checkpoint, running nothing that is in it."),
+    "import": ("import_original", "Read an original's checkpoint, running nothing that is in it."),
     "list": ("list_runs", "List the runs."),
     "doctor": ("doctor", "Look at this machine's set-up and say how to mend it."),
     "bench": ("bench", "Measure training and decoding speed on this machine."),
@@ -138,7 +138,7 @@ app = typer.Typer(
     context_settings={
         "help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-"),
     },
-)  # fmt: skip
+)
 
 
 def version(value: bool) -> None:

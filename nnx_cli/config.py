@@ -80,7 +80,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches",
-                     "save_every", "patience", "threads", "keep", "lora_rank"):  # fmt: skip
+                     "save_every", "patience", "threads", "keep", "lora_rank"):
             check_range(name, getattr(self, name), 1, 2**40)
         check_range("sample-every", self.sample_every, 0, 2**40)
         check_range("warmup-steps", self.warmup_steps, 0, 2**40)
@@ -285,4 +285,4 @@ def changed_fields(config: Any) -> dict[str, Any]:
     """The fields of a dataclass that differ from its defaults."""
     default = type(config)()
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
-            if getattr(config, f.name) != getattr(default, f.name)}  # fmt: skip
+            if getattr(config, f.name) != getattr(default, f.name)}

@@ -168,7 +168,7 @@ class TrainingView:
             self.bar = Progress(
                 BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
                 console=self.talk.err, transient=True,
-            )  # fmt: skip
+            )
             self.bar.start()
             self.task = self.bar.add_task("starting", total=1.0)
         return self
@@ -194,7 +194,7 @@ class TrainingView:
         parts = [
             f"step {record['step']}", f"loss {record['train_loss']:.4f}", self.validation, f"lr {record['lr']:.2e}",
             f"{record['tokens_per_s']:,.0f} tokens/s", f"{memory / 2**30:.2f} GiB" if memory else "",
-        ]  # fmt: skip
+        ]
         if record["skipped_steps"]:
             parts.append(f"{record['skipped_steps']} skipped")
         return "  ".join(part for part in parts if part)

@@ -23,7 +23,7 @@ torch.set_num_threads(1)  # these models are too small to share
 
 TINY = dict(n_layers=2, dim=32, n_heads=2, seq_len=32)
 SETTINGS = dict(max_steps=12, batch_size=4, grad_accum=2, val_every=4, val_batches=2, save_every=4, sample_every=0,
-                lr=3e-3, compile="off", device="cpu", threads=1)  # fmt: skip
+                lr=3e-3, compile="off", device="cpu", threads=1)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def start(tokens):
         plan = plan_run(
             model, "nano", TINY | (fields or {}), train, vocab_size=tokens.vocab_size, train_tokens=len(tokens.train),
             val_tokens=len(tokens.val), device=torch.device("cpu"), precision="fp32", sources={},
-        )  # fmt: skip
+        )
         prompt = session.Sampling([10], 8)
         return session.start(plan, tokens, out, torch.device("cpu"), observer or Observer(), prompt, "nnx train", None)
 

@@ -75,7 +75,7 @@ def test_what_is_no_amount_of_memory(text):
 POSITIVE = [
     "max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches", "save_every", "keep",
     "patience", "threads",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", POSITIVE)
@@ -96,7 +96,7 @@ def test_numbers_out_of_range_are_refused(name, value):
     {"lr": 0.0}, {"optimizer": "sgd"}, {"schedule": "step"}, {"precision": "fp8"}, {"compile": "maybe"}, {"seed": -1},
     {"seed": 2**63}, {"lr": 0.1, "min_lr": 0.2}, {"max_steps": 5, "warmup_steps": 6}, {"max_time": "soon"},
     {"vram": "much"}, {"sample_every": -1}, {"warmup_steps": -1},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(UsageError):
         TrainConfig(**bad)
@@ -110,7 +110,7 @@ def test_a_choice_names_the_nearest():
 @pytest.mark.parametrize("bad", [
     {"val_fraction": 0.0}, {"val_fraction": 0.6}, {"val_fraction": math.nan}, {"errors": "ignore"}, {"vocab_size": 0},
     {"workers": 0}, {"max_memory_bytes": 1},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_settings_of_prepare_out_of_range_are_refused(bad):
     with pytest.raises(UsageError):
         PrepareConfig(**bad)
@@ -160,7 +160,7 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 FIELDS = [Field("max_steps", "int", None, ""), Field("lr", "float", None, ""), Field("qk_norm", "bool", False, ""),
-          Field("max_time", "str", None, "")]  # fmt: skip
+          Field("max_time", "str", None, "")]
 
 
 def test_values_take_the_type_of_their_field():
@@ -172,7 +172,7 @@ def test_values_take_the_type_of_their_field():
 @pytest.mark.parametrize("bad", [
     {"max_steps": 1.5}, {"max_steps": "5"}, {"max_steps": True}, {"lr": "x"}, {"lr": True}, {"qk_norm": 1},
     {"max_time": [1]}, {"lr": {}},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_values_of_another_type_are_refused(bad):
     with pytest.raises(UsageError, match="must be of type"):
         coerce(FIELDS, bad, "file")
@@ -187,5 +187,5 @@ def test_every_kind_of_error_has_its_exit_code():
     assert codes == {
         "UsageError": 2, "DataError": 3, "DoesNotFit": 4, "CheckpointError": 5, "QualityError": 6, "MissingFeature": 7,
         "OutputError": 8, "Interrupted": 130,
-    }  # fmt: skip
+    }
     assert NnxError("x").exit_code == 1

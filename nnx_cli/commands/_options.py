@@ -80,7 +80,7 @@ def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callab
                 ("quiet", "--quiet", "Print the result only, no progress and no notes."),
                 ("debug", "--debug", "Show the traceback of an error."),
             )
-        ]  # fmt: skip
+        ]
 
         @functools.wraps(function)
         def run(*args: Any, json: bool, quiet: bool, debug: bool, **options: Any) -> None:

@@ -103,6 +103,6 @@ def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> N
             ]
             for row in rows
             if row.what == what
-        ]  # fmt: skip
+        ]
         columns = ["model", "params", "batch", "computing", "tokens/s", "share", "peak"]
         talk.table(columns, lines, f"{what} (share: {share})")

@@ -45,12 +45,12 @@ def run(
         result = evaluate(
             network, tokens, seq_len=seq_len, batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
             token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
-        )  # fmt: skip
+        )
     talk.show_json({
         "model": ref.label, "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
         "bits_per_byte_stderr": result.bits_per_byte_stderr, "tokens": result.tokens, "text_bytes": result.text_bytes,
         "tokens_per_s": result.tokens_per_s,
-    })  # fmt: skip
+    })
     error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
     source = ", ".join(filepath) if filepath else "the validation split"

@@ -22,5 +22,5 @@ def run(talk: Talk) -> None:
         table.append([
             row["name"], row.get("model"), row.get("size") or "own shape", row["status"], row.get("steps"),
             None if bits is None else f"{bits:.4f}", duration(row["age_s"]),
-        ])  # fmt: skip
+        ])
     talk.table(["run", "model", "size", "status", "steps", "bits/byte", "age"], table)

@@ -90,7 +90,7 @@ def run(
         ],
         "prefill_tokens_per_s": result.prefill_tokens_per_s, "decode_tokens_per_s": result.decode_tokens_per_s,
         "peak_memory_bytes": peak_memory_bytes(where),
-    })  # fmt: skip
+    })
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -66,13 +66,13 @@ def run(
         vram=vram, batch_size=batch_size, optimizer=optimizer, precision=precision, weight_precision=weight_precision,
         activation_checkpointing=activation_checkpointing, optimizer_in_backward=optimizer_in_backward,
         lora_rank=lora_rank,
-    )  # fmt: skip
+    )
     fields = given(options, model_fields().values())
     if ref is not None and (model or size or fields or all):
         raise UsageError("a run has its own shape: give a run or --model, not both")
     if all or (ref is None and model is None and not fields):
         zoo = [summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), train)
-               for name in models.names()]  # fmt: skip
+               for name in models.names()]
         talk.show_json(zoo)
         show_zoo(talk, zoo)
         return
@@ -108,7 +108,7 @@ def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
 @uncollected()
 def summary(
     name: str, label: str | None, config: ModelConfig, train: TrainConfig, whole: bool = True
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything there is to say of a model, under the keys of --json. Unless it is to be `whole`, the largest
     micro-batch is None where another was asked for and fits."""
     import torch
@@ -156,7 +156,7 @@ def summary(
             "advice": None if fits else advice(predictor, train, budget, largest),
         },
         "trains_in_gb": {str(gb): predictor.fits(smallest, 1, memory_budget(device, gb * 2**30)) for gb in CARDS_GB},
-    }  # fmt: skip
+    }
 
 
 @uncollected()
@@ -250,7 +250,7 @@ def show_zoo(talk: Talk, zoo: list[dict[str, Any]]) -> None:
             facts["model"], f"{parameters / 1e6:,.2f} M", f"{flops / 1e6:,.0f} M", size(facts["memory"]["peak_bytes"]),
             facts["fits"]["batch_size"], size(facts["cache_bytes_per_token"]), size(facts["file_bytes"]["int8"]),
             f"{cards[0]} GB" if cards else "–",
-        ])  # fmt: skip
+        ])
     first = zoo[0]
     title = f"size {first['size']}, vocabulary {first['vocab_size']:,}, {first['seq_len']:,} tokens of context"
     columns = ["model", "params", "FLOP/tok", "peak", "batch", "cache/tok", "int8", "from"]

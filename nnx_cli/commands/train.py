@@ -33,10 +33,10 @@ ALIASES = {
     "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads", "num_batches": "max_steps",
     "gradient_accumulate_every": "grad_accum", "learning_rate": "lr", "validate_every": "val_every",
     "generate_every": "sample_every",
-}  # fmt: skip
+}
 NYX_RECIPE = {
     "optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0, "dropout": 0.0,
-}  # fmt: skip
+}
 LENGTHS = {"max_steps", "max_time", "epochs"}
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
 PREPARING = ("tokenizer", "val_fraction", "text_key", "errors")
@@ -49,7 +49,7 @@ OPTIONS = [
     hidden("checkpoint_path", str),
     hidden("prime_length", int),
     hidden("generate_length", int),
-]  # fmt: skip
+]
 
 
 @command(*OPTIONS)
@@ -158,7 +158,7 @@ def new_run(
     talk: Talk, model: str | None, size: str | None, values: dict[str, Any], sources: dict[str, str],
     filepath: list[str] | None, data: Path | None, out: Path | None, init_from: str | None,
     options: dict[str, Any], dry_run: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Prepare what has to be prepared, plan, and train."""
     if model is not None:
         models.check_name(model)
@@ -249,7 +249,7 @@ def start_from(
 def make_plan(
     model: str, size: str | None, fields: dict[str, Any], train: TrainConfig, sources: dict[str, str], folder: Path,
     device: Any, precision: str, base: ModelRef | None, tokenizer: Tokenizer | None,
-) -> tuple[TokenFolder, Any]:  # fmt: skip
+) -> tuple[TokenFolder, Any]:
     """Open the tokens and fill in every value."""
     from nnx_cli.data.token_folder import open_token_folder
     from nnx_cli.planning.plan import plan_run
@@ -263,7 +263,7 @@ def make_plan(
         model, size, fields, train, vocab_size=tokens.vocab_size, train_tokens=len(tokens.train),
         val_tokens=len(tokens.val),
         device=device, precision=precision, sources=sources,
-    )  # fmt: skip
+    )
     return tokens, plan
 
 
@@ -373,7 +373,7 @@ def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     return run.set_status(
         status=status, step=state.step, tokens=state.tokens, time_s=round(state.time_s, 3),
         skipped_steps=state.skipped_steps,
-    )  # fmt: skip
+    )
 
 
 def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int) -> list[str]:
@@ -396,7 +396,7 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
     return [
         *lines, "next:", f"  nnx sample {run.folder}{prompt}", f"  nnx eval {run.folder}",
         f"  nnx train --resume {run.folder} --max-time {longer / 60:.0f}m",
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ MAX_REPEATS = 4  # how often a file may use the same numbers: tied matrices and 
 DAMAGE = (
     pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, MemoryError,
     AssertionError, NotImplementedError,
-)  # fmt: skip
+)
 NONSENSE = (ArithmeticError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)  # well formed, unusable
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts nest the weights
 PREFIXES = ("module.", "_orig_mod.")  # what data-parallel and compiled wrappers put before names
@@ -130,7 +130,7 @@ def import_checkpoint(
         },
         "imported_from": path.name,
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
+    }
     with new_folder(out) as folder:
         write_model_folder(folder, config, reader, model.unique_state())
     return config

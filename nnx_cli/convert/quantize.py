@@ -50,7 +50,7 @@ class Comparison:
 def quantize_model(
     ref: ModelRef, out: Path, quantization: Quantization, *, paths: Sequence[str] = (), max_drop: float | None = None,
     device: torch.device, precision: str = "fp32",
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+) -> tuple[dict[str, Any], list[str]]:
     """Write the folder `out` with the model of `ref`, quantized; returns the receipt, and lines on how it was measured.
 
     `max_drop` is in bits per byte (default: RELATIVE_DROP of what the model has). Measures on the text in `paths`, or
@@ -88,12 +88,12 @@ def quantize_model(
                     "decode_tokens_per_s": speed,
                 }
                 for file, loss, speed in zip(files, losses, speeds, strict=True)
-            ]  # fmt: skip
+            ]
             receipt = {
                 "bits": quantization.bits, "out": str(out), "before": sides[0], "after": sides[1],
                 "kl_divergence": found.kl_divergence, "same_top_token": found.same_top_token,
                 "kept": quantization.kept,
-            }  # fmt: skip
+            }
             write_synced(folder / "receipt.json", to_json(receipt))
         notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
     return receipt, [*notes, f"products on this machine: {kernel_name(device)}"]
@@ -154,7 +154,7 @@ def compare(
             index = target[:, None].to(p.device)
             found = (
                 -p.gather(1, index), -q.gather(1, index), p.exp() * (p - q), (p.argmax(1) == q.argmax(1)).float(),
-            )  # fmt: skip
+            )
             sums += torch.stack([each.sum() for each in found]).double().cpu()
         count += targets.numel()
         if token_bytes is not None:

@@ -69,7 +69,7 @@ def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndar
 def evaluate(
     model: LanguageModel, tokens: np.ndarray, *, seq_len: int, batch_size: int, token_bytes: np.ndarray | None,
     n_windows: int | None = None, losses_of: Callable[[LanguageModel, Tensor, Tensor], Tensor] = token_losses,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 
     With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly

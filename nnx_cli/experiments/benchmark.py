@@ -140,7 +140,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(), "device": describe(device), "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Case:
         return Row(
             what=what, model=self.model, size=self.size, parameters=parameters, seq_len=self.config.seq_len,
             batch_size=self.batch_size, precision=self.precision, **found,
-        )  # fmt: skip
+        )
 
 
 def random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
@@ -168,7 +168,7 @@ def random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
     return TokenFolder(
         path=Path(), train=tokens, val=tokens[: config.seq_len + 1], vocab_size=config.vocab_size, tokenizer=None,
         meta={}, fingerprint="", text_bytes=None,
-    )  # fmt: skip
+    )
 
 
 def plan_training(case: Case, config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -179,7 +179,7 @@ def plan_training(case: Case, config: TrainConfig, device: torch.device) -> Trai
     return plan_run(
         case.model, smallest, fields, wanted, vocab_size=case.config.vocab_size, train_tokens=MANY_TOKENS, val_tokens=2,
         device=device, precision=case.precision, sources={},
-    ).train  # fmt: skip
+    ).train
 
 
 def make_trainer(case: Case, config: TrainConfig, device: torch.device, tell: Callable[[str], None]) -> Trainer:
@@ -212,7 +212,7 @@ def training(
     return case.row(
         "training", compile=trainer.config.compile, tokens_per_s=tokens_per_s, flops_per_token=flops,
         share=flops * tokens_per_s / limits.flops[case.precision], peak_memory_bytes=peak_memory_bytes(device),
-    )  # fmt: skip
+    )
 
 
 def decoding(case: Case, device: torch.device, limits: Limits, seconds: float) -> Row:
@@ -237,7 +237,7 @@ def decoding(case: Case, device: torch.device, limits: Limits, seconds: float) -
     return case.row(
         "decoding", tokens_per_s=case.batch_size * speed, bytes_per_step=bytes_per_step,
         share=bytes_per_step * speed / limits.bytes_per_s, peak_memory_bytes=peak_memory_bytes(device),
-    )  # fmt: skip
+    )
 
 
 def bytes_read(case: Case, positions: int) -> int:
@@ -256,7 +256,7 @@ def bytes_read(case: Case, positions: int) -> int:
 def measure_all(
     names: list[str], size: str | None, fields: dict[str, Any], config: TrainConfig, *, batch_sizes: list[int],
     precisions: list[str], seconds: float, tell: Callable[[str], None],
-) -> Iterator[dict[str, Any] | Limits | Row]:  # fmt: skip
+) -> Iterator[dict[str, Any] | Limits | Row]:
     """The machine, its limits, then two rows for every model, precision and batch size: decoding and training.
 
     `config` holds device, compile, threads and vram; without `precisions` the device's best counts, and on a GPU fp32

@@ -220,7 +220,7 @@ def uniforms(config: SampleConfig, n_rows: int) -> Tensor:
 def generate(
     model: LanguageModel, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], config: SampleConfig, *,
     stops: Sequence[str] = (), use_cache: bool = True, on_text: Callable[[int, str], None] = lambda sample, text: None,
-) -> Generation:  # fmt: skip
+) -> Generation:
     """Draw `num_samples` continuations of every prompt (token ids, at least one each) side by side.
 
     `on_text(number of the sample, piece of text)` is called as text appears. Of a prompt longer than the context the

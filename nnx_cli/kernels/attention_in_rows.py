@@ -58,7 +58,7 @@ def backward(
         q_grad[:, :, rows], *parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad[:, :, rows], q[:, :, rows], k[:, :, seen], v[:, :, seen], y[:, :, rows], sums[:, :, rows], 0.0, False,
             attn_mask=mask, scale=scale,
-        )  # fmt: skip
+        )
         kv_grads = kv_grads or parts  # the first ones are of all keys
         if kv_grads is not parts:
             for whole, part in zip(kv_grads, parts, strict=True):
@@ -89,4 +89,4 @@ def gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
 attention_in_rows_backward = operator("attention_in_rows_backward", backward, shapes_of_gradients, device="cpu")
 attention_in_rows = operator(
     "attention_in_rows", forward, shapes_only, keep=keep, gradients=gradients, device="cpu"
-)  # fmt: skip
+)

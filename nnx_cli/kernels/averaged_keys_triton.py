@@ -35,7 +35,7 @@ def backward(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         _backward[(B * G, n)](
             grad, k, share, grad_k, parts, *grad.stride()[:3], *k.stride()[:3], T, G, K, parts.stride(0),
             TIMES=min(TIMES, triton.next_power_of_2(T)), BLOCK=BLOCK,
-        )  # fmt: skip
+        )
     return grad_k, parts.sum(0) if n > 1 else parts[0]
 
 
@@ -46,7 +46,7 @@ def dense_channels(x: Tensor) -> Tensor:
 @triton.jit
 def _forward(
     k, share, out, batch_stride, time_stride, head_stride, T, G, K, TIMES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k += b.to(tl.int64) * batch_stride + g * head_stride
@@ -68,7 +68,7 @@ def _forward(
 def _backward(
     grad, k, share, grad_k, parts, grad_batch, grad_time, grad_head, batch_stride, time_stride, head_stride,
     T, G, K, part_stride, TIMES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """From the last positions to the first: a key is in all averages from its own on."""
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -91,6 +91,6 @@ def _backward(
         tl.store(
             grad_k + t[:, None] * G * K + channel[None, :],
             (reaching * weight[:, None]).to(grad_k.dtype.element_ty), mask,
-        )  # fmt: skip
+        )
         tl.store(parts + t * G, tl.sum(tl.where(mask, keys * reaching, 0.0), 1), t < T)
         total += tl.sum(given, 0)

@@ -25,7 +25,7 @@ def row_loss_kernel(
     products, targets, losses, x_squares, w_squares,
     ignore_index, factor, df, power, min_distance,
     V: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STUDENT_T: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
+):
     """One program for each row, of which it reads and writes PITCH numbers: V itself may not be a multiple of 16 bytes,
     which whole vectors take."""
     row = tl.program_id(0).to(tl.int64)
@@ -87,5 +87,5 @@ def fused_row_loss(
             ignore_index, factor, df, power, MIN_DISTANCE,
             V=V, PITCH=products.stride(0), BLOCK=min(block, triton.next_power_of_2(V)),
             STUDENT_T=student_t is not None, GRADIENT=gradient, num_warps=warps,
-        )  # fmt: skip
+        )
     return losses, products if gradient else None

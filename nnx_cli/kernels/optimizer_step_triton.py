@@ -109,7 +109,7 @@ def store_average(ptr, scale_ptr, at, x, inside, rows, bits, sign: tl.constexpr)
 def adamw_kernel(
     p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key,
     weight_decay, eps, beta1, beta2, ROWS: tl.constexpr,
-):  # fmt: skip
+):
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     step, lr = tl.load(step_ptr) + 1.0, tl.load(lr_ptr)
     correction1 = 1.0 - tl.exp2(step * tl.log2(beta1))
@@ -188,18 +188,18 @@ def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], foun
         adamw_kernel, p, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_scale"),
         state.get("exp_avg_sq_scale"), state["step"], group["lr"], found_inf, p.numel(), key, group["weight_decay"],
         group["eps"], *group["betas"],
-    )  # fmt: skip
+    )
 
 
 def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
         lion_kernel, p, state["exp_avg"], state.get("step"), group["lr"], found_inf, p.numel(), key,
         group["weight_decay"], *group["betas"],
-    )  # fmt: skip
+    )
 
 
 def wolf(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
         wolf_kernel, p, state["momentum"], state.get("step"), group["lr"], found_inf, p.numel(), key,
         group["weight_decay"], WOLF_SHARE,
-    )  # fmt: skip
+    )

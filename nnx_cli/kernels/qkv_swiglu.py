@@ -72,7 +72,7 @@ def unpacked(
 def unpacked_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, packed: Tensor | None,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The gradient of the product, which is needed itself where there are gates."""
     if has_triton(grad_q.device):
         from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel

@@ -31,7 +31,7 @@ def forward(
 def backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, packed: Tensor | None,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     B, T, H, K = grad_q.shape
     G, n_hidden = grad_k.shape[2], grad_hidden.shape[-1]
     out = grad_q.new_empty(B, T, (H + 2 * G) * K + 2 * n_hidden)
@@ -50,7 +50,7 @@ def widths(H: int, G: int, K: int, F: int) -> dict[str, int]:
     return dict(
         H=H, G=G, K=K, F=F, HEADS=power(H), KV_HEADS=power(G), HALF=power(K // 2), BLOCK=min(BLOCK, power(max(F, 16))),
         num_warps=WARPS,
-    )  # fmt: skip
+    )
 
 
 def swiglu(packed: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def gated_backward(grad, value, gate):
 
 @triton.jit
 def turn(source, target, cos, sin, K: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-         BACK: tl.constexpr):  # fmt: skip
+         BACK: tl.constexpr):
     """Every pair of N heads by its angle, or back."""
     pair = tl.arange(0, HALF)
     head = tl.arange(0, HEADS)
@@ -119,7 +119,7 @@ def _forward(
     packed, q, k, v, hidden, q_cos, q_sin, k_cos, k_sin, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     table = (row % T) * (K // 2)
     packed += row * ((H + 2 * G) * K + 2 * F)
@@ -139,7 +139,7 @@ def _backward(
     out, packed, grad_q, grad_k, grad_v, grad_hidden, q_cos, q_sin, k_cos, k_sin, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     table = (row % T) * (K // 2)
     out += row * ((H + 2 * G) * K + 2 * F)

@@ -33,7 +33,7 @@ class Checkpointed(nn.Module):
             return super().__call__(*args, **kwargs)
         return checkpoint(
             super().__call__, *args, use_reentrant=False, preserve_rng_state=self.draws_noise, **kwargs
-        )  # fmt: skip
+        )
 
 
 @cache

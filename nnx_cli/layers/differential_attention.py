@@ -26,7 +26,7 @@ class Lambda(nn.Module):
 def differential_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, cache: KVCache | None, layer: int, *, scale: float,
     dropout: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(S1 - weight S2) v of causal maps S1 and S2: q (B, H, T, 2, K), k (B, G, T, 2, K), v (B, G, T, 2K) to
     (B, T, H, 2K).
 

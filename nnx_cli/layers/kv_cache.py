@@ -20,7 +20,7 @@ class KVCache:
     def __init__(
         self, n_layers: int, batch_size: int, n_kv_heads: int, max_seq_len: int, head_dim: int, *,
         device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         shape = (n_layers, batch_size, n_kv_heads, max_seq_len, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

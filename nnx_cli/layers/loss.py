@@ -157,7 +157,7 @@ class FormulaHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, targets: Tensor, ignore_index: int, df: float | None, once: bool,
         weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         wants_x, _, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
         head = Products(x, HeadFormula(weight=weight, scale=scale, bias=bias, df=df))
         wide = torch.promote_types(head.dtype, torch.float32)
@@ -170,7 +170,7 @@ class FormulaHeadLoss(torch.autograd.Function):
         for where, chunk, products, student_t in head.chunks():
             losses[where], g = row_loss(
                 products[:, :V], targets[where], ignore_index, student_t=student_t, factor=ctx.factor
-            )  # fmt: skip
+            )
             g = products if len(head.matrix) > V else g  # the kernel put it there; the zeros behind it are still zeros
             if column_sums is not None:
                 column_sums += g.sum(0, dtype=wide)
@@ -239,7 +239,7 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int, on
         return ChunkedHeadLoss.apply(x, targets, head, ignore_index, *head.parameters())
     return FormulaHeadLoss.apply(
         x, targets, ignore_index, formula.df, once, formula.weight, formula.scale, formula.bias
-    )  # fmt: skip
+    )
 
 
 class TrainStep(nn.Module):

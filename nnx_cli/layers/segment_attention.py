@@ -98,7 +98,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Ten
     if not q.is_cuda:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, y, sums, 0.0, True, scale=scale
-        )  # fmt: skip
+        )
     else:
         none = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of a generator that nothing is drawn from
         if is_flash(q):
@@ -185,5 +185,5 @@ def attention_entropy(q: Tensor, kv: Tensor, times: Sequence[int], causal: bool)
         seen = k[:, : end * N] if causal else k
         total = total + checkpoint(
             summed, q[:, start:end], seen, start, use_reentrant=False, preserve_rng_state=False
-        )  # fmt: skip
+        )
     return total / (q.shape[0] * T * q.shape[2])

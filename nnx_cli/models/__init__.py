@@ -91,7 +91,7 @@ def from_config(name: str, config: ModelConfig) -> LanguageModel:
 def load_reference(
     name: str, config: dict[str, Any], weights: dict[str, Tensor], *, variant: str | None = None,
     noise: dict[str, Tensor] | None = None,
-) -> LanguageModel:  # fmt: skip
+) -> LanguageModel:
     """A model from an original's constructor arguments and weights, both under the original's names.
 
     `variant` is a value of the `variant` field (default: the architecture's); `noise` replaces random draws of

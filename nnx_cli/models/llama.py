@@ -141,4 +141,4 @@ class Model(LanguageModel):
         return KVCache(
             config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.dim // config.n_heads,
             device=self.device, dtype=self.compute_dtype,
-        )  # fmt: skip
+        )

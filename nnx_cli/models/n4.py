@@ -381,4 +381,4 @@ def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
         heads=weights["n4b.n4d.0.n4.qkvh_linear.weight"].shape[0] - 3 * dim,  # one gate each
         layers=len({name.split(".")[2] for name in weights if name.startswith("n4b.n4d.")}),
         bias="lm_head.bias" in weights,
-    )  # fmt: skip
+    )

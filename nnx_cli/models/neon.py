@@ -48,7 +48,7 @@ from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
 BANKS = {  # what a decoder's layers have a number of, and how many by default
     "regular": (None, 0), "memory": ("memories", 64), "function": ("functions", 4), "linear-control": ("functions", 1),
-}  # fmt: skip
+}
 LAMBDA_SPREAD = 0.08  # standard deviation of q·k at the start: 0.1**2 * sqrt(64), as in the paper's heads
 WRITERS = (".attention.out.", ".mlp.down.", ".functions.", ".bank.0.", ".bank.1.")  # matrices with the stream's rows
 
@@ -371,7 +371,7 @@ class Model(LanguageModel):
         return KVCache(
             config.n_layers, batch_size, config.n_heads if config.variant == "seed" else config.n_kv_heads,
             max_seq_len, config.n_maps * config.head_dim, device=self.device, dtype=self.compute_dtype,
-        )  # fmt: skip
+        )
 
     def reference_names(self) -> dict[str, str]:
         """Tensors that are one there, too; `reference_packs` has the others."""
@@ -434,7 +434,7 @@ SEED_NAMES = {
     "bank.mix": "memory_mix", "bank.0": "extra_linear_layers.0", "bank.1": "extra_linear_layers.1",
     **{f"attention.lambda_.{x}": f"self_attn.lambda_{x}" for x in ("q1", "k1", "q2", "k2")},
     **{f"mlp.lambda_.{x}": f"mlp.lambda_{y}" for x, y in (("q1", "g1"), ("k1", "u1"), ("q2", "g2"), ("k2", "u2"))},
-}  # fmt: skip
+}
 SEED_PACKS = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up": ("mlp.gate_proj1", "mlp.up_proj1", "mlp.gate_proj2", "mlp.up_proj2"),
@@ -451,7 +451,7 @@ def reference_config(
     diff_attention_mode: str = "expressive", diff_mlp: bool = False, decoder_implementation: str = "regular",
     num_global_memories: int = 0, num_layer_memories: int = 0, num_global_functions: int = 0,
     num_layer_functions: int = 0, **others: Any,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`; other keys of Hugging Face are left aside with a
     warning.
 
@@ -462,7 +462,7 @@ def reference_config(
     counts = {
         "n_global_functions": num_global_functions, "n_layer_functions": num_layer_functions,
         "n_global_memories": num_global_memories, "n_layer_memories": num_layer_memories,
-    }  # fmt: skip
+    }
     used = BANKS.get(decoder_implementation, (None,))[0]
     return dict(
         vocab_size=vocab_size, dim=hidden_size, n_layers=num_hidden_layers, n_heads=num_attention_heads,
@@ -471,7 +471,7 @@ def reference_config(
         dropout=attention_dropout, diff_mlp=diff_mlp, decoder=decoder_implementation,
         diff_attention="expressive" if diff_attention_mode == "none" else diff_attention_mode,
         **{name: n or 0 for name, n in counts.items() if used and name.endswith(used)},
-    )  # fmt: skip
+    )
 
 
 def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -511,4 +511,4 @@ def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         tie_word_embeddings=head is None or torch.equal(head, embedding),
         diff_attention_mode="expressive" if q_rows == 2 * dim else "constrained",
         diff_mlp=layer + "mlp.gate_proj2.weight" in weights, decoder_implementation=decoder, **counts,
-    )  # fmt: skip
+    )

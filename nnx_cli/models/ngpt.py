@@ -346,7 +346,7 @@ class Model(LanguageModel):
         return KVCache(
             config.n_layers, batch_size, config.n_heads, max_seq_len, config.head_dim,
             device=self.device, dtype=self.compute_dtype,
-        )  # fmt: skip
+        )
 
     def reference_names(self) -> dict[str, str]:
         """Parameters that the original has, too; `packed_names` has the others."""
@@ -412,7 +412,7 @@ def reference_config(
     alpha_ff_init: Any = None, alpha_attn_scale: Any = None, alpha_ff_scale: Any = None, s_qk_init: Any = 1.0,
     s_qk_scale: Any = None, s_ff_hidden_init: Any = 1.0, s_ff_hidden_scale: Any = 1.0, s_ff_gate_init: Any = 1.0,
     s_ff_gate_scale: Any = 1.0, s_logit_init: float = 1.0, s_logit_scale: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`; scales are a number, or one for every layer."""
     return dict(
         vocab_size=num_tokens, dim=dim, n_layers=depth, n_heads=heads, head_dim=dim_head,
@@ -423,7 +423,7 @@ def reference_config(
         s_qk_init=s_qk_init, s_qk_scale=s_qk_scale, s_hidden_init=s_ff_hidden_init, s_hidden_scale=s_ff_hidden_scale,
         s_gate_init=s_ff_gate_init, s_gate_scale=s_ff_gate_scale, s_logit_init=s_logit_init,
         s_logit_scale=s_logit_scale,
-    )  # fmt: skip
+    )
 
 
 def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -441,4 +441,4 @@ def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         dim_head=dim_head, heads=len(weights["layers.0.0.fn.qk_scale.scale"]) // dim_head,
         ff_expand_factor=expand if int(dim * expand * 2 / 3) == ffn_dim else (ffn_dim + 0.5) * 1.5 / dim,
         tied_embedding="to_logits" + spelling not in weights, manual_norm_weights=spelling == PLAIN,
-    )  # fmt: skip
+    )

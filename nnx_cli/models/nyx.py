@@ -157,7 +157,7 @@ class Model(LanguageModel):
         return KVCache(
             self.config.n_layers, batch_size, 1, max_seq_len, self.config.head_dim,
             device=self.device, dtype=self.compute_dtype,
-        )  # fmt: skip
+        )
 
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
         """Query, key, value and attention output, as in the original."""
@@ -207,7 +207,7 @@ def reference_config(
     feedforward_scale: int = 4, attention_dropout_rate: float = 0.0, feedforward_dropout_rate: float = 0.0,
     use_qk_rmsnorm: bool = False, lora_rank: int = 8, rotary_pos_emb_scale: float = 512.0, use_causal_mask: bool = True,
     finetune_contexts: Any = None, loss_ignore_index: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`.
 
     `lora_rank` and `finetune_contexts` only matter to adapters, `loss_ignore_index` is what variant `seed` stands for.
@@ -220,7 +220,7 @@ def reference_config(
         vocab_size=vocab_size, dim=model_dim, n_layers=layer_depth, n_heads=num_attention_heads,
         head_dim=head_dimension, ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate,
         qk_norm=use_qk_rmsnorm, xpos_scale_base=rotary_pos_emb_scale,
-    )  # fmt: skip
+    )
 
 
 def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -236,4 +236,4 @@ def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
         model_dim=dim, vocab_size=vocab_size, layer_depth=len(layers),
         head_dimension=head_dim, num_attention_heads=inner // head_dim, feedforward_scale=ffn_dim // dim,
         use_qk_rmsnorm="layers.0.func.q_scale" in weights,
-    )  # fmt: skip
+    )

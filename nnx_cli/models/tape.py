@@ -391,7 +391,7 @@ class Model(LanguageModel):
         return TapeCache(
             store(1, H, K), store(len(self.blocks) - 1, H, config.n_segments * K),
             store(0 if self.prophet is None else 1, 1, 2 * config.dim),
-        )  # fmt: skip
+        )
 
     @property
     def reference_unused(self) -> frozenset[str]:
@@ -451,7 +451,7 @@ IN_PROJ = "cached_attn.attn.in_proj_"
 NEVER_CALLED = (
     "norm_gate", "embed_ln.weight", "embed_ln.bias", "merger.proj.weight", "final_norm.weight",
     "merge_projection.weight", "merge_projection_final.weight",
-)  # fmt: skip
+)
 PROPHET_OUT = {"prophet.out.linear.weight": "rnn_projection.weight", "prophet.out.bias": "rnn_projection.bias"}
 PROPHET_CELLS = {  # our tensors hold the left cell's rows and below them the right one's
     f"prophet.{layer}.{ours}": tuple(f"prophet.cells_{side}.{number}.{theirs}" for side in SIDES)
@@ -460,7 +460,7 @@ PROPHET_CELLS = {  # our tensors hold the left cell's rows and below them the ri
         ("input.linear.weight", "i2h.weight"), ("input.bias", "i2h.bias"), ("weight", "h2h.weight"),
         ("bias", "h2h.bias"),
     )
-}  # fmt: skip
+}
 
 
 def seed_blocks(head: str, n_heads: int, n_levels: int) -> list[tuple[str, ...]]:
@@ -468,7 +468,7 @@ def seed_blocks(head: str, n_heads: int, n_levels: int) -> list[tuple[str, ...]]
     return [
         tuple(f"{head.format(number)}.blocks_{side}.{level}." for side in SIDES)
         for number in range(n_heads) for level in range(n_levels)
-    ]  # fmt: skip
+    ]
 
 
 def stream_names(ours: str, theirs: str) -> dict[str, str]:
@@ -478,20 +478,20 @@ def stream_names(ours: str, theirs: str) -> dict[str, str]:
         "attention_norm.weight": "ln_attn.weight", "attention_norm.bias": "ln_attn.bias",
         "up.linear.weight": "mlp.expand.weight", "up.bias": "mlp.expand.bias", "down.weight": "mlp.linear.weight",
         "mlp_norm.weight": "ln_mlp.weight", "mlp_norm.bias": "ln_mlp.bias",
-    }  # fmt: skip
+    }
     return {ours + mine: theirs + name for mine, name in names.items()}
 
 
 def reference_config(
     *, vocab_size: int, seq_len: int = 128, embed_dim: int = 128, num_heads: int = 2, dropout: float = 0.1,
     num_layers: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`. Its `num_heads` are critics; it ignores
     `num_layers`."""
     return dict(
         vocab_size=vocab_size, seq_len=seq_len, dim=embed_dim, n_critics=num_heads, dropout=dropout,
         n_layers=4, coda_layers=2, n_heads=4,
-    )  # fmt: skip
+    )
 
 
 def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class AdamW(DeviceOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
         weight_decay: float = 0.0, *, eight_bit: bool = False, seed: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, **options)
         super().__init__(params, defaults, seed)
         self.divisor: Tensor | None = None  # of all gradients, in the next step
@@ -59,7 +59,7 @@ class AdamW(DeviceOptimizer):
                 [s["step"] for s in states], fused=True, grad_scale=self.divisor, found_inf=found_inf, amsgrad=False,
                 beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
                 maximize=False,
-            )  # fmt: skip
+            )
         if len(plain) < len(parameters):
             others = [p for p in parameters if not is_fused(p, group)]
             for p in others:

@@ -17,7 +17,7 @@ class Lion(DeviceOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
         *, seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), seed)
 
     def layout(self, p: Tensor, group: Group) -> Layout:

@@ -22,7 +22,7 @@ class Wolf(DeviceOptimizer):
 
     def __init__(
         self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0, *, seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay), seed)
 
     def layout(self, p: Tensor, group: Group) -> Layout:

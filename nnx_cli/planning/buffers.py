@@ -253,6 +253,6 @@ def compile_imitations(blocks: nn.ModuleList, workspaces: Workspaces, count: Cal
     backend = aot_autograd(
         fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
-    )  # fmt: skip
+    )
     for block in blocks:
         block.compile(backend=backend, dynamic=False)

@@ -112,7 +112,7 @@ class Predictor:
             optimizer=train.optimizer, precision=train.precision, weight_precision=train.weight_precision,
             activation_checkpointing=train.activation_checkpointing, optimizer_in_backward=train.optimizer_in_backward,
             grad_accum=train.grad_accum,
-        )  # fmt: skip
+        )
         return self._memory(settings, rows)
 
     def peak(self, train: TrainConfig, rows: int) -> int:

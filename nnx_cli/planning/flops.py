@@ -91,7 +91,7 @@ KNOWN: dict[str, Callable[..., Any]] = {  # what functions of SYMBOLS return of 
     "statically_known_true": bool, "sym_and": lambda *parts: all(parts), "sym_or": lambda *parts: any(parts),
     "sym_eq": operator.eq, "is_nested_int": lambda size: False, "has_guarding_hint": lambda size: True,
     "guarding_hint_or_throw": lambda size: size, "has_hint": lambda size: True, "size_hint": lambda size: size,
-}  # fmt: skip
+}
 kept_from_compiler: list[Any] = []
 
 
@@ -212,7 +212,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return out
     new = [
         torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") if isinstance(x, tuple) else x for x in found
-    ]  # fmt: skip
+    ]
     return tuple(new) if len(new) > 1 else new[0]
 
 

@@ -148,7 +148,7 @@ class Kernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         kernel = self.target.attention_kernel(q, attn_mask)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # becomes a number to add to every score
             attn_mask = torch.empty_like(attn_mask, dtype=q.dtype)
@@ -378,7 +378,7 @@ class Pass:
 def simulate(
     model: LanguageModel, batch_size: int, seq_len: int, *, target: Target, checkpointing: str = "off",
     accumulate: bool = True, in_backward: bool = False, compiled: bool = False,
-) -> Pass:  # fmt: skip
+) -> Pass:
     """One micro-step of a model on the meta device.
 
     `accumulate`: gradients exist before; without it, those that come to exist are part of the backward phase.
@@ -510,7 +510,7 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
         step = simulate(
             model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
             accumulate=accumulate, in_backward=in_backward, compiled=compiled,
-        )  # fmt: skip
+        )
         states, moment = optimizer_memory(model, config, target)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
@@ -521,7 +521,7 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     phases["optimizer"] = resting + gradients + moment
     return Memory(
         sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases
-    )  # fmt: skip
+    )
 
 
 def saved_tensors(

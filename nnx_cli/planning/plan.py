@@ -55,7 +55,7 @@ class Plan:
 def plan_run(
     name: str, size: str, fields: Mapping[str, Any], train: TrainConfig, *, vocab_size: int, train_tokens: int,
     val_tokens: int, device: torch.device, precision: str, sources: Mapping[str, str],
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Fill in every value that is None or auto.
 
     `fields` are the model's fields that were set, `sources` where set values came from. Raises UsageError for values
@@ -226,7 +226,7 @@ class Fitted:
 
 def fit(
     train: TrainConfig, config: ModelConfig, name: str, device: torch.device, where: dict[str, str], optimizer: str
-) -> Fitted:  # fmt: skip
+) -> Fitted:
     """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
     that fits. Where what is asked does not fit, settings on auto go down the ladder until it does; at its top `auto`
     means `optimizer`.

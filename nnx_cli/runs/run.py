@@ -55,12 +55,12 @@ CONFIG_TYPES = {  # of what config.json may hold, that which something here reli
     "model": {"name": str}, "parameters": int, "tokenizer": {}, "training": {}, "sampling": {"max_new_tokens": int},
     "data": {"folder": str, "fingerprint": str}, "lora": {"rank": int}, "quantization": {"kept": list},
     "versions": {"torch": str},
-}  # fmt: skip
+}
 STATUS_TYPES = {
     "status": str, "step": int, "max_steps": (int, type(None)), "max_time_s": NUMBER, "time_s": NUMBER,
     "tokens": NUMBER, "train_loss": NUMBER, "val_loss": NUMBER, "val_bits_per_byte": NUMBER, "best_step": NUMBER,
     "best_val_loss": NUMBER, "best_val_bits_per_byte": NUMBER, "skipped_steps": NUMBER, "events": list,
-}  # fmt: skip
+}
 
 
 class Run:
@@ -75,7 +75,7 @@ class Run:
     def create(
         cls, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None, status: Mapping[str, Any],
         first: Checkpoint,
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """Make a run folder in one step, with its first checkpoint, so that a run that exists can be resumed.
 
         Raises OutputError where the folder exists or cannot be written.
@@ -496,7 +496,7 @@ def list_runs() -> list[dict[str, Any]]:
                 "status": live_status(folder, status), "steps": status.get("step"),
                 "best_val_bits_per_byte": status.get("best_val_bits_per_byte"),
                 "best_val_loss": status.get("best_val_loss"),
-            }  # fmt: skip
+            }
         except (NnxError, KeyError) as error:
             row |= {"status": "damaged", "error": str(error)}
         row["age_s"] = round(time.time() - (folder / "run.json").stat().st_mtime)

@@ -35,7 +35,7 @@ from nnx_cli.system.device import (
     set_deterministic,
     set_seed,
     set_threads,
-)  # fmt: skip
+)
 from nnx_cli.system.files import relative
 from nnx_cli.system.machine import keep_freed_memory
 from nnx_cli.training import compilation as compiler
@@ -99,7 +99,7 @@ def free_folder(stem: str) -> Path:
 def start(
     plan: Plan, data: TokenFolder, out: Path, device: torch.device, observer: Observer, sampling: Sampling,
     command: str, init_from: ModelRef | None,
-) -> tuple[Run, Trainer]:  # fmt: skip
+) -> tuple[Run, Trainer]:
     """Make a new run: its model, its folder, its first checkpoint."""
     set_seed(plan.train.seed)
     model = models.from_config(plan.model, plan.model_config)
@@ -126,13 +126,13 @@ def start(
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": describe(device),
-    }  # fmt: skip
+    }
     status = {
         "format": 1, "status": "running", "command": command, "device": device.type, "started": round(time.time()),
         "step": 0, "max_steps": config.max_steps, "max_time_s": config.max_time_s, "time_s": 0.0, "tokens": 0,
         "train_loss": None, "val_loss": None, "val_bits_per_byte": None, "best_step": None, "best_val_loss": None,
         "best_val_bits_per_byte": None, "skipped_steps": 0,
-    }  # fmt: skip
+    }
     with trainer.saving.timed():
         run = Run.create(out, described, tokenizer, status, trainer.checkpoint())
     return run, trainer
@@ -185,7 +185,7 @@ def find_unfinished() -> Path:
 
 def resume(
     run: Run, overrides: Mapping[str, Any], data_folder: Path | None, observer: Observer
-) -> tuple[Trainer, list[str]]:  # fmt: skip
+) -> tuple[Trainer, list[str]]:
     """Continue a run from its newest intact checkpoint; returns the trainer and what there is to say about it.
 
     `overrides` are new values of training settings. Raises CheckpointError without an intact checkpoint, DataError

@@ -39,7 +39,7 @@ class Step:
     def __init__(
         self, model: LanguageModel, optimizer: DeviceOptimizer, scaler: torch.amp.GradScaler, grad_clip: float,
         in_backward: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.micro_step = TrainStep(model)
         self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit

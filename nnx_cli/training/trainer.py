@@ -100,7 +100,7 @@ class Trainer:
     def __init__(
         self, model: LanguageModel, data: TokenFolder, config: TrainConfig, device: torch.device, observer: Observer,
         sample_config: SampleConfig, sample_prompt: list[int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.data, self.config, self.device, self.observer = model, data, config, device, observer
         self.sample_config, self.sample_prompt = sample_config, sample_prompt
         room = int(memory_budget(device, config.vram_bytes) * RESIDENT_SHARE) if device.type == "cuda" else 0
@@ -133,7 +133,7 @@ class Trainer:
         state = asdict(self.state) | {
             "format": ckpt.FORMAT, "scaler": self.scaler.state_dict(),
             "random": {"seed": self.config.seed, "step": self.state.step},
-        }  # fmt: skip
+        }
         return Checkpoint(
             self.state.step, self.model.unique_state(), optimizer_state(self.optimizer, self.model), state
         )
@@ -175,7 +175,7 @@ class Trainer:
             lr = state.lr_factor * lr_at(
                 state.step, before, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
                 warmup_steps=config.warmup_steps,
-            )  # fmt: skip
+            )
             state.tokens += self.take_step(lr)
             state.step += 1
             if self.config is not config:  # memory ran out, or blocks were compiled
@@ -209,7 +209,7 @@ class Trainer:
                     "val_loss": None, "val_bits_per_byte": None, "lr": lr, "grad_norm": grad_norm,
                     "tokens_per_s": round((state.tokens - logged) / (state.time_s - logged_at), 1),
                     "peak_memory_bytes": peak_memory_bytes(self.device), "skipped_steps": state.skipped_steps,
-                }  # fmt: skip
+                }
                 logged, logged_at = state.tokens, state.time_s
                 if validate:
                     result = self.validate(run, loss)
@@ -396,7 +396,7 @@ class Trainer:
             return evaluate(
                 self.model, self.data.val, seq_len=seq_len, batch_size=self.val_rows, token_bytes=self.token_bytes,
                 n_windows=n_windows, losses_of=self.losses_of,
-            )  # fmt: skip
+            )
 
         with eagerly(config.compile):
             result = self.with_room(look, self.validate_in_less)
@@ -410,13 +410,13 @@ class Trainer:
         if result.loss < before or (improved and result.loss == before):  # equal: the same step once more, after a kill
             found = {
                 "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
-            }  # fmt: skip
+            }
             self.better = found
             self.attempt(lambda: self.write_best(run))
         self.status |= {
             "step": state.step, "train_loss": finite(train_loss), "val_loss": finite(result.loss),
             "val_bits_per_byte": finite(result.bits_per_byte), **(self.best or {}),
-        }  # fmt: skip
+        }
         self.attempt(lambda: run.set_status(**self.status))
         return result
 

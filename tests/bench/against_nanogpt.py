@@ -72,7 +72,7 @@ CPU_RECIPE = [
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
     "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
     "--lr_decay_iters=2000", "--dropout=0.0",
-]  # fmt: skip
+]
 GPU_RECIPE = ["config/train_shakespeare_char.py"]
 LENGTHS = {"cpu": ["200", "250", "300", "400"], "cuda": ["4s", "6s", "9s", "13s", "18s"]}
 PEER_BATCHES = {"speed-124m": [6, 8, 10], "speed-10m": [64, 128, 256]}
@@ -218,7 +218,7 @@ def peer_quality(place: Place, data: Path, recipe: list[str], cold: bool) -> Ite
             yield {
                 "side": "nanogpt", "step": step, "seconds": seconds, "cpu_seconds": part * seen.cpu_seconds,
                 "loss": loss, "block_size": block_size,
-            }  # fmt: skip
+            }
 
 
 def nanogpt_model(place: Place, checkpoint: Path) -> tuple[Callable[[Tensor], Tensor], int, int]:
@@ -247,7 +247,7 @@ def peer_speed(part: str, place: Place) -> Iterator[dict[str, Any]]:
         yield {
             "side": "nanogpt", "model": "GPT", "parameters": PEER_PARAMETERS[part], "batch_size": batch_size,
             "tokens_per_s": speed, "problem": why,
-        }  # fmt: skip
+        }
         if speed is None:
             return
 
@@ -269,7 +269,7 @@ def train_speed(place: Place, batch_size: int, limit_s: float) -> tuple[float | 
             *GPU_RECIPE, f"--dataset={place.data('shakespeare_char')}", f"--out_dir={out}", "--dropout=0.0",
             f"--batch_size={batch_size}", "--max_iters=400", "--eval_interval=100000", "--eval_iters=1",
             "--log_interval=100",
-        ]  # fmt: skip
+        ]
         seen = watch(peer_command(place, "train.py", *arguments), place, place.environment("nanogpt"), limit_s)
     times = {int(found[1]): at for at, line in seen.lines if (found := re.match(r"iter (\d+): loss", line))}
     if 100 not in times or 400 not in times:
@@ -314,7 +314,7 @@ def our_quality(
                 "side": "nnx", "model": name, "length": length, "seconds": seconds, "cpu_seconds": used, "loss": loss,
                 "step": status["step"], "tokens": status["tokens"], "block_size": block_size,
                 "parameters": cost.count_parameters(model)["total"],
-            }  # fmt: skip
+            }
             if loss <= target:
                 break
 
@@ -389,7 +389,7 @@ def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> No
     print(json.dumps({
         "parameters": total, "tokens_per_s": row.tokens_per_s, "problem": row.problem, "compile": row.compile,
         "share": row.share, "matrix_flops": limits.flops[precision], "peak_memory_bytes": row.peak_memory_bytes,
-    }))  # fmt: skip
+    }))
 
 
 KERNELS = {"matrix products": r"nvjet|gemm|cutlass_|splitk", "attention": r"flash|fmha|attention"}
@@ -619,7 +619,7 @@ def main() -> None:
         for part in parts:
             found = speed(part, place, options) if part.startswith("speed") else quality(
                 part, place, options, rows_of(options.results)
-            )  # fmt: skip
+            )
             for row in found:
                 row = {"part": part, "call": call, "machine": machine} | row
                 tell(", ".join(f"{key} {value}" for key, value in row.items() if key not in ("call", "machine")))

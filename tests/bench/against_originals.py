@@ -93,7 +93,7 @@ def nyx(folder: Path, config: dict[str, Any], device: torch.device) -> Original:
     model = PaLM(
         dim=config["model_dim"], num_tokens=config["vocab_size"], depth=config["layer_depth"],
         heads=config["num_attention_heads"], dim_head=config["head_dimension"], ff_mult=config["feedforward_scale"],
-    ).to(device)  # fmt: skip
+    ).to(device)
     return Original(model, lambda tokens: model(tokens, return_loss=True))
 
 
@@ -201,7 +201,7 @@ CASES = {
         {"cuda": (16, 128), "cpu": (16, 128)}, {"cuda": 40, "cpu": 2},
         dict(vocab_size=65, seq_len=128, embed_dim=256, num_heads=4, dropout=0.0), variant="tape",
     ),
-}  # fmt: skip
+}
 
 
 def our_config(case: Case, seq_len: int) -> ModelConfig:
@@ -278,7 +278,7 @@ class Side:
         torch.manual_seed(0)
         prepare = (lambda: prepare_original(case, folder, device)) if side == "original" else (
             lambda: prepare_ours(case, device, side == "compiled")
-        )  # fmt: skip
+        )
         model, self.step = prepare()
         self.tokens = random_tokens(case, device)
         self.n_tokens = math.prod(case.batch[device.type])
@@ -528,7 +528,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     """Markdown lines of all rows, the lost ones included."""
     device = rows[0].device
     yield ("| model | batch | original tokens/s | ours, eager | ours, compiled | times | asked | share | "
-           "original GiB (above) | ours GiB (above) | part of above | |")  # fmt: skip
+           "original GiB (above) | ours GiB (above) | part of above | |")
     yield "| --- " + "| ---: " * 10 + "| --- |"
     for row in rows:
         case, best = CASES[row.key], row.best
@@ -565,7 +565,7 @@ def report(rows: list[Row], device: torch.device, options: argparse.Namespace) -
             top = "; ".join(f"`{short(name)}` {ms:.2f} ms ({count}×)" for name, ms, count in found["top"])
             busy = f", {found['busy_ms']:.1f} ms of it computing in {found['launches']} launches"
             notes.append(f"- {row.key}, {row.best}: a step takes {found['step_ms']:.1f} ms"
-                         f"{busy if device.type == 'cuda' else ''}; longest: {top}")  # fmt: skip
+                         f"{busy if device.type == 'cuda' else ''}; longest: {top}")
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
@@ -600,7 +600,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--no-compile", action="store_true", help="only run ours eagerly")
     parser.add_argument("--together", action="store_true",
-                        help="start and compile all models at once: faster where cores and memory abound")  # fmt: skip
+                        help="start and compile all models at once: faster where cores and memory abound")
     parser.add_argument("--profile", action="store_true", help="name the longest kernels of rows that fall short")
     parser.add_argument("--commit", help="of nnx, where this is no git checkout")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there, as its section")

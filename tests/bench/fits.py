@@ -120,7 +120,7 @@ def promise(name: str, device: torch.device, vram: str) -> Iterator[dict[str, An
     plan = plan_run(
         name, "small", {}, train, vocab_size=256, train_tokens=10**9, val_tokens=10**6, device=device,
         precision="bf16", sources={},
-    )  # fmt: skip
+    )
     rows, predicted = plan.train.batch_size, plan.predict()
     more = math.ceil(1.2 * rows)
     for what, batch_size, captured in (
@@ -136,7 +136,7 @@ def promise(name: str, device: torch.device, vram: str) -> Iterator[dict[str, An
             "optimizer": plan.train.optimizer, "checkpointing": plan.train.activation_checkpointing,
             "predicted_bytes": predicted if what == "planned" else None, "peak_bytes": peak,
             "result": "out of memory" if loss is None else f"{STEPS} steps", "loss": loss,
-        }  # fmt: skip
+        }
 
 
 def billion(name: str, text: Path, vram: str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def whole_run(name: str, text: Path, words: list[str]) -> dict[str, Any]:
             "peak_bytes": max(line.get("peak_memory_bytes") or 0 for line in metrics),
             "steps": status["step"], "val_loss": status["val_loss"], "result": "trained",
             "events": "; ".join(status.get("events", [])) or None,
-        }  # fmt: skip
+        }
 
 
 def largest(name: str, device: torch.device, vram: str) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def largest(name: str, device: torch.device, vram: str) -> dict[str, Any]:
         "model": name, "parameters": parameters, "n_layers": low, "dim": config.dim, "weights": train.weight_precision,
         "optimizer": train.optimizer, "in_backward": train.optimizer_in_backward, "peak_bytes": peak,
         "result": "out of memory" if loss is None else "trained", "loss": loss,
-    }  # fmt: skip
+    }
 
 
 def largest_peer(folder: Path, device: torch.device) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def largest_peer(folder: Path, device: torch.device) -> dict[str, Any]:
         else:
             low = middle
             best = {"model": "nanoGPT", "n_layers": middle, "dim": PEER_WIDTH["n_embd"], **found,
-                    "peak_bytes": peak, "result": "trained", "loss": loss}  # fmt: skip
+                    "peak_bytes": peak, "result": "trained", "loss": loss}
     return best
 
 

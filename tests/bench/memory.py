@@ -82,7 +82,7 @@ def quick_cells() -> list[Cell]:
         Cell(model, size, way, False, precision)
         for model in models.names() for size in ("nano", "tiny", "small") for way in ("plain", "checkpointed")
         for precision in (("bf16", "fp32") if size == "tiny" and way == "plain" else ("bf16",))
-    ]  # fmt: skip
+    ]
 
 
 def all_cells() -> list[Cell]:
@@ -159,7 +159,7 @@ def main() -> int:
         f"{card}, {date.today()}; {target}", "",
         "| model | size | way | mode | rows | predicted MiB | allocated | reserved | error | phase | |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---|---|",
-    ]  # fmt: skip
+    ]
     print("\n".join(lines), flush=True)
     broken, started = 0, time.perf_counter()
     for cell in cells[piece - 1 :: pieces]:

@@ -105,7 +105,7 @@ RECIPES = {
              manual_norm_weights=False),
         lambda parameters: torch.optim.Adam(parameters), (1e-3, 3e-3), None, constant,
     ),
-}  # fmt: skip
+}
 SIDES = {name: ("original", "ours") for name in RECIPES} | {"tape": ("sound", "ours")}
 
 
@@ -182,7 +182,7 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
         TrainConfig(max_steps=job.steps, tokens_per_step=job.tokens_per_step, seed=seed),
         vocab_size=job.data.vocab_size, train_tokens=len(job.data.train), val_tokens=len(job.data.val),
         device=job.device, precision=pick_precision("auto", job.device), sources={},
-    )  # fmt: skip
+    )
     set_seed(seed)
     model = models.from_config(name, plan.model_config)
     trainer = session.make_trainer(model, job.data, plan.train, job.device, Observer(), session.Sampling([10]))
@@ -194,7 +194,7 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
         trainer.take_step(
             lr_at(step, step / job.steps, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
                   warmup_steps=config.warmup_steps)
-        )  # fmt: skip
+        )
         trainer.state.step += 1
     model.eval()
     model.compute_dtype = torch.float32
@@ -253,7 +253,7 @@ def work(job: Job, names: list[str], seeds: list[int], results: Path) -> None:
             row = {
                 "model": name, "side": side, "seed": seed, "tokens": job.tokens, "tokens_per_step": job.tokens_per_step,
                 "seconds": round(time.monotonic() - started, 1), "machine": machine,
-            } | found  # fmt: skip
+            } | found
             if not math.isfinite(row["loss"]):
                 row["loss"] = math.inf
             with open(results, "a", encoding="utf-8") as file:
@@ -274,7 +274,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "# Quality beside the originals", "",
         "Made by [quality.py](quality.py), which says what is compared and how. Loss in nats over the whole validation "
         f"split, mean of the seeds (lowest to highest); ours should be at most {MARGIN} above.",
-    ]  # fmt: skip
+    ]
     for tokens, per_step in dict.fromkeys((row["tokens"], row["tokens_per_step"]) for row in rows):
         own = [row for row in rows if (row["tokens"], row["tokens_per_step"]) == (tokens, per_step)]
         machines = "; ".join(dict.fromkeys(row["machine"] for row in own))
@@ -342,7 +342,7 @@ def main() -> None:
         job = Job(
             options.originals.resolve(), open_token_folder(Path(folder) / "tokens"), pick_device(options.device),
             options.tokens, options.tokens_per_step, deadline,
-        )  # fmt: skip
+        )
         work(job, names, [int(seed) for seed in options.seeds.split(",")], options.results)
     text = report(read_rows(options.results))
     print(text)

@@ -139,7 +139,7 @@ def main() -> None:
         "cpu": cpu_model(), "python": platform.python_version(), "typer": typer.__version__,
         "commands": len(commands), "options": n_options, "rounds": options.rounds,
         "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    }
     shown = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = f"{shown}; milliseconds, processor / wall\n\n{table(results)}\n"
     print(text)

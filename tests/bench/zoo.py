@@ -76,7 +76,7 @@ def train(trainer: Trainer) -> tuple[float, float, float]:
         lr = lr_at(
             step, step / config.max_steps, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
             warmup_steps=config.warmup_steps,
-        )  # fmt: skip
+        )
         state.tokens += trainer.take_step(lr)
         state.step += 1
     synchronize(trainer.device)

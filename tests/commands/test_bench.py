@@ -12,7 +12,7 @@ def test_json_and_no_file(nnx, workspace):
     assert found["limits"]["flops"]["fp32"] > 0 and found["limits"]["bytes_per_s"] > 0
     assert [(row["what"], row["batch_size"]) for row in found["rows"]] == [
         ("decoding", 1), ("training", 1), ("decoding", 2), ("training", 2),
-    ]  # fmt: skip
+    ]
     for row in found["rows"]:
         assert row["model"] == "nyx" and row["parameters"] == 787_072 and row["precision"] == "fp32"
         assert row["tokens_per_s"] > 0 and row["share"] > 0 and row["problem"] is None

@@ -138,7 +138,7 @@ def test_a_reader_who_leaves_is_no_error(run):
     process = subprocess.Popen(
         [sys.executable, "-m", "nnx_cli", "sample", "words", "--max-new-tokens", "20000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
     process.stdout.read(5)
     process.stdout.close()
     assert process.wait(timeout=60) == 0

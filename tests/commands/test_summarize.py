@@ -5,7 +5,7 @@ import pytest
 from nnx_cli import models
 
 KEYS = {"model", "size", "parameters", "flops_per_token", "memory", "cache_bytes_per_token", "file_bytes", "fits",
-        "trains_in_gb"}  # fmt: skip
+        "trains_in_gb"}
 
 
 def test_json_has_the_promised_keys(nnx):
@@ -21,7 +21,7 @@ def test_json_has_the_promised_keys(nnx):
     assert facts["file_bytes"].keys() == {"fp32", "bf16", "int8", "int4"}
     assert facts["fits"].keys() >= {
         "budget_bytes", "fits", "batch_size", "grad_accum", "activation_checkpointing", "predicted_peak_bytes",
-    }  # fmt: skip
+    }
     assert facts["fits"]["budget_bytes"] == 7 * 2**30 and facts["fits"]["fits"] is True
     assert list(facts["trains_in_gb"]) == ["4", "6", "8", "12", "16", "24"]
     assert facts["cache_bytes_per_token"] == 8 * 2 * 64 * 4

@@ -9,13 +9,13 @@ from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.run import Run, find_model
 
 SMALL = ["--dim", 32, "--n-layers", 2, "--n-heads", 2, "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
-         "--threads", 1, "--compile", "off"]  # fmt: skip
+         "--threads", 1, "--compile", "off"]
 FIRST = [*SMALL, "--max-steps", 3, "--sample-every", 0]
 DOCUMENTED = [
     "--vocab_size", 256, "--model_dim", 32, "--layer_depth", 2, "--num_attention_heads", 4, "--num_batches", 2,
     "--batch_size", 2, "--gradient_accumulate_every", 2, "--learning_rate", "1e-4", "--validate_every", 1,
     "--prime_length", 8, "--generate_every", 2, "--generate_length", 6, "--seq_len", 32,
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_text_is_prepared_once(nnx, text_file, workspace):
 def test_dry_run_says_where_every_value_comes_from(nnx, data, workspace):
     (workspace / "my.toml").write_text("lr = 0.01\nseed = 7\n[model]\nn-layers = 3\n")
     result = nnx("train", "--data", data, "--config", "my.toml", "--dry-run", "--json", "--dim", 64, "--n-heads", 4,
-                 "--seed", 9)  # fmt: skip
+                 "--seed", 9)
     assert result.exit_code == 0, result.stderr
     rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
     assert rows["dim"] == (64, "command line") and rows["seed"] == (9, "command line")
@@ -112,7 +112,7 @@ def test_the_command_is_recorded(nnx, data, workspace, monkeypatch):
 
 def test_starting_from_another_run(nnx, run):
     result = nnx("train", "--data", "data/words", "--init-from", "words", "--out", "next", "--max-steps", 1,
-                 "--batch-size", 2, "--grad-accum", 1, "--threads", 1)  # fmt: skip
+                 "--batch-size", 2, "--grad-accum", 1, "--threads", 1)
     assert result.exit_code == 0, result.stderr
     before, after = find_model("words").weights()[1], find_model("next@0").weights()[1]
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -135,7 +135,7 @@ def test_the_originals_training_command(nnx, text_file, workspace):
     assert len(run.config["sampling"]["prompt_ids"]) == 8 and run.config["sampling"]["max_new_tokens"] == 6
 
     result = nnx("sample", "--sample_prompt", "AI is a power!", "--vocab_size", 256, "--model_dim", 32, "--layer_depth",
-                 2, "--num_attention_heads", 4, "--generate_length", 8)  # fmt: skip
+                 2, "--num_attention_heads", 4, "--generate_length", 8)
     assert result.exit_code == 0 and result.stdout.startswith("AI is a power!")
 
     result = nnx("train", "--filepath", text_file, "--checkpoint_path", "weights/nyx-words", "--num_batches", 3)
@@ -159,7 +159,7 @@ def bad_files(workspace):
     files = {
         "empty.txt": b"", "blank.txt": b" \n\n \t\n", "short.txt": b"one two\n" * 4,
         "binary.txt": b"\x7fELF\x00\x01" * 99, "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9,
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (workspace / name).write_bytes(content)
     (workspace / "nothing").mkdir()
@@ -175,7 +175,7 @@ def bad_files(workspace):
         ("binary.txt", "binary.txt"), ("nothing", "nothing"), ("images", "images"), ("*.rst", "*.rst"),
         ("short.txt", "one sequence needs"),
     ],
-)  # fmt: skip
+)
 def test_text_that_is_none_is_refused(refused, bad_files, path, message):
     refused(3, message, "train", "--filepath", path, *FIRST)
 
@@ -356,7 +356,7 @@ def test_last_is_never_a_finished_run(refused, run):
         ["--tokenizer", "char"], ["--model_dim", 64], ["--config", "x.toml"],
     ],
     ids=lambda words: " ".join(map(str, words)),
-)  # fmt: skip
+)
 def test_what_cannot_change_on_resuming_is_refused(refused, run, words):
     refused(2, "", "train", "--resume", "words", *words)
 
@@ -444,4 +444,4 @@ def test_a_dry_run_leaves_what_others_prepared(nnx, text_file, workspace):
 
 def test_usage_is_checked_before_the_text(refused):
     refused(2, "is no multiple of --seq-len 32", "train", "--filepath", "nothing.txt", "--seq-len", 32,
-            "--tokens-per-step", 77)  # fmt: skip
+            "--tokens-per-step", 77)

@@ -19,7 +19,7 @@ def test_attention_and_gradients_are_those_of_torch(T, G):
     torch.testing.assert_close(
         torch.autograd.grad((y * weight).sum(), leaves), torch.autograd.grad((wanted * weight).sum(), leaves),
         atol=1e-5, rtol=1e-4,
-    )  # fmt: skip
+    )
 
 
 def test_the_operator_keeps_what_torch_asks_of_one(monkeypatch):

@@ -6,7 +6,7 @@ from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.loss import TrainStep
 
 FURTHER = [("neon", dict(decoder="function", function_balance=0.01)), ("tape", dict(entropy_weight=0.1)),
-           ("nyx", dict(dropout=0.2)), ("ngpt", dict(dropout=0.2))]  # fmt: skip
+           ("nyx", dict(dropout=0.2)), ("ngpt", dict(dropout=0.2))]
 
 
 def loss_and_gradients(model, ids):

@@ -45,7 +45,7 @@ def build(case):
         n_heads=config["num_attention_heads"], n_kv_heads=config["num_key_value_heads"],
         ffn_dim=config["intermediate_size"], rope_theta=config["rope_theta"],
         tie_embeddings=config["tie_word_embeddings"], seq_len=config["max_position_embeddings"],
-    )  # fmt: skip
+    )
     weights = packed(cut(f"{case}.weights."), model.config.n_layers)
     own = model.unique_state()
     assert own.keys() == weights.keys()

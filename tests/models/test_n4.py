@@ -18,7 +18,7 @@ OPTIONS = {
     "plain": {}, "grouped": dict(n_kv_heads=1), "bias": dict(bias=True), "alpha": dict(dyt_alpha=True),
     "head_scale": dict(head_scale=True), "window": dict(window=5),
     "all": dict(n_kv_heads=2, n_heads=4, bias=True, dyt_alpha=True, head_scale=True, window=3),
-}  # fmt: skip
+}
 
 
 def close(a, b, tolerance=2e-5):

@@ -30,7 +30,7 @@ OPTIONS = {
     "normalized_function": BANK | dict(normalized=True, n_heads=4, n_kv_heads=2),
     "normalized_memory": dict(decoder="memory", normalized=True, diff_mlp=True),
     "normalized_linear": dict(decoder="linear-control", normalized=True, diff_attention="constrained"),
-}  # fmt: skip
+}
 
 
 def close(a, b, tolerance=2e-5):
@@ -152,7 +152,7 @@ PUBLISHED = [
     ("test", dict(decoder="function", n_global_functions=64, n_layer_functions=64), 33_485_568),
     ("test", dict(decoder="linear-control"), 12_907_264),
     ("arc", {}, 1_181_698_560), ("nova", {}, 2_750_035_968),  # heads that divide the width: the original's cannot run
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("size", "fields", "parameters"), PUBLISHED)
@@ -232,7 +232,7 @@ def test_every_parameter_receives_gradient(model):
         ("balanced", torch.float32, False), ("balanced", torch.bfloat16, True), ("grouped", torch.bfloat16, True),
         ("normalized_memory", torch.float32, True), ("normalized_function", torch.bfloat16, True),
     ],
-)  # fmt: skip
+)
 def test_blocks_are_captured_whole_and_equal_eager(name, dtype, training, large):
     torch._dynamo.reset()
     model = large(**OPTIONS[name], n_layers=1).train(training)
@@ -392,7 +392,7 @@ def test_normalized_weights_and_stream_have_length_one(name, tiny):
         dict(function_anneal_steps=0), dict(rope_theta=0.0), dict(n_heads=20, dim=1536),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_options_that_do_not_fit_are_refused(bad):
     with pytest.raises(UsageError, match=next(iter(bad)).replace("_", "-")):
         models.make_config("neon", **bad)

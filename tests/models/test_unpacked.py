@@ -15,7 +15,7 @@ SHAPE = dict(vocab_size=40, dim=24, n_layers=2, n_heads=3, seq_len=12)
 CASES = {
     "llama": ("llama", {}), "llama, one key head": ("llama", dict(n_kv_heads=1)), "nyx": ("nyx", {}),
     "nyx, normalised": ("nyx", dict(qk_norm=True)), "nyx, narrow": ("nyx", dict(head_dim=6, ffn_dim=7)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -293,7 +293,7 @@ def test_blocks_are_captured_whole_and_equal_eager(model, name):
         {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": math.nan}, {"dropout": math.inf}, {"variant": "better"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_values_are_refused(name, bad):
     with pytest.raises(UsageError) as error:
         models.make_config(name, **bad)

@@ -25,7 +25,7 @@ def test_exact_measures_come_first():
     assert steps == [
         (("off", "adamw", "fp32"), 0), (("half", "adamw", "fp32"), 1), (("on", "adamw", "fp32"), 1),
         (("on", "adamw8bit", "fp32"), 2), (("on", "adamw8bit", "bf16"), 3),
-    ]  # fmt: skip
+    ]
 
 
 def test_what_was_asked_for_stays():

@@ -19,7 +19,7 @@ FURTHER = [
     ("neon", dict(normalized=True, n_kv_heads=2)), ("n4", dict(window=16, bias=True, dyt_alpha=True, n_kv_heads=2)),
     ("ngpt", dict(normalize_on_use=True)), ("nyx", dict(qk_norm=True)), ("tape", dict(entropy_weight=0.1)),
     ("llama", dict(n_kv_heads=4, dropout=0.1)),
-]  # fmt: skip
+]
 
 
 def kept_for_real(block, args, kwargs):
@@ -145,7 +145,7 @@ def test_memory_grows_with_what_it_holds(name):
 
 ON_H100 = {  # MiB with compiled blocks, torch 2.11: tests/bench/memory.py --only "base in-backward compiled"
     "llama": 1043.9, "n4": 1053.4, "neon": 1393.7, "ngpt": 1236.3, "nyx": 1065.3, "tape": 1433.3,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ON_H100)
@@ -155,7 +155,7 @@ def test_compiled_blocks_take_what_was_measured(name):
     train = TrainConfig(
         optimizer="adamw8bit", precision="bf16", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1,
         activation_checkpointing="on", compile="on",
-    )  # fmt: skip
+    )
     told = memory.predict(model, train, 8, Target("cuda", (9, 0)))
     assert 0.98 * ON_H100[name] < told.peak_bytes / 2**20 < 1.02 * ON_H100[name]
 

@@ -16,7 +16,7 @@ def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", **train)
     return plan_run(
         model, size, fields, TrainConfig(**train), vocab_size=256, train_tokens=train_tokens, val_tokens=10_000,
         device=torch.device("cpu"), precision="fp32", sources=dict.fromkeys([*fields, *train], "command line"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_what_was_given_up_to_fit_is_recorded():
     assert (planned.train.lr, planned.train.max_steps) == (roomy.train.lr, roomy.train.max_steps)
     with pytest.raises(DoesNotFit) as error:
         plan(fields, max_steps=5, vram=tight, batch_size=4, activation_checkpointing="off", optimizer="adamw",
-             weight_precision="fp32")  # fmt: skip
+             weight_precision="fp32")
     assert "--batch-size" in error.value.fix
 
 
@@ -100,7 +100,7 @@ def test_the_optimizer_in_the_backward_pass_has_no_fp16():
         plan_run(
             "nyx", "nano", FIELDS, TrainConfig(max_steps=5, optimizer_in_backward=True), vocab_size=256,
             train_tokens=100_000, val_tokens=10_000, device=torch.device("cpu"), precision="fp16", sources={},
-        )  # fmt: skip
+        )
 
 
 def test_the_optimizer_in_the_backward_pass_sees_one_micro_batch():
@@ -137,7 +137,7 @@ def test_every_value_is_filled_in():
     train = plan().train
     left = {name for name in TrainConfig.__dataclass_fields__ if getattr(train, name) is None}
     assert left <= {"epochs", "vram", "threads", "val_every", "sample_every", "sample_prompt", "save_every",
-                    "patience", "lora_rank", "val_batches"}  # fmt: skip
+                    "patience", "lora_rank", "val_batches"}
     assert "auto" not in (train.optimizer, train.precision)
 
 
@@ -189,7 +189,7 @@ def test_shapes_of_ones_own_have_no_size():
     ("passes", "per_token", "dropout"),
     [(1, 10, 0.0), (5.9, 4, 0.0), (6, 4, 0.1), (12, 4, 0.2), (40, 4, 0.2), (40, 1, 0.0), (8, 1.9, 0.1),
      (4.3, 10, 0.0), (4.5, 10, 0.1), (9, 10, 0.2), (3.2, 25, 0.0), (3.3, 25, 0.1), (6.6, 25, 0.2)],
-)  # fmt: skip
+)
 def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
     assert planner.default_dropout(passes, per_token) == dropout
 
@@ -198,12 +198,12 @@ def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
     ("fields", "length", "dropout"),
     [({}, {"epochs": 12.0}, 0.2), ({}, {"epochs": 3.0}, 0.0), ({}, {"max_steps": 2000}, 0.2),
      ({}, {"max_steps": 20}, 0.0), ({"dropout": 0.0}, {"epochs": 12.0}, 0.0)],
-)  # fmt: skip
+)
 def test_dropout_follows_from_length_and_text_unless_it_is_given(fields, length, dropout):
     made = planner.plan_run(
         "llama", "nano", fields, TrainConfig(**length), vocab_size=256, train_tokens=100_000, val_tokens=10_000,
         device=torch.device("cpu"), precision="fp32", sources={},
-    )  # fmt: skip
+    )
     assert made.model_config.dropout == dropout
     assert ("dropout" in made.sources) == (dropout > 0)
 
@@ -213,7 +213,7 @@ def test_adapters_are_trained_in_little_memory():
         return planner.plan_run(
             "llama", "nano", {}, TrainConfig(max_steps=10, **settings), vocab_size=256, train_tokens=100_000,
             val_tokens=10_000, device=torch.device("cpu"), precision="fp32", sources={},
-        )  # fmt: skip
+        )
 
     assert made(lora_rank=4).train.activation_checkpointing == "on"
     assert made(lora_rank=4, activation_checkpointing="off").train.activation_checkpointing == "off"
@@ -264,7 +264,7 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
     (300, 10.0, 512, 3.3),
     (300, 30.0, 512, 4.0),
     (3, 30.0, 128, 4.0),  # a step leaves most of a weight
-])  # fmt: skip
+])
 def test_weights_forget_what_they_would_know_by_heart(steps, passes, dim, weight_decay):
     assert planner.default_weight_decay(0.1, "muon", 0.01, steps, passes, dim) == weight_decay
 

@@ -59,7 +59,7 @@ def main() -> int:
             f"{name}: {verdict}: promise {result.promise}, {result.tried}: {result.passed} of {result.times}, "
             f"{time.monotonic() - started:.0f} s",
             *(f"    {note}" for note in result.notes), sep="\n", flush=True,
-        )  # fmt: skip
+        )
     return 1 if broken else 0
 
 

@@ -36,10 +36,10 @@ TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "started")
 SHAPE = (
     "--size", "nano", "--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--batch-size", 4,
     "--grad-accum", 1, "--device", "cpu", "--threads", 1, "--compile", "off",
-)  # fmt: skip
+)
 HABITS = (
     "--val-every", 8, "--val-batches", 1, "--sample-every", 12, "--generate-length", 6, "--save-every", 5, "--lr", 3e-3,
-)  # fmt: skip
+)
 
 warm = multiprocessing.get_context("forkserver") if os.name == "posix" else None
 
@@ -243,13 +243,13 @@ def start_small(data: Path, out: Path, observer: Any, model: str = "nyx", **chan
     from nnx_cli.training import session
 
     settings = dict(max_steps=8, batch_size=4, grad_accum=1, val_every=4, val_batches=1, save_every=4, lr=3e-3,
-                    sample_every=0, compile="off", device="cpu", threads=1)  # fmt: skip
+                    sample_every=0, compile="off", device="cpu", threads=1)
     tokens, shape = open_token_folder(data), dict(n_layers=1, dim=32, n_heads=2, seq_len=32)
     plan = plan_run(
         model, "nano", shape, TrainConfig(**(settings | changes)), vocab_size=tokens.vocab_size,
         train_tokens=len(tokens.train), val_tokens=len(tokens.val), device=torch.device("cpu"), precision="fp32",
         sources={},
-    )  # fmt: skip
+    )
     prompt = session.Sampling([10], 4)
     return session.start(plan, tokens, out, torch.device("cpu"), observer, prompt, "nnx train", None)
 

@@ -33,7 +33,7 @@ SHAPE = ("--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32)
 HABITS = (
     "--batch-size", 4, "--grad-accum", 1, "--val-batches", 1, "--val-every", 6, "--save-every", 6, "--sample-every", 6,
     "--generate-length", 8, "--compile", "off", "--device", "cpu", "--threads", 1, "--lr", 1e-3,
-)  # fmt: skip
+)
 STEPS = 12
 MORE_MEMORY = 2**30  # what damaged files may make a process take at most
 SECONDS = 60  # after which a command counts as hanging
@@ -46,7 +46,7 @@ OWN_MODULES = {
     "requests", "pandas", "cython_runtime", "pytz", "dateutil", "six", "triton", "networkx", "jinja2", "fsspec",
     "filelock", "dill", "opt_einsum", "scipy", "ml_dtypes", "optree", "charset_normalizer", "chardet", "urllib3",
     "certifi", "idna", "cffi", "psutil", "coverage", "hypothesis", "pytest", "_pytest", "execnet", "pluggy",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def every_call(full: bool) -> Result:
     return Result(
         2, "an error at each open, write, fsync, rename, mkdir and unlink of a run", times, times,
         [f"{ends['finished']} runs went on to the end, {ends['refused']} ended with exit 8; all were resumed"],
-    )  # fmt: skip
+    )
 
 
 def limited(full: bool) -> Result:

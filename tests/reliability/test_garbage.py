@@ -220,7 +220,7 @@ def parsers() -> Iterator[tuple[str, st.SearchStrategy, Callable[[Any], None], t
     yield "rows of JSON", near_json(row).map(lambda d: d + b"\n"), lambda d: read_rows("x.jsonl", d, False), data
     yield "csv with any header", texts.map(lambda t: f"{t}\n1,2\n".encode("utf-8", "surrogatepass")), (
         lambda d: read_rows("x.csv", d, False, "a")
-    ), data  # fmt: skip
+    ), data
     yield "names of formats", texts, format_of, ()
     usage = (UsageError, DataError)
     good = b"lr = 1e-3\nmax-steps = 5\n[train]\nseed = 1\nmax_time = '5m'\n"
@@ -299,7 +299,7 @@ def try_parser(
     tried = 0
 
     @settings(max_examples=n, deadline=None, database=None, derandomize=fixed, phases=[Phase.explicit, Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+              suppress_health_check=list(HealthCheck))
     @given(strategy)
     def attempt(value: Any) -> None:
         nonlocal tried
@@ -399,7 +399,7 @@ USAGE: tuple[tuple[int | set[int], tuple[Any, ...]], ...] = (
     "--size", "x")),
     (2, ("summarize", "--vram", "x")), (2, ("summarize", "--batch-size", 0)), (2, ("summarize", "--precision", "x")),
     (2, ("bench", "--size", "x")), (2, ("bench", "--device", "gpu")),
-)  # fmt: skip
+)
 FILES: tuple[tuple[int | set[int], tuple[Any, ...]], ...] = (
     # input
     *((3, ("prepare", name, "--out", "data/x")) for name in (
@@ -460,7 +460,7 @@ FILES: tuple[tuple[int | set[int], tuple[Any, ...]], ...] = (
     (8, ("import", "seed.pth", "--model", "nyx", "--out", "folder")),
     (8, ("quantize", RUN, "--max-drop", 100, "--out", "words.txt/x")),
     (8, ("train", "--data", BYTE, "--out", "dangling", *SHAPE)),
-)  # fmt: skip
+)
 
 
 def make_files() -> None:
@@ -478,7 +478,7 @@ def make_files() -> None:
         "nested.gz": gzip.compress(gzip.compress(gzip.compress(gzip.compress(words)))),
         "words.jsonl": b'{"text": "x"}\n' * 99,
         "words.csv": b"text\nx\ny\n" * 50, "deep.json": DEEP_JSON, "deep.jsonl": DEEP_JSON + b"\n",
-    }  # fmt: skip
+    }
     for name, content in contents.items():
         Path(name).write_bytes(content)
     Path("folder").mkdir()
@@ -524,10 +524,10 @@ def garbled_lines(full: bool) -> Result:
     "--data", "--lr",
                "--max-steps", "--filepath", "--resume", "--dim", "--keep", "--stop", "--top-k", "--val", "--dry-run",
                "--max-new-tokens", "--tokenizer", "--greedy", "--vram", "--all", "--", "-", "-h",
-               "--debugg"]  # fmt: skip
+               "--debugg"]
     values = ["", "0", "-1", "1", "nyx", "nano", "nan", RUN, BYTE, "words.txt", "folder", NO, "x" * 300, "\x1b[2J",
     "[/x]",
-              "\udcff", "1e999", "8", "cpu", "byte", "../..", "%s", "*", "~", "NUL", "con"]  # fmt: skip
+              "\udcff", "1e999", "8", "cpu", "byte", "../..", "%s", "*", "~", "NUL", "con"]
     with scene() as folder:
         for name in (RUN, BYTE):
             fresh(name)
@@ -553,7 +553,7 @@ def real_processes(full: bool) -> Result:
     tally = Tally()
     surroundings = [{"TERM": "dumb"}, {"COLUMNS": "1"}, {"LC_ALL": "C"}, {"HOME": ""}, {"NO_COLOR": "1",
     "TERM": "xterm"},
-                    {"PYTHONIOENCODING": "ascii"}, {"FORCE_COLOR": "1"}]  # fmt: skip
+                    {"PYTHONIOENCODING": "ascii"}, {"FORCE_COLOR": "1"}]
     lines = [
         (2, ("frobnicate",)),
         (5, ("sample", NO)),
@@ -570,7 +570,7 @@ def real_processes(full: bool) -> Result:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), **surroundings[number % len(surroundings)]}
             with tally.case(f"{' '.join(map(str, words))[:80]} {number}") as case:
                 done = subprocess.run([sys.executable, "-m", "nnx_cli", *map(str, words)], capture_output=True,
-                                      stdin=subprocess.DEVNULL, env=environment, timeout=200)  # fmt: skip
+                                      stdin=subprocess.DEVNULL, env=environment, timeout=200)
                 err = done.stderr.replace(b"\x1b[0m", b"") if "FORCE_COLOR" in environment else done.stderr
                 check_refusal(Outcome(done.returncode, done.stdout, err), code, case)
                 assert set(listing(folder)) <= set(before) | {f"{folder}/{RUN}/lock"}, case

@@ -65,7 +65,7 @@ PAYLOADS = {
     "script": "</script><script>alert(1)</script>", "format": "%s %n {0} {x!r} ${HOME} `id` $(id)",
     "long": "A" * 20_000,
     "newlines": "x\n\n\nnnx: all is well\n", "json": '"},{"a":"', "tab": "\t\t\t",
-}  # fmt: skip
+}
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="names that other systems cannot have")
 
@@ -127,7 +127,7 @@ WORDS: tuple[tuple[Any, ...], ...] = (
     "{}"),
     ("sample", "{}", "--debug"), ("train", "--resume", "{}", "--json", "--debug"), ("train", "--data", BYTE,
     "--tokenizer", "{}"),
-)  # fmt: skip
+)
 
 
 def arguments(full: bool) -> Result:
@@ -205,7 +205,7 @@ def trained_on(full: bool) -> Result:
                          "--sample-every", 2, "--sample-prompt", PAYLOADS["clipboard"]),
                         ("sample", out, "--max-new-tokens", 60), ("sample", f"{out}@last", "--num-samples", 2),
                         ("eval", out), ("list",), ("eval", out, "--filepath", source),
-                    ]  # fmt: skip
+                    ]
                     for words in steps:
                         with tally.case(f"{kind}: {' '.join(map(str, words[:2]))} {json_too}") as case:
                             outcome = nnx(*words, *json_too)
@@ -250,7 +250,7 @@ def file_names(full: bool) -> Result:
                  "--init-from", name, "--sample-every", 0),
                 ("train", "--config", foreign, "--data", BYTE), ("sample", name, "--prompt-file", text,
                 "--max-new-tokens", 1),
-            ]  # fmt: skip
+            ]
             for words in lines:
                 with tally.case(
                     f"{what}: {words[0]} {words[1] if len(words) > 1 and words[1] != name else ''}"
@@ -302,7 +302,7 @@ def planted(text: str) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     for keys in (("model", "name"), ("model", "size"), ("versions", "torch"), ("data", "folder"), ("data",
     "fingerprint"),
                  ("quantization",), ("training", "optimizer"), ("format",), ("init_from",), ("model",
-                 text)):  # fmt: skip
+                 text)):
         run = fresh(RUN)
         config = json.loads((run / "config.json").read_bytes())
         inner = config
@@ -344,7 +344,7 @@ def planted(text: str) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     )
     yield "rows", [("prepare", "rows.jsonl", "--out", "data/x"), ("prepare", "rows.jsonl", "--errors", "strict",
     "--out", "data/x"),
-                   ("prepare", "rows.jsonl", "--text-key", text, "--out", "data/x")]  # fmt: skip
+                   ("prepare", "rows.jsonl", "--text-key", text, "--out", "data/x")]
     with zipfile.ZipFile("all.zip", "w") as archive:
         archive.writestr(f"{well_formed(text)[:200]}.jsonl", "{no")
         archive.writestr(f"{well_formed(text)[:200]}.txt", "\x7fELF")
@@ -385,7 +385,7 @@ def processes(full: bool) -> Result:
             [b"sample", b"weights/run", b"--prompt", bad, b"--max-new-tokens", b"2"],
             [b"prepare", bad + b".txt", b"--out", b"data/" + bad, b"--json"],
             [b"sample", bad, b"--debug"], [b"--" + bad], [b"train", b"--model", bad],
-        ]  # fmt: skip
+        ]
         locales = ({}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
         for environment in locales if full else locales[2:]:
             for words in lines if full else lines[:1] + lines[3:4]:

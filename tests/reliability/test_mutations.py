@@ -131,7 +131,7 @@ def swapped_files(full: bool) -> Result:
             "config.json", "tokenizer.json", "model.safetensors", "manifest.json", "metrics.jsonl",
             *(f"checkpoints/{NEWEST}/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")),
             f"checkpoints/{OLDER}/model.safetensors",
-        ]  # fmt: skip
+        ]
         for a, b in itertools.combinations(names, 2):
             run = fresh(RUN)
             contents = (run / a).read_bytes(), (run / b).read_bytes()
@@ -353,7 +353,7 @@ def commands_verify_tokens(full: bool) -> Result:
                 ("train", "--data", BYTE, "--dry-run"), ("train", "--resume", RUN, "--max-steps", STEPS + 1),
                 ("train", "--init-from", RUN, "--data", BYTE, "--max-steps", 1), ("eval", RUN), ("eval", f"{RUN}@last"),
                 ("quantize", RUN, "--out", "weights/other"),
-            ):  # fmt: skip
+            ):
                 fresh(RUN)
                 path = fresh(BYTE) / name
                 data = path.read_bytes()
@@ -384,7 +384,7 @@ def damaged_settings(full: bool) -> Result:
             "long": b"#" * 2**21, "zeros": bytes(100), "bool": b"lr = true", "list": b"model = ['nyx']",
             "huge": b"max_steps = 1" + b"0" * 400, "negative": b"dim = -5", "size": b"size = 3",
             "half a step": b"max_steps = 1.5",
-        }  # fmt: skip
+        }
         settled = [(name, damage.overwrite(content)) for name, content in fixed.items()]
         for what, apply in [*settled, *cases(full, 12, damage.any_bytes(draw), damage.any_place(folder))]:
             if what in ("pipe", "link to an equal file", "sparse"):  # all of them are as good as a file to read once
@@ -451,7 +451,7 @@ def malicious(canary: Path) -> Iterator[tuple[str, bytes]]:
         "beside tensors": {"a": torch.zeros(2), "b": Bomb(os.system, command)},
         "torch.load again": Bomb(torch.load, "seed.pth"), "bytearray": Bomb(bytearray, 2**36),
         "torch.zeros": Bomb(torch.zeros, 2**36), "range": Bomb(range, 2**62),
-    }  # fmt: skip
+    }
     for name, bomb in bombs.items():
         for protocol in (0, 2, 4):
             with_modules = pickle.dumps(bomb, protocol)
@@ -555,7 +555,7 @@ def malicious_checkpoints(full: bool) -> Result:
         some = [(what, content) for what, content in malicious(canary) if "by hand" in what or "os.system" in what]
         for what, content in some:
             for name in ("model.safetensors", f"checkpoints/{NEWEST}/model.safetensors",
-                         f"checkpoints/{NEWEST}/optimizer.safetensors"):  # fmt: skip
+                         f"checkpoints/{NEWEST}/optimizer.safetensors"):
                 with tally.case(f"{what} as {name}") as case:
                     path = fresh(RUN) / name
                     path.write_bytes(content)
@@ -673,7 +673,7 @@ FORBIDDEN = {
     "os.popen", "marshal.load", "marshal.loads", "shelve.open", "joblib.load", "np.lib.format.read_array", "yaml.load",
     "runpy.run_path", "runpy.run_module", "importlib.util.spec_from_file_location", "torch.package.PackageImporter",
     "torch.distributed.checkpoint.load", "dcp.load", "np.fromfile",
-}  # fmt: skip
+}
 
 
 def check_node(node: ast.AST, path: Path) -> None:

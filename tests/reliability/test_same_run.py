@@ -115,7 +115,7 @@ CHANGES = {
               r"torch is .*, the run began with 2\.99\.0\+cu999", 0.0),
     "device": ((), {"machine": "NVIDIA GeForce RTX 3060 (12 GiB)"},
                r"this is CPU \(.*\), the run was on NVIDIA GeForce RTX 3060 \(12 GiB\)", 0.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", ["threads", "batch", "torch", "device"])

@@ -87,7 +87,7 @@ def stop_gently(place: Place, numbers: tuple[int, ...], phase: str, draw: random
         assert not list((place.folder / "weights").glob(".*"))
         return
     found = re.search(r"nnx: interrupted at step (\d+); everything is saved\s+resume: nnx train --resume (\S+)",
-                      " ".join(command.output.split()))  # fmt: skip
+                      " ".join(command.output.split()))
     if found:
         assert int(found[1]) == steps_in(out / "checkpoints")[-1] and out == Path(found[2]), command.output
     else:  # it had not begun to train
@@ -316,7 +316,7 @@ def terminals(full: bool) -> Result:
             for case, *arguments in (
                 (typed_interrupt,), (resized,), (closed_terminal, False), (closed_terminal, True),
                 (broken_pipe, "stdout"), (broken_pipe, "stderr"), (suspended,), (ignored,),
-            ):  # fmt: skip
+            ):
                 case(place, *arguments)
                 cases += 1
     what = "Ctrl-C at a terminal, resized, closed with and without nohup, broken pipes, suspended, ignored signals"

@@ -52,7 +52,7 @@ def test_a_new_run_can_be_resumed(start, workspace):
     assert checkpoint.step == 0 and notes == []
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "checkpoints", "config.json", "manifest.json", "metrics.jsonl", "run.json", "samples.jsonl", "tokenizer.json",
-    ]  # fmt: skip
+    ]
     assert find_model(str(run.folder)).weights()[0].parent.name == "step-00000000"
     assert all(torch.equal(checkpoint.model[key], value) for key, value in trainer.model.unique_state().items())
 
@@ -215,7 +215,7 @@ def resign(folder, **changes):
     {"model": {"name": "../nyx"}}, {"model": {"name": ["nyx"]}}, {"model": {"name": "nyx", "dim": -1}},
     {"model": {"name": "nyx", "wheels": 4}}, {"model": {"name": "nyx", "dim": "32"}},
     {"model": {"name": "nyx", "dim": 64, "n_heads": 2, "n_layers": 2}},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_a_config_that_describes_no_model_is_refused(run, changes):
     resign(run.folder, **changes)
     with pytest.raises(CheckpointError):

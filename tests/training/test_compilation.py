@@ -94,7 +94,7 @@ def test_on_keeps_what_is_slower(trainer, pretend):
 
 @pytest.mark.parametrize("failure", [
     RuntimeError("the compiler crashed\nat length"), torch._dynamo.exc.Unsupported("a graph break"),
-])  # fmt: skip
+])
 def test_a_compiler_that_fails_is_not_used(trainer, pretend, failure):
     pretend((5.5, 1000.0), failure)
     assert decide(trainer, "auto") == "off" and not is_compiled(trainer)

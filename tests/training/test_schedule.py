@@ -17,7 +17,7 @@ def lr(step, progress, schedule="linear", min_lr=0.0, warmup_steps=0):
         ("wsd", 0.0, 1.0), ("wsd", 0.6, 1.0), ("wsd", 0.7, 0.75), ("wsd", 0.8, 0.5), ("wsd", 1.0, 0.0),
         ("constant", 0.0, 1.0), ("constant", 0.7, 1.0), ("constant", 1.0, 1.0),
     ],
-)  # fmt: skip
+)
 def test_values_without_warmup(schedule, progress, wanted):
     assert lr(500, progress, schedule) == pytest.approx(wanted, abs=1e-12)
 

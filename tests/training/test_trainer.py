@@ -255,7 +255,7 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
     assert keys == [
         "step", "tokens", "time_s", "train_loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s",
         "peak_memory_bytes", "skipped_steps",
-    ]  # fmt: skip
+    ]
 
 
 def test_the_schedule_ends_with_the_run(start, workspace):
@@ -573,7 +573,7 @@ LENGTH = 400  # more than a second after the checkpoint that is waited for
 COMMAND = ["--model", "nyx", "--dim", "32", "--n-layers", "2", "--n-heads", "2", "--seq-len", "32", "--dropout", "0.1",
            "--max-steps", str(LENGTH), "--batch-size", "4", "--grad-accum", "1", "--lr", "2e-3", "--val-every", "50",
            "--val-batches", "2", "--save-every", "20", "--sample-every", "100", "--compile", "off", "--device", "cpu",
-           "--threads", "1"]  # fmt: skip
+           "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -591,7 +591,7 @@ def test_a_stopped_process_resumes_to_the_same_bits(uninterrupted, token_path, w
     process = subprocess.Popen(
         [sys.executable, "-m", "nnx_cli", "train", *COMMAND, "--data", token_path, "--out", out],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    )
     while process.poll() is None and max(ckpt.steps_in(out / "checkpoints"), default=0) < 40:
         time.sleep(0.002)
     process.send_signal(getattr(signal, name))

@@ -174,7 +174,7 @@ def test_the_quick_form_of_a_pattern_splits_alike(made, monkeypatch, name):
         tiktoken.Encoding("x", pat_str=form, mergeable_ranks={bytes([b]): b for b in range(256)} | made["bpe"].ranks,
                           special_tokens={})
         for form in (pattern, bpe.quick(bpe.plain(pattern)))
-    )  # fmt: skip
+    )
     choose = random.Random(2)
     for _ in range(500):
         text = "".join(choose.choices([*ODD, " ", "\n", "ab", "A1"], k=20))
