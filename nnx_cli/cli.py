@@ -134,9 +134,12 @@ def shortened(text: str) -> str:
 
 
 app = typer.Typer(
-    cls=Group, pretty_exceptions_enable=False, rich_markup_mode=None,
+    cls=Group,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={
-        "help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
 

@@ -79,8 +79,19 @@ class TrainConfig:
     deterministic: bool = False  # same bits on every run of the same machine, also on a GPU (slower there)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches",
-                     "save_every", "patience", "threads", "keep", "lora_rank"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "grad_accum",
+            "tokens_per_step",
+            "val_every",
+            "val_batches",
+            "save_every",
+            "patience",
+            "threads",
+            "keep",
+            "lora_rank",
+        ):
             check_range(name, getattr(self, name), 1, 2**40)
         check_range("sample-every", self.sample_every, 0, 2**40)
         check_range("warmup-steps", self.warmup_steps, 0, 2**40)
@@ -284,5 +295,8 @@ def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> d
 def changed_fields(config: Any) -> dict[str, Any]:
     """The fields of a dataclass that differ from its defaults."""
     default = type(config)()
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
-            if getattr(config, f.name) != getattr(default, f.name)}
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != getattr(default, f.name)
+    }

@@ -166,8 +166,12 @@ class TrainingView:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(
-                BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-                console=self.talk.err, transient=True,
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self.talk.err,
+                transient=True,
             )
             self.bar.start()
             self.task = self.bar.add_task("starting", total=1.0)
@@ -192,8 +196,12 @@ class TrainingView:
         """The numbers of a step in a line."""
         memory = record["peak_memory_bytes"]
         parts = [
-            f"step {record['step']}", f"loss {record['train_loss']:.4f}", self.validation, f"lr {record['lr']:.2e}",
-            f"{record['tokens_per_s']:,.0f} tokens/s", f"{memory / 2**30:.2f} GiB" if memory else "",
+            f"step {record['step']}",
+            f"loss {record['train_loss']:.4f}",
+            self.validation,
+            f"lr {record['lr']:.2e}",
+            f"{record['tokens_per_s']:,.0f} tokens/s",
+            f"{memory / 2**30:.2f} GiB" if memory else "",
         ]
         if record["skipped_steps"]:
             parts.append(f"{record['skipped_steps']} skipped")

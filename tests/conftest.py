@@ -22,8 +22,19 @@ from nnx_cli.training.trainer import Observer
 torch.set_num_threads(1)  # these models are too small to share
 
 TINY = dict(n_layers=2, dim=32, n_heads=2, seq_len=32)
-SETTINGS = dict(max_steps=12, batch_size=4, grad_accum=2, val_every=4, val_batches=2, save_every=4, sample_every=0,
-                lr=3e-3, compile="off", device="cpu", threads=1)
+SETTINGS = dict(
+    max_steps=12,
+    batch_size=4,
+    grad_accum=2,
+    val_every=4,
+    val_batches=2,
+    save_every=4,
+    sample_every=0,
+    lr=3e-3,
+    compile="off",
+    device="cpu",
+    threads=1,
+)
 
 
 @pytest.fixture
@@ -72,8 +83,16 @@ def start(tokens):
     def start_run(out, model="nyx", fields=None, observer=None, **settings):
         train = TrainConfig(**(SETTINGS | settings))
         plan = plan_run(
-            model, "nano", TINY | (fields or {}), train, vocab_size=tokens.vocab_size, train_tokens=len(tokens.train),
-            val_tokens=len(tokens.val), device=torch.device("cpu"), precision="fp32", sources={},
+            model,
+            "nano",
+            TINY | (fields or {}),
+            train,
+            vocab_size=tokens.vocab_size,
+            train_tokens=len(tokens.train),
+            val_tokens=len(tokens.val),
+            device=torch.device("cpu"),
+            precision="fp32",
+            sources={},
         )
         prompt = session.Sampling([10], 8)
         return session.start(plan, tokens, out, torch.device("cpu"), observer or Observer(), prompt, "nnx train", None)

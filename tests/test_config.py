@@ -73,8 +73,16 @@ def test_what_is_no_amount_of_memory(text):
 
 
 POSITIVE = [
-    "max_steps", "batch_size", "grad_accum", "tokens_per_step", "val_every", "val_batches", "save_every", "keep",
-    "patience", "threads",
+    "max_steps",
+    "batch_size",
+    "grad_accum",
+    "tokens_per_step",
+    "val_every",
+    "val_batches",
+    "save_every",
+    "keep",
+    "patience",
+    "threads",
 ]
 
 
@@ -92,11 +100,25 @@ def test_numbers_out_of_range_are_refused(name, value):
         TrainConfig(**{name: value})
 
 
-@pytest.mark.parametrize("bad", [
-    {"lr": 0.0}, {"optimizer": "sgd"}, {"schedule": "step"}, {"precision": "fp8"}, {"compile": "maybe"}, {"seed": -1},
-    {"seed": 2**63}, {"lr": 0.1, "min_lr": 0.2}, {"max_steps": 5, "warmup_steps": 6}, {"max_time": "soon"},
-    {"vram": "much"}, {"sample_every": -1}, {"warmup_steps": -1},
-], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"lr": 0.0},
+        {"optimizer": "sgd"},
+        {"schedule": "step"},
+        {"precision": "fp8"},
+        {"compile": "maybe"},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"lr": 0.1, "min_lr": 0.2},
+        {"max_steps": 5, "warmup_steps": 6},
+        {"max_time": "soon"},
+        {"vram": "much"},
+        {"sample_every": -1},
+        {"warmup_steps": -1},
+    ],
+    ids=str,
+)
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(UsageError):
         TrainConfig(**bad)
@@ -107,10 +129,19 @@ def test_a_choice_names_the_nearest():
         TrainConfig(optimizer="adam")
 
 
-@pytest.mark.parametrize("bad", [
-    {"val_fraction": 0.0}, {"val_fraction": 0.6}, {"val_fraction": math.nan}, {"errors": "ignore"}, {"vocab_size": 0},
-    {"workers": 0}, {"max_memory_bytes": 1},
-], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"val_fraction": 0.0},
+        {"val_fraction": 0.6},
+        {"val_fraction": math.nan},
+        {"errors": "ignore"},
+        {"vocab_size": 0},
+        {"workers": 0},
+        {"max_memory_bytes": 1},
+    ],
+    ids=str,
+)
 def test_settings_of_prepare_out_of_range_are_refused(bad):
     with pytest.raises(UsageError):
         PrepareConfig(**bad)
@@ -159,8 +190,12 @@ def test_a_file_that_is_not_there(tmp_path):
             read_toml(path, KNOWN)
 
 
-FIELDS = [Field("max_steps", "int", None, ""), Field("lr", "float", None, ""), Field("qk_norm", "bool", False, ""),
-          Field("max_time", "str", None, "")]
+FIELDS = [
+    Field("max_steps", "int", None, ""),
+    Field("lr", "float", None, ""),
+    Field("qk_norm", "bool", False, ""),
+    Field("max_time", "str", None, ""),
+]
 
 
 def test_values_take_the_type_of_their_field():
@@ -169,10 +204,20 @@ def test_values_take_the_type_of_their_field():
     assert type(values["lr"]) is float
 
 
-@pytest.mark.parametrize("bad", [
-    {"max_steps": 1.5}, {"max_steps": "5"}, {"max_steps": True}, {"lr": "x"}, {"lr": True}, {"qk_norm": 1},
-    {"max_time": [1]}, {"lr": {}},
-], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_steps": 1.5},
+        {"max_steps": "5"},
+        {"max_steps": True},
+        {"lr": "x"},
+        {"lr": True},
+        {"qk_norm": 1},
+        {"max_time": [1]},
+        {"lr": {}},
+    ],
+    ids=str,
+)
 def test_values_of_another_type_are_refused(bad):
     with pytest.raises(UsageError, match="must be of type"):
         coerce(FIELDS, bad, "file")
@@ -185,7 +230,13 @@ def test_changed_fields():
 def test_every_kind_of_error_has_its_exit_code():
     codes = {kind.__name__: kind.exit_code for kind in NnxError.__subclasses__()}
     assert codes == {
-        "UsageError": 2, "DataError": 3, "DoesNotFit": 4, "CheckpointError": 5, "QualityError": 6, "MissingFeature": 7,
-        "OutputError": 8, "Interrupted": 130,
+        "UsageError": 2,
+        "DataError": 3,
+        "DoesNotFit": 4,
+        "CheckpointError": 5,
+        "QualityError": 6,
+        "MissingFeature": 7,
+        "OutputError": 8,
+        "Interrupted": 130,
     }
     assert NnxError("x").exit_code == 1

@@ -95,7 +95,9 @@ def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> N
     for what, share in SHOWN.items():
         lines = [
             [
-                f"{row.model} {row.size}", f"{row.parameters / 1e6:,.2f} M", f"{row.batch_size} x {row.seq_len}",
+                f"{row.model} {row.size}",
+                f"{row.parameters / 1e6:,.2f} M",
+                f"{row.batch_size} x {row.seq_len}",
                 row.precision + COMPUTING[row.compile],
                 "does not fit" if row.problem else f"{row.tokens_per_s:,.0f}",
                 None if row.share is None else f"{row.share:.1%}",

@@ -43,14 +43,24 @@ def run(
     seq_len = network.config.seq_len
     with held_out_tokens(ref, filepath or [], preparing) as tokens:
         result = evaluate(
-            network, tokens, seq_len=seq_len, batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
+            network,
+            tokens,
+            seq_len=seq_len,
+            batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
             token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
         )
-    talk.show_json({
-        "model": ref.label, "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
-        "bits_per_byte_stderr": result.bits_per_byte_stderr, "tokens": result.tokens, "text_bytes": result.text_bytes,
-        "tokens_per_s": result.tokens_per_s,
-    })
+    talk.show_json(
+        {
+            "model": ref.label,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "bits_per_byte_stderr": result.bits_per_byte_stderr,
+            "tokens": result.tokens,
+            "text_bytes": result.text_bytes,
+            "tokens_per_s": result.tokens_per_s,
+        }
+    )
     error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
     source = ", ".join(filepath) if filepath else "the validation split"

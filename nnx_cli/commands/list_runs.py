@@ -19,8 +19,15 @@ def run(talk: Talk) -> None:
     table = []
     for row in rows:
         bits = row.get("best_val_bits_per_byte")
-        table.append([
-            row["name"], row.get("model"), row.get("size") or "own shape", row["status"], row.get("steps"),
-            None if bits is None else f"{bits:.4f}", duration(row["age_s"]),
-        ])
+        table.append(
+            [
+                row["name"],
+                row.get("model"),
+                row.get("size") or "own shape",
+                row["status"],
+                row.get("steps"),
+                None if bits is None else f"{bits:.4f}",
+                duration(row["age_s"]),
+            ]
+        )
     talk.table(["run", "model", "size", "status", "steps", "bits/byte", "age"], table)

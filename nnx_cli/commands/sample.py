@@ -83,14 +83,18 @@ def run(
         f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
-    talk.show_json({
-        "model": ref.label, "prompt": text,
-        "samples": [
-            {"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples
-        ],
-        "prefill_tokens_per_s": result.prefill_tokens_per_s, "decode_tokens_per_s": result.decode_tokens_per_s,
-        "peak_memory_bytes": peak_memory_bytes(where),
-    })
+    talk.show_json(
+        {
+            "model": ref.label,
+            "prompt": text,
+            "samples": [
+                {"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples
+            ],
+            "prefill_tokens_per_s": result.prefill_tokens_per_s,
+            "decode_tokens_per_s": result.decode_tokens_per_s,
+            "peak_memory_bytes": peak_memory_bytes(where),
+        }
+    )
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -63,16 +63,23 @@ def run(
     """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
     check_choice("precision", precision, ("fp32", "bf16", "fp16"))
     train = TrainConfig(
-        vram=vram, batch_size=batch_size, optimizer=optimizer, precision=precision, weight_precision=weight_precision,
-        activation_checkpointing=activation_checkpointing, optimizer_in_backward=optimizer_in_backward,
+        vram=vram,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        precision=precision,
+        weight_precision=weight_precision,
+        activation_checkpointing=activation_checkpointing,
+        optimizer_in_backward=optimizer_in_backward,
         lora_rank=lora_rank,
     )
     fields = given(options, model_fields().values())
     if ref is not None and (model or size or fields or all):
         raise UsageError("a run has its own shape: give a run or --model, not both")
     if all or (ref is None and model is None and not fields):
-        zoo = [summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), train)
-               for name in models.names()]
+        zoo = [
+            summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), train)
+            for name in models.names()
+        ]
         talk.show_json(zoo)
         show_zoo(talk, zoo)
         return
@@ -136,22 +143,35 @@ def summary(
     *_, (smallest, _) = ladder(train, preferred)
 
     return {
-        "model": name, "size": label, "seq_len": T, "vocab_size": config.vocab_size,
+        "model": name,
+        "size": label,
+        "seq_len": T,
+        "vocab_size": config.vocab_size,
         "parameters": cost.count_parameters(model),
         "flops_per_token": cost.flops_per_token(model),
         "memory": {
-            "weights_bytes": memory.weights_bytes, "gradients_bytes": memory.gradients_bytes,
-            "optimizer_bytes": memory.optimizer_bytes, "activations_bytes": memory.activations_bytes,
-            "step_bytes": memory.step_bytes, "fixed_bytes": memory.fixed_bytes,
-            "phases": memory.phases, "peak_bytes": peak, "sampling_bytes": weights + cache * T,
+            "weights_bytes": memory.weights_bytes,
+            "gradients_bytes": memory.gradients_bytes,
+            "optimizer_bytes": memory.optimizer_bytes,
+            "activations_bytes": memory.activations_bytes,
+            "step_bytes": memory.step_bytes,
+            "fixed_bytes": memory.fixed_bytes,
+            "phases": memory.phases,
+            "peak_bytes": peak,
+            "sampling_bytes": weights + cache * T,
         },
         "cache_bytes_per_token": cache,
         "file_bytes": cost.file_bytes(model),
         "fits": {
-            "budget_bytes": budget, "fits": fits, "batch_size": rows, "largest": largest,
+            "budget_bytes": budget,
+            "fits": fits,
+            "batch_size": rows,
+            "largest": largest,
             "grad_accum": 1 if train.optimizer_in_backward else max(1, -(-per_step // rows)),
-            "activation_checkpointing": chosen.activation_checkpointing, "optimizer": chosen.optimizer,
-            "weight_precision": chosen.weight_precision, "predicted_peak_bytes": peak,
+            "activation_checkpointing": chosen.activation_checkpointing,
+            "optimizer": chosen.optimizer,
+            "weight_precision": chosen.weight_precision,
+            "predicted_peak_bytes": peak,
             "gives_up": [rung.text for rung in rungs],
             "advice": None if fits else advice(predictor, train, budget, largest),
         },
@@ -246,11 +266,18 @@ def show_zoo(talk: Talk, zoo: list[dict[str, Any]]) -> None:
     for facts in zoo:
         cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
         parameters, flops = facts["parameters"]["total"], facts["flops_per_token"]["train"]
-        rows.append([
-            facts["model"], f"{parameters / 1e6:,.2f} M", f"{flops / 1e6:,.0f} M", size(facts["memory"]["peak_bytes"]),
-            facts["fits"]["batch_size"], size(facts["cache_bytes_per_token"]), size(facts["file_bytes"]["int8"]),
-            f"{cards[0]} GB" if cards else "–",
-        ])
+        rows.append(
+            [
+                facts["model"],
+                f"{parameters / 1e6:,.2f} M",
+                f"{flops / 1e6:,.0f} M",
+                size(facts["memory"]["peak_bytes"]),
+                facts["fits"]["batch_size"],
+                size(facts["cache_bytes_per_token"]),
+                size(facts["file_bytes"]["int8"]),
+                f"{cards[0]} GB" if cards else "–",
+            ]
+        )
     first = zoo[0]
     title = f"size {first['size']}, vocabulary {first['vocab_size']:,}, {first['seq_len']:,} tokens of context"
     columns = ["model", "params", "FLOP/tok", "peak", "batch", "cache/tok", "int8", "from"]

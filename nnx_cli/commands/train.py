@@ -30,12 +30,22 @@ if TYPE_CHECKING:
 
 # The command line of the original NYX: its spelling of each option, and ours.
 ALIASES = {
-    "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads", "num_batches": "max_steps",
-    "gradient_accumulate_every": "grad_accum", "learning_rate": "lr", "validate_every": "val_every",
+    "model_dim": "dim",
+    "layer_depth": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_batches": "max_steps",
+    "gradient_accumulate_every": "grad_accum",
+    "learning_rate": "lr",
+    "validate_every": "val_every",
     "generate_every": "sample_every",
 }
 NYX_RECIPE = {
-    "optimizer": "lion", "lr": 1e-4, "schedule": "constant", "grad_clip": 0.5, "weight_decay": 0.0, "dropout": 0.0,
+    "optimizer": "lion",
+    "lr": 1e-4,
+    "schedule": "constant",
+    "grad_clip": 0.5,
+    "weight_decay": 0.0,
+    "dropout": 0.0,
 }
 LENGTHS = {"max_steps", "max_time", "epochs"}
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
@@ -155,9 +165,17 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareC
 
 
 def new_run(
-    talk: Talk, model: str | None, size: str | None, values: dict[str, Any], sources: dict[str, str],
-    filepath: list[str] | None, data: Path | None, out: Path | None, init_from: str | None,
-    options: dict[str, Any], dry_run: bool,
+    talk: Talk,
+    model: str | None,
+    size: str | None,
+    values: dict[str, Any],
+    sources: dict[str, str],
+    filepath: list[str] | None,
+    data: Path | None,
+    out: Path | None,
+    init_from: str | None,
+    options: dict[str, Any],
+    dry_run: bool,
 ) -> None:
     """Prepare what has to be prepared, plan, and train."""
     if model is not None:
@@ -247,8 +265,16 @@ def start_from(
 
 
 def make_plan(
-    model: str, size: str | None, fields: dict[str, Any], train: TrainConfig, sources: dict[str, str], folder: Path,
-    device: Any, precision: str, base: ModelRef | None, tokenizer: Tokenizer | None,
+    model: str,
+    size: str | None,
+    fields: dict[str, Any],
+    train: TrainConfig,
+    sources: dict[str, str],
+    folder: Path,
+    device: Any,
+    precision: str,
+    base: ModelRef | None,
+    tokenizer: Tokenizer | None,
 ) -> tuple[TokenFolder, Any]:
     """Open the tokens and fill in every value."""
     from nnx_cli.data.token_folder import open_token_folder
@@ -260,9 +286,16 @@ def make_plan(
     if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:
         raise UsageError(f"--vocab-size {wanted} is not the tokenizer's {tokens.vocab_size}", fix="leave it out")
     plan = plan_run(
-        model, size, fields, train, vocab_size=tokens.vocab_size, train_tokens=len(tokens.train),
+        model,
+        size,
+        fields,
+        train,
+        vocab_size=tokens.vocab_size,
+        train_tokens=len(tokens.train),
         val_tokens=len(tokens.val),
-        device=device, precision=precision, sources=sources,
+        device=device,
+        precision=precision,
+        sources=sources,
     )
     return tokens, plan
 
@@ -371,7 +404,10 @@ def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     """Write how a run stands into run.json."""
     state = trainer.state
     return run.set_status(
-        status=status, step=state.step, tokens=state.tokens, time_s=round(state.time_s, 3),
+        status=status,
+        step=state.step,
+        tokens=state.tokens,
+        time_s=round(state.time_s, 3),
         skipped_steps=state.skipped_steps,
     )
 
@@ -394,7 +430,10 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
     prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
     longer = max(2 * trainer.state.time_s, 60)
     return [
-        *lines, "next:", f"  nnx sample {run.folder}{prompt}", f"  nnx eval {run.folder}",
+        *lines,
+        "next:",
+        f"  nnx sample {run.folder}{prompt}",
+        f"  nnx eval {run.folder}",
         f"  nnx train --resume {run.folder} --max-time {longer / 60:.0f}m",
     ]
 

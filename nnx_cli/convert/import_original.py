@@ -26,8 +26,15 @@ from nnx_cli.system.files import new_folder, refuse_existing
 
 MAX_REPEATS = 4  # how often a file may use the same numbers: tied matrices and views do, bombs do more
 DAMAGE = (
-    pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, MemoryError,
-    AssertionError, NotImplementedError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    MemoryError,
+    AssertionError,
+    NotImplementedError,
 )
 NONSENSE = (ArithmeticError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)  # well formed, unusable
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts nest the weights
@@ -125,8 +132,12 @@ def import_checkpoint(
         "format": 1,
         "model": {"name": name, "size": None, **models.config_dict(model.config)},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokenizer": None if reader is None else {
-            "kind": reader.kind, "vocab_size": reader.vocab_size, "fingerprint": reader.fingerprint,
+        "tokenizer": None
+        if reader is None
+        else {
+            "kind": reader.kind,
+            "vocab_size": reader.vocab_size,
+            "fingerprint": reader.fingerprint,
         },
         "imported_from": path.name,
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -48,8 +48,14 @@ class Comparison:
 
 
 def quantize_model(
-    ref: ModelRef, out: Path, quantization: Quantization, *, paths: Sequence[str] = (), max_drop: float | None = None,
-    device: torch.device, precision: str = "fp32",
+    ref: ModelRef,
+    out: Path,
+    quantization: Quantization,
+    *,
+    paths: Sequence[str] = (),
+    max_drop: float | None = None,
+    device: torch.device,
+    precision: str = "fp32",
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the folder `out` with the model of `ref`, quantized; returns the receipt, and lines on how it was measured.
 
@@ -84,14 +90,19 @@ def quantize_model(
             losses = found.loss_before, found.loss_after
             sides = [
                 {
-                    "file_bytes": file.stat().st_size, "bits_per_byte": found.bits_per_byte(loss),
+                    "file_bytes": file.stat().st_size,
+                    "bits_per_byte": found.bits_per_byte(loss),
                     "decode_tokens_per_s": speed,
                 }
                 for file, loss, speed in zip(files, losses, speeds, strict=True)
             ]
             receipt = {
-                "bits": quantization.bits, "out": str(out), "before": sides[0], "after": sides[1],
-                "kl_divergence": found.kl_divergence, "same_top_token": found.same_top_token,
+                "bits": quantization.bits,
+                "out": str(out),
+                "before": sides[0],
+                "after": sides[1],
+                "kl_divergence": found.kl_divergence,
+                "same_top_token": found.same_top_token,
                 "kept": quantization.kept,
             }
             write_synced(folder / "receipt.json", to_json(receipt))
@@ -153,7 +164,10 @@ def compare(
             p, q = before.head(x).float().log_softmax(1), after.head(y).float().log_softmax(1)  # (rows, V)
             index = target[:, None].to(p.device)
             found = (
-                -p.gather(1, index), -q.gather(1, index), p.exp() * (p - q), (p.argmax(1) == q.argmax(1)).float(),
+                -p.gather(1, index),
+                -q.gather(1, index),
+                p.exp() * (p - q),
+                (p.argmax(1) == q.argmax(1)).float(),
             )
             sums += torch.stack([each.sum() for each in found]).double().cpu()
         count += targets.numel()

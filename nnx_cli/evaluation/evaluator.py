@@ -67,8 +67,14 @@ def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndar
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, tokens: np.ndarray, *, seq_len: int, batch_size: int, token_bytes: np.ndarray | None,
-    n_windows: int | None = None, losses_of: Callable[[LanguageModel, Tensor, Tensor], Tensor] = token_losses,
+    model: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    batch_size: int,
+    token_bytes: np.ndarray | None,
+    n_windows: int | None = None,
+    losses_of: Callable[[LanguageModel, Tensor, Tensor], Tensor] = token_losses,
 ) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 

@@ -137,7 +137,9 @@ def measure_limits(device: torch.device, precisions: list[str], seconds: float) 
 def machine(device: torch.device) -> dict[str, Any]:
     """What speeds depend on besides the model."""
     return {
-        "date": date.today().isoformat(), "device": describe(device), "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "device": describe(device),
+        "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -156,8 +158,14 @@ class Case:
     def row(self, what: str, **found: Any) -> Row:
         parameters = cost.count_parameters(cost.meta_model(self.model, self.config))["total"]
         return Row(
-            what=what, model=self.model, size=self.size, parameters=parameters, seq_len=self.config.seq_len,
-            batch_size=self.batch_size, precision=self.precision, **found,
+            what=what,
+            model=self.model,
+            size=self.size,
+            parameters=parameters,
+            seq_len=self.config.seq_len,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            **found,
         )
 
 
@@ -166,8 +174,14 @@ def random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, config.vocab_size, STEPS * batch_size * config.seq_len + 1, dtype=np.uint32)
     return TokenFolder(
-        path=Path(), train=tokens, val=tokens[: config.seq_len + 1], vocab_size=config.vocab_size, tokenizer=None,
-        meta={}, fingerprint="", text_bytes=None,
+        path=Path(),
+        train=tokens,
+        val=tokens[: config.seq_len + 1],
+        vocab_size=config.vocab_size,
+        tokenizer=None,
+        meta={},
+        fingerprint="",
+        text_bytes=None,
     )
 
 
@@ -177,8 +191,16 @@ def plan_training(case: Case, config: TrainConfig, device: torch.device) -> Trai
     wanted = replace(config, batch_size=case.batch_size, grad_accum=1, precision=case.precision)
     smallest = models.sizes(case.model)[0]  # every field is given, so that no size has a say
     return plan_run(
-        case.model, smallest, fields, wanted, vocab_size=case.config.vocab_size, train_tokens=MANY_TOKENS, val_tokens=2,
-        device=device, precision=case.precision, sources={},
+        case.model,
+        smallest,
+        fields,
+        wanted,
+        vocab_size=case.config.vocab_size,
+        train_tokens=MANY_TOKENS,
+        val_tokens=2,
+        device=device,
+        precision=case.precision,
+        sources={},
     ).train
 
 
@@ -210,8 +232,12 @@ def training(
         raise DoesNotFit(f"out of memory: the trainer went on with {trainer.config.batch_size} sequences at a time")
     flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]
     return case.row(
-        "training", compile=trainer.config.compile, tokens_per_s=tokens_per_s, flops_per_token=flops,
-        share=flops * tokens_per_s / limits.flops[case.precision], peak_memory_bytes=peak_memory_bytes(device),
+        "training",
+        compile=trainer.config.compile,
+        tokens_per_s=tokens_per_s,
+        flops_per_token=flops,
+        share=flops * tokens_per_s / limits.flops[case.precision],
+        peak_memory_bytes=peak_memory_bytes(device),
     )
 
 
@@ -235,8 +261,11 @@ def decoding(case: Case, device: torch.device, limits: Limits, seconds: float) -
     speed = median(steps_per_s(n_tokens) for _ in range(rounds))
     bytes_per_step = bytes_read(case, len(prompt) + n_tokens // 2)
     return case.row(
-        "decoding", tokens_per_s=case.batch_size * speed, bytes_per_step=bytes_per_step,
-        share=bytes_per_step * speed / limits.bytes_per_s, peak_memory_bytes=peak_memory_bytes(device),
+        "decoding",
+        tokens_per_s=case.batch_size * speed,
+        bytes_per_step=bytes_per_step,
+        share=bytes_per_step * speed / limits.bytes_per_s,
+        peak_memory_bytes=peak_memory_bytes(device),
     )
 
 
@@ -254,8 +283,15 @@ def bytes_read(case: Case, positions: int) -> int:
 
 
 def measure_all(
-    names: list[str], size: str | None, fields: dict[str, Any], config: TrainConfig, *, batch_sizes: list[int],
-    precisions: list[str], seconds: float, tell: Callable[[str], None],
+    names: list[str],
+    size: str | None,
+    fields: dict[str, Any],
+    config: TrainConfig,
+    *,
+    batch_sizes: list[int],
+    precisions: list[str],
+    seconds: float,
+    tell: Callable[[str], None],
 ) -> Iterator[dict[str, Any] | Limits | Row]:
     """The machine, its limits, then two rows for every model, precision and batch size: decoding and training.
 

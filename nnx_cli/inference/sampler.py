@@ -218,8 +218,14 @@ def uniforms(config: SampleConfig, n_rows: int) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], config: SampleConfig, *,
-    stops: Sequence[str] = (), use_cache: bool = True, on_text: Callable[[int, str], None] = lambda sample, text: None,
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    *,
+    stops: Sequence[str] = (),
+    use_cache: bool = True,
+    on_text: Callable[[int, str], None] = lambda sample, text: None,
 ) -> Generation:
     """Draw `num_samples` continuations of every prompt (token ids, at least one each) side by side.
 

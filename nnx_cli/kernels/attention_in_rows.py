@@ -56,8 +56,16 @@ def backward(
     q_grad, kv_grads = torch.empty_like(y), ()
     for rows, seen, mask in pieces(q):
         q_grad[:, :, rows], *parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, :, rows], q[:, :, rows], k[:, :, seen], v[:, :, seen], y[:, :, rows], sums[:, :, rows], 0.0, False,
-            attn_mask=mask, scale=scale,
+            grad[:, :, rows],
+            q[:, :, rows],
+            k[:, :, seen],
+            v[:, :, seen],
+            y[:, :, rows],
+            sums[:, :, rows],
+            0.0,
+            False,
+            attn_mask=mask,
+            scale=scale,
         )
         kv_grads = kv_grads or parts  # the first ones are of all keys
         if kv_grads is not parts:
@@ -87,6 +95,4 @@ def gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 attention_in_rows_backward = operator("attention_in_rows_backward", backward, shapes_of_gradients, device="cpu")
-attention_in_rows = operator(
-    "attention_in_rows", forward, shapes_only, keep=keep, gradients=gradients, device="cpu"
-)
+attention_in_rows = operator("attention_in_rows", forward, shapes_only, keep=keep, gradients=gradients, device="cpu")

@@ -33,8 +33,19 @@ def backward(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     parts = torch.empty(n, B, T, G, dtype=share.dtype, device=k.device)
     with torch.cuda.device_of(k):
         _backward[(B * G, n)](
-            grad, k, share, grad_k, parts, *grad.stride()[:3], *k.stride()[:3], T, G, K, parts.stride(0),
-            TIMES=min(TIMES, triton.next_power_of_2(T)), BLOCK=BLOCK,
+            grad,
+            k,
+            share,
+            grad_k,
+            parts,
+            *grad.stride()[:3],
+            *k.stride()[:3],
+            T,
+            G,
+            K,
+            parts.stride(0),
+            TIMES=min(TIMES, triton.next_power_of_2(T)),
+            BLOCK=BLOCK,
         )
     return grad_k, parts.sum(0) if n > 1 else parts[0]
 
@@ -44,9 +55,7 @@ def dense_channels(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _forward(
-    k, share, out, batch_stride, time_stride, head_stride, T, G, K, TIMES: tl.constexpr, BLOCK: tl.constexpr
-):
+def _forward(k, share, out, batch_stride, time_stride, head_stride, T, G, K, TIMES: tl.constexpr, BLOCK: tl.constexpr):
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k += b.to(tl.int64) * batch_stride + g * head_stride
@@ -66,8 +75,23 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, k, share, grad_k, parts, grad_batch, grad_time, grad_head, batch_stride, time_stride, head_stride,
-    T, G, K, part_stride, TIMES: tl.constexpr, BLOCK: tl.constexpr,
+    grad,
+    k,
+    share,
+    grad_k,
+    parts,
+    grad_batch,
+    grad_time,
+    grad_head,
+    batch_stride,
+    time_stride,
+    head_stride,
+    T,
+    G,
+    K,
+    part_stride,
+    TIMES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """From the last positions to the first: a key is in all averages from its own on."""
     b, g = tl.program_id(0) // G, tl.program_id(0) % G
@@ -90,7 +114,8 @@ def _backward(
         weight = tl.load(share + t * G, t < T, 0.0)
         tl.store(
             grad_k + t[:, None] * G * K + channel[None, :],
-            (reaching * weight[:, None]).to(grad_k.dtype.element_ty), mask,
+            (reaching * weight[:, None]).to(grad_k.dtype.element_ty),
+            mask,
         )
         tl.store(parts + t * G, tl.sum(tl.where(mask, keys * reaching, 0.0), 1), t < T)
         total += tl.sum(given, 0)

@@ -23,8 +23,13 @@ class StudentT:
 
 
 def row_loss(
-    products: Tensor, targets: Tensor, ignore_index: int, *, student_t: StudentT | None = None,
-    factor: float = 1.0, gradient: bool = True,
+    products: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    *,
+    student_t: StudentT | None = None,
+    factor: float = 1.0,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy in nats of every row (N,), at least float32, and its gradient with respect to `products` (N, V)
     times `factor`, in their type; both are zero where a target is `ignore_index`.

@@ -22,9 +22,21 @@ def squared_distance(product, x_square, w_square, min_distance):
 
 @triton.jit
 def row_loss_kernel(
-    products, targets, losses, x_squares, w_squares,
-    ignore_index, factor, df, power, min_distance,
-    V: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, STUDENT_T: tl.constexpr, GRADIENT: tl.constexpr,
+    products,
+    targets,
+    losses,
+    x_squares,
+    w_squares,
+    ignore_index,
+    factor,
+    df,
+    power,
+    min_distance,
+    V: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STUDENT_T: tl.constexpr,
+    GRADIENT: tl.constexpr,
 ):
     """One program for each row, of which it reads and writes PITCH numbers: V itself may not be a multiple of 16 bytes,
     which whole vectors take."""
@@ -83,9 +95,21 @@ def fused_row_loss(
     block, warps = next((pair for pair in blocks if pair[0] >= V), blocks[-1])
     with torch.cuda.device_of(products):
         row_loss_kernel[(n_rows,)](
-            products, targets, losses, x_squares, w_squares,
-            ignore_index, factor, df, power, MIN_DISTANCE,
-            V=V, PITCH=products.stride(0), BLOCK=min(block, triton.next_power_of_2(V)),
-            STUDENT_T=student_t is not None, GRADIENT=gradient, num_warps=warps,
+            products,
+            targets,
+            losses,
+            x_squares,
+            w_squares,
+            ignore_index,
+            factor,
+            df,
+            power,
+            MIN_DISTANCE,
+            V=V,
+            PITCH=products.stride(0),
+            BLOCK=min(block, triton.next_power_of_2(V)),
+            STUDENT_T=student_t is not None,
+            GRADIENT=gradient,
+            num_warps=warps,
         )
     return losses, products if gradient else None

@@ -12,8 +12,14 @@ library = torch.library.Library("nnx", "FRAGMENT")
 
 
 def operator(
-    name: str, function: Callable[..., Any], shapes: Callable[..., Any], *, keep: Callable[..., None] | None = None,
-    gradients: Callable[..., Any] | None = None, device: str | None = None, tags: tuple[torch.Tag, ...] = (),
+    name: str,
+    function: Callable[..., Any],
+    shapes: Callable[..., Any],
+    *,
+    keep: Callable[..., None] | None = None,
+    gradients: Callable[..., Any] | None = None,
+    device: str | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
     """`function` as the operator nnx::`name`, on one kind of `device` or on all. Its signature is annotated; it changes
     none of its arguments, and returns none of them, nor views of them. `tags` tell the compiler more.

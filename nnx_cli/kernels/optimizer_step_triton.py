@@ -107,8 +107,22 @@ def store_average(ptr, scale_ptr, at, x, inside, rows, bits, sign: tl.constexpr)
 
 @triton.jit(do_not_specialize=["key", "weight_decay", "eps", "beta1", "beta2"])
 def adamw_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key,
-    weight_decay, eps, beta1, beta2, ROWS: tl.constexpr,
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    m_scale_ptr,
+    v_scale_ptr,
+    step_ptr,
+    lr_ptr,
+    found_inf_ptr,
+    n,
+    key,
+    weight_decay,
+    eps,
+    beta1,
+    beta2,
+    ROWS: tl.constexpr,
 ):
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     step, lr = tl.load(step_ptr) + 1.0, tl.load(lr_ptr)
@@ -185,21 +199,48 @@ def launch(kernel: Any, p: Tensor, *arguments: Any) -> None:
 
 def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
-        adamw_kernel, p, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_scale"),
-        state.get("exp_avg_sq_scale"), state["step"], group["lr"], found_inf, p.numel(), key, group["weight_decay"],
-        group["eps"], *group["betas"],
+        adamw_kernel,
+        p,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state.get("exp_avg_scale"),
+        state.get("exp_avg_sq_scale"),
+        state["step"],
+        group["lr"],
+        found_inf,
+        p.numel(),
+        key,
+        group["weight_decay"],
+        group["eps"],
+        *group["betas"],
     )
 
 
 def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
-        lion_kernel, p, state["exp_avg"], state.get("step"), group["lr"], found_inf, p.numel(), key,
-        group["weight_decay"], *group["betas"],
+        lion_kernel,
+        p,
+        state["exp_avg"],
+        state.get("step"),
+        group["lr"],
+        found_inf,
+        p.numel(),
+        key,
+        group["weight_decay"],
+        *group["betas"],
     )
 
 
 def wolf(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     launch(
-        wolf_kernel, p, state["momentum"], state.get("step"), group["lr"], found_inf, p.numel(), key,
-        group["weight_decay"], WOLF_SHARE,
+        wolf_kernel,
+        p,
+        state["momentum"],
+        state.get("step"),
+        group["lr"],
+        found_inf,
+        p.numel(),
+        key,
+        group["weight_decay"],
+        WOLF_SHARE,
     )

@@ -70,8 +70,15 @@ def unpacked(
 
 
 def unpacked_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, packed: Tensor | None,
-    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_hidden: Tensor,
+    packed: Tensor | None,
+    q_cos: Tensor,
+    q_sin: Tensor,
+    k_cos: Tensor,
+    k_sin: Tensor,
 ) -> Tensor:
     """The gradient of the product, which is needed itself where there are gates."""
     if has_triton(grad_q.device):

@@ -29,8 +29,15 @@ def forward(
 
 
 def backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, packed: Tensor | None,
-    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_hidden: Tensor,
+    packed: Tensor | None,
+    q_cos: Tensor,
+    q_sin: Tensor,
+    k_cos: Tensor,
+    k_sin: Tensor,
 ) -> Tensor:
     B, T, H, K = grad_q.shape
     G, n_hidden = grad_k.shape[2], grad_hidden.shape[-1]
@@ -48,7 +55,14 @@ def widths(H: int, G: int, K: int, F: int) -> dict[str, int]:
     two that hold them."""
     power = triton.next_power_of_2
     return dict(
-        H=H, G=G, K=K, F=F, HEADS=power(H), KV_HEADS=power(G), HALF=power(K // 2), BLOCK=min(BLOCK, power(max(F, 16))),
+        H=H,
+        G=G,
+        K=K,
+        F=F,
+        HEADS=power(H),
+        KV_HEADS=power(G),
+        HALF=power(K // 2),
+        BLOCK=min(BLOCK, power(max(F, 16))),
         num_warps=WARPS,
     )
 
@@ -90,8 +104,17 @@ def gated_backward(grad, value, gate):
 
 
 @triton.jit
-def turn(source, target, cos, sin, K: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-         BACK: tl.constexpr):
+def turn(
+    source,
+    target,
+    cos,
+    sin,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+):
     """Every pair of N heads by its angle, or back."""
     pair = tl.arange(0, HALF)
     head = tl.arange(0, HEADS)
@@ -116,9 +139,24 @@ def copy(source, target, K: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, 
 
 @triton.jit
 def _forward(
-    packed, q, k, v, hidden, q_cos, q_sin, k_cos, k_sin, T,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    packed,
+    q,
+    k,
+    v,
+    hidden,
+    q_cos,
+    q_sin,
+    k_cos,
+    k_sin,
+    T,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     table = (row % T) * (K // 2)
@@ -136,9 +174,25 @@ def _forward(
 
 @triton.jit
 def _backward(
-    out, packed, grad_q, grad_k, grad_v, grad_hidden, q_cos, q_sin, k_cos, k_sin, T,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    out,
+    packed,
+    grad_q,
+    grad_k,
+    grad_v,
+    grad_hidden,
+    q_cos,
+    q_sin,
+    k_cos,
+    k_sin,
+    T,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     table = (row % T) * (K // 2)

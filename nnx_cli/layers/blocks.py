@@ -31,9 +31,7 @@ class Checkpointed(nn.Module):
         cached = any(hasattr(x, "truncate") for x in (*args, *kwargs.values()))
         if cached or not self.training or not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
-        return checkpoint(
-            super().__call__, *args, use_reentrant=False, preserve_rng_state=self.draws_noise, **kwargs
-        )
+        return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=self.draws_noise, **kwargs)
 
 
 @cache

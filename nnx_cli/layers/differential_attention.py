@@ -24,7 +24,14 @@ class Lambda(nn.Module):
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, cache: KVCache | None, layer: int, *, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    cache: KVCache | None,
+    layer: int,
+    *,
+    scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
     """(S1 - weight S2) v of causal maps S1 and S2: q (B, H, T, 2, K), k (B, G, T, 2, K), v (B, G, T, 2K) to

@@ -18,8 +18,15 @@ class KVCache:
     """
 
     def __init__(
-        self, n_layers: int, batch_size: int, n_kv_heads: int, max_seq_len: int, head_dim: int, *,
-        device: torch.device, dtype: torch.dtype,
+        self,
+        n_layers: int,
+        batch_size: int,
+        n_kv_heads: int,
+        max_seq_len: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         shape = (n_layers, batch_size, n_kv_heads, max_seq_len, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)

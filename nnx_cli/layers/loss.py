@@ -155,8 +155,15 @@ class FormulaHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, targets: Tensor, ignore_index: int, df: float | None, once: bool,
-        weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+        ctx: Any,
+        x: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        df: float | None,
+        once: bool,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         wants_x, _, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
         head = Products(x, HeadFormula(weight=weight, scale=scale, bias=bias, df=df))

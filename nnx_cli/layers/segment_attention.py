@@ -183,7 +183,5 @@ def attention_entropy(q: Tensor, kv: Tensor, times: Sequence[int], causal: bool)
     for start in range(0, T, ENTROPY_ROWS):
         end = min(start + ENTROPY_ROWS, T)
         seen = k[:, : end * N] if causal else k
-        total = total + checkpoint(
-            summed, q[:, start:end], seen, start, use_reentrant=False, preserve_rng_state=False
-        )
+        total = total + checkpoint(summed, q[:, start:end], seen, start, use_reentrant=False, preserve_rng_state=False)
     return total / (q.shape[0] * T * q.shape[2])

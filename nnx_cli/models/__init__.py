@@ -89,7 +89,11 @@ def from_config(name: str, config: ModelConfig) -> LanguageModel:
 
 
 def load_reference(
-    name: str, config: dict[str, Any], weights: dict[str, Tensor], *, variant: str | None = None,
+    name: str,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    *,
+    variant: str | None = None,
     noise: dict[str, Tensor] | None = None,
 ) -> LanguageModel:
     """A model from an original's constructor arguments and weights, both under the original's names.

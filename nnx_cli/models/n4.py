@@ -376,7 +376,8 @@ def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
     weights."""
     vocab_size, dim = weights["n4b.embedding.weight"].shape
     return dict(
-        vocab_size=vocab_size, hidden_size=dim,
+        vocab_size=vocab_size,
+        hidden_size=dim,
         inter_size=weights["n4b.n4d.0.mlp.down_proj.weight"].shape[1],
         heads=weights["n4b.n4d.0.n4.qkvh_linear.weight"].shape[0] - 3 * dim,  # one gate each
         layers=len({name.split(".")[2] for name in weights if name.startswith("n4b.n4d.")}),

@@ -47,7 +47,10 @@ from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
 BANKS = {  # what a decoder's layers have a number of, and how many by default
-    "regular": (None, 0), "memory": ("memories", 64), "function": ("functions", 4), "linear-control": ("functions", 1),
+    "regular": (None, 0),
+    "memory": ("memories", 64),
+    "function": ("functions", 4),
+    "linear-control": ("functions", 1),
 }
 LAMBDA_SPREAD = 0.08  # standard deviation of q·k at the start: 0.1**2 * sqrt(64), as in the paper's heads
 WRITERS = (".attention.out.", ".mlp.down.", ".functions.", ".bank.0.", ".bank.1.")  # matrices with the stream's rows
@@ -369,8 +372,13 @@ class Model(LanguageModel):
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         config = self.config
         return KVCache(
-            config.n_layers, batch_size, config.n_heads if config.variant == "seed" else config.n_kv_heads,
-            max_seq_len, config.n_maps * config.head_dim, device=self.device, dtype=self.compute_dtype,
+            config.n_layers,
+            batch_size,
+            config.n_heads if config.variant == "seed" else config.n_kv_heads,
+            max_seq_len,
+            config.n_maps * config.head_dim,
+            device=self.device,
+            dtype=self.compute_dtype,
         )
 
     def reference_names(self) -> dict[str, str]:
@@ -427,11 +435,22 @@ class Model(LanguageModel):
 
 
 SEED_NAMES = {
-    "embedding": "embed_tokens", "norm": "norm", "head": "", "functions": "global_functions",
-    "memories": "global_memories", "attention_norm": "input_layernorm", "attention.out": "self_attn.o_proj",
-    "attention.norm": "self_attn.subln", "mlp_norm": "post_attention_layernorm", "mlp.down": "mlp.down_proj",
-    "mlp.norm": "mlp.subln", "bank.functions": "layer_functions", "bank.slots": "layer_memories",
-    "bank.mix": "memory_mix", "bank.0": "extra_linear_layers.0", "bank.1": "extra_linear_layers.1",
+    "embedding": "embed_tokens",
+    "norm": "norm",
+    "head": "",
+    "functions": "global_functions",
+    "memories": "global_memories",
+    "attention_norm": "input_layernorm",
+    "attention.out": "self_attn.o_proj",
+    "attention.norm": "self_attn.subln",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.down": "mlp.down_proj",
+    "mlp.norm": "mlp.subln",
+    "bank.functions": "layer_functions",
+    "bank.slots": "layer_memories",
+    "bank.mix": "memory_mix",
+    "bank.0": "extra_linear_layers.0",
+    "bank.1": "extra_linear_layers.1",
     **{f"attention.lambda_.{x}": f"self_attn.lambda_{x}" for x in ("q1", "k1", "q2", "k2")},
     **{f"mlp.lambda_.{x}": f"mlp.lambda_{y}" for x, y in (("q1", "g1"), ("k1", "u1"), ("q2", "g2"), ("k2", "u2"))},
 }
@@ -445,12 +464,26 @@ SEED_BANKS = {"regular": "attention", "memory": "memory", "function": "function"
 
 
 def reference_config(
-    *, vocab_size: int, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int,
-    num_key_value_heads: int | None = None, max_position_embeddings: int = 2048, rms_norm_eps: float = 1e-6,
-    rope_theta: float = 10_000.0, tie_word_embeddings: bool = True, attention_dropout: float = 0.0,
-    diff_attention_mode: str = "expressive", diff_mlp: bool = False, decoder_implementation: str = "regular",
-    num_global_memories: int = 0, num_layer_memories: int = 0, num_global_functions: int = 0,
-    num_layer_functions: int = 0, **others: Any,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    max_position_embeddings: int = 2048,
+    rms_norm_eps: float = 1e-6,
+    rope_theta: float = 10_000.0,
+    tie_word_embeddings: bool = True,
+    attention_dropout: float = 0.0,
+    diff_attention_mode: str = "expressive",
+    diff_mlp: bool = False,
+    decoder_implementation: str = "regular",
+    num_global_memories: int = 0,
+    num_layer_memories: int = 0,
+    num_global_functions: int = 0,
+    num_layer_functions: int = 0,
+    **others: Any,
 ) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`; other keys of Hugging Face are left aside with a
     warning.
@@ -460,15 +493,26 @@ def reference_config(
     if others:
         warnings.warn(f"neon does not read {', '.join(sorted(others))}", stacklevel=2)
     counts = {
-        "n_global_functions": num_global_functions, "n_layer_functions": num_layer_functions,
-        "n_global_memories": num_global_memories, "n_layer_memories": num_layer_memories,
+        "n_global_functions": num_global_functions,
+        "n_layer_functions": num_layer_functions,
+        "n_global_memories": num_global_memories,
+        "n_layer_memories": num_layer_memories,
     }
     used = BANKS.get(decoder_implementation, (None,))[0]
     return dict(
-        vocab_size=vocab_size, dim=hidden_size, n_layers=num_hidden_layers, n_heads=num_attention_heads,
-        n_kv_heads=num_key_value_heads, ffn_dim=intermediate_size, seq_len=max_position_embeddings,
-        norm_eps=rms_norm_eps, rope_theta=float(rope_theta), tie_embeddings=tie_word_embeddings,
-        dropout=attention_dropout, diff_mlp=diff_mlp, decoder=decoder_implementation,
+        vocab_size=vocab_size,
+        dim=hidden_size,
+        n_layers=num_hidden_layers,
+        n_heads=num_attention_heads,
+        n_kv_heads=num_key_value_heads,
+        ffn_dim=intermediate_size,
+        seq_len=max_position_embeddings,
+        norm_eps=rms_norm_eps,
+        rope_theta=float(rope_theta),
+        tie_embeddings=tie_word_embeddings,
+        dropout=attention_dropout,
+        diff_mlp=diff_mlp,
+        decoder=decoder_implementation,
         diff_attention="expressive" if diff_attention_mode == "none" else diff_attention_mode,
         **{name: n or 0 for name, n in counts.items() if used and name.endswith(used)},
     )
@@ -503,12 +547,15 @@ def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         counts |= {"num_global_functions": 1, "num_layer_functions": maps - 1}
     head = weights.get("lm_head.weight")
     return dict(
-        vocab_size=len(embedding), hidden_size=dim,
+        vocab_size=len(embedding),
+        hidden_size=dim,
         intermediate_size=len(weights[layer + "mlp.gate_proj1.weight"]),
         num_hidden_layers=len({name.split(".")[2] for name in weights if name.startswith("model.layers.")}),
         num_attention_heads=q_rows // pair,
         num_key_value_heads=len(weights[layer + "self_attn.k_proj.weight"]) // pair,
         tie_word_embeddings=head is None or torch.equal(head, embedding),
         diff_attention_mode="expressive" if q_rows == 2 * dim else "constrained",
-        diff_mlp=layer + "mlp.gate_proj2.weight" in weights, decoder_implementation=decoder, **counts,
+        diff_mlp=layer + "mlp.gate_proj2.weight" in weights,
+        decoder_implementation=decoder,
+        **counts,
     )

@@ -344,8 +344,13 @@ class Model(LanguageModel):
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         config = self.config
         return KVCache(
-            config.n_layers, batch_size, config.n_heads, max_seq_len, config.head_dim,
-            device=self.device, dtype=self.compute_dtype,
+            config.n_layers,
+            batch_size,
+            config.n_heads,
+            max_seq_len,
+            config.head_dim,
+            device=self.device,
+            dtype=self.compute_dtype,
         )
 
     def reference_names(self) -> dict[str, str]:
@@ -406,22 +411,54 @@ def regroup(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def reference_config(
-    *, num_tokens: int, dim: int, depth: int, dim_head: int = 64, heads: int = 8, attn_norm_qk: bool = True,
-    ff_expand_factor: float = 4.0, tied_embedding: bool = False, add_value_residual: bool = True,
-    manual_norm_weights: bool = False, alpha_init: float | None = None, alpha_attn_init: Any = None,
-    alpha_ff_init: Any = None, alpha_attn_scale: Any = None, alpha_ff_scale: Any = None, s_qk_init: Any = 1.0,
-    s_qk_scale: Any = None, s_ff_hidden_init: Any = 1.0, s_ff_hidden_scale: Any = 1.0, s_ff_gate_init: Any = 1.0,
-    s_ff_gate_scale: Any = 1.0, s_logit_init: float = 1.0, s_logit_scale: float | None = None,
+    *,
+    num_tokens: int,
+    dim: int,
+    depth: int,
+    dim_head: int = 64,
+    heads: int = 8,
+    attn_norm_qk: bool = True,
+    ff_expand_factor: float = 4.0,
+    tied_embedding: bool = False,
+    add_value_residual: bool = True,
+    manual_norm_weights: bool = False,
+    alpha_init: float | None = None,
+    alpha_attn_init: Any = None,
+    alpha_ff_init: Any = None,
+    alpha_attn_scale: Any = None,
+    alpha_ff_scale: Any = None,
+    s_qk_init: Any = 1.0,
+    s_qk_scale: Any = None,
+    s_ff_hidden_init: Any = 1.0,
+    s_ff_hidden_scale: Any = 1.0,
+    s_ff_gate_init: Any = 1.0,
+    s_ff_gate_scale: Any = 1.0,
+    s_logit_init: float = 1.0,
+    s_logit_scale: float | None = None,
 ) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`; scales are a number, or one for every layer."""
     return dict(
-        vocab_size=num_tokens, dim=dim, n_layers=depth, n_heads=heads, head_dim=dim_head,
-        ffn_dim=int(dim * ff_expand_factor * 2 / 3), qk_norm=attn_norm_qk, value_residual=add_value_residual,
-        tie_embeddings=tied_embedding, normalize_on_use=not manual_norm_weights,
-        alpha_attn_init=alpha_init if alpha_attn_init is None else alpha_attn_init, alpha_attn_scale=alpha_attn_scale,
-        alpha_mlp_init=alpha_init if alpha_ff_init is None else alpha_ff_init, alpha_mlp_scale=alpha_ff_scale,
-        s_qk_init=s_qk_init, s_qk_scale=s_qk_scale, s_hidden_init=s_ff_hidden_init, s_hidden_scale=s_ff_hidden_scale,
-        s_gate_init=s_ff_gate_init, s_gate_scale=s_ff_gate_scale, s_logit_init=s_logit_init,
+        vocab_size=num_tokens,
+        dim=dim,
+        n_layers=depth,
+        n_heads=heads,
+        head_dim=dim_head,
+        ffn_dim=int(dim * ff_expand_factor * 2 / 3),
+        qk_norm=attn_norm_qk,
+        value_residual=add_value_residual,
+        tie_embeddings=tied_embedding,
+        normalize_on_use=not manual_norm_weights,
+        alpha_attn_init=alpha_init if alpha_attn_init is None else alpha_attn_init,
+        alpha_attn_scale=alpha_attn_scale,
+        alpha_mlp_init=alpha_init if alpha_ff_init is None else alpha_ff_init,
+        alpha_mlp_scale=alpha_ff_scale,
+        s_qk_init=s_qk_init,
+        s_qk_scale=s_qk_scale,
+        s_hidden_init=s_ff_hidden_init,
+        s_hidden_scale=s_ff_hidden_scale,
+        s_gate_init=s_ff_gate_init,
+        s_gate_scale=s_ff_gate_scale,
+        s_logit_init=s_logit_init,
         s_logit_scale=s_logit_scale,
     )
 
@@ -437,8 +474,12 @@ def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     dim_head = 2 * len(weights["rotary_embed.freqs"])
     expand = round(ffn_dim * 1.5 / dim)
     return dict(
-        num_tokens=num_tokens, dim=dim, depth=sum(name.endswith(".1.branch_scale.scale") for name in weights),
-        dim_head=dim_head, heads=len(weights["layers.0.0.fn.qk_scale.scale"]) // dim_head,
+        num_tokens=num_tokens,
+        dim=dim,
+        depth=sum(name.endswith(".1.branch_scale.scale") for name in weights),
+        dim_head=dim_head,
+        heads=len(weights["layers.0.0.fn.qk_scale.scale"]) // dim_head,
         ff_expand_factor=expand if int(dim * expand * 2 / 3) == ffn_dim else (ffn_dim + 0.5) * 1.5 / dim,
-        tied_embedding="to_logits" + spelling not in weights, manual_norm_weights=spelling == PLAIN,
+        tied_embedding="to_logits" + spelling not in weights,
+        manual_norm_weights=spelling == PLAIN,
     )

@@ -155,8 +155,13 @@ class Model(LanguageModel):
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         return KVCache(
-            self.config.n_layers, batch_size, 1, max_seq_len, self.config.head_dim,
-            device=self.device, dtype=self.compute_dtype,
+            self.config.n_layers,
+            batch_size,
+            1,
+            max_seq_len,
+            self.config.head_dim,
+            device=self.device,
+            dtype=self.compute_dtype,
         )
 
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
@@ -203,10 +208,21 @@ class Model(LanguageModel):
 
 
 def reference_config(
-    *, model_dim: int, vocab_size: int, layer_depth: int, head_dimension: int = 64, num_attention_heads: int = 8,
-    feedforward_scale: int = 4, attention_dropout_rate: float = 0.0, feedforward_dropout_rate: float = 0.0,
-    use_qk_rmsnorm: bool = False, lora_rank: int = 8, rotary_pos_emb_scale: float = 512.0, use_causal_mask: bool = True,
-    finetune_contexts: Any = None, loss_ignore_index: int = 0,
+    *,
+    model_dim: int,
+    vocab_size: int,
+    layer_depth: int,
+    head_dimension: int = 64,
+    num_attention_heads: int = 8,
+    feedforward_scale: int = 4,
+    attention_dropout_rate: float = 0.0,
+    feedforward_dropout_rate: float = 0.0,
+    use_qk_rmsnorm: bool = False,
+    lora_rank: int = 8,
+    rotary_pos_emb_scale: float = 512.0,
+    use_causal_mask: bool = True,
+    finetune_contexts: Any = None,
+    loss_ignore_index: int = 0,
 ) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`.
 
@@ -217,9 +233,15 @@ def reference_config(
     if attention_dropout_rate != feedforward_dropout_rate:
         raise UsageError("attention_dropout_rate and feedforward_dropout_rate must be equal")
     return dict(
-        vocab_size=vocab_size, dim=model_dim, n_layers=layer_depth, n_heads=num_attention_heads,
-        head_dim=head_dimension, ffn_dim=feedforward_scale * model_dim, dropout=attention_dropout_rate,
-        qk_norm=use_qk_rmsnorm, xpos_scale_base=rotary_pos_emb_scale,
+        vocab_size=vocab_size,
+        dim=model_dim,
+        n_layers=layer_depth,
+        n_heads=num_attention_heads,
+        head_dim=head_dimension,
+        ffn_dim=feedforward_scale * model_dim,
+        dropout=attention_dropout_rate,
+        qk_norm=use_qk_rmsnorm,
+        xpos_scale_base=rotary_pos_emb_scale,
     )
 
 
@@ -233,7 +255,11 @@ def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
     head_dim = (rows - inner - 2 * ffn_dim) // 2  # the rest of the rows are one key and one value
     layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     return dict(
-        model_dim=dim, vocab_size=vocab_size, layer_depth=len(layers),
-        head_dimension=head_dim, num_attention_heads=inner // head_dim, feedforward_scale=ffn_dim // dim,
+        model_dim=dim,
+        vocab_size=vocab_size,
+        layer_depth=len(layers),
+        head_dimension=head_dim,
+        num_attention_heads=inner // head_dim,
+        feedforward_scale=ffn_dim // dim,
         use_qk_rmsnorm="layers.0.func.q_scale" in weights,
     )

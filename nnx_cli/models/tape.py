@@ -389,7 +389,8 @@ class Model(LanguageModel):
 
         H, K = 2 * config.n_heads, config.dim // config.n_heads
         return TapeCache(
-            store(1, H, K), store(len(self.blocks) - 1, H, config.n_segments * K),
+            store(1, H, K),
+            store(len(self.blocks) - 1, H, config.n_segments * K),
             store(0 if self.prophet is None else 1, 1, 2 * config.dim),
         )
 
@@ -449,15 +450,22 @@ class Model(LanguageModel):
 AFFINE = {"weight": "linear.weight", "bias": "bias"}  # of a layer there and of ours
 IN_PROJ = "cached_attn.attn.in_proj_"
 NEVER_CALLED = (
-    "norm_gate", "embed_ln.weight", "embed_ln.bias", "merger.proj.weight", "final_norm.weight",
-    "merge_projection.weight", "merge_projection_final.weight",
+    "norm_gate",
+    "embed_ln.weight",
+    "embed_ln.bias",
+    "merger.proj.weight",
+    "final_norm.weight",
+    "merge_projection.weight",
+    "merge_projection_final.weight",
 )
 PROPHET_OUT = {"prophet.out.linear.weight": "rnn_projection.weight", "prophet.out.bias": "rnn_projection.bias"}
 PROPHET_CELLS = {  # our tensors hold the left cell's rows and below them the right one's
     f"prophet.{layer}.{ours}": tuple(f"prophet.cells_{side}.{number}.{theirs}" for side in SIDES)
     for number, layer in enumerate(("first", "second"))
     for ours, theirs in (
-        ("input.linear.weight", "i2h.weight"), ("input.bias", "i2h.bias"), ("weight", "h2h.weight"),
+        ("input.linear.weight", "i2h.weight"),
+        ("input.bias", "i2h.bias"),
+        ("weight", "h2h.weight"),
         ("bias", "h2h.bias"),
     )
 }
@@ -467,30 +475,47 @@ def seed_blocks(head: str, n_heads: int, n_levels: int) -> list[tuple[str, ...]]
     """Prefixes of the left and right block of every level of the original's heads `head.format(0)`, ..."""
     return [
         tuple(f"{head.format(number)}.blocks_{side}.{level}." for side in SIDES)
-        for number in range(n_heads) for level in range(n_levels)
+        for number in range(n_heads)
+        for level in range(n_levels)
     ]
 
 
 def stream_names(ours: str, theirs: str) -> dict[str, str]:
     """Names within one side of a level to those within a block of the original."""
     names = {
-        "out.linear.weight": "cached_attn.attn.out_proj.weight", "out.bias": "cached_attn.attn.out_proj.bias",
-        "attention_norm.weight": "ln_attn.weight", "attention_norm.bias": "ln_attn.bias",
-        "up.linear.weight": "mlp.expand.weight", "up.bias": "mlp.expand.bias", "down.weight": "mlp.linear.weight",
-        "mlp_norm.weight": "ln_mlp.weight", "mlp_norm.bias": "ln_mlp.bias",
+        "out.linear.weight": "cached_attn.attn.out_proj.weight",
+        "out.bias": "cached_attn.attn.out_proj.bias",
+        "attention_norm.weight": "ln_attn.weight",
+        "attention_norm.bias": "ln_attn.bias",
+        "up.linear.weight": "mlp.expand.weight",
+        "up.bias": "mlp.expand.bias",
+        "down.weight": "mlp.linear.weight",
+        "mlp_norm.weight": "ln_mlp.weight",
+        "mlp_norm.bias": "ln_mlp.bias",
     }
     return {ours + mine: theirs + name for mine, name in names.items()}
 
 
 def reference_config(
-    *, vocab_size: int, seq_len: int = 128, embed_dim: int = 128, num_heads: int = 2, dropout: float = 0.1,
+    *,
+    vocab_size: int,
+    seq_len: int = 128,
+    embed_dim: int = 128,
+    num_heads: int = 2,
+    dropout: float = 0.1,
     num_layers: int | None = None,
 ) -> dict[str, Any]:
     """The original's constructor arguments as fields of `Config`. Its `num_heads` are critics; it ignores
     `num_layers`."""
     return dict(
-        vocab_size=vocab_size, seq_len=seq_len, dim=embed_dim, n_critics=num_heads, dropout=dropout,
-        n_layers=4, coda_layers=2, n_heads=4,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        dim=embed_dim,
+        n_critics=num_heads,
+        dropout=dropout,
+        n_layers=4,
+        coda_layers=2,
+        n_heads=4,
     )
 
 

@@ -23,8 +23,16 @@ class AdamW(DeviceOptimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
-        weight_decay: float = 0.0, *, eight_bit: bool = False, seed: int = 0, **options: Any,
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        *,
+        eight_bit: bool = False,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, **options)
         super().__init__(params, defaults, seed)
@@ -55,9 +63,21 @@ class AdamW(DeviceOptimizer):
             states = [self.state[p] for p in plain]
             beta1, beta2 = group["betas"]
             fused.adamw(
-                plain, [p.grad for p in plain], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [s["step"] for s in states], fused=True, grad_scale=self.divisor, found_inf=found_inf, amsgrad=False,
-                beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                plain,
+                [p.grad for p in plain],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [],
+                [s["step"] for s in states],
+                fused=True,
+                grad_scale=self.divisor,
+                found_inf=found_inf,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
                 maximize=False,
             )
         if len(plain) < len(parameters):

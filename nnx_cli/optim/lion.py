@@ -15,8 +15,13 @@ class Lion(DeviceOptimizer):
     """Chen et al. 2023, https://arxiv.org/abs/2302.06675. The momentum has the type of the weights."""
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
-        *, seed: int = 0,
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay), seed)
 

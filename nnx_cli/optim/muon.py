@@ -91,8 +91,15 @@ class Muon(AdamW):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-10,
-        weight_decay: float = 0.0, *, momentum: float = 0.9, splits: Mapping[Tensor, Sequence[int]] | None = None,
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.9,
+        splits: Mapping[Tensor, Sequence[int]] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed)

@@ -21,7 +21,12 @@ class Wolf(DeviceOptimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0, *, seed: int = 0,
+        self,
+        params: Iterable[Any],
+        lr: float = 0.3678,
+        weight_decay: float = 0.0,
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay), seed)
 

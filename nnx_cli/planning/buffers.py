@@ -251,7 +251,9 @@ def compile_imitations(blocks: nn.ModuleList, workspaces: Workspaces, count: Cal
         return imitation(graph, workspaces, count)
 
     backend = aot_autograd(
-        fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition,
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
     for block in blocks:

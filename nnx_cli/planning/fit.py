@@ -109,8 +109,11 @@ class Predictor:
     def memory(self, train: TrainConfig, rows: int) -> Memory:
         """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it."""
         settings = TrainConfig(
-            optimizer=train.optimizer, precision=train.precision, weight_precision=train.weight_precision,
-            activation_checkpointing=train.activation_checkpointing, optimizer_in_backward=train.optimizer_in_backward,
+            optimizer=train.optimizer,
+            precision=train.precision,
+            weight_precision=train.weight_precision,
+            activation_checkpointing=train.activation_checkpointing,
+            optimizer_in_backward=train.optimizer_in_backward,
             grad_accum=train.grad_accum,
         )
         return self._memory(settings, rows)

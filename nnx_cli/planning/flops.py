@@ -87,10 +87,19 @@ REAL: dict[str, Callable[[], ModuleType]] = {
     ALGEBRA_OF_TORCH: lambda: importlib.import_module("torch.utils._sympy.functions"),
 }
 KNOWN: dict[str, Callable[..., Any]] = {  # what functions of SYMBOLS return of numbers and truths
-    "guard_or_false": bool, "guard_or_true": bool, "guard_size_oblivious": bool, "expect_true": bool,
-    "statically_known_true": bool, "sym_and": lambda *parts: all(parts), "sym_or": lambda *parts: any(parts),
-    "sym_eq": operator.eq, "is_nested_int": lambda size: False, "has_guarding_hint": lambda size: True,
-    "guarding_hint_or_throw": lambda size: size, "has_hint": lambda size: True, "size_hint": lambda size: size,
+    "guard_or_false": bool,
+    "guard_or_true": bool,
+    "guard_size_oblivious": bool,
+    "expect_true": bool,
+    "statically_known_true": bool,
+    "sym_and": lambda *parts: all(parts),
+    "sym_or": lambda *parts: any(parts),
+    "sym_eq": operator.eq,
+    "is_nested_int": lambda size: False,
+    "has_guarding_hint": lambda size: True,
+    "guarding_hint_or_throw": lambda size: size,
+    "has_hint": lambda size: True,
+    "size_hint": lambda size: size,
 }
 kept_from_compiler: list[Any] = []
 
@@ -210,9 +219,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if tensors and not is_view and all(x.is_meta for x in tensors):
             KNOWN_OUTPUTS[key] = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in each]
         return out
-    new = [
-        torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") if isinstance(x, tuple) else x for x in found
-    ]
+    new = [torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") if isinstance(x, tuple) else x for x in found]
     return tuple(new) if len(new) > 1 else new[0]
 
 

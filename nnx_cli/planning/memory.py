@@ -146,8 +146,15 @@ class Kernels:
         return self.target.device != "cuda" or (q.dtype != torch.float32 and self.target.capability >= (8, 0))
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         kernel = self.target.attention_kernel(q, attn_mask)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # becomes a number to add to every score
@@ -376,8 +383,15 @@ class Pass:
 
 
 def simulate(
-    model: LanguageModel, batch_size: int, seq_len: int, *, target: Target, checkpointing: str = "off",
-    accumulate: bool = True, in_backward: bool = False, compiled: bool = False,
+    model: LanguageModel,
+    batch_size: int,
+    seq_len: int,
+    *,
+    target: Target,
+    checkpointing: str = "off",
+    accumulate: bool = True,
+    in_backward: bool = False,
+    compiled: bool = False,
 ) -> Pass:
     """One micro-step of a model on the meta device.
 
@@ -508,8 +522,14 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     compiled = config.compile == "on"
     with nullcontext() if compiled else without_compiler():
         step = simulate(
-            model, batch_size, model.config.seq_len, target=target, checkpointing=config.activation_checkpointing,
-            accumulate=accumulate, in_backward=in_backward, compiled=compiled,
+            model,
+            batch_size,
+            model.config.seq_len,
+            target=target,
+            checkpointing=config.activation_checkpointing,
+            accumulate=accumulate,
+            in_backward=in_backward,
+            compiled=compiled,
         )
         states, moment = optimizer_memory(model, config, target)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
@@ -519,9 +539,7 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
     phases["backward"] += moment if in_backward else 0
     phases["optimizer"] = resting + gradients + moment
-    return Memory(
-        sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases
-    )
+    return Memory(sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases)
 
 
 def saved_tensors(

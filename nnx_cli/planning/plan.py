@@ -53,8 +53,17 @@ class Plan:
 
 
 def plan_run(
-    name: str, size: str, fields: Mapping[str, Any], train: TrainConfig, *, vocab_size: int, train_tokens: int,
-    val_tokens: int, device: torch.device, precision: str, sources: Mapping[str, str],
+    name: str,
+    size: str,
+    fields: Mapping[str, Any],
+    train: TrainConfig,
+    *,
+    vocab_size: int,
+    train_tokens: int,
+    val_tokens: int,
+    device: torch.device,
+    precision: str,
+    sources: Mapping[str, str],
 ) -> Plan:
     """Fill in every value that is None or auto.
 

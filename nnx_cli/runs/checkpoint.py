@@ -37,14 +37,24 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 BLOCK_BYTES = 2**22  # between two of which a signal is heard
 STATE_TYPES = {  # of what state.json holds
     **dict.fromkeys(("step", "tokens", "best_step", "worse_validations", "skipped_steps", "bad_steps"), int),
-    **dict.fromkeys(("time_s", "lr_factor"), (int, float)), "scaler": {}, "random": {},
+    **dict.fromkeys(("time_s", "lr_factor"), (int, float)),
+    "scaler": {},
+    "random": {},
     **dict.fromkeys(("best_val_loss", "best_val_bits_per_byte"), (int, float, type(None))),
 }
 MAX_HEADER_BYTES = 100 * 2**20  # what the library reads too
 SPARE_BYTES = 2**20  # for headers, JSON and logs
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 

@@ -52,14 +52,31 @@ LOCKED_BYTE = 2**30
 MAX_LINE_BYTES = 2**24  # of a log
 NUMBER = (int, float, type(None))
 CONFIG_TYPES = {  # of what config.json may hold, that which something here relies on
-    "model": {"name": str}, "parameters": int, "tokenizer": {}, "training": {}, "sampling": {"max_new_tokens": int},
-    "data": {"folder": str, "fingerprint": str}, "lora": {"rank": int}, "quantization": {"kept": list},
+    "model": {"name": str},
+    "parameters": int,
+    "tokenizer": {},
+    "training": {},
+    "sampling": {"max_new_tokens": int},
+    "data": {"folder": str, "fingerprint": str},
+    "lora": {"rank": int},
+    "quantization": {"kept": list},
     "versions": {"torch": str},
 }
 STATUS_TYPES = {
-    "status": str, "step": int, "max_steps": (int, type(None)), "max_time_s": NUMBER, "time_s": NUMBER,
-    "tokens": NUMBER, "train_loss": NUMBER, "val_loss": NUMBER, "val_bits_per_byte": NUMBER, "best_step": NUMBER,
-    "best_val_loss": NUMBER, "best_val_bits_per_byte": NUMBER, "skipped_steps": NUMBER, "events": list,
+    "status": str,
+    "step": int,
+    "max_steps": (int, type(None)),
+    "max_time_s": NUMBER,
+    "time_s": NUMBER,
+    "tokens": NUMBER,
+    "train_loss": NUMBER,
+    "val_loss": NUMBER,
+    "val_bits_per_byte": NUMBER,
+    "best_step": NUMBER,
+    "best_val_loss": NUMBER,
+    "best_val_bits_per_byte": NUMBER,
+    "skipped_steps": NUMBER,
+    "events": list,
 }
 
 
@@ -73,7 +90,11 @@ class Run:
 
     @classmethod
     def create(
-        cls, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None, status: Mapping[str, Any],
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        tokenizer: Tokenizer | None,
+        status: Mapping[str, Any],
         first: Checkpoint,
     ) -> Run:
         """Make a run folder in one step, with its first checkpoint, so that a run that exists can be resumed.
@@ -492,8 +513,10 @@ def list_runs() -> list[dict[str, Any]]:
         try:
             config, status = read_verified_config(folder), read_status(folder)
             row |= {
-                "model": config["model"]["name"], "size": config["model"].get("size"),
-                "status": live_status(folder, status), "steps": status.get("step"),
+                "model": config["model"]["name"],
+                "size": config["model"].get("size"),
+                "status": live_status(folder, status),
+                "steps": status.get("step"),
                 "best_val_bits_per_byte": status.get("best_val_bits_per_byte"),
                 "best_val_loss": status.get("best_val_loss"),
             }

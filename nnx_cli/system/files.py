@@ -18,8 +18,19 @@ from typing import Any, BinaryIO
 from nnx_cli.errors import CheckpointError, OutputError
 
 OURS = {
-    "checkpoints", "config.json", "manifest.json", "meta.json", "metrics.jsonl", "model.safetensors",
-    "optimizer.safetensors", "run.json", "samples.jsonl", "state.json", "tokenizer.json", "train.bin", "val.bin",
+    "checkpoints",
+    "config.json",
+    "manifest.json",
+    "meta.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "run.json",
+    "samples.jsonl",
+    "state.json",
+    "tokenizer.json",
+    "train.bin",
+    "val.bin",
 }
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MAX_JSON_BYTES = 64 * 2**20

@@ -97,8 +97,14 @@ def free_folder(stem: str) -> Path:
 
 
 def start(
-    plan: Plan, data: TokenFolder, out: Path, device: torch.device, observer: Observer, sampling: Sampling,
-    command: str, init_from: ModelRef | None,
+    plan: Plan,
+    data: TokenFolder,
+    out: Path,
+    device: torch.device,
+    observer: Observer,
+    sampling: Sampling,
+    command: str,
+    init_from: ModelRef | None,
 ) -> tuple[Run, Trainer]:
     """Make a new run: its model, its folder, its first checkpoint."""
     set_seed(plan.train.seed)
@@ -115,8 +121,12 @@ def start(
         "format": 1,
         "model": {"name": plan.model, "size": plan.size, **models.config_dict(plan.model_config)},
         "parameters": cost.count_parameters(model)["total"],
-        "tokenizer": None if tokenizer is None else {
-            "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+        "tokenizer": None
+        if tokenizer is None
+        else {
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "fingerprint": tokenizer.fingerprint,
         },
         "training": asdict(config),
         "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
@@ -128,10 +138,23 @@ def start(
         "machine": describe(device),
     }
     status = {
-        "format": 1, "status": "running", "command": command, "device": device.type, "started": round(time.time()),
-        "step": 0, "max_steps": config.max_steps, "max_time_s": config.max_time_s, "time_s": 0.0, "tokens": 0,
-        "train_loss": None, "val_loss": None, "val_bits_per_byte": None, "best_step": None, "best_val_loss": None,
-        "best_val_bits_per_byte": None, "skipped_steps": 0,
+        "format": 1,
+        "status": "running",
+        "command": command,
+        "device": device.type,
+        "started": round(time.time()),
+        "step": 0,
+        "max_steps": config.max_steps,
+        "max_time_s": config.max_time_s,
+        "time_s": 0.0,
+        "tokens": 0,
+        "train_loss": None,
+        "val_loss": None,
+        "val_bits_per_byte": None,
+        "best_step": None,
+        "best_val_loss": None,
+        "best_val_bits_per_byte": None,
+        "skipped_steps": 0,
     }
     with trainer.saving.timed():
         run = Run.create(out, described, tokenizer, status, trainer.checkpoint())

@@ -37,7 +37,11 @@ class Step:
     """
 
     def __init__(
-        self, model: LanguageModel, optimizer: DeviceOptimizer, scaler: torch.amp.GradScaler, grad_clip: float,
+        self,
+        model: LanguageModel,
+        optimizer: DeviceOptimizer,
+        scaler: torch.amp.GradScaler,
+        grad_clip: float,
         in_backward: bool = False,
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler

@@ -98,8 +98,14 @@ class Trainer:
     """A run in progress: model, optimizer, data and state. `config` has every value filled in."""
 
     def __init__(
-        self, model: LanguageModel, data: TokenFolder, config: TrainConfig, device: torch.device, observer: Observer,
-        sample_config: SampleConfig, sample_prompt: list[int],
+        self,
+        model: LanguageModel,
+        data: TokenFolder,
+        config: TrainConfig,
+        device: torch.device,
+        observer: Observer,
+        sample_config: SampleConfig,
+        sample_prompt: list[int],
     ) -> None:
         self.model, self.data, self.config, self.device, self.observer = model, data, config, device, observer
         self.sample_config, self.sample_prompt = sample_config, sample_prompt
@@ -131,7 +137,8 @@ class Trainer:
         """Everything that `restore` needs. Random numbers are a function of seed and step, so the step is their
         state."""
         state = asdict(self.state) | {
-            "format": ckpt.FORMAT, "scaler": self.scaler.state_dict(),
+            "format": ckpt.FORMAT,
+            "scaler": self.scaler.state_dict(),
             "random": {"seed": self.config.seed, "step": self.state.step},
         }
         return Checkpoint(
@@ -173,7 +180,11 @@ class Trainer:
                 self.compile_now()
             started = time.perf_counter()
             lr = state.lr_factor * lr_at(
-                state.step, before, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
+                state.step,
+                before,
+                schedule=config.schedule,
+                lr=config.lr,
+                min_lr=config.min_lr,
                 warmup_steps=config.warmup_steps,
             )
             state.tokens += self.take_step(lr)
@@ -205,10 +216,17 @@ class Trainer:
                     save = False  # what a run goes back to is from before its trouble
             if log:
                 record = {
-                    "step": state.step, "tokens": state.tokens, "time_s": round(state.time_s, 3), "train_loss": loss,
-                    "val_loss": None, "val_bits_per_byte": None, "lr": lr, "grad_norm": grad_norm,
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "time_s": round(state.time_s, 3),
+                    "train_loss": loss,
+                    "val_loss": None,
+                    "val_bits_per_byte": None,
+                    "lr": lr,
+                    "grad_norm": grad_norm,
                     "tokens_per_s": round((state.tokens - logged) / (state.time_s - logged_at), 1),
-                    "peak_memory_bytes": peak_memory_bytes(self.device), "skipped_steps": state.skipped_steps,
+                    "peak_memory_bytes": peak_memory_bytes(self.device),
+                    "skipped_steps": state.skipped_steps,
                 }
                 logged, logged_at = state.tokens, state.time_s
                 if validate:
@@ -394,8 +412,13 @@ class Trainer:
                 self.losses_of = CapturedLosses(self.model, self.val_rows, seq_len)
                 self.model.train()
             return evaluate(
-                self.model, self.data.val, seq_len=seq_len, batch_size=self.val_rows, token_bytes=self.token_bytes,
-                n_windows=n_windows, losses_of=self.losses_of,
+                self.model,
+                self.data.val,
+                seq_len=seq_len,
+                batch_size=self.val_rows,
+                token_bytes=self.token_bytes,
+                n_windows=n_windows,
+                losses_of=self.losses_of,
             )
 
         with eagerly(config.compile):
@@ -409,13 +432,18 @@ class Trainer:
         before = math.inf if self.best is None else self.best["best_val_loss"]
         if result.loss < before or (improved and result.loss == before):  # equal: the same step once more, after a kill
             found = {
-                "best_step": state.step, "best_val_loss": result.loss, "best_val_bits_per_byte": result.bits_per_byte,
+                "best_step": state.step,
+                "best_val_loss": result.loss,
+                "best_val_bits_per_byte": result.bits_per_byte,
             }
             self.better = found
             self.attempt(lambda: self.write_best(run))
         self.status |= {
-            "step": state.step, "train_loss": finite(train_loss), "val_loss": finite(result.loss),
-            "val_bits_per_byte": finite(result.bits_per_byte), **(self.best or {}),
+            "step": state.step,
+            "train_loss": finite(train_loss),
+            "val_loss": finite(result.loss),
+            "val_bits_per_byte": finite(result.bits_per_byte),
+            **(self.best or {}),
         }
         self.attempt(lambda: run.set_status(**self.status))
         return result

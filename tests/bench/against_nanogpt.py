@@ -69,9 +69,19 @@ COMMIT = "3adf61e1"
 WINDOWS_AT_ONCE = 64
 TARGET = 1.47  # of the character recipe on tinyshakespeare: what nanoGPT's README states, rounded
 CPU_RECIPE = [
-    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
-    "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
-    "--lr_decay_iters=2000", "--dropout=0.0",
+    "config/train_shakespeare_char.py",
+    "--device=cpu",
+    "--compile=False",
+    "--eval_iters=20",
+    "--log_interval=1",
+    "--block_size=64",
+    "--batch_size=12",
+    "--n_layer=4",
+    "--n_head=4",
+    "--n_embd=128",
+    "--max_iters=2000",
+    "--lr_decay_iters=2000",
+    "--dropout=0.0",
 ]
 GPU_RECIPE = ["config/train_shakespeare_char.py"]
 LENGTHS = {"cpu": ["200", "250", "300", "400"], "cuda": ["4s", "6s", "9s", "13s", "18s"]}
@@ -216,8 +226,12 @@ def peer_quality(place: Place, data: Path, recipe: list[str], cold: bool) -> Ite
             loss = common_loss(logits, val_tokens(data), block_size, place.device)
             part = seconds / seen.seconds  # of its processor time, as far as can be told
             yield {
-                "side": "nanogpt", "step": step, "seconds": seconds, "cpu_seconds": part * seen.cpu_seconds,
-                "loss": loss, "block_size": block_size,
+                "side": "nanogpt",
+                "step": step,
+                "seconds": seconds,
+                "cpu_seconds": part * seen.cpu_seconds,
+                "loss": loss,
+                "block_size": block_size,
             }
 
 
@@ -245,8 +259,12 @@ def peer_speed(part: str, place: Place) -> Iterator[dict[str, Any]]:
         measure = bench_speed if part == "speed-124m" else train_speed
         speed, why = measure(place, batch_size, left)
         yield {
-            "side": "nanogpt", "model": "GPT", "parameters": PEER_PARAMETERS[part], "batch_size": batch_size,
-            "tokens_per_s": speed, "problem": why,
+            "side": "nanogpt",
+            "model": "GPT",
+            "parameters": PEER_PARAMETERS[part],
+            "batch_size": batch_size,
+            "tokens_per_s": speed,
+            "problem": why,
         }
         if speed is None:
             return
@@ -266,8 +284,14 @@ def train_speed(place: Place, batch_size: int, limit_s: float) -> tuple[float | 
     """train.py without dropout: 300 steps between two of its log lines, from step 100 on."""
     with tempfile.TemporaryDirectory(dir=place.work) as out:
         arguments = [
-            *GPU_RECIPE, f"--dataset={place.data('shakespeare_char')}", f"--out_dir={out}", "--dropout=0.0",
-            f"--batch_size={batch_size}", "--max_iters=400", "--eval_interval=100000", "--eval_iters=1",
+            *GPU_RECIPE,
+            f"--dataset={place.data('shakespeare_char')}",
+            f"--out_dir={out}",
+            "--dropout=0.0",
+            f"--batch_size={batch_size}",
+            "--max_iters=400",
+            "--eval_interval=100000",
+            "--eval_iters=1",
             "--log_interval=100",
         ]
         seen = watch(peer_command(place, "train.py", *arguments), place, place.environment("nanogpt"), limit_s)
@@ -311,8 +335,15 @@ def our_quality(
             status = json.loads((run / "run.json").read_text())
             shutil.rmtree(run)
             yield {
-                "side": "nnx", "model": name, "length": length, "seconds": seconds, "cpu_seconds": used, "loss": loss,
-                "step": status["step"], "tokens": status["tokens"], "block_size": block_size,
+                "side": "nnx",
+                "model": name,
+                "length": length,
+                "seconds": seconds,
+                "cpu_seconds": used,
+                "loss": loss,
+                "step": status["step"],
+                "tokens": status["tokens"],
+                "block_size": block_size,
                 "parameters": cost.count_parameters(model)["total"],
             }
             if loss <= target:
@@ -386,10 +417,19 @@ def measure(part: str, name: str, batch_size: str, device: str, vram: str) -> No
     total = row.parameters
     if abs(total / PEER_PARAMETERS[part] - 1) > 0.02:
         raise SystemExit(f"{name} has {total:,} parameters, nanoGPT {PEER_PARAMETERS[part]:,}")
-    print(json.dumps({
-        "parameters": total, "tokens_per_s": row.tokens_per_s, "problem": row.problem, "compile": row.compile,
-        "share": row.share, "matrix_flops": limits.flops[precision], "peak_memory_bytes": row.peak_memory_bytes,
-    }))
+    print(
+        json.dumps(
+            {
+                "parameters": total,
+                "tokens_per_s": row.tokens_per_s,
+                "problem": row.problem,
+                "compile": row.compile,
+                "share": row.share,
+                "matrix_flops": limits.flops[precision],
+                "peak_memory_bytes": row.peak_memory_bytes,
+            }
+        )
+    )
 
 
 KERNELS = {"matrix products": r"nvjet|gemm|cutlass_|splitk", "attention": r"flash|fmha|attention"}
@@ -617,8 +657,10 @@ def main() -> None:
             f"nanoGPT {COMMIT}, {call[:10]}.{' ' + options.note if options.note else ''}"
         )
         for part in parts:
-            found = speed(part, place, options) if part.startswith("speed") else quality(
-                part, place, options, rows_of(options.results)
+            found = (
+                speed(part, place, options)
+                if part.startswith("speed")
+                else quality(part, place, options, rows_of(options.results))
             )
             for row in found:
                 row = {"part": part, "call": call, "machine": machine} | row

@@ -91,8 +91,12 @@ def nyx(folder: Path, config: dict[str, Any], device: torch.device) -> Original:
     from palm_rlhf_pytorch.palm import PaLM
 
     model = PaLM(
-        dim=config["model_dim"], num_tokens=config["vocab_size"], depth=config["layer_depth"],
-        heads=config["num_attention_heads"], dim_head=config["head_dimension"], ff_mult=config["feedforward_scale"],
+        dim=config["model_dim"],
+        num_tokens=config["vocab_size"],
+        depth=config["layer_depth"],
+        heads=config["num_attention_heads"],
+        dim_head=config["head_dimension"],
+        ff_mult=config["feedforward_scale"],
     ).to(device)
     return Original(model, lambda tokens: model(tokens, return_loss=True))
 
@@ -175,31 +179,70 @@ LONG = {"cuda": (4, 1024), "cpu": (1, 1024)}
 NGPT = dict(num_tokens=256, dim=512, depth=8, tied_embedding=True, attn_norm_qk=False)
 CASES = {
     "nyx": Case(
-        "nyx", nyx, "packages/palm_rlhf_pytorch/palm.py", "32b6465ea835d018", LONG, {"cuda": 5, "cpu": 2},
-        dict(model_dim=512, vocab_size=256, layer_depth=8, head_dimension=64, num_attention_heads=8,
-             feedforward_scale=4),
+        "nyx",
+        nyx,
+        "packages/palm_rlhf_pytorch/palm.py",
+        "32b6465ea835d018",
+        LONG,
+        {"cuda": 5, "cpu": 2},
+        dict(
+            model_dim=512, vocab_size=256, layer_depth=8, head_dimension=64, num_attention_heads=8, feedforward_scale=4
+        ),
     ),
     "ngpt": Case(
-        "ngpt", ngpt, "packages/nGPT_pytorch/nGPT.py", "e743060062ac798d", LONG, {"cuda": 10, "cpu": 1.5},
+        "ngpt",
+        ngpt,
+        "packages/nGPT_pytorch/nGPT.py",
+        "e743060062ac798d",
+        LONG,
+        {"cuda": 10, "cpu": 1.5},
         NGPT | dict(manual_norm_weights=False),
     ),
     "ngpt-manual": Case(  # weights normalised after each step: what nnx does unless told otherwise
-        "ngpt", ngpt, "packages/nGPT_pytorch/nGPT.py", "e743060062ac798d", LONG, {"cuda": 10, "cpu": 1.5},
+        "ngpt",
+        ngpt,
+        "packages/nGPT_pytorch/nGPT.py",
+        "e743060062ac798d",
+        LONG,
+        {"cuda": 10, "cpu": 1.5},
         NGPT | dict(manual_norm_weights=True),
     ),
     "n4": Case(
-        "n4", n4, "Nova-Nox-Neural-Network/model/N4_modeling.py", "8724295b0235123d", LONG, {"cuda": 3, "cpu": 2},
+        "n4",
+        n4,
+        "Nova-Nox-Neural-Network/model/N4_modeling.py",
+        "8724295b0235123d",
+        LONG,
+        {"cuda": 3, "cpu": 2},
         dict(vocab_size=32064, hidden_size=768, inter_size=3072, heads=6, layers=6),
     ),
     "neon": Case(
-        "neon", neon, "neon-transformer/neon/modeling_neon.py", "86932e83a5c5da45", LONG, {"cuda": 5, "cpu": 1.5},
-        dict(vocab_size=32000, hidden_size=512, intermediate_size=1360, num_hidden_layers=8, num_attention_heads=4,
-             num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True),
+        "neon",
+        neon,
+        "neon-transformer/neon/modeling_neon.py",
+        "86932e83a5c5da45",
+        LONG,
+        {"cuda": 5, "cpu": 1.5},
+        dict(
+            vocab_size=32000,
+            hidden_size=512,
+            intermediate_size=1360,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        ),
     ),
     "tape": Case(
-        "tape", tape, "nano-research-gpt/TapeTransformer.ipynb", "c140b3956246cb61",
-        {"cuda": (16, 128), "cpu": (16, 128)}, {"cuda": 40, "cpu": 2},
-        dict(vocab_size=65, seq_len=128, embed_dim=256, num_heads=4, dropout=0.0), variant="tape",
+        "tape",
+        tape,
+        "nano-research-gpt/TapeTransformer.ipynb",
+        "c140b3956246cb61",
+        {"cuda": (16, 128), "cpu": (16, 128)},
+        {"cuda": 40, "cpu": 2},
+        dict(vocab_size=65, seq_len=128, embed_dim=256, num_heads=4, dropout=0.0),
+        variant="tape",
     ),
 }
 
@@ -276,8 +319,10 @@ class Side:
         self.captured = device.type == "cuda" and side == "compiled"
         self.resident = 0 if device.type == "cuda" else peak_memory_bytes(device) or 0
         torch.manual_seed(0)
-        prepare = (lambda: prepare_original(case, folder, device)) if side == "original" else (
-            lambda: prepare_ours(case, device, side == "compiled")
+        prepare = (
+            (lambda: prepare_original(case, folder, device))
+            if side == "original"
+            else (lambda: prepare_ours(case, device, side == "compiled"))
         )
         model, self.step = prepare()
         self.tokens = random_tokens(case, device)
@@ -527,8 +572,10 @@ def short(kernel: str) -> str:
 def table(rows: list[Row]) -> Iterator[str]:
     """Markdown lines of all rows, the lost ones included."""
     device = rows[0].device
-    yield ("| model | batch | original tokens/s | ours, eager | ours, compiled | times | asked | share | "
-           "original GiB (above) | ours GiB (above) | part of above | |")
+    yield (
+        "| model | batch | original tokens/s | ours, eager | ours, compiled | times | asked | share | "
+        "original GiB (above) | ours GiB (above) | part of above | |"
+    )
     yield "| --- " + "| ---: " * 10 + "| --- |"
     for row in rows:
         case, best = CASES[row.key], row.best
@@ -564,8 +611,10 @@ def report(rows: list[Row], device: torch.device, options: argparse.Namespace) -
             found = row.profile
             top = "; ".join(f"`{short(name)}` {ms:.2f} ms ({count}×)" for name, ms, count in found["top"])
             busy = f", {found['busy_ms']:.1f} ms of it computing in {found['launches']} launches"
-            notes.append(f"- {row.key}, {row.best}: a step takes {found['step_ms']:.1f} ms"
-                         f"{busy if device.type == 'cuda' else ''}; longest: {top}")
+            notes.append(
+                f"- {row.key}, {row.best}: a step takes {found['step_ms']:.1f} ms"
+                f"{busy if device.type == 'cuda' else ''}; longest: {top}"
+            )
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
@@ -599,8 +648,11 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="most time for one model")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--no-compile", action="store_true", help="only run ours eagerly")
-    parser.add_argument("--together", action="store_true",
-                        help="start and compile all models at once: faster where cores and memory abound")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start and compile all models at once: faster where cores and memory abound",
+    )
     parser.add_argument("--profile", action="store_true", help="name the longest kernels of rows that fall short")
     parser.add_argument("--commit", help="of nnx, where this is no git checkout")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there, as its section")

@@ -118,8 +118,16 @@ def promise(name: str, device: torch.device, vram: str) -> Iterator[dict[str, An
     seq_len = models.make_config(name, size="small").seq_len
     train = TrainConfig(max_steps=STEPS, vram=vram, tokens_per_step=MANY_ROWS * seq_len)
     plan = plan_run(
-        name, "small", {}, train, vocab_size=256, train_tokens=10**9, val_tokens=10**6, device=device,
-        precision="bf16", sources={},
+        name,
+        "small",
+        {},
+        train,
+        vocab_size=256,
+        train_tokens=10**9,
+        val_tokens=10**6,
+        device=device,
+        precision="bf16",
+        sources={},
     )
     rows, predicted = plan.train.batch_size, plan.predict()
     more = math.ceil(1.2 * rows)
@@ -132,10 +140,16 @@ def promise(name: str, device: torch.device, vram: str) -> Iterator[dict[str, An
             lambda n=batch_size, c=captured: Session(name, plan.model_config, plan.train, device).run(n, 2, STEPS, c)
         )
         yield {
-            "model": name, "what": what, "mode": "graph" if captured else "eager", "rows": batch_size,
-            "optimizer": plan.train.optimizer, "checkpointing": plan.train.activation_checkpointing,
-            "predicted_bytes": predicted if what == "planned" else None, "peak_bytes": peak,
-            "result": "out of memory" if loss is None else f"{STEPS} steps", "loss": loss,
+            "model": name,
+            "what": what,
+            "mode": "graph" if captured else "eager",
+            "rows": batch_size,
+            "optimizer": plan.train.optimizer,
+            "checkpointing": plan.train.activation_checkpointing,
+            "predicted_bytes": predicted if what == "planned" else None,
+            "peak_bytes": peak,
+            "result": "out of memory" if loss is None else f"{STEPS} steps",
+            "loss": loss,
         }
 
 
@@ -169,13 +183,19 @@ def whole_run(name: str, text: Path, words: list[str]) -> dict[str, Any]:
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         training = config["training"]
         return row | {
-            "parameters": config["parameters"], "seq_len": config["model"]["seq_len"],
-            "rows": training["batch_size"], "micro_batches": training["grad_accum"],
-            "optimizer": training["optimizer"], "weights": training["weight_precision"],
-            "checkpointing": training["activation_checkpointing"], "compile": training["compile"],
+            "parameters": config["parameters"],
+            "seq_len": config["model"]["seq_len"],
+            "rows": training["batch_size"],
+            "micro_batches": training["grad_accum"],
+            "optimizer": training["optimizer"],
+            "weights": training["weight_precision"],
+            "checkpointing": training["activation_checkpointing"],
+            "compile": training["compile"],
             "tokens_per_s": round(max(line.get("tokens_per_s") or 0 for line in metrics)),
             "peak_bytes": max(line.get("peak_memory_bytes") or 0 for line in metrics),
-            "steps": status["step"], "val_loss": status["val_loss"], "result": "trained",
+            "steps": status["step"],
+            "val_loss": status["val_loss"],
+            "result": "trained",
             "events": "; ".join(status.get("events", [])) or None,
         }
 
@@ -210,9 +230,16 @@ def largest(name: str, device: torch.device, vram: str) -> dict[str, Any]:
     loss, peak = attempt(steps)
     parameters = sum(p.numel() for p in session[0].model.parameters()) if session else None
     return {
-        "model": name, "parameters": parameters, "n_layers": low, "dim": config.dim, "weights": train.weight_precision,
-        "optimizer": train.optimizer, "in_backward": train.optimizer_in_backward, "peak_bytes": peak,
-        "result": "out of memory" if loss is None else "trained", "loss": loss,
+        "model": name,
+        "parameters": parameters,
+        "n_layers": low,
+        "dim": config.dim,
+        "weights": train.weight_precision,
+        "optimizer": train.optimizer,
+        "in_backward": train.optimizer_in_backward,
+        "peak_bytes": peak,
+        "result": "out of memory" if loss is None else "trained",
+        "loss": loss,
     }
 
 
@@ -245,8 +272,15 @@ def largest_peer(folder: Path, device: torch.device) -> dict[str, Any]:
             high = middle
         else:
             low = middle
-            best = {"model": "nanoGPT", "n_layers": middle, "dim": PEER_WIDTH["n_embd"], **found,
-                    "peak_bytes": peak, "result": "trained", "loss": loss}
+            best = {
+                "model": "nanoGPT",
+                "n_layers": middle,
+                "dim": PEER_WIDTH["n_embd"],
+                **found,
+                "peak_bytes": peak,
+                "result": "trained",
+                "loss": loss,
+            }
     return best
 
 

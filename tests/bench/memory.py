@@ -80,7 +80,9 @@ class Cell:
 def quick_cells() -> list[Cell]:
     return [
         Cell(model, size, way, False, precision)
-        for model in models.names() for size in ("nano", "tiny", "small") for way in ("plain", "checkpointed")
+        for model in models.names()
+        for size in ("nano", "tiny", "small")
+        for way in ("plain", "checkpointed")
         for precision in (("bf16", "fp32") if size == "tiny" and way == "plain" else ("bf16",))
     ]
 
@@ -156,7 +158,8 @@ def main() -> int:
     target = memory.target_of(device)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
     lines = [
-        f"{card}, {date.today()}; {target}", "",
+        f"{card}, {date.today()}; {target}",
+        "",
         "| model | size | way | mode | rows | predicted MiB | allocated | reserved | error | phase | |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---|---|",
     ]

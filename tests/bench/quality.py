@@ -85,25 +85,52 @@ class Recipe:
 
 RECIPES = {
     "nyx": Recipe(
-        dict(model_dim=384, vocab_size=256, layer_depth=5, head_dimension=64, num_attention_heads=6,
-             feedforward_scale=4),
-        lambda parameters: Lion(parameters, betas=(0.9, 0.99), weight_decay=0.0), (1e-4, 3e-4), 0.5, constant,
+        dict(
+            model_dim=384, vocab_size=256, layer_depth=5, head_dimension=64, num_attention_heads=6, feedforward_scale=4
+        ),
+        lambda parameters: Lion(parameters, betas=(0.9, 0.99), weight_decay=0.0),
+        (1e-4, 3e-4),
+        0.5,
+        constant,
     ),
     "n4": Recipe(
         dict(vocab_size=256, hidden_size=384, inter_size=768, heads=6, layers=6),
         lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
-        (6e-4, 2e-3), None, warmed,
+        (6e-4, 2e-3),
+        None,
+        warmed,
     ),
     "neon": Recipe(  # clipping is what its trainer does unless told otherwise; its AdamW keeps 8 bits, this one 32
-        dict(vocab_size=256, hidden_size=320, intermediate_size=960, num_hidden_layers=6, num_attention_heads=5,
-             num_key_value_heads=5, max_position_embeddings=2048, tie_word_embeddings=True),
+        dict(
+            vocab_size=256,
+            hidden_size=320,
+            intermediate_size=960,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        ),
         lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01),
-        (3.2e-4, 1e-3), 1.0, cosine,
+        (3.2e-4, 1e-3),
+        1.0,
+        cosine,
     ),
     "ngpt": Recipe(
-        dict(num_tokens=256, dim=384, depth=6, heads=6, dim_head=64, tied_embedding=True, attn_norm_qk=False,
-             manual_norm_weights=False),
-        lambda parameters: torch.optim.Adam(parameters), (1e-3, 3e-3), None, constant,
+        dict(
+            num_tokens=256,
+            dim=384,
+            depth=6,
+            heads=6,
+            dim_head=64,
+            tied_embedding=True,
+            attn_norm_qk=False,
+            manual_norm_weights=False,
+        ),
+        lambda parameters: torch.optim.Adam(parameters),
+        (1e-3, 3e-3),
+        None,
+        constant,
     ),
 }
 SIDES = {name: ("original", "ours") for name in RECIPES} | {"tape": ("sound", "ours")}
@@ -178,10 +205,16 @@ def logits_of(output: Any) -> Tensor:
 def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, Any]:
     """Train ours as `nnx train` would, without a run folder."""
     plan = plan_run(
-        name, "tiny", {"seq_len": SEQ_LEN} | ({} if variant is None else {"variant": variant}),
+        name,
+        "tiny",
+        {"seq_len": SEQ_LEN} | ({} if variant is None else {"variant": variant}),
         TrainConfig(max_steps=job.steps, tokens_per_step=job.tokens_per_step, seed=seed),
-        vocab_size=job.data.vocab_size, train_tokens=len(job.data.train), val_tokens=len(job.data.val),
-        device=job.device, precision=pick_precision("auto", job.device), sources={},
+        vocab_size=job.data.vocab_size,
+        train_tokens=len(job.data.train),
+        val_tokens=len(job.data.val),
+        device=job.device,
+        precision=pick_precision("auto", job.device),
+        sources={},
     )
     set_seed(seed)
     model = models.from_config(name, plan.model_config)
@@ -192,8 +225,14 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
     for step in range(job.steps):
         job.check_time()
         trainer.take_step(
-            lr_at(step, step / job.steps, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
-                  warmup_steps=config.warmup_steps)
+            lr_at(
+                step,
+                step / job.steps,
+                schedule=config.schedule,
+                lr=config.lr,
+                min_lr=config.min_lr,
+                warmup_steps=config.warmup_steps,
+            )
         )
         trainer.state.step += 1
     model.eval()
@@ -251,8 +290,13 @@ def work(job: Job, names: list[str], seeds: list[int], results: Path) -> None:
                 print(f"out of time during {name}, {side}, seed {seed}: call again", flush=True)
                 return
             row = {
-                "model": name, "side": side, "seed": seed, "tokens": job.tokens, "tokens_per_step": job.tokens_per_step,
-                "seconds": round(time.monotonic() - started, 1), "machine": machine,
+                "model": name,
+                "side": side,
+                "seed": seed,
+                "tokens": job.tokens,
+                "tokens_per_step": job.tokens_per_step,
+                "seconds": round(time.monotonic() - started, 1),
+                "machine": machine,
             } | found
             if not math.isfinite(row["loss"]):
                 row["loss"] = math.inf
@@ -271,7 +315,8 @@ def of_length(rows: list[dict[str, Any]], job: Job) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]]) -> str:
     """Markdown: a table for every length of run, the lost rows included."""
     lines = [
-        "# Quality beside the originals", "",
+        "# Quality beside the originals",
+        "",
         "Made by [quality.py](quality.py), which says what is compared and how. Loss in nats over the whole validation "
         f"split, mean of the seeds (lowest to highest); ours should be at most {MARGIN} above.",
     ]
@@ -340,8 +385,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare([options.text], Path(folder) / "tokens", PrepareConfig())
         job = Job(
-            options.originals.resolve(), open_token_folder(Path(folder) / "tokens"), pick_device(options.device),
-            options.tokens, options.tokens_per_step, deadline,
+            options.originals.resolve(),
+            open_token_folder(Path(folder) / "tokens"),
+            pick_device(options.device),
+            options.tokens,
+            options.tokens_per_step,
+            deadline,
         )
         work(job, names, [int(seed) for seed in options.seeds.split(",")], options.results)
     text = report(read_rows(options.results))

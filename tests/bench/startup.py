@@ -136,8 +136,12 @@ def main() -> None:
             (Path(folder) / f"{module}.py").write_text(empty_app(commands, settings), encoding="utf-8")
         results = race(options.commands, options.rounds, Path(folder))
     machine = {
-        "cpu": cpu_model(), "python": platform.python_version(), "typer": typer.__version__,
-        "commands": len(commands), "options": n_options, "rounds": options.rounds,
+        "cpu": cpu_model(),
+        "python": platform.python_version(),
+        "typer": typer.__version__,
+        "commands": len(commands),
+        "options": n_options,
+        "rounds": options.rounds,
         "date": datetime.date.today().isoformat(),
     }
     shown = ", ".join(f"{name} {value}" for name, value in machine.items())

@@ -74,7 +74,11 @@ def train(trainer: Trainer) -> tuple[float, float, float]:
     started, used = time.perf_counter(), time.process_time()
     for step in range(config.max_steps):
         lr = lr_at(
-            step, step / config.max_steps, schedule=config.schedule, lr=config.lr, min_lr=config.min_lr,
+            step,
+            step / config.max_steps,
+            schedule=config.schedule,
+            lr=config.lr,
+            min_lr=config.min_lr,
             warmup_steps=config.warmup_steps,
         )
         state.tokens += trainer.take_step(lr)

@@ -11,7 +11,10 @@ def test_json_and_no_file(nnx, workspace):
     assert found.keys() == {"date", "device", "threads", "system", "versions", "limits", "rows"}
     assert found["limits"]["flops"]["fp32"] > 0 and found["limits"]["bytes_per_s"] > 0
     assert [(row["what"], row["batch_size"]) for row in found["rows"]] == [
-        ("decoding", 1), ("training", 1), ("decoding", 2), ("training", 2),
+        ("decoding", 1),
+        ("training", 1),
+        ("decoding", 2),
+        ("training", 2),
     ]
     for row in found["rows"]:
         assert row["model"] == "nyx" and row["parameters"] == 787_072 and row["precision"] == "fp32"

@@ -6,8 +6,16 @@ import pytest
 
 def test_json_over_the_whole_validation_split(nnx, run, tokens):
     product = json.loads(nnx("eval", "words", "--json").stdout)
-    assert list(product) == ["model", "loss", "perplexity", "bits_per_byte", "bits_per_byte_stderr", "tokens",
-                             "text_bytes", "tokens_per_s"]
+    assert list(product) == [
+        "model",
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "bits_per_byte_stderr",
+        "tokens",
+        "text_bytes",
+        "tokens_per_s",
+    ]
     assert product["tokens"] == product["text_bytes"] == len(tokens.val) - 1
     assert product["bits_per_byte"] == pytest.approx(product["loss"] / math.log(2))
     assert product["perplexity"] == pytest.approx(math.exp(product["loss"]))

@@ -33,8 +33,22 @@ def test_safetensors_too(nnx, seed):
 
 
 def test_an_original_is_trained_on(nnx, seed, text_file):
-    result = nnx("train", "--filepath", text_file, "--checkpoint_path", "seed.pth", "--num_batches", 2, "--seq_len", 16,
-                 "--batch_size", 2, "--gradient_accumulate_every", 1, "--json")
+    result = nnx(
+        "train",
+        "--filepath",
+        text_file,
+        "--checkpoint_path",
+        "seed.pth",
+        "--num_batches",
+        2,
+        "--seq_len",
+        16,
+        "--batch_size",
+        2,
+        "--gradient_accumulate_every",
+        1,
+        "--json",
+    )
     assert result.exit_code == 0, result.stderr
     config = find_model(json.loads(result.stdout)["out"]).config
     assert config["model"]["qk_norm"] is True and config["training"]["optimizer"] == "lion"

@@ -5,9 +5,32 @@ import torch
 
 from nnx_cli.runs.run import Run, find_model, load_model
 
-ADAPT = ["--init-from", "words", "--data", "data/words", "--lora-rank", 4, "--max-steps", 6, "--save-every", 2,
-         "--val-every", 3, "--sample-every", 0, "--batch-size", 4, "--grad-accum", 1, "--threads", 1, "--lr", 0.01,
-         "--out", "weights/adapted"]
+ADAPT = [
+    "--init-from",
+    "words",
+    "--data",
+    "data/words",
+    "--lora-rank",
+    4,
+    "--max-steps",
+    6,
+    "--save-every",
+    2,
+    "--val-every",
+    3,
+    "--sample-every",
+    0,
+    "--batch-size",
+    4,
+    "--grad-accum",
+    1,
+    "--threads",
+    1,
+    "--lr",
+    0.01,
+    "--out",
+    "weights/adapted",
+]
 
 
 @pytest.fixture

@@ -4,8 +4,20 @@ import pytest
 
 from nnx_cli.data.token_folder import open_token_folder
 
-KEYS = ["out", "tokenizer", "vocab_size", "train_tokens", "val_tokens", "text_bytes", "bytes_per_token", "documents",
-        "seconds", "megabytes_per_s", "peak_rss_bytes", "sha256"]
+KEYS = [
+    "out",
+    "tokenizer",
+    "vocab_size",
+    "train_tokens",
+    "val_tokens",
+    "text_bytes",
+    "bytes_per_token",
+    "documents",
+    "seconds",
+    "megabytes_per_s",
+    "peak_rss_bytes",
+    "sha256",
+]
 
 
 def test_json_has_the_promised_keys(nnx, text_file, text, workspace):
@@ -28,8 +40,19 @@ def test_words_for_people(nnx, text_file):
 
 def test_paths_options_and_standard_input(nnx, text_file, text, workspace):
     (workspace / "val.txt").write_text("held out\n" * 9)
-    result = nnx("prepare", text_file, "-", "--val", "val.txt", "--out", "both", "--tokenizer", "char", "--json",
-                 input=b"from outside\n")
+    result = nnx(
+        "prepare",
+        text_file,
+        "-",
+        "--val",
+        "val.txt",
+        "--out",
+        "both",
+        "--tokenizer",
+        "char",
+        "--json",
+        input=b"from outside\n",
+    )
     assert result.exit_code == 0, result.stderr
     folder = open_token_folder("both")
     assert folder.tokenizer.decode(folder.train).rstrip() == (text + "from outside\n").rstrip()

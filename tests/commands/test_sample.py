@@ -137,7 +137,8 @@ def test_what_it_refuses(refused, run, code, message, words):
 def test_a_reader_who_leaves_is_no_error(run):
     process = subprocess.Popen(
         [sys.executable, "-m", "nnx_cli", "sample", "words", "--max-new-tokens", "20000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.read(5)
     process.stdout.close()

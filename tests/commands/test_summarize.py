@@ -4,8 +4,17 @@ import pytest
 
 from nnx_cli import models
 
-KEYS = {"model", "size", "parameters", "flops_per_token", "memory", "cache_bytes_per_token", "file_bytes", "fits",
-        "trains_in_gb"}
+KEYS = {
+    "model",
+    "size",
+    "parameters",
+    "flops_per_token",
+    "memory",
+    "cache_bytes_per_token",
+    "file_bytes",
+    "fits",
+    "trains_in_gb",
+}
 
 
 def test_json_has_the_promised_keys(nnx):
@@ -20,7 +29,12 @@ def test_json_has_the_promised_keys(nnx):
     assert facts["memory"]["weights_bytes"] == 4 * 30_020_096
     assert facts["file_bytes"].keys() == {"fp32", "bf16", "int8", "int4"}
     assert facts["fits"].keys() >= {
-        "budget_bytes", "fits", "batch_size", "grad_accum", "activation_checkpointing", "predicted_peak_bytes",
+        "budget_bytes",
+        "fits",
+        "batch_size",
+        "grad_accum",
+        "activation_checkpointing",
+        "predicted_peak_bytes",
     }
     assert facts["fits"]["budget_bytes"] == 7 * 2**30 and facts["fits"]["fits"] is True
     assert list(facts["trains_in_gb"]) == ["4", "6", "8", "12", "16", "24"]

@@ -8,13 +8,52 @@ from nnx_cli.layers.loss import TrainStep
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.run import Run, find_model
 
-SMALL = ["--dim", 32, "--n-layers", 2, "--n-heads", 2, "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1,
-         "--threads", 1, "--compile", "off"]
+SMALL = [
+    "--dim",
+    32,
+    "--n-layers",
+    2,
+    "--n-heads",
+    2,
+    "--seq-len",
+    32,
+    "--batch-size",
+    2,
+    "--grad-accum",
+    1,
+    "--threads",
+    1,
+    "--compile",
+    "off",
+]
 FIRST = [*SMALL, "--max-steps", 3, "--sample-every", 0]
 DOCUMENTED = [
-    "--vocab_size", 256, "--model_dim", 32, "--layer_depth", 2, "--num_attention_heads", 4, "--num_batches", 2,
-    "--batch_size", 2, "--gradient_accumulate_every", 2, "--learning_rate", "1e-4", "--validate_every", 1,
-    "--prime_length", 8, "--generate_every", 2, "--generate_length", 6, "--seq_len", 32,
+    "--vocab_size",
+    256,
+    "--model_dim",
+    32,
+    "--layer_depth",
+    2,
+    "--num_attention_heads",
+    4,
+    "--num_batches",
+    2,
+    "--batch_size",
+    2,
+    "--gradient_accumulate_every",
+    2,
+    "--learning_rate",
+    "1e-4",
+    "--validate_every",
+    1,
+    "--prime_length",
+    8,
+    "--generate_every",
+    2,
+    "--generate_length",
+    6,
+    "--seq_len",
+    32,
 ]
 
 
@@ -67,8 +106,9 @@ def test_text_is_prepared_once(nnx, text_file, workspace):
 
 def test_dry_run_says_where_every_value_comes_from(nnx, data, workspace):
     (workspace / "my.toml").write_text("lr = 0.01\nseed = 7\n[model]\nn-layers = 3\n")
-    result = nnx("train", "--data", data, "--config", "my.toml", "--dry-run", "--json", "--dim", 64, "--n-heads", 4,
-                 "--seed", 9)
+    result = nnx(
+        "train", "--data", data, "--config", "my.toml", "--dry-run", "--json", "--dim", 64, "--n-heads", 4, "--seed", 9
+    )
     assert result.exit_code == 0, result.stderr
     rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
     assert rows["dim"] == (64, "command line") and rows["seed"] == (9, "command line")
@@ -111,8 +151,23 @@ def test_the_command_is_recorded(nnx, data, workspace, monkeypatch):
 
 
 def test_starting_from_another_run(nnx, run):
-    result = nnx("train", "--data", "data/words", "--init-from", "words", "--out", "next", "--max-steps", 1,
-                 "--batch-size", 2, "--grad-accum", 1, "--threads", 1)
+    result = nnx(
+        "train",
+        "--data",
+        "data/words",
+        "--init-from",
+        "words",
+        "--out",
+        "next",
+        "--max-steps",
+        1,
+        "--batch-size",
+        2,
+        "--grad-accum",
+        1,
+        "--threads",
+        1,
+    )
     assert result.exit_code == 0, result.stderr
     before, after = find_model("words").weights()[1], find_model("next@0").weights()[1]
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -134,8 +189,21 @@ def test_the_originals_training_command(nnx, text_file, workspace):
     assert sample["step"] == 2 and len(sample["prompt"].encode()) >= 8
     assert len(run.config["sampling"]["prompt_ids"]) == 8 and run.config["sampling"]["max_new_tokens"] == 6
 
-    result = nnx("sample", "--sample_prompt", "AI is a power!", "--vocab_size", 256, "--model_dim", 32, "--layer_depth",
-                 2, "--num_attention_heads", 4, "--generate_length", 8)
+    result = nnx(
+        "sample",
+        "--sample_prompt",
+        "AI is a power!",
+        "--vocab_size",
+        256,
+        "--model_dim",
+        32,
+        "--layer_depth",
+        2,
+        "--num_attention_heads",
+        4,
+        "--generate_length",
+        8,
+    )
     assert result.exit_code == 0 and result.stdout.startswith("AI is a power!")
 
     result = nnx("train", "--filepath", text_file, "--checkpoint_path", "weights/nyx-words", "--num_batches", 3)
@@ -157,8 +225,11 @@ def test_a_vocabulary_that_disagrees_is_refused(refused, data):
 @pytest.fixture
 def bad_files(workspace):
     files = {
-        "empty.txt": b"", "blank.txt": b" \n\n \t\n", "short.txt": b"one two\n" * 4,
-        "binary.txt": b"\x7fELF\x00\x01" * 99, "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9,
+        "empty.txt": b"",
+        "blank.txt": b" \n\n \t\n",
+        "short.txt": b"one two\n" * 4,
+        "binary.txt": b"\x7fELF\x00\x01" * 99,
+        "image.png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9,
     }
     for name, content in files.items():
         (workspace / name).write_bytes(content)
@@ -171,8 +242,13 @@ def bad_files(workspace):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere.txt", "nowhere.txt"), ("empty.txt", "empty.txt"), ("blank.txt", "blank.txt"),
-        ("binary.txt", "binary.txt"), ("nothing", "nothing"), ("images", "images"), ("*.rst", "*.rst"),
+        ("nowhere.txt", "nowhere.txt"),
+        ("empty.txt", "empty.txt"),
+        ("blank.txt", "blank.txt"),
+        ("binary.txt", "binary.txt"),
+        ("nothing", "nothing"),
+        ("images", "images"),
+        ("*.rst", "*.rst"),
         ("short.txt", "one sequence needs"),
     ],
 )
@@ -350,10 +426,22 @@ def test_last_is_never_a_finished_run(refused, run):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--lr", 0.1], ["--seed", 4], ["--dim", 64], ["--model", "nyx"], ["--size", "nano"], ["--out", "other"],
-        ["--optimizer", "lion"], ["--init-from", "words"], ["--filepath", "x"], ["--filepath", "x", "--model", "nyx"],
-        ["--max-steps", 50, "--epochs", 1], ["--max-steps", 0], ["--batch-size", 3, "--max-steps", 50],
-        ["--tokenizer", "char"], ["--model_dim", 64], ["--config", "x.toml"],
+        ["--lr", 0.1],
+        ["--seed", 4],
+        ["--dim", 64],
+        ["--model", "nyx"],
+        ["--size", "nano"],
+        ["--out", "other"],
+        ["--optimizer", "lion"],
+        ["--init-from", "words"],
+        ["--filepath", "x"],
+        ["--filepath", "x", "--model", "nyx"],
+        ["--max-steps", 50, "--epochs", 1],
+        ["--max-steps", 0],
+        ["--batch-size", 3, "--max-steps", 50],
+        ["--tokenizer", "char"],
+        ["--model_dim", 64],
+        ["--config", "x.toml"],
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
@@ -443,5 +531,14 @@ def test_a_dry_run_leaves_what_others_prepared(nnx, text_file, workspace):
 
 
 def test_usage_is_checked_before_the_text(refused):
-    refused(2, "is no multiple of --seq-len 32", "train", "--filepath", "nothing.txt", "--seq-len", 32,
-            "--tokens-per-step", 77)
+    refused(
+        2,
+        "is no multiple of --seq-len 32",
+        "train",
+        "--filepath",
+        "nothing.txt",
+        "--seq-len",
+        32,
+        "--tokens-per-step",
+        77,
+    )

@@ -20,8 +20,16 @@ def case(name="llama", batch_size=2, **fields):
 
 
 def measure(**changes):
-    how = dict(names=["nyx"], size=None, fields={"seq_len": 16}, config=CONFIG, batch_sizes=[1], precisions=[],
-               seconds=0.01, tell=lambda line: None)
+    how = dict(
+        names=["nyx"],
+        size=None,
+        fields={"seq_len": 16},
+        config=CONFIG,
+        batch_sizes=[1],
+        precisions=[],
+        seconds=0.01,
+        tell=lambda line: None,
+    )
     return list(measure_all(**(how | changes)))
 
 

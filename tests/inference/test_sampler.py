@@ -111,11 +111,25 @@ def test_draw_follows_the_probabilities():
     assert (counts / 30_000).tolist() == pytest.approx([0.1, 0.6, 0.3], abs=0.01)
 
 
-@pytest.mark.parametrize("bad", [
-    {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0.0},
-    {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"max_new_tokens": 0},
-    {"num_samples": 0}, {"seed": -1}, {"seed": 2**64},
-], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": 0},
+        {"num_samples": 0},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+    ids=str,
+)
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(UsageError, match="--" + next(iter(bad)).replace("_", "-")):
         SampleConfig(**bad)
@@ -270,8 +284,13 @@ def say(tiny, text, tokenizer=None, **options):
     data = text if isinstance(text, bytes) else text.encode()
     pieces = []
     result = run(
-        Script(tiny(vocab_size=256), list(data)), [[10]], tokenizer=tokenizer or ByteTokenizer(), use_cache=False,
-        max_new_tokens=len(data), on_text=lambda sample, piece: pieces.append(piece), **options,
+        Script(tiny(vocab_size=256), list(data)),
+        [[10]],
+        tokenizer=tokenizer or ByteTokenizer(),
+        use_cache=False,
+        max_new_tokens=len(data),
+        on_text=lambda sample, piece: pieces.append(piece),
+        **options,
     )
     (sample,) = result.samples
     assert "".join(pieces) == sample.text

@@ -17,8 +17,10 @@ def test_attention_and_gradients_are_those_of_torch(T, G):
     weight = torch.randn_like(y)
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(
-        torch.autograd.grad((y * weight).sum(), leaves), torch.autograd.grad((wanted * weight).sum(), leaves),
-        atol=1e-5, rtol=1e-4,
+        torch.autograd.grad((y * weight).sum(), leaves),
+        torch.autograd.grad((wanted * weight).sum(), leaves),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 

@@ -5,8 +5,12 @@ from nnx_cli import models
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.loss import TrainStep
 
-FURTHER = [("neon", dict(decoder="function", function_balance=0.01)), ("tape", dict(entropy_weight=0.1)),
-           ("nyx", dict(dropout=0.2)), ("ngpt", dict(dropout=0.2))]
+FURTHER = [
+    ("neon", dict(decoder="function", function_balance=0.01)),
+    ("tape", dict(entropy_weight=0.1)),
+    ("nyx", dict(dropout=0.2)),
+    ("ngpt", dict(dropout=0.2)),
+]
 
 
 def loss_and_gradients(model, ids):

@@ -41,10 +41,16 @@ def build(case):
     config = CASES[case]["config"]
     assert config["rms_norm_eps"] == 1e-5
     model = models.build(
-        "llama", vocab_size=config["vocab_size"], dim=config["hidden_size"], n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"], n_kv_heads=config["num_key_value_heads"],
-        ffn_dim=config["intermediate_size"], rope_theta=config["rope_theta"],
-        tie_embeddings=config["tie_word_embeddings"], seq_len=config["max_position_embeddings"],
+        "llama",
+        vocab_size=config["vocab_size"],
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        ffn_dim=config["intermediate_size"],
+        rope_theta=config["rope_theta"],
+        tie_embeddings=config["tie_word_embeddings"],
+        seq_len=config["max_position_embeddings"],
     )
     weights = packed(cut(f"{case}.weights."), model.config.n_layers)
     own = model.unique_state()

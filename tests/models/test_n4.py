@@ -15,8 +15,12 @@ from tests.models.reference_cases import FOLDER, load_case
 
 CASES = json.loads((FOLDER / "n4.parity.json").read_text())["cases"]
 OPTIONS = {
-    "plain": {}, "grouped": dict(n_kv_heads=1), "bias": dict(bias=True), "alpha": dict(dyt_alpha=True),
-    "head_scale": dict(head_scale=True), "window": dict(window=5),
+    "plain": {},
+    "grouped": dict(n_kv_heads=1),
+    "bias": dict(bias=True),
+    "alpha": dict(dyt_alpha=True),
+    "head_scale": dict(head_scale=True),
+    "window": dict(window=5),
     "all": dict(n_kv_heads=2, n_heads=4, bias=True, dyt_alpha=True, head_scale=True, window=3),
 }
 

@@ -19,13 +19,19 @@ from tests.models.reference_cases import FOLDER, load_case
 CASES = json.loads((FOLDER / "neon.parity.json").read_text())["cases"]
 BANK = dict(decoder="function", n_global_functions=3, n_layer_functions=2)
 OPTIONS = {
-    "expressive": {}, "grouped": dict(n_heads=4, n_kv_heads=2), "constrained": dict(diff_attention="constrained"),
-    "off": dict(diff_attention="off", n_heads=4, n_kv_heads=1), "diff_mlp": dict(diff_mlp=True), "function": BANK,
+    "expressive": {},
+    "grouped": dict(n_heads=4, n_kv_heads=2),
+    "constrained": dict(diff_attention="constrained"),
+    "off": dict(diff_attention="off", n_heads=4, n_kv_heads=1),
+    "diff_mlp": dict(diff_mlp=True),
+    "function": BANK,
     "balanced": BANK | dict(function_balance=0.1, function_anneal_steps=50),
     "own_functions": dict(decoder="function", n_global_functions=0, n_layer_functions=3),
     "memory": dict(decoder="memory", n_global_memories=5, n_layer_memories=3),
-    "shared_memory": dict(decoder="memory", n_layer_memories=0), "linear_control": dict(decoder="linear-control"),
-    "untied": dict(tie_embeddings=False, paper_lambda=True), "normalized": dict(normalized=True),
+    "shared_memory": dict(decoder="memory", n_layer_memories=0),
+    "linear_control": dict(decoder="linear-control"),
+    "untied": dict(tie_embeddings=False, paper_lambda=True),
+    "normalized": dict(normalized=True),
     "normalized_off": dict(normalized=True, diff_attention="off", tie_embeddings=False),
     "normalized_function": BANK | dict(normalized=True, n_heads=4, n_kv_heads=2),
     "normalized_memory": dict(decoder="memory", normalized=True, diff_mlp=True),
@@ -144,14 +150,20 @@ def test_noise_needs_a_place():
 
 
 PUBLISHED = [
-    ("test", {}, 12_381_952), ("spark", {}, 49_887_744), ("glow", {}, 166_157_568), ("beam", {}, 368_352_256),
-    ("test", dict(diff_attention="constrained"), 11_332_608), ("spark", dict(diff_attention="constrained"), 41_496_064),
+    ("test", {}, 12_381_952),
+    ("spark", {}, 49_887_744),
+    ("glow", {}, 166_157_568),
+    ("beam", {}, 368_352_256),
+    ("test", dict(diff_attention="constrained"), 11_332_608),
+    ("spark", dict(diff_attention="constrained"), 41_496_064),
     ("glow", dict(diff_attention="constrained"), 137_843_712),
     ("beam", dict(diff_attention="constrained"), 301_240_320),
-    ("test", dict(decoder="function"), 13_701_888), ("test", dict(diff_mlp=True), 13_787_520),
+    ("test", dict(decoder="function"), 13_701_888),
+    ("test", dict(diff_mlp=True), 13_787_520),
     ("test", dict(decoder="function", n_global_functions=64, n_layer_functions=64), 33_485_568),
     ("test", dict(decoder="linear-control"), 12_907_264),
-    ("arc", {}, 1_181_698_560), ("nova", {}, 2_750_035_968),  # heads that divide the width: the original's cannot run
+    ("arc", {}, 1_181_698_560),
+    ("nova", {}, 2_750_035_968),  # heads that divide the width: the original's cannot run
 ]
 
 
@@ -229,8 +241,11 @@ def test_every_parameter_receives_gradient(model):
 @pytest.mark.parametrize(
     ("name", "dtype", "training"),
     [
-        ("balanced", torch.float32, False), ("balanced", torch.bfloat16, True), ("grouped", torch.bfloat16, True),
-        ("normalized_memory", torch.float32, True), ("normalized_function", torch.bfloat16, True),
+        ("balanced", torch.float32, False),
+        ("balanced", torch.bfloat16, True),
+        ("grouped", torch.bfloat16, True),
+        ("normalized_memory", torch.float32, True),
+        ("normalized_function", torch.bfloat16, True),
     ],
 )
 def test_blocks_are_captured_whole_and_equal_eager(name, dtype, training, large):
@@ -386,10 +401,19 @@ def test_normalized_weights_and_stream_have_length_one(name, tiny):
 @pytest.mark.parametrize(
     "bad",
     [
-        dict(diff_attention="none"), dict(decoder="flaming"), dict(n_kv_heads=3), dict(ffn_dim=0),
-        dict(n_global_functions=2), dict(n_layer_memories=2, decoder="function"), dict(norm_eps=0.0),
-        dict(n_layer_functions=-1, decoder="function"), dict(function_temperature=0.0), dict(function_balance=-1.0),
-        dict(function_anneal_steps=0), dict(rope_theta=0.0), dict(n_heads=20, dim=1536),
+        dict(diff_attention="none"),
+        dict(decoder="flaming"),
+        dict(n_kv_heads=3),
+        dict(ffn_dim=0),
+        dict(n_global_functions=2),
+        dict(n_layer_memories=2, decoder="function"),
+        dict(norm_eps=0.0),
+        dict(n_layer_functions=-1, decoder="function"),
+        dict(function_temperature=0.0),
+        dict(function_balance=-1.0),
+        dict(function_anneal_steps=0),
+        dict(rope_theta=0.0),
+        dict(n_heads=20, dim=1536),
     ],
     ids=str,
 )

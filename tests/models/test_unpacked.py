@@ -13,8 +13,11 @@ from nnx_cli.layers.quantized import Quantization, quantize_layers
 
 SHAPE = dict(vocab_size=40, dim=24, n_layers=2, n_heads=3, seq_len=12)
 CASES = {
-    "llama": ("llama", {}), "llama, one key head": ("llama", dict(n_kv_heads=1)), "nyx": ("nyx", {}),
-    "nyx, normalised": ("nyx", dict(qk_norm=True)), "nyx, narrow": ("nyx", dict(head_dim=6, ffn_dim=7)),
+    "llama": ("llama", {}),
+    "llama, one key head": ("llama", dict(n_kv_heads=1)),
+    "nyx": ("nyx", {}),
+    "nyx, normalised": ("nyx", dict(qk_norm=True)),
+    "nyx, narrow": ("nyx", dict(head_dim=6, ffn_dim=7)),
 }
 
 

@@ -52,8 +52,10 @@ def take_steps(model, optimizer, n, seed=0):
 
 def snapshot(model, optimizer):
     tensors = {**model.state_dict(), **{f"state {k}": v for k, v in optimizer_state(optimizer, model).items()}}
-    return {name: tensor.detach().clone().contiguous().view(torch.uint8) if tensor.dim() else tensor.clone()
-            for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().clone().contiguous().view(torch.uint8) if tensor.dim() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
 
 
 def same(a, b):
@@ -281,8 +283,17 @@ def test_the_state_of_another_model_is_refused(tiny, kind):
 
 @pytest.mark.parametrize(
     ("kind", "stored", "wanted"),
-    [("adamw", "fp32", 8.0), ("adamw", "bf16", 8.0), ("adamw8bit", "fp32", 2.04), ("adamw8bit", "bf16", 2.04),
-     ("lion", "fp32", 4.0), ("lion", "bf16", 2.0), ("muon", "fp32", 4.0), ("muon", "bf16", 2.0), ("wolf", "fp32", 4.0)],
+    [
+        ("adamw", "fp32", 8.0),
+        ("adamw", "bf16", 8.0),
+        ("adamw8bit", "fp32", 2.04),
+        ("adamw8bit", "bf16", 2.04),
+        ("lion", "fp32", 4.0),
+        ("lion", "bf16", 2.0),
+        ("muon", "fp32", 4.0),
+        ("muon", "bf16", 2.0),
+        ("wolf", "fp32", 4.0),
+    ],
 )
 def test_bytes_of_state(kind, stored, wanted, tiny):
     """On matrices of blocks, and in all: what `state_bytes` says before there is any is what there is."""
@@ -321,9 +332,13 @@ def test_pieces_make_no_difference(monkeypatch, kind, options):
 
 @pytest.mark.parametrize(
     ("kind", "stored", "like"),
-    [("adamw8bit", "fp32", "adamw"), ("adamw8bit", "bf16", "adamw"),
-     ("adamw", "bf16", "adamw"),
-     ("muon", "bf16", "muon"), ("lion", "bf16", "lion")],
+    [
+        ("adamw8bit", "fp32", "adamw"),
+        ("adamw8bit", "bf16", "adamw"),
+        ("adamw", "bf16", "adamw"),
+        ("muon", "bf16", "muon"),
+        ("lion", "bf16", "lion"),
+    ],
 )
 def test_what_saves_memory_trains_as_well(tiny, kind, stored, like):
     """The loss of one batch after 40 steps is within 2 % of that with float32 everywhere."""

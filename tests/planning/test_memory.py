@@ -15,9 +15,13 @@ from nnx_cli.planning.memory import Storages, Target, simulate
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [
-    ("neon", dict(decoder="function", function_balance=0.01)), ("neon", dict(decoder="memory", diff_mlp=True)),
-    ("neon", dict(normalized=True, n_kv_heads=2)), ("n4", dict(window=16, bias=True, dyt_alpha=True, n_kv_heads=2)),
-    ("ngpt", dict(normalize_on_use=True)), ("nyx", dict(qk_norm=True)), ("tape", dict(entropy_weight=0.1)),
+    ("neon", dict(decoder="function", function_balance=0.01)),
+    ("neon", dict(decoder="memory", diff_mlp=True)),
+    ("neon", dict(normalized=True, n_kv_heads=2)),
+    ("n4", dict(window=16, bias=True, dyt_alpha=True, n_kv_heads=2)),
+    ("ngpt", dict(normalize_on_use=True)),
+    ("nyx", dict(qk_norm=True)),
+    ("tape", dict(entropy_weight=0.1)),
     ("llama", dict(n_kv_heads=4, dropout=0.1)),
 ]
 
@@ -144,7 +148,12 @@ def test_memory_grows_with_what_it_holds(name):
 
 
 ON_H100 = {  # MiB with compiled blocks, torch 2.11: tests/bench/memory.py --only "base in-backward compiled"
-    "llama": 1043.9, "n4": 1053.4, "neon": 1393.7, "ngpt": 1236.3, "nyx": 1065.3, "tape": 1433.3,
+    "llama": 1043.9,
+    "n4": 1053.4,
+    "neon": 1393.7,
+    "ngpt": 1236.3,
+    "nyx": 1065.3,
+    "tape": 1433.3,
 }
 
 
@@ -153,8 +162,13 @@ def test_compiled_blocks_take_what_was_measured(name):
     model = meta_model(name, models.make_config(name, size="base"))
     store_weights(model, "bf16")
     train = TrainConfig(
-        optimizer="adamw8bit", precision="bf16", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1,
-        activation_checkpointing="on", compile="on",
+        optimizer="adamw8bit",
+        precision="bf16",
+        weight_precision="bf16",
+        optimizer_in_backward=True,
+        grad_accum=1,
+        activation_checkpointing="on",
+        compile="on",
     )
     told = memory.predict(model, train, 8, Target("cuda", (9, 0)))
     assert 0.98 * ON_H100[name] < told.peak_bytes / 2**20 < 1.02 * ON_H100[name]

@@ -14,8 +14,16 @@ FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
 
 def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", **train):
     return plan_run(
-        model, size, fields, TrainConfig(**train), vocab_size=256, train_tokens=train_tokens, val_tokens=10_000,
-        device=torch.device("cpu"), precision="fp32", sources=dict.fromkeys([*fields, *train], "command line"),
+        model,
+        size,
+        fields,
+        TrainConfig(**train),
+        vocab_size=256,
+        train_tokens=train_tokens,
+        val_tokens=10_000,
+        device=torch.device("cpu"),
+        precision="fp32",
+        sources=dict.fromkeys([*fields, *train], "command line"),
     )
 
 
@@ -89,8 +97,15 @@ def test_what_was_given_up_to_fit_is_recorded():
     assert "run" in planned.sources["activation_checkpointing"] and planned.train.batch_size == 4
     assert (planned.train.lr, planned.train.max_steps) == (roomy.train.lr, roomy.train.max_steps)
     with pytest.raises(DoesNotFit) as error:
-        plan(fields, max_steps=5, vram=tight, batch_size=4, activation_checkpointing="off", optimizer="adamw",
-             weight_precision="fp32")
+        plan(
+            fields,
+            max_steps=5,
+            vram=tight,
+            batch_size=4,
+            activation_checkpointing="off",
+            optimizer="adamw",
+            weight_precision="fp32",
+        )
     assert "--batch-size" in error.value.fix
 
 
@@ -98,8 +113,16 @@ def test_the_optimizer_in_the_backward_pass_has_no_fp16():
     """Nor where a device's best precision is that."""
     with pytest.raises(UsageError, match="--optimizer-in-backward.*fp16"):
         plan_run(
-            "nyx", "nano", FIELDS, TrainConfig(max_steps=5, optimizer_in_backward=True), vocab_size=256,
-            train_tokens=100_000, val_tokens=10_000, device=torch.device("cpu"), precision="fp16", sources={},
+            "nyx",
+            "nano",
+            FIELDS,
+            TrainConfig(max_steps=5, optimizer_in_backward=True),
+            vocab_size=256,
+            train_tokens=100_000,
+            val_tokens=10_000,
+            device=torch.device("cpu"),
+            precision="fp16",
+            sources={},
         )
 
 
@@ -136,8 +159,18 @@ def test_the_default_length_has_two_ends():
 def test_every_value_is_filled_in():
     train = plan().train
     left = {name for name in TrainConfig.__dataclass_fields__ if getattr(train, name) is None}
-    assert left <= {"epochs", "vram", "threads", "val_every", "sample_every", "sample_prompt", "save_every",
-                    "patience", "lora_rank", "val_batches"}
+    assert left <= {
+        "epochs",
+        "vram",
+        "threads",
+        "val_every",
+        "sample_every",
+        "sample_prompt",
+        "save_every",
+        "patience",
+        "lora_rank",
+        "val_batches",
+    }
     assert "auto" not in (train.optimizer, train.precision)
 
 
@@ -187,8 +220,21 @@ def test_shapes_of_ones_own_have_no_size():
 
 @pytest.mark.parametrize(
     ("passes", "per_token", "dropout"),
-    [(1, 10, 0.0), (5.9, 4, 0.0), (6, 4, 0.1), (12, 4, 0.2), (40, 4, 0.2), (40, 1, 0.0), (8, 1.9, 0.1),
-     (4.3, 10, 0.0), (4.5, 10, 0.1), (9, 10, 0.2), (3.2, 25, 0.0), (3.3, 25, 0.1), (6.6, 25, 0.2)],
+    [
+        (1, 10, 0.0),
+        (5.9, 4, 0.0),
+        (6, 4, 0.1),
+        (12, 4, 0.2),
+        (40, 4, 0.2),
+        (40, 1, 0.0),
+        (8, 1.9, 0.1),
+        (4.3, 10, 0.0),
+        (4.5, 10, 0.1),
+        (9, 10, 0.2),
+        (3.2, 25, 0.0),
+        (3.3, 25, 0.1),
+        (6.6, 25, 0.2),
+    ],
 )
 def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
     assert planner.default_dropout(passes, per_token) == dropout
@@ -196,13 +242,26 @@ def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
 
 @pytest.mark.parametrize(
     ("fields", "length", "dropout"),
-    [({}, {"epochs": 12.0}, 0.2), ({}, {"epochs": 3.0}, 0.0), ({}, {"max_steps": 2000}, 0.2),
-     ({}, {"max_steps": 20}, 0.0), ({"dropout": 0.0}, {"epochs": 12.0}, 0.0)],
+    [
+        ({}, {"epochs": 12.0}, 0.2),
+        ({}, {"epochs": 3.0}, 0.0),
+        ({}, {"max_steps": 2000}, 0.2),
+        ({}, {"max_steps": 20}, 0.0),
+        ({"dropout": 0.0}, {"epochs": 12.0}, 0.0),
+    ],
 )
 def test_dropout_follows_from_length_and_text_unless_it_is_given(fields, length, dropout):
     made = planner.plan_run(
-        "llama", "nano", fields, TrainConfig(**length), vocab_size=256, train_tokens=100_000, val_tokens=10_000,
-        device=torch.device("cpu"), precision="fp32", sources={},
+        "llama",
+        "nano",
+        fields,
+        TrainConfig(**length),
+        vocab_size=256,
+        train_tokens=100_000,
+        val_tokens=10_000,
+        device=torch.device("cpu"),
+        precision="fp32",
+        sources={},
     )
     assert made.model_config.dropout == dropout
     assert ("dropout" in made.sources) == (dropout > 0)
@@ -211,8 +270,16 @@ def test_dropout_follows_from_length_and_text_unless_it_is_given(fields, length,
 def test_adapters_are_trained_in_little_memory():
     def made(**settings):
         return planner.plan_run(
-            "llama", "nano", {}, TrainConfig(max_steps=10, **settings), vocab_size=256, train_tokens=100_000,
-            val_tokens=10_000, device=torch.device("cpu"), precision="fp32", sources={},
+            "llama",
+            "nano",
+            {},
+            TrainConfig(max_steps=10, **settings),
+            vocab_size=256,
+            train_tokens=100_000,
+            val_tokens=10_000,
+            device=torch.device("cpu"),
+            precision="fp32",
+            sources={},
         )
 
     assert made(lora_rank=4).train.activation_checkpointing == "on"
@@ -254,17 +321,20 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
     assert plan({}, size, max_steps=5).train.tokens_per_step == tokens
 
 
-@pytest.mark.parametrize(("steps", "passes", "dim", "weight_decay"), [
-    (256, 0.26, 128, 0.1),  # the least there is
-    (20_000, 0.26, 128, 0.03),  # but a run is not forgotten within itself
-    (3400, 3.5, 128, 0.1),
-    (300, 6.0, 128, 0.67),  # more, where a text is read again and again
-    (300, 6.0, 64, 0.67),
-    (300, 6.0, 256, 1.3),  # and more for wider models
-    (300, 10.0, 512, 3.3),
-    (300, 30.0, 512, 4.0),
-    (3, 30.0, 128, 4.0),  # a step leaves most of a weight
-])
+@pytest.mark.parametrize(
+    ("steps", "passes", "dim", "weight_decay"),
+    [
+        (256, 0.26, 128, 0.1),  # the least there is
+        (20_000, 0.26, 128, 0.03),  # but a run is not forgotten within itself
+        (3400, 3.5, 128, 0.1),
+        (300, 6.0, 128, 0.67),  # more, where a text is read again and again
+        (300, 6.0, 64, 0.67),
+        (300, 6.0, 256, 1.3),  # and more for wider models
+        (300, 10.0, 512, 3.3),
+        (300, 30.0, 512, 4.0),
+        (3, 30.0, 128, 4.0),  # a step leaves most of a weight
+    ],
+)
 def test_weights_forget_what_they_would_know_by_heart(steps, passes, dim, weight_decay):
     assert planner.default_weight_decay(0.1, "muon", 0.01, steps, passes, dim) == weight_decay
 

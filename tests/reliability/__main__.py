@@ -58,7 +58,9 @@ def main() -> int:
         print(
             f"{name}: {verdict}: promise {result.promise}, {result.tried}: {result.passed} of {result.times}, "
             f"{time.monotonic() - started:.0f} s",
-            *(f"    {note}" for note in result.notes), sep="\n", flush=True,
+            *(f"    {note}" for note in result.notes),
+            sep="\n",
+            flush=True,
         )
     return 1 if broken else 0
 

@@ -15,8 +15,31 @@ from typing import Any
 Damage = Callable[[Path], None]
 
 HOSTILE: tuple[Any, ...] = (
-    None, -1, 0, 1, 2**31, 2**63, 10**400, 1e308, 0.5, True, "", "x", "../../x", "/etc/passwd", "\x1b]52;c;aGk=\x07",
-    "\udcff", [], {}, [[]], {"a": {"b": []}}, "1" * 10_000, ["../x"], {"__class__": "os.system"}, -(2**70), "NaN",
+    None,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**400,
+    1e308,
+    0.5,
+    True,
+    "",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "\x1b]52;c;aGk=\x07",
+    "\udcff",
+    [],
+    {},
+    [[]],
+    {"a": {"b": []}},
+    "1" * 10_000,
+    ["../x"],
+    {"__class__": "os.system"},
+    -(2**70),
+    "NaN",
 )
 DEEP = 100_000
 TYPES = ("F64", "F32", "F16", "BF16", "I32", "I8", "U8", "BOOL", "U64", "F8_E4M3", "C64", "x", "", 3, None, "F4")
@@ -121,10 +144,22 @@ def any_place(outside: Path) -> Iterator[tuple[str, Damage]]:
 def any_json(draw: random.Random, text: str) -> Iterator[tuple[str, Damage]]:
     """Endless damage to a JSON file that holds `text`."""
     fixed = {
-        "empty": b"", "no JSON": b"{", "a list": b"[]", "null": b"null", "a number": b"3", "NaN": b'{"format": NaN}',
-        "deep list": b"[" * DEEP, "deep object": NESTED.encode(), "long number": b"9" * 5000,
-        "no UTF-8": b'{"a": "\xff\xfe"}', "zeros": bytes(100), "UTF-16": text.encode("utf-16"), "bom": b"\xef\xbb\xbf",
-        "a pickle": b"\x80\x04cos\nsystem\n.", "doubled": text.encode() * 2, "a format of the future": b'{"format": 2}',
+        "empty": b"",
+        "no JSON": b"{",
+        "a list": b"[]",
+        "null": b"null",
+        "a number": b"3",
+        "NaN": b'{"format": NaN}',
+        "deep list": b"[" * DEEP,
+        "deep object": NESTED.encode(),
+        "long number": b"9" * 5000,
+        "no UTF-8": b'{"a": "\xff\xfe"}',
+        "zeros": bytes(100),
+        "UTF-16": text.encode("utf-16"),
+        "bom": b"\xef\xbb\xbf",
+        "a pickle": b"\x80\x04cos\nsystem\n.",
+        "doubled": text.encode() * 2,
+        "a format of the future": b'{"format": 2}',
         "cut": text.encode()[: len(text) // 2],
     }
     for name, content in fixed.items():
@@ -296,8 +331,14 @@ def not_finite(header: dict, body: bytearray, draw: random.Random) -> None:
 
 
 HEADERS = {
-    "shape": lie_shape, "type": lie_type, "offsets": lie_offsets, "swap": swap_tensors, "rename": rename_tensor,
-    "drop": drop_tensor, "more": more_tensors, "not finite": not_finite,
+    "shape": lie_shape,
+    "type": lie_type,
+    "offsets": lie_offsets,
+    "swap": swap_tensors,
+    "rename": rename_tensor,
+    "drop": drop_tensor,
+    "more": more_tensors,
+    "not finite": not_finite,
 }
 
 

@@ -34,11 +34,40 @@ PHASES = (
 )
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "started")
 SHAPE = (
-    "--size", "nano", "--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--batch-size", 4,
-    "--grad-accum", 1, "--device", "cpu", "--threads", 1, "--compile", "off",
+    "--size",
+    "nano",
+    "--dim",
+    32,
+    "--n-layers",
+    1,
+    "--n-heads",
+    2,
+    "--seq-len",
+    32,
+    "--batch-size",
+    4,
+    "--grad-accum",
+    1,
+    "--device",
+    "cpu",
+    "--threads",
+    1,
+    "--compile",
+    "off",
 )
 HABITS = (
-    "--val-every", 8, "--val-batches", 1, "--sample-every", 12, "--generate-length", 6, "--save-every", 5, "--lr", 3e-3,
+    "--val-every",
+    8,
+    "--val-batches",
+    1,
+    "--sample-every",
+    12,
+    "--generate-length",
+    6,
+    "--save-every",
+    5,
+    "--lr",
+    3e-3,
 )
 
 warm = multiprocessing.get_context("forkserver") if os.name == "posix" else None
@@ -242,12 +271,30 @@ def start_small(data: Path, out: Path, observer: Any, model: str = "nyx", **chan
     from nnx_cli.planning.plan import plan_run
     from nnx_cli.training import session
 
-    settings = dict(max_steps=8, batch_size=4, grad_accum=1, val_every=4, val_batches=1, save_every=4, lr=3e-3,
-                    sample_every=0, compile="off", device="cpu", threads=1)
+    settings = dict(
+        max_steps=8,
+        batch_size=4,
+        grad_accum=1,
+        val_every=4,
+        val_batches=1,
+        save_every=4,
+        lr=3e-3,
+        sample_every=0,
+        compile="off",
+        device="cpu",
+        threads=1,
+    )
     tokens, shape = open_token_folder(data), dict(n_layers=1, dim=32, n_heads=2, seq_len=32)
     plan = plan_run(
-        model, "nano", shape, TrainConfig(**(settings | changes)), vocab_size=tokens.vocab_size,
-        train_tokens=len(tokens.train), val_tokens=len(tokens.val), device=torch.device("cpu"), precision="fp32",
+        model,
+        "nano",
+        shape,
+        TrainConfig(**(settings | changes)),
+        vocab_size=tokens.vocab_size,
+        train_tokens=len(tokens.train),
+        val_tokens=len(tokens.val),
+        device=torch.device("cpu"),
+        precision="fp32",
         sources={},
     )
     prompt = session.Sampling([10], 4)

@@ -217,7 +217,10 @@ def every_call(full: bool) -> Result:
                 ends[end] += count
     times = sum(ends.values())
     return Result(
-        2, "an error at each open, write, fsync, rename, mkdir and unlink of a run", times, times,
+        2,
+        "an error at each open, write, fsync, rename, mkdir and unlink of a run",
+        times,
+        times,
         [f"{ends['finished']} runs went on to the end, {ends['refused']} ended with exit 8; all were resumed"],
     )
 

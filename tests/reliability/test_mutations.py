@@ -128,7 +128,11 @@ def swapped_files(full: bool) -> Result:
     with scene() as folder:
         fresh(BYTE)
         names = [
-            "config.json", "tokenizer.json", "model.safetensors", "manifest.json", "metrics.jsonl",
+            "config.json",
+            "tokenizer.json",
+            "model.safetensors",
+            "manifest.json",
+            "metrics.jsonl",
             *(f"checkpoints/{NEWEST}/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")),
             f"checkpoints/{OLDER}/model.safetensors",
         ]
@@ -350,8 +354,11 @@ def commands_verify_tokens(full: bool) -> Result:
         for name in ("train.bin", "val.bin"):
             for words in (
                 ("train", "--data", BYTE, *SHAPE, "--max-steps", 1),
-                ("train", "--data", BYTE, "--dry-run"), ("train", "--resume", RUN, "--max-steps", STEPS + 1),
-                ("train", "--init-from", RUN, "--data", BYTE, "--max-steps", 1), ("eval", RUN), ("eval", f"{RUN}@last"),
+                ("train", "--data", BYTE, "--dry-run"),
+                ("train", "--resume", RUN, "--max-steps", STEPS + 1),
+                ("train", "--init-from", RUN, "--data", BYTE, "--max-steps", 1),
+                ("eval", RUN),
+                ("eval", f"{RUN}@last"),
                 ("quantize", RUN, "--out", "weights/other"),
             ):
                 fresh(RUN)
@@ -377,12 +384,26 @@ def damaged_settings(full: bool) -> Result:
     with scene() as folder:
         fresh(BYTE)
         fixed = {
-            "empty": b"", "deep": b"a = " + b"[" * 50_000, "long number": b"seed = " + b"9" * 5000,
-            "hexadecimal": b"seed = 0x" + b"f" * 5000, "date": b"lr = 9999-99-99", "twice": b"lr = 1.0\nlr = 2.0",
-            "nan": b"lr = nan", "inf": b"lr = inf", "no UTF-8": b"model = '\xff'", "a table": b"[lr]\nx = 1",
-            "control": b"model = \"\\u001b[2J\"", "key": b"\"\\u001b]52;c;\" = 1", "class": b"__class__ = 'os.system'",
-            "long": b"#" * 2**21, "zeros": bytes(100), "bool": b"lr = true", "list": b"model = ['nyx']",
-            "huge": b"max_steps = 1" + b"0" * 400, "negative": b"dim = -5", "size": b"size = 3",
+            "empty": b"",
+            "deep": b"a = " + b"[" * 50_000,
+            "long number": b"seed = " + b"9" * 5000,
+            "hexadecimal": b"seed = 0x" + b"f" * 5000,
+            "date": b"lr = 9999-99-99",
+            "twice": b"lr = 1.0\nlr = 2.0",
+            "nan": b"lr = nan",
+            "inf": b"lr = inf",
+            "no UTF-8": b"model = '\xff'",
+            "a table": b"[lr]\nx = 1",
+            "control": b'model = "\\u001b[2J"',
+            "key": b'"\\u001b]52;c;" = 1',
+            "class": b"__class__ = 'os.system'",
+            "long": b"#" * 2**21,
+            "zeros": bytes(100),
+            "bool": b"lr = true",
+            "list": b"model = ['nyx']",
+            "huge": b"max_steps = 1" + b"0" * 400,
+            "negative": b"dim = -5",
+            "size": b"size = 3",
             "half a step": b"max_steps = 1.5",
         }
         settled = [(name, damage.overwrite(content)) for name, content in fixed.items()]
@@ -445,12 +466,17 @@ def malicious(canary: Path) -> Iterator[tuple[str, bytes]]:
     """Files that would leave `canary` behind, or fill the memory, if what they hold were done."""
     command = f"touch {canary}"
     bombs = {
-        "os.system": Bomb(os.system, command), "eval": Bomb(eval, f"open({str(canary)!r}, 'w')"),
-        "exec": Bomb(exec, f"open({str(canary)!r}, 'w').close()"), "open": Bomb(open, str(canary), "w"),
-        "getattr": Bomb(getattr, dict, "get"), "nested": {"model": {"a": Bomb(os.system, command)}},
+        "os.system": Bomb(os.system, command),
+        "eval": Bomb(eval, f"open({str(canary)!r}, 'w')"),
+        "exec": Bomb(exec, f"open({str(canary)!r}, 'w').close()"),
+        "open": Bomb(open, str(canary), "w"),
+        "getattr": Bomb(getattr, dict, "get"),
+        "nested": {"model": {"a": Bomb(os.system, command)}},
         "beside tensors": {"a": torch.zeros(2), "b": Bomb(os.system, command)},
-        "torch.load again": Bomb(torch.load, "seed.pth"), "bytearray": Bomb(bytearray, 2**36),
-        "torch.zeros": Bomb(torch.zeros, 2**36), "range": Bomb(range, 2**62),
+        "torch.load again": Bomb(torch.load, "seed.pth"),
+        "bytearray": Bomb(bytearray, 2**36),
+        "torch.zeros": Bomb(torch.zeros, 2**36),
+        "range": Bomb(range, 2**62),
     }
     for name, bomb in bombs.items():
         for protocol in (0, 2, 4):
@@ -554,8 +580,11 @@ def malicious_checkpoints(full: bool) -> Result:
                 remove(Path(name))
         some = [(what, content) for what, content in malicious(canary) if "by hand" in what or "os.system" in what]
         for what, content in some:
-            for name in ("model.safetensors", f"checkpoints/{NEWEST}/model.safetensors",
-                         f"checkpoints/{NEWEST}/optimizer.safetensors"):
+            for name in (
+                "model.safetensors",
+                f"checkpoints/{NEWEST}/model.safetensors",
+                f"checkpoints/{NEWEST}/optimizer.safetensors",
+            ):
                 with tally.case(f"{what} as {name}") as case:
                     path = fresh(RUN) / name
                     path.write_bytes(content)
@@ -668,11 +697,36 @@ def no_pickle(full: bool) -> Result:
 
 
 FORBIDDEN = {
-    "eval", "exec", "compile", "__import__", "breakpoint", "input", "pickle.load", "pickle.loads", "pickle.dump",
-    "pickle.dumps", "pickle.Pickler", "pickle.Unpickler", "torch.save", "torch.jit.load", "torch.hub.load", "os.system",
-    "os.popen", "marshal.load", "marshal.loads", "shelve.open", "joblib.load", "np.lib.format.read_array", "yaml.load",
-    "runpy.run_path", "runpy.run_module", "importlib.util.spec_from_file_location", "torch.package.PackageImporter",
-    "torch.distributed.checkpoint.load", "dcp.load", "np.fromfile",
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "breakpoint",
+    "input",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.dump",
+    "pickle.dumps",
+    "pickle.Pickler",
+    "pickle.Unpickler",
+    "torch.save",
+    "torch.jit.load",
+    "torch.hub.load",
+    "os.system",
+    "os.popen",
+    "marshal.load",
+    "marshal.loads",
+    "shelve.open",
+    "joblib.load",
+    "np.lib.format.read_array",
+    "yaml.load",
+    "runpy.run_path",
+    "runpy.run_module",
+    "importlib.util.spec_from_file_location",
+    "torch.package.PackageImporter",
+    "torch.distributed.checkpoint.load",
+    "dcp.load",
+    "np.fromfile",
 }
 
 

@@ -111,10 +111,18 @@ CHANGES = {
     "threads": (("--threads", 2), {}, r"this is CPU \(.*, 2 threads\), the run was on CPU \(.*, 1 threads\)", 1e-3),
     "batch": (("--batch-size", 2), {}, "2 sequences at a time, 4 before", 1e-3),
     "accumulation": (("--grad-accum", 4), {}, "1 sequences at a time, 4 before", 1e-3),
-    "torch": ((), {"versions": {"nnx": "0.0.1", "torch": "2.99.0+cu999", "python": "3.20.1"}},
-              r"torch is .*, the run began with 2\.99\.0\+cu999", 0.0),
-    "device": ((), {"machine": "NVIDIA GeForce RTX 3060 (12 GiB)"},
-               r"this is CPU \(.*\), the run was on NVIDIA GeForce RTX 3060 \(12 GiB\)", 0.0),
+    "torch": (
+        (),
+        {"versions": {"nnx": "0.0.1", "torch": "2.99.0+cu999", "python": "3.20.1"}},
+        r"torch is .*, the run began with 2\.99\.0\+cu999",
+        0.0,
+    ),
+    "device": (
+        (),
+        {"machine": "NVIDIA GeForce RTX 3060 (12 GiB)"},
+        r"this is CPU \(.*\), the run was on NVIDIA GeForce RTX 3060 \(12 GiB\)",
+        0.0,
+    ),
 }
 
 

@@ -86,8 +86,10 @@ def stop_gently(place: Place, numbers: tuple[int, ...], phase: str, draw: random
         assert began in ("starting", "creating", "saving"), (began, command.output)
         assert not list((place.folder / "weights").glob(".*"))
         return
-    found = re.search(r"nnx: interrupted at step (\d+); everything is saved\s+resume: nnx train --resume (\S+)",
-                      " ".join(command.output.split()))
+    found = re.search(
+        r"nnx: interrupted at step (\d+); everything is saved\s+resume: nnx train --resume (\S+)",
+        " ".join(command.output.split()),
+    )
     if found:
         assert int(found[1]) == steps_in(out / "checkpoints")[-1] and out == Path(found[2]), command.output
     else:  # it had not begun to train
@@ -314,8 +316,14 @@ def terminals(full: bool) -> Result:
         place = Place(folder)
         for _ in range(rounds):
             for case, *arguments in (
-                (typed_interrupt,), (resized,), (closed_terminal, False), (closed_terminal, True),
-                (broken_pipe, "stdout"), (broken_pipe, "stderr"), (suspended,), (ignored,),
+                (typed_interrupt,),
+                (resized,),
+                (closed_terminal, False),
+                (closed_terminal, True),
+                (broken_pipe, "stdout"),
+                (broken_pipe, "stderr"),
+                (suspended,),
+                (ignored,),
             ):
                 case(place, *arguments)
                 cases += 1

@@ -131,10 +131,20 @@ def test_a_symbolic_link_is_refused(folder, name):
         ckpt.load_checkpoint(folder, 5)
 
 
-@pytest.mark.parametrize("content", [
-    {"format": 2, "files": {}}, {"files": {}}, {"format": 1}, {"format": 1, "files": []},
-    {"format": 1, "files": {"model.safetensors": 5}}, [], 3, None,
-], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"format": 2, "files": {}},
+        {"files": {}},
+        {"format": 1},
+        {"format": 1, "files": []},
+        {"format": 1, "files": {"model.safetensors": 5}},
+        [],
+        3,
+        None,
+    ],
+    ids=str,
+)
 def test_a_manifest_of_another_kind_is_refused(folder, content):
     (folder / "step-00000005" / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError):

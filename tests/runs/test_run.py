@@ -51,7 +51,13 @@ def test_a_new_run_can_be_resumed(start, workspace):
     checkpoint, notes = run.newest_checkpoint()
     assert checkpoint.step == 0 and notes == []
     assert sorted(path.name for path in run.folder.iterdir()) == [
-        "checkpoints", "config.json", "manifest.json", "metrics.jsonl", "run.json", "samples.jsonl", "tokenizer.json",
+        "checkpoints",
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "run.json",
+        "samples.jsonl",
+        "tokenizer.json",
     ]
     assert find_model(str(run.folder)).weights()[0].parent.name == "step-00000000"
     assert all(torch.equal(checkpoint.model[key], value) for key, value in trainer.model.unique_state().items())
@@ -210,12 +216,23 @@ def resign(folder, **changes):
     (folder / "manifest.json").write_bytes(files.to_json(manifest))
 
 
-@pytest.mark.parametrize("changes", [
-    {"format": 2}, {"format": "1"}, {"model": None}, {"model": {"name": "os"}}, {"model": {"name": "_base"}},
-    {"model": {"name": "../nyx"}}, {"model": {"name": ["nyx"]}}, {"model": {"name": "nyx", "dim": -1}},
-    {"model": {"name": "nyx", "wheels": 4}}, {"model": {"name": "nyx", "dim": "32"}},
-    {"model": {"name": "nyx", "dim": 64, "n_heads": 2, "n_layers": 2}},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 2},
+        {"format": "1"},
+        {"model": None},
+        {"model": {"name": "os"}},
+        {"model": {"name": "_base"}},
+        {"model": {"name": "../nyx"}},
+        {"model": {"name": ["nyx"]}},
+        {"model": {"name": "nyx", "dim": -1}},
+        {"model": {"name": "nyx", "wheels": 4}},
+        {"model": {"name": "nyx", "dim": "32"}},
+        {"model": {"name": "nyx", "dim": 64, "n_heads": 2, "n_layers": 2}},
+    ],
+    ids=str,
+)
 def test_a_config_that_describes_no_model_is_refused(run, changes):
     resign(run.folder, **changes)
     with pytest.raises(CheckpointError):

@@ -92,9 +92,13 @@ def test_on_keeps_what_is_slower(trainer, pretend):
     assert decide(trainer, "on") == "on"
 
 
-@pytest.mark.parametrize("failure", [
-    RuntimeError("the compiler crashed\nat length"), torch._dynamo.exc.Unsupported("a graph break"),
-])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("the compiler crashed\nat length"),
+        torch._dynamo.exc.Unsupported("a graph break"),
+    ],
+)
 def test_a_compiler_that_fails_is_not_used(trainer, pretend, failure):
     pretend((5.5, 1000.0), failure)
     assert decide(trainer, "auto") == "off" and not is_compiled(trainer)

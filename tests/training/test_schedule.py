@@ -12,10 +12,22 @@ def lr(step, progress, schedule="linear", min_lr=0.0, warmup_steps=0):
 @pytest.mark.parametrize(
     ("schedule", "progress", "wanted"),
     [
-        ("linear", 0.0, 1.0), ("linear", 0.25, 0.75), ("linear", 0.5, 0.5), ("linear", 1.0, 0.0),
-        ("cosine", 0.0, 1.0), ("cosine", 0.25, 0.5 * (1 + math.sqrt(0.5))), ("cosine", 0.5, 0.5), ("cosine", 1.0, 0.0),
-        ("wsd", 0.0, 1.0), ("wsd", 0.6, 1.0), ("wsd", 0.7, 0.75), ("wsd", 0.8, 0.5), ("wsd", 1.0, 0.0),
-        ("constant", 0.0, 1.0), ("constant", 0.7, 1.0), ("constant", 1.0, 1.0),
+        ("linear", 0.0, 1.0),
+        ("linear", 0.25, 0.75),
+        ("linear", 0.5, 0.5),
+        ("linear", 1.0, 0.0),
+        ("cosine", 0.0, 1.0),
+        ("cosine", 0.25, 0.5 * (1 + math.sqrt(0.5))),
+        ("cosine", 0.5, 0.5),
+        ("cosine", 1.0, 0.0),
+        ("wsd", 0.0, 1.0),
+        ("wsd", 0.6, 1.0),
+        ("wsd", 0.7, 0.75),
+        ("wsd", 0.8, 0.5),
+        ("wsd", 1.0, 0.0),
+        ("constant", 0.0, 1.0),
+        ("constant", 0.7, 1.0),
+        ("constant", 1.0, 1.0),
     ],
 )
 def test_values_without_warmup(schedule, progress, wanted):

@@ -30,8 +30,12 @@ def batch(seed=0, n=4, device="cpu"):
 
 def snapshot(step):
     tensors = dict(step.model.unique_state())
-    tensors |= {f"{i}.{key}": value for i, fields in enumerate(step.optimizer.state.values())
-                for key, value in fields.items() if isinstance(value, torch.Tensor)}
+    tensors |= {
+        f"{i}.{key}": value
+        for i, fields in enumerate(step.optimizer.state.values())
+        for key, value in fields.items()
+        if isinstance(value, torch.Tensor)
+    }
     return {name: tensor.clone() for name, tensor in tensors.items()} | {"stats": step.stats.clone()}
 
 
@@ -207,8 +211,12 @@ class FakeGraphs:
         self.made, self.replayed = [], []
         stream = SimpleNamespace(wait_stream=lambda other: None)
         for name, stand_in in {
-            "CUDAGraph": self.make, "graph": lambda graph, **options: nullcontext(), "Stream": lambda: stream,
-            "current_stream": lambda: stream, "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
+            "CUDAGraph": self.make,
+            "graph": lambda graph, **options: nullcontext(),
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda stream: nullcontext(),
+            "synchronize": lambda: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         capture_stream.cache_clear()

@@ -253,8 +253,17 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
     with open(finished / "metrics.jsonl") as file:
         keys = list(json.loads(file.readline()))
     assert keys == [
-        "step", "tokens", "time_s", "train_loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s",
-        "peak_memory_bytes", "skipped_steps",
+        "step",
+        "tokens",
+        "time_s",
+        "train_loss",
+        "val_loss",
+        "val_bits_per_byte",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "peak_memory_bytes",
+        "skipped_steps",
     ]
 
 
@@ -570,10 +579,42 @@ def test_a_length_that_lies_behind_is_refused(run):
 # processes
 
 LENGTH = 400  # more than a second after the checkpoint that is waited for
-COMMAND = ["--model", "nyx", "--dim", "32", "--n-layers", "2", "--n-heads", "2", "--seq-len", "32", "--dropout", "0.1",
-           "--max-steps", str(LENGTH), "--batch-size", "4", "--grad-accum", "1", "--lr", "2e-3", "--val-every", "50",
-           "--val-batches", "2", "--save-every", "20", "--sample-every", "100", "--compile", "off", "--device", "cpu",
-           "--threads", "1"]
+COMMAND = [
+    "--model",
+    "nyx",
+    "--dim",
+    "32",
+    "--n-layers",
+    "2",
+    "--n-heads",
+    "2",
+    "--seq-len",
+    "32",
+    "--dropout",
+    "0.1",
+    "--max-steps",
+    str(LENGTH),
+    "--batch-size",
+    "4",
+    "--grad-accum",
+    "1",
+    "--lr",
+    "2e-3",
+    "--val-every",
+    "50",
+    "--val-batches",
+    "2",
+    "--save-every",
+    "20",
+    "--sample-every",
+    "100",
+    "--compile",
+    "off",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -590,7 +631,9 @@ def test_a_stopped_process_resumes_to_the_same_bits(uninterrupted, token_path, w
     out = workspace / "weights" / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "nnx_cli", "train", *COMMAND, "--data", token_path, "--out", out],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while process.poll() is None and max(ckpt.steps_in(out / "checkpoints"), default=0) < 40:
         time.sleep(0.002)

@@ -171,8 +171,12 @@ def test_the_quick_form_of_a_pattern_splits_alike(made, monkeypatch, name):
     pattern = own[name] if name in own else openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
     assert bpe.quick(bpe.plain(pattern)).startswith("(?:")
     slow, quick = (
-        tiktoken.Encoding("x", pat_str=form, mergeable_ranks={bytes([b]): b for b in range(256)} | made["bpe"].ranks,
-                          special_tokens={})
+        tiktoken.Encoding(
+            "x",
+            pat_str=form,
+            mergeable_ranks={bytes([b]): b for b in range(256)} | made["bpe"].ranks,
+            special_tokens={},
+        )
         for form in (pattern, bpe.quick(bpe.plain(pattern)))
     )
     choose = random.Random(2)
