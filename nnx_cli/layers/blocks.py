@@ -7,14 +7,13 @@ so that models know nothing of it and names in the state dict stay.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from nnx_cli.models._base import LanguageModel
 
 MODES = ("off", "half", "on")  # which blocks are checkpointed: none, every second one, all
 
@@ -40,7 +39,7 @@ def checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (Checkpointed, kind), {"__module__": kind.__module__})
 
 
-def checkpoint_blocks(model: LanguageModel, mode: str) -> None:
+def checkpoint_blocks(model: nn.Module, mode: str) -> None:
     """Checkpoint no block, every second one, or all of them, in place of what was chosen before."""
     for number, block in enumerate(model.blocks):
         kind = type(block)
@@ -48,3 +47,20 @@ def checkpoint_blocks(model: LanguageModel, mode: str) -> None:
         chosen = mode == "on" or (mode == "half" and number % 2 == 0)
         block.draws_noise = model.config.dropout > 0
         block.__class__ = checkpointed(plain) if chosen else plain
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block in place; blocks of one shape share the code, and names in the state dict stay."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def eagerly(compiled: str) -> AbstractContextManager:
+    """Run compiled blocks eagerly for a while: passes of other shapes, or without gradients, would be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if compiled == "on" else nullcontext()
+
+
+def undo_compile(model: nn.Module) -> None:
+    """Run every block eagerly again."""
+    for block in model.blocks:
+        block._compiled_call_impl = None

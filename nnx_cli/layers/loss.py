@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from nnx_cli.kernels.cross_entropy import StudentT, row_loss
 from nnx_cli.kernels.gemm import has_onednn, multiply, pays
 from nnx_cli.layers.head import HeadFormula, formula_of
-from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.hardware import has_triton
 
 CHUNK_BYTES = 128 * 2**20  # of a chunk's logits and everything made from them
@@ -252,7 +251,7 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int, on
 class TrainStep(nn.Module):
     """The one callable that training wraps: input_ids, targets (B, T) to the summed loss and the number of targets."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
@@ -268,7 +267,7 @@ class TrainStep(nn.Module):
 
 
 @torch.no_grad()
-def token_losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
     x, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
     if (formula := formula_of(model.head)) is None:

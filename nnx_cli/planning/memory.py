@@ -27,7 +27,7 @@ from nnx_cli.kernels import qkv_swiglu as unpack
 from nnx_cli.layers import attention
 from nnx_cli.layers import loss as head_loss
 from nnx_cli.layers import segment_attention as segments
-from nnx_cli.layers.blocks import checkpoint_blocks
+from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
 from nnx_cli.layers.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim import adamw, muon
@@ -35,7 +35,6 @@ from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.planning.flops import LightMode, outputs, without_compiler
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import has_triton
-from nnx_cli.training.compilation import undo_compile
 
 REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sums over rows
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it

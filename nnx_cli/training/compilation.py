@@ -7,14 +7,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nnx_cli.models._base import LanguageModel
+from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.system.device import synchronize
 
 if TYPE_CHECKING:
@@ -45,23 +44,6 @@ class Trial:
         loss = abs(self.loss - other.loss) / max(abs(other.loss), 1e-9)
         gradient = (self.norms - other.norms).norm() / other.norms.norm().clamp(min=1e-12)
         return loss, gradient.item()
-
-
-def compile_blocks(model: LanguageModel) -> None:
-    """Compile every block in place; blocks of one shape share the code, and names in the state dict stay."""
-    for block in model.blocks:
-        block.compile(dynamic=False)
-
-
-def eagerly(compiled: str) -> AbstractContextManager:
-    """Run compiled blocks eagerly for a while: passes of other shapes, or without gradients, would be compiled anew."""
-    return torch.compiler.set_stance("force_eager") if compiled == "on" else nullcontext()
-
-
-def undo_compile(model: LanguageModel) -> None:
-    """Run every block eagerly again."""
-    for block in model.blocks:
-        block._compiled_call_impl = None
 
 
 def decide(trainer: Trainer, wish: str) -> str:

@@ -20,6 +20,7 @@ from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
 from nnx_cli.evaluation.evaluator import CapturedLosses, Evaluation, evaluate
 from nnx_cli.inference.sampler import generate
+from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import build_optimizer, load_optimizer_state, optimizer_state, set_lr
@@ -27,7 +28,6 @@ from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.run import Run
 from nnx_cli.system.device import memory_budget, peak_memory_bytes, set_seed, synchronize
-from nnx_cli.training.compilation import eagerly
 from nnx_cli.training.divergence import SpikeWatch, all_finite, first_overflow
 from nnx_cli.training.schedule import MILESTONES, lr_at
 from nnx_cli.training.step import CapturedStep, Step

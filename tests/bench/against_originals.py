@@ -55,12 +55,12 @@ from torch import Tensor, nn
 from nnx_cli import __version__, models
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.gemm import multiply
+from nnx_cli.layers.blocks import compile_blocks
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.planning import flops as cost
 from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_device, set_threads, synchronize
 from nnx_cli.system.machine import keep_freed_memory
-from nnx_cli.training import compilation as compiler
 from nnx_cli.training.step import CapturedStep, Step
 
 PRECISION = {"cuda": "bf16", "cpu": "fp32"}
@@ -284,7 +284,7 @@ def prepare_ours(case: Case, device: torch.device, compiled: bool) -> tuple[nn.M
     optimizer = build_optimizer(model, TrainConfig(optimizer="adamw", lr=1e-4, weight_decay=0.1))
     whole_step = Step(model, optimizer, torch.amp.GradScaler(device.type, enabled=False), grad_clip=0.0)
     if compiled:
-        compiler.compile_blocks(model)
+        compile_blocks(model)
     captured: list[CapturedStep] = []
 
     def step(tokens: Tensor) -> Tensor:

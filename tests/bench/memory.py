@@ -30,13 +30,12 @@ from against_originals import CASES, our_config
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.layers.blocks import checkpoint_blocks
+from nnx_cli.layers.blocks import checkpoint_blocks, compile_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.optim._groups import build_optimizer, store_weights
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import meta_model
 from nnx_cli.system.device import DTYPES, pick_device
-from nnx_cli.training.compilation import compile_blocks
 from nnx_cli.training.step import Step
 
 MIB = 2**20

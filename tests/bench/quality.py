@@ -44,6 +44,7 @@ from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
+from nnx_cli.layers.blocks import eagerly
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, describe, pick_device, pick_precision, set_seed
 from nnx_cli.training import compilation as compiler
@@ -237,7 +238,7 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
         trainer.state.step += 1
     model.eval()
     model.compute_dtype = torch.float32
-    with compiler.eagerly(config.compile):
+    with eagerly(config.compile):
         loss = job.judge(model)
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     return {"loss": loss, "parameters": parameters, "lr": config.lr, "optimizer": config.optimizer}

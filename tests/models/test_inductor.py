@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
+from nnx_cli.layers.blocks import compile_blocks
 from nnx_cli.layers.loss import TrainStep
-from nnx_cli.training.compilation import compile_blocks
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")

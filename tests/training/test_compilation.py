@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.training import compilation as compiler
-from nnx_cli.training.compilation import Trial, compile_blocks, decide, planned_seconds, undo_compile
+from nnx_cli.training.compilation import Trial, decide, planned_seconds
 
 
 @pytest.fixture
