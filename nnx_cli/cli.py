@@ -115,15 +115,15 @@ def report(error: NnxError | TyperException, group: Group, debug: bool = False) 
     if possibilities is not None and not possibilities and "option" in message:
         known = {name for command in group.commands.values() for p in command.params for name in p.opts}
         message += nearest(getattr(error, "option_name", ""), known)
-    from nnx_cli.console import Talk, printable
+    from nnx_cli.console import Output, printable
 
-    talk = Talk()
+    output = Output()
     lines = traceback.format_exc().splitlines() if debug else []
     lines.append(f"nnx: {shortened(message)}")
     if fix := getattr(error, "fix", None):
         lines.append(f"     {shortened(fix)}")
     for line in lines:
-        talk.err.print(printable(line), markup=False, emoji=False, highlight=False)
+        output.err.print(printable(line), markup=False, emoji=False, highlight=False)
     return error.exit_code
 
 

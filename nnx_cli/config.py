@@ -6,7 +6,6 @@ A field's name is the option's name, its comment the option's help: `read_fields
 from __future__ import annotations
 
 import ast
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -47,7 +46,7 @@ class TrainConfig:
 
     max_steps: int | None = None  # length: optimizer steps
     max_time: str | None = None  # length: training time, such as 90s, 20m, 8h
-    epochs: float | None = None  # length: passes over the training text
+    epochs: float | None = None  # length: epochs of the training text
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
@@ -237,7 +236,7 @@ def parse_duration(text: str | None) -> float | None:
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """Bytes in "8GB", "7.5GiB", "512M": a card's GB and a GiB are the same 2**30. Raises UsageError for anything
+    """Bytes in "8GB", "7.5GiB", "512M": a GPU's GB and a GiB are the same 2**30. Raises UsageError for anything
     else."""
     if text is None:
         return None
@@ -290,13 +289,3 @@ def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> d
             raise UsageError(f"{origin}: {name} is {value!r}; it must be of type {kind}")
         result[name] = value
     return result
-
-
-def changed_fields(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from its defaults."""
-    default = type(config)()
-    return {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != getattr(default, f.name)
-    }

@@ -1,4 +1,4 @@
-"""What people see: the product on stdout, the talk on stderr. The only file that imports rich, and not for help."""
+"""What people see: the product on stdout, progress and notes on stderr. The only place that imports rich."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def styled(text: str, style: str = "") -> Text:
     return Text(text, style)
 
 
-class Unheard:
-    """A stream that falls silent when writing fails, because the terminal was closed or nobody reads the pipe: what is
-    only talk ends no run. `numbers` are those of the errors that count; all without them."""
+class ForgivingStream:
+    """A stream that falls silent when writing fails, because the terminal was closed or nobody reads the pipe: a lost
+    note ends no run. `numbers` are those of the errors that silence it; all without them."""
 
     def __init__(self, stream: Any, numbers: Sequence[int] = ()) -> None:
-        self.stream, self.numbers = stream, numbers
+        self.stream = stream
+        self.numbers = numbers
 
     def write(self, text: str) -> int:
         with self._listening():
@@ -73,18 +74,19 @@ class Unheard:
         return getattr(self.stream, name)
 
 
-class Talk:
+class Output:
     """One command's screen. `json` and `quiet` are the options of those names."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.json, self.quiet = json, quiet
+        self.json = json
+        self.quiet = quiet
         from rich.console import Console
 
-        self.out = Console(highlight=False, soft_wrap=True, file=Unheard(sys.stdout, [errno.EIO]))
-        self.err = Console(highlight=False, soft_wrap=True, file=Unheard(sys.stderr))
+        self.out = Console(highlight=False, soft_wrap=True, file=ForgivingStream(sys.stdout, [errno.EIO]))
+        self.err = Console(highlight=False, soft_wrap=True, file=ForgivingStream(sys.stderr))
 
     def note(self, text: str) -> None:
-        """A line of talk, on stderr."""
+        """A line of output, on stderr."""
         if not self.quiet:
             self.err.print(styled(printable(text)))
 
@@ -133,9 +135,12 @@ class Talk:
 class ByteProgress:
     """A line that tells how many megabytes are done, where there is a terminal to redraw it."""
 
-    def __init__(self, talk: Talk, what: str) -> None:
-        self.talk, self.what, self.started, self.last = talk, what, time.monotonic(), 0.0
-        self.live = talk.err.is_terminal and not talk.quiet
+    def __init__(self, output: Output, what: str) -> None:
+        self.output = output
+        self.what = what
+        self.started = time.monotonic()
+        self.last = 0.0
+        self.live = output.err.is_terminal and not output.quiet
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
         """Show where it stands; cheap to call often."""
@@ -144,21 +149,24 @@ class ByteProgress:
             self.last = now
             of = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
             speed = done_bytes / 1e6 / max(now - self.started, 1e-6)
-            self.talk.err.print(styled(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
+            self.output.err.print(styled(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
 
     def end(self) -> None:
         if self.live and self.last:
-            self.talk.err.print(" " * 60, end="\r")
+            self.output.err.print(" " * 60, end="\r")
 
 
 class TrainingView:
     """A training run on stderr: a bar where there is a terminal, else a plain line every few seconds.
 
-    Has the methods of `engine.trainer.Observer`.
+    Has the methods of `training.trainer.Observer`.
     """
 
-    def __init__(self, talk: Talk) -> None:
-        self.talk, self.live = talk, talk.err.is_terminal and not talk.quiet and not os.environ.get("TERM") == "dumb"
+    def __init__(self, output: Output) -> None:
+        self.output, self.live = (
+            output,
+            output.err.is_terminal and not output.quiet and not os.environ.get("TERM") == "dumb",
+        )
         self.last_line, self.validation, self.bar, self.task = 0.0, "", None, None
 
     def __enter__(self) -> TrainingView:
@@ -170,7 +178,7 @@ class TrainingView:
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
-                console=self.talk.err,
+                console=self.output.err,
                 transient=True,
             )
             self.bar.start()
@@ -190,7 +198,7 @@ class TrainingView:
             self.bar.update(self.task, completed=progress, description=line)
         if record["val_loss"] is not None or (not self.bar and time.monotonic() - self.last_line > PLAIN_SECONDS):
             self.last_line = time.monotonic()
-            self.talk.note(f"{100 * progress:5.1f} %  {line}")
+            self.output.note(f"{100 * progress:5.1f} %  {line}")
 
     def describe(self, record: Mapping[str, Any]) -> str:
         """The numbers of a step in a line."""
@@ -208,15 +216,15 @@ class TrainingView:
         return "  ".join(part for part in parts if part)
 
     def sampled(self, step: int, text: str) -> None:
-        if not self.talk.quiet:
+        if not self.output.quiet:
             shown = "\n".join("    " + line for line in printable(text).splitlines())
-            self.talk.err.print(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
+            self.output.err.print(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
 
     def saved(self, step: int) -> None:
         """Saving is what is expected: not worth a line."""
 
     def note(self, text: str) -> None:
-        self.talk.note(text)
+        self.output.note(text)
 
 
 def duration(seconds: float) -> str:

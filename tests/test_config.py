@@ -10,7 +10,6 @@ from nnx_cli.config import (
     PrepareConfig,
     SampleConfig,
     TrainConfig,
-    changed_fields,
     check_one_length,
     coerce,
     own_fields,
@@ -221,10 +220,6 @@ def test_values_take_the_type_of_their_field():
 def test_values_of_another_type_are_refused(bad):
     with pytest.raises(UsageError, match="must be of type"):
         coerce(FIELDS, bad, "file")
-
-
-def test_changed_fields():
-    assert changed_fields(SampleConfig(top_k=5, seed=0)) == {"top_k": 5}
 
 
 def test_every_kind_of_error_has_its_exit_code():

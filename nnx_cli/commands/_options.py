@@ -11,7 +11,7 @@ import typer
 
 from nnx_cli import models
 from nnx_cli.config import Field
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
@@ -67,7 +67,7 @@ def given(values: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
 
 
 def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A Typer command of `function(talk, ...)`: its own parameters, those in `extra` (passed as keywords), and the
+    """A Typer command of `function(output, ...)`: its own parameters, those in `extra` (passed as keywords), and the
     common ones."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -84,7 +84,7 @@ def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callab
 
         @functools.wraps(function)
         def run(*args: Any, json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-            function(Talk(json=json, quiet=quiet or json), *args, **options)
+            function(Output(json=json, quiet=quiet or json), *args, **options)
 
         parameters = [p.replace(kind=KEYWORD) for p in [*own, *extra, *common]]
         run.__signature__ = signature.replace(parameters=parameters)

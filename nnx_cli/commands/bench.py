@@ -10,7 +10,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.commands._options import command
 from nnx_cli.config import TrainConfig, check_choice, check_range
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 from nnx_cli.console import size as size_text
 from nnx_cli.errors import DoesNotFit, UsageError
 
@@ -20,7 +20,7 @@ SHOWN = {"training": "model FLOPs, of large matrix products", "decoding": "bytes
 
 @command()
 def run(
-    talk: Talk,
+    output: Output,
     model: Annotated[str, typer.Option(help=f"Architecture: {', '.join(models.names())}; or all.")] = "nyx",
     size: Annotated[
         str | None,
@@ -55,11 +55,11 @@ def run(
     from nnx_cli.experiments.benchmark import measure_all
 
     found = measure_all(
-        names, size, fields, config, batch_sizes=batch_sizes, precisions=precisions, seconds=seconds, tell=talk.note
+        names, size, fields, config, batch_sizes=batch_sizes, precisions=precisions, seconds=seconds, tell=output.note
     )
     machine, limits, rows = next(found), next(found), list(found)
-    talk.show_json(machine | {"limits": asdict(limits), "rows": [asdict(row) for row in rows]})
-    show(talk, machine, limits, rows)
+    output.show_json(machine | {"limits": asdict(limits), "rows": [asdict(row) for row in rows]})
+    show(output, machine, limits, rows)
     if all(row.problem for row in rows):
         raise DoesNotFit(rows[-1].problem)
 
@@ -82,11 +82,11 @@ def numbers(option: str, text: str) -> list[int]:
     return found
 
 
-def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> None:
+def show(output: Output, machine: dict[str, Any], limits: Any, rows: list[Any]) -> None:
     """Two tables under what they were measured on, to be pasted into an issue."""
     versions = machine["versions"]
     rates = ", ".join(f"{precision} {rate / 1e12:.3g} TFLOP/s" for precision, rate in limits.flops.items())
-    talk.show(
+    output.show(
         f"nnx {versions['nnx']}, torch {versions['torch']}, Python {versions['python']}, {machine['system']}, "
         f"{machine['date']}",
         machine["device"],
@@ -107,4 +107,4 @@ def show(talk: Talk, machine: dict[str, Any], limits: Any, rows: list[Any]) -> N
             if row.what == what
         ]
         columns = ["model", "params", "batch", "computing", "tokens/s", "share", "peak"]
-        talk.table(columns, lines, f"{what} (share: {share})")
+        output.table(columns, lines, f"{what} (share: {share})")

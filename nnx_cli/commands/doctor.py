@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 from nnx_cli.errors import MissingFeature
 
 
 @command()
-def run(talk: Talk) -> None:
+def run(output: Output) -> None:
     """Look at this machine's set-up and say how to mend what is wrong."""
     from nnx_cli.system.doctor import diagnose
 
     findings = list(diagnose())
-    talk.show_json([asdict(finding) for finding in findings])
+    output.show_json([asdict(finding) for finding in findings])
     for finding in findings:
-        talk.show(f"{finding.level:8}{finding.what}")
+        output.show(f"{finding.level:8}{finding.what}")
         if finding.fix:
-            talk.show(f"{'':8}  {finding.fix}")
+            output.show(f"{'':8}  {finding.fix}")
     if any(finding.level == "error" for finding in findings):
         raise MissingFeature("training cannot work here; mend what is marked as error")

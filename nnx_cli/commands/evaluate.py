@@ -8,7 +8,7 @@ import typer
 
 from nnx_cli.commands._options import command, given, settings
 from nnx_cli.config import PrepareConfig, check_range, own_fields
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 
 OPTIONS = settings([field for field in own_fields(PrepareConfig) if field.name in ("text_key", "errors")])
 TOKENS_PER_BATCH = 8192
@@ -16,7 +16,7 @@ TOKENS_PER_BATCH = 8192
 
 @command(*OPTIONS)
 def run(
-    talk: Talk,
+    output: Output,
     model: Annotated[
         str | None, typer.Argument(help="Run folder, its name, RUN@last, RUN@500. [default: the newest run]")
     ] = None,
@@ -49,7 +49,7 @@ def run(
             batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
             token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
         )
-    talk.show_json(
+    output.show_json(
         {
             "model": ref.label,
             "loss": result.loss,
@@ -64,7 +64,7 @@ def run(
     error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
     source = ", ".join(filepath) if filepath else "the validation split"
-    talk.show(
+    output.show(
         f"{ref.label} on {source}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}",
         f"{result.tokens:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
     )

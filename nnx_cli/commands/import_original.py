@@ -9,12 +9,12 @@ import typer
 
 from nnx_cli import models
 from nnx_cli.commands._options import command
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 
 
 @command()
 def run(
-    talk: Talk,
+    output: Output,
     file: Annotated[Path, typer.Argument(help="Checkpoint of an original: .pth, .pt or .safetensors.")],
     model: Annotated[str, typer.Option(help="Architecture it belongs to.")],
     tokenizer: Annotated[
@@ -30,5 +30,5 @@ def run(
 
     out = out or free_folder(f"{model}-{file.stem}")
     config = import_checkpoint(model, file, out, tokenizer, variant)
-    talk.show_json({"out": str(out), "model": model, "parameters": config["parameters"]})
-    talk.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {out}")
+    output.show_json({"out": str(out), "model": model, "parameters": config["parameters"]})
+    output.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {out}")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Talk, duration
+from nnx_cli.console import Output, duration
 
 
 @command()
-def run(talk: Talk) -> None:
+def run(output: Output) -> None:
     """List the runs: name, model, size, status, steps, best bits per byte, age."""
     from nnx_cli.runs.run import list_runs
 
     rows = list_runs()
-    talk.show_json(rows)
+    output.show_json(rows)
     if not rows:
-        talk.show("no runs in weights/ yet; train one: nnx train --filepath FILE")
+        output.show("no runs in weights/ yet; train one: nnx train --filepath FILE")
         return
     table = []
     for row in rows:
@@ -30,4 +30,4 @@ def run(talk: Talk) -> None:
                 duration(row["age_s"]),
             ]
         )
-    talk.table(["run", "model", "size", "status", "steps", "bits/byte", "age"], table)
+    output.table(["run", "model", "size", "status", "steps", "bits/byte", "age"], table)

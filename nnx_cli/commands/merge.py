@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 
 
 @command()
 def run(
-    talk: Talk,
+    output: Output,
     model: Annotated[str | None, typer.Argument(help="Run with adapters. [default: the newest run]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make. [default: weights/NAME-merged]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
@@ -26,8 +26,8 @@ def run(
     where = pick_device(device)
     ref = find_model(model)
     result = merge_model(ref, out or WEIGHTS / f"{ref.folder.resolve().name}-merged", where)
-    talk.show_json(result)
-    talk.show(
+    output.show_json(result)
+    output.show(
         f"{result['out']}: {result['parameters']:,} parameters; largest difference of a logit "
         f"{result['largest_logit_difference']:.1e}",
         f"next: nnx sample {result['out']}",

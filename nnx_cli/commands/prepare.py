@@ -9,7 +9,7 @@ import typer
 
 from nnx_cli.commands._options import command, given, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
-from nnx_cli.console import Talk, size
+from nnx_cli.console import Output, size
 from nnx_cli.errors import UsageError
 
 OPTIONS = [*settings(PrepareConfig, without=["max_memory_bytes"])]
@@ -17,7 +17,7 @@ OPTIONS = [*settings(PrepareConfig, without=["max_memory_bytes"])]
 
 @command(*OPTIONS)
 def run(
-    talk: Talk,
+    output: Output,
     paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,
     filepath: Annotated[str | None, typer.Option(help="A further path, as `train` takes it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Token folder to make. [default: data/NAME-HASH]")] = None,
@@ -36,9 +36,9 @@ def run(
 
     if out is None:
         out = default_folder(sources, config, [val] if val else None)
-    result = prepare(sources, out, config, [val] if val else None, preparation_view(talk))
-    talk.show_json(result)
-    talk.show(
+    result = prepare(sources, out, config, [val] if val else None, preparation_view(output))
+    output.show_json(result)
+    output.show(
         f"{result['out']}: {result['train_tokens']:,} tokens to train on, {result['val_tokens']:,} to validate "
         f"({result['tokenizer']}, vocabulary {result['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token)",
         f"{size(result['text_bytes'])} of text, {result['documents']:,} documents, {result['seconds']:.1f} s",
@@ -46,13 +46,13 @@ def run(
     )
 
 
-def preparation_view(talk: Talk) -> Any:
+def preparation_view(output: Output) -> Any:
     """A callback that shows how preparing goes."""
-    progress = talk.progress("preparing")
+    progress = output.progress("preparing")
 
     def show(event: dict[str, Any]) -> None:
         if "note" in event:
-            talk.note(event["note"])
+            output.note(event["note"])
         else:
             progress.update(event["bytes"], event["total_bytes"])
 

@@ -9,14 +9,14 @@ import typer
 
 from nnx_cli.commands._options import command
 from nnx_cli.config import check_choice, check_range
-from nnx_cli.console import Talk, size
+from nnx_cli.console import Output, size
 
 GROUP_SIZE = 32
 
 
 @command()
 def run(
-    talk: Talk,
+    output: Output,
     model: Annotated[
         str | None, typer.Argument(help="Run folder, its name, RUN@best, RUN@last, RUN@500. [default: the newest run]")
     ] = None,
@@ -45,7 +45,7 @@ def run(
     check_range("group-size", group_size, 2, 2**16)
     check_range("max-drop", max_drop, 0.0, 100.0)
     if bits == 8 and group_size is not None:
-        talk.note("--group-size is for 4 bits; with 8 there is one scale a row")
+        output.note("--group-size is for 4 bits; with 8 there is one scale a row")
     from nnx_cli.convert.quantize import quantize_model
     from nnx_cli.layers.quantized import Quantization
     from nnx_cli.runs.run import WEIGHTS, find_model
@@ -59,10 +59,10 @@ def run(
         ref, folder, how, paths=filepath or (), max_drop=max_drop, device=where, precision=pick_precision("auto", where)
     )
     for note in notes:
-        talk.note(note)
-    talk.show_json(receipt)
+        output.note(note)
+    output.show_json(receipt)
     sides = receipt["before"], receipt["after"]
-    talk.table(
+    output.table(
         [ref.label, "before", "after"],
         [
             ["file", *(size(side["file_bytes"]) for side in sides)],
@@ -70,7 +70,7 @@ def run(
             ["decoding, tokens/s", *(number(side["decode_tokens_per_s"], ",.0f") for side in sides)],
         ],
     )
-    talk.show(
+    output.show(
         f"divergence {receipt['kl_divergence']:.5f} nats per token, same top token {receipt['same_top_token']:.2%}",
         f"{folder}: try it with: nnx sample {folder}",
     )

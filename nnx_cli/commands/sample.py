@@ -10,7 +10,7 @@ import typer
 
 from nnx_cli.commands._options import command, given, hidden, settings
 from nnx_cli.config import SampleConfig, own_fields
-from nnx_cli.console import Talk
+from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, DataError, UsageError
 
 # The command line of the original NYX: options that choose the newest run of a shape, and ours.
@@ -28,7 +28,7 @@ OPTIONS = [
 
 @command(*OPTIONS)
 def run(
-    talk: Talk,
+    output: Output,
     model: Annotated[
         str | None, typer.Argument(help="Run folder, its name, RUN@best, RUN@last, RUN@500. [default: the newest run]")
     ] = None,
@@ -65,25 +65,25 @@ def run(
     network = load_model(ref, where, precision)
     ids = prompt_ids(text, tokenizer, network.config.vocab_size)
     if len(ids) > network.config.seq_len:
-        talk.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
+        output.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
     several = config.num_samples > 1
 
     def show(sample: int, piece: str) -> None:
         if not several:
-            talk.stream(piece)
+            output.stream(piece)
 
     if not several:
-        talk.stream(text)
+        output.stream(text)
     result = generate(network, tokenizer, [ids], config, stops=stop or (), use_cache=not no_cache, on_text=show)
     if several:
         for number, sample in enumerate(result.samples):
-            talk.stream(("" if number == 0 else "\n---\n") + text + sample.text)
-    talk.stream("\n")
-    talk.note(
+            output.stream(("" if number == 0 else "\n---\n") + text + sample.text)
+    output.stream("\n")
+    output.note(
         f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
-    talk.show_json(
+    output.show_json(
         {
             "model": ref.label,
             "prompt": text,

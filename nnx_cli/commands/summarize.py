@@ -12,7 +12,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.commands._options import command, given, model_fields, model_options
 from nnx_cli.config import TrainConfig, check_choice
-from nnx_cli.console import Talk, size
+from nnx_cli.console import Output, size
 from nnx_cli.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def uncollected() -> Iterator[None]:
 
 @command(*model_options())
 def run(
-    talk: Talk,
+    output: Output,
     ref: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Architecture: {', '.join(models.names())}.")] = None,
     size: Annotated[
@@ -80,8 +80,8 @@ def run(
             summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), train)
             for name in models.names()
         ]
-        talk.show_json(zoo)
-        show_zoo(talk, zoo)
+        output.show_json(zoo)
+        show_zoo(output, zoo)
         return
     if ref is not None:
         name, label, config = of_run(ref)
@@ -89,10 +89,10 @@ def run(
         name = model or "nyx"
         models.check_name(name)
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
-    facts = summary(name, label, config, train, whole=talk.json)
-    talk.show_json(facts)
-    show_layers(talk, name, config)
-    show_facts(talk, facts)
+    facts = summary(name, label, config, train, whole=output.json)
+    output.show_json(facts)
+    show_layers(output, name, config)
+    show_facts(output, facts)
     fits = facts["fits"]
     if not fits["fits"] and (vram or batch_size):
         enough = f"--batch-size {fits['largest']} would" if fits["largest"] else "not even one sequence does"
@@ -180,10 +180,10 @@ def summary(
 
 
 @uncollected()
-def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
+def show_layers(output: Output, name: str, config: ModelConfig) -> None:
     """The table of layers: torchinfo walks the modules; shapes and counts are of one sequence. Its totals are not
     used."""
-    if talk.json:
+    if output.json:
         return
     import torch
     import torchinfo
@@ -215,7 +215,7 @@ def show_layers(talk: Talk, name: str, config: ModelConfig) -> None:
                 count,
             ]
         )
-    talk.table(["layer", "kind", "output of one sequence", "parameters"], rows)
+    output.table(["layer", "kind", "output of one sequence", "parameters"], rows)
 
 
 def copies(model: Any) -> dict[Any, int]:
@@ -238,13 +238,13 @@ def shape_text(shape: Any) -> str:
     return " x ".join(str(n) for n in shape) if shape and all(isinstance(n, int) for n in shape) else ""
 
 
-def show_facts(talk: Talk, facts: dict[str, Any]) -> None:
+def show_facts(output: Output, facts: dict[str, Any]) -> None:
     """One model's numbers."""
     parameters, memory, fits, flops = facts["parameters"], facts["memory"], facts["fits"], facts["flops_per_token"]
     files = ", ".join(f"{kind} {size(n)}" for kind, n in facts["file_bytes"].items())
     cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
     verdict = "fits" if fits["fits"] else "does not fit"
-    talk.show(
+    output.show(
         f"{facts['model']} {facts['size'] or 'of your shape'}: {parameters['total']:,} parameters "
         f"({parameters['embedding']:,} in the embedding)",
         f"forward {flops['forward'] / 1e6:,.1f} MFLOP a token, training {flops['train'] / 1e6:,.1f}",
@@ -260,7 +260,7 @@ def show_facts(talk: Talk, facts: dict[str, Any]) -> None:
     )
 
 
-def show_zoo(talk: Talk, zoo: list[dict[str, Any]]) -> None:
+def show_zoo(output: Output, zoo: list[dict[str, Any]]) -> None:
     """The architectures side by side."""
     rows = []
     for facts in zoo:
@@ -281,4 +281,4 @@ def show_zoo(talk: Talk, zoo: list[dict[str, Any]]) -> None:
     first = zoo[0]
     title = f"size {first['size']}, vocabulary {first['vocab_size']:,}, {first['seq_len']:,} tokens of context"
     columns = ["model", "params", "FLOP/tok", "peak", "batch", "cache/tok", "int8", "from"]
-    talk.table(columns, rows, title)
+    output.table(columns, rows, title)

@@ -17,7 +17,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.commands._options import command, given, hidden, model_fields, model_options, settings
 from nnx_cli.config import PrepareConfig, TrainConfig, check_one_length, coerce, own_fields, read_toml
-from nnx_cli.console import Talk, TrainingView, duration
+from nnx_cli.console import Output, TrainingView, duration
 from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ OPTIONS = [
 
 @command(*OPTIONS)
 def run(
-    talk: Talk,
+    output: Output,
     model: Annotated[
         str | None, typer.Option(help=f"Architecture: {', '.join(models.names())}.", show_default="nyx")
     ] = None,
@@ -99,7 +99,7 @@ def run(
                 "--resume takes model, text and settings from the run", fix="leave out what is given besides"
             )
         with handled_signals(("SIGTERM", "SIGHUP"), give_up):
-            resume_run(talk, resume, cli, data, dry_run)
+            resume_run(output, resume, cli, data, dry_run)
         return
     recipe = NYX_RECIPE if model is None and (aliases or checkpoint) else {}
     values, sources = merge(cli, config, recipe)
@@ -110,7 +110,7 @@ def run(
     if checkpoint is not None:
         init_from = imported(model or "nyx", checkpoint)
     with handled_signals(("SIGTERM", "SIGHUP"), give_up):
-        new_run(talk, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
+        new_run(output, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
 
 
 def is_foreign(checkpoint: str) -> bool:
@@ -165,7 +165,7 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareC
 
 
 def new_run(
-    talk: Talk,
+    output: Output,
     model: str | None,
     size: str | None,
     values: dict[str, Any],
@@ -201,7 +201,7 @@ def new_run(
     device, precision = session.prepare_device(train)
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
-    folder, made = token_folder(talk, filepath, data, preparing, base)
+    folder, made = token_folder(output, filepath, data, preparing, base)
     try:
         tokenizer = build_tokenizer(preparing.tokenizer) if data is not None and "tokenizer" in values else None
         tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base, tokenizer)
@@ -213,12 +213,12 @@ def new_run(
             options.get("generate_length"),
         )
         if dry_run:
-            show_plan(talk, plan, folder)
+            show_plan(output, plan, folder)
             take_back(made)
             return
         stem = folder.resolve().name if data is not None else folder.name.rpartition("-")[0]  # without the hash
-        tell_plan(talk, plan, tokens, device)
-        with TrainingView(talk) as view:
+        tell_plan(output, plan, tokens, device)
+        with TrainingView(output) as view:
             while True:
                 folder = out or session.free_folder(f"{plan.model}-{stem}")
                 try:
@@ -228,7 +228,7 @@ def new_run(
                     if out is not None or not folder.exists():  # else another process took the name meanwhile
                         raise
             made = []
-            finish(talk, started, trainer, view)
+            finish(output, started, trainer, view)
     except NnxError:
         take_back(made)
         raise
@@ -301,7 +301,7 @@ def make_plan(
 
 
 def token_folder(
-    talk: Talk, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: ModelRef | None
+    output: Output, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: ModelRef | None
 ) -> tuple[Path, list[Path]]:
     """The token folder to train on, and the folders that were made for it now."""
     if data is not None:
@@ -319,12 +319,12 @@ def token_folder(
     if (folder / "meta.json").exists():
         return folder, []
     made = [folder] if folder.parent.exists() else [folder, folder.parent]
-    view = preparation_view(talk)
+    view = preparation_view(output)
     try:
         if filepath:
             prepare.prepare(filepath, folder, preparing, None, view)
         else:
-            talk.note("no --filepath: training on the language documentation that Python ships")
+            output.note("no --filepath: training on the language documentation that Python ships")
             prepare.prepare_builtin(folder, preparing, view)
     except OutputError:
         if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
@@ -333,7 +333,7 @@ def token_folder(
     return folder, made
 
 
-def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, dry_run: bool) -> None:
+def resume_run(output: Output, which: str, cli: dict[str, Any], data: Path | None, dry_run: bool) -> None:
     """Continue a run from its newest checkpoint."""
     for name in cli.keys() - set(RESUMABLE):
         raise UsageError(
@@ -349,22 +349,22 @@ def resume_run(talk: Talk, which: str, cli: dict[str, Any], data: Path | None, d
     lengths = LENGTHS & cli.keys()
     status, lost = read_or_lost(run)
     if status.get("status") == "finished" and not lengths:
-        talk.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
-        talk.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
+        output.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
+        output.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
         return
     if dry_run:
         shape = dict(run.config["model"])
         rows = {"model": shape.pop("name"), **shape, **run.config["training"], **cli}
-        show_rows(talk, rows, {name: "command line" if name in cli else f"run: {folder}" for name in rows})
+        show_rows(output, rows, {name: "command line" if name in cli else f"run: {folder}" for name in rows})
         return
     if lengths:
         cli = {"max_steps": None, "max_time": None, "epochs": None} | cli
-    with run.lock(), TrainingView(talk) as view:
+    with run.lock(), TrainingView(output) as view:
         trainer, notes = session.resume(run, cli, data, view)
         for note in [*lost, *notes]:
-            talk.warn(note)
-        talk.note(f"resuming {folder} at step {trainer.state.step}")
-        finish(talk, run, trainer, view, locked=True)
+            output.warn(note)
+        output.note(f"resuming {folder} at step {trainer.state.step}")
+        finish(output, run, trainer, view, locked=True)
 
 
 def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -375,11 +375,11 @@ def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{error}; its numbers come from the checkpoint"]
 
 
-def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: bool = False) -> None:
+def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, locked: bool = False) -> None:
     """Train to the end, record how it ended, and say so."""
     if not locked:
         with run.lock():
-            return finish(talk, run, trainer, view, locked=True)
+            return finish(output, run, trainer, view, locked=True)
     with stop_signals() as should_stop:
         try:
             ended = trainer.train(run, should_stop)
@@ -390,14 +390,14 @@ def finish(talk: Talk, run: Run, trainer: Trainer, view: TrainingView, locked: b
         status = record(run, trainer, ended)
     view.__exit__()
     if ended == "interrupted":
-        talk.note("")
+        output.note("")
         raise Interrupted(
             f"interrupted at step {trainer.state.step}; everything is saved",
             fix=f"resume: nnx train --resume {run.folder}",
         )
     parameters = run.config["parameters"]
-    talk.show_json(status | {"out": str(run.folder), "parameters": parameters})
-    talk.show(*verdict(run, trainer, status, parameters))
+    output.show_json(status | {"out": str(run.folder), "parameters": parameters})
+    output.show(*verdict(run, trainer, status, parameters))
 
 
 def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
@@ -495,7 +495,7 @@ def command_line() -> str:
     return shlex.join(["nnx", *sys.argv[1:]])
 
 
-def tell_plan(talk: Talk, plan: Any, tokens: TokenFolder, device: Any) -> None:
+def tell_plan(output: Output, plan: Any, tokens: TokenFolder, device: Any) -> None:
     """What is about to happen, in two lines."""
     from nnx_cli.planning import flops as cost
     from nnx_cli.system.device import describe
@@ -504,18 +504,18 @@ def tell_plan(talk: Talk, plan: Any, tokens: TokenFolder, device: Any) -> None:
     total = cost.count_parameters(cost.meta_model(plan.model, config))["total"]
     ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
     ends += [duration(train.max_time_s)] if train.max_time else []
-    talk.note(
+    output.note(
         f"{plan.model} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, {train.precision}"
     )
     for rung in plan.rungs:
-        talk.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {rung.text}")
-    talk.note(
+        output.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {rung.text}")
+    output.note(
         f"{len(tokens.train):,} tokens to train on; {train.batch_size} x {train.grad_accum} x {config.seq_len} tokens "
         f"a step, {train.optimizer}, learning rate {train.lr:g}, for {' or '.join(ends)}"
     )
 
 
-def show_plan(talk: Talk, plan: Any, folder: Path) -> None:
+def show_plan(output: Output, plan: Any, folder: Path) -> None:
     """Every value of a planned run and where it comes from."""
     values = {"model": plan.model, "size": plan.size, "data": str(folder)}
     values |= models.config_dict(plan.model_config) | asdict(plan.train)
@@ -523,11 +523,11 @@ def show_plan(talk: Talk, plan: Any, folder: Path) -> None:
         name: plan.sources.get(name, "size" if name in plan.model_config.__dataclass_fields__ else "default")
         for name in values
     }
-    show_rows(talk, values, sources)
+    show_rows(output, values, sources)
 
 
-def show_rows(talk: Talk, values: dict[str, Any], sources: dict[str, str]) -> None:
+def show_rows(output: Output, values: dict[str, Any], sources: dict[str, str]) -> None:
     """Settings, their values and where each came from."""
     rows = [{"setting": name, "value": value, "source": sources[name]} for name, value in values.items()]
-    talk.show_json(rows)
-    talk.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])
+    output.show_json(rows)
+    output.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])
