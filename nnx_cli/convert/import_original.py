@@ -118,7 +118,7 @@ def import_checkpoint(
     vocabulary is 256, else bare ids. Raises UsageError for an architecture without an original, CheckpointError,
     OutputError.
     """
-    models.check_original(name)
+    models.original(name)
     refuse_existing(out)
     weights = read_foreign(path)
     model = load_original(name, path, weights, variant)

@@ -13,29 +13,33 @@ from nnx_cli.config import Field, read_fields
 from nnx_cli.errors import CheckpointError, UsageError, nearest
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
     from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 
+FOLDER = Path(__file__).parent
+
+
 @cache
 def names() -> list[str]:
     """Architectures, in alphabetical order: the files of this folder without a leading underscore."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 
 def config_fields(name: str) -> tuple[Field, ...]:
     """The fields of an architecture's `Config`, shared ones first, read from the source without importing it."""
-    folder = Path(__file__).parent
-    shared = read_fields(folder / "_base.py", "ModelConfig")
-    own = read_fields(folder / f"{name}.py", "Config")
+    shared = read_fields(FOLDER / "_base.py", "ModelConfig")
+    own = read_fields(FOLDER / f"{name}.py", "Config")
     return tuple({field.name: field for field in (*shared, *own)}.values())
 
 
 @cache
 def sizes(name: str) -> tuple[str, ...]:
     """Names of an architecture's sizes, smallest first, read from the source without importing it."""
-    for node in ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")).body:
+    for node in ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             if isinstance(target, ast.Name) and target.id == "SIZES":
@@ -88,6 +92,14 @@ def from_config(name: str, config: ModelConfig) -> LanguageModel:
     return importlib.import_module(f"nnx_cli.models.{name}").Model(config)
 
 
+def original(name: str) -> ModuleType:
+    """The module that reads the checkpoints of an architecture's original. Raises UsageError where it has none."""
+    check_name(name)
+    if not (FOLDER / "originals" / f"{name}.py").is_file():
+        raise UsageError(f"{name} has no original to load from")
+    return importlib.import_module(f"nnx_cli.models.originals.{name}")
+
+
 def load_reference(
     name: str,
     config: dict[str, Any],
@@ -101,23 +113,20 @@ def load_reference(
     `variant` is a value of the `variant` field (default: the architecture's); `noise` replaces random draws of
     architectures that have any. Raises CheckpointError where names or shapes do not match.
     """
-    check_name(name)
+    reader = original(name)
     from nnx_cli.layers.lora import add_adapters
 
-    module = importlib.import_module(f"nnx_cli.models.{name}")
-    if not hasattr(module, "reference_config"):
-        raise UsageError(f"{name} has no original to load from")
     arguments = {key: value for key, value in config.items() if key != "lora_rank_applied"}
-    fields = module.reference_config(**arguments) | ({} if variant is None else {"variant": variant})
-    model = from_config(name, module.Config(**fields))
+    fields = reader.reference_config(**arguments) | ({} if variant is None else {"variant": variant})
+    model = from_config(name, make_config(name, **fields))
     if noise:
         model.set_noise(noise)
     if rank := config.get("lora_rank_applied"):
         add_adapters(model, rank)
-    own = model.unique_state()
-    unknown = sorted(weights.keys() - model.to_reference(own).keys() - model.reference_unused)
+    own, tensors = model.unique_state(), reader.Tensors(model)
+    unknown = sorted(weights.keys() - tensors.save(own).keys() - tensors.unused)
     try:
-        state = model.from_reference(weights)
+        state = tensors.load(weights)
     except KeyError as error:
         raise CheckpointError(f"weights do not belong to this {name}: {error} is missing") from error
     if unknown or state.keys() != own.keys():
@@ -130,27 +139,21 @@ def load_reference(
     return model
 
 
-def check_original(name: str) -> None:
-    """Raise UsageError for an architecture whose checkpoints nobody else makes."""
-    check_name(name)
-    if not hasattr(importlib.import_module(f"nnx_cli.models.{name}"), "infer_reference"):
-        raise UsageError(f"{name} has no original to import from")
-
-
 def infer_reference(name: str, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The original's constructor arguments that fit a checkpoint's weights. Raises CheckpointError where none do."""
-    check_original(name)
+    reader = original(name)
     try:
-        return importlib.import_module(f"nnx_cli.models.{name}").infer_reference(weights)
+        return reader.infer_reference(weights)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"this is no checkpoint of {name}: {error}") from error
 
 
 def reference_tensors(model: LanguageModel, grads: bool = False) -> dict[str, Tensor]:
     """Weights, or their gradients, under the original's names and in its layout; absent gradients are left out."""
+    tensors = original(model.architecture).Tensors(model)
     if not grads:
-        return model.to_reference(model.unique_state())
-    return model.to_reference({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        return tensors.save(model.unique_state())
+    return tensors.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def config_dict(config: ModelConfig) -> dict[str, Any]:

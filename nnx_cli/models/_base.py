@@ -81,7 +81,6 @@ class LanguageModel(nn.Module):
     recipe = Recipe()
     ignore_index = -100  # a target that does not count; -100 is never a token
     waits_in_eval = False  # whether a pass in evaluation mode waits for the device, so that no CUDA graph can hold it
-    reference_unused: frozenset[str] = frozenset()  # the original's weights that no output depends on
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,14 +89,14 @@ class LanguageModel(nn.Module):
 
     def trunk(self, input_ids: Tensor, cache: Any = None) -> Tensor:
         """Token ids (B, T) to what the head reads, (B, T, D)."""
-        raise TypeError(f"{type(self).__module__} defines no trunk")
+        raise TypeError(f"{self.architecture} defines no trunk")
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> Any:
         """An empty cache, or recurrent state, for `batch_size` rows of up to `max_seq_len` positions.
 
         One that has `way_back` (a KVCache does) may be recorded on a card: it keeps its tensors and writes into them.
         """
-        raise TypeError(f"{type(self).__module__} defines no cache")
+        raise TypeError(f"{self.architecture} defines no cache")
 
     def forward(self, input_ids: Tensor, cache: Any = None) -> Tensor:
         """Token ids (B, T) to logits (B, T, V); a cache is read, extended by T positions and left ready for more."""
@@ -112,7 +111,7 @@ class LanguageModel(nn.Module):
 
     def set_noise(self, noise: Mapping[str, Tensor]) -> None:
         """Use recorded numbers, by name, wherever a forward pass would draw some (dropout aside)."""
-        raise UsageError(f"{type(self).__module__.rpartition('.')[2]} draws no noise")
+        raise UsageError(f"{self.architecture} draws no noise")
 
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
         """The layers that low-rank adapters go to, with the options of their `add_adapter`: all linear ones of the
@@ -122,7 +121,13 @@ class LanguageModel(nn.Module):
                 yield module, {}
 
     @property
+    def architecture(self) -> str:
+        """Name of the file that defines this model."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.embedding.weight.device
 
     def unique_state(self) -> dict[str, Tensor]:
@@ -133,15 +138,3 @@ class LanguageModel(nn.Module):
                 seen.add(id(tensor))
                 state[name] = tensor.detach()
         return state
-
-    def reference_names(self) -> dict[str, str]:
-        """Our parameter names to those of the architecture's original code."""
-        raise UsageError(f"{type(self).__module__.rpartition('.')[2]} has no original to load from")
-
-    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors from the original's. KeyError for a missing one. Overridden where matrices are packed."""
-        return {ours: weights[seed] for ours, seed in self.reference_names().items()}
-
-    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The original's tensors from ours, weights or gradients, as far as they are there: undoes `from_reference`."""
-        return {seed: tensors[ours] for ours, seed in self.reference_names().items() if ours in tensors}

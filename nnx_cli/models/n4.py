@@ -18,7 +18,7 @@ in float32. A window limits attention; the averages still go back to the first p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Self
@@ -297,7 +297,6 @@ class Model(LanguageModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.Identity()
         self.head = projection(config, config.dim, config.vocab_size)
-        self.reference_unused = frozenset(f"n4b.n4d.{i}.n4.norm.weight" for i in range(config.n_layers))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -324,62 +323,3 @@ class Model(LanguageModel):
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> AveragedKeyCache:
         return AveragedKeyCache(self.config, batch_size, max_seq_len, self.device, self.compute_dtype)
-
-    def reference_names(self) -> dict[str, str]:
-        if self.config.n_kv_heads != self.config.n_heads or self.config.dyt_alpha:
-            raise UsageError("the original of n4 has no place for --n-kv-heads or --dyt-alpha")
-        names, linears = {"embedding.weight": "n4b.embedding.weight"}, {"head": "lm_head"}
-        for i in range(self.config.n_layers):
-            block, seed = f"blocks.{i}.", f"n4b.n4d.{i}."
-            names[block + "attention_norm.weight"] = seed + "pre_n4_norm.weight"
-            names[block + "attention_out_norm.weight"] = seed + "post_n4_norm.weight"
-            names[block + "mlp_norm.weight"] = seed + "pre_mlp_norm.weight"
-            names[block + "mlp_out_norm.weight"] = seed + "post_mlp_norm.weight"
-            linears[block + "attention.qkvg"] = seed + "n4.qkvh_linear"
-            linears[block + "attention.out"] = seed + "n4.out_linear"
-            linears[block + "mlp.up"] = seed + "mlp.up_proj"
-            linears[block + "mlp.down"] = seed + "mlp.down_proj"
-        for ours, seed in linears.items():
-            names[ours + (".linear.weight" if self.config.bias else ".weight")] = seed + ".weight"
-            if self.config.bias:
-                names[ours + ".bias"] = seed + ".bias"
-        return names
-
-    def from_reference(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors, H = super().from_reference(weights), self.config.n_heads
-        return {name: regroup(x, H, 3, H) if ".qkvg." in name else x for name, x in tensors.items()}
-
-    def to_reference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors, H = super().to_reference(tensors), self.config.n_heads
-        return {name: regroup(x, 3, H, H) if ".qkvh_linear." in name else x for name, x in tensors.items()}
-
-
-def regroup(x: Tensor, outer: int, inner: int, n_gates: int) -> Tensor:
-    """Rows of queries, keys, values and, last, gates: all but these go from the order (outer, inner, K) to
-    (inner, outer, K).
-
-    The original orders by head, then q, k, v; here all queries come first.
-    """
-    qkv, gates = x[:-n_gates], x[-n_gates:]
-    return torch.cat((qkv.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2), gates))
-
-
-def reference_config(
-    *, vocab_size: int, hidden_size: int, inter_size: int, heads: int, layers: int, bias: bool = False
-) -> dict[str, Any]:
-    """The original's constructor arguments as fields of `Config`."""
-    return dict(vocab_size=vocab_size, dim=hidden_size, ffn_dim=inter_size, n_heads=heads, n_layers=layers, bias=bias)
-
-
-def infer_reference(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The original's constructor arguments, read off the shapes of its weights. KeyError or ValueError for other
-    weights."""
-    vocab_size, dim = weights["n4b.embedding.weight"].shape
-    return dict(
-        vocab_size=vocab_size,
-        hidden_size=dim,
-        inter_size=weights["n4b.n4d.0.mlp.down_proj.weight"].shape[1],
-        heads=weights["n4b.n4d.0.n4.qkvh_linear.weight"].shape[0] - 3 * dim,  # one gate each
-        layers=len({name.split(".")[2] for name in weights if name.startswith("n4b.n4d.")}),
-        bias="lm_head.bias" in weights,
-    )

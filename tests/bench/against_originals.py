@@ -249,9 +249,8 @@ CASES = {
 
 def our_config(case: Case, seq_len: int) -> ModelConfig:
     """The original's configuration in our words."""
-    module = importlib.import_module(f"nnx_cli.models.{case.name}")
-    fields = module.reference_config(**case.config) | {"variant": case.variant, "seq_len": seq_len}
-    return module.Config(**fields)
+    fields = models.original(case.name).reference_config(**case.config) | {"variant": case.variant, "seq_len": seq_len}
+    return models.make_config(case.name, **fields)
 
 
 # the processes that are timed

@@ -9,7 +9,8 @@ from nnx_cli import models
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.linear import PackedLinear
 from nnx_cli.layers.loss import TrainStep
-from nnx_cli.models.n4 import products, reference_config, windowed_attention
+from nnx_cli.models.n4 import products, windowed_attention
+from nnx_cli.models.originals.n4 import reference_config
 from nnx_cli.planning.flops import count_parameters, meta_model
 from tests.models.reference_cases import FOLDER, load_case
 
@@ -47,7 +48,7 @@ def test_equals_original(case, variant):
     model = models.load_reference("n4", entry["config"], weights, variant=variant)
     unused = sum(weights[name].numel() for name in entry["grads_none"])
     assert sum(p.numel() for p in model.parameters()) == entry["param_count"] - unused
-    assert model.reference_unused == set(entry["grads_none"])
+    assert models.original("n4").Tensors(model).unused == set(entry["grads_none"])
     ids = data["input_ids"]
     assert (model(ids) - data["logits"]).abs().max() < 1e-5
     loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
@@ -58,7 +59,7 @@ def test_equals_original(case, variant):
     for name, grad in grads.items():
         assert (ours[name] - grad).abs().max() <= 1e-5 + 1e-3 * grad.abs().max(), name
     back = models.reference_tensors(model)
-    assert back.keys() == weights.keys() - model.reference_unused
+    assert back.keys() == weights.keys() - models.original("n4").Tensors(model).unused
     assert all(torch.equal(back[name], weights[name]) for name in back)
 
 

@@ -32,16 +32,16 @@ def test_equals_original(case):
     assert ours.keys() == grads.keys()
     for name, grad in grads.items():
         assert (ours[name] - grad).abs().max() <= 1e-5 + 1e-3 * grad.abs().max(), name
-    unused = sum(weights[name].numel() for name in model.reference_unused)
+    unused = sum(weights[name].numel() for name in models.original("tape").Tensors(model).unused)
     assert sum(p.numel() for p in model.parameters()) + unused == entry["param_count"]
-    assert model.reference_unused == {*entry["grads_none"], *entry["grads_all_zero"]}
+    assert models.original("tape").Tensors(model).unused == {*entry["grads_none"], *entry["grads_all_zero"]}
 
 
 @pytest.mark.parametrize("case", ["seed", "sound", "tape"])
 def test_weights_return_under_the_names_of_the_original(case):
     model, _, weights, _, _ = load(case)
     back = models.reference_tensors(model)
-    assert back.keys() == weights.keys() - model.reference_unused
+    assert back.keys() == weights.keys() - models.original("tape").Tensors(model).unused
     assert all(torch.equal(back[name], weights[name]) for name in back)
 
 

@@ -370,8 +370,8 @@ def test_plain_safetensors_hold_every_tensor_once(model, name, tmp_path):
 
 
 def test_reference_needs_an_original(tiny, name):
-    if hasattr(__import__(f"nnx_cli.models.{name}", fromlist=["Model"]), "reference_config"):
-        assert tiny(name).reference_names()
+    if (models.FOLDER / "originals" / f"{name}.py").is_file():
+        assert models.original(name).Tensors(tiny(name)).names()
     else:
         with pytest.raises(UsageError, match="no original"):
             models.load_reference(name, {}, {})

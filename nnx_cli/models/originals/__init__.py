@@ -1,0 +1,1 @@
+"""Checkpoints of the architectures' original code: one file an architecture, found by its name."""
