@@ -19,11 +19,10 @@ FLOORS = (  # a part imports only from those on lower floors, and from itself
     ("cli",),
     ("commands",),
     ("console",),
-    ("experiments",),
+    ("serving", "reporting", "experiments"),
     ("convert", "training"),
     ("planning",),
-    ("evaluation",),
-    ("inference",),
+    ("evaluation", "inference"),
     ("runs", "optim"),
     ("data", "models"),
     ("layers",),
@@ -33,15 +32,53 @@ FLOORS = (  # a part imports only from those on lower floors, and from itself
     ("errors", ""),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
-ROOMS = set(FLOOR) - {"__main__", "cli", "commands", "console", "config", "errors", ""}
-UPWARD = {  # what still imports from a floor above
-    "evaluation/evaluator.py",
-    "inference/decoding.py",
-    "kernels/qkv_swiglu.py",
-    "planning/plan.py",
+COMMAND_LINE = {"__main__", "cli", "commands", "console", "config", "errors", ""}
+ROOMS = set(FLOOR) - COMMAND_LINE
+HEAVY = {"torch", "numpy", "tiktoken", "safetensors", "lion_pytorch", "torchinfo"}
+EXTRAS = {"backports", "compression", "gigatoken", "pyarrow", "regex", "rustbpe", "tiktoken_ext", "tokenizers"}
+SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data"}  # by operating system or build
+MAY_BE_POSTPONED = HEAVY | EXTRAS | SOMETIMES_MISSING | {"rich", "typer", "tomllib", "functorch"}
+ONE_SENTENCE = "A package's __init__ is one sentence that says what the room is for"
+
+# What is not cured yet. Each of these sets is to be empty.
+UPWARD = {
+    ("evaluation/evaluator.py", "inference"),
+    ("evaluation/evaluator.py", "training"),
+    ("inference/decoding.py", "training"),
+    ("kernels/qkv_swiglu.py", "layers"),
+    ("planning/plan.py", "training"),
+    ("system/hardware.py", "kernels"),
+}
+IN_A_CIRCLE = {
+    "data.tokenizers.base",
+    "data.tokenizers.bpe",
+    "data.tokenizers.hf_json",
+    "kernels.cross_entropy",
+    "kernels.cross_entropy_triton",
+    "kernels.optimizer_step",
+    "kernels.optimizer_step_triton",
+}
+POSTPONED = {
+    "data/tokenizers/base.py",
+    "optim/_groups.py",
+    "planning/memory.py",
+    "runs/run.py",
     "system/hardware.py",
 }
-HEAVY = {"torch", "numpy", "tiktoken", "safetensors", "lion_pytorch", "torchinfo"}
+LONG_FUNCTIONS = {
+    "commands/sample.py:run",
+    "commands/summarize.py:run",
+    "commands/summarize.py:summary",
+    "commands/train.py:new_run",
+    "convert/quantize.py:quantize_model",
+    "planning/memory.py:simulate",
+    "planning/plan.py:plan_run",
+    "training/session.py:start",
+    "training/trainer.py:train",
+}
+BIG_CLASSES = {"training/trainer.py:Trainer"}
+MANY_ATTRIBUTES = {"training/trainer.py:Trainer"}
+LONG_LOOP = True  # the body of the loop in Trainer.train
 
 
 def imports(tree):
@@ -61,19 +98,122 @@ def part(name):
     return rest[0] if known else ""
 
 
+def module_name(path):
+    """`models/llama.py` as models.llama, `models/__init__.py` as models."""
+    return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in TREES if path != "__init__.py"}
+
+
+def module_of(name):
+    """The module of ours that `nnx_cli.X.Y.name` is or belongs to, or None."""
+    rest = name.split(".")[1:] if name.split(".")[0] == "nnx_cli" else []
+    while rest and ".".join(rest) not in MODULES:
+        rest.pop()
+    return ".".join(rest) or None
+
+
+def test_every_part_has_a_floor():
+    assert {path.split("/")[0].removesuffix(".py").replace("__init__", "") for path in TREES} <= set(FLOOR)
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_imports_point_down(name):
     own = name.split("/")[0].removesuffix(".py").replace("__init__", "")
     used = {part(module) for module in imports(TREES[name]) if module.split(".")[0] == "nnx_cli"} - {own}
-    if name in UPWARD:
-        return
-    assert {lower for lower in used if FLOOR[lower] <= FLOOR[own]} == set()
+    upward = {lower for lower in used if FLOOR[lower] <= FLOOR[own]}
+    assert {lower for lower in upward if (name, lower) not in UPWARD} == set()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_console_is_for_the_command_line(name):
+    if name.split("/")[0] not in ("cli.py", "commands", "console.py", "console"):
+        assert "console" not in {part(module) for module in imports(TREES[name])}
+
+
+def test_no_modules_import_each_other():
+    uses = {own: {module_of(m) for m in imports(TREES[path])} - {None, own} for own, path in MODULES.items()}
+
+    def reached(start):
+        found, todo = set(), [start]
+        while todo:
+            new = uses[todo.pop()] - found
+            found |= new
+            todo += new
+        return found
+
+    assert {module for module in uses if module in reached(module)} - IN_A_CIRCLE == set()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_only_what_is_heavy_is_imported_inside_a_function(name):
+    """The command line may postpone everything, so that help stays light; so do the names that packages hand out."""
+    light = name.split("/")[0] in ("commands", "cli.py") or name in ("__init__.py", "models/__init__.py")
+    for function in ast.walk(TREES[name]):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        for module in imports(function):
+            own_triton = name.startswith("kernels/") and module_of(module) == f"{module_name(name)}_triton"
+            if own_triton or (light and module.startswith("nnx_cli.")) or name in POSTPONED:
+                continue
+            assert module.split(".")[0] in MAY_BE_POSTPONED, f"{name}, {function.name}: {module}"
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name.endswith("/__init__.py")])
+def test_a_package_says_what_it_is_for(name):
+    tree = TREES[name]
+    assert ast.get_docstring(tree), ONE_SENTENCE
+    if name != "models/__init__.py":
+        assert len(tree.body) == 1 and ast.get_docstring(tree).count(".") == 1, ONE_SENTENCE
+
+
+def definitions(kind):
+    """(file:name, node) of every function or class of the package."""
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, kind):
+                yield f"{name}:{node.name}", node
+
+
+def lines(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def test_functions_and_classes_fit_on_a_screen():
+    functions = {name for name, node in definitions((ast.FunctionDef, ast.AsyncFunctionDef)) if lines(node) > 60}
+    classes = {name for name, node in definitions(ast.ClassDef) if lines(node) > 250}
+    assert functions - LONG_FUNCTIONS == set() and classes - BIG_CLASSES == set()
+
+
+def attributes(node):
+    """Names that a class assigns to `self`, and its fields."""
+    stored = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    own = {n.attr for n in stored if ast.unparse(n.value) == "self"}
+    return own | {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+
+
+def test_no_class_holds_everything():
+    """Configurations and records, which are frozen dataclasses, may have as many fields as they have settings."""
+    frozen = "dataclass(frozen=True"
+    full = {
+        name
+        for name, node in definitions(ast.ClassDef)
+        if len(attributes(node)) > 15 and not any(ast.unparse(d).startswith(frozen) for d in node.decorator_list)
+    }
+    assert full - MANY_ATTRIBUTES == set()
+
+
+def test_the_training_loop_is_read_at_a_glance():
+    (train,) = [node for name, node in definitions(ast.FunctionDef) if name == "training/trainer.py:train"]
+    (loop,) = [node for node in ast.walk(train) if isinstance(node, ast.While)]
+    assert LONG_LOOP or loop.end_lineno - loop.body[0].lineno + 1 <= 40
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_libraries_have_their_place(name):
     used = {module.split(".")[0] for module in imports(TREES[name])}
-    assert "rich" not in used or name == "console.py"
+    assert "rich" not in used or name.split("/")[0] in ("console.py", "console")
     assert not {"click", "marshal", "shelve", "joblib", "dill", "cloudpickle"} & used
     assert "pickle" not in used or name == "convert/import_original.py"
     if name.split("/")[0] in ROOMS:

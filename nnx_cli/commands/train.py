@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +19,6 @@ from nnx_cli.console import Output, TrainingView, duration
 from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
-    from socket import socket
-
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.base import Tokenizer
     from nnx_cli.runs.run import ModelRef, Run
@@ -93,12 +89,14 @@ def run(
     checkpoint = options["checkpoint_path"]
     if resume is None and checkpoint is not None and not is_foreign(checkpoint):
         resume, filepath = checkpoint, None
+    from nnx_cli.system.signals import signals_as_ctrl_c
+
     if resume is not None:
         if any(value is not None for value in (model, size, filepath, out, init_from, config)):
             raise UsageError(
                 "--resume takes model, text and settings from the run", fix="leave out what is given besides"
             )
-        with handled_signals(("SIGTERM", "SIGHUP"), give_up):
+        with signals_as_ctrl_c():
             resume_run(output, resume, cli, data, dry_run)
         return
     recipe = NYX_RECIPE if model is None and (aliases or checkpoint) else {}
@@ -109,7 +107,7 @@ def run(
     model, size = model or filed["model"], size or filed["size"] or "auto"
     if checkpoint is not None:
         init_from = imported(model or "nyx", checkpoint)
-    with handled_signals(("SIGTERM", "SIGHUP"), give_up):
+    with signals_as_ctrl_c():
         new_run(output, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
 
 
@@ -308,8 +306,6 @@ def token_folder(
         return data, []
     if "-" in (filepath or []):
         raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
-    from dataclasses import replace
-
     from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.data import prepare
 
@@ -380,6 +376,8 @@ def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, locke
     if not locked:
         with run.lock():
             return finish(output, run, trainer, view, locked=True)
+    from nnx_cli.system.signals import stop_signals
+
     with stop_signals() as should_stop:
         try:
             ended = trainer.train(run, should_stop)
@@ -436,58 +434,6 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
         f"  nnx eval {run.folder}",
         f"  nnx train --resume {run.folder} --max-time {longer / 60:.0f}m",
     ]
-
-
-@contextmanager
-def stop_signals() -> Iterator[Any]:
-    """A question, asked after every step: has somebody asked to stop? A second Ctrl-C stops at once, saving nothing
-    more."""
-    import socket
-
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        asked.extend(arrived(receiver) or [number])
-        if asked.count(signal.SIGINT) > 1 or (number == signal.SIGINT and asked[0] != number):
-            raise KeyboardInterrupt
-
-    sender, receiver = socket.socketpair()  # Python calls a handler once for signals that come at the same time
-    with sender, receiver, handled_signals(("SIGINT", "SIGTERM", "SIGHUP"), ask):
-        sender.setblocking(False)
-        receiver.setblocking(False)
-        woken = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        try:
-            yield lambda: bool(asked)
-        finally:
-            signal.set_wakeup_fd(woken)
-
-
-def arrived(receiver: socket) -> list[int]:
-    """The numbers of the signals that came since the last look."""
-    try:
-        return list(receiver.recv(4096))
-    except BlockingIOError:
-        return []
-
-
-@contextmanager
-def handled_signals(names: tuple[str, ...], handler: Any) -> Iterator[None]:
-    """Handle those of these signals that the system has and that are not ignored, as nohup and a shell's & ask for."""
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
-    try:
-        for number in before:
-            signal.signal(number, handler)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def give_up(number: int, frame: Any) -> None:
-    """Before the first step nothing is worth saving: end as after Ctrl-C, taking back what is half made."""
-    raise KeyboardInterrupt
 
 
 def command_line() -> str:

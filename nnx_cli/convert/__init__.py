@@ -1,0 +1,1 @@
+"""A model folder in another form: quantized, adapters merged, imported from an original."""

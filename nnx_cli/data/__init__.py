@@ -1,0 +1,1 @@
+"""From files of text to documents, ids, token folders and batches."""

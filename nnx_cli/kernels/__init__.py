@@ -1,0 +1,1 @@
+"""Operations with more than one implementation: the plain version, the fast ones, and the choice between them."""
