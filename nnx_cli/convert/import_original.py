@@ -143,5 +143,5 @@ def import_checkpoint(
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     with new_folder(out) as folder:
-        write_model_folder(folder, config, reader, model.unique_state())
+        write_model_folder(folder, config, reader, model.state_without_ties())
     return config

@@ -130,7 +130,7 @@ def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[st
     """The tensors of a float model as `quantize_layers` lets a model expect them; the others in fp16 or bf16."""
     owners = {f"{name}.weight": name for name in quantizable(model, quantization.kept)}
     state = {}
-    for name, tensor in model.unique_state().items():
+    for name, tensor in model.state_without_ties().items():
         if name in owners:
             state[name], state[f"{owners[name]}.scale"] = quantize(tensor, quantization)
         else:
@@ -151,7 +151,7 @@ def compare(
 ) -> Comparison:
     """Both models on evenly spread windows of `tokens`, as many as MEASURED_FLOPS pay for; logits in chunks of rows."""
     config = before.config
-    n_parameters = sum(tensor.numel() for tensor in before.unique_state().values())
+    n_parameters = sum(tensor.numel() for tensor in before.state_without_ties().values())
     n_tokens = min(max(int(MEASURED_FLOPS / (2 * n_parameters)), MEASURED_TOKENS[0]), MEASURED_TOKENS[1])
     seq_len = min(config.seq_len, len(tokens) - 1)
     starts = window_starts(len(tokens), seq_len, max(1, n_tokens // seq_len))

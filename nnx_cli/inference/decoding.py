@@ -13,7 +13,7 @@ from nnx_cli.training.step import capture_stream
 
 class CapturedDecoding:
     """One more token of every row through a model and its cache, launched at once: its hundreds of small kernels run
-    many times faster than a processor launches them. The cache becomes fixed, and has to stay the same.
+    many times faster than a processor launches them. The cache becomes static, and has to stay the same.
 
     Raises RuntimeError where something cannot be recorded, torch.OutOfMemoryError where memory does not suffice; the
     cache is then as it was.
@@ -22,25 +22,25 @@ class CapturedDecoding:
     def __init__(self, model: LanguageModel, cache: Any, input_ids: Tensor) -> None:
         self.cache, self.input_ids = cache, input_ids.clone()  # (R, 1): what a replay reads
         self.graph, stream = torch.cuda.CUDAGraph(), capture_stream()
-        go_back = cache.way_back()
-        cache.fixed = True
+        restore = cache.snapshot()
+        cache.static = True
         try:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 model(self.input_ids, cache=cache)  # libraries choose kernels and make their workspaces
             torch.cuda.current_stream().wait_stream(stream)
-            go_back()
+            restore()
             with torch.cuda.graph(self.graph, stream=stream):
                 self.logits = model(self.input_ids, cache=cache)[:, -1]
         except RuntimeError:
-            cache.fixed = False
+            cache.static = False
             raise
         finally:
-            go_back()
+            restore()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits (R, V) after tokens (R, 1); good until the next call."""
         self.input_ids.copy_(input_ids)
         self.graph.replay()
-        self.cache.count(1)
+        self.cache.note_advance(1)
         return self.logits

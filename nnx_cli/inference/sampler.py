@@ -109,7 +109,7 @@ class Context:
         self.cache = None
         self.captured: CapturedDecoding | None = None
         self.captures = use_cache and capacity >= CAPTURE_FROM and model.device.type == "cuda"
-        self.captures = self.captures and not model.waits_in_eval
+        self.captures = self.captures and not model.syncs_in_eval
 
     def _starts(self) -> list[int]:
         return [window_start(length, self.seq_len) for length in self.lengths]
@@ -157,7 +157,7 @@ class Context:
         if self.cache is None or self._starts() != self.starts:
             return self.read_all()
         newest = self.history.gather(1, self._lengths()[:, None] - 1)
-        if self.captures and hasattr(self.cache, "way_back"):  # somebody's own architecture may have less
+        if self.captures and hasattr(self.cache, "snapshot"):  # somebody's own architecture may have less
             self.captures = False
             with suppress(RuntimeError):  # out of memory: decoding goes on op by op
                 self.captured = CapturedDecoding(self.model, self.cache, newest)

@@ -13,8 +13,9 @@ class KVCache:
     """Preallocated keys and values, (L, B, G, S, K) each; rows may hold different numbers of positions.
 
     One forward pass of T new positions: `positions(T)`, then `update` once in every layer, then `advance(T)`. Once
-    `fixed`, a pass of one position does the same operations on the same memory whatever was stored before, so that it
-    can be recorded as a CUDA graph: attention covers all S positions, with a mask. Whoever replays it calls `count`.
+    `static`, a pass of one position does the same operations on the same memory whatever was stored before, so that it
+    can be captured as a CUDA graph: attention covers all S positions, with a mask. Whoever replays it calls
+    `note_advance`.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_seq_len = max_seq_len
-        self.fixed = False
+        self.static = False
         self._longest = 0  # the largest of `lengths`, kept on the host so that no step has to ask the device
         self._even = True  # whether all rows have that length
 
@@ -42,16 +43,16 @@ class KVCache:
         assert self._longest + n_new <= self.max_seq_len, (self._longest, n_new, self.max_seq_len)
         return self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
 
-    def is_fixed(self, n_new: int) -> bool:
-        """Whether a pass of T new positions is one that must not depend on what was stored before."""
-        return self.fixed and n_new == 1
+    def is_static(self, n_new: int) -> bool:
+        """Whether a pass of T new positions must do the same operations whatever was stored before."""
+        return self.static and n_new == 1
 
     def _end(self, n_new: int) -> int:
-        return self.max_seq_len if self.is_fixed(n_new) else self._longest + n_new
+        return self.max_seq_len if self.is_static(n_new) else self._longest + n_new
 
     def mask(self, n_new: int) -> Tensor | None:
         """What each new position may see, (B, 1, T, S), or None where plain causal attention says the same."""
-        if self._even and (self._longest == 0 or n_new == 1) and not self.is_fixed(n_new):
+        if self._even and (self._longest == 0 or n_new == 1) and not self.is_static(n_new):
             return None
         seen = torch.arange(self._end(n_new), device=self.lengths.device)
         return (seen <= self.positions(n_new)[..., None])[:, None]
@@ -65,7 +66,7 @@ class KVCache:
         n_new = k.shape[2]
         end = self._end(n_new)
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if self._even and not self.is_fixed(n_new):
+            if self._even and not self.is_static(n_new):
                 store[:, :, self._longest : end] = new
             else:
                 index = self.positions(n_new)[:, None, :, None].expand_as(new)
@@ -75,21 +76,21 @@ class KVCache:
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every row."""
         self.lengths += n_new
-        self.count(n_new)
+        self.note_advance(n_new)
 
-    def count(self, n_new: int) -> None:
-        """Learn that every row has `n_new` more positions, which `lengths` says already."""
+    def note_advance(self, n_new: int) -> None:
+        """Count `n_new` more positions on the host alone, after a CUDA graph has counted them in `lengths`."""
         self._longest += n_new
 
-    def way_back(self) -> Callable[[], None]:
-        """A function that forgets, exactly, what is stored from now on."""
+    def snapshot(self) -> Callable[[], None]:
+        """A function that restores the present state, exactly."""
         lengths, longest, even = self.lengths.clone(), self._longest, self._even
 
-        def go_back() -> None:
+        def restore() -> None:
             self.lengths.copy_(lengths)
             self._longest, self._even = longest, even
 
-        return go_back
+        return restore
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """Forget what lies beyond `lengths`, (B,) or one number for all rows."""

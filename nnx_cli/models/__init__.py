@@ -123,7 +123,7 @@ def load_reference(
         model.set_noise(noise)
     if rank := config.get("lora_rank_applied"):
         add_adapters(model, rank)
-    own, tensors = model.unique_state(), reader.Tensors(model)
+    own, tensors = model.state_without_ties(), reader.Tensors(model)
     unknown = sorted(weights.keys() - tensors.save(own).keys() - tensors.unused)
     try:
         state = tensors.load(weights)
@@ -152,7 +152,7 @@ def reference_tensors(model: LanguageModel, grads: bool = False) -> dict[str, Te
     """Weights, or their gradients, under the original's names and in its layout; absent gradients are left out."""
     tensors = original(model.architecture).Tensors(model)
     if not grads:
-        return tensors.save(model.unique_state())
+        return tensors.save(model.state_without_ties())
     return tensors.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 

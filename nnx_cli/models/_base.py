@@ -51,7 +51,7 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-    def heads_divide_dim(self) -> None:
+    def check_head_dim(self) -> None:
         """Raise UsageError unless `n_heads` divides `dim` into even widths."""
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
             raise UsageError(
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
 
     recipe = Recipe()
     ignore_index = -100  # a target that does not count; -100 is never a token
-    waits_in_eval = False  # whether a pass in evaluation mode waits for the device, so that no CUDA graph can hold it
+    syncs_in_eval = False  # whether a pass in evaluation mode synchronizes, so that no CUDA graph can hold it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
     def make_cache(self, batch_size: int, max_seq_len: int) -> Any:
         """An empty cache, or recurrent state, for `batch_size` rows of up to `max_seq_len` positions.
 
-        One that has `way_back` (a KVCache does) may be recorded on a card: it keeps its tensors and writes into them.
+        One that has `snapshot` (a KVCache does) may be captured in a CUDA graph: it writes into the tensors it keeps.
         """
         raise TypeError(f"{self.architecture} defines no cache")
 
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         """Where the parameters are."""
         return self.embedding.weight.device
 
-    def unique_state(self) -> dict[str, Tensor]:
+    def state_without_ties(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under their names; a tied tensor once, under its first name."""
         state, seen = {}, set()
         for name, tensor in self.state_dict(keep_vars=True).items():

@@ -35,7 +35,7 @@ class Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.heads_divide_dim()
+        self.check_head_dim()
         self.derive(n_kv_heads=self.n_heads // 2 if self.n_heads % 2 == 0 else self.n_heads, ffn_dim=3 * self.dim)
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")

@@ -104,18 +104,18 @@ class AveragedKeyCache(KVCache):
 
     def _first(self, n_new: int) -> int:
         """The first position that the next one sees, in any row."""
-        if self.window is None or not self._even or self.is_fixed(n_new):
+        if self.window is None or not self._even or self.is_static(n_new):
             return 0
         return max(0, self._longest + 1 - self.window)
 
-    def way_back(self) -> Callable[[], None]:
-        forget, sums = super().way_back(), self.sums.clone()
+    def snapshot(self) -> Callable[[], None]:
+        forget, sums = super().snapshot(), self.sums.clone()
 
-        def go_back() -> None:
+        def restore() -> None:
             forget()
             self.sums.copy_(sums)
 
-        return go_back
+        return restore
 
     def truncate(self, lengths: Tensor | int) -> Self:
         before = self.lengths.clone()

@@ -82,7 +82,7 @@ class Config(ModelConfig):
             if getattr(self, name) not in choices:
                 value, option = getattr(self, name), name.replace("_", "-")
                 raise UsageError(f"--{option} is {value!r}; choose from {', '.join(choices)}")
-        self.heads_divide_dim()
+        self.check_head_dim()
         if self.diff_attention == "constrained" and self.head_dim % 2:
             raise UsageError(
                 f"--diff-attention constrained needs heads that halve: --dim {self.dim}, {self.n_heads} heads"
@@ -287,7 +287,7 @@ class Model(LanguageModel):
         matrix = self.head.linear if config.normalized else self.head
         if config.tie_embeddings:
             matrix.weight = self.embedding.weight
-        self.waits_in_eval = config.decoder == "function"  # every function takes the rows that chose it
+        self.syncs_in_eval = config.decoder == "function"  # every function takes the rows that chose it
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -44,7 +44,7 @@ class Config(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_dim is None:
-            self.heads_divide_dim()
+            self.check_head_dim()
         self.derive(head_dim=self.dim // self.n_heads, ffn_dim=4 * self.dim)
         if self.head_dim < 2 or self.head_dim % 2 or self.ffn_dim < 1:
             raise UsageError(

@@ -64,7 +64,7 @@ class Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.heads_divide_dim()
+        self.check_head_dim()
         self.derive(ffn_dim=8 * self.dim)
         if self.ffn_dim < 1 or not self.student_df > 0 or self.entropy_weight < 0:
             raise UsageError("--ffn-dim must be at least 1, --student-df above 0, --entropy-weight at least 0")
@@ -272,30 +272,30 @@ class TapeCache:
         for store in self.stores:
             store.advance(n_new)
 
-    def count(self, n_new: int) -> None:
+    def note_advance(self, n_new: int) -> None:
         """As in KVCache."""
         for store in self.stores:
-            store.count(n_new)
+            store.note_advance(n_new)
 
     @property
-    def fixed(self) -> bool:
+    def static(self) -> bool:
         """As in KVCache."""
-        return self.first.fixed
+        return self.first.static
 
-    @fixed.setter
-    def fixed(self, value: bool) -> None:
+    @static.setter
+    def static(self, value: bool) -> None:
         for store in self.stores:
-            store.fixed = value
+            store.static = value
 
-    def way_back(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """As in KVCache."""
-        ways = [store.way_back() for store in self.stores]
+        snapshots = [store.snapshot() for store in self.stores]
 
-        def go_back() -> None:
-            for way in ways:
-                way()
+        def restore() -> None:
+            for restore_store in snapshots:
+                restore_store()
 
-        return go_back
+        return restore
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """Forget what lies beyond `lengths`, (B,) or one number for all rows."""

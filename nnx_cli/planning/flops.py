@@ -285,7 +285,7 @@ def sampling_bytes(model: LanguageModel, precision: str = "fp32") -> tuple[int, 
     with torch.device("meta"):
         model.compute_dtype = DTYPES[precision]
         cache = model.make_cache(1, 16)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.unique_state().values())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_without_ties().values())
     return weights, cache.n_bytes // 16
 
 

@@ -138,7 +138,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path, de
 
     Raises CheckpointError where names, shapes or numbers cannot belong to this model.
     """
-    expected = model.unique_state()
+    expected = model.state_without_ties()
     if expected.keys() != state.keys():
         odd = sorted(expected.keys() ^ state.keys())
         raise CheckpointError(f"{source} belongs to another model: {odd[0]} and {len(odd) - 1} more do not match")

@@ -120,7 +120,7 @@ class Step:
     def rehearsal(self) -> Iterator[None]:
         """Steps taken inside leave weights, optimizer and counters as they were."""
         touched = type(self.model).post_optim_step is not LanguageModel.post_optim_step
-        state = self.model.unique_state() if touched else {}
+        state = self.model.state_without_ties() if touched else {}
         before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         stats, scale = self.stats.clone(), self.scaler.state_dict()
         self.hold.fill_(1.0)

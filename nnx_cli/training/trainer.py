@@ -142,7 +142,7 @@ class Trainer:
             "random": {"seed": self.config.seed, "step": self.state.step},
         }
         return Checkpoint(
-            self.state.step, self.model.unique_state(), optimizer_state(self.optimizer, self.model), state
+            self.state.step, self.model.state_without_ties(), optimizer_state(self.optimizer, self.model), state
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -205,7 +205,7 @@ class Trainer:
                 started = time.perf_counter()
                 loss, grad_norm = self.read_stats()
                 state.time_s += time.perf_counter() - started
-                lost = self.lost() or (save and not all_finite(self.model.unique_state().values()))
+                lost = self.lost() or (save and not all_finite(self.model.state_without_ties().values()))
                 if lost:
                     self.roll_back(run)
                     logged, logged_at = state.tokens, state.time_s
@@ -373,7 +373,7 @@ class Trainer:
             )
         checkpoint, notes = run.newest_checkpoint()
         self.captured = None  # it knows the optimizer's state by its address
-        for name, tensor in self.model.unique_state().items():
+        for name, tensor in self.model.state_without_ties().items():
             tensor.copy_(checkpoint.model[name])
         failed, skipped, time_s = state.step, state.skipped_steps, state.time_s
         self.restore(checkpoint)
@@ -461,7 +461,7 @@ class Trainer:
     def validate_in_full(self) -> None:
         """Let validation take as many windows at a time as a step, in a graph of its own where steps have one."""
         self.val_rows, self.losses_of = self.config.batch_size, token_losses
-        self.captures_validation = not self.model.waits_in_eval
+        self.captures_validation = not self.model.syncs_in_eval
 
     def validate_in_less(self) -> bool:
         """Let validation take less memory from here on: fewer windows at a time, then no graph of its own. Returns
@@ -517,7 +517,7 @@ class Trainer:
     def write_best(self, run: Run) -> None:
         """Write the weights as the best ones, if that is what they are. Raises OutputError."""
         if self.better is not None and self.better["best_step"] == self.state.step:
-            run.save_best(self.model.unique_state(), self.better)
+            run.save_best(self.model.state_without_ties(), self.better)
             self.best, self.better = self.better, None
 
     def write_logs(self, run: Run) -> None:

@@ -204,7 +204,7 @@ def test_recorded_decoding_draws_what_plain_decoding_draws(tiny, name, monkeypat
     monkeypatch.setattr(sampler, "CapturedDecoding", lambda *args: made.append(CapturedDecoding(*args)) or made[-1])
     recorded = [sample.tokens for sample in run(model, PROMPTS, **settings).samples]
     assert len(made) == 1
-    model.waits_in_eval = True  # so that nothing is recorded
+    model.syncs_in_eval = True  # so that nothing is recorded
     assert [sample.tokens for sample in run(model, PROMPTS, **settings).samples] == recorded and len(made) == 1
 
 

@@ -53,7 +53,7 @@ def build(case):
         seq_len=config["max_position_embeddings"],
     )
     weights = packed(cut(f"{case}.weights."), model.config.n_layers)
-    own = model.unique_state()
+    own = model.state_without_ties()
     assert own.keys() == weights.keys()
     for name, tensor in own.items():
         tensor.copy_(weights[name])
@@ -87,8 +87,8 @@ def test_cached_decoding_equals_the_other_implementation(case):
 
 def test_tied_weights_are_one_tensor():
     tied, untied = build("tied"), build("untied")
-    assert tied.head.weight is tied.embedding.weight and "head.weight" not in tied.unique_state()
-    assert untied.head.weight is not untied.embedding.weight and "head.weight" in untied.unique_state()
+    assert tied.head.weight is tied.embedding.weight and "head.weight" not in tied.state_without_ties()
+    assert untied.head.weight is not untied.embedding.weight and "head.weight" in untied.state_without_ties()
 
 
 def test_key_value_heads_follow_from_the_heads():

@@ -338,7 +338,7 @@ def test_annealing_follows_the_steps_and_survives_saving(tiny, tmp_path):
         found.append(float(model.noise.temperature()))
         model.post_optim_step()
     assert found == pytest.approx([1.0, 10**-0.5, 0.1, 10**-1.5, 0.01, 0.01])
-    state = ckpt.read_tensors(tmp_path / "x", ckpt.write_tensors(tmp_path / "x", model.unique_state()))
+    state = ckpt.read_tensors(tmp_path / "x", ckpt.write_tensors(tmp_path / "x", model.state_without_ties()))
     loaded = meta_model("neon", model.config)
     ckpt.load_weights(loaded, state, tmp_path, torch.device("cpu"))
     assert loaded.noise.steps == 6

@@ -163,7 +163,7 @@ def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(
     cache = model.make_cache(2, 32)
     model(ids[:, :9], cache=cache)
     cache.truncate(torch.tensor(lengths))
-    cache.fixed = True
+    cache.static = True
     before = addresses(cache)
     for step in range(4):
         new = torch.stack([ids[row, length + step : length + step + 1] for row, length in enumerate(lengths)])
@@ -181,16 +181,16 @@ def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(
 
 
 @torch.no_grad()
-def test_a_cache_finds_its_way_back(model, name):
+def test_a_cache_is_restored_from_its_snapshot(model, name):
     ids = draw_ids(2, 12)
     cache = model.make_cache(2, 32)
     model(ids[:, :8], cache=cache)
     cache.truncate(torch.tensor([5, 8]))
-    go_back = cache.way_back()
+    restore = cache.snapshot()
     expected = model(ids[:, 8:9], cache=cache)
     model(ids[:, 9:12], cache=cache)
     for _ in range(2):
-        go_back()
+        restore()
         assert cache.lengths.tolist() == [5, 8]
         assert torch.equal(model(ids[:, 8:9], cache=cache), expected)
 
@@ -228,7 +228,7 @@ def test_overfits_one_batch(tiny, name):
 
 @torch.no_grad()
 def test_saved_and_loaded_gives_the_same_logits(model, name, tmp_path):
-    digest = ckpt.write_tensors(tmp_path / "model.safetensors", model.unique_state())
+    digest = ckpt.write_tensors(tmp_path / "model.safetensors", model.state_without_ties())
     state = ckpt.read_tensors(tmp_path / "model.safetensors", digest)
     loaded = meta_model(name, model.config)
     ckpt.load_weights(loaded, state, tmp_path, torch.device("cpu"))
@@ -364,7 +364,7 @@ def test_a_field_of_another_architecture_names_its_owner(name):
 
 
 def test_plain_safetensors_hold_every_tensor_once(model, name, tmp_path):
-    state = {key: tensor.contiguous() for key, tensor in model.unique_state().items()}
+    state = {key: tensor.contiguous() for key, tensor in model.state_without_ties().items()}
     save_file(state, tmp_path / "model.safetensors")  # refuses tensors that share memory
     assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
 

@@ -169,7 +169,7 @@ def test_what_is_no_safetensors_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, value):
     model = tiny()
-    state = {key: tensor.clone() for key, tensor in model.unique_state().items()}
+    state = {key: tensor.clone() for key, tensor in model.state_without_ties().items()}
     state["norm.weight"][3] = value
     with pytest.raises(CheckpointError, match="norm.weight holds numbers that are not finite"):
         ckpt.load_weights(model, state, tmp_path, torch.device("cpu"))
@@ -178,8 +178,13 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, value):
 
 def test_weights_of_another_model_are_refused(tiny, tmp_path):
     model = tiny()
-    state = model.unique_state()
-    for other in (tiny(dim=64).unique_state(), tiny("llama").unique_state(), tiny(n_layers=1).unique_state(), {}):
+    state = model.state_without_ties()
+    for other in (
+        tiny(dim=64).state_without_ties(),
+        tiny("llama").state_without_ties(),
+        tiny(n_layers=1).state_without_ties(),
+        {},
+    ):
         with pytest.raises(CheckpointError, match="belongs to another model"):
             ckpt.load_weights(model, other, tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match="x and 0 more"):

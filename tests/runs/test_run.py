@@ -60,7 +60,7 @@ def test_a_new_run_can_be_resumed(start, workspace):
         "tokenizer.json",
     ]
     assert find_model(str(run.folder)).weights()[0].parent.name == "step-00000000"
-    assert all(torch.equal(checkpoint.model[key], value) for key, value in trainer.model.unique_state().items())
+    assert all(torch.equal(checkpoint.model[key], value) for key, value in trainer.model.state_without_ties().items())
 
 
 def test_a_folder_that_exists_is_left_alone(start, workspace):
@@ -118,7 +118,7 @@ def test_replacing_the_best_weights_survives_a_crash(run, monkeypatch, number):
 @pytest.mark.parametrize("number", range(1, 8))
 def test_the_first_best_weights_survive_a_crash(start, workspace, monkeypatch, number):
     run, trainer = start(workspace / "weights" / "new")
-    first = trainer.model.unique_state()
+    first = trainer.model.state_without_ties()
     with monkeypatch.context() as patch:
         crash_at(patch, number)
         with pytest.raises(Crash):

@@ -29,7 +29,7 @@ def batch(seed=0, n=4, device="cpu"):
 
 
 def snapshot(step):
-    tensors = dict(step.model.unique_state())
+    tensors = dict(step.model.state_without_ties())
     tensors |= {
         f"{i}.{key}": value
         for i, fields in enumerate(step.optimizer.state.values())

@@ -37,7 +37,7 @@ def test_a_resumed_run_ends_with_the_same_bits(start, workspace, name):
 def test_adapters_are_added_trained_merged_and_removed(tiny, name):
     model = tiny(name)
     ids = torch.randint(64, (2, 16))
-    base, state = model(ids), {key: value.clone() for key, value in model.unique_state().items()}
+    base, state = model(ids), {key: value.clone() for key, value in model.state_without_ties().items()}
     add_adapters(model, 4)
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert trained and all(key.endswith(("lora_a", "lora_b")) for key in trained)
@@ -53,5 +53,5 @@ def test_adapters_are_added_trained_merged_and_removed(tiny, name):
     merge_adapters(merged)
     assert (merged(ids) - adapted).abs().max() < 1e-4
     remove_adapters(model)
-    assert model.unique_state().keys() == state.keys() == merged.unique_state().keys()
-    assert all(torch.equal(value, state[key]) for key, value in model.unique_state().items())
+    assert model.state_without_ties().keys() == state.keys() == merged.state_without_ties().keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_without_ties().items())

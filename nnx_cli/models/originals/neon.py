@@ -156,7 +156,7 @@ class Tensors(OriginalTensors):
             "bank_norm": NAMES["mlp_norm"],
             "mlp_norm": f"post_{BANK_NAMES[self.config.decoder]}_layernorm",
         }
-        for ours in self.model.unique_state():
+        for ours in self.model.state_without_ties():
             theirs, rest = "model.", ours
             if ours.startswith("blocks."):
                 _, layer, rest = ours.split(".", 2)
