@@ -49,7 +49,7 @@ def differential_attention(
     return y1 - weight * y2
 
 
-def repeat_as_seed(k: Tensor, v: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+def repeat_as_original(k: Tensor, v: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
     """One key and value for every query head, as the original's eager code repeats them: its 2G key maps are numbered
     through, so that both maps of a query may read one map. k (B, G, T, M, K), v (B, G, T, M·K)."""
     n = n_heads // k.shape[1]

@@ -26,11 +26,13 @@ class ModelConfig:
     n_layers: int = 8  # number of blocks
     n_heads: int = 8  # query heads
     dropout: float = 0.0  # probability of dropping, in attention and feed-forward
-    variant: str = "sound"  # sound, or seed: the original with its defects, for proof only
+    variant: str = "sound"  # sound, or original: the original with its defects, for proof only
 
-    VARIANTS = ("sound", "seed")
+    VARIANTS = ("sound", "original")
 
     def __post_init__(self) -> None:
+        if self.variant == "seed":  # its older name
+            object.__setattr__(self, "variant", "original")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and value < 1:

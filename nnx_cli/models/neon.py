@@ -17,7 +17,7 @@ Parameters at the original's vocabulary of 32,000, of the original and of this:
 `arc` and `nova` cannot run there, 20 and 24 heads not dividing their width; they have 24 and 32 here. Differs from the
 original further: position p is rotated by p, not p // 2; both maps of a query read the two maps of one key head; the
 lambda vectors of the differential feed-forward start small enough not to overflow; functions are chosen without noise
-in evaluation. Variant `seed` keeps the rotation, the pairing and the noise.
+in evaluation. Variant `original` keeps the rotation, the pairing and the noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.differential_attention import Lambda, differential_attention, repeat_as_seed
+from nnx_cli.layers.differential_attention import Lambda, differential_attention, repeat_as_original
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         inner, kv_dim = (heads * config.n_maps * config.head_dim for heads in (config.n_heads, config.n_kv_heads))
         self.qkv = PackedLinear(config.dim, (inner, kv_dim, kv_dim))
         self.out = Linear(inner, config.dim)
-        self.mixed_pairs = config.variant == "seed" and config.n_kv_heads < config.n_heads
+        self.mixed_pairs = config.variant == "original" and config.n_kv_heads < config.n_heads
         self.lambda_ = self.qk_scale = None
         if config.n_maps == 2:
             self.lambda_ = Lambda(config.head_dim, std=0.1)
@@ -178,7 +178,7 @@ class Attention(nn.Module):
             gain = self.qk_scale.view(M, K) * self.qk_gain
             q, k = ((unit(y) * gain).to(x.dtype) for y in (q, k))
         if self.mixed_pairs:
-            k, v = repeat_as_seed(k, v, self.n_heads)
+            k, v = repeat_as_original(k, v, self.n_heads)
         options = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
         if self.lambda_ is None:
             return self.out(causal_attention(q.flatten(-2), k.flatten(-2), v, cache, self.layer, **options))
@@ -320,7 +320,7 @@ class Model(LanguageModel):
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         config, (B, T) = self.config, input_ids.shape
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        angles = positions // 2 if config.variant == "seed" else positions
+        angles = positions // 2 if config.variant == "original" else positions
         tables = rotary_tables(angles, config.head_dim, config.rope_theta)
         tables = tuple(table.unsqueeze(-2) for table in tables)  # the same for both maps
         x = self.embedding(input_ids)  # (B, T, D)
@@ -337,7 +337,7 @@ class Model(LanguageModel):
         if self.config.decoder == "memory":
             return {"slots": self.memories}
         if self.config.decoder == "function":
-            draws = self.training or self.config.variant == "seed"
+            draws = self.training or self.config.variant == "original"
             noise = self.noise(layer, self.bank_sizes(), batch_size, positions) if draws else None
             return {"functions": self.functions, "noise": noise, "temperature": self.noise.temperature()}
         return {}
@@ -372,7 +372,7 @@ class Model(LanguageModel):
         return KVCache(
             config.n_layers,
             batch_size,
-            config.n_heads if config.variant == "seed" else config.n_kv_heads,
+            config.n_heads if config.variant == "original" else config.n_kv_heads,
             max_seq_len,
             config.n_maps * config.head_dim,
             device=self.device,

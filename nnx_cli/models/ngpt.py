@@ -11,7 +11,7 @@ keep their sign; one scale s_qk acts on the query alone and is stored in units o
 1 / sqrt(dim)); the feed-forward is 8/3 dim wide; value residual is an addition. Unlike the original: matrices are plain
 and renormalised after every optimizer step, where it normalises raw ones on every use (`--normalize-on-use`; those are
 pulled back as well, or their lengths would grow and slow learning down); the head is tied by default, as in the
-original's training script; a cache. Variants `seed` and `sound` are the same function.
+original's training script; a cache. Variants `original` and `sound` are the same function.
 
 Parameters at vocabulary 256, ours and published: dim 512, 8 layers, tied 25,327,184 (the same; the original counts 32
 rotary frequencies besides); untied 25,458,256 (the same); dim 512, 4 layers, untied 12,860,328 (the same).

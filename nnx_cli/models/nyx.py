@@ -7,9 +7,9 @@ positions decay with distance (xPos, Sun et al. 2022, https://arxiv.org/abs/2212
 normalised (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
 
 `small` is the size that NYX's author publishes: 30,020,096 parameters. Differs from the original: normalised queries
-and keys are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `seed` keeps both
-defects); the xPos exponent is centred at the middle of the context, a constant, so that cached keys stay valid (only
-differences of positions matter, and the factors stay within 16 bits for contexts of up to 8192).
+and keys are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `original` keeps
+both defects); the xPos exponent is centred at the middle of the context, a constant, so that cached keys stay valid
+(only differences of positions matter, and the factors stay within 16 bits for contexts of up to 8192).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Model(LanguageModel):
         self.head = Linear(config.dim, config.vocab_size)
         self.head.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)  # linear layers keep torch's uniform ±1/sqrt(fan_in)
-        if config.variant == "seed":
+        if config.variant == "original":
             self.ignore_index = 0  # the original drops token 0 from its loss
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:

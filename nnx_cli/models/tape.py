@@ -16,7 +16,7 @@ Variants:
   tokens and the hidden state, which also asks.
 - `sound`: the original with a causal mask. It cuts two of the three segments off again, so that no critic reads
   anything but the coda: critics before the last, and the prophet, cannot influence the output and are left out here.
-- `seed`: the same without the mask, as the original trains. With a cache it is causal, as the original's sampling is.
+- `original`: the same without the mask, as the original trains. With a cache it is causal, as its sampling is.
 
 The original's author publishes 49,879,553 parameters for vocabulary 65, dim 256 and 4 critics, a figure of an earlier
 revision; the present one has 49,862,913, of which 49,337,088 are those of `tape` here, 15,811,072 those of `sound`; the
@@ -53,14 +53,14 @@ class Config(ModelConfig):
     dim: int = 256  # width of the residual stream
     n_layers: int = 4  # levels of a critic, each of two blocks side by side
     n_heads: int = 4  # query heads of a block
-    variant: str = "tape"  # tape; sound: the original made causal, without its dead parts; seed: the original
+    variant: str = "tape"  # tape; sound: the original made causal, without its dead parts; original: the original
     coda_layers: int = 2  # levels of the coda
     n_critics: int = 2  # critics, one after the other; the last one is the moderator
     ffn_dim: int | None = None  # width of the feed-forward; default 8 x dim
     student_df: float = 2.718281828459  # degrees of freedom of the head's Student-t kernel: lower is heavier-tailed
     entropy_weight: float = 0.0  # reward for the entropy of attention, in nats of loss per nat; 0: none
 
-    VARIANTS = ("tape", "sound", "seed")
+    VARIANTS = ("tape", "sound", "original")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +174,7 @@ class Level(nn.Module):
         kv = self.kv(torch.stack(segments)).unflatten(-1, (2, 2 * config.n_heads, -1))  # (G, B, T, 2, 2 H, K)
         q = self.q(x).view(B, T, 2 * config.n_heads, -1)  # (B, T, 2 H, K)
         store = None if cache is None else cache.first if self.is_first else cache.others
-        causal, dropout = config.variant != "seed", config.dropout if self.training else 0.0
+        causal, dropout = config.variant != "original", config.dropout if self.training else 0.0
         y = attend(q, kv, times, store, self.row, causal=causal, dropout=dropout)
         y_left, y_right = y.reshape(B, T, 2, D).unbind(2)
         left, right = self.left(x, y_left), self.right(x, y_right)

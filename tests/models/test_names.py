@@ -31,3 +31,10 @@ def test_reading_options_imports_no_torch():
     code += "[models.sizes(n) for n in models.names()]; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_older_name_of_the_original_variant_is_read_and_not_written():
+    for name in models.names():
+        config = models.make_config(name, variant="seed")
+        assert config == models.make_config(name, variant="original")
+        assert models.config_dict(config)["variant"] == "original"
