@@ -33,7 +33,8 @@ def run(
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
     from nnx_cli.evaluation.evaluator import evaluate
     from nnx_cli.evaluation.held_out import held_out_tokens
-    from nnx_cli.runs.run import find_model, load_model
+    from nnx_cli.runs.find import find_model
+    from nnx_cli.runs.load import load_model
     from nnx_cli.system.device import pick_device, pick_precision
 
     where = pick_device(device)

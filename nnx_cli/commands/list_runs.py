@@ -9,9 +9,9 @@ from nnx_cli.console import Output, duration
 @command()
 def run(output: Output) -> None:
     """List the runs: name, model, size, status, steps, best bits per byte, age."""
-    from nnx_cli.runs.run import list_runs
+    from nnx_cli.runs.find import list_models
 
-    rows = list_runs()
+    rows = list_models()
     output.show_json(rows)
     if not rows:
         output.show("no runs in weights/ yet; train one: nnx train --filepath FILE")
@@ -22,6 +22,7 @@ def run(output: Output) -> None:
         table.append(
             [
                 row["name"],
+                row["kind"],
                 row.get("model"),
                 row.get("size") or "own shape",
                 row["status"],
@@ -30,4 +31,4 @@ def run(output: Output) -> None:
                 duration(row["age_s"]),
             ]
         )
-    output.table(["run", "model", "size", "status", "steps", "bits/byte", "age"], table)
+    output.table(["name", "kind", "model", "size", "status", "steps", "bits/byte", "age"], table)

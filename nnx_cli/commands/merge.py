@@ -20,7 +20,7 @@ def run(
 ) -> None:
     """Add the adapters of --lora-rank to the weights, and show that both models agree."""
     from nnx_cli.convert.merge_lora import merge_model
-    from nnx_cli.runs.run import WEIGHTS, find_model
+    from nnx_cli.runs.find import WEIGHTS, find_model
     from nnx_cli.system.device import pick_device
 
     where = pick_device(device)

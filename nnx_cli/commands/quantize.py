@@ -48,7 +48,7 @@ def run(
         output.note("--group-size is for 4 bits; with 8 there is one scale a row")
     from nnx_cli.convert.quantize import quantize_model
     from nnx_cli.layers.quantized import Quantization
-    from nnx_cli.runs.run import WEIGHTS, find_model
+    from nnx_cli.runs.find import WEIGHTS, find_model
     from nnx_cli.system.device import pick_device, pick_precision
 
     where = pick_device(device)

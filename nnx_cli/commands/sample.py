@@ -51,7 +51,8 @@ def run(
         values["max_new_tokens"] = options["generate_length"]
     config = SampleConfig(**values)
     from nnx_cli.inference.sampler import generate
-    from nnx_cli.runs.run import find_model, load_model
+    from nnx_cli.runs.find import find_model
+    from nnx_cli.runs.load import load_model
     from nnx_cli.system.device import peak_memory_bytes, pick_device, pick_precision
 
     where = pick_device(device)
@@ -134,7 +135,8 @@ def prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
 def newest_of_shape(shape: dict[str, int]) -> Any:
     """The newest run whose model has these values. Raises CheckpointError, saying which runs exist, where there is
     none."""
-    from nnx_cli.runs.run import ModelRef, find_runs
+    from nnx_cli.runs.find import find_runs
+    from nnx_cli.runs.load import ModelRef
 
     seen = []
     for folder in find_runs():

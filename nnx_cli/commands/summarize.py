@@ -105,7 +105,8 @@ def run(
 
 def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
     """Name, size and configuration of a run's model."""
-    from nnx_cli.runs.run import find_model, model_from_config
+    from nnx_cli.runs.find import find_model
+    from nnx_cli.runs.load import model_from_config
 
     found = find_model(spec)
     described = found.config["model"]

@@ -21,7 +21,8 @@ from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, Ou
 if TYPE_CHECKING:
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.base import Tokenizer
-    from nnx_cli.runs.run import ModelRef, Run
+    from nnx_cli.runs.load import ModelRef
+    from nnx_cli.runs.run import Run
     from nnx_cli.training.trainer import Trainer
 
 # The command line of the original NYX: its spelling of each option, and ours.
@@ -119,7 +120,7 @@ def is_foreign(checkpoint: str) -> bool:
 def imported(model: str, checkpoint: str) -> str:
     """The model folder of an original's checkpoint: imported now, or before."""
     from nnx_cli.convert.import_original import import_checkpoint
-    from nnx_cli.runs.run import WEIGHTS
+    from nnx_cli.runs.find import WEIGHTS
 
     folder = WEIGHTS / f"{model}-{Path(checkpoint).stem}"
     if not folder.exists():
@@ -245,7 +246,7 @@ def start_from(
     spec: str, model: str | None, size: str | None, fields: dict[str, Any]
 ) -> tuple[ModelRef, str, dict[str, Any]]:
     """The model to start from, its name, and its shape with the context and dropout that may differ."""
-    from nnx_cli.runs.run import find_model
+    from nnx_cli.runs.find import find_model
 
     base = find_model(spec)
     if base.config.get("lora") or base.config.get("quantization"):
@@ -337,7 +338,8 @@ def resume_run(output: Output, which: str, cli: dict[str, Any], data: Path | Non
         )
     TrainConfig(**cli)
     check_one_length(cli)
-    from nnx_cli.runs.run import Run, find_folder
+    from nnx_cli.runs.find import find_folder
+    from nnx_cli.runs.run import Run
     from nnx_cli.training import session
 
     folder = session.find_unfinished() if which == "last" else find_folder(which)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import platform
 import struct
 import warnings
 import zipfile
@@ -16,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nnx_cli import __version__, models
+from nnx_cli import models
 from nnx_cli.data.tokenizers.base import build_tokenizer
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.runs.checkpoint import check_finite
-from nnx_cli.runs.run import write_model_folder
+from nnx_cli.runs.manifest import describe_model, write_model_folder
+from nnx_cli.runs.tensors import check_finite
 from nnx_cli.system.files import new_folder, refuse_existing
 
 MAX_REPEATS = 4  # how often a file may use the same numbers: tied matrices and views do, bombs do more
@@ -41,7 +40,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which train
 PREFIXES = ("module.", "_orig_mod.")  # what data-parallel and compiled wrappers put before names
 
 
-def read_foreign(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Tensors by name from a safetensors file or a torch checkpoint, the latter by the loader that builds tensors only.
 
     Raises CheckpointError for anything else.
@@ -120,7 +119,7 @@ def import_checkpoint(
     """
     models.original(name)
     refuse_existing(out)
-    weights = read_foreign(path)
+    weights = read_checkpoint(path)
     model = load_original(name, path, weights, variant)
     chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else None)
     reader = build_tokenizer(chosen) if chosen else None
@@ -128,20 +127,8 @@ def import_checkpoint(
         raise CheckpointError(
             f"{path} has a vocabulary of {model.config.vocab_size:,}, {chosen} of {reader.vocab_size:,}"
         )
-    config = {
-        "format": 1,
-        "model": {"name": name, "size": None, **models.config_dict(model.config)},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokenizer": None
-        if reader is None
-        else {
-            "kind": reader.kind,
-            "vocab_size": reader.vocab_size,
-            "fingerprint": reader.fingerprint,
-        },
-        "imported_from": path.name,
-        "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+    n_parameters = sum(p.numel() for p in model.parameters())
+    config = describe_model(name, None, model.config, n_parameters, reader) | {"imported_from": path.name}
     with new_folder(out) as folder:
         write_model_folder(folder, config, reader, model.state_without_ties())
     return config

@@ -13,7 +13,8 @@ from nnx_cli.errors import DataError, QualityError, UsageError
 from nnx_cli.evaluation.evaluator import window_starts
 from nnx_cli.evaluation.held_out import held_out_tokens
 from nnx_cli.layers.lora import merge_adapters
-from nnx_cli.runs.run import ModelRef, load_model, write_model_folder
+from nnx_cli.runs.load import ModelRef, load_model
+from nnx_cli.runs.manifest import write_model_folder
 from nnx_cli.system.files import new_folder, refuse_existing
 
 TOLERANCE = 1e-4  # largest difference of a logit, in fp32

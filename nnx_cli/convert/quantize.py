@@ -22,7 +22,8 @@ from nnx_cli.inference.sampler import generate
 from nnx_cli.layers.loss import chunk_rows
 from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.runs.run import BEST, ModelRef, load_model, write_model_folder
+from nnx_cli.runs.load import ModelRef, load_model
+from nnx_cli.runs.manifest import BEST, write_model_folder
 from nnx_cli.system.files import new_folder, refuse_existing, to_json, write_synced
 
 RELATIVE_DROP = 0.01  # of the loss: what quantizing may cost unless told otherwise

@@ -13,7 +13,7 @@ from nnx_cli.config import PrepareConfig
 from nnx_cli.data.prepare import encode_files
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.errors import DataError
-from nnx_cli.runs.run import ModelRef
+from nnx_cli.runs.load import ModelRef
 
 
 @contextmanager

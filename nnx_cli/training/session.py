@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nnx_cli import __version__, models
+from nnx_cli import models
 from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.data.tokenizers.base import Tokenizer
@@ -24,8 +23,12 @@ from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import store_weights
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import Plan, steps_in
-from nnx_cli.runs.checkpoint import check_format, load_weights, step_folder
-from nnx_cli.runs.run import WEIGHTS, ModelRef, Run, find_runs, live_status, model_from_config, read_tokenizer
+from nnx_cli.runs.checkpoint import step_folder
+from nnx_cli.runs.find import WEIGHTS, find_runs
+from nnx_cli.runs.load import ModelRef, model_from_config
+from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
+from nnx_cli.runs.run import Run, live_status
+from nnx_cli.runs.tensors import load_weights
 from nnx_cli.system.device import (
     DTYPES,
     describe,
@@ -118,23 +121,13 @@ def start(
     config = decide_how_to_step(trainer, plan.train.compile)
     tokenizer = data.tokenizer
     described = {
-        "format": 1,
-        "model": {"name": plan.model, "size": plan.size, **models.config_dict(plan.model_config)},
-        "parameters": cost.count_parameters(model)["total"],
-        "tokenizer": None
-        if tokenizer is None
-        else {
-            "kind": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "fingerprint": tokenizer.fingerprint,
-        },
+        **describe_model(plan.model, plan.size, plan.model_config, cost.count_parameters(model)["total"], tokenizer),
         "training": asdict(config),
         "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
         "sampling": asdict(sampling),
         "data": {"folder": relative(data.path, out), "fingerprint": data.fingerprint},
         "init_from": None if init_from is None else init_from.label,
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
-        "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": describe(device),
     }
     status = {

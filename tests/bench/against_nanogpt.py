@@ -61,7 +61,8 @@ from nnx_cli.config import TrainConfig, parse_bytes
 from nnx_cli.data.sources import builtin_corpus
 from nnx_cli.experiments import benchmark as bench
 from nnx_cli.planning import flops as cost
-from nnx_cli.runs.run import find_model, load_model
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.load import load_model
 from nnx_cli.system.device import RESERVE_BYTES, describe, pick_device, pick_precision
 from nnx_cli.training import session
 

@@ -64,7 +64,7 @@ def test_an_internal_error_is_one_line(refused, workspace, monkeypatch):
     def crash(spec):
         raise RuntimeError("first\nsecond \x1b[2J")
 
-    monkeypatch.setattr("nnx_cli.runs.run.find_model", crash)
+    monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
     result = refused(1, "internal error: RuntimeError: first second", "sample", "words")
     assert "--debug" in result.stderr
 
@@ -73,7 +73,7 @@ def test_a_card_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
     def crash(spec):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it in the manual")
 
-    monkeypatch.setattr("nnx_cli.runs.run.find_model", crash)
+    monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
     result = refused(1, "the card failed: CUDA error: unspecified launch failure", "sample", "words")
     assert "Search" not in result.stderr and "nnx train --resume last" in result.stderr
 
@@ -82,7 +82,7 @@ def test_running_out_of_memory_is_code_4(refused, monkeypatch):
     def crash(spec):
         raise MemoryError
 
-    monkeypatch.setattr("nnx_cli.runs.run.find_model", crash)
+    monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
     refused(4, "out of memory", "sample", "words")
 
 
@@ -90,6 +90,6 @@ def test_ctrl_c_is_code_130(nnx, monkeypatch):
     def stop(spec):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nnx_cli.runs.run.find_model", stop)
+    monkeypatch.setattr("nnx_cli.runs.find.find_model", stop)
     result = nnx("sample", "words")
     assert result.exit_code == 130 and "Traceback" not in result.stderr

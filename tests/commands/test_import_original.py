@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from nnx_cli import models
-from nnx_cli.runs.run import find_model, load_model
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.load import load_model
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 
-from nnx_cli.runs.run import Run, find_model, load_model
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.load import load_model
+from nnx_cli.runs.run import Run
 
 ADAPT = [
     "--init-from",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.runs.run import ModelRef
+from nnx_cli.runs.load import ModelRef
 
 SIDE = {"file_bytes", "bits_per_byte", "decode_tokens_per_s"}
 

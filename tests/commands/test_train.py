@@ -6,7 +6,8 @@ import torch
 
 from nnx_cli.layers.loss import TrainStep
 from nnx_cli.runs import checkpoint as ckpt
-from nnx_cli.runs.run import Run, find_model
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.run import Run
 
 SMALL = [
     "--dim",

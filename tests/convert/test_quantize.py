@@ -14,8 +14,9 @@ from nnx_cli.evaluation.evaluator import evaluate
 from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.planning import flops as cost
-from nnx_cli.runs.checkpoint import load_weights
-from nnx_cli.runs.run import ModelRef, load_model, model_from_config, write_model_folder
+from nnx_cli.runs.load import ModelRef, load_model, model_from_config
+from nnx_cli.runs.manifest import write_model_folder
+from nnx_cli.runs.tensors import load_weights
 
 CPU = torch.device("cpu")
 INT8 = Quantization(bits=8, group_size=None, kept=[])

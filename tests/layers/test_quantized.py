@@ -22,7 +22,7 @@ from nnx_cli.layers.quantized import (
     quantize_layers,
     widen,
 )
-from nnx_cli.runs.checkpoint import load_weights
+from nnx_cli.runs.tensors import load_weights
 
 INT8 = Quantization(bits=8, group_size=None, kept=[])
 INT4 = Quantization(bits=4, group_size=32, kept=[])

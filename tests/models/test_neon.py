@@ -13,7 +13,7 @@ from nnx_cli.layers.differential_attention import Lambda, differential_attention
 from nnx_cli.layers.function_bank import FunctionBank, StraightThrough
 from nnx_cli.layers.loss import TrainStep
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs.tensors import load_weights, read_tensors, write_tensors
 from tests.models.reference_cases import FOLDER, load_case
 
 CASES = json.loads((FOLDER / "neon.parity.json").read_text())["cases"]
@@ -338,9 +338,9 @@ def test_annealing_follows_the_steps_and_survives_saving(tiny, tmp_path):
         found.append(float(model.noise.temperature()))
         model.post_optim_step()
     assert found == pytest.approx([1.0, 10**-0.5, 0.1, 10**-1.5, 0.01, 0.01])
-    state = ckpt.read_tensors(tmp_path / "x", ckpt.write_tensors(tmp_path / "x", model.state_without_ties()))
+    state = read_tensors(tmp_path / "x", write_tensors(tmp_path / "x", model.state_without_ties()))
     loaded = meta_model("neon", model.config)
-    ckpt.load_weights(loaded, state, tmp_path, torch.device("cpu"))
+    load_weights(loaded, state, tmp_path, torch.device("cpu"))
     assert loaded.noise.steps == 6
 
 

@@ -13,7 +13,7 @@ from nnx_cli import models
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.loss import TrainStep
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs.tensors import load_weights, read_tensors, write_tensors
 
 NAMES = models.names()
 SIZES = {"nano": 0.8e6, "tiny": 10.7e6, "small": 30e6, "base": 124e6, "large": 350e6, "xl": 1.0e9}
@@ -228,10 +228,10 @@ def test_overfits_one_batch(tiny, name):
 
 @torch.no_grad()
 def test_saved_and_loaded_gives_the_same_logits(model, name, tmp_path):
-    digest = ckpt.write_tensors(tmp_path / "model.safetensors", model.state_without_ties())
-    state = ckpt.read_tensors(tmp_path / "model.safetensors", digest)
+    digest = write_tensors(tmp_path / "model.safetensors", model.state_without_ties())
+    state = read_tensors(tmp_path / "model.safetensors", digest)
     loaded = meta_model(name, model.config)
-    ckpt.load_weights(loaded, state, tmp_path, torch.device("cpu"))
+    load_weights(loaded, state, tmp_path, torch.device("cpu"))
     ids = draw_ids(2, 15)
     assert torch.equal(loaded.eval()(ids), model(ids))
     assert ties(loaded) == ties(model)

@@ -15,7 +15,8 @@ import pytest
 
 from nnx_cli.errors import OutputError
 from nnx_cli.runs.checkpoint import load_checkpoint, steps_in
-from nnx_cli.runs.run import ModelRef, Run
+from nnx_cli.runs.load import ModelRef
+from nnx_cli.runs.run import Run
 from nnx_cli.system import files
 from nnx_cli.training import session
 from tests.reliability import Result

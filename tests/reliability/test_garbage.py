@@ -31,8 +31,11 @@ from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import hf_json as tokenizer_json
 from nnx_cli.data.tokenizers.base import build_tokenizer, load_tokenizer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
-from nnx_cli.runs.checkpoint import load_checkpoint, read_tensors
-from nnx_cli.runs.run import logged_step, read_status, read_verified_config
+from nnx_cli.runs.checkpoint import load_checkpoint
+from nnx_cli.runs.logs import logged_step
+from nnx_cli.runs.manifest import read_verified_config
+from nnx_cli.runs.run import read_status
+from nnx_cli.runs.tensors import read_tensors
 from nnx_cli.system.files import read_json, sha256_file, to_json
 from tests.reliability import Result, damage
 from tests.reliability.scene import (

@@ -18,7 +18,7 @@ import pytest
 
 from nnx_cli.console import printable
 from nnx_cli.data.tokenizers.base import Tokenizer, well_formed
-from nnx_cli.runs.run import ModelRef
+from nnx_cli.runs.load import ModelRef
 from tests.reliability import Result, damage
 from tests.reliability.scene import (
     CODES,

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from nnx_cli.errors import CheckpointError, OutputError, UsageError
+from nnx_cli.errors import CheckpointError, OutputError
 from nnx_cli.runs import checkpoint as ckpt
-from nnx_cli.runs import run as run_module
-from nnx_cli.runs.run import ModelRef, Run, find_folder, find_model, find_runs, list_runs, live_status, load_model
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.load import load_model
+from nnx_cli.runs.run import Run, live_status
 from nnx_cli.system import files
 
 CPU = torch.device("cpu")
@@ -251,68 +252,6 @@ def test_a_damaged_checkpoint_is_passed_over(run):
         run.newest_checkpoint()
 
 
-# finding
-
-
-def test_a_model_is_found_by_path_and_by_name(run, workspace):
-    by_name, by_path, newest = find_model("words"), find_model(str(workspace / "weights" / "words")), find_model(None)
-    assert by_name.folder.resolve() == by_path.folder.resolve() == newest.folder.resolve()
-    assert by_name.which == "best" and by_name.label == os.path.join("weights", "words")
-    assert by_name.weights()[0].name == "model.safetensors"
-
-
-def test_the_checkpoints_of_a_run_are_models(run):
-    steps = ckpt.steps_in(run.checkpoints)
-    for spec, folder in {"last": steps[-1], str(steps[0]): steps[0], str(steps[1]): steps[1]}.items():
-        path, state = find_model(f"words@{spec}").weights()
-        assert path.parent.name == f"step-{folder:08d}"
-        assert torch.equal(state["norm.weight"], ckpt.load_checkpoint(run.checkpoints, folder).model["norm.weight"])
-    assert find_model("words@best").weights()[0].parent.name == "words"
-    assert find_model("words@last").label.endswith("words@last")
-
-
-@pytest.mark.parametrize("spec", ["nothing", "weights", "", ".", "words/checkpoints", "@last", "no@500", "a\x00b"])
-def test_what_is_no_model_is_refused(run, spec):
-    with pytest.raises(CheckpointError, match="there is no run or model"):
-        find_model(spec).weights()
-
-
-def test_a_step_without_a_checkpoint_names_those_there_are(run):
-    with pytest.raises(CheckpointError, match="no checkpoint 7; it has 20, 40"):
-        find_model("words@7").weights()
-
-
-@pytest.mark.parametrize("spec", ["words@", "words@newest", "words@-1", "words@1.5"])
-def test_other_words_after_the_at_sign_are_usage_errors(run, spec):
-    with pytest.raises(UsageError, match="best, last or a step"):
-        find_model(spec)
-
-
-def test_an_unknown_name_tells_the_newest(run):
-    with pytest.raises(CheckpointError, match="the newest are words") as error:
-        find_folder("word")
-    assert "nnx list" in error.value.fix
-
-
-def test_no_runs_at_all(workspace):
-    assert find_runs() == [] and list_runs() == []
-    with pytest.raises(CheckpointError, match="no run in weights/ yet"):
-        find_model(None)
-
-
-def test_runs_are_listed_newest_first(run, workspace):
-    os.utime(run.folder / "run.json", (1, 1))
-    other = workspace / "weights" / "other"
-    os.makedirs(other)
-    (other / "run.json").write_text("{}")
-    (workspace / "weights" / ".tmp-x-1").mkdir()
-    (workspace / "weights" / ".tmp-x-1" / "run.json").write_text("{}")
-    damaged, good = list_runs()
-    assert (damaged["name"], damaged["status"]) == ("other", "damaged")
-    assert good["name"] == "words" and good["model"] == "nyx" and good["status"] == "finished" and good["steps"] == 40
-    assert good["best_val_bits_per_byte"] > 0 and good["age_s"] > 10**6
-
-
 # the lock
 
 
@@ -363,32 +302,3 @@ def test_the_lock_is_free_after_an_error(run):
             raise ZeroDivisionError
     with run.lock():
         pass
-
-
-# logs
-
-
-def test_logs_are_cut_back_to_a_step(run):
-    path = run.folder / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps == sorted(set(steps)) and steps[-1] == 40
-    with open(path, "a") as file:
-        file.write("not json\n[]\n{}\n" + '{"step": 4')
-    run.cut_logs(20)
-    kept = [json.loads(line)["step"] for line in path.read_text().splitlines()]
-    assert kept == [step for step in steps if step <= 20]
-
-
-def test_numbers_that_are_not_finite_become_null(run):
-    run.append("metrics.jsonl", {"step": 41, "train_loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
-    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last == {"step": 41, "train_loss": None, "grad_norm": None, "lr": 0.5}
-
-
-def test_a_moved_run_still_loads(run, workspace):
-    run.folder.rename(workspace / "elsewhere")
-    ref = find_model(str(workspace / "elsewhere"))
-    load_model(ref, CPU)
-    assert isinstance(ref, ModelRef) and ref.tokenizer.kind == "byte"
-    assert run_module.read_verified_config(workspace / "elsewhere")["model"]["name"] == "nyx"

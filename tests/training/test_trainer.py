@@ -16,6 +16,7 @@ from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, Usa
 from nnx_cli.evaluation.evaluator import Evaluation
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
 from nnx_cli.training import session
 from nnx_cli.training import trainer as trainer_module
@@ -436,7 +437,8 @@ def test_a_full_disk_while_saving_costs_no_checkpoint(start, workspace, monkeypa
         return write(path, *contents)
 
     write = ckpt.write_tensors
-    monkeypatch.setattr(ckpt, "write_tensors", full)
+    for user in (ckpt, run_module):
+        monkeypatch.setattr(user, "write_tensors", full)
     if 12 in full_at:
         with pytest.raises(OutputError, match=f"disk full.*the newest checkpoint is of step {newest}"):
             train(run, trainer)

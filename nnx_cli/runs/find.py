@@ -1,0 +1,93 @@
+"""How a MODEL on the command line is found, and which there are in weights/."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.errors import CheckpointError, NnxError, UsageError
+from nnx_cli.runs.load import ModelRef
+from nnx_cli.runs.manifest import read_verified_config
+from nnx_cli.runs.run import live_status, read_status
+
+WEIGHTS = Path("weights")
+
+
+def find_model(spec: str | None) -> ModelRef:
+    """A run folder, its name, RUN@best, RUN@last, RUN@500, a quantized folder; None: the newest run.
+
+    Raises CheckpointError where there is no such thing.
+    """
+    if spec is None:
+        runs = find_runs()
+        if not runs:
+            raise CheckpointError(f"there is no run in {WEIGHTS}/ yet", fix="train one: nnx train --filepath FILE")
+        return ModelRef(runs[0])
+    is_folder = any(os.path.lexists(folder / "config.json") for folder in (Path(spec), WEIGHTS / spec))
+    name, _, which = (spec, "", "best") if is_folder or "@" not in spec else spec.rpartition("@")
+    if not (which in ("best", "last") or (which.isdecimal() and len(which) <= 18)):
+        raise UsageError(f"{spec!r}: after @ comes best, last or a step")
+    return ModelRef(find_folder(name), which)
+
+
+def find_folder(name: str) -> Path:
+    """A run or model folder by its path or its name in weights/. Raises CheckpointError where there is none."""
+    for folder in (Path(name), WEIGHTS / name):
+        if name and os.path.lexists(folder / "config.json"):
+            return folder
+    known = ", ".join(run.name for run in find_runs()[:5])
+    raise CheckpointError(
+        f"there is no run or model {name!r}" + (f"; the newest are {known}" if known else ""),
+        fix="see the runs: nnx list",
+    )
+
+
+def find_runs() -> list[Path]:
+    """The run folders in weights/, the one that changed last first."""
+    found = [path.parent for path in WEIGHTS.glob("*/run.json") if not path.parent.name.startswith(".")]
+    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
+
+
+def list_models() -> list[dict[str, Any]]:
+    """What `nnx list` shows of every model folder in weights/, the one that changed last first."""
+    folders = {path.parent for name in ("run.json", "config.json") for path in WEIGHTS.glob(f"*/{name}")}
+    rows = [_describe(folder) for folder in folders if not folder.name.startswith(".")]
+    return sorted(rows, key=lambda row: (row["age_s"], row["name"]))
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """One row of the list. What is damaged has status "damaged" and an error."""
+    is_run = os.path.lexists(folder / "run.json")
+    row: dict[str, Any] = {"name": folder.name, "out": str(folder), "kind": "run"}
+    try:
+        config = read_verified_config(folder)
+        row |= {
+            "kind": "run" if is_run else _kind(config),
+            "model": config["model"]["name"],
+            "size": config["model"].get("size"),
+            "status": None,
+            "steps": None,
+            "best_val_bits_per_byte": None,
+            "best_val_loss": None,
+        }
+        if row["kind"] == "run":
+            status = read_status(folder)
+            row |= {
+                "status": live_status(folder, status),
+                "steps": status.get("step"),
+                "best_val_bits_per_byte": status.get("best_val_bits_per_byte"),
+                "best_val_loss": status.get("best_val_loss"),
+            }
+    except NnxError as error:
+        row |= {"status": "damaged", "error": str(error)}
+    changed = (folder / ("run.json" if is_run else "config.json")).lstat().st_mtime
+    return row | {"age_s": round(time.time() - changed)}
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """How a model came to be, by what its config.json was given then; the last step counts."""
+    made = {"quantized_from": "quantized", "merged_from": "merged", "imported_from": "imported"}
+    return next((kind for key, kind in made.items() if config.get(key)), "run")

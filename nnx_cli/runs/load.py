@@ -1,0 +1,120 @@
+"""A MODEL of the command line to a model that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnx_cli import models
+from nnx_cli.config import coerce
+from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.layers.lora import add_adapters
+from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
+from nnx_cli.models._base import LanguageModel
+from nnx_cli.runs.checkpoint import check_no_link, step_folder, steps_in
+from nnx_cli.runs.manifest import BEST, allowed_digests, read_digests, read_tokenizer, read_verified_config
+from nnx_cli.runs.tensors import load_weights, read_tensors
+from nnx_cli.system.device import DTYPES
+from nnx_cli.system.files import relative
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A MODEL of the command line: a folder and which of its weights."""
+
+    folder: Path
+    which: str = "best"  # best, last or a step
+
+    @property
+    def label(self) -> str:
+        """How the user would name it."""
+        return str(self.folder) if self.which == "best" else f"{self.folder}@{self.which}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json. Raises CheckpointError."""
+        return read_verified_config(self.folder)
+
+    def config_at(self, out: Path) -> dict[str, Any]:
+        """The config.json of a model made from this one in the folder `out`: the way to the data is another."""
+        config = self.config
+        if data := config.get("data"):
+            config["data"] = data | {"folder": relative(self.folder / data["folder"], out)}
+        return config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, or None for a model over bare ids. Raises CheckpointError."""
+        return read_tokenizer(self.folder)
+
+    def weights(self) -> tuple[Path, dict[str, Tensor]]:
+        """The tensors and where they were read. Without a validated best, `best` is the last checkpoint."""
+        best = allowed_digests(self.folder, BEST)
+        if self.which == "best" and best:
+            path = self.folder / BEST
+            try:
+                return path, read_tensors(path, *best)
+            except CheckpointError as error:
+                others = (self.folder / "checkpoints").is_dir()
+                fix = f"try the last checkpoint: {self.folder}@last" if others else None
+                raise CheckpointError(f"{error}", fix=fix) from error
+        folder = self.folder / "checkpoints"
+        check_no_link(folder)
+        steps = steps_in(folder)
+        step = int(self.which) if self.which.isdecimal() else (steps[-1] if steps else -1)
+        if step not in steps:
+            have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise CheckpointError(f"{self.folder} has no checkpoint {self.which}; {have}")
+        path = step_folder(folder, step)
+        check_no_link(path)
+        name = "model.safetensors"
+        return path / name, read_tensors(path / name, read_digests(path, (name,))[name])
+
+
+def model_from_config(config: Mapping[str, Any], source: Path) -> LanguageModel:
+    """The model that a config.json describes, on the meta device. Raises CheckpointError where it describes none."""
+    described = config.get("model")
+    if not isinstance(described, dict) or described.get("name") not in models.names():
+        raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
+    fields = {key: value for key, value in described.items() if key not in ("name", "size")}
+    try:
+        stated = {key: value for key, value in fields.items() if value is not None}
+        coerce(models.config_fields(described["name"]), stated, "its model")
+        with torch.device("meta"):
+            model = models.build(described["name"], **fields)
+            if config.get("lora"):
+                add_adapters(model, config["lora"]["rank"])
+            return model
+    except (UsageError, TypeError, KeyError, RuntimeError) as error:  # the last: a size beyond what torch can count
+        raise CheckpointError(f"{source / 'config.json'} describes no {described['name']}: {error}") from error
+
+
+def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> LanguageModel:
+    """The model of a MODEL, in evaluation mode, computing in `precision` on `device`. Raises CheckpointError."""
+    config = ref.config
+    model = model_from_config(config, ref.folder)
+    path, state = ref.weights()
+    if "quantization" in config:
+        quantize_layers(model, _read_quantization(config["quantization"], ref.folder))
+        state = widen(state)
+    load_weights(model, state, path, device)
+    model.compute_dtype = DTYPES[precision]
+    return model.eval()
+
+
+def _read_quantization(described: Mapping[str, Any], source: Path) -> Quantization:
+    """How the matrices of a model are stored. Raises CheckpointError where that cannot be."""
+    try:
+        found = Quantization.read(described)
+    except TypeError as error:
+        raise CheckpointError(f"{source / 'config.json'} describes no quantization: {error}") from error
+    group = found.group_size
+    if not (group is None if found.bits == 8 else type(group) is int and 2 <= group <= 2**16):
+        raise CheckpointError(f"{source / 'config.json'} describes no quantization: groups of {str(group)[:20]}")
+    return found
