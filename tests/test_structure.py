@@ -42,9 +42,6 @@ ONE_SENTENCE = "A package's __init__ is one sentence that says what the room is 
 
 # What is not cured yet. Each of these sets is to be empty.
 UPWARD = {
-    ("evaluation/evaluator.py", "inference"),
-    ("evaluation/evaluator.py", "training"),
-    ("inference/decoding.py", "training"),
     ("kernels/qkv_swiglu.py", "layers"),
     ("planning/plan.py", "training"),
     ("system/hardware.py", "kernels"),

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.training.step import capture_stream
+from nnx_cli.system.cuda_graph import CudaGraph
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,21 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
-class CapturedLosses:
-    """`token_losses` of a model in evaluation mode, recorded as a CUDA graph for batches of one shape; others are
-    computed as ever. A result is good until the next call."""
+LossFunction = Callable[[LanguageModel, Tensor, Tensor], Tensor]
 
-    def __init__(self, model: LanguageModel, batch_size: int, seq_len: int) -> None:
-        self.input_ids, self.targets = torch.zeros(2, batch_size, seq_len, dtype=torch.int64, device=model.device)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(capture_stream()):
-            token_losses(model, self.input_ids, self.targets)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=capture_stream()):
-            self.losses = token_losses(model, self.input_ids, self.targets)
 
-    def __call__(self, model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
-        if input_ids.shape != self.input_ids.shape:
+def graphed_losses(model: LanguageModel, batch_size: int, seq_len: int) -> LossFunction:
+    """`token_losses` of a model in evaluation mode, as a CUDA graph for batches (B, T) of that shape; others are
+    computed op by op. A result is good until the next call."""
+    blank = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=model.device)
+    graph = CudaGraph(partial(token_losses, model), (blank, blank))
+
+    def losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+        if input_ids.shape != blank.shape:
             return token_losses(model, input_ids, targets)
-        self.input_ids.copy_(input_ids, non_blocking=True)
-        self.targets.copy_(targets, non_blocking=True)
-        self.graph.replay()
-        return self.losses
+        return graph(input_ids, targets)
+
+    return losses
 
 
 def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndarray:
@@ -74,7 +69,7 @@ def evaluate(
     batch_size: int,
     token_bytes: np.ndarray | None,
     n_windows: int | None = None,
-    losses_of: Callable[[LanguageModel, Tensor, Tensor], Tensor] = token_losses,
+    losses_of: LossFunction = token_losses,
 ) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import StreamDecoder, Tokenizer
-from nnx_cli.inference.decoding import CapturedDecoding
+from nnx_cli.inference.decoding import decoding_graph
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.cuda_graph import CudaGraph
 from nnx_cli.system.device import synchronize
 
-CAPTURE_FROM = 16  # tokens still to draw, from which on recording a decoding step pays
+GRAPH_FROM = 16  # tokens still to draw, from which on recording a decoding step pays
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class Context:
         self.history = self.history.to(model.device)
         self.starts = self._starts()
         self.cache = None
-        self.captured: CapturedDecoding | None = None
-        self.captures = use_cache and capacity >= CAPTURE_FROM and model.device.type == "cuda"
-        self.captures = self.captures and not model.syncs_in_eval
+        self.graph: CudaGraph | None = None
+        self.records = use_cache and capacity >= GRAPH_FROM and model.device.type == "cuda"
+        self.records = self.records and not model.syncs_in_eval
 
     def _starts(self) -> list[int]:
         return [window_start(length, self.seq_len) for length in self.lengths]
@@ -157,11 +158,15 @@ class Context:
         if self.cache is None or self._starts() != self.starts:
             return self.read_all()
         newest = self.history.gather(1, self._lengths()[:, None] - 1)
-        if self.captures and hasattr(self.cache, "snapshot"):  # somebody's own architecture may have less
-            self.captures = False
+        if self.records and hasattr(self.cache, "snapshot"):  # somebody's own architecture may have less
+            self.records = False
             with suppress(RuntimeError):  # out of memory: decoding goes on op by op
-                self.captured = CapturedDecoding(self.model, self.cache, newest)
-        return self.captured(newest) if self.captured else self.model(newest, cache=self.cache)[:, -1]
+                self.graph = decoding_graph(self.model, self.cache, newest)
+        if self.graph is None:
+            return self.model(newest, cache=self.cache)[:, -1]
+        logits = self.graph(newest)
+        self.cache.note_advance(1)
+        return logits
 
 
 class TextStream:

@@ -25,6 +25,7 @@ class DeviceOptimizer:
     """
 
     found_inf: Tensor | None = None
+    capturable = True  # whether a step asks the device nothing, so that a CUDA graph can hold it
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0) -> None:
         given = list(params)

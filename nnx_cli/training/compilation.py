@@ -197,7 +197,7 @@ def timed_step(trainer: Trainer) -> float:
     nothing."""
     size, n_micro = trainer.config.batch_size, trainer.config.grad_accum
     times = []
-    with trainer.step.rehearsal():
+    with trainer.step.without_effects():
         for n in range(1, min(n_micro, 2) + 1):
             samples = trainer.loader.batch(0, n * size)
             times.append(median_seconds(lambda samples=samples: trainer.run_step(*samples), trainer.device))

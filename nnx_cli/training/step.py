@@ -1,10 +1,10 @@
-"""One optimizer step: gradients of its micro-batches, clipping, update. Op by op, or recorded as CUDA graphs."""
+"""One optimizer step: gradients of its micro-batches, clipping, update. Op by op, or as CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,15 +13,58 @@ from nnx_cli.layers.loss import TrainStep
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._in_backward import InBackward
+from nnx_cli.system.cuda_graph import CudaGraph
 
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
 WARM_MICRO_BATCHES = 2  # of such a step: the second one adds to the gradients of the first
 
 
-@cache
-def capture_stream() -> torch.cuda.Stream:
-    """Where graphs are recorded: always the same, for matrix products keep a workspace for every stream."""
-    return torch.cuda.Stream()
+@dataclass(frozen=True)
+class StepNumbers:
+    """Numbers of the newest step, read on the host.
+
+    `loss` is the mean over its targets, `grad_norm` the norm of the gradient before clipping, `highest_loss` that of
+    all steps since the last reading; `skipped_steps` counts all that were skipped, `bad_steps` those in a row.
+    """
+
+    loss: float
+    grad_norm: float
+    highest_loss: float
+    skipped_steps: int
+    bad_steps: int
+
+
+class StepStats:
+    """What steps tell of themselves, float32 () on the device each, which nobody waits for until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._values = torch.zeros(5, device=device)
+        self.loss, self.grad_norm, self.highest_loss, self.skipped_steps, self.bad_steps = self._values.unbind()
+
+    def update(self, loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
+        """Count a step; `bad` is 1.0 where it was skipped."""
+        highest = torch.maximum(self.highest_loss, loss.nan_to_num(0.0, 0.0, 0.0))
+        values = (loss, grad_norm, highest, self.skipped_steps + bad, (self.bad_steps + 1) * bad)
+        self._values.copy_(torch.stack(values))
+
+    def read(self) -> StepNumbers:
+        """The numbers, by one synchronization; the highest loss begins anew."""
+        loss, grad_norm, highest_loss, skipped, bad = self._values.tolist()
+        self.highest_loss.zero_()
+        return StepNumbers(loss, grad_norm, highest_loss, int(skipped), int(bad))
+
+    def set_skipped(self, skipped_steps: int, bad_steps: int) -> None:
+        """Go on counting from there."""
+        self.skipped_steps.fill_(skipped_steps)
+        self.bad_steps.fill_(bad_steps)
+
+    def state(self) -> Tensor:
+        """A copy of all values (5,), in the order of `StepNumbers`."""
+        return self._values.clone()
+
+    def restore(self, state: Tensor) -> None:
+        """Undo what happened since `state` was taken."""
+        self._values.copy_(state)
 
 
 class Step:
@@ -29,11 +72,8 @@ class Step:
 
     The loss is the sum over all targets divided by their number, however they are divided into micro-batches. A
     gradient that is not finite never reaches the weights: the optimizer is told on the device, by `found_inf`, to leave
-    weights and state as they are. `hold` makes it do so whatever the gradients are. With `in_backward` the optimizer
+    weights and state as they are. `frozen` makes it do so whatever the gradients are. With `in_backward` the optimizer
     moves each weight as soon as its gradient is there, and only one micro-batch makes a step.
-
-    `stats` (5,), float32 on the device: mean loss and norm of the gradient before clipping of the newest step, the
-    highest loss since somebody last put a number there, steps skipped so far, steps skipped in a row.
     """
 
     def __init__(
@@ -44,15 +84,17 @@ class Step:
         grad_clip: float,
         in_backward: bool = False,
     ) -> None:
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
         self.micro_step = TrainStep(model)
         self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.stats = torch.zeros(5, device=model.device)
-        self.hold = torch.zeros((), device=model.device)
+        self.stats = StepStats(model.device)
+        self.frozen = torch.zeros((), device=model.device)
         self.in_backward = InBackward(model, optimizer, grad_clip) if in_backward else None
         if self.in_backward:
-            self.hold = self.in_backward.hold
+            self.frozen = self.in_backward.hold
         self.updating = False  # while the optimizer is at work: what it began cannot be taken back
 
     def __call__(self, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:
@@ -64,7 +106,7 @@ class Step:
             self.updating = True
             (loss / n_targets).backward()
             norm, bad = self.in_backward.finish()
-            self.finish(loss.detach() / n_targets, norm, bad)
+            self.after_update(loss.detach() / n_targets, norm, bad)
             return
         total = torch.zeros((), device=input_ids.device)
         for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
@@ -79,6 +121,7 @@ class Step:
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
+        """The gradients that are there."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def end(self, loss: Tensor) -> None:
@@ -93,21 +136,19 @@ class Step:
     def update(self, loss: Tensor, norm: Tensor) -> None:
         """Let the optimizer take the gradients, unless they or the loss are not finite; forget them."""
         bad = 1 - (loss.isfinite() & norm.isfinite()).float()
-        self.optimizer.found_inf = torch.maximum(bad, self.hold)
+        self.optimizer.found_inf = torch.maximum(bad, self.frozen)
         self.updating = True
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.finish(loss, norm, bad)
+        self.after_update(loss, norm, bad)
 
     @torch.no_grad()
-    def finish(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+    def after_update(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Let the model do what it does after a step, and count it; `bad` is 1.0 where it was skipped."""
         self.updating = False
         self.model.post_optim_step()
-        highest, skipped, in_a_row = self.stats[2:].unbind()
-        highest = torch.maximum(highest, loss.nan_to_num(0.0, 0.0, 0.0))
-        self.stats.copy_(torch.stack((loss, norm, highest, skipped + bad, (in_a_row + 1) * bad)))
+        self.stats.update(loss, norm, bad)
 
     def forget(self) -> None:
         """Forget what an unfinished step has left: gradients, and that they were unscaled or being used."""
@@ -117,81 +158,88 @@ class Step:
             self.scaler._per_optimizer_states.clear()
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def without_effects(self) -> Iterator[None]:
         """Steps taken inside leave weights, optimizer and counters as they were."""
         touched = type(self.model).post_optim_step is not LanguageModel.post_optim_step
         state = self.model.state_without_ties() if touched else {}
         before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        stats, scale = self.stats.clone(), self.scaler.state_dict()
-        self.hold.fill_(1.0)
+        stats, scale = self.stats.state(), self.scaler.state_dict()
+        self.frozen.fill_(1.0)
         try:
             yield
         finally:
             self.forget()
-            self.hold.zero_()
+            self.frozen.zero_()
             for name, tensor in state.items():
                 tensor.copy_(before[name])
-            self.stats.copy_(stats)
+            self.stats.restore(stats)
             if scale:
                 self.scaler.load_state_dict(scale)
 
 
-class CapturedStep:
-    """A `Step` recorded as CUDA graphs and replayed: one launch for the hundreds or thousands of kernels of a step,
-    which a processor cannot launch as fast as a card runs them. A step of several micro-batches is two graphs, one of
-    which is replayed for each of them, so that many do not take longer to record than one.
+class StepGraphs:
+    """A `Step` as CUDA graphs. A step of several micro-batches is two of them: one is replayed for each micro-batch, so
+    that many do not take longer to record than one, the other is the end of the step. One that is a single micro-batch
+    is one graph. Where the optimizer is not `capturable`, the end of a step runs op by op after the replays.
 
     Raises RuntimeError where something in the step cannot be recorded, torch.OutOfMemoryError where memory does not
     suffice.
     """
 
     def __init__(self, step: Step, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:
-        self.ignore_index = step.model.ignore_index
+        self.step = step
+        self.batch_size = batch_size
+        self.n_targets = self._count(targets)
+        self.total = torch.zeros((), device=input_ids.device)  # summed loss of a step's micro-batches
+        self.gradients: dict[Tensor, Tensor] = {}  # of each parameter: what micro-batches add to
+        self.whole: CudaGraph | None = None
+        self.end: CudaGraph | None = None
+        capturable = step.optimizer.capturable
+        if step.in_backward and not capturable:
+            raise RuntimeError("this optimizer's step cannot be recorded, and is part of the backward pass")
         warm = [x[: WARM_MICRO_BATCHES * batch_size].clone() for x in (input_ids, targets)]
-        self.input_ids, self.targets = (x[:batch_size].clone() for x in (input_ids, targets))  # what a replay reads
-        self.n_targets = (targets != self.ignore_index).sum()
-        self.total = torch.zeros((), device=input_ids.device)
-        self.gradients: list[Tensor] = []  # what micro-batches add to
-        self.graph, self.rest = torch.cuda.CUDAGraph(), None  # a micro-batch, and the end of a step; or a whole one
-        stream = capture_stream()
-        with step.rehearsal():
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    step(*warm, batch_size)
-                if len(input_ids) > batch_size:
-                    step.accumulate(self.input_ids, self.targets, self.n_targets)
-                    self.gradients = step.gradients()
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # graphs have a pool of their own
-            if len(input_ids) == batch_size:
-                with torch.cuda.graph(self.graph, stream=stream):
-                    step(self.input_ids, self.targets, batch_size)
+        first = [x[:batch_size] for x in (input_ids, targets)]
+
+        def warm_up(input_ids: Tensor, targets: Tensor) -> None:
+            for _ in range(WARM_UPS):
+                step(*warm, batch_size)
+
+        def warm_up_and_accumulate(input_ids: Tensor, targets: Tensor) -> None:
+            warm_up(input_ids, targets)
+            step.accumulate(input_ids, targets, self.n_targets)
+            self.gradients = {p: p.grad for p in step.parameters if p.grad is not None}
+
+        def accumulate(input_ids: Tensor, targets: Tensor) -> None:
+            self.total += step.accumulate(input_ids, targets, self.n_targets)
+
+        with step.without_effects():
+            if len(input_ids) == batch_size and capturable:
+                self.whole = CudaGraph(lambda ids, wanted: step(ids, wanted, batch_size), first, warm_up=warm_up)
                 return
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.total += step.accumulate(self.input_ids, self.targets, self.n_targets)
-            self.rest = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.rest, stream=stream, pool=self.graph.pool()):
-                step.end(self.total / self.n_targets)
+            self.micro_batch = CudaGraph(accumulate, first, warm_up=warm_up_and_accumulate)
+            if capturable:
+                self.end = CudaGraph(self._end, warm_up=lambda: None, pool=self.micro_batch.pool())
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> None:
         """One step on samples (N, T), as many as were recorded, or any multiple of a micro-batch where those were
         several."""
-        if self.rest is None:
-            self.read(input_ids, targets)
-            self.graph.replay()
+        if self.whole is not None:
+            self.whole(input_ids, targets)
             return
-        self.n_targets.copy_((targets != self.ignore_index).sum())
+        self.n_targets.copy_(self._count(targets))
         self.total.zero_()
-        torch._foreach_zero_(self.gradients)
-        n = len(self.input_ids)
-        for ids, wanted in zip(input_ids.split(n), targets.split(n), strict=True):
-            self.read(ids, wanted)
-            self.graph.replay()
-        self.rest.replay()
+        torch._foreach_zero_(list(self.gradients.values()))
+        for ids, wanted in zip(input_ids.split(self.batch_size), targets.split(self.batch_size), strict=True):
+            self.micro_batch(ids, wanted)
+        if self.end is not None:
+            self.end()
+            return
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+        self._end()
 
-    def read(self, input_ids: Tensor, targets: Tensor) -> None:
-        """Put a micro-batch where the graph reads it."""
-        self.input_ids.copy_(input_ids, non_blocking=True)
-        self.targets.copy_(targets, non_blocking=True)
+    def _end(self) -> None:
+        self.step.end(self.total / self.n_targets)
+
+    def _count(self, targets: Tensor) -> Tensor:
+        return (targets != self.step.model.ignore_index).sum()

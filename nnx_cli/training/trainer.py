@@ -18,7 +18,7 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, OutputError, QualityError
-from nnx_cli.evaluation.evaluator import CapturedLosses, Evaluation, evaluate
+from nnx_cli.evaluation.evaluator import Evaluation, evaluate, graphed_losses
 from nnx_cli.inference.sampler import generate
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
@@ -30,7 +30,7 @@ from nnx_cli.runs.run import Run
 from nnx_cli.system.device import memory_budget, peak_memory_bytes, set_seed, synchronize
 from nnx_cli.training.divergence import SpikeWatch, all_finite, first_overflow
 from nnx_cli.training.schedule import MILESTONES, lr_at
-from nnx_cli.training.step import CapturedStep, Step
+from nnx_cli.training.step import Step, StepGraphs
 
 T = TypeVar("T")
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this
@@ -115,7 +115,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = Step(model, self.optimizer, self.scaler, config.grad_clip, config.optimizer_in_backward)
-        self.captured: CapturedStep | None = None
+        self.captured: StepGraphs | None = None
         self.compile_later: Callable[[], None] | None = None  # what is left to do once the first step has been shown
         self.validate_in_full()
         self.spikes = SpikeWatch()
@@ -153,7 +153,7 @@ class Trainer:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         for key in State.__dataclass_fields__.keys() & checkpoint.state.keys():
             setattr(self.state, key, checkpoint.state[key])
-        self.step.stats[-2:] = torch.tensor([self.state.skipped_steps, self.state.bad_steps])
+        self.step.stats.set_skipped(self.state.skipped_steps, self.state.bad_steps)
 
     # the loop
 
@@ -339,17 +339,17 @@ class Trainer:
             return False
         self.release()
         input_ids, targets = self.loader.batch(0, self.samples_per_step)
-        self.captured = CapturedStep(self.step, input_ids, targets, self.config.batch_size)
+        self.captured = StepGraphs(self.step, input_ids, targets, self.config.batch_size)
         return True
 
     def read_stats(self) -> tuple[float, float]:
         """Mean loss of the newest step and norm of its gradient before clipping; waits for the device."""
-        loss, grad_norm, highest, skipped, in_a_row = self.step.stats.tolist()
-        self.step.stats[2] = 0.0
-        self.state.skipped_steps, self.state.bad_steps = int(skipped), int(in_a_row)
-        if self.spikes.seen(highest):
-            self.news.append(f"loss spike: {highest:.3f} up to step {self.state.step}, after {self.spikes.mean:.3f}")
-        return loss, grad_norm
+        numbers = self.step.stats.read()
+        self.state.skipped_steps, self.state.bad_steps = numbers.skipped_steps, numbers.bad_steps
+        if self.spikes.seen(numbers.highest_loss):
+            highest = f"{numbers.highest_loss:.3f} up to step {self.state.step}"
+            self.news.append(f"loss spike: {highest}, after {self.spikes.mean:.3f}")
+        return numbers.loss, numbers.grad_norm
 
     # numbers that go bad
 
@@ -378,7 +378,7 @@ class Trainer:
         failed, skipped, time_s = state.step, state.skipped_steps, state.time_s
         self.restore(checkpoint)
         state.lr_factor, state.skipped_steps, state.time_s, state.bad_steps = ROLLBACK_LR, skipped, time_s, 0
-        self.step.stats[-2:] = torch.tensor([skipped, 0])
+        self.step.stats.set_skipped(skipped, 0)
         self.unwritten = [(name, record) for name, record in self.unwritten if record["step"] <= state.step]
         run.cut_logs(state.step)
         if captured:
@@ -409,7 +409,7 @@ class Trainer:
         def look() -> Evaluation:
             if self.captured is not None and self.captures_validation and self.losses_of is token_losses:
                 self.model.eval()
-                self.losses_of = CapturedLosses(self.model, self.val_rows, seq_len)
+                self.losses_of = graphed_losses(self.model, self.val_rows, seq_len)
                 self.model.train()
             return evaluate(
                 self.model,

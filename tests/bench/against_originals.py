@@ -61,7 +61,7 @@ from nnx_cli.optim._groups import build_optimizer
 from nnx_cli.planning import flops as cost
 from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_device, set_threads, synchronize
 from nnx_cli.system.machine import keep_freed_memory
-from nnx_cli.training.step import CapturedStep, Step
+from nnx_cli.training.step import Step, StepGraphs
 
 PRECISION = {"cuda": "bf16", "cpu": "fp32"}
 ROUND_SECONDS = {"cuda": 0.5, "cpu": 0.0}  # a round has as many steps as fit, at least one
@@ -284,17 +284,17 @@ def prepare_ours(case: Case, device: torch.device, compiled: bool) -> tuple[nn.M
     whole_step = Step(model, optimizer, torch.amp.GradScaler(device.type, enabled=False), grad_clip=0.0)
     if compiled:
         compile_blocks(model)
-    captured: list[CapturedStep] = []
+    captured: list[StepGraphs] = []
 
     def step(tokens: Tensor) -> Tensor:
         ids, targets = tokens[:, :-1], tokens[:, 1:]
         if compiled and device.type == "cuda":
             if not captured:
-                captured.append(CapturedStep(whole_step, ids, targets, len(ids)))
+                captured.append(StepGraphs(whole_step, ids, targets, len(ids)))
             captured[0](ids, targets)
         else:
             whole_step(ids, targets, len(ids))
-        return whole_step.stats[0]
+        return whole_step.stats.loss
 
     return model, step
 

@@ -49,7 +49,7 @@ from nnx_cli.planning.fit import Predictor, descend
 from nnx_cli.planning.memory import target_of
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device
-from nnx_cli.training.step import CapturedStep, Step
+from nnx_cli.training.step import Step, StepGraphs
 
 STEPS = 50
 MANY_ROWS = 720_720  # of a step: more than fit, with many divisors, of which the planner takes one as micro-batch
@@ -85,11 +85,11 @@ class Session:
         shape = (rows * n_micro, self.config.seq_len + 1)
         ids = torch.randint(self.config.vocab_size, shape, device=self.device)
         ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        take = CapturedStep(self.step, ids, targets, rows) if captured else self.step
+        take = StepGraphs(self.step, ids, targets, rows) if captured else self.step
         try:
             for _ in range(n_steps):
                 take(ids, targets) if captured else take(ids, targets, rows)
-            return self.step.stats[0].item()
+            return self.step.stats.loss.item()
         finally:
             if self.step.in_backward:
                 self.step.in_backward.detach()  # hooks of parameters would keep the model alive

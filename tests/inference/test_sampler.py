@@ -8,7 +8,7 @@ from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import ByteTokenizer
 from nnx_cli.errors import UsageError
 from nnx_cli.inference import sampler
-from nnx_cli.inference.decoding import CapturedDecoding
+from nnx_cli.inference.decoding import decoding_graph
 from nnx_cli.inference.sampler import TextStream, draw, generate, next_probabilities, overlap, uniforms, window_start
 
 NO_HISTORY = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
@@ -201,7 +201,7 @@ def test_recorded_decoding_draws_what_plain_decoding_draws(tiny, name, monkeypat
     model = sharp(tiny(name)).to("cuda")
     settings = dict(max_new_tokens=3 * model.config.seq_len, seed=1)
     made = []
-    monkeypatch.setattr(sampler, "CapturedDecoding", lambda *args: made.append(CapturedDecoding(*args)) or made[-1])
+    monkeypatch.setattr(sampler, "decoding_graph", lambda *args: made.append(decoding_graph(*args)) or made[-1])
     recorded = [sample.tokens for sample in run(model, PROMPTS, **settings).samples]
     assert len(made) == 1
     model.syncs_in_eval = True  # so that nothing is recorded

@@ -196,15 +196,15 @@ class OverflowAt:
 
         from nnx_cli.training.step import Step
 
-        real, taken = Step.finish, itertools.count()
+        real, taken = Step.after_update, itertools.count()
 
-        def finish(step: Any, *numbers: Any) -> None:
+        def after_update(step: Any, *numbers: Any) -> None:
             real(step, *numbers)
             if next(taken) in self.steps:
                 with torch.no_grad():
                     next(p for p in step.model.blocks[0].parameters() if p.dim() == 1).fill_(3e38)
 
-        Step.finish = finish
+        Step.after_update = after_update
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,9 @@ class SpikeAt:
     def __call__(self) -> None:
         from nnx_cli.training.step import Step
 
-        real, taken = Step.finish, itertools.count()
+        real, taken = Step.after_update, itertools.count()
 
-        def finish(step: Any, loss: Any, norm: Any, bad: Any) -> None:
+        def after_update(step: Any, loss: Any, norm: Any, bad: Any) -> None:
             real(step, loss + self.height if next(taken) in self.steps else loss, norm, bad)
 
-        Step.finish = finish
+        Step.after_update = after_update

@@ -7,8 +7,9 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.optim._groups import build_optimizer
+from nnx_cli.system.cuda_graph import capture_stream
 from nnx_cli.system.device import set_seed
-from nnx_cli.training.step import CapturedStep, Step, capture_stream
+from nnx_cli.training.step import Step, StepGraphs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, seq_len=16)
@@ -36,7 +37,7 @@ def snapshot(step):
         for key, value in fields.items()
         if isinstance(value, torch.Tensor)
     }
-    return {name: tensor.clone() for name, tensor in tensors.items()} | {"stats": step.stats.clone()}
+    return {name: tensor.clone() for name, tensor in tensors.items()} | {"stats": step.stats.state()}
 
 
 def equal(a, b):
@@ -44,11 +45,11 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_a_rehearsal_changes_nothing(name):
+def test_steps_without_effects_change_nothing(name):
     step = make_step(name)
     step(*batch(), 4)
     before = snapshot(step)
-    with step.rehearsal():
+    with step.without_effects():
         for seed in range(3):
             step(*batch(seed), 2)
     assert equal(before, snapshot(step))
@@ -63,9 +64,10 @@ def test_numbers_of_a_step():
     with torch.no_grad():
         wanted = torch.nn.functional.cross_entropy(step.model(ids).flatten(0, 1), targets.flatten())
     step(ids, targets, 2)
-    loss, norm, highest, skipped, in_a_row = step.stats.tolist()
-    assert loss == highest == pytest.approx(wanted.item(), abs=1e-6) and norm > 0
-    assert (skipped, in_a_row) == (0, 0)
+    numbers = step.stats.read()
+    assert numbers.loss == numbers.highest_loss == pytest.approx(wanted.item(), abs=1e-6) and numbers.grad_norm > 0
+    assert (numbers.skipped_steps, numbers.bad_steps) == (0, 0)
+    assert step.stats.read().highest_loss == 0, "it begins anew once it was read"
 
 
 def test_steps_that_fail_are_counted():
@@ -74,8 +76,9 @@ def test_steps_that_fail_are_counted():
     for bad in (False, True, True, False, True):
         weight.fill_(torch.nan if bad else 1.0)
         step(*batch(), 4)
-        counts.append(step.stats[3:].tolist())
-    assert counts == [[0, 0], [1, 1], [2, 2], [2, 0], [3, 1]]
+        numbers = step.stats.read()
+        counts.append((numbers.skipped_steps, numbers.bad_steps))
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
 
 
 def test_without_a_limit_the_gradient_is_only_measured():
@@ -93,10 +96,10 @@ def test_an_overflow_under_a_loss_scale_is_the_scalers_business():
     before = step.model.norm.weight.detach().clone()
     for skipped in range(100):  # noqa: B007 (counted at the end)
         step(*batch(), 4)
-        if step.stats[1].isfinite():
+        if step.stats.grad_norm.isfinite():
             break
         assert torch.equal(before, step.model.norm.weight)
-    assert 0 < skipped == step.stats[3].item() and step.scaler.get_scale() == 2.0 ** (127 - skipped)
+    assert 0 < skipped == step.stats.skipped_steps.item() and step.scaler.get_scale() == 2.0 ** (127 - skipped)
     assert not torch.equal(before, step.model.norm.weight), "the scale is low enough now"
 
 
@@ -108,7 +111,7 @@ def test_steps_in_the_backward_pass_are_the_same_steps(name, optimizer):
         plain(*batch(seed), 4)
         step(*batch(seed), 4)
     assert all(p.grad is None for p in step.parameters)
-    torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -117,11 +120,11 @@ def test_what_an_unfinished_step_left_is_forgotten():
     step = make_step()
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for failure in ("zero_grad", "step"):
-        with monkeypatched(step.optimizer, failure), pytest.raises(torch.OutOfMemoryError), step.rehearsal():
+        with monkeypatched(step.optimizer, failure), pytest.raises(torch.OutOfMemoryError), step.without_effects():
             step(*batch(), 4)
         assert not step.updating and all(p.grad is None for p in step.parameters)
     step(*batch(), 4)
-    assert step.stats[3] == 0
+    assert step.stats.skipped_steps == 0
 
 
 @contextmanager
@@ -137,11 +140,11 @@ def monkeypatched(owner, name):
     yield
 
 
-def test_a_rehearsal_in_the_backward_pass_changes_nothing():
+def test_steps_in_the_backward_pass_without_effects_change_nothing():
     step = make_step(in_backward=True)
     step(*batch(), 4)
     before = snapshot(step)
-    with step.rehearsal():
+    with step.without_effects():
         step(*batch(1), 4)
     assert equal(before, snapshot(step))
 
@@ -150,24 +153,24 @@ def test_a_rehearsal_in_the_backward_pass_changes_nothing():
 @pytest.mark.parametrize("name", models.names())
 def test_a_captured_step_is_the_step(name):
     plain, step = make_step(name, "cuda"), make_step(name, "cuda")
-    captured = CapturedStep(step, *batch(device="cuda"), 2)
+    captured = StepGraphs(step, *batch(device="cuda"), 2)
     for i in range(5):
         samples = batch(i, device="cuda")
         plain(*samples, 2)
         captured(*samples)
-        torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-5)
 
 
 @needs_cuda
 def test_a_captured_step_draws_anew_and_as_seeded():
     step, losses = make_step("nyx", "cuda", dropout=0.2), []
     samples = batch(device="cuda")
-    captured = CapturedStep(step, *samples, 4)
-    with step.rehearsal():
+    captured = StepGraphs(step, *samples, 4)
+    with step.without_effects():
         for seed in (1, 2, 1):
             set_seed(seed)
             captured(*samples)
-            losses.append(step.stats[0].item())
+            losses.append(step.stats.loss.item())
     assert losses[0] == losses[2] != losses[1]
 
 
@@ -177,12 +180,12 @@ def test_recorded_micro_batches_under_a_loss_scale_are_the_step(name):
     plain, step = make_step(name, "cuda"), make_step(name, "cuda")
     for one in (plain, step):
         one.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=3)
-    captured = CapturedStep(step, *batch(device="cuda"), 1)
+    captured = StepGraphs(step, *batch(device="cuda"), 1)
     for i in range(7):
         samples = batch(i, device="cuda")
         plain(*samples, 1)
         captured(*samples)
-        torch.testing.assert_close(step.stats, plain.stats, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-5)
     assert step.scaler.get_scale() == plain.scaler.get_scale() == 2.0**12
 
 
@@ -191,15 +194,15 @@ def test_recorded_micro_batches_draw_their_own_dropout():
     """The same rows twice in a step: the sum of their losses is not twice that of one."""
     step = make_step("nyx", "cuda", dropout=0.5)
     rows = [x[:2].repeat(2, 1) for x in batch(device="cuda")]
-    captured, losses = CapturedStep(step, *rows, 2), []
-    with step.rehearsal():
+    captured, losses = StepGraphs(step, *rows, 2), []
+    with step.without_effects():
         for seed in (1, 2, 1):
             set_seed(seed)
             captured(*rows)
-            both = step.stats[0].item()
+            both = step.stats.loss.item()
             set_seed(seed)
             captured(*(x[:2] for x in rows))
-            assert both != step.stats[0].item()
+            assert both != step.stats.loss.item()
             losses.append(both)
     assert losses[0] == losses[2] != losses[1]
 
@@ -233,18 +236,65 @@ def test_a_step_of_several_micro_batches_is_recorded_as_one_of_them_and_its_end(
     step(*batch(), 4)
     before = snapshot(step)
     input_ids, targets = batch()
-    captured = CapturedStep(step, input_ids, targets, 2)
+    captured = StepGraphs(step, input_ids, targets, 2)
     assert equal(before, snapshot(step)), "recording changes nothing"
-    assert captured.input_ids.shape == (2, input_ids.shape[1]) and len(captured.gradients) == len(step.parameters)
+    recorded = captured.micro_batch.inputs[0]
+    assert recorded.shape == (2, input_ids.shape[1]) and len(captured.gradients) == len(step.parameters)
     captured(input_ids, targets)
     assert graphs.replayed == [0] * (len(input_ids) // 2) + [1]
-    assert torch.equal(captured.input_ids, input_ids[-2:]) and captured.n_targets == targets.numel()
-    assert not any(gradient.any() for gradient in captured.gradients), "they begin at zero"
+    assert torch.equal(recorded, input_ids[-2:]) and captured.n_targets == targets.numel()
+    assert not any(gradient.any() for gradient in captured.gradients.values()), "they begin at zero"
     graphs.replayed.clear()
     captured(input_ids[:2], targets[:2])
     assert graphs.replayed == [0, 1] and captured.n_targets == targets[:2].numel()
-    whole = CapturedStep(step, input_ids, targets, len(input_ids))
+    whole = StepGraphs(step, input_ids, targets, len(input_ids))
     graphs.replayed.clear()
     whole(input_ids, targets)
-    assert graphs.replayed == [2] and whole.rest is None
+    assert graphs.replayed == [2] and whole.end is None
     capture_stream.cache_clear()
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_an_optimizer_that_is_not_capturable_steps_after_the_replays(monkeypatch, batch_size):
+    graphs, step, plain = FakeGraphs(monkeypatch), make_step(), make_step()
+    step.optimizer.capturable = False
+    for one in (plain, step):
+        one(*batch(9), batch_size)
+    captured = StepGraphs(step, *batch(), batch_size)
+    assert equal(snapshot(plain), snapshot(step)), "recording changes nothing"
+
+    def replay():
+        graphs.replayed.append(0)
+        for parameter, gradient in captured.gradients.items():
+            parameter.grad = gradient
+        captured.total += step.accumulate(*captured.micro_batch.inputs, captured.n_targets)
+        for parameter in captured.gradients:
+            parameter.grad = None
+
+    captured.micro_batch.graph.replay = replay
+    for seed in range(3):
+        captured(*batch(seed))
+        plain(*batch(seed), batch_size)
+    assert graphs.replayed == [0] * (3 * 4 // batch_size) and len(graphs.made) == 1
+    assert equal(snapshot(plain), snapshot(step)) and all(p.grad is None for p in step.parameters)
+    capture_stream.cache_clear()
+
+
+def test_an_optimizer_that_is_not_capturable_in_the_backward_pass_is_refused():
+    step = make_step(in_backward=True)
+    step.optimizer.capturable = False
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        StepGraphs(step, *batch(), 4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_an_optimizer_that_is_not_capturable_steps_after_recorded_micro_batches(batch_size):
+    plain, step = make_step("nyx", "cuda"), make_step("nyx", "cuda")
+    step.optimizer.capturable = False
+    captured = StepGraphs(step, *batch(device="cuda"), batch_size)
+    for i in range(5):
+        samples = batch(i, device="cuda")
+        plain(*samples, batch_size)
+        captured(*samples)
+        torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-5)

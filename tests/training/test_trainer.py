@@ -396,7 +396,7 @@ def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, mo
                 raise torch.OutOfMemoryError
         return plain(model, tokens, batch_size=batch_size, losses_of=losses_of, **rest)
 
-    monkeypatch.setattr(trainer_module, "CapturedLosses", Losses)
+    monkeypatch.setattr(trainer_module, "graphed_losses", Losses)
     monkeypatch.setattr(trainer_module, "evaluate", evaluate)
     seen = []
     for least, plainly, expected in (
