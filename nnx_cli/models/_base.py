@@ -53,11 +53,12 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-    def check_head_dim(self) -> None:
-        """Raise UsageError unless `n_heads` divides `dim` into even widths."""
-        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+    def check_head_dim(self, *, even: bool = True) -> None:
+        """Raise UsageError unless `n_heads` divides `dim`, into even widths where rotary pairs are of a head."""
+        if self.dim % self.n_heads or even and self.dim // self.n_heads % 2:
             raise UsageError(
-                f"--dim {self.dim} cannot be divided among --n-heads {self.n_heads} into heads of an even width",
+                f"--dim {self.dim} cannot be divided among --n-heads {self.n_heads}"
+                + (" into heads of an even width" if even else ""),
                 fix=f"take --dim {max(1, round(self.dim / self.n_heads / 16)) * 16 * self.n_heads}",
             )
 

@@ -49,11 +49,7 @@ class Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim % self.n_heads:
-            raise UsageError(
-                f"--dim {self.dim} cannot be divided among --n-heads {self.n_heads}",
-                fix=f"take --dim {max(1, round(self.dim / self.n_heads / 16)) * 16 * self.n_heads}",
-            )
+        self.check_head_dim(even=False)
         self.derive(n_kv_heads=self.n_heads, ffn_dim=2 * self.dim)
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")

@@ -64,7 +64,9 @@ class Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_head_dim()
+        self.check_head_dim(even=False)
+        if self.dim % 2:
+            raise UsageError(f"--dim is {self.dim}; it must be even: positions turn pairs of features")
         self.derive(ffn_dim=8 * self.dim)
         if self.ffn_dim < 1 or not self.student_df > 0 or self.entropy_weight < 0:
             raise UsageError("--ffn-dim must be at least 1, --student-df above 0, --entropy-weight at least 0")

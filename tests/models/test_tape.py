@@ -181,6 +181,22 @@ def test_head_stays_in_float32(tiny):
     assert (rounded - exact).abs().max() < 0.5
 
 
+@pytest.mark.parametrize("variant", ["tape", "sound", "original"])
+def test_a_head_may_be_of_odd_width(tiny, variant):
+    model, ids = tiny("tape", dim=30, n_heads=2, variant=variant).train(), torch.arange(12)[None] % 7
+    loss, n_targets = TrainStep(model)(ids, ids)
+    loss.backward()
+    assert n_targets == 12 and all(p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        cache = model.make_cache(1, 12)
+        steps = [model(ids[:, :5], cache=cache)] + [model(ids[:, i : i + 1], cache=cache) for i in range(5, 12)]
+        if variant != "original":  # it sees later tokens without a cache
+            torch.testing.assert_close(torch.cat(steps, dim=1), model(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="--dim"):
+        models.make_config("tape", dim=15, n_heads=1)
+
+
 @torch.no_grad()
 def test_cache_counts_what_it_holds(tiny):
     model = tiny("tape", n_critics=2, seq_len=16)
