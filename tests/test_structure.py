@@ -47,19 +47,14 @@ UPWARD = {
     ("system/hardware.py", "kernels"),
 }
 IN_A_CIRCLE = {
-    "data.tokenizers.base",
-    "data.tokenizers.bpe",
-    "data.tokenizers.hf_json",
     "kernels.cross_entropy",
     "kernels.cross_entropy_triton",
     "kernels.optimizer_step",
     "kernels.optimizer_step_triton",
 }
 POSTPONED = {
-    "data/tokenizers/base.py",
     "optim/_groups.py",
     "planning/memory.py",
-    "runs/run.py",
     "system/hardware.py",
 }
 LONG_FUNCTIONS = {

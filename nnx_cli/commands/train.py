@@ -184,7 +184,7 @@ def new_run(
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     if filepath and data:
         raise UsageError("--filepath and --data: give one, text or tokens")
-    from nnx_cli.data.tokenizers.base import build_tokenizer
+    from nnx_cli.data.tokenizers.build import build_tokenizer
     from nnx_cli.planning.plan import check_batch_shape
     from nnx_cli.training import session
 

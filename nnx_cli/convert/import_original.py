@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nnx_cli import models
-from nnx_cli.data.tokenizers.base import build_tokenizer
+from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.manifest import describe_model, write_model_folder

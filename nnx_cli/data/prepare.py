@@ -21,7 +21,9 @@ from nnx_cli.data import token_folder as tokens
 from nnx_cli.data.compression import BLOCK_BYTES
 from nnx_cli.data.sources import Piece, Reader, Report, Source
 from nnx_cli.data.split import SplitWriter
-from nnx_cli.data.tokenizers.base import ByteTokenizer, Tokenizer, build_tokenizer, needs_training, utf8
+from nnx_cli.data.tokenizers.base import Tokenizer, utf8
+from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
+from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.errors import DataError, UsageError
 from nnx_cli.system import files
 from nnx_cli.system.machine import n_cores, peak_rss_bytes
@@ -182,7 +184,7 @@ def _encode(
     report: Report,
 ) -> int:
     """Encode all pieces and hand the ids to `add` in order. Returns the bytes of text; DataError if there is none."""
-    tokenizer.hasten()
+    tokenizer.use_fast_encoder()
     jobs = _Jobs(tokenizer)
     workers = config.workers or n_cores()
     n_waiting = max(2, min(2 * workers, config.max_memory_bytes // JOB_BYTES))
@@ -202,8 +204,8 @@ def _encode(
         names = ", ".join(source.name for source in sources[:3])
         why = report.notes[0] if report.n_skipped_rows else "nothing but white space in it" if n_bytes else "empty"
         raise DataError(f"no text in {names}: {why}")
-    if tokenizer.doubt and tokenizer.doubt not in report.notes:
-        report.note(tokenizer.doubt)
+    if tokenizer.warning and tokenizer.warning not in report.notes:
+        report.note(tokenizer.warning)
     if jobs.n_forced:
         report.note(f"{jobs.n_forced:,} very long runs without a break were split for the tokenizer")
     return n_bytes

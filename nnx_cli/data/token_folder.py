@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nnx_cli.data.tokenizers.base import Tokenizer, load_tokenizer
+from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from nnx_cli.errors import DataError
 from nnx_cli.system import files
 
@@ -112,7 +112,7 @@ def count_bytes(path: Path, tokenizer: Tokenizer) -> int:
 
 def write_meta(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Complete a folder whose .bin files are closed: tokenizer.json and meta.json. OSError passes through."""
-    tokenizer.save(folder / "tokenizer.json")
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
     files.sync_file(folder / "tokenizer.json")
     head = {
         "format": FORMAT,
@@ -141,7 +141,11 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, veri
             raise DataError(f"the token folder {path} is damaged: it has no meta.json", fix=f"remove it, then: {mend}")
         return _open_nanogpt(path, tokenizer)
     try:
-        return _open_ours(path, tokenizer, verify)
+        meta = files.read_json(path / "meta.json", error=DataError, max_bytes=MAX_META_BYTES, follow_links=True)
+    except DataError as error:
+        raise DataError(str(error), fix=f"remove the folder, then: {mend}") from error
+    try:
+        return _open_ours(path, meta, tokenizer, verify)
     except _Damaged as error:
         raise DataError(f"the token folder {path} is damaged: {error}", fix=f"remove it, then: {mend}") from error
 
@@ -150,8 +154,7 @@ class _Damaged(Exception):
     """Says in a few words what is wrong with a token folder."""
 
 
-def _open_ours(path: Path, tokenizer: Tokenizer | None, verify: bool) -> TokenFolder:
-    meta = _read_meta(path / "meta.json")
+def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None, verify: bool) -> TokenFolder:
     if meta.get("format") != FORMAT:
         raise DataError(f"{path} has token format {meta.get('format')!r}; this nnx reads {FORMAT}")
     own = load_tokenizer(path / "tokenizer.json")
@@ -221,22 +224,6 @@ def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
 def round_vocab_size(n: int) -> int:
     """n up to 256, above that the next multiple of 64, which matrices like."""
     return n if n <= 256 else -(-n // NANOGPT_ROUND) * NANOGPT_ROUND
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():
-            raise _Damaged("meta.json is no file")
-        if path.stat().st_size > MAX_META_BYTES:
-            raise _Damaged("meta.json is too large")
-        meta = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise _Damaged("meta.json is not JSON") from error
-    if not isinstance(meta, dict):
-        raise _Damaged("meta.json is not a JSON object")
-    return meta
 
 
 def _count(meta: dict[str, Any], key: str, split: str) -> int:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nnx_cli import __version__, models
-from nnx_cli.data.tokenizers.base import Tokenizer, load_tokenizer
+from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from nnx_cli.errors import CheckpointError, DataError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.runs.tensors import write_tensors
@@ -71,7 +72,7 @@ def write_model_folder(
     write_synced(folder / "config.json", to_json(dict(config)))
     files = {"config.json": sha256_file(folder / "config.json")}
     if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer.json")
+        save_tokenizer(tokenizer, folder / "tokenizer.json")
         files["tokenizer.json"] = sha256_file(folder / "tokenizer.json")
     if weights is not None:
         files[BEST] = write_tensors(folder / BEST, weights)

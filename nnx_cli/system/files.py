@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.errors import CheckpointError, NnxError, OutputError
 
 OURS = {
     "checkpoints",
@@ -212,18 +213,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file of a model or run folder to read it. Raises CheckpointError where there is none, or a link (which may
-    lead out of the folder), a pipe or a device (which may never end)."""
-    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+def open_regular(path: Path, error: type[NnxError] = CheckpointError, follow_links: bool = False) -> io.BufferedReader:
+    """Open a file to read it. Raises `error` where there is none, or a link (which may lead out of a folder) unless
+    `follow_links`, a pipe or a device (which may never end)."""
+    names = ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC") + (() if follow_links else ("O_NOFOLLOW",))
+    flags = sum(getattr(os, name, 0) for name in names)
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)
-    except OSError as error:
-        why = "it is a link" if path.is_symlink() else error.strerror
-        raise CheckpointError(f"{path} cannot be read: {why}") from error
+    except OSError as refusal:
+        why = "it is a link" if path.is_symlink() and not follow_links else refusal.strerror
+        raise error(f"{path} cannot be read: {why}") from refusal
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path} cannot be read: it is no regular file")
+        raise error(f"{path} cannot be read: it is no regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -231,13 +233,13 @@ def sha256_regular(path: Path) -> str:
     """Hexadecimal SHA-256 of a JSON file of a model or run folder. Raises CheckpointError where it is missing, no file
     or much too large."""
     with open_regular(path) as file:
-        check_json_size(file, path)
+        _check_size(file, path, MAX_JSON_BYTES, CheckpointError)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_json_size(file: BinaryIO, path: Path) -> None:
-    if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is damaged: it has more than {MAX_JSON_BYTES >> 20} MiB")
+def _check_size(file: BinaryIO, path: Path, max_bytes: int, error: type[NnxError]) -> None:
+    if os.fstat(file.fileno()).st_size > max_bytes:
+        raise error(f"{path} is damaged: it has more than {max_bytes >> 20} MiB")
 
 
 def to_json(value: Any) -> bytes:
@@ -262,15 +264,21 @@ def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: its {key} is {repr(found)[:40]}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of ours. Raises CheckpointError where it is missing, damaged or no object."""
-    with open_regular(path) as file:
-        check_json_size(file, path)
+def read_json(
+    path: Path,
+    *,
+    error: type[NnxError] = CheckpointError,
+    max_bytes: int = MAX_JSON_BYTES,
+    follow_links: bool = False,
+) -> dict[str, Any]:
+    """A JSON object from a file. Raises `error` where it is missing, too large, damaged or no object."""
+    with open_regular(path, error, follow_links) as file:
+        _check_size(file, path, max_bytes, error)
         data = file.read()
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON") from error
+    except (ValueError, RecursionError) as nonsense:
+        raise error(f"{path} is damaged: it is not JSON") from nonsense
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
+        raise error(f"{path} is damaged: it is not a JSON object")
     return value

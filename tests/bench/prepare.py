@@ -40,7 +40,7 @@ from nnx_cli.data.prepare import prepare
 from nnx_cli.data.sources import builtin_corpus
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers import gigatoken as fast_encoder
-from nnx_cli.data.tokenizers.base import build_tokenizer
+from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.system.machine import cpu_model, n_cores, peak_rss_bytes
 
 ONE_CORE = ("byte", "char")

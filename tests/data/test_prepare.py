@@ -15,7 +15,7 @@ from nnx_cli.data.prepare import default_folder, prepare, prepare_builtin
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import bpe
-from nnx_cli.data.tokenizers.base import build_tokenizer
+from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.errors import DataError, MissingFeature, NnxError, OutputError, UsageError
 from nnx_cli.system import files
 

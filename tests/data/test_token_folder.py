@@ -6,7 +6,8 @@ import pytest
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import open_token_folder
-from nnx_cli.data.tokenizers.base import build_tokenizer
+from nnx_cli.data.tokenizers.build import build_tokenizer
+from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import DataError
 
 TEXT = "".join(f"Zeile {i}: größer\n" for i in range(200))
@@ -86,7 +87,7 @@ def test_meta_that_is_no_object_is_refused(folder, content):
 def test_another_tokenizer_is_refused(folder):
     char = build_tokenizer("char", sample=iter(["abc"]))
     assert "another tokenizer" in str(refusal(folder, tokenizer=char))
-    char.save(folder / "tokenizer.json")
+    save_tokenizer(char, folder / "tokenizer.json")
     assert "tokenizer.json" in str(refusal(folder))
     (folder / "tokenizer.json").unlink()
     refusal(folder)

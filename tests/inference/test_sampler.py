@@ -5,7 +5,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import SampleConfig
-from nnx_cli.data.tokenizers.base import ByteTokenizer
+from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.errors import UsageError
 from nnx_cli.inference import sampler
 from nnx_cli.inference.decoding import decoding_graph

@@ -29,7 +29,8 @@ from nnx_cli.data.compression import Stream
 from nnx_cli.data.sources import Reader, Report, Source, format_of
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import hf_json as tokenizer_json
-from nnx_cli.data.tokenizers.base import build_tokenizer, load_tokenizer
+from nnx_cli.data.tokenizers.build import build_tokenizer
+from nnx_cli.data.tokenizers.hf_json import load_tokenizer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.runs.checkpoint import load_checkpoint
 from nnx_cli.runs.logs import logged_step

@@ -88,17 +88,20 @@ class BpeTokenizer(Tokenizer):
         except ValueError as error:
             raise DataError(f"the tokenizer's pattern cannot be used: {error}") from error
 
-    def hasten(self) -> None:
+    def use_fast_encoder(self) -> None:
+        """Let gigatoken encode, where it is installed and has this vocabulary's pattern."""
         if self._fast is None and self.kind in fast_encoder.SCHEMES and fast_encoder.is_installed():
             self._fast = FastEncoder(self.ranks, fast_encoder.SCHEMES[self.kind], self._encode_exactly)
 
     @property
-    def doubt(self) -> str | None:
+    def warning(self) -> str | None:
+        """Says where gigatoken was given up."""
         if self._fast is None or not self._fast.failed:
             return None
         return "gigatoken gives other ids than tiktoken, which took its place"
 
     def encode(self, text: str) -> np.ndarray:
+        """Ids (N,) of `dtype`. Lone surrogates count as U+FFFD."""
         text = well_formed(text) if not _encodable(text) else text
         parts = []
         start = 0
@@ -136,6 +139,7 @@ class BpeTokenizer(Tokenizer):
         return all([*self.encode(text[:n]), *self.encode(text[n:])] == whole for n in cuts)
 
     def safe_cut(self, text: str) -> tuple[int, bool]:
+        """The last place before which the ids do not depend on what follows, and whether a run had to be cut."""
         n = _last_boundary(text)
         if n:
             return n, False

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nnx_cli.data.tokenizers import bpe
-from nnx_cli.data.tokenizers.base import N_BYTES, ByteTokenizer, CharTokenizer, Tokenizer
+from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer
+from nnx_cli.data.tokenizers.byte import ByteTokenizer
+from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.errors import DataError
+from nnx_cli.system.files import read_json
 
-MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB_SIZE = 2**24
 MAX_SPECIALS = 2**12
 MAX_TOKEN_BYTES = 256
@@ -71,18 +73,17 @@ def _special(name: str, token_id: int) -> dict[str, Any]:
     return {"id": token_id, "content": name, **flags}
 
 
-def read(path: Path) -> Tokenizer:
-    """The tokenizer of a file. DataError where it is missing, damaged, or of a kind that cannot be run here."""
-    try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"cannot read the tokenizer {path}: it is no file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} is no tokenizer: it has more than {MAX_FILE_BYTES >> 20} MiB")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the tokenizer {path} is damaged: it is not JSON") from error
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer.json. OSError passes through."""
+    path.write_text(json.dumps(to_json(tokenizer), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, ours or a foreign byte-level one.
+
+    Raises DataError where it is missing, damaged, or of a kind that cannot be run here.
+    """
+    content = read_json(path, error=DataError, follow_links=True)
     try:
         return from_json(content)
     except _Unsupported as error:

@@ -13,7 +13,10 @@ from tiktoken_ext import openai_public
 
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers import hf_json as tokenizer_json
-from nnx_cli.data.tokenizers.base import CharTokenizer, StreamDecoder, build_tokenizer, load_tokenizer
+from nnx_cli.data.tokenizers.base import StreamDecoder
+from nnx_cli.data.tokenizers.build import build_tokenizer
+from nnx_cli.data.tokenizers.char import CharTokenizer
+from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
 KINDS = ("byte", "char", "bpe", "gpt2")
@@ -86,7 +89,7 @@ def made() -> dict:
 def hugging_face(made, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("tokenizers")
     for kind in KINDS:
-        made[kind].save(folder / kind)
+        save_tokenizer(made[kind], folder / kind)
     return {kind: tokenizers.Tokenizer.from_file(str(folder / kind)) for kind in KINDS}
 
 
@@ -112,7 +115,7 @@ def test_any_string_encodes_and_streams(made, kind, text):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_is_the_same(made, tmp_path, kind):
-    made[kind].save(tmp_path / "tokenizer.json")
+    save_tokenizer(made[kind], tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert (loaded.kind, loaded.vocab_size, loaded.eot_id) == (kind, made[kind].vocab_size, made[kind].eot_id)
     assert loaded.fingerprint == made[kind].fingerprint
@@ -153,7 +156,7 @@ def test_published_patterns_split_alike_everywhere(made, tmp_path, monkeypatch, 
     """The vocabularies themselves need a download; their regular expressions do not."""
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: made["bpe"].ranks)
     tokenizer = bpe.published(name)
-    tokenizer.save(tmp_path / "tokenizer.json")
+    save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     pattern = openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
     reference = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=made["bpe"].ranks, special_tokens={})
@@ -288,7 +291,7 @@ def test_foreign_byte_level_file(tmp_path):
     assert (ours.kind, ours.vocab_size, ours.eot_id) == ("file", 259, 258)
     for text in ("the thief, they", "é\n\n then  x", "我们the"):
         assert ours.encode(text).tolist() == library.encode(text).ids
-    ours.save(tmp_path / "tokenizer.json")
+    save_tokenizer(ours, tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path / "tokenizer.json").fingerprint == ours.fingerprint
 
 
@@ -355,7 +358,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
 def test_missing_file_and_tampered_char_file(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         load_tokenizer(tmp_path / "nowhere.json")
-    CharTokenizer("abc").save(tmp_path / "tokenizer.json")
+    save_tokenizer(CharTokenizer("abc"), tmp_path / "tokenizer.json")
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["vocab"]["d"] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))

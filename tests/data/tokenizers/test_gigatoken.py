@@ -65,10 +65,10 @@ def test_it_takes_over_while_it_agrees(install):
     calls = []
     install(lambda text: calls.append(len(text)) or right(text))
     tokenizer = bpe.published("gpt2")
-    assert len(tokenizer.encode(TEXT)) and not calls, "only after hasten()"
-    tokenizer.hasten()
+    assert len(tokenizer.encode(TEXT)) and not calls, "only after use_fast_encoder()"
+    tokenizer.use_fast_encoder()
     assert np.array_equal(tokenizer.encode(TEXT), gpt2().encode(TEXT))
-    assert calls[0] == len(PROBE) and sum(calls) > len(TEXT) and tokenizer.doubt is None
+    assert calls[0] == len(PROBE) and sum(calls) > len(TEXT) and tokenizer.warning is None
 
 
 @pytest.mark.parametrize(
@@ -111,5 +111,5 @@ def test_the_real_one_gives_the_same_ids(kind, monkeypatch):
     pattern = bpe.GPT2_PATTERN if kind == "gpt2" else openai_public.ENCODING_CONSTRUCTORS[kind]()["pat_str"]
     tokenizer = bpe.BpeTokenizer(gpt2().ranks, pattern, {}, None)
     plain = tokenizer.encode(TEXT)
-    tokenizer.hasten()
-    assert tokenizer._fast is not None and np.array_equal(tokenizer.encode(TEXT), plain) and tokenizer.doubt is None
+    tokenizer.use_fast_encoder()
+    assert tokenizer._fast is not None and np.array_equal(tokenizer.encode(TEXT), plain) and tokenizer.warning is None
