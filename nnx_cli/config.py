@@ -18,6 +18,7 @@ from nnx_cli.errors import DataError, UsageError, nearest
 
 GIB = 2**30
 MAX_TOML_BYTES = 2**20
+MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that package's modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class TrainConfig:
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
-    optimizer: str = "auto"  # auto, adamw, adamw8bit, lion, muon, wolf
+    optimizer: str = "auto"  # auto, {optim}
     optimizer_in_backward: bool = False  # update each weight as its gradient appears, and free that: saves memory
     lr: float | None = None  # peak learning rate
     schedule: str = "linear"  # learning rate after warm-up: linear, cosine, wsd (constant, then linear), constant
@@ -101,7 +102,7 @@ class TrainConfig:
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("beta2", self.beta2, 0.0, 1 - 2**-24, low_open=True)
-        check_choice("optimizer", self.optimizer, ("auto", "adamw", "adamw8bit", "lion", "muon", "wolf"))
+        check_choice("optimizer", self.optimizer, ("auto", *module_names("optim")))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf16"))
@@ -152,6 +153,12 @@ class SampleConfig:
         check_range("seed", self.seed, 0, 2**63 - 1)
 
 
+@cache
+def module_names(package: str) -> tuple[str, ...]:
+    """The public modules of a package of this project in alphabetical order, by its files: nothing is imported."""
+    return tuple(sorted(path.stem for path in (Path(__file__).parent / package).glob("[!_]*.py")))
+
+
 @dataclass(frozen=True)
 class Field:
     """A setting, as the source of its dataclass states it."""
@@ -179,7 +186,9 @@ def read_fields(path: Path, class_name: str) -> tuple[Field, ...]:
             item.target.id,
             ast.unparse(item.annotation).removesuffix(" | None"),
             eval_literal(item.value),
-            lines[item.lineno - 1].partition("#")[2].strip(),
+            MODULES_OF.sub(
+                lambda found: ", ".join(module_names(found[1])), lines[item.lineno - 1].partition("#")[2].strip()
+            ),
         )
         for item in node.body
         if isinstance(item, ast.AnnAssign)

@@ -11,7 +11,7 @@ import typer
 
 from nnx_cli import models
 from nnx_cli.commands._options import command, given, model_fields, model_options
-from nnx_cli.config import TrainConfig, check_choice
+from nnx_cli.config import TrainConfig, check_choice, module_names
 from nnx_cli.console import Output, size
 from nnx_cli.errors import DoesNotFit, UsageError
 
@@ -48,7 +48,7 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences in a micro-batch.", show_default="what fits")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="auto, adamw, adamw8bit, lion, muon, wolf")] = "auto",
+    optimizer: Annotated[str, typer.Option(help=f"auto, {', '.join(module_names('optim'))}")] = "auto",
     precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
     weight_precision: Annotated[str, typer.Option(help="Of the stored matrices: auto, fp32, bf16.")] = "auto",
     activation_checkpointing: Annotated[

@@ -1,9 +1,8 @@
-"""What all optimizers here share: steps that never ask the device anything, and state whose shapes are known."""
+"""The base of all optimizers here: torch's, with steps that need not ask the device, and state of known shapes."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,42 +10,48 @@ from torch import Tensor
 
 from nnx_cli.kernels.stochastic_rounding import random_key
 
-Layout = dict[str, tuple[torch.Size, torch.dtype]]
+StateSpec = dict[str, tuple[torch.Size, torch.dtype]]  # shape and type of every tensor of a parameter's state
 Group = Mapping[str, Any]
 
 
-class DeviceOptimizer:
-    """An optimizer whose step may be captured as a CUDA graph. It has the groups and the state of torch's, but not its
-    class, which imports the compiler, 1 s, when an object is made of it.
+class DeviceOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` that can leave a step out, and knows its state before there is any.
 
-    `found_inf`, a float32 tensor of one number on the parameters' device, 0 or 1, is set from outside: where it is 1,
-    `step` leaves weights and state as they are, to the bit, whatever the gradients hold. On CUDA a group's `lr` is a
-    tensor, so that it can change between replays. A parameter's state begins as zeros at its first step.
+    `found_inf`, float32 () on the parameters' device, 0 or 1, is set from outside: where it is 1, `step` leaves weights
+    and state as they are, to the bit, whatever the gradients hold. A parameter's state begins as zeros at its first
+    step. A step of a `capturable` class may be part of a CUDA graph, and on CUDA the `lr` of its groups is a tensor, so
+    that it can change between replays; other classes read `found_inf` on the host and take `lr` as a number.
     """
 
     found_inf: Tensor | None = None
     capturable = True  # whether a step asks the device nothing, so that a CUDA graph can hold it
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0) -> None:
-        given = list(params)
-        groups = given if isinstance(given[0], dict) else [{"params": given}]
-        self.param_groups = [defaults | group | {"params": list(group["params"])} for group in groups]
-        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for group in self.param_groups:
-            if group["params"][0].is_cuda and not isinstance(group["lr"], Tensor):
-                group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.keys = {p: random_key(seed, i) for i, p in enumerate(parameters)}  # of the bits that round it
+        self.seed = seed
+        self.keys: dict[Tensor, int] = {}  # of the random bits that round a parameter
+        super().__init__(params, defaults)
 
-    def rounded(self, p: Tensor) -> Layout:
-        """What rounding a bfloat16 parameter needs: its steps are counted."""
-        if p.dtype != torch.bfloat16:
-            return {}
-        return {"step": (torch.Size(()), torch.float32)}
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer` does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            self.keys[p] = random_key(self.seed, len(self.keys))
+        device = group["params"][0].device
+        if self.capturable and device.type == "cuda" and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
-    def layout(self, p: Tensor, group: Group) -> Layout:
+    def rounding_spec(self, p: Tensor) -> StateSpec:
+        """State that stochastic rounding of a bfloat16 parameter needs: its steps are counted."""
+        return {"step": (torch.Size(()), torch.float32)} if p.dtype == torch.bfloat16 else {}
+
+    def state_spec(self, p: Tensor, group: Group) -> StateSpec:
         """Shape and type of every tensor of a parameter's state."""
         raise NotImplementedError
+
+    def state_specs(self) -> dict[Tensor, StateSpec]:
+        """The spec of every parameter's state, whether or not it exists yet."""
+        return {p: self.state_spec(p, group) for group in self.param_groups for p in group["params"]}
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         """Move parameters of a group, whose state exists, by their gradients."""
@@ -57,48 +62,59 @@ class DeviceOptimizer:
         gradients = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(gradients, limit, norm, foreach=True)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free all gradients, or make them zeros."""
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad = torch.zeros_like(p.grad)
-
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move all parameters that have a gradient; returns what `closure`, called first, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = self._readable(self.found_inf)
         for group in self.param_groups:
-            self.step_on([p for p in group["params"] if p.grad is not None], group, self.found_inf)
+            self.step_on([p for p in group["params"] if p.grad is not None], group, found_inf)
+        return loss
 
     def step_on(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         """The step of some parameters of a group, all with gradients."""
         for p in parameters:
             if not self.state[p]:
-                for field, (shape, dtype) in self.layout(p, group).items():
+                for field, (shape, dtype) in self.state_spec(p, group).items():
                     self.state[p][field] = torch.zeros(shape, dtype=dtype, device=p.device)
+        found_inf = self._readable(found_inf)
         if found_inf is not None:
             found_inf = found_inf.reshape(())
-            if found_inf.device.type == "cpu":  # nothing to wait for
+            if found_inf.device.type == "cpu":  # reading it synchronizes nothing
                 if found_inf != 0:
                     return
                 found_inf = None
         if parameters:
             self.update(parameters, group, found_inf)
 
-    def layouts(self) -> dict[Tensor, Layout]:
-        """The layout of every parameter's state, whether or not it exists yet."""
-        return {p: self.layout(p, group) for group in self.param_groups for p in group["params"]}
-
-    def state_bytes(self) -> int:
-        """Bytes of all state."""
-        return sum(
-            shape.numel() * dtype.itemsize for layout in self.layouts().values() for shape, dtype in layout.values()
-        )
-
     def count_step(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
         """Add a step to the parameters that count theirs, unless it was left out."""
         steps = [self.state[p]["step"] for p in parameters if "step" in self.state[p]]
         if steps and found_inf is None:
             torch._foreach_add_(steps, 1.0)
-        elif steps:  # a list, for a single tensor would be read on the host
+        elif steps and found_inf is not None:  # a list, for a single tensor would be read on the host
             torch._foreach_add_(steps, [1.0 - (found_inf != 0).float()] * len(steps))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo `state_dict`. Torch would cast moments to the type of their weights; they keep their own."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, parameters, strict=True):
+            for field, value in state_dict["state"].get(i, {}).items():
+                self.state[p][field] = value.detach().to(p.device, copy=True)
+
+    def _readable(self, found_inf: Tensor | None) -> Tensor | None:
+        return found_inf if self.capturable or found_inf is None else found_inf.cpu()
+
+
+def set_lr(optimizer: DeviceOptimizer, lr: float) -> None:
+    """Give every parameter group the same learning rate; where it is a tensor, in place, for graphs that read it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -19,13 +19,16 @@ class InBackward:
     """
 
     def __init__(self, model: nn.Module, optimizer: DeviceOptimizer, grad_clip: float) -> None:
-        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.optimizer = optimizer
+        self.grad_clip = grad_clip
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         device = next(iter(self.groups)).device
         self.hold = torch.zeros((), device=device)
         self.squares = torch.zeros((), device=device)  # of all gradients, summed
         self.bad = torch.zeros((), device=device)
-        self.hooks = [p.register_post_accumulate_grad_hook(self.take) for p in model.parameters() if p in self.groups]
+        for p in model.parameters():
+            if p in self.groups:
+                p.register_post_accumulate_grad_hook(self._take)
 
     def begin(self) -> None:
         """Forget the step before."""
@@ -33,8 +36,9 @@ class InBackward:
         self.bad.zero_()
 
     @torch.no_grad()
-    def take(self, p: Tensor) -> None:
+    def _take(self, p: Tensor) -> None:
         """Move a parameter by its gradient, clipped to a norm of `grad_clip` (0: not), and free that."""
+        assert p.grad is not None
         norm = torch.linalg.vector_norm(p.grad, dtype=torch.float32)
         bad = 1 - norm.isfinite().float()
         self.squares += norm.square()
@@ -51,10 +55,5 @@ class InBackward:
         """
         for p in self.groups:
             if p.grad is not None:
-                self.take(p)
+                self._take(p)
         return self.squares.sqrt(), self.bad
-
-    def detach(self) -> None:
-        """Leave the model as it was before."""
-        for hook in self.hooks:
-            hook.remove()

@@ -1,92 +1,89 @@
-"""AdamW, with its state in float32 or in 8 bits."""
+"""AdamW: torch's fused step for float32 weights, our own for bfloat16 ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import adamw as fused
+from torch import Tensor, nn
 
-from nnx_cli.kernels import optimizer_step as elementwise
-from nnx_cli.kernels.log8 import n_blocks
-from nnx_cli.optim._base import DeviceOptimizer, Group, Layout
+from nnx_cli.config import TrainConfig
+from nnx_cli.kernels import optimizer_step
+from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
+from nnx_cli.optim._groups import BETAS, parameter_groups
 
 
 class AdamW(DeviceOptimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101).
 
-    Groups with `eight_bit` keep both averages in 8 bits, 2.03 bytes a number instead of 8 (after Dettmers et al. 2021,
-    https://arxiv.org/abs/2110.02861, with another code). float32 weights with float32 state go through torch's fused
-    kernel.
+    Both moments are float32. float32 weights go through `torch.optim.AdamW`, fused; bfloat16 ones are rounded
+    stochastically.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = BETAS,
         eps: float = 1e-10,
         weight_decay: float = 0.0,
         *,
-        eight_bit: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, **options)
-        super().__init__(params, defaults, seed)
-        self.divisor: Tensor | None = None  # of all gradients, in the next step
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | options, seed)
+        first = self.param_groups[0]["params"][0]
+        on_meta = first.is_meta  # where torch has no fused step, and nothing to move
+        self._torch = None if on_meta else torch.optim.AdamW([first], fused=True, capturable=first.is_cuda)
+        self.grad_scale: Tensor | None = None  # divides all gradients in the next step
+
+    def is_fused(self, p: Tensor, group: Group) -> bool:
+        """Whether torch's kernel takes a parameter of a group."""
+        return p.dtype == torch.float32
 
     def clip(self, norm: Tensor, limit: float) -> None:
-        """The fused kernel divides on its way, where it takes all parameters."""
-        if all(is_fused(p, group) for group in self.param_groups for p in group["params"]):
-            self.divisor = ((norm + 1e-6) / limit).clamp(min=1.0)
+        """Clip gradients to a norm of `limit`: the fused kernel does it on its way, where it takes all parameters."""
+        if all(self.is_fused(p, group) for group in self.param_groups for p in group["params"]):
+            self.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
         else:
             super().clip(norm, limit)
 
-    def step(self) -> None:
-        super().step()
-        self.divisor = None
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move all parameters that have a gradient; what `clip` said holds for this step alone."""
+        loss = super().step(closure)
+        self.grad_scale = None
+        return loss
 
-    def layout(self, p: Tensor, group: Group) -> Layout:
-        layout = {"step": (torch.Size(()), torch.float32)} | self.rounded(p)
-        for field in ("exp_avg", "exp_avg_sq"):
-            layout[field] = (p.shape, torch.uint8 if group["eight_bit"] else torch.float32)
-            if group["eight_bit"]:
-                layout[f"{field}_scale"] = (torch.Size((n_blocks(p.numel()),)), torch.float32)
-        return layout
+    def state_spec(self, p: Tensor, group: Group) -> StateSpec:
+        """A count of steps, and the first and second moments."""
+        moment = p.shape, torch.float32
+        return {"step": (torch.Size(()), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
-        plain = [p for p in parameters if is_fused(p, group)]
-        if plain:
-            states = [self.state[p] for p in plain]
-            beta1, beta2 = group["betas"]
-            fused.adamw(
-                plain,
-                [p.grad for p in plain],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [],
-                [s["step"] for s in states],
-                fused=True,
-                grad_scale=self.divisor,
-                found_inf=found_inf,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-        if len(plain) < len(parameters):
-            others = [p for p in parameters if not is_fused(p, group)]
+        """Move parameters, float32 ones by torch's step."""
+        fused = [p for p in parameters if self.is_fused(p, group)]
+        if fused:
+            self._fused_update(fused, group, found_inf)
+        if len(fused) < len(parameters):
+            others = [p for p in parameters if not self.is_fused(p, group)]
             for p in others:
-                elementwise.adamw(p, self.state[p], group, found_inf, self.keys[p])
+                optimizer_step.adamw(p, self.state[p], group, found_inf, self.keys[p])
             self.count_step(others, found_inf)
 
+    def _fused_update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
+        """The step of `torch.optim.AdamW` on these parameters and their state; it allocates nothing."""
+        if self._torch is None:
+            return
+        captured = parameters[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        inner = self._torch
+        inner.state = self.state
+        inner.param_groups = [{**inner.defaults, **group, "params": parameters, "capturable": captured}]
+        inner.found_inf, inner.grad_scale = found_inf, self.grad_scale
+        inner.step()
 
-def is_fused(p: Tensor, group: Group) -> bool:
-    """Whether torch's kernel takes a parameter of a group."""
-    return p.dtype == torch.float32 and not group["eight_bit"]
+
+def build(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW for the parameters of a model that are trained."""
+    groups = parameter_groups(model, config.weight_decay)
+    return AdamW(groups, config.lr, (BETAS[0], config.beta2 or BETAS[1]), seed=config.seed)

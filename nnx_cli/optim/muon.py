@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal, for the matrices of blocks; AdamW for everything else."""
+"""Muon: momentum orthogonalized by Newton-Schulz, for the matrices of blocks; AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.gemm import has_onednn, pays, product
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.optim._base import DeviceOptimizer, Group, Layout
+from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
+from nnx_cli.optim._groups import BETAS, hidden_matrices, parameter_groups, split_group
 from nnx_cli.optim.adamw import AdamW
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
@@ -35,22 +37,23 @@ MARGIN = 1.02  # by which a matrix's norm is kept below 1 at the start
 def orthogonalize(
     matrices: Tensor, dtype: torch.dtype, steps: Sequence[tuple[float, float, float]] = POLAR_EXPRESS
 ) -> Tensor:
-    """U Vᵀ of each matrix (N, R, C) = U S Vᵀ, nearly, by x ← a·x + (b·x xᵀ + c·(x xᵀ)²)·x in `dtype`."""
+    """U Vᵀ of each matrix (N, R, C) = U S Vᵀ, nearly: the Newton-Schulz iteration x ← a·x + (b·x xᵀ + c·(x xᵀ)²)·x in
+    `dtype`, with coefficients (a, b, c) of its own for each of `steps`."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)
     one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and pays(x[0], x[0]) and has_onednn()
     for a, b, c in steps:
         if one_by_one:
-            gram = products(x, x.mT)
-            x = products(products(gram, gram).mul_(c).add_(gram, alpha=b), x).add_(x, alpha=a)
+            gram = matmul(x, x.mT)
+            x = matmul(matmul(gram, gram).mul_(c).add_(gram, alpha=b), x).add_(x, alpha=a)
         else:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of stacks of matrices (N, R, K) and (N, K, C), by the library that is fastest with single ones."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
     for whole, a, b in zip(out, left, right, strict=True):
@@ -59,7 +62,7 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def step_type(device: torch.device) -> torch.dtype:
-    """The arithmetic of `orthogonalize`: bfloat16 where a card multiplies matrices in it, else float32."""
+    """The arithmetic of `orthogonalize`: bfloat16 where a GPU has matmuls in it, else float32."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if fast else torch.float32
 
@@ -74,6 +77,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self.last - self.first, self.p.shape[1]
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ class Matrix:
 
 
 class Muon(AdamW):
-    """Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: Nesterov momentum, orthogonalised.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): Nesterov momentum, orthogonalized.
 
     Groups with `orthogonal` hold matrices; the projections that `splits` says are packed in one by rows are taken
     apart, because they are separate maps. An update is scaled by 0.2·√max(rows, columns), the root mean square of
@@ -94,7 +98,7 @@ class Muon(AdamW):
         self,
         params: Iterable[Any],
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = BETAS,
         eps: float = 1e-10,
         weight_decay: float = 0.0,
         *,
@@ -105,18 +109,24 @@ class Muon(AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed)
         self.splits = splits or {}
 
-    def layout(self, p: Tensor, group: Group) -> Layout:
-        return {"momentum": (p.shape, p.dtype)} | self.rounded(p) if group["orthogonal"] else super().layout(p, group)
+    def state_spec(self, p: Tensor, group: Group) -> StateSpec:
+        """The momentum of a matrix; of all else AdamW's moments."""
+        if group["orthogonal"]:
+            return {"momentum": (p.shape, p.dtype)} | self.rounding_spec(p)
+        return super().state_spec(p, group)
 
     def clip(self, norm: Tensor, limit: float) -> None:
+        """Scale all gradients, whose norm is `norm`, down to one of `limit` where that is less."""
         DeviceOptimizer.clip(self, norm, limit)
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
+        """Move matrices by their orthogonalized momentum, all else as AdamW does."""
         if not group["orthogonal"]:
-            return super().update(parameters, group, found_inf)
+            super().update(parameters, group, found_inf)
+            return
         skip = None if found_inf is None else found_inf != 0
         for stack in self.stacks(parameters):
-            self.update_stack(stack, group, skip)
+            self._update_stack(stack, group, skip)
         self.count_step(parameters, found_inf)
 
     def stacks(self, parameters: list[Tensor]) -> Iterator[list[Matrix]]:
@@ -132,7 +142,7 @@ class Muon(AdamW):
             for start in range(0, len(matrices), n):
                 yield matrices[start : start + n]
 
-    def update_stack(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> None:
+    def _update_stack(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> None:
         """Move matrices of one shape. What is skipped is multiplied by 1 and has -0.0 added: no bit of it changes."""
         p, beta, lr = stack[0].p, group["momentum"], group["lr"]
         decay, keep = 1 - lr * group["weight_decay"], beta
@@ -159,3 +169,10 @@ class Muon(AdamW):
         bits = random_bits(stream, 0, change.numel(), 0).view(change.shape)
         new = stochastic_round(change.add_(torch.stack(weights).float() * decay), bits)
         torch._foreach_copy_(weights, list(new.unbind()))
+
+
+def build(model: nn.Module, config: TrainConfig) -> Muon:
+    """Muon for the linear layers of blocks, AdamW for all other parameters that are trained."""
+    splits = hidden_matrices(model)
+    groups = split_group(parameter_groups(model, config.weight_decay), set(splits), orthogonal=True)
+    return Muon(groups, config.lr, (BETAS[0], config.beta2 or BETAS[1]), splits=splits, seed=config.seed)

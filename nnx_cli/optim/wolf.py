@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nnx_cli.kernels import optimizer_step as elementwise
-from nnx_cli.optim._base import DeviceOptimizer, Group, Layout
+from nnx_cli.config import TrainConfig
+from nnx_cli.kernels import optimizer_step
+from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
+from nnx_cli.optim._groups import parameter_groups
 
 
 class Wolf(DeviceOptimizer):
-    """With momentum m and gradient g: u = m + (g − m)/e, m ← m + (u − m)/e, p ← p − lr·u where u and g have one sign.
+    """Wolf: u = m + (g − m)/e, m ← m + (u − m)/e, p ← p − lr·u where u and the gradient g have one sign.
 
     Smoothed gradient descent with a test of signs: unlike Adam's and Lion's, a step grows with the gradient, so lr is
     large (its author offers 0.3678). One momentum, float32 whatever the type of p. Weight decay acts on p beforehand,
@@ -28,12 +30,19 @@ class Wolf(DeviceOptimizer):
         *,
         seed: int = 0,
     ) -> None:
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay), seed)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
 
-    def layout(self, p: Tensor, group: Group) -> Layout:
-        return {"momentum": (p.shape, torch.float32)} | self.rounded(p)
+    def state_spec(self, p: Tensor, group: Group) -> StateSpec:
+        """The momentum."""
+        return {"momentum": (p.shape, torch.float32)} | self.rounding_spec(p)
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
+        """Move parameters by their momentum, where the gradient has its sign."""
         for p in parameters:
-            elementwise.wolf(p, self.state[p], group, found_inf, self.keys[p])
+            optimizer_step.wolf(p, self.state[p], group, found_inf, self.keys[p])
         self.count_step(parameters, found_inf)
+
+
+def build(model: nn.Module, config: TrainConfig) -> Wolf:
+    """Wolf for the parameters of a model that are trained."""
+    return Wolf(parameter_groups(model, config.weight_decay), config.lr, seed=config.seed)

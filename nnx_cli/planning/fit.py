@@ -10,7 +10,7 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.models._base import LanguageModel, ModelConfig
-from nnx_cli.optim._groups import store_weights
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters, dry_run, meta_model
 from nnx_cli.planning.memory import Memory, Target, predict, target_of
 from nnx_cli.system.device import DTYPES
@@ -69,7 +69,7 @@ class Predictor:
         @cache
         def model(weight_precision: str) -> LanguageModel:
             built = meta_model(name, config, lora_rank)
-            store_weights(built, weight_precision)
+            cast_matrices(built, weight_precision)
             return built
 
         @cache

@@ -30,8 +30,8 @@ from nnx_cli.layers import segment_attention as segments
 from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
 from nnx_cli.layers.loss import LOGIT_BYTES, TrainStep, chunk_rows
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.optim import adamw, muon
-from nnx_cli.optim._groups import build_optimizer
+from nnx_cli.optim import muon
+from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.flops import LightMode, outputs, without_compiler
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import has_triton
@@ -123,7 +123,6 @@ class Kernels:
             (attention, "groups_are_fused"): self.fuses_groups,
             (segments, "merged_attention"): lambda q, kv, times: segments.MergedAttention.apply(q, kv, tuple(times)),
             (soft_xor.Recurrence, "backward"): self.recurrence_backward,
-            (adamw.fused, "adamw"): in_place,
         }
         if target.device == "cuda":
             own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
@@ -495,8 +494,8 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) 
     optimizer = build_optimizer(model, replace(config, lr=1.0, weight_decay=0.1))
     states = sum(
         rounded(shape.numel() * dtype.itemsize)
-        for layout in optimizer.layouts().values()
-        for shape, dtype in layout.values()
+        for spec in optimizer.state_specs().values()
+        for shape, dtype in spec.values()
     )
     for p in trained:
         p.grad = torch.empty_like(p)

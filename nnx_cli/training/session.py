@@ -20,7 +20,7 @@ from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.optim._groups import store_weights
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import Plan, steps_in
 from nnx_cli.runs.checkpoint import step_folder
@@ -163,7 +163,7 @@ def make_trainer(
     sampling: Sampling,
 ) -> Trainer:
     if config.weight_precision == "bf16":
-        store_weights(model, "bf16")
+        cast_matrices(model, "bf16")
     model.to(device)
     model.compute_dtype = DTYPES[config.precision]
     checkpoint_blocks(model, config.activation_checkpointing)
@@ -226,7 +226,7 @@ def resume(
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
     model = model_from_config(run.config, run.folder)
     if config.weight_precision == "bf16":
-        store_weights(model, "bf16")
+        cast_matrices(model, "bf16")
     path = step_folder(run.checkpoints, checkpoint.step)
     check_format(checkpoint.state, path / "state.json")
     load_weights(model, checkpoint.model, path, device)

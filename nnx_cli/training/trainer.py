@@ -23,7 +23,9 @@ from nnx_cli.inference.sampler import generate
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.optim._groups import build_optimizer, load_optimizer_state, optimizer_state, set_lr
+from nnx_cli.optim._base import set_lr
+from nnx_cli.optim._build import build_optimizer
+from nnx_cli.optim._state import load_optimizer_state, optimizer_state
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.run import Run

@@ -57,7 +57,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.gemm import multiply
 from nnx_cli.layers.blocks import compile_blocks
 from nnx_cli.models._base import ModelConfig
-from nnx_cli.optim._groups import build_optimizer
+from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning import flops as cost
 from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_device, set_threads, synchronize
 from nnx_cli.system.machine import keep_freed_memory

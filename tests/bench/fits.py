@@ -44,7 +44,8 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig, parse_bytes
 from nnx_cli.layers.blocks import checkpoint_blocks
-from nnx_cli.optim._groups import build_optimizer, store_weights
+from nnx_cli.optim._build import build_optimizer
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.fit import Predictor, descend
 from nnx_cli.planning.memory import target_of
 from nnx_cli.planning.plan import plan_run
@@ -70,7 +71,7 @@ class Session:
         with torch.device("cpu" if train.weight_precision == "bf16" else device):
             model = models.from_config(name, config)
         if train.weight_precision == "bf16":
-            store_weights(model, "bf16")
+            cast_matrices(model, "bf16")
         self.model = model.to(device).train()
         model.compute_dtype = DTYPES[train.precision]
         checkpoint_blocks(model, train.activation_checkpointing)

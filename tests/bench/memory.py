@@ -32,7 +32,8 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.blocks import checkpoint_blocks, compile_blocks
 from nnx_cli.layers.lora import add_adapters
-from nnx_cli.optim._groups import build_optimizer, store_weights
+from nnx_cli.optim._build import build_optimizer
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import meta_model
 from nnx_cli.system.device import DTYPES, pick_device
@@ -112,7 +113,7 @@ def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
             add_adapters(model, train.lora_rank)
     model.compute_dtype = DTYPES[cell.precision]
     if train.weight_precision == "bf16":
-        store_weights(model, "bf16")
+        cast_matrices(model, "bf16")
     if cell.compiled:
         compile_blocks(model)
     checkpoint_blocks(model, train.activation_checkpointing)
@@ -167,7 +168,7 @@ def main() -> int:
     for cell in cells[piece - 1 :: pieces]:
         config, rows = cell.shape()
         on_meta = meta_model(cell.model, config, settings(cell).lora_rank)
-        store_weights(on_meta, settings(cell).weight_precision)
+        cast_matrices(on_meta, settings(cell).weight_precision)
         predicted = memory.predict(on_meta, settings(cell), rows, target)
         phase = max(predicted.phases, key=predicted.phases.get)
         try:

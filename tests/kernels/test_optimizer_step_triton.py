@@ -21,18 +21,18 @@ def compare(device):
     from nnx_cli.kernels import optimizer_step as elementwise
     from nnx_cli.kernels import optimizer_step_triton as kernels
     from nnx_cli.optim.adamw import AdamW
-    from nnx_cli.optim.lion import Lion
+    from nnx_cli.optim.adamw8bit import AdamW8bit
+    from nnx_cli.optim.lion import RoundedLion
     from nnx_cli.optim.wolf import Wolf
 
     group = GROUP | {"lr": torch.tensor(1e-2, device=device)}
-    cases = [("adamw", AdamW, False), ("adamw", AdamW, True), ("lion", Lion, None), ("wolf", Wolf, None)]
-    for rule, kind, eight_bit in cases:
+    cases = [("adamw", AdamW), ("adamw", AdamW8bit), ("lion", RoundedLion), ("wolf", Wolf)]
+    for rule, kind in cases:
         for dtype in (torch.float32, torch.bfloat16):
             for n in (300, 5000):
                 torch.manual_seed(n)
                 p = nn.Parameter(torch.randn(n, device=device).to(dtype))
-                options = {} if eight_bit is None else {"eight_bit": eight_bit}
-                optimizer = kind([p], lr=1e-2, **options)
+                optimizer = kind([p], lr=1e-2)
                 p.grad = torch.randn_like(p)
                 optimizer.step()
                 twin = nn.Parameter(p.detach().clone())

@@ -4,6 +4,7 @@ from torch import nn
 
 from nnx_cli.kernels import optimizer_step as elementwise
 from nnx_cli.optim.adamw import AdamW
+from nnx_cli.optim.adamw8bit import AdamW8bit
 
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -32,7 +33,7 @@ def test_equals_torch_bit_for_bit():
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_a_clipped_step_is_the_step_of_a_clipped_gradient(limit, eight_bit):
     ours, theirs, gradients = pair()
-    a, b = (AdamW([p], **OPTIONS, eight_bit=eight_bit) for p in (ours, theirs))
+    a, b = ((AdamW8bit if eight_bit else AdamW)([p], **OPTIONS) for p in (ours, theirs))
     for g in gradients:
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.clip(g.norm(), limit)
@@ -69,7 +70,7 @@ def test_eight_bits_stay_near_to_32(n):
     """After the first step nothing was rounded yet; later an update differs by a part of its size, not in its mean."""
     ours, theirs, gradients = pair((16, 1024), n)
     start = ours.detach().clone()
-    a, b = AdamW([ours], **OPTIONS, eight_bit=True), AdamW([theirs], **OPTIONS)
+    a, b = AdamW8bit([ours], **OPTIONS), AdamW([theirs], **OPTIONS)
     for g in gradients:
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.step()

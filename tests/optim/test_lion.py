@@ -2,7 +2,7 @@ import torch
 from lion_pytorch.foreach import Lion as Oracle
 from torch import nn
 
-from nnx_cli.optim.lion import Lion
+from nnx_cli.optim.lion import Lion, RoundedLion
 
 
 def test_equals_lion_pytorch_bit_for_bit():
@@ -24,7 +24,7 @@ def test_equals_lion_pytorch_bit_for_bit():
 def test_a_bfloat16_momentum_follows_a_float32_one():
     torch.manual_seed(0)
     p, q = nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(5000))
-    a, b = Lion([p], lr=1e-3, betas=(0.9, 0.999)), Lion([q], lr=1e-3, betas=(0.9, 0.999))
+    a, b = RoundedLion([p], lr=1e-3, betas=(0.9, 0.999)), Lion([q], lr=1e-3, betas=(0.9, 0.999))
     for _ in range(200):
         p.grad = torch.full_like(p, 1.0)
         q.grad = p.grad.float()

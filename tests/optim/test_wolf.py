@@ -6,7 +6,8 @@ from torch import nn
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.loss import TrainStep
-from nnx_cli.optim._groups import build_optimizer, load_optimizer_state, optimizer_state
+from nnx_cli.optim._build import build_optimizer
+from nnx_cli.optim._state import load_optimizer_state, optimizer_state
 from nnx_cli.optim.wolf import Wolf
 
 

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.loss import TrainStep
-from nnx_cli.optim._groups import store_weights
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.planning.memory import Storages, Target, simulate
@@ -129,7 +129,7 @@ def test_memory_grows_with_what_it_holds(name):
 
     def told(rows=2, weights="fp32", **settings):
         model = meta_model(name, config)
-        store_weights(model, weights)
+        cast_matrices(model, weights)
         train = TrainConfig(**(dict(optimizer="adamw", precision="fp32", activation_checkpointing="off") | settings))
         return memory.predict(model, train, rows, Target())
 
@@ -160,7 +160,7 @@ ON_H100 = {  # MiB with compiled blocks, torch 2.11: tests/bench/memory.py --onl
 @pytest.mark.parametrize("name", ON_H100)
 def test_compiled_blocks_take_what_was_measured(name):
     model = meta_model(name, models.make_config(name, size="base"))
-    store_weights(model, "bf16")
+    cast_matrices(model, "bf16")
     train = TrainConfig(
         optimizer="adamw8bit",
         precision="bf16",

@@ -6,7 +6,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.optim._groups import build_optimizer
+from nnx_cli.optim._build import build_optimizer
 from nnx_cli.system.cuda_graph import capture_stream
 from nnx_cli.system.device import set_seed
 from nnx_cli.training.step import Step, StepGraphs

@@ -15,6 +15,7 @@ from nnx_cli.cli import app
 from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, UsageError
 from nnx_cli.evaluation.evaluator import Evaluation
 from nnx_cli.optim._base import DeviceOptimizer
+from nnx_cli.optim._build import build_optimizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
@@ -486,7 +487,7 @@ def test_forgetting_something_would_show(start, workspace, forget):
     train(run, trainer, stop_at=6)
     again = resume(run)
     if forget == "optimizer":
-        again.optimizer = trainer_module.build_optimizer(again.model, again.config)
+        again.optimizer = build_optimizer(again.model, again.config)
     else:
         again.loader.seed += 1
     train(run, again)
