@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib
 import os
@@ -40,8 +41,9 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
 def load(name: str) -> TyperCommand:
     """The command of that name. Its module is imported only now: help for one builds the options of no other."""
     module = importlib.import_module(f"nnx_cli.commands.{COMMANDS[name][0]}")
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    alone.command(name=name)(module.run)
+    help_class = importlib.import_module("nnx_cli.commands._help").Command
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    alone.command(name=name, cls=help_class, epilog=getattr(module, "EXAMPLES", None))(module.run)
     return typer.main.get_command(alone)
 
 
@@ -69,9 +71,14 @@ class Group(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        """Write the help of a copy whose commands have a name and a line: to load them all would take long."""
+        from nnx_cli.console import prepare_help
+
+        prepare_help()
+        shown = copy.copy(self)
+        shown.commands = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
+        TyperGroup.format_help(shown, ctx, formatter)
 
     def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
@@ -136,7 +143,7 @@ def shortened(text: str) -> str:
 app = typer.Typer(
     cls=Group,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda token: token.replace("_", "-"),

@@ -26,11 +26,11 @@ class PrepareConfig:
     """Text to token folder."""
 
     tokenizer: str = "byte"  # byte, char, bpe, gpt2, cl100k_base, o200k_base, or a tokenizer file
-    vocab_size: int | None = None  # of a trained tokenizer (bpe, char); None: the tokenizer's own
+    vocab_size: int | None = None  # of a trained tokenizer (bpe, char); default: the tokenizer's own
     val_fraction: float = 0.1  # part of the text held out for validation
     text_key: str = "text"  # field of a JSONL row, column of a table
     errors: str = "replace"  # invalid bytes: strict refuses, replace counts and reports
-    workers: int | None = None  # encoding threads; None: one per core
+    workers: int | None = None  # encoding threads; default: one per core
     max_memory_bytes: int = 256 * 2**20  # bound on what preparing holds at once
 
     def __post_init__(self) -> None:
@@ -70,11 +70,11 @@ class TrainConfig:
     val_every: int | None = None  # steps between validations
     val_batches: int | None = None  # validation windows are taken in this many micro-batches
     sample_every: int | None = None  # steps between samples; 0: none
-    sample_prompt: str | None = None  # what the samples start with
+    sample_prompt: str | None = None  # what the samples start with; default: a new line
     save_every: int | None = None  # steps between checkpoints
     keep: int = 2  # newest checkpoints to keep
-    patience: int | None = None  # stop after this many validations without a better one
-    lora_rank: int | None = None  # freeze the model of --init-from and train low-rank adapters of this rank
+    patience: int | None = None  # stop after this many validations without a better one; default: never
+    lora_rank: int | None = None  # train LoRA adapters of this rank, the weights of --init-from frozen; default: none
     seed: int = 1337  # of initial weights, data order and dropout
     deterministic: bool = False  # same bits on every run of the same machine, also on a GPU (slower there)
 
@@ -135,9 +135,9 @@ class SampleConfig:
     max_new_tokens: int = 300  # length of a sample
     num_samples: int = 1  # samples, drawn side by side after one reading of the prompt
     temperature: float = 0.8  # below 1: safer text, above 1: wilder; 0: same as --greedy
-    top_k: int | None = None  # draw among the k likeliest tokens only
-    top_p: float | None = None  # draw among the likeliest tokens that hold this much probability
-    min_p: float | None = None  # drop tokens less likely than this part of the likeliest
+    top_k: int | None = None  # draw among the k likeliest tokens only; default: all
+    top_p: float | None = None  # draw among the likeliest tokens that hold this much probability; default: all
+    min_p: float | None = None  # drop tokens less likely than this part of the likeliest; default: none
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
     greedy: bool = False  # always the likeliest token
     seed: int = 0  # same seed, same text
@@ -151,6 +151,20 @@ class SampleConfig:
         check_range("min-p", self.min_p, 0.0, 1.0)
         check_range("repetition-penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
         check_range("seed", self.seed, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """How a model is quantized."""
+
+    bits: int = 8  # of a weight: 8 or 4
+    group_size: int = 32  # with 4 bits: neighbouring weights that share a scale
+    max_drop: float | None = None  # bits per byte that it may cost, else exit 6; default: 1 % of the model's
+
+    def __post_init__(self) -> None:
+        check_choice("bits", str(self.bits), ("8", "4"))
+        check_range("group-size", self.group_size, 2, 2**16)
+        check_range("max-drop", self.max_drop, 0.0, 100.0)
 
 
 @cache

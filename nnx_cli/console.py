@@ -40,6 +40,15 @@ def styled(text: str, style: str = "") -> Text:
     return Text(text, style)
 
 
+def prepare_help() -> None:
+    """Have Typer draw help without control codes where NO_COLOR asks for that, which rich takes for colours alone, and
+    where it is not read from a terminal."""
+    from typer import rich_utils
+
+    plain = os.environ.get("NO_COLOR") or not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR"))
+    rich_utils.COLOR_SYSTEM = None if plain else "auto"
+
+
 class ForgivingStream:
     """A stream that falls silent when writing fails, because the terminal was closed or nobody reads the pipe: a lost
     note ends no run. `numbers` are those of the errors that silence it; all without them."""
@@ -186,6 +195,10 @@ class TrainingView:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
         if self.bar:
             self.bar.stop()
 

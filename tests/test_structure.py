@@ -58,10 +58,8 @@ POSTPONED = {
     "system/hardware.py",
 }
 LONG_FUNCTIONS = {
-    "commands/sample.py:run",
     "commands/summarize.py:run",
     "commands/summarize.py:summary",
-    "commands/train.py:new_run",
     "convert/quantize.py:quantize_model",
     "planning/memory.py:simulate",
     "planning/plan.py:plan_run",
@@ -280,7 +278,7 @@ try:
     runpy.run_module("nnx_cli", run_name="__main__", alter_sys=False)
 except SystemExit as end:
     code = end.code
-heavy = {"torch", "numpy", "tiktoken", "safetensors", "torchinfo", "pyarrow", "rich"} & set(sys.modules)
+heavy = {"torch", "numpy", "tiktoken", "safetensors", "torchinfo", "pyarrow"} & set(sys.modules)
 print("\\nEND", code, sorted(heavy))
 """
 

@@ -10,55 +10,84 @@ from typing import Annotated, Any
 import typer
 
 from nnx_cli import models
-from nnx_cli.config import Field
+from nnx_cli.config import Field, TrainConfig, own_fields
 from nnx_cli.console import Output
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+DEFAULT_MODEL = "nyx"
+MODEL_PANEL = "Model"
+OUTPUT_PANEL = "Output"
+SIZES = ", ".join(models.sizes(models.names()[0]))
+ARCHITECTURE_HELP = f"Architecture: {', '.join(models.names())}."
+SIZE_HELP = f"Named size: {SIZES}."
+
+TRAINING = {field.name: field for field in own_fields(TrainConfig)}
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A run folder or its name, RUN@best, RUN@last, RUN@500, or a quantized folder.",
+        show_default="the newest run",
+    ),
+]
+Device = Annotated[str, typer.Option(help=TRAINING["device"].help)]
+Precision = Annotated[str, typer.Option(help=TRAINING["precision"].help)]
 
 
-def option(field: Field, panel: str | None = None, note: str = "") -> inspect.Parameter:
+def option(field: Field, panel: str | None = None) -> inspect.Parameter:
     """The keyword parameter of a setting: None means that it was not given; help shows the default."""
     kind = KINDS[field.type] | None
-    shown = "auto" if field.default is None else str(field.default)
     names = [f"{field.option}/--no-{field.option[2:]}" if field.type == "bool" else field.option]
-    info = typer.Option(*names, help=field.help + note, show_default=shown, rich_help_panel=panel)
+    info = typer.Option(*names, help=field.help, show_default=shown_default(field), rich_help_panel=panel)
     return inspect.Parameter(field.name, KEYWORD, default=None, annotation=Annotated[kind, info])
 
 
-def hidden(name: str, kind: type, spelling: str | None = None) -> inspect.Parameter:
+def shown_default(field: Field) -> str | bool:
+    """The default of a setting for help; False where there is nothing to say, or its help says it."""
+    if (field.type == "bool" and not field.default) or (field.default is None and "default" in field.help):
+        return False
+    return "auto" if field.default is None else str(field.default)
+
+
+def extra(
+    name: str, kind: Any, text: str, panel: str | None = None, default: str | bool = False, *spelling: str
+) -> inspect.Parameter:
+    """The keyword parameter of an option that is no setting; None where it is not given, `default` is for help."""
+    names = spelling or ("--" + name.replace("_", "-"),)
+    info = typer.Option(*names, help=text, show_default=default, rich_help_panel=panel)
+    return inspect.Parameter(name, KEYWORD, default=None, annotation=Annotated[kind | None, info])
+
+
+def hidden(name: str, kind: type) -> inspect.Parameter:
     """A further spelling that help does not list."""
-    info = typer.Option(spelling or "--" + name.replace("_", "-"), hidden=True)
+    info = typer.Option("--" + name.replace("_", "-"), hidden=True)
     return inspect.Parameter(name, KEYWORD, default=None, annotation=Annotated[kind | None, info])
 
 
 def model_options() -> list[inspect.Parameter]:
-    """One option for every field of every architecture's `Config`; help says whose it is."""
-    owners: dict[str, list[str]] = {}
-    fields: dict[str, Field] = {}
-    for name in models.names():
-        for field in models.config_fields(name):
-            owners.setdefault(field.name, []).append(name)
-            fields.setdefault(field.name, field)
-    return [
-        option(field, "Model", "" if len(owners[name]) == len(models.names()) else f" ({', '.join(owners[name])})")
-        for name, field in fields.items()
-    ]
+    """One option for every field of every architecture's `Config`. Help shows those of one, or those that all have."""
+    return [option(field, MODEL_PANEL) for field in model_fields().values()]
 
 
 def model_fields() -> dict[str, Field]:
-    """Every field of every architecture by its name."""
-    return {field.name: field for name in models.names() for field in models.config_fields(name)}
+    """Every field of every architecture by its name; shared ones as the base states them."""
+    fields: dict[str, Field] = {}
+    for name in models.names():
+        for field in models.config_fields(name):
+            fields.setdefault(field.name, field)
+    return fields
 
 
 def settings(
-    config: type | Iterable[Field], panel: str | None = None, without: Iterable[str] = ()
+    config: type | Iterable[Field],
+    panel: str | None = None,
+    without: Iterable[str] = (),
+    only: Iterable[str] | None = None,
 ) -> list[inspect.Parameter]:
-    """One option for every field of a settings dataclass."""
-    from nnx_cli.config import own_fields
-
-    fields = own_fields(config) if isinstance(config, type) else config
-    return [option(field, panel) for field in fields if field.name not in set(without)]
+    """One option for every field of a settings dataclass, or for those named in `only`, in that order."""
+    fields = {field.name: field for field in (own_fields(config) if isinstance(config, type) else config)}
+    names = fields.keys() if only is None else only
+    return [option(fields[name], panel) for name in names if name not in set(without)]
 
 
 def given(values: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
@@ -74,11 +103,16 @@ def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callab
         signature = inspect.signature(function, eval_str=True)
         own = [p for p in list(signature.parameters.values())[1:] if p.kind is not inspect.Parameter.VAR_KEYWORD]
         common = [
-            inspect.Parameter(name, KEYWORD, default=False, annotation=Annotated[bool, typer.Option(flag, help=text)])
-            for name, flag, text in (
-                ("json", "--json", "Print the result as JSON."),
-                ("quiet", "--quiet", "Print the result only, no progress and no notes."),
-                ("debug", "--debug", "Show the traceback of an error."),
+            inspect.Parameter(
+                name,
+                KEYWORD,
+                default=False,
+                annotation=Annotated[bool, typer.Option(f"--{name}", help=text, rich_help_panel=OUTPUT_PANEL)],
+            )
+            for name, text in (
+                ("json", "Print the result as JSON."),
+                ("quiet", "Print the result only, no progress and no notes."),
+                ("debug", "Show the traceback of an error."),
             )
         ]
 

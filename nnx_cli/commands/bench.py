@@ -8,38 +8,41 @@ from typing import Annotated, Any
 import typer
 
 from nnx_cli import models
-from nnx_cli.commands._options import command
-from nnx_cli.config import TrainConfig, check_choice, check_range
+from nnx_cli.commands._options import (
+    ARCHITECTURE_HELP,
+    DEFAULT_MODEL,
+    SIZE_HELP,
+    command,
+    given,
+    model_fields,
+    settings,
+)
+from nnx_cli.config import TrainConfig, check_choice, check_range, own_fields
 from nnx_cli.console import Output
 from nnx_cli.console import size as size_text
 from nnx_cli.errors import DoesNotFit, UsageError
 
 COMPUTING = {"on": ", compiled", "graph": ", graph", "off": ""}
 SHOWN = {"training": "model FLOPs, of large matrix products", "decoding": "bytes read, of a large copy"}
+TRAINED_AS = [field for field in own_fields(TrainConfig) if field.name in ("compile", "device", "vram", "threads")]
+SHAPE = [field for name, field in model_fields().items() if name in ("vocab_size", "seq_len")]
 
 
-@command()
+@command(*settings([*SHAPE, *TRAINED_AS]))
 def run(
     output: Output,
-    model: Annotated[str, typer.Option(help=f"Architecture: {', '.join(models.names())}; or all.")] = "nyx",
+    model: Annotated[str, typer.Option(help=f"{ARCHITECTURE_HELP} Or all.")] = DEFAULT_MODEL,
     size: Annotated[
         str | None,
-        typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default="nano; small on a GPU"),
+        typer.Option(help=SIZE_HELP, show_default="nano; small on a GPU"),
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Sequences at a time, one or more numbers.")] = "1,8,32",
     precision: Annotated[
         str | None,
         typer.Option(help="Arithmetic, one or more: auto, fp32, bf16, fp16.", show_default="auto; on a GPU fp32 too"),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Positions of a sequence.", show_default="the size's own")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 256,
-    compile: Annotated[
-        str, typer.Option(help="As in training: auto (of a run of 4 minutes), on, graph, off.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
-    vram: Annotated[str | None, typer.Option(help="Memory to stay within, such as 8GB.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="auto")] = None,
     seconds: Annotated[float, typer.Option(help="Time of each measurement.")] = 2.0,
+    **options: Any,
 ) -> None:
     """Measure training and decoding speed, beside what the machine can do. Random tokens; no file is written."""
     names = models.names() if model == "all" else [model]
@@ -50,8 +53,8 @@ def run(
     for each in precisions:
         check_choice("precision", each, ("auto", "fp32", "bf16", "fp16"))
     check_range("seconds", seconds, 0.0, 3600.0, low_open=True)
-    config = TrainConfig(compile=compile, device=device, vram=vram, threads=threads)
-    fields = {"vocab_size": vocab_size} | ({} if seq_len is None else {"seq_len": seq_len})
+    config = TrainConfig(**given(options, TRAINED_AS))
+    fields = given(options, SHAPE)
     from nnx_cli.experiments.benchmark import measure_all
 
     found = measure_all(

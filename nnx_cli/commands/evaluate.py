@@ -6,26 +6,24 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import command, given, settings
-from nnx_cli.config import PrepareConfig, check_range, own_fields
+from nnx_cli.commands._options import Device, Model, Precision, command, given, settings
+from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console import Output
 
-OPTIONS = settings([field for field in own_fields(PrepareConfig) if field.name in ("text_key", "errors")])
+OPTIONS = settings(PrepareConfig, only=("text_key", "errors"))
 TOKENS_PER_BATCH = 8192
 
 
 @command(*OPTIONS)
 def run(
     output: Output,
-    model: Annotated[
-        str | None, typer.Argument(help="Run folder, its name, RUN@last, RUN@500. [default: the newest run]")
-    ] = None,
+    model: Model = None,
     filepath: Annotated[
-        list[str] | None, typer.Option(help="Text to read. [default: the validation split of the run]")
+        list[str] | None, typer.Option(help="Text to read.", show_default="the validation split of the run")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.", show_default="auto")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+    device: Device = TrainConfig.device,
+    precision: Precision = TrainConfig.precision,
     **options: Any,
 ) -> None:
     """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""

@@ -8,20 +8,22 @@ from typing import Annotated
 import typer
 
 from nnx_cli import models
-from nnx_cli.commands._options import command
+from nnx_cli.commands._options import command, model_fields
 from nnx_cli.console import Output
+
+VARIANT = model_fields()["variant"]
 
 
 @command()
 def run(
     output: Output,
     file: Annotated[Path, typer.Argument(help="Checkpoint of an original: .pth, .pt or .safetensors.")],
-    model: Annotated[str, typer.Option(help="Architecture it belongs to.")],
+    model: Annotated[str, typer.Option(help=f"Architecture it belongs to: {', '.join(models.names())}.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Its tokenizer. [default: bytes where the vocabulary is 256]")
+        str | None, typer.Option(help="Its tokenizer.", show_default="bytes where the vocabulary is 256")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="sound, or seed: with the original's defects.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make. [default: weights/MODEL-NAME]")] = None,
+    variant: Annotated[str | None, typer.Option(help=VARIANT.help, show_default="the architecture's")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="weights/MODEL-NAME")] = None,
 ) -> None:
     """Read an original's checkpoint, running nothing that is in it, and write a model folder."""
     models.check_name(model)

@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from nnx_cli.commands._options import command
+from nnx_cli.commands._options import Device, command
+from nnx_cli.config import TrainConfig
 from nnx_cli.console import Output
 
 
 @command()
 def run(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Run with adapters. [default: the newest run]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make. [default: weights/NAME-merged]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+    model: Annotated[str | None, typer.Argument(help="Run with adapters.", show_default="the newest run")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="weights/NAME-merged")] = None,
+    device: Device = TrainConfig.device,
 ) -> None:
     """Add the adapters of --lora-rank to the weights, and show that both models agree."""
     from nnx_cli.convert.merge_lora import merge_model

@@ -12,17 +12,17 @@ from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console import Output, size
 from nnx_cli.errors import UsageError
 
-OPTIONS = [*settings(PrepareConfig, without=["max_memory_bytes"])]
+MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
 
 
-@command(*OPTIONS)
+@command(*settings(PrepareConfig, without=["max_memory_bytes"]))
 def run(
     output: Output,
     paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,
     filepath: Annotated[str | None, typer.Option(help="A further path, as `train` takes it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Token folder to make. [default: data/NAME-HASH]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Token folder to make.", show_default="data/NAME-HASH")] = None,
     val: Annotated[str | None, typer.Option(help="Text to validate on, instead of a part of the input.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Bound on memory, such as 256MB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Bound on memory, such as 512MB.", show_default=MEMORY)] = None,
     **options: Any,
 ) -> None:
     """Turn text into a token folder: files, folders, globs, standard input; txt, md, jsonl, csv, parquet, compressed or

@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import command
-from nnx_cli.config import check_choice, check_range
+from nnx_cli.commands._options import Device, Model, command, given, settings
+from nnx_cli.config import QuantizeConfig, TrainConfig, own_fields
 from nnx_cli.console import Output, size
 
-GROUP_SIZE = 32
 
-
-@command()
+@command(*settings(QuantizeConfig))
 def run(
     output: Output,
-    model: Annotated[
-        str | None, typer.Argument(help="Run folder, its name, RUN@best, RUN@last, RUN@500. [default: the newest run]")
-    ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of a weight: 8 or 4.")] = 8,
-    group_size: Annotated[
-        int | None,
-        typer.Option(help="With 4 bits: neighbouring weights that share a scale.", show_default=str(GROUP_SIZE)),
-    ] = None,
+    model: Model = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Layer that stays as it is, such as head; may be repeated.")
     ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Bits per byte that it may cost; if it costs more, exit 6.", show_default="1 % of the model's"
-        ),
-    ] = None,
     filepath: Annotated[
-        list[str] | None, typer.Option(help="Text to measure on. [default: the validation split of the run]")
+        list[str] | None, typer.Option(help="Text to measure on.", show_default="the validation split of the run")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make. [default: weights/NAME-int8 or -int4]")] = None,
-    device: Annotated[str, typer.Option(help="Where to measure: auto, cpu, cuda, cuda:N, mps")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="weights/NAME-int8 or -int4")] = None,
+    device: Device = TrainConfig.device,
+    **options: Any,
 ) -> None:
     """Make a smaller, faster copy of a model and measure what that costs."""
-    check_choice("bits", str(bits), ("8", "4"))
-    check_range("group-size", group_size, 2, 2**16)
-    check_range("max-drop", max_drop, 0.0, 100.0)
-    if bits == 8 and group_size is not None:
+    config = QuantizeConfig(**given(options, own_fields(QuantizeConfig)))
+    if config.bits == 8 and options["group_size"] is not None:
         output.note("--group-size is for 4 bits; with 8 there is one scale a row")
     from nnx_cli.convert.quantize import quantize_model
     from nnx_cli.layers.quantized import Quantization
@@ -53,10 +37,16 @@ def run(
 
     where = pick_device(device)
     ref = find_model(model)
-    folder = out or WEIGHTS / f"{ref.folder.resolve().name}-int{bits}"
-    how = Quantization(bits=bits, group_size=(group_size or GROUP_SIZE) if bits == 4 else None, kept=keep or [])
+    folder = out or WEIGHTS / f"{ref.folder.resolve().name}-int{config.bits}"
+    how = Quantization(bits=config.bits, group_size=config.group_size if config.bits == 4 else None, kept=keep or [])
     receipt, notes = quantize_model(
-        ref, folder, how, paths=filepath or (), max_drop=max_drop, device=where, precision=pick_precision("auto", where)
+        ref,
+        folder,
+        how,
+        paths=filepath or (),
+        max_drop=config.max_drop,
+        device=where,
+        precision=pick_precision("auto", where),
     )
     for note in notes:
         output.note(note)

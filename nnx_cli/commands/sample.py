@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import command, given, hidden, settings
-from nnx_cli.config import SampleConfig, own_fields
+from nnx_cli.commands._options import Device, Model, Precision, command, given, hidden, settings
+from nnx_cli.config import SampleConfig, TrainConfig, own_fields
 from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, DataError, UsageError
 
@@ -29,17 +29,15 @@ OPTIONS = [
 @command(*OPTIONS)
 def run(
     output: Output,
-    model: Annotated[
-        str | None, typer.Argument(help="Run folder, its name, RUN@best, RUN@last, RUN@500. [default: the newest run]")
-    ] = None,
+    model: Model = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End a sample before this text; may be repeated.")] = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Read everything again for every token: slow, same text.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")] = "auto",
+    device: Device = TrainConfig.device,
+    precision: Precision = TrainConfig.precision,
     **options: Any,
 ) -> None:
     """Write text with a trained model."""
@@ -84,18 +82,18 @@ def run(
         f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
-    output.show_json(
-        {
-            "model": ref.label,
-            "prompt": text,
-            "samples": [
-                {"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples
-            ],
-            "prefill_tokens_per_s": result.prefill_tokens_per_s,
-            "decode_tokens_per_s": result.decode_tokens_per_s,
-            "peak_memory_bytes": peak_memory_bytes(where),
-        }
-    )
+    output.show_json(product(ref.label, text, result) | {"peak_memory_bytes": peak_memory_bytes(where)})
+
+
+def product(label: str, prompt: str, result: Any) -> dict[str, Any]:
+    """What --json prints of the samples of a model."""
+    return {
+        "model": label,
+        "prompt": prompt,
+        "samples": [{"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples],
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+    }
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

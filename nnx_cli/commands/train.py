@@ -6,115 +6,119 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.commands._options import command, given, hidden, model_fields, model_options, settings
-from nnx_cli.config import PrepareConfig, TrainConfig, check_one_length, coerce, own_fields, read_toml
+from nnx_cli.commands._options import DEFAULT_MODEL, command
+from nnx_cli.commands._train_options import LENGTHS, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.console import Output, TrainingView, duration
-from nnx_cli.errors import CheckpointError, DataError, Interrupted, NnxError, OutputError, QualityError, UsageError
+from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from nnx_cli.data.token_folder import TokenFolder
-    from nnx_cli.data.tokenizers.base import Tokenizer
+    from nnx_cli.planning.plan import Plan
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
+    from nnx_cli.training.inputs import Shape
+    from nnx_cli.training.session import Sampling
     from nnx_cli.training.trainer import Trainer
 
-# The command line of the original NYX: its spelling of each option, and ours.
-ALIASES = {
-    "model_dim": "dim",
-    "layer_depth": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_batches": "max_steps",
-    "gradient_accumulate_every": "grad_accum",
-    "learning_rate": "lr",
-    "validate_every": "val_every",
-    "generate_every": "sample_every",
-}
-NYX_RECIPE = {
-    "optimizer": "lion",
-    "lr": 1e-4,
-    "schedule": "constant",
-    "grad_clip": 0.5,
-    "weight_decay": 0.0,
-    "dropout": 0.0,
-}
-LENGTHS = {"max_steps", "max_time", "epochs"}
-RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
-PREPARING = ("tokenizer", "val_fraction", "text_key", "errors")
+EXAMPLES = """Examples:
 
-OPTIONS = [
-    *model_options(),
-    *settings(TrainConfig, "Training"),
-    *settings([f for f in own_fields(PrepareConfig) if f.name in PREPARING], "Data"),
-    *(hidden(name, float if name == "learning_rate" else int) for name in ALIASES),
-    hidden("checkpoint_path", str),
-    hidden("prime_length", int),
-    hidden("generate_length", int),
-]
+  nnx train --filepath book.txt --max-time 20m
+  nnx train --model llama --size tiny --data data/book --vram 8GB
+  nnx train --resume last
+  nnx train --model ngpt --help    (with the options that only nGPT has)"""
 
 
 @command(*OPTIONS)
-def run(
-    output: Output,
-    model: Annotated[
-        str | None, typer.Option(help=f"Architecture: {', '.join(models.names())}.", show_default="nyx")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default="auto")
-    ] = None,
-    filepath: Annotated[
-        list[str] | None, typer.Option(help="Text to train on: a file, folder or glob; may be repeated.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="Token folder made by nnx prepare.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make. [default: weights/MODEL-STEM]")] = None,
-    init_from: Annotated[str | None, typer.Option(help="MODEL whose shape and weights to start from.")] = None,
-    resume: Annotated[str | None, typer.Option(help="Run to continue: folder, name, or last.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings; the command line wins.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show every value and where it comes from, and stop.")
-    ] = False,
-    **options: Any,
-) -> None:
+def run(output: Output, **options: Any) -> None:
     """Train a model from scratch: on --filepath, on --data, or on the language documentation that Python ships."""
-    aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options.get(theirs) is not None}
-    cli = given(options, [*model_fields().values(), *own_fields(TrainConfig), *prepare_fields()])
-    if twice := aliases.keys() & cli.keys():
-        raise UsageError(f"--{twice.pop().replace('_', '-')} is given twice, in two spellings")
-    cli |= aliases
-    checkpoint = options["checkpoint_path"]
-    if resume is None and checkpoint is not None and not is_foreign(checkpoint):
-        resume, filepath = checkpoint, None
+    request = read_request(options)
     from nnx_cli.system.signals import signals_as_ctrl_c
 
-    if resume is not None:
-        if any(value is not None for value in (model, size, filepath, out, init_from, config)):
-            raise UsageError(
-                "--resume takes model, text and settings from the run", fix="leave out what is given besides"
-            )
-        with signals_as_ctrl_c():
-            resume_run(output, resume, cli, data, dry_run)
-        return
-    recipe = NYX_RECIPE if model is None and (aliases or checkpoint) else {}
-    values, sources = merge(cli, config, recipe)
-    named = {"model": model, "size": size, "data": data or filepath}
-    sources |= {name: "command line" for name, value in named.items() if value is not None}
-    filed = {name: values.pop(name, None) for name in ("model", "size")}
-    model, size = model or filed["model"], size or filed["size"] or "auto"
-    if checkpoint is not None:
-        init_from = imported(model or "nyx", checkpoint)
     with signals_as_ctrl_c():
-        new_run(output, model, size, values, sources, filepath, data, out, init_from, options, dry_run)
+        if isinstance(request, ResumeRequest):
+            resume_run(output, request)
+        else:
+            new_run(output, request)
 
 
-def is_foreign(checkpoint: str) -> bool:
-    """Whether --checkpoint_path names a file of the original rather than a run."""
-    return checkpoint.endswith((".pth", ".pt", ".safetensors")) and not Path(checkpoint).is_dir()
+def new_run(output: Output, request: Request) -> None:
+    """Prepare what has to be prepared, plan, and train."""
+    if request.model is not None:
+        models.check_name(request.model)
+    if request.train.lora_rank is not None and request.init_from is None:
+        raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
+    from nnx_cli.commands.prepare import preparation_view
+    from nnx_cli.data.tokenizers.build import build_tokenizer
+    from nnx_cli.training import session
+    from nnx_cli.training.inputs import open_and_plan, prepare_tokens, take_back
+
+    if request.note:
+        output.note(request.note)
+    base, shape, sources = chosen_shape(request)
+    device, precision = session.prepare_device(request.train)
+    refuse_taken(request.out)
+    made: list[Path] = []
+    if (folder := request.data) is None:
+        folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output))
+    try:
+        named = request.data is not None and "tokenizer" in request.sources
+        tokens, plan = open_and_plan(
+            folder,
+            shape,
+            request.train,
+            device=device,
+            precision=precision,
+            sources=sources,
+            base=base,
+            tokenizer=build_tokenizer(request.prepare.tokenizer) if named else None,
+        )
+        sampling = session.sampling(
+            tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
+        )
+        if request.dry_run:
+            show_plan(output, plan, folder)
+            take_back(made)
+            return
+        tell_plan(output, plan, tokens, device)
+        with TrainingView(output) as view:
+            stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
+            started, trainer = start(plan, tokens, request.out, stem, device, view, sampling, base)
+            made = []
+            with started.lock():
+                finish(output, started, trainer, view)
+    except NnxError:
+        take_back(made)
+        raise
+
+
+def chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:
+    """The model to start from, if any, the shape of the new one, and where each value comes from.
+
+    Raises UsageError for a shape or a batch that cannot be, before any text is read.
+    """
+    from nnx_cli.planning.plan import check_batch_shape
+    from nnx_cli.training.inputs import Shape, start_from
+
+    base, sources, spec = None, request.sources, request.init_from
+    if request.checkpoint is not None:
+        spec = imported(request.model or DEFAULT_MODEL, request.checkpoint)
+    if spec is not None:
+        base, shape = start_from(spec, request.model, request.size, request.fields)
+        sources = dict.fromkeys(["model", "size", *shape.fields], f"model: {spec}") | sources
+    else:
+        shape = Shape(request.model or DEFAULT_MODEL, request.size, request.fields)
+    smallest = models.sizes(shape.model)[0]
+    config = models.make_config(shape.model, size=smallest if shape.size == "auto" else shape.size, **shape.fields)
+    if shape.size != "auto" or "seq_len" in shape.fields:
+        check_batch_shape(request.train, config.seq_len)
+    return base, shape, sources
 
 
 def imported(model: str, checkpoint: str) -> str:
@@ -128,241 +132,61 @@ def imported(model: str, checkpoint: str) -> str:
     return str(folder)
 
 
-def prepare_fields() -> list:
-    return [field for field in own_fields(PrepareConfig) if field.name in PREPARING]
-
-
-def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings from the recipe, the TOML file and the command line, the later ones winning, and where each came
-    from."""
-    fields = [*model_fields().values(), *own_fields(TrainConfig), *prepare_fields()]
-    layers = [("recipe: NYX", recipe)]
-    if config is not None:
-        known = [field.name for field in fields] + ["model", "size"]
-        layers.append((f"file: {config}", coerce(fields, read_toml(config, known), f"--config {config}")))
-    layers.append(("command line", cli))
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for origin, layer in layers:
-        check_one_length(layer)
-        if LENGTHS & layer.keys():  # a length takes the place of another one
-            values = {name: value for name, value in values.items() if name not in LENGTHS}
-        values |= layer
-        sources |= dict.fromkeys(layer, origin)
-    return values, sources
-
-
-def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
-    """Settings by owner: the model's fields, training, preparing. Raises UsageError for a field the model does not
-    have."""
-    train_names = {field.name for field in own_fields(TrainConfig)}
-    prepare_names = {field.name for field in prepare_fields()}
-    train = TrainConfig(**{k: v for k, v in values.items() if k in train_names})
-    preparing = PrepareConfig(**{k: v for k, v in values.items() if k in prepare_names})
-    fields = {k: v for k, v in values.items() if k not in train_names | prepare_names}
-    return fields, train, preparing
-
-
-def new_run(
-    output: Output,
-    model: str | None,
-    size: str | None,
-    values: dict[str, Any],
-    sources: dict[str, str],
-    filepath: list[str] | None,
-    data: Path | None,
-    out: Path | None,
-    init_from: str | None,
-    options: dict[str, Any],
-    dry_run: bool,
-) -> None:
-    """Prepare what has to be prepared, plan, and train."""
-    if model is not None:
-        models.check_name(model)
-    fields, train, preparing = split(values)
-    if train.lora_rank is not None and init_from is None:
-        raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
-    if filepath and data:
-        raise UsageError("--filepath and --data: give one, text or tokens")
-    from nnx_cli.data.tokenizers.build import build_tokenizer
-    from nnx_cli.planning.plan import check_batch_shape
-    from nnx_cli.training import session
-
-    base = None
-    if init_from is not None:
-        base, model, fields = start_from(init_from, model, size, fields)
-        sources = dict.fromkeys(["model", "size", *fields], f"model: {init_from}") | sources
-        size = None
-    model = model or "nyx"
-    shape = models.make_config(model, size=models.sizes(model)[0] if size == "auto" else size, **fields)
-    if size != "auto" or "seq_len" in fields:
-        check_batch_shape(train, shape.seq_len)
-    device, precision = session.prepare_device(train)
+def refuse_taken(out: Path | None) -> None:
+    """Raise OutputError where the run folder that was named exists."""
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
-    folder, made = token_folder(output, filepath, data, preparing, base)
-    try:
-        tokenizer = build_tokenizer(preparing.tokenizer) if data is not None and "tokenizer" in values else None
-        tokens, plan = make_plan(model, size, fields, train, sources, folder, device, precision, base, tokenizer)
-        prompt = session.sampling(
-            tokens.tokenizer,
-            tokens,
-            train.sample_prompt,
-            options.get("prime_length") or 0,
-            options.get("generate_length"),
-        )
-        if dry_run:
-            show_plan(output, plan, folder)
-            take_back(made)
-            return
-        stem = folder.resolve().name if data is not None else folder.name.rpartition("-")[0]  # without the hash
-        tell_plan(output, plan, tokens, device)
-        with TrainingView(output) as view:
-            while True:
-                folder = out or session.free_folder(f"{plan.model}-{stem}")
-                try:
-                    started, trainer = session.start(plan, tokens, folder, device, view, prompt, command_line(), base)
-                    break
-                except OutputError:
-                    if out is not None or not folder.exists():  # else another process took the name meanwhile
-                        raise
-            made = []
-            finish(output, started, trainer, view)
-    except NnxError:
-        take_back(made)
-        raise
 
 
-def take_back(made: list[Path]) -> None:
-    """Remove the folders, innermost first, that were made for a run that is not to be; others may use an outer one."""
-    from nnx_cli.system.files import discard_folder
-
-    for number, folder in enumerate(made):
-        with suppress(OSError):
-            discard_folder(folder) if number == 0 else folder.rmdir()
-
-
-def start_from(
-    spec: str, model: str | None, size: str | None, fields: dict[str, Any]
-) -> tuple[ModelRef, str, dict[str, Any]]:
-    """The model to start from, its name, and its shape with the context and dropout that may differ."""
-    from nnx_cli.runs.find import find_model
-
-    base = find_model(spec)
-    if base.config.get("lora") or base.config.get("quantization"):
-        raise CheckpointError(
-            f"{spec} is no plain model", fix="take the run it was made from; merge adapters: nnx merge"
-        )
-    described = dict(base.config["model"])
-    name, _ = described.pop("name"), described.pop("size", None)
-    if model not in (None, name) or size != "auto":
-        raise UsageError(f"{spec} is a {name} of its own size", fix="leave out --model and --size")
-    for field in fields.keys() - {"seq_len", "dropout"}:
-        if fields[field] != described.get(field):
-            raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
-    return base, name, described | fields
-
-
-def make_plan(
-    model: str,
-    size: str | None,
-    fields: dict[str, Any],
-    train: TrainConfig,
-    sources: dict[str, str],
-    folder: Path,
-    device: Any,
-    precision: str,
+def start(
+    plan: Plan,
+    tokens: TokenFolder,
+    out: Path | None,
+    stem: str,
+    device: torch.device,
+    view: TrainingView,
+    sampling: Sampling,
     base: ModelRef | None,
-    tokenizer: Tokenizer | None,
-) -> tuple[TokenFolder, Any]:
-    """Open the tokens and fill in every value."""
-    from nnx_cli.data.token_folder import open_token_folder
-    from nnx_cli.planning.plan import plan_run
+) -> tuple[Run, Trainer]:
+    """Make the run folder: `out`, or the next free name in weights/."""
+    from nnx_cli.training import session
 
-    tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else tokenizer)
-    if base is not None and tokens.vocab_size != fields["vocab_size"]:
-        raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
-    if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:
-        raise UsageError(f"--vocab-size {wanted} is not the tokenizer's {tokens.vocab_size}", fix="leave it out")
-    plan = plan_run(
-        model,
-        size,
-        fields,
-        train,
-        vocab_size=tokens.vocab_size,
-        train_tokens=len(tokens.train),
-        val_tokens=len(tokens.val),
-        device=device,
-        precision=precision,
-        sources=sources,
-    )
-    return tokens, plan
+    while True:
+        folder = out or session.free_folder(f"{plan.model}-{stem}")
+        try:
+            return session.start(plan, tokens, folder, device, view, sampling, command_line(), base)
+        except OutputError:
+            if out is not None or not folder.exists():  # else another process took the name meanwhile
+                raise
 
 
-def token_folder(
-    output: Output, filepath: list[str] | None, data: Path | None, preparing: PrepareConfig, base: ModelRef | None
-) -> tuple[Path, list[Path]]:
-    """The token folder to train on, and the folders that were made for it now."""
-    if data is not None:
-        return data, []
-    if "-" in (filepath or []):
-        raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
-    from nnx_cli.commands.prepare import preparation_view
-    from nnx_cli.data import prepare
-
-    if base is not None and base.tokenizer is not None:
-        preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
-    folder = prepare.default_folder(filepath or [], preparing)
-    if (folder / "meta.json").exists():
-        return folder, []
-    made = [folder] if folder.parent.exists() else [folder, folder.parent]
-    view = preparation_view(output)
-    try:
-        if filepath:
-            prepare.prepare(filepath, folder, preparing, None, view)
-        else:
-            output.note("no --filepath: training on the language documentation that Python ships")
-            prepare.prepare_builtin(folder, preparing, view)
-    except OutputError:
-        if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
-            raise
-        return folder, []
-    return folder, made
-
-
-def resume_run(output: Output, which: str, cli: dict[str, Any], data: Path | None, dry_run: bool) -> None:
+def resume_run(output: Output, request: ResumeRequest) -> None:
     """Continue a run from its newest checkpoint."""
-    for name in cli.keys() - set(RESUMABLE):
-        raise UsageError(
-            f"--{name.replace('_', '-')} cannot change on --resume", fix="start a new run, maybe with --init-from"
-        )
-    TrainConfig(**cli)
-    check_one_length(cli)
     from nnx_cli.runs.find import find_folder
     from nnx_cli.runs.run import Run
     from nnx_cli.training import session
 
-    folder = session.find_unfinished() if which == "last" else find_folder(which)
-    run = Run(folder)
-    lengths = LENGTHS & cli.keys()
+    folder = session.find_unfinished() if request.run == "last" else find_folder(request.run)
+    run, settings = Run(folder), request.settings
+    lengths = LENGTHS & settings.keys()
     status, lost = read_or_lost(run)
     if status.get("status") == "finished" and not lengths:
         output.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
         output.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
         return
-    if dry_run:
+    if request.dry_run:
         shape = dict(run.config["model"])
-        rows = {"model": shape.pop("name"), **shape, **run.config["training"], **cli}
-        show_rows(output, rows, {name: "command line" if name in cli else f"run: {folder}" for name in rows})
+        rows = {"model": shape.pop("name"), **shape, **run.config["training"], **settings}
+        show_rows(output, rows, {name: "command line" if name in settings else f"run: {folder}" for name in rows})
         return
     if lengths:
-        cli = {"max_steps": None, "max_time": None, "epochs": None} | cli
+        settings = dict.fromkeys(LENGTHS) | settings
     with run.lock(), TrainingView(output) as view:
-        trainer, notes = session.resume(run, cli, data, view)
+        trainer, notes = session.resume(run, settings, request.data, view)
         for note in [*lost, *notes]:
             output.warn(note)
         output.note(f"resuming {folder} at step {trainer.state.step}")
-        finish(output, run, trainer, view, locked=True)
+        finish(output, run, trainer, view)
 
 
 def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -373,11 +197,8 @@ def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{error}; its numbers come from the checkpoint"]
 
 
-def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, locked: bool = False) -> None:
-    """Train to the end, record how it ended, and say so."""
-    if not locked:
-        with run.lock():
-            return finish(output, run, trainer, view, locked=True)
+def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> None:
+    """Train a locked run to the end, record how it ended, and say so. Raises Interrupted where it was stopped."""
     from nnx_cli.system.signals import stop_signals
 
     with stop_signals() as should_stop:
@@ -388,7 +209,7 @@ def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, locke
                 record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
             raise
         status = record(run, trainer, ended)
-    view.__exit__()
+    view.close()
     if ended == "interrupted":
         output.note("")
         raise Interrupted(
@@ -443,7 +264,7 @@ def command_line() -> str:
     return shlex.join(["nnx", *sys.argv[1:]])
 
 
-def tell_plan(output: Output, plan: Any, tokens: TokenFolder, device: Any) -> None:
+def tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.device) -> None:
     """What is about to happen, in two lines."""
     from nnx_cli.planning import flops as cost
     from nnx_cli.system.device import describe
@@ -463,7 +284,7 @@ def tell_plan(output: Output, plan: Any, tokens: TokenFolder, device: Any) -> No
     )
 
 
-def show_plan(output: Output, plan: Any, folder: Path) -> None:
+def show_plan(output: Output, plan: Plan, folder: Path) -> None:
     """Every value of a planned run and where it comes from."""
     values = {"model": plan.model, "size": plan.size, "data": str(folder)}
     values |= models.config_dict(plan.model_config) | asdict(plan.train)

@@ -1,10 +1,19 @@
 """What all commands share."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+
 import pytest
 import torch
 
-from nnx_cli import __version__
+from nnx_cli import __version__, commands, models
 from nnx_cli.cli import COMMANDS
+from nnx_cli.commands._train_options import PANELS, PREPARING
+from nnx_cli.config import TrainConfig, own_fields
 
 
 def test_version(nnx):
@@ -19,21 +28,110 @@ def test_help_names_every_command(nnx, words):
 
 def test_nothing_is_a_question_for_help(nnx):
     result = nnx()
-    assert all(f"\n  {name}" in result.output for name in COMMANDS), result.output
+    assert all(f"│ {name} " in result.output for name in COMMANDS), result.output
     assert "nnx: Usage" not in result.output
+
+
+def panels(text):
+    """Options by the title of the panel of help that they stand in."""
+    found, current = {}, None
+    for line in text.splitlines():
+        if line.startswith("╭─"):
+            current = found.setdefault(line.strip("╭─╮ "), [])
+        elif current is not None and (match := re.match(r"│ +\*? *(--[\w-]+)", line)):
+            current.append(match[1])
+    return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(nnx, command):
     result = nnx(command, "--help")
-    assert result.exit_code == 0 and result.stdout.startswith("Usage: ") and "--json" in result.stdout
+    assert result.exit_code == 0 and result.stdout.lstrip().startswith("Usage: ")
+    assert panels(result.stdout)["Output"] == ["--json", "--quiet", "--debug", "--help"]
 
 
-def test_help_of_train_names_the_fields_of_all_architectures(nnx):
-    text = nnx("train", "--help").stdout
-    for option in ("--dim", "--n-kv-heads", "--qk-norm", "--xpos-scale-base", "--max-steps", "--tokenizer"):
-        assert option in text
-    assert "model_dim" not in text and "--model-dim" not in text, "further spellings are not listed"
+MAIN = ["model", "size", "filepath", "data", "max-time", "max-steps", "vram", "out", "resume", "init-from", "config"]
+
+
+def test_help_of_train_begins_with_what_people_use(nnx):
+    found = panels(nnx("train", "--help").stdout)
+    names = ["Main options", "Length and batch", "Optimizer", "Memory and speed", "Watching", "Data", "Model", "Output"]
+    assert list(found) == names
+    assert found["Main options"] == [f"--{name}" for name in [*MAIN, "dry-run"]]
+
+
+def test_every_setting_of_training_has_a_panel():
+    shown = [name for names in PANELS.values() for name in names] + ["max_time", "max_steps", "vram"]
+    assert len(shown) == len(set(shown))
+    assert {field.name for field in (*own_fields(TrainConfig), *PREPARING)} == set(shown)
+
+
+@pytest.mark.parametrize("command", ["train", "summarize"])
+def test_fields_of_some_architectures_are_shown_beside_their_name(nnx, command):
+    shared = panels(nnx(command, "--help").stdout)["Model"]
+    assert "--dim" in shared and not {"--n-kv-heads", "--qk-norm", "--xpos-scale-base", "--model-dim"} & set(shared)
+    for name in models.names():
+        fields = {field.option: field for field in models.config_fields(name)}
+        for words in (["--model", name, "--help"], ["-h", f"--model={name}"]):
+            found = panels(nnx(command, *words).stdout)
+            assert found["Model"] and set(found["Model"]) == set(fields), name
+            assert set(found["Model"]) >= set(shared)
+    assert "default: (tape)" in nnx(command, "--model", "tape", "--help").stdout
+    assert panels(nnx(command, "--help", "--model", "nobody").stdout)["Model"] == shared
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["train", "--model", "ngpt"]], ids=str)
+def test_help_breaks_no_word(nnx, monkeypatch, words, width):
+    """Every line ends with a whole word: put together, the help has all the words it has on a screen without end."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = nnx(*words, "--help").stdout
+    assert max(map(len, narrow.splitlines())) <= width and "\x1b" not in narrow
+    monkeypatch.setenv("COLUMNS", "500")
+    wide = nnx(*words, "--help").stdout
+    assert sorted(re.findall(r"[\w-]+", narrow)) == sorted(re.findall(r"[\w-]+", wide))
+
+
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudoterminals")
+def test_help_on_a_terminal_without_colours(variables):
+    coloured, plain = on_a_terminal({"TERM": "xterm"}), on_a_terminal({"TERM": "xterm"} | variables)
+    assert b"\x1b[" in coloured and b"\x1b" not in plain and b"Usage" in plain
+
+
+def on_a_terminal(variables):
+    """What `nnx list --help` writes to a terminal."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    command = [sys.executable, "-m", "nnx_cli", "list", "--help"]
+    with subprocess.Popen(command, stdout=theirs, env=kept | variables) as process:
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # what Linux raises at the end
+            while part := os.read(ours, 4096):
+                text += part
+    os.close(ours)
+    assert process.returncode == 0
+    return text
+
+
+def test_a_command_is_one_file_and_one_line(nnx, tmp_path, monkeypatch):
+    (tmp_path / "greet.py").write_text(
+        "from nnx_cli.commands._options import command\n\n\n"
+        "@command()\n"
+        "def run(output, name: str = 'you'):\n"
+        '    """Greet somebody."""\n'
+        "    output.show(f'hello {name}')\n"
+        "    output.show_json({'name': name})\n"
+    )
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.setitem(COMMANDS, "greet", ("greet", "Greet somebody."))
+    assert "│ greet " in nnx("--help").stdout and "--name" in nnx("greet", "--help").stdout
+    assert nnx("greet", "--name", "Ada").stdout == "hello Ada\n"
+    assert json.loads(nnx("greet", "--json").stdout) == {"name": "you"}
+    assert "--name" in nnx("greet", "--nam", "Ada").stderr
 
 
 @pytest.mark.parametrize(

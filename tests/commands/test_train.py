@@ -212,6 +212,15 @@ def test_the_originals_training_command(nnx, text_file, workspace):
     assert run.status()["step"] == 3
 
 
+def test_a_spelling_of_the_original_that_brings_its_recipe_says_so(nnx, data):
+    words = ["train", "--data", data, "--dry-run", "--num_batches", 3]
+    result = nnx(*words)
+    (line,) = [line for line in result.stderr.splitlines() if "recipe" in line]
+    assert line.startswith("--num_batches is the original NYX's spelling") and "optimizer lion" in line
+    assert "--model nyx" in line and "recipe" not in nnx(*words, "--model", "nyx").stderr
+    assert "recipe" not in nnx("train", "--data", data, "--dry-run", "--max-steps", 3).stderr
+
+
 def test_an_alias_beside_the_name_is_refused(refused, data):
     refused(2, "twice", "train", "--data", data, "--dim", 32, "--model_dim", 64)
 

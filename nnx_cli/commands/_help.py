@@ -1,0 +1,77 @@
+"""Help in panels. Fields that only some architectures have are shown when `--model NAME` stands beside `--help`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from nnx_cli import models
+from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, shown_default
+from nnx_cli.config import Field
+from nnx_cli.console import prepare_help
+
+
+class Command(TyperCommand):
+    """A command whose help shows the options that the named architecture has; all of them parse."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Note the architecture first: help is answered in the middle of parsing."""
+        ctx.meta["nnx.model"] = _named_model(args)
+        return super().parse_args(ctx, args)
+
+    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:
+        """`--help`, in the panel of the options that all commands have."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = OUTPUT_PANEL
+        return option
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        """Write the help of a copy of this command that has only what is to be shown."""
+        prepare_help()
+        shown = copy.copy(self)
+        fields = fields_of(ctx.meta.get("nnx.model"))
+        shown.params = [_as_shown(p, fields) for p in self.params if _is_shown(p, fields)]
+        TyperCommand.format_help(shown, ctx, formatter)
+
+
+def _named_model(args: Sequence[str]) -> str | None:
+    """The architecture that `--model NAME` or `--model=NAME` names, or None."""
+    for number, word in enumerate(args):
+        option, _, value = word.partition("=")
+        if option == "--model":
+            name = value or "".join(args[number + 1 : number + 2])
+            return name if name in models.names() else None
+    return None
+
+
+def fields_of(name: str | None) -> dict[str, Field]:
+    """The fields of an architecture; without one those that all of them have, as far as their help is the same."""
+    if name is not None:
+        return {field.name: field for field in models.config_fields(name)}
+    first, *others = ({field.name: field for field in models.config_fields(other)} for other in models.names())
+    shared = {}
+    for field in first.values():
+        texts = {other[field.name].help for other in others if field.name in other}
+        if all(field.name in other for other in others):
+            shared[field.name] = field if texts == {field.help} else replace(field, help=field.help.partition(";")[0])
+    return shared
+
+
+def _is_shown(param: Any, fields: dict[str, Field]) -> bool:
+    return getattr(param, "rich_help_panel", None) != MODEL_PANEL or param.name in fields
+
+
+def _as_shown(param: Any, fields: dict[str, Field]) -> Any:
+    """A parameter without its negative spelling, which would take the width of a column; a field of an architecture
+    with its help and default there."""
+    shown = copy.copy(param)
+    shown.secondary_opts = []
+    if param.rich_help_panel == MODEL_PANEL:
+        shown.help, shown.show_default = fields[param.name].help, shown_default(fields[param.name])
+    return shown

@@ -1,0 +1,121 @@
+"""What a new run is made from: its token folder, the model it starts from, its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.data import prepare
+from nnx_cli.data.token_folder import TokenFolder, open_token_folder
+from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.errors import CheckpointError, DataError, OutputError, UsageError
+from nnx_cli.planning.plan import Plan, plan_run
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.load import ModelRef
+from nnx_cli.system.files import discard_folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An architecture by name, its size (auto: chosen by the plan, None: the fields' own), its fields."""
+
+    model: str
+    size: str | None
+    fields: dict[str, Any]
+
+
+def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any]) -> tuple[ModelRef, Shape]:
+    """The model to start from, and its shape with the context and dropout that may differ.
+
+    Raises CheckpointError where it is quantized or has adapters, UsageError where another shape is asked for.
+    """
+    base = find_model(spec)
+    if base.config.get("lora") or base.config.get("quantization"):
+        raise CheckpointError(
+            f"{spec} is no plain model", fix="take the run it was made from; merge adapters: nnx merge"
+        )
+    described = dict(base.config["model"])
+    name, _ = described.pop("name"), described.pop("size", None)
+    if model not in (None, name) or size != "auto":
+        raise UsageError(f"{spec} is a {name} of its own size", fix="leave out --model and --size")
+    for field in fields.keys() - {"seq_len", "dropout"}:
+        if fields[field] != described.get(field):
+            raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
+    return base, Shape(name, None, described | dict(fields))
+
+
+def prepare_tokens(
+    filepath: list[str],
+    preparing: PrepareConfig,
+    base: ModelRef | None,
+    tell: Callable[[dict[str, Any]], None],
+) -> tuple[Path, list[Path]]:
+    """The token folder of a text, or of the built-in one, and the folders that were made for it now, innermost first.
+
+    `tell` is told how preparing goes. A folder made earlier, or by another process meanwhile, is used again.
+    """
+    if "-" in filepath:
+        raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
+    if base is not None and base.tokenizer is not None:
+        preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
+    folder = prepare.default_folder(filepath, preparing)
+    if (folder / "meta.json").exists():
+        return folder, []
+    made = [folder] if folder.parent.exists() else [folder, folder.parent]
+    try:
+        if filepath:
+            prepare.prepare(filepath, folder, preparing, None, tell)
+        else:
+            tell({"note": "no --filepath: training on the language documentation that Python ships"})
+            prepare.prepare_builtin(folder, preparing, tell)
+    except OutputError:
+        if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
+            raise
+        return folder, []
+    return folder, made
+
+
+def take_back(made: list[Path]) -> None:
+    """Remove the folders, innermost first, that were made for a run that is not to be; others may use an outer one."""
+    for number, folder in enumerate(made):
+        with suppress(OSError):
+            discard_folder(folder) if number == 0 else folder.rmdir()
+
+
+def open_and_plan(
+    folder: Path,
+    shape: Shape,
+    train: TrainConfig,
+    *,
+    device: torch.device,
+    precision: str,
+    sources: dict[str, str],
+    base: ModelRef | None,
+    tokenizer: Tokenizer | None,
+) -> tuple[TokenFolder, Plan]:
+    """Open the tokens and fill in every value. Raises DataError or UsageError where vocabularies disagree."""
+    fields = dict(shape.fields)
+    tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else tokenizer)
+    if base is not None and tokens.vocab_size != fields["vocab_size"]:
+        raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
+    if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:
+        raise UsageError(f"--vocab-size {wanted} is not the tokenizer's {tokens.vocab_size}", fix="leave it out")
+    plan = plan_run(
+        shape.model,
+        shape.size,
+        fields,
+        train,
+        vocab_size=tokens.vocab_size,
+        train_tokens=len(tokens.train),
+        val_tokens=len(tokens.val),
+        device=device,
+        precision=precision,
+        sources=sources,
+    )
+    return tokens, plan
