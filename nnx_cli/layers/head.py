@@ -1,4 +1,4 @@
-"""What a head computes, in terms of one matrix product, so that a loss can take its gradient by formula."""
+"""Heads that are one GEMM and little else, so that the loss can be fused with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadFormula:
+class LinearHead:
     """Logits of x (N, D) are scale · (x @ weight.T) + bias, in the type of x.
 
     With `df`, the ν of a Student-t kernel, they are −(ν + D)/2 · ln(1 + d²/ν) instead, up to a constant for each row,
@@ -23,7 +23,7 @@ class HeadFormula:
     df: float | None = None
 
 
-def formula_of(head: nn.Module) -> HeadFormula | None:
-    """What the head's method `formula` says that it computes; None if it has no such method, or no formula now."""
-    formula = getattr(head, "formula", None)
-    return None if formula is None else formula()
+def as_linear_head(head: nn.Module) -> LinearHead | None:
+    """What the head's method `linear_head` says that it computes; None without one, or where it is not linear now."""
+    linear_head = getattr(head, "linear_head", None)
+    return None if linear_head is None else linear_head()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.kernels.gemm import multiply
-from nnx_cli.layers.head import HeadFormula
+from nnx_cli.layers.head import LinearHead
 
 
 class Linear(nn.Linear):
@@ -31,10 +31,10 @@ class Linear(nn.Linear):
             return y
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
-    def formula(self) -> HeadFormula | None:
+    def linear_head(self) -> LinearHead | None:
         """What this layer computes as a head; None with an adapter, or in a subclass that computes something else."""
         plain = type(self).forward is Linear.forward and self.lora_a is None
-        return HeadFormula(weight=self.weight) if plain else None
+        return LinearHead(weight=self.weight) if plain else None
 
     def add_adapter(self, rank: int) -> None:
         """Begin with an adapter that changes nothing: lora_a is random with variance 1 / in_features, lora_b zero."""

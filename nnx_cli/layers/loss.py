@@ -1,10 +1,13 @@
-"""Next-token loss from trunk and head, in chunks of rows, so that the logits of a batch never exist at once."""
+"""Fused linear cross-entropy: the next-token loss from trunk and head, without the logits of a whole batch.
+
+Logits exist for a chunk of rows at a time, and the chunk's gradients are taken before the next one begins.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +16,21 @@ from torch.autograd.function import once_differentiable
 
 from nnx_cli.kernels.cross_entropy import StudentT, row_loss
 from nnx_cli.kernels.gemm import has_onednn, multiply, pays
-from nnx_cli.layers.head import HeadFormula, formula_of
+from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.system.hardware import has_triton
 
 CHUNK_BYTES = 128 * 2**20  # of a chunk's logits and everything made from them
-CUDA_CHUNK_BYTES = 256 * 2**20  # a kernel starts late and products like many rows: 4096 rows at 32,000 tokens in bf16
-LOGIT_BYTES = 10  # of a head without a formula: logits, their float32 copy and their gradient
+CUDA_CHUNK_BYTES = 256 * 2**20  # launches cost time and GEMMs like many rows: 4096 at 32,000 tokens in bf16
+LOGIT_BYTES = 10  # of a head that is not linear: logits, their float32 copy and their gradient
 FP16_FACTOR = 2.0**8  # on gradients in fp16, which have values down to 2**-24 and stay well below 2**16 - 1
 
 
 def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, device_type: str = "cpu") -> int:
-    """Rows per chunk, of which each logit takes `logit_bytes`: a power of two that keeps the chunk within CHUNK_BYTES,
-    or on CUDA within CUDA_CHUNK_BYTES, but at least 256 and, except on CUDA, at most 4096; then evened out."""
+    """Rows per chunk, where a logit takes `logit_bytes`.
+
+    A power of two that keeps the chunk within CHUNK_BYTES, or on CUDA within CUDA_CHUNK_BYTES, but at least 256 and,
+    except on CUDA, at most 4096; then evened out.
+    """
     budget, most = (CUDA_CHUNK_BYTES, n_rows) if device_type == "cuda" else (CHUNK_BYTES, 4096)
     rows = 2 ** int(math.log2(max(1, budget // (logit_bytes * vocab_size))))
     rows = min(max(rows, 256), max(most, 256))
@@ -32,32 +38,33 @@ def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, dev
 
 
 def logit_bytes(dtype: torch.dtype, student_t: bool, fused: bool) -> int:
-    """What a logit of a head with a formula takes at its peak: one number where the kernel puts the gradient in the
-    place of the product, else a few."""
+    """Peak memory of a linear head's logit: one element where the kernel writes the gradient in its place, else a
+    few."""
     if student_t:
         dtype = torch.promote_types(dtype, torch.float32)
     return dtype.itemsize if fused else 16 if student_t else 8
 
 
 def summed_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy in nats, summed over the rows of `x` (N, D) against `targets` (N,); statistics in float32 or
+    """Cross-entropy in nats, summed over the rows of `x` (N, D) against `targets` (N,); logsumexp in float32 or
     wider."""
     logits = head(x)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
 
-class ChunkedHeadLoss(torch.autograd.Function):
-    """`summed_loss`, chunk by chunk: each chunk's gradient is taken as soon as its logits exist.
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of any head that acts on rows alone: `summed_loss` and its gradients, chunk by chunk.
 
-    Works for any head that acts on rows alone. Gradients reach the head's parameters and `x` through autograd; those of
-    parameters are summed in float32 or wider.
+    Gradients reach the head's parameters and `x` through autograd; those of parameters are accumulated in float32 or
+    wider.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, targets: Tensor, head: nn.Module, ignore_index: int, *parameters: Tensor
     ) -> Tensor:
+        """Loss in nats, summed over the rows of `x` (N, D) against `targets` (N,)."""
         rows = chunk_rows(len(x), head_vocab_size(head), device_type=x.device.type)
         wanted = [p for p in parameters if p.requires_grad]
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -83,8 +90,9 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The saved gradients times `grad`."""
         x_grad, *parameter_grads = (
-            scaled(saved, grad, dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            _scaled(saved, grad, dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         grads = iter(parameter_grads)
         return x_grad, None, None, None, *(next(grads) if wanted else None for wanted in ctx.wanted)
@@ -95,67 +103,71 @@ def head_vocab_size(head: nn.Module) -> int:
     return max(p.shape[0] for p in head.parameters() if p.dim() == 2)
 
 
-class Products:
-    """x @ weight.T of a head with a formula, chunk by chunk, in a buffer that all chunks share. The weight is cast
-    once, with the scale in it. For use where autograd does not look: products are written over one another.
+class LogitChunks:
+    """Logits x @ weight.T of a linear head, a chunk of rows at a time, in a buffer that all chunks share.
 
-    Where the kernel is, there are zeros below the weight up to a multiple of 64 rows: matrix units dislike a vocabulary
-    of 50,257.
+    Yields where a chunk is, its x and its logits. The weight is cast once, with the scale in it. For use where autograd
+    does not look: chunks overwrite one another. Under the Triton kernel zeros lie below the weight, and behind the
+    logits, up to a multiple of 64 rows: tensor cores dislike a vocabulary of 50,257.
     """
 
-    def __init__(self, x: Tensor, formula: HeadFormula) -> None:
-        weight, scale, bias, self.df = formula.weight, formula.scale, formula.bias, formula.df
-        assert self.df is None or scale is None and bias is None
-        self.x, (V, self.dim) = x, weight.shape
-        self.dtype = x.dtype if self.df is None else torch.promote_types(x.dtype, torch.float32)
-        fused = has_triton(x.device)
-        self.vocab_size, width = V, math.ceil(V / 64) * 64
-        self.matrix = weight.to(self.dtype)
-        if scale is not None or (fused and width > V):
-            self.matrix = torch.zeros(width if fused else V, self.dim, dtype=self.dtype, device=x.device)
-            self.matrix[:V] = weight if scale is None else weight * scale[:, None]
-        self.bias = None if bias is None else F.pad(bias.to(self.dtype), (0, len(self.matrix) - V))
-        self.w_squares = None if self.df is None else self.matrix[:V].square().sum(1)
-        per_logit = logit_bytes(x.dtype, student_t=self.df is not None, fused=fused)
+    def __init__(self, x: Tensor, head: LinearHead) -> None:
+        assert head.df is None or head.scale is None and head.bias is None
+        self.x = x
+        self.vocab_size, self.dim = head.weight.shape
+        self.dtype = x.dtype if head.df is None else torch.promote_types(x.dtype, torch.float32)
+        fused, V = has_triton(x.device), self.vocab_size
+        width = math.ceil(V / 64) * 64
+        self.weight = head.weight.to(self.dtype)
+        if head.scale is not None or (fused and width > V):
+            self.weight = torch.zeros(width if fused else V, self.dim, dtype=self.dtype, device=x.device)
+            self.weight[:V] = head.weight if head.scale is None else head.weight * head.scale[:, None]
+        self.bias = None if head.bias is None else F.pad(head.bias.to(self.dtype), (0, len(self.weight) - V))
+        self.df = head.df
+        self.w_squares = None if head.df is None else self.weight[:V].square().sum(1)
+        per_logit = logit_bytes(x.dtype, student_t=head.df is not None, fused=fused)
         self.rows = chunk_rows(len(x), V, per_logit, x.device.type)
-        self.is_new = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.matrix)  # no buffer
-        rows = 0 if self.is_new else self.rows
-        self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.matrix)]
+        self.unbuffered = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.weight)
+        rows = 0 if self.unbuffered else self.rows
+        self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.weight)]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for start in range(0, len(self.x), self.rows):
+            rows = slice(start, min(start + self.rows, len(self.x)))
+            x = self.x[rows].to(self.dtype)
+            yield rows, x, self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.unbuffered:
+            return multiply(x, self.weight)
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=self.buffer[: len(x)])
+        return torch.addmm(self.bias, x, self.weight.t(), out=self.buffer[: len(x)])
+
+    def student_t(self, x: Tensor) -> StudentT | None:
+        """What the logits of a chunk's x depend on besides x @ weight.T; None for a plain linear head."""
+        if self.df is None or self.w_squares is None:
+            return None
+        return StudentT(self.df, self.dim, x.square().sum(1), self.w_squares)
 
     def empty_gradient(self, dtype: torch.dtype) -> Tensor:
-        """Memory for the gradient of the matrix; column by column where that is how products come fastest."""
-        if self.is_new and has_onednn() and self.vocab_size > self.dim:
-            return torch.empty_like(self.matrix.t(), dtype=dtype, memory_format=torch.contiguous_format).t()
-        return torch.empty_like(self.matrix, dtype=dtype)
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor, StudentT | None]]:
-        """Where a chunk is, its x, its products (with zeros behind them) and what else its logits depend on."""
-        for start in range(0, len(self.x), self.rows):
-            where = slice(start, min(start + self.rows, len(self.x)))
-            x = self.x[where].to(self.dtype)
-            if self.is_new:
-                products = multiply(x, self.matrix)
-            elif self.bias is None:
-                products = torch.mm(x, self.matrix.t(), out=self.buffer[: len(x)])
-            else:
-                products = torch.addmm(self.bias, x, self.matrix.t(), out=self.buffer[: len(x)])
-            student_t = None
-            if self.df is not None:
-                student_t = StudentT(self.df, self.dim, x.square().sum(1), self.w_squares)
-            yield where, x, products, student_t
+        """Memory for the gradient of the weight; column-major where that is how a GEMM is fastest."""
+        if self.unbuffered and has_onednn() and self.vocab_size > self.dim:
+            return torch.empty_like(self.weight.t(), dtype=dtype, memory_format=torch.contiguous_format).t()
+        return torch.empty_like(self.weight, dtype=dtype)
 
 
-class FormulaHeadLoss(torch.autograd.Function):
-    """`summed_loss` of a head with a formula: products, their softmax, and two products more for the gradients.
+class FusedLinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, fused with its GEMMs: the gradients are taken chunk by chunk in forward.
 
-    Nothing here waits for the device. The gradient of the weight is summed in float32 or wider. With `once` the
-    gradients are handed out in the memory they were kept in, so there is one backward pass.
+    Nothing here synchronizes. The gradient of the weight is accumulated in float32 or wider. With `once` the gradients
+    are handed out in the memory they were kept in, so there is one backward pass.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        hidden: Tensor,
         targets: Tensor,
         ignore_index: int,
         df: float | None,
@@ -164,120 +176,142 @@ class FormulaHeadLoss(torch.autograd.Function):
         scale: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        wants_x, _, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
-        head = Products(x, HeadFormula(weight=weight, scale=scale, bias=bias, df=df))
-        wide = torch.promote_types(head.dtype, torch.float32)
-        ctx.once, ctx.factor = once, FP16_FACTOR if head.dtype == torch.float16 else 1.0
-        losses = torch.empty(len(x), dtype=wide, device=x.device)
-        x_grad = torch.empty_like(x) if wants_x else None
-        weight_grad = head.empty_gradient(wide) if wants_weight or wants_scale else None
-        column_sums = losses.new_zeros(len(head.matrix)) if wants_bias or df is not None else None
-        V = head.vocab_size
-        for where, chunk, products, student_t in head.chunks():
-            losses[where], g = row_loss(
-                products[:, :V], targets[where], ignore_index, student_t=student_t, factor=ctx.factor
+        """Loss in nats, summed over the rows of `hidden` (N, D) against `targets` (N,)."""
+        wants_hidden, _, _, _, _, wants_weight, wants_scale, wants_bias = ctx.needs_input_grad
+        chunks = LogitChunks(hidden, LinearHead(weight=weight, scale=scale, bias=bias, df=df))
+        V, wide = chunks.vocab_size, torch.promote_types(chunks.dtype, torch.float32)
+        ctx.once, ctx.factor = once, FP16_FACTOR if chunks.dtype == torch.float16 else 1.0
+        loss = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = chunks.empty_gradient(wide) if wants_weight or wants_scale else None
+        dbias = loss.new_zeros(len(chunks.weight)) if wants_bias or df is not None else None
+        for rows, x, logits in chunks:
+            loss[rows], dlogits = row_loss(
+                logits[:, :V], targets[rows], ignore_index, student_t=chunks.student_t(x), factor=ctx.factor
             )
-            g = products if len(head.matrix) > V else g  # the kernel put it there; the zeros behind it are still zeros
-            if column_sums is not None:
-                column_sums += g.sum(0, dtype=wide)
-            if weight_grad is not None:
-                add_product(weight_grad, g.t(), chunk, beta=float(where.start > 0))
-            if x_grad is not None and df is None:
-                multiply_into(x_grad[where], g, head.matrix.t())
-            elif x_grad is not None:
-                x_grad[where] = (g @ head.matrix).addcmul_(g.sum(1, keepdim=True), chunk, value=-1)
-        del products, g, head.buffer  # the gradient of a scale needs a matrix more
-        if df is not None and weight_grad is not None:
-            weight_grad.addcmul_(column_sums[:, None], head.matrix, value=-1)
-        weight_grad = None if weight_grad is None else weight_grad[:V].contiguous()
-        scale_grad = (weight_grad * weight).sum(1) if wants_scale else None
+            if len(chunks.weight) > V:
+                dlogits = logits  # the kernel put it there; the zeros behind it are still zeros
+            if dbias is not None:
+                dbias += dlogits.sum(0, dtype=wide)
+            if dweight is not None:
+                gemm_add(dweight, dlogits.t(), x, beta=float(rows.start > 0))
+            if dhidden is not None and df is None:
+                gemm(dlogits, chunks.weight, out=dhidden[rows])
+            elif dhidden is not None:  # of −|x − w|² / 2
+                dhidden[rows] = (dlogits @ chunks.weight).addcmul_(dlogits.sum(1, keepdim=True), x, value=-1)
+        del logits, dlogits, chunks.buffer  # the gradient of a scale needs a matrix more
+        if df is not None and dweight is not None:
+            dweight.addcmul_(dbias[:, None], chunks.weight, value=-1)
+        dweight = None if dweight is None else dweight[:V].contiguous()
+        dscale = (dweight * weight).sum(1) if wants_scale else None
         if scale is not None and wants_weight:
-            weight_grad *= scale[:, None]
-        bias_grad = column_sums[:V] if wants_bias else None
-        ctx.save_for_backward(x_grad, weight_grad if wants_weight else None, scale_grad, bias_grad)
-        ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (x, weight, scale, bias)]
-        return losses.sum()
+            dweight *= scale[:, None]
+        ctx.save_for_backward(dhidden, dweight if wants_weight else None, dscale, dbias[:V] if wants_bias else None)
+        ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (hidden, weight, scale, bias)]
+        return loss.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The saved gradients times `grad`."""
         grad = grad / ctx.factor
-        x_grad, *others = (
-            None if saved is None else scaled(saved, grad, dtype, in_place=ctx.once)
+        dhidden, *others = (
+            None if saved is None else _scaled(saved, grad, dtype, in_place=ctx.once)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return x_grad, None, None, None, None, *others
+        return dhidden, None, None, None, None, *others
 
 
-def multiply_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """out = x @ weight.T"""
-    if pays(x, weight):
-        out.copy_(multiply(x, weight))
+def gemm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """out = a @ b."""
+    if pays(a, b.t()):
+        out.copy_(multiply(a, b.t()))
     else:
-        torch.mm(x, weight.t(), out=out)
+        torch.mm(a, b, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
-    """total = beta · total + a @ b, summed in the type of `total`, which may be wider than theirs."""
-    if total.dtype == a.dtype and pays(a, b.t()):
-        product = multiply(a, b.t()) if total.is_contiguous() else multiply(b.t(), a).t()
-        total.copy_(product) if beta == 0 else torch.add(product, total, alpha=beta, out=total)
-    elif total.dtype == a.dtype:
-        total.addmm_(a, b, beta=beta)
-    elif total.is_cuda and torch.version.hip is None:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+def gemm_add(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """out = beta · out + a @ b, accumulated in the type of `out`, which may be wider than theirs."""
+    if out.dtype == a.dtype and pays(a, b.t()):
+        product = multiply(a, b.t()) if out.is_contiguous() else multiply(b.t(), a).t()
+        out.copy_(product) if beta == 0 else torch.add(product, out, alpha=beta, out=out)
+    elif out.dtype == a.dtype:
+        out.addmm_(a, b, beta=beta)
+    elif out.is_cuda and torch.version.hip is None:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
 
-def scaled(tensor: Tensor, grad: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    """tensor · grad in another type, without rounding the number `grad` to it first; in the same memory, if that is
-    allowed and the type stays."""
+def _scaled(tensor: Tensor, grad: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    """tensor · grad in another dtype, without rounding the scalar `grad` to it first; in place if that is allowed and
+    the dtype stays."""
     if in_place and dtype == tensor.dtype:
         return tensor.mul_(grad)
     return torch.mul(tensor, grad.view((1,) * tensor.dim()), out=torch.empty_like(tensor, dtype=dtype))
 
 
-def head_loss(head: nn.Module, x: Tensor, targets: Tensor, ignore_index: int, once: bool = False) -> Tensor:
-    """`summed_loss` in chunks of rows: by formula where the head has one, else through autograd. With `once`, memory is
-    saved by taking gradients in place: autograd refuses a second backward pass."""
-    if (formula := formula_of(head)) is None:
-        return ChunkedHeadLoss.apply(x, targets, head, ignore_index, *head.parameters())
-    return FormulaHeadLoss.apply(
-        x, targets, ignore_index, formula.df, once, formula.weight, formula.scale, formula.bias
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, ignore_index: int, once: bool = False) -> Tensor:
+    """Summed cross-entropy in chunks of rows: fused where the head is linear, else through autograd.
+
+    With `once`, memory is saved by taking gradients in place: autograd refuses a second backward pass.
+    """
+    if (linear := as_linear_head(head)) is None:
+        return ChunkedCrossEntropy.apply(hidden, targets, head, ignore_index, *head.parameters())
+    return FusedLinearCrossEntropy.apply(
+        hidden, targets, ignore_index, linear.df, once, linear.weight, linear.scale, linear.bias
     )
 
 
-class TrainStep(nn.Module):
+class TrunkAndHead(Protocol):
+    """What the loss asks of a model."""
+
+    config: Any
+    head: nn.Module  # acts on every row alone
+    ignore_index: int  # a target outside of the loss
+
+    def trunk(self, input_ids: Tensor) -> Tensor:
+        """Token ids (B, T) to what the head reads, (B, T, D)."""
+
+    def aux_loss(self) -> Tensor | None:
+        """A loss per target to add, of the latest forward pass."""
+
+
+class LossModule(nn.Module):
     """The one callable that training wraps: input_ids, targets (B, T) to the summed loss and the number of targets."""
 
-    def __init__(self, model: nn.Module) -> None:
+    model: TrunkAndHead
+
+    def __init__(self, model: TrunkAndHead) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats summed over the targets, with the model's own loss, and the number of targets."""
         model = self.model
-        x = model.trunk(input_ids).flatten(0, 1)
+        hidden = model.trunk(input_ids).flatten(0, 1)
         targets = targets.flatten()
         n_targets = (targets != model.ignore_index).sum()
-        loss = head_loss(model.head, x, targets, model.ignore_index, once=True)
+        loss = head_loss(model.head, hidden, targets, model.ignore_index, once=True)
         if (aux := model.aux_loss()) is not None:
             loss = loss + aux * n_targets
         return loss, n_targets
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: TrunkAndHead, input_ids: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
-    x, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
-    if (formula := formula_of(model.head)) is None:
-        rows = chunk_rows(len(x), model.config.vocab_size, device_type=x.device.type)
-        pieces = zip(x.split(rows), flat.split(rows), strict=True)
-        losses = [F.cross_entropy(model.head(chunk).float(), target, reduction="none") for chunk, target in pieces]
+    hidden, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
+    if (linear := as_linear_head(model.head)) is None:
+        size = chunk_rows(len(hidden), model.config.vocab_size, device_type=hidden.device.type)
+        pieces = zip(hidden.split(size), flat.split(size), strict=True)
+        losses = [F.cross_entropy(model.head(x).float(), target, reduction="none") for x, target in pieces]
     else:
-        chunks, V = Products(x, formula).chunks(), len(formula.weight)
+        chunks, V = LogitChunks(hidden, linear), len(linear.weight)
         losses = [
-            row_loss(products[:, :V], flat[where], model.ignore_index, student_t=student_t, gradient=False)[0].float()
-            for where, _, products, student_t in chunks
+            row_loss(logits[:, :V], flat[rows], model.ignore_index, student_t=chunks.student_t(x), gradient=False)[
+                0
+            ].float()
+            for rows, x, logits in chunks
         ]
     return torch.cat(losses).view(targets.shape)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnx_cli.layers.head import HeadFormula, formula_of
+from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.linear import Linear
 
 ALPHA = 0.05  # how far a step goes at the start: section 2.2.2 of the paper
@@ -73,6 +73,6 @@ class ScaledHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) * (self.scale * self.gain)
 
-    def formula(self) -> HeadFormula | None:
-        linear = formula_of(self.linear)
+    def linear_head(self) -> LinearHead | None:
+        linear = as_linear_head(self.linear)
         return None if linear is None else replace(linear, scale=self.scale * self.gain)

@@ -32,7 +32,7 @@ from nnx_cli.kernels.averaged_keys import averaged_keys, averages, weighted_sums
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.gemm import multiply
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.head import HeadFormula, formula_of
+from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
@@ -168,8 +168,8 @@ class Biased(nn.Module):
             return y + bias
         return tuple(part + b for part, b in zip(y, bias.split([part.shape[-1] for part in y]), strict=True))
 
-    def formula(self) -> HeadFormula | None:
-        linear = formula_of(self.linear)
+    def linear_head(self) -> LinearHead | None:
+        linear = as_linear_head(self.linear)
         return None if linear is None else replace(linear, bias=self.bias)
 
 

@@ -36,7 +36,7 @@ from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.gemm import multiply
 from nnx_cli.kernels.precision import in_type
 from nnx_cli.layers.attention import causal_attention
-from nnx_cli.layers.head import HeadFormula, formula_of
+from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables, rotate
@@ -182,8 +182,8 @@ class UnitLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return multiply(x, unit_matrix(self, self.axis).to(x.dtype))
 
-    def formula(self) -> HeadFormula:
-        return HeadFormula(weight=unit_matrix(self, self.axis))
+    def linear_head(self) -> LinearHead:
+        return LinearHead(weight=unit_matrix(self, self.axis))
 
 
 class UnitPackedLinear(PackedLinear):
@@ -292,8 +292,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x) * self.s_logit()
 
-    def formula(self) -> HeadFormula | None:
-        proj = formula_of(self.proj)
+    def linear_head(self) -> LinearHead | None:
+        proj = as_linear_head(self.proj)
         return None if proj is None else replace(proj, scale=self.s_logit())
 
 

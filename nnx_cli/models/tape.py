@@ -39,7 +39,7 @@ from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.precision import widened
 from nnx_cli.kernels.soft_xor import Activation, Recurrence, soft_xor
-from nnx_cli.layers.head import HeadFormula
+from nnx_cli.layers.head import LinearHead
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
@@ -235,8 +235,8 @@ class StudentT(nn.Module):
         scores = torch.log1p(distance.clamp(min=1e-12) / self.df) * (-(self.df + x.shape[-1]) / 2)
         return scores.log_softmax(-1)  # (..., V)
 
-    def formula(self) -> HeadFormula:
-        return HeadFormula(weight=self.weight, df=self.df)
+    def linear_head(self) -> LinearHead:
+        return LinearHead(weight=self.weight, df=self.df)
 
 
 class TapeCache:

@@ -28,7 +28,7 @@ from nnx_cli.layers import attention
 from nnx_cli.layers import loss as head_loss
 from nnx_cli.layers import segment_attention as segments
 from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
-from nnx_cli.layers.loss import LOGIT_BYTES, TrainStep, chunk_rows
+from nnx_cli.layers.loss import LOGIT_BYTES, LossModule, chunk_rows
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim import muon
 from nnx_cli.optim._build import build_optimizer
@@ -126,7 +126,7 @@ class Kernels:
         }
         if target.device == "cuda":
             own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
-            own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "add_product"): in_place}
+            own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "gemm_add"): in_place}
             if target.capability >= (8, 0):
                 own[muon, "step_type"] = lambda device: torch.bfloat16
         if target.device == "cpu":
@@ -434,7 +434,7 @@ def simulate(
         model.trunk = trunk
         try:
             input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
-            loss, n_targets = TrainStep(model)(input_ids, targets)
+            loss, n_targets = LossModule(model)(input_ids, targets)
             storages.mark("backward", -1)
             (loss / n_targets).backward()
             del loss, n_targets

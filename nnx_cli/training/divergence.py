@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.models._base import LanguageModel
 
 MEMORY = 0.9  # share of the past in running averages of the loss
@@ -59,7 +59,7 @@ def first_overflow(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> 
     names = {module: name for name, module in model.named_modules() if name}
     hooks = [module.register_forward_hook(watch(name)) for module, name in names.items()]
     try:
-        loss, count = TrainStep(model)(input_ids, targets)
+        loss, count = LossModule(model)(input_ids, targets)
         if not found:
             (loss / count).backward()
     finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._in_backward import InBackward
@@ -87,7 +87,7 @@ class Step:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
-        self.micro_step = TrainStep(model)
+        self.micro_step = LossModule(model)
         self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stats = StepStats(model.device)

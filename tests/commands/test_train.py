@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.run import Run
@@ -376,13 +376,13 @@ def test_tokens_of_another_tokenizer_are_refused(refused, nnx, run, text_file):
 
 
 def test_a_run_that_diverges_says_so(nnx, data, workspace, monkeypatch):
-    forward = TrainStep.forward
+    forward = LossModule.forward
 
     def diverge(self, ids, targets):
         loss, count = forward(self, ids, targets)
         return loss * float("nan"), count
 
-    monkeypatch.setattr(TrainStep, "forward", diverge)
+    monkeypatch.setattr(LossModule, "forward", diverge)
     result = nnx("train", "--data", data, *SMALL, "--max-steps", 20, "--out", "run")
     assert result.exit_code == 6 and "diverged" in result.stderr and "Traceback" not in result.stderr
     assert Run(workspace / "run").status()["status"] == "diverged"

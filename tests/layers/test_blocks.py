@@ -3,7 +3,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.layers.blocks import checkpoint_blocks
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 
 FURTHER = [
     ("neon", dict(decoder="function", function_balance=0.01)),
@@ -16,7 +16,7 @@ FURTHER = [
 def loss_and_gradients(model, ids):
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
-    loss, n_targets = TrainStep(model)(ids, ids.roll(-1, 1))
+    loss, n_targets = LossModule(model)(ids, ids.roll(-1, 1))
     (loss / n_targets).backward()
     return [loss.detach()] + [p.grad for p in model.parameters()]
 

@@ -11,9 +11,9 @@ from nnx_cli import models
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels.cross_entropy import StudentT, plain_row_loss
 from nnx_cli.layers import loss as loss_module
-from nnx_cli.layers.head import formula_of
+from nnx_cli.layers.head import as_linear_head
 from nnx_cli.layers.linear import Linear
-from nnx_cli.layers.loss import ChunkedHeadLoss, TrainStep, chunk_rows, head_loss, head_vocab_size, token_losses
+from nnx_cli.layers.loss import ChunkedCrossEntropy, LossModule, chunk_rows, head_loss, head_vocab_size, token_losses
 from nnx_cli.layers.unit_norm import ScaledHead
 from nnx_cli.models import n4, ngpt, tape
 
@@ -37,7 +37,7 @@ def chunks(request, monkeypatch):
 
 @pytest.fixture(params=HEADS)
 def head(request):
-    """A head of every kind that has a formula, its parameters random."""
+    """A linear head of every kind, its parameters random."""
     head = HEADS[request.param]()
     torch.manual_seed(3)
     for parameter in head.parameters():
@@ -102,24 +102,24 @@ def test_gradients_are_those_of_finite_differences(chunks, tied):
         # the same parameter object must be in the head, as it is in a model
         assert weight is head.weight
         inputs = x if embedding is None else x + embedding(ids)
-        return ChunkedHeadLoss.apply(inputs, targets, head, -100, weight)
+        return ChunkedCrossEntropy.apply(inputs, targets, head, -100, weight)
 
     assert torch.autograd.gradcheck(function, (x, head.weight), atol=1e-7)
 
 
-def test_gradients_by_formula_are_those_of_finite_differences(monkeypatch, head):
+def test_gradients_of_linear_heads_are_those_of_finite_differences(monkeypatch, head):
     if isinstance(getattr(head, "proj", None), ngpt.UnitLinear):
-        pytest.skip("norms are float32; the formula is that of the kind before")
+        pytest.skip("norms are float32; it is the kind before")
     head.double()
     monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, *_, **__: 4)
     x, targets = rows_of(9)
-    assert formula_of(head) is not None
+    assert as_linear_head(head) is not None
     parameters = tuple(head.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, -100), (x, *parameters), atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_formulas_equal_the_plain_loss(chunks, head, dtype, rtol):
+def test_the_fused_loss_equals_the_plain_one(chunks, head, dtype, rtol):
     x, targets = rows_of(23, dtype)
     inputs = [x, *head.parameters()]
     loss = head_loss(head, x, targets, -100)
@@ -134,15 +134,15 @@ def test_formulas_equal_the_plain_loss(chunks, head, dtype, rtol):
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_every_architecture_has_a_formula_of_its_own_logits(tiny, name):
+def test_every_architecture_has_a_linear_head_of_its_own_logits(tiny, name):
     model = tiny(name)
     x, targets = torch.randn(5, 32), torch.randint(64, (5,))
-    assert formula_of(model.head) is not None
+    assert as_linear_head(model.head) is not None
     wanted = F.cross_entropy(model.head(x), targets, reduction="sum")
     torch.testing.assert_close(head_loss(model.head, x, targets, -100), wanted)
 
 
-def test_a_head_that_computes_something_else_has_no_formula():
+def test_a_head_that_computes_something_else_is_not_linear():
     class SoftCapped(Linear):
         def forward(self, x):
             return 5 * torch.tanh(super().forward(x) / 5)
@@ -153,7 +153,7 @@ def test_a_head_that_computes_something_else_has_no_formula():
     nn.init.normal_(adapted.lora_b)
     x, targets = rows_of(7, torch.float32)
     for head in (adapted, capped, scaled, nn.Linear(D, V)):
-        assert formula_of(head) is None
+        assert as_linear_head(head) is None
         torch.testing.assert_close(head_loss(head, x, targets, -100), loss_module.summed_loss(head, x, targets, -100))
 
 
@@ -197,7 +197,7 @@ def test_train_step_equals_plain_cross_entropy(tiny, chunks, name):
     ids = torch.randint(64, (3, 17))
     input_ids, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[1, 3:9] = model.ignore_index
-    loss, count = TrainStep(model)(input_ids, targets)
+    loss, count = LossModule(model)(input_ids, targets)
     (loss * 0.25).backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -213,7 +213,7 @@ def test_a_frozen_head_still_passes_gradients_on(tiny, chunks):
     model = tiny("llama", tie_embeddings=False)
     model.head.weight.requires_grad_(False)
     ids = torch.randint(64, (2, 9))
-    loss, _ = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, _ = LossModule(model)(ids[:, :-1], ids[:, 1:])
     loss.backward()
     assert model.head.weight.grad is None
     assert model.embedding.weight.grad.abs().max() > 0
@@ -222,7 +222,7 @@ def test_a_frozen_head_still_passes_gradients_on(tiny, chunks):
 def test_only_ignored_targets_give_zero(tiny):
     model = tiny()
     ids = torch.randint(64, (2, 8))
-    loss, count = TrainStep(model)(ids, torch.full_like(ids, model.ignore_index))
+    loss, count = LossModule(model)(ids, torch.full_like(ids, model.ignore_index))
     assert loss == 0 and count == 0
 
 
@@ -230,7 +230,7 @@ def test_low_precision_takes_statistics_in_float32(tiny):
     model = tiny()
     model.compute_dtype = torch.bfloat16
     ids = torch.randint(64, (2, 9))
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     assert loss.dtype == torch.float32
     assert (loss / count).item() == pytest.approx(math.log(64), rel=0.1)
     loss.backward()
@@ -240,9 +240,9 @@ def test_low_precision_takes_statistics_in_float32(tiny):
 def test_a_loss_of_the_architectures_own_counts_once_per_target(tiny):
     model = tiny()
     ids = torch.randint(64, (2, 9))
-    plain, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    plain, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     model.aux_loss = lambda: torch.tensor(0.5)
-    loss, _ = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, _ = LossModule(model)(ids[:, :-1], ids[:, 1:])
     assert (loss - plain).item() == pytest.approx(0.5 * count.item(), rel=1e-4)
 
 
@@ -266,7 +266,9 @@ def test_gradients_of_a_bfloat16_head_are_summed_in_float32(monkeypatch):
 
     def gradient(n):
         head.zero_grad()
-        ChunkedHeadLoss.apply(x.repeat(n, 1).requires_grad_(), targets.repeat(n), head, -100, head.weight).backward()
+        ChunkedCrossEntropy.apply(
+            x.repeat(n, 1).requires_grad_(), targets.repeat(n), head, -100, head.weight
+        ).backward()
         return head.weight.grad.float()
 
     torch.testing.assert_close(gradient(1000), 1000 * gradient(1), rtol=2**-7, atol=0)

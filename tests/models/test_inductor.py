@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnx_cli.layers.blocks import compile_blocks
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")
@@ -17,7 +17,7 @@ def test_compiled_blocks_equal_eager(tiny, name):
 
     def step():
         model.zero_grad()
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         (loss / count).backward()
         return loss / count, [p.grad.clone() for p in model.parameters()]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from nnx_cli import models
 from nnx_cli.errors import UsageError
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 
 FOLDER = Path(__file__).parent
 CASES = json.loads((FOLDER / "llama.parity.json").read_text())["cases"]
@@ -65,7 +65,7 @@ def test_equals_the_other_implementation(case):
     model = build(case)
     ids = TENSORS[f"{case}.input_ids"]
     assert (model(ids) - TENSORS[f"{case}.logits"]).abs().max() < 1e-5
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     loss = loss / count
     assert loss.item() == pytest.approx(CASES[case]["loss"], abs=1e-5)
     loss.backward()

@@ -8,7 +8,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.linear import PackedLinear
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.models.n4 import products, windowed_attention
 from nnx_cli.models.originals.n4 import reference_config
 from nnx_cli.planning.flops import count_parameters, meta_model
@@ -51,7 +51,7 @@ def test_equals_original(case, variant):
     assert models.original("n4").Tensors(model).unused == set(entry["grads_none"])
     ids = data["input_ids"]
     assert (model(ids) - data["logits"]).abs().max() < 1e-5
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     assert abs(loss / count - data["loss"].item()) < 1e-5
     (loss / count).backward()
     ours = models.reference_tensors(model, grads=True)
@@ -227,7 +227,7 @@ def test_windowed_attention_equals_a_masked_one_and_so_do_its_gradients(T, windo
 
 def test_every_parameter_receives_gradient_with_options(model):
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(6))
-    loss, count = TrainStep(model.train())(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model.train())(ids[:, :-1], ids[:, 1:])
     (loss / count).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 

@@ -11,7 +11,7 @@ from nnx_cli import models
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.differential_attention import Lambda, differential_attention
 from nnx_cli.layers.function_bank import FunctionBank, StraightThrough
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.runs.tensors import load_weights, read_tensors, write_tensors
 from tests.models.reference_cases import FOLDER, load_case
@@ -81,7 +81,7 @@ def test_equals_original(case):
     assert sum(p.numel() for p in model.parameters()) == entry["param_count"]
     ids = data["input_ids"]
     assert (model(ids) - data["logits"]).abs().max() < 1e-5
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     assert abs(loss / count - data["loss"].item()) < 1e-5
     back = models.reference_tensors(model)
     assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in back)
@@ -233,7 +233,7 @@ def test_decoding_state_has_the_specified_size(tiny):
 
 def test_every_parameter_receives_gradient(model):
     ids = draw_ids(4, 33)
-    loss, count = TrainStep(model.train())(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model.train())(ids[:, :-1], ids[:, 1:])
     (loss / count).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
@@ -257,7 +257,7 @@ def test_blocks_are_captured_whole_and_equal_eager(name, dtype, training, large)
     def run():
         torch.manual_seed(3)
         model.zero_grad()
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         if training:
             (loss / count).backward()
         return (loss / count).item(), [p.grad.clone() for p in model.parameters() if training]
@@ -348,7 +348,7 @@ def test_balance_loss_is_added_to_training(tiny):
     model, ids = tiny("neon", **BANK, function_balance=0.5), draw_ids(4, 33)
     sizes = {f"{layer}/{kind}": n for layer in "01" for kind, n in model.bank_sizes().items()}
     model.set_noise({name: torch.zeros(4, 33, n) for name, n in sizes.items()})
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     expected = []
     for block in model.blocks:
         bank, seen = block.bank, []
@@ -379,7 +379,7 @@ def test_normalized_weights_and_stream_have_length_one(name, tiny):
 
     for block in model.blocks:
         block.register_forward_hook(measure)
-    optimizer, step, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), TrainStep(model), []
+    optimizer, step, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), LossModule(model), []
     for _ in range(20):
         loss, count = step(ids[:, :-1], ids[:, 1:])
         losses.append((loss / count).item())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nnx_cli import models
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.lora import adapted_layers, add_adapters, merge_adapters
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.quantized import quantizable
 from nnx_cli.models.ngpt import Interpolate, unit
 
@@ -20,7 +20,7 @@ MODES = pytest.mark.parametrize("normalize_on_use", [False, True], ids=["after_s
 
 
 def loss_of(model, ids):
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     return loss / count
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from nnx_cli import models
 from nnx_cli.layers.lora import merge_adapters, remove_adapters
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.models.nyx import xpos_tables
 
 FOLDER = Path(__file__).parent
@@ -36,7 +36,7 @@ def test_equals_original(case):
     logits = model(data["input_ids"])
     assert (logits - data["logits"]).abs().max() < 1e-5
     if "loss" in data:
-        loss, count = TrainStep(model)(data["input_ids"][:, :-1], data["input_ids"][:, 1:])
+        loss, count = LossModule(model)(data["input_ids"][:, :-1], data["input_ids"][:, 1:])
         assert abs(loss / count - data["loss"].item()) < 1e-5
         if grads:
             (loss / count).backward()

@@ -10,7 +10,7 @@ from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.kernels import soft_xor as soft_xor_module
 from nnx_cli.kernels.soft_xor import Activation, Recurrence, activation, activation_and_slope, soft_xor
 from nnx_cli.layers import segment_attention as segments
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
 
 from .reference_cases import load_case
@@ -25,7 +25,7 @@ def load(case):
 def test_equals_original(case):
     model, entry, weights, grads, data = load(case)
     assert (model(data["input_ids"]) - data["logits"]).abs().max() < 1e-5
-    loss, count = TrainStep(model)(data["input_ids"], data["target_ids"])
+    loss, count = LossModule(model)(data["input_ids"], data["target_ids"])
     assert abs(loss / count - data["loss"].item()) < 1e-5
     (loss / count).backward()
     ours = models.reference_tensors(model, grads=True)
@@ -133,7 +133,7 @@ def test_nothing_kept_is_quadratic_in_the_length(tiny, fields):
     def largest(T):
         sizes, ids = [], torch.zeros(1, T, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            TrainStep(tiny("tape", **fields).train())(ids, ids)
+            LossModule(tiny("tape", **fields).train())(ids, ids)
         return max(sizes)
 
     assert largest(512) <= 2 * largest(256)
@@ -184,7 +184,7 @@ def test_head_stays_in_float32(tiny):
 @pytest.mark.parametrize("variant", ["tape", "sound", "original"])
 def test_a_head_may_be_of_odd_width(tiny, variant):
     model, ids = tiny("tape", dim=30, n_heads=2, variant=variant).train(), torch.arange(12)[None] % 7
-    loss, n_targets = TrainStep(model)(ids, ids)
+    loss, n_targets = LossModule(model)(ids, ids)
     loss.backward()
     assert n_targets == 12 and all(p.grad.isfinite().all() for p in model.parameters())
     model.eval()
@@ -280,7 +280,7 @@ def test_levels_are_captured_whole(tiny, dtype):
 
     def run():
         model.zero_grad()
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         (loss / count).backward()
         return (loss / count).item(), model.blocks[2].kv.linear.weight.grad.clone()
 

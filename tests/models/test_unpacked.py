@@ -8,7 +8,7 @@ from nnx_cli import models
 from nnx_cli.kernels import qkv_swiglu as unpack
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.quantized import Quantization, quantize_layers
 
 SHAPE = dict(vocab_size=40, dim=24, n_layers=2, n_heads=3, seq_len=12)
@@ -40,7 +40,7 @@ def build(case, **changes):
 
 def loss_and_gradients(model):
     ids = torch.randint(SHAPE["vocab_size"], (2, 13), generator=torch.Generator().manual_seed(1))
-    loss, _ = TrainStep(model)(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    loss, _ = LossModule(model)(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [loss, *torch.autograd.grad(loss, parameters)]
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from nnx_cli import models
 from nnx_cli.errors import UsageError
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.runs.tensors import load_weights, read_tensors, write_tensors
 
@@ -197,7 +197,7 @@ def test_a_cache_is_restored_from_its_snapshot(model, name):
 
 def test_initial_loss_is_near_that_of_guessing(tiny, name):
     ids = draw_ids(4, 33)
-    loss, count = TrainStep(tiny(name, vocab_size=V))(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(tiny(name, vocab_size=V))(ids[:, :-1], ids[:, 1:])
     assert count == 4 * 32
     assert (loss / count).item() == pytest.approx(math.log(V), rel=0.1)
 
@@ -205,7 +205,7 @@ def test_initial_loss_is_near_that_of_guessing(tiny, name):
 def test_every_parameter_receives_gradient(model, name):
     model.train()
     ids = draw_ids(4, 33)
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     (loss / count).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert without == []
@@ -214,7 +214,7 @@ def test_every_parameter_receives_gradient(model, name):
 
 def test_overfits_one_batch(tiny, name):
     model = tiny(name, vocab_size=V)
-    step = TrainStep(model)
+    step = LossModule(model)
     ids = draw_ids(2, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(100):
@@ -273,7 +273,7 @@ def test_blocks_are_captured_whole_and_equal_eager(model, name):
 
     def gradients():
         model.zero_grad()
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         (loss / count).backward()
         return (loss / count).item(), [p.grad.clone() for p in model.parameters()]
 

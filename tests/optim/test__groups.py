@@ -7,7 +7,7 @@ from torch import nn
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import CheckpointError
 from nnx_cli.kernels import optimizer_step
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.optim._base import set_lr
 from nnx_cli.optim._build import build_optimizer, names
 from nnx_cli.optim._groups import cast_matrices, hidden_matrices, parameter_groups
@@ -40,7 +40,7 @@ def take_steps(model, optimizer, n, seed=0):
     torch.manual_seed(seed)
     for _ in range(n):
         ids = torch.randint(64, (2, 9))
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
         (loss / count).backward()
         optimizer.step()
@@ -350,7 +350,7 @@ def test_what_saves_memory_trains_as_well(tiny, kind, stored, like):
         optimizer = built(model, kind, stored, lr={"muon": 2e-3}.get(kind, 1e-3), weight_decay=0.0)
         ids = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(0))
         for _ in range(40):
-            loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+            loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
             optimizer.zero_grad()
             (loss / count).backward()
             optimizer.step()

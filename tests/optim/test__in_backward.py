@@ -3,7 +3,7 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import UsageError
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.optim._in_backward import InBackward
@@ -16,7 +16,7 @@ def built(model, kind, stored="fp32"):
 
 def backward(model, seed):
     ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(seed))
-    loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
     (loss / count).backward()
 
 

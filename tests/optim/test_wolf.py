@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.optim._state import load_optimizer_state, optimizer_state
 from nnx_cli.optim.wolf import Wolf
@@ -60,7 +60,7 @@ def take_steps(model, optimizer, n, seed=0):
     torch.manual_seed(seed)
     for _ in range(n):
         ids = torch.randint(64, (2, 9))
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
         (loss / count).backward()
         optimizer.step()
@@ -88,7 +88,7 @@ def test_learns(tiny):
     ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(60):
-        loss, count = TrainStep(model)(ids[:, :-1], ids[:, 1:])
+        loss, count = LossModule(model)(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
         (loss / count).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

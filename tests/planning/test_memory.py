@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.layers.loss import TrainStep
+from nnx_cli.layers.loss import LossModule
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import count_parameters, meta_model
@@ -114,7 +114,7 @@ def test_phases_agree_with_memtracker(name):
         tracker.track_external(model)
         with tracker:
             ids, targets = (torch.zeros(4, 64, dtype=torch.int64) for _ in range(2))
-            loss, n_targets = TrainStep(model)(ids, targets)
+            loss, n_targets = LossModule(model)(ids, targets)
             after = tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]
             (loss / n_targets).backward()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
