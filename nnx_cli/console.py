@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
 BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # what Unicode calls Bidi_Control
@@ -122,23 +123,50 @@ class Output:
             self.out.file.write(text.replace("\x7f", "\\u007f") + "\n")
             self.out.file.flush()
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-        """A table on stdout; all columns but the first are numbers, to the right."""
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[Any]],
+        title: str | None = None,
+        expendable: Sequence[str] = (),
+    ) -> None:
+        """A table on stdout; all columns but the first are numbers, to the right. The first one's cells stay whole.
+
+        On a narrow screen the `expendable` columns go, the first of them first.
+        """
         if self.json:
             return
-        from rich import box
-        from rich.table import Table
-
-        table = Table(title=title and styled(printable(title)), box=box.SIMPLE, title_justify="left")
-        for number, column in enumerate(columns):
-            table.add_column(styled(printable(column)), justify="right" if number else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(styled(printable("–" if cell is None else str(cell))) for cell in row))
-        self.out.print(table, soft_wrap=False)
+        rows, shown = list(rows), list(range(len(columns)))
+        wide = self.out.options.update(width=10**6)  # to measure what no screen narrows
+        for name in (None, *expendable):
+            shown = [number for number in shown if columns[number] != name]
+            table = _table([columns[n] for n in shown], [[row[n] for n in shown] for row in rows], title)
+            if self.out.measure(table, options=wide).maximum <= self.out.width:
+                break
+        least = self.out.measure(table, options=wide).minimum
+        if least > self.out.width:
+            table.width = least
+        self.out.print(table, soft_wrap=False, crop=False)
 
     def progress(self, what: str) -> ByteProgress:
         """Progress over bytes, on stderr."""
         return ByteProgress(self, what)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title and styled(printable(title)), box=box.SIMPLE, title_justify="left")
+    for number, column in enumerate(columns):
+        header = styled(printable(column))
+        if number == 0:
+            table.add_column(header, no_wrap=True, overflow="ignore")
+        else:
+            table.add_column(header, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(styled(printable("–" if cell is None else str(cell))) for cell in row))
+    return table
 
 
 class ByteProgress:

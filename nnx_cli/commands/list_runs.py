@@ -1,34 +1,39 @@
-"""`nnx list`: the runs in weights/."""
+"""`nnx list`: the models in weights/."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from nnx_cli.commands._options import command
 from nnx_cli.console import Output, duration
 
+COLUMNS = ["name", "kind", "model", "size", "status", "steps", "bits/byte", "age"]
+EXPENDABLE = ["size", "steps", "age", "model", "bits/byte", "kind", "status"]  # on a narrow screen, in this order
+
 
 @command()
 def run(output: Output) -> None:
-    """List the runs: name, model, size, status, steps, best bits per byte, age."""
+    """List the models in weights/: runs, and what was merged, quantized or imported."""
     from nnx_cli.runs.find import list_models
 
-    rows = list_models()
-    output.show_json(rows)
-    if not rows:
-        output.show("no runs in weights/ yet; train one: nnx train --filepath FILE")
-        return
-    table = []
-    for row in rows:
-        bits = row.get("best_val_bits_per_byte")
-        table.append(
-            [
-                row["name"],
-                row["kind"],
-                row.get("model"),
-                row.get("size") or "own shape",
-                row["status"],
-                row.get("steps"),
-                None if bits is None else f"{bits:.4f}",
-                duration(row["age_s"]),
-            ]
-        )
-    output.table(["name", "kind", "model", "size", "status", "steps", "bits/byte", "age"], table)
+    models = list_models()
+    output.show_json(models)
+    if models:
+        output.table(COLUMNS, [_row(model) for model in models], expendable=EXPENDABLE)
+    else:
+        output.show("no models in weights/ yet; train one: nnx train --filepath FILE")
+
+
+def _row(model: Mapping[str, Any]) -> list[Any]:
+    bits = model.get("best_val_bits_per_byte")
+    return [
+        model["name"],
+        model["kind"],
+        model.get("model"),
+        model.get("size") or ("own shape" if model.get("model") else None),
+        model["status"],
+        model.get("steps"),
+        None if bits is None else f"{bits:.4f}",
+        duration(model["age_s"]),
+    ]
