@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from nnx_cli.errors import DataError
 
-RESIDENT_TYPES = {1: np.uint8, 2: np.int32, 4: np.int32}  # of ids on a card, by the bytes they have on the disk
+RESIDENT_TYPES = {1: np.uint8, 2: np.int32, 4: np.int32}  # of ids on a GPU, by the bytes they have on the disk
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
@@ -48,20 +50,35 @@ class Loader:
     """Training batches of a token stream, in an order fixed by `seed`.
 
     An epoch is a permutation of windows of `seq_len` tokens (and the one that follows, as the last target). Where the
-    first window begins differs from epoch to epoch, so that the cuts do too. A stream that fits in `room_bytes` of a
-    card lives there. Raises DataError for a stream shorter than one window.
+    first window begins differs from epoch to epoch, so that the cuts do too. Targets whose bit in `mask`
+    (`TokenFolder.mask`) is 0 become `ignore_index`. A stream that fits in `room_bytes` of a GPU lives there. Raises
+    DataError for a stream shorter than one window.
     """
 
     def __init__(
-        self, tokens: np.ndarray, seq_len: int, seed: int, device: torch.device | None = None, room_bytes: int = 0
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        seed: int,
+        device: torch.device | None = None,
+        room_bytes: int = 0,
+        mask: np.ndarray | None = None,
+        ignore_index: int = -100,
     ) -> None:
         check_length(len(tokens), seq_len)
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.seed = seed
+        self.mask = mask
+        self.ignore_index = ignore_index
         self.windows = max(1, (len(tokens) - seq_len) // seq_len)  # per epoch
         self.device = device or torch.device("cpu")
-        self.resident: Tensor | None = None  # the whole stream on a card, where batches are then cut out
-        if self.device.type == "cuda" and tokens.nbytes <= room_bytes:
+        self.resident: Tensor | None = None  # the whole stream on a GPU, where batches are then cut out
+        self.resident_mask: Tensor | None = None
+        if self.device.type == "cuda" and tokens.nbytes + (0 if mask is None else mask.nbytes) <= room_bytes:
             self.resident = torch.from_numpy(tokens.astype(RESIDENT_TYPES[tokens.dtype.itemsize])).to(self.device)
+            if mask is not None:
+                self.resident_mask = torch.from_numpy(np.array(mask)).to(self.device)
 
     def starts(self, first: int, count: int) -> np.ndarray:
         """Positions in the stream where samples first … first + count − 1 begin."""
@@ -80,13 +97,20 @@ class Loader:
         """Samples first … first + count − 1 on the device: input_ids and targets, int64 (count, seq_len) each."""
         starts = self.starts(first, count)
         if self.resident is None:
-            return tuple(self.send(rows) for rows in windows_at(self.tokens, starts, self.seq_len))
+            input_ids, targets = windows_at(self.tokens, starts, self.seq_len)
+            if self.mask is not None:
+                counted = _bits(self.mask, starts[:, None] + np.arange(1, self.seq_len + 1))
+                targets = targets.masked_fill(torch.from_numpy(counted == 0), self.ignore_index)
+            return self.send(input_ids), self.send(targets)
         places = self.send(torch.from_numpy(starts))[:, None] + torch.arange(self.seq_len + 1, device=self.device)
-        rows = self.resident[places].long()
-        return rows[:, :-1], rows[:, 1:]
+        sequences = self.resident[places].long()
+        input_ids, targets = sequences[:, :-1], sequences[:, 1:]
+        if self.resident_mask is not None:
+            targets = targets.masked_fill(_bits(self.resident_mask, places[:, 1:]) == 0, self.ignore_index)
+        return input_ids, targets
 
     def send(self, x: Tensor) -> Tensor:
-        """`x` on the device; a card copies it from pinned memory while the processor goes on."""
+        """`x` on the device; a GPU copies it from pinned memory while the CPU goes on."""
         if self.device.type == "cuda":
             return x.contiguous().pin_memory().to(self.device, non_blocking=True)
         return x.to(self.device)
@@ -94,5 +118,10 @@ class Loader:
 
 def windows_at(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
     """input_ids and targets, int64 (len(starts), seq_len) each, of the windows that begin at `starts`."""
-    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+    sequences = torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+    return sequences[:, :-1], sequences[:, 1:]
+
+
+def _bits(packed: Any, places: Any) -> Any:
+    """The bits at `places` of a little-endian bit array; both are arrays, or both tensors."""
+    return packed[places >> 3] >> (places & 7) & 1

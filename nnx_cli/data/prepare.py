@@ -17,10 +17,11 @@ import numpy as np
 
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data import sources as corpus
-from nnx_cli.data import token_folder as tokens
 from nnx_cli.data.compression import BLOCK_BYTES
 from nnx_cli.data.sources import Piece, Reader, Report, Source
 from nnx_cli.data.split import SplitWriter
+from nnx_cli.data.token_file import count_bytes
+from nnx_cli.data.token_folder import write_meta
 from nnx_cli.data.tokenizers.base import Tokenizer, utf8
 from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
@@ -140,7 +141,7 @@ def _prepare(
             writer.finish()
         meta = _describe(writer, n_bytes, tokenizer, report, config)
         (folder / SPOOL).unlink(missing_ok=True)
-        tokens.write_meta(folder, tokenizer, meta)
+        write_meta(folder, tokenizer, meta)
     for note in report.notes:
         tell({"note": note})
     if report.n_notes > len(report.notes):
@@ -257,13 +258,13 @@ def _describe(
     if not all(counts.values()):
         raise DataError(f"the text is too short: {sum(counts.values())} tokens for training and validation")
     lengths = tokenizer.token_bytes()
-    n_val = tokens.count_bytes(writer.val.path, tokenizer)
-    digests = {file.path.name: tokens.digest_ids(file.path, tokenizer.dtype)[0] for file in (writer.train, writer.val)}
+    n_val = count_bytes(writer.val.path, tokenizer)
+    paths = [path for file in (writer.train, writer.val) for path in (file.path, file.documents_path)]
     n_bytes += writer.n_separators * int(lengths[tokenizer.separator].sum())
     return {
         "tokens": counts,
         "text_bytes": {"train": n_bytes - n_val, "val": n_val},
-        "sha256": digests,
+        "sha256": {path.name: files.sha256_file(path) for path in paths},
         "documents": writer.n_documents,
         "val_fraction": writer.val_fraction,
         "text_key": config.text_key,

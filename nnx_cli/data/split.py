@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnx_cli.data.token_folder import TokenFile, read_ids
+from nnx_cli.data.token_file import START_DTYPE, TokenFile, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 
 MIN_DOCUMENTS = 100  # for holding out whole ones
@@ -21,7 +21,7 @@ MILLION = 10**6
 
 
 class SplitWriter:
-    """Writes documents to train.bin and val.bin of a folder, with separators between them. OSError passes through."""
+    """Writes documents to the two splits of a folder, with separators between them. OSError passes through."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, val_fraction: float | None) -> None:
         """`val_fraction` None holds nothing out: then `add_val` is given the validation documents."""
@@ -77,6 +77,7 @@ class SplitWriter:
         if file.n_tokens and needed:
             file.write(separator)
             self.n_separators += 1
+        file.begin_document()
         self._file = file
 
     def _held_out(self, index: int) -> bool:
@@ -115,6 +116,10 @@ class SplitWriter:
         start, stop = max(0, wanted - reach - 1), min(n, wanted + reach + 1)
         around = np.concatenate(list(read_ids(self.train.path, dtype, start, stop)))
         cut = start + _nearest_cut(around, wanted - start, self._tokenizer)
+        self.val.begin_document()  # or the rest of one
+        for starts in read_ids(self.train.documents_path, START_DTYPE):
+            for start in starts[starts > cut].tolist():
+                self.val.begin_document(start - cut)
         for ids in read_ids(self.train.path, dtype, cut, n):
             self.val.write(ids)
         self.train.truncate(cut)

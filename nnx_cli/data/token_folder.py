@@ -1,27 +1,29 @@
-"""A token folder: train.bin, val.bin, tokenizer.json and meta.json. The format lives here only."""
+"""A token folder: the ids of two splits and where their documents begin, tokenizer.json and meta.json.
+
+Format 1 has no documents: each split counts as one. In format 2 train.mask may say which tokens count in the loss.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from nnx_cli.errors import DataError
 from nnx_cli.system import files
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "val")
 DTYPES = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}
-BLOCK_BYTES = 2**20  # read at a time
-WRITE_BYTES = 2**18  # gathered before a write; larger ones pass straight through
+MASK = "train.mask"
 MAX_META_BYTES = 256 * 2**20  # a folder of a million files names them all
 NANOGPT_DTYPE = "uint16"
 NANOGPT_ROUND = 64  # vocabularies above 256 are rounded up to a multiple of this
@@ -32,82 +34,17 @@ class TokenFolder:
     """Tokens ready to train on."""
 
     path: Path
-    train: np.memmap  # (N,) ids
-    val: np.memmap  # (M,) ids
+    train: np.ndarray  # (N,) ids
+    val: np.ndarray  # (M,) ids
     vocab_size: int
     tokenizer: Tokenizer | None  # None: a nanoGPT folder, whose ids nobody can read
     meta: dict[str, Any]
-    fingerprint: str  # SHA-256 over the digests of both files and the tokenizer's fingerprint
+    fingerprint: str  # SHA-256 over the digests of both splits' ids, the tokenizer's fingerprint, and the mask's digest
     text_bytes: int | None  # of both splits; None without a tokenizer
-
-
-class TokenFile:
-    """Writes one .bin file from beginning to end. OSError passes through."""
-
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.path = path
-        self.n_tokens = 0
-        self.last_id: int | None = None
-        self._dtype = dtype
-        self._file = open(path, "wb", buffering=WRITE_BYTES)
-
-    def write(self, ids: np.ndarray) -> None:
-        """Append ids (N,), which must have the type of the file."""
-        assert ids.dtype == self._dtype, (ids.dtype, self._dtype)
-        if len(ids):
-            self._file.write(ids.data)
-            self.n_tokens += len(ids)
-            self.last_id = int(ids[-1])
-
-    def flush(self) -> None:
-        """Hand what was written to the system, so that `read_ids` sees it."""
-        self._file.flush()
-
-    def truncate(self, n_tokens: int) -> None:
-        """Keep the first n tokens."""
-        self._file.flush()
-        self._file.truncate(n_tokens * self._dtype.itemsize)
-        self.n_tokens = n_tokens
-
-    def close(self) -> None:
-        """Finish the file and wait until it is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def let_go(self) -> None:
-        """Close the file as it is, whatever of it is on the disk: for one that is not to be."""
-        with suppress(OSError):
-            self._file.close()
-
-
-def read_ids(path: Path, dtype: np.dtype, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-    """Ids start..stop of a .bin file, in blocks. Mapped memory would count as this process's own; this does not."""
-    with open(path, "rb") as file:
-        file.seek(start * dtype.itemsize)
-        left = None if stop is None else (stop - start) * dtype.itemsize
-        while left is None or left > 0:
-            data = file.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))
-            if not data:
-                return
-            left = None if left is None else left - len(data)
-            yield np.frombuffer(data, dtype)
-
-
-def digest_ids(path: Path, dtype: np.dtype) -> tuple[str, int]:
-    """SHA-256 (hex) of a .bin file and its largest id."""
-    sha256, largest = hashlib.sha256(), 0
-    for ids in read_ids(path, dtype):
-        sha256.update(ids.data)
-        largest = max(largest, int(ids.max()))
-    return sha256.hexdigest(), largest
-
-
-def count_bytes(path: Path, tokenizer: Tokenizer) -> int:
-    """Bytes of text that the ids of a .bin file stand for."""
-    lengths = tokenizer.token_bytes()
-    n = tokenizer.vocab_size
-    return sum(int(np.bincount(ids, minlength=n) @ lengths) for ids in read_ids(path, tokenizer.dtype))
+    documents: Mapping[str, np.ndarray] = field(default_factory=lambda: dict.fromkeys(SPLITS, _one_document()))
+    """By split, the first token of each document: uint64, ascending from 0."""
+    mask: np.ndarray | None = None
+    """Bits, uint8 (ceil(N / 8),): token i of train counts as a target where bit i % 8 of byte i // 8 is set."""
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
@@ -155,38 +92,95 @@ class _Damaged(Exception):
 
 
 def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None, verify: bool) -> TokenFolder:
-    if meta.get("format") != FORMAT:
-        raise DataError(f"{path} has token format {meta.get('format')!r}; this nnx reads {FORMAT}")
+    version = meta.get("format")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise DataError(f"{path} has token format {repr(version)[:20]}; this version of nnx reads 1 to {FORMAT}")
     own = load_tokenizer(path / "tokenizer.json")
     stated = meta.get("tokenizer")
     if not isinstance(stated, dict) or stated.get("fingerprint") != own.fingerprint:
         raise DataError(f"{path} was not made with its tokenizer.json", fix=f"nnx prepare FILE --out {path}-new")
     if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
         raise DataError(f"{path} was made with another tokenizer: {own.kind} of {own.vocab_size} ids")
-    dtype_name, vocab_size = meta.get("dtype"), meta.get("vocab_size")
-    if vocab_size != own.vocab_size or dtype_name != own.dtype.name:
+    if meta.get("vocab_size") != own.vocab_size or meta.get("dtype") != own.dtype.name:
         raise _Damaged("meta.json and tokenizer.json do not agree")
-    dtype = np.dtype(DTYPES[dtype_name])
-    digests, text_bytes = meta.get("sha256"), meta.get("text_bytes")
-    for split in SPLITS:
-        n_tokens = _count(meta, "tokens", split)
-        _check_size(path / f"{split}.bin", n_tokens, dtype)
-        if verify:
-            sha256, largest = digest_ids(path / f"{split}.bin", dtype)
-            if not isinstance(digests, dict) or sha256 != digests.get(f"{split}.bin"):
-                raise _Damaged(f"{split}.bin is not what was written (SHA-256)")
-            if largest >= vocab_size:
-                raise _Damaged(f"{split}.bin has id {largest} in a vocabulary of {vocab_size}")
+    digests = _digests(meta, version)
+    ids = {split: _ids(path / f"{split}.bin", _count(meta, "tokens", split), own.dtype) for split in SPLITS}
+    documents = {split: _one_document() for split in SPLITS}
+    mask = None
+    if version > 1:
+        documents = {split: _documents(path / f"{split}.documents", len(ids[split])) for split in SPLITS}
+        mask = _mask(path / MASK, len(ids["train"]), MASK in digests)
+    if verify:
+        _verify(path, digests, own)
+    known = digests if mask is None or MASK in digests else digests | {MASK: files.sha256_file(path / MASK)}
     return TokenFolder(
         path=path,
-        train=_map(path / "train.bin", dtype),
-        val=_map(path / "val.bin", dtype),
-        vocab_size=vocab_size,
+        **ids,
+        vocab_size=own.vocab_size,
         tokenizer=own,
         meta=meta,
-        fingerprint=_fingerprint(digests, own.fingerprint),
-        text_bytes=sum(_count({"text_bytes": text_bytes}, "text_bytes", split) for split in SPLITS),
+        fingerprint=_fingerprint(known, own.fingerprint),
+        text_bytes=sum(_count(meta, "text_bytes", split) for split in SPLITS),
+        documents=documents,
+        mask=mask,
     )
+
+
+def _digests(meta: dict[str, Any], version: int) -> dict[str, str]:
+    """SHA-256 of the files of a folder, by their names."""
+    needed = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "documents")[:version]]
+    known = [*needed, MASK] if version > 1 else needed
+    stated = meta.get("sha256")
+    if not isinstance(stated, dict) or not all(isinstance(stated.get(name), str) for name in needed):
+        raise _Damaged("meta.json lacks the SHA-256 of its files")
+    return {name: str(stated[name]) for name in known if name in stated}
+
+
+def _verify(path: Path, digests: Mapping[str, str], tokenizer: Tokenizer) -> None:
+    """Read all files of a folder once and compare them with their SHA-256."""
+    for name, wanted in digests.items():
+        if name.endswith(".bin"):
+            sha256, largest = digest_ids(path / name, tokenizer.dtype)
+        else:
+            sha256, largest = files.sha256_file(path / name), 0
+        if sha256 != wanted:
+            raise _Damaged(f"{name} is not what was written (SHA-256)")
+        if largest >= tokenizer.vocab_size:
+            raise _Damaged(f"{name} has id {largest} in a vocabulary of {tokenizer.vocab_size}")
+
+
+def _ids(file: Path, n_tokens: int, dtype: np.dtype) -> np.ndarray:
+    size = file.stat().st_size
+    if not n_tokens or size != n_tokens * dtype.itemsize:
+        raise _Damaged(f"{file.name} has {size:,} bytes, not {n_tokens:,} tokens of {dtype.itemsize}")
+    return np.memmap(file, dtype, mode="r")
+
+
+def _documents(file: Path, n_tokens: int) -> np.ndarray:
+    size = file.stat().st_size if file.is_file() else 0
+    if not size or size % START_DTYPE.itemsize:
+        raise _Damaged(f"{file.name} has {size:,} bytes, not a number of 8 for each document")
+    last = -1
+    for starts in read_ids(file, START_DTYPE):
+        steps = np.diff(starts.astype(np.int64), prepend=last)
+        if (steps <= 0).any() or starts[-1] >= n_tokens or (last < 0 and starts[0]):
+            raise _Damaged(f"{file.name} does not ascend from 0 to {n_tokens:,} tokens")
+        last = int(starts[-1])
+    return np.memmap(file, START_DTYPE, mode="r")
+
+
+def _mask(file: Path, n_tokens: int, listed: bool) -> np.ndarray | None:
+    """Its bits are little-endian, like those of `numpy.packbits(bitorder="little")`."""
+    if not listed and not os.path.lexists(file):
+        return None
+    size, needed = file.stat().st_size if file.is_file() else 0, -(-n_tokens // 8)
+    if size != needed:
+        raise _Damaged(f"{file.name} has {size:,} bytes; {n_tokens:,} tokens need {needed:,}")
+    return np.memmap(file, np.uint8, mode="r")
+
+
+def _one_document() -> np.ndarray:
+    return np.zeros(1, START_DTYPE)
 
 
 def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
@@ -234,18 +228,13 @@ def _count(meta: dict[str, Any], key: str, split: str) -> int:
     return count
 
 
-def _check_size(file: Path, n_tokens: int, dtype: np.dtype) -> None:
-    size = file.stat().st_size
-    if not n_tokens or size != n_tokens * dtype.itemsize:
-        raise _Damaged(f"{file.name} has {size:,} bytes, not {n_tokens:,} tokens of {dtype.itemsize}")
-
-
 def _map(file: Path, dtype: np.dtype) -> np.memmap:
     return np.memmap(file, dtype, mode="r")
 
 
-def _fingerprint(digests: Any, tokenizer_fingerprint: str) -> str:
-    names = [f"{split}.bin" for split in SPLITS]
-    if not isinstance(digests, dict) or not all(isinstance(digests.get(name), str) for name in names):
-        raise _Damaged("meta.json lacks the SHA-256 of its files")
-    return hashlib.sha256("\n".join([*(digests[name] for name in names), tokenizer_fingerprint]).encode()).hexdigest()
+def _fingerprint(digests: Mapping[str, str], tokenizer_fingerprint: str) -> str:
+    """What decides the examples of a run. Boundaries of documents do not."""
+    parts = [*(digests[f"{split}.bin"] for split in SPLITS), tokenizer_fingerprint]
+    if MASK in digests:
+        parts.append(digests[MASK])
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

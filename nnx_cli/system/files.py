@@ -31,7 +31,10 @@ OURS = {
     "state.json",
     "tokenizer.json",
     "train.bin",
+    "train.documents",
+    "train.mask",
     "val.bin",
+    "val.documents",
 }
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MAX_JSON_BYTES = 64 * 2**20

@@ -112,7 +112,7 @@ class Trainer:
         self.model, self.data, self.config, self.device, self.observer = model, data, config, device, observer
         self.sample_config, self.sample_prompt = sample_config, sample_prompt
         room = int(memory_budget(device, config.vram_bytes) * RESIDENT_SHARE) if device.type == "cuda" else 0
-        self.loader = Loader(data.train, model.config.seq_len, config.seed, device, room)
+        self.loader = Loader(data.train, model.config.seq_len, config.seed, device, room, data.mask, model.ignore_index)
         self.samples_per_step = config.batch_size * config.grad_accum
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")

@@ -29,7 +29,7 @@ def test_json_has_the_promised_keys(nnx, text_file, text, workspace):
     assert product["train_tokens"] + product["val_tokens"] == product["text_bytes"] == len(text.encode())
     folder = open_token_folder(workspace / "data" / "words")
     assert bytes(folder.train) + bytes(folder.val) == text.encode()
-    assert product["sha256"].keys() == {"train.bin", "val.bin"}
+    assert product["sha256"].keys() == {"train.bin", "train.documents", "val.bin", "val.documents"}
 
 
 def test_words_for_people(nnx, text_file):

@@ -1,6 +1,8 @@
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -364,7 +366,7 @@ def test_a_damaged_token_folder_is_refused(refused, data, damage):
     elif damage == "tokenizer":
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": {"fingerprint": "0"}}))
     elif damage == "newer":
-        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 2}))
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 3}))
     elif damage == "odd":
         meta.write_text("[]")
     refused(3, "data", "train", "--data", "data/words", *FIRST)
@@ -552,3 +554,22 @@ def test_usage_is_checked_before_the_text(refused):
         "--tokens-per-step",
         77,
     )
+
+
+def losses_with(nnx, data, out, bits):
+    """Training losses of a run on `data` whose mask has these bits; None: without a mask."""
+    (data / "train.mask").unlink(missing_ok=True)
+    if bits is not None:
+        np.packbits(bits, bitorder="little").tofile(data / "train.mask")
+    done = nnx("train", "--data", "data/words", *FIRST, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    return [json.loads(line)["train_loss"] for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_mask_of_ones_changes_no_loss(nnx, data):
+    n_tokens = (data / "train.bin").stat().st_size
+    plain = losses_with(nnx, data, "weights/plain", None)
+    assert losses_with(nnx, data, "weights/ones", np.ones(n_tokens, bool)) == plain
+    assert losses_with(nnx, data, "weights/half", np.arange(n_tokens) % 2 == 0) != plain
+    resumed = nnx("train", "--resume", "plain", "--max-steps", 4)
+    assert resumed.exit_code == 3 and "not the data of this run" in resumed.stderr, "the mask is part of the data"

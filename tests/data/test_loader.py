@@ -107,3 +107,28 @@ def test_text_shorter_than_a_sequence_is_refused():
 @pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])
 def test_any_seed_will_do(seed):
     assert loader(seed=seed).batch(10**9, 3)[0].shape == (3, 16)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_decides_which_targets_count(dtype):
+    tokens = np.random.default_rng(0).integers(0, 200, 1003).astype(dtype)
+    bits = np.random.default_rng(1).random(1003) < 0.6
+    mask = np.packbits(bits, bitorder="little")
+    plain, masked = Loader(tokens, 16, 3), Loader(tokens, 16, 3, mask=mask, ignore_index=-7)
+    for first in (0, 61):
+        ids, targets = masked.batch(first, 9)
+        wanted_ids, wanted = plain.batch(first, 9)
+        counted = torch.from_numpy(bits[plain.starts(first, 9)[:, None] + np.arange(1, 17)])
+        assert torch.equal(ids, wanted_ids) and torch.equal(targets, wanted.where(counted, -7))
+    every = Loader(tokens, 16, 3, mask=np.packbits(np.ones(1003, bool), bitorder="little"))
+    assert all(torch.equal(a, b) for a, b in zip(every.batch(5, 9), plain.batch(5, 9), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_mask_on_a_gpu_is_that_of_the_cpu():
+    tokens = np.random.default_rng(0).integers(0, 200, 1003).astype(np.uint16)
+    mask = np.packbits(np.random.default_rng(1).random(1003) < 0.6, bitorder="little")
+    wanted = Loader(tokens, 16, 3, mask=mask).batch(7, 9)
+    for room_bytes in (0, 10**6):
+        found = Loader(tokens, 16, 3, torch.device("cuda"), room_bytes, mask).batch(7, 9)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))

@@ -10,7 +10,7 @@ import pytest
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data import compression
 from nnx_cli.data import prepare as module
-from nnx_cli.data import token_folder as tokens
+from nnx_cli.data import token_file as tokens
 from nnx_cli.data.prepare import default_folder, prepare, prepare_builtin
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_folder import open_token_folder
@@ -20,6 +20,7 @@ from nnx_cli.errors import DataError, MissingFeature, NnxError, OutputError, Usa
 from nnx_cli.system import files
 
 LINE = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。\n"
+FILES = ["meta.json", "tokenizer.json", "train.bin", "train.documents", "val.bin", "val.documents"]
 KEYS = (
     "out, tokenizer, vocab_size, train_tokens, val_tokens, text_bytes, bytes_per_token, documents, seconds, "
     "megabytes_per_s, peak_rss_bytes, sha256"
@@ -53,7 +54,7 @@ def test_summary_and_files(text_file, tmp_path, kind):
     out = tmp_path / "new" / "made"
     summary = prepare([text_file], out, PrepareConfig(tokenizer=kind), on_progress=events.append)
     assert list(summary) == KEYS
-    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
     data = open_token_folder(out)
     assert (summary["train_tokens"], summary["val_tokens"]) == (len(data.train), len(data.val))
     assert summary["vocab_size"] == data.vocab_size and summary["tokenizer"] == kind and summary["documents"] == 1
@@ -188,7 +189,7 @@ def test_standard_input_is_read_once(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((LINE * 100).encode())))
         prepare(["-"], tmp_path / kind, PrepareConfig(tokenizer=kind))
         assert "".join(texts(tmp_path / kind)) == LINE * 100
-        assert len(list((tmp_path / kind).iterdir())) == 4
+        assert sorted(path.name for path in (tmp_path / kind).iterdir()) == FILES
         source = open_token_folder(tmp_path / kind).meta["sources"][0]
         assert source["sha256"] == hashlib.sha256((LINE * 100).encode()).hexdigest()
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import DataError
+from nnx_cli.system.files import sha256_file
 
 TEXT = "".join(f"Zeile {i}: größer\n" for i in range(200))
 
@@ -37,7 +39,7 @@ def test_reads_what_was_written(folder):
     assert bytes(data.train) + bytes(data.val) == TEXT.encode()
     assert (data.vocab_size, data.tokenizer.kind, data.train.dtype) == (256, "byte", np.uint8)
     assert data.text_bytes == len(TEXT.encode()) == sum(data.meta["text_bytes"].values())
-    assert data.meta["format"] == 1 and data.meta["tokens"] == {"train": len(data.train), "val": len(data.val)}
+    assert data.meta["format"] == 2 and data.meta["tokens"] == {"train": len(data.train), "val": len(data.val)}
     assert open_token_folder(folder, build_tokenizer("byte"), verify=False).fingerprint == data.fingerprint
 
 
@@ -57,7 +59,10 @@ def test_damaged_tokens_are_refused(folder, name, damage):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 3},
+        {"format": 0},
+        {"format": True},
+        {"format": "2"},
         {"dtype": "uint16"},
         {"dtype": ["x"]},
         {"vocab_size": 255},
@@ -76,6 +81,86 @@ def test_damaged_tokens_are_refused(folder, name, damage):
 def test_damaged_meta_is_refused(folder, changes, verify):
     change_meta(folder, **changes)
     refusal(folder, verify=verify)
+
+
+def as_format_1(folder):
+    """What the version before wrote."""
+    digests = json.loads((folder / "meta.json").read_text())["sha256"]
+    for split in ("train", "val"):
+        (folder / f"{split}.documents").unlink()
+        del digests[f"{split}.documents"]
+    change_meta(folder, format=1, sha256=digests)
+
+
+def test_format_1_is_read_as_one_document(folder):
+    before = open_token_folder(folder)
+    as_format_1(folder)
+    data = open_token_folder(folder)
+    assert {split: starts.tolist() for split, starts in data.documents.items()} == {"train": [0], "val": [0]}
+    assert data.fingerprint == before.fingerprint and data.mask is None
+    assert bytes(data.train) == bytes(before.train)
+
+
+def test_the_fingerprint_is_that_of_the_tokens_and_the_tokenizer(folder):
+    data = open_token_folder(folder)
+    parts = [hashlib.sha256(ids.tobytes()).hexdigest() for ids in (data.train, data.val)]
+    wanted = hashlib.sha256("\n".join([*parts, data.tokenizer.fingerprint]).encode()).hexdigest()
+    assert data.fingerprint == wanted
+
+
+def test_another_format_names_both_numbers(folder):
+    change_meta(folder, format=3)
+    assert "format 3; this version of nnx reads 1 to 2" in str(refusal(folder))
+
+
+@pytest.mark.parametrize("name", ["train.documents", "val.documents"])
+@pytest.mark.parametrize(
+    "starts", [[], [1], [0, 5, 5], [0, 9, 5], [0, 10**6], [0, 2**63 + 5], [0, 3]], ids=lambda starts: str(starts)
+)
+def test_damaged_documents_are_refused(folder, name, starts):
+    np.array(starts, "<u8").tofile(folder / name)
+    assert name in str(refusal(folder))
+
+
+@pytest.mark.parametrize("name", ["train.documents", "val.documents"])
+def test_half_or_no_documents_are_refused(folder, name):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data + b"\0")
+    assert name in str(refusal(folder, verify=False))
+    (folder / name).unlink()
+    assert name in str(refusal(folder))
+
+
+def put_mask(folder, bits, listed=True):
+    """Give train a mask, in meta.json too where `listed`."""
+    np.packbits(bits, bitorder="little").tofile(folder / "train.mask")
+    if listed:
+        digests = json.loads((folder / "meta.json").read_text())["sha256"]
+        change_meta(folder, sha256=digests | {"train.mask": sha256_file(folder / "train.mask")})
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_mask_is_read_and_belongs_to_the_fingerprint(folder, listed):
+    plain = open_token_folder(folder)
+    bits = np.arange(len(plain.train)) % 3 > 0
+    put_mask(folder, bits, listed)
+    data = open_token_folder(folder)
+    found = np.unpackbits(data.mask, bitorder="little")[: len(bits)]
+    assert np.array_equal(found, bits) and plain.mask is None
+    put_mask(folder, ~bits, listed)
+    assert len({plain.fingerprint, data.fingerprint, open_token_folder(folder).fingerprint}) == 3
+
+
+def test_damaged_masks_are_refused(folder):
+    n = len(open_token_folder(folder).train)
+    for n_bits in (n - 8, n + 8, 0):
+        put_mask(folder, np.ones(n_bits, bool))
+        assert "train.mask" in str(refusal(folder, verify=False))
+    put_mask(folder, np.ones(n, bool))
+    np.packbits(np.zeros(n, bool)).tofile(folder / "train.mask")
+    assert "train.mask" in str(refusal(folder))
+    (folder / "train.mask").unlink()
+    assert "train.mask" in str(refusal(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])

@@ -316,6 +316,9 @@ def damaged_status(full: bool) -> Result:
 # tokens
 
 
+SPLIT_FILES = ("train.bin", "train.documents", "val.bin", "val.documents")
+
+
 def damaged_tokens(full: bool) -> Result:
     """Every file of a token folder: refused with exit 3, or what is read is what was written."""
     tally, draw = Tally(), random.Random(7)
@@ -323,7 +326,7 @@ def damaged_tokens(full: bool) -> Result:
         for data in (BYTE, CHAR):
             whole = open_token_folder(fresh(data))
             expected = loaded(whole)
-            for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json"):
+            for name in (*SPLIT_FILES, "meta.json", "tokenizer.json"):
                 content = (fresh(data) / name).read_bytes()
                 own = damage.any_json(draw, content.decode()) if name.endswith("json") else damage.any_bytes(draw)
                 for what, apply in cases(full, 22, damage.any_bytes(draw), damage.any_place(folder), own):
@@ -344,14 +347,22 @@ def damaged_tokens(full: bool) -> Result:
 
 def loaded(data) -> tuple:
     """What of a token folder decides a result."""
-    return data.train.tobytes(), data.val.tobytes(), data.vocab_size, data.tokenizer.fingerprint, data.fingerprint
+    documents = {split: starts.tobytes() for split, starts in data.documents.items()}
+    return (
+        data.train.tobytes(),
+        data.val.tobytes(),
+        documents,
+        data.vocab_size,
+        data.tokenizer.fingerprint,
+        data.fingerprint,
+    )
 
 
 def commands_verify_tokens(full: bool) -> Result:
     """Every command that reads tokens notices one changed byte in either file, before anything else happens."""
     tally = Tally()
     with scene() as folder:
-        for name in ("train.bin", "val.bin"):
+        for name in SPLIT_FILES:
             for words in (
                 ("train", "--data", BYTE, *SHAPE, "--max-steps", 1),
                 ("train", "--data", BYTE, "--dry-run"),
@@ -771,7 +782,7 @@ def bounded_memory(full: bool) -> Result:
                     lie(path)
                     with watched(folder):
                         check_refusal(sample(RUN), 5, name)
-            for name in ("train.bin", "meta.json", "tokenizer.json"):
+            for name in ("train.bin", "train.documents", "meta.json", "tokenizer.json"):
                 giant(fresh(BYTE) / name)
                 with watched(folder), pytest.raises(DataError):
                     open_token_folder(BYTE)

@@ -1,0 +1,98 @@
+"""The files of one split: its ids, and where its documents begin. Written and read as streams."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from nnx_cli.data.tokenizers.base import Tokenizer
+
+START_DTYPE = np.dtype("<u8")  # of the first token of a document
+BLOCK_BYTES = 2**20  # read at a time
+WRITE_BYTES = 2**18  # gathered before a write; larger ones pass straight through
+
+
+class TokenFile:
+    """Writes SPLIT.bin and SPLIT.documents from beginning to end. OSError passes through."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path = path
+        self.documents_path = path.with_suffix(".documents")
+        self.n_tokens = 0
+        self.last_id: int | None = None
+        self._dtype = dtype
+        self._file = open(path, "wb", buffering=WRITE_BYTES)
+        self._documents = open(self.documents_path, "wb", buffering=WRITE_BYTES)
+
+    def begin_document(self, at: int | None = None) -> None:
+        """Record that a document begins at token `at`, without it: at the next one to be written."""
+        start = self.n_tokens if at is None else at
+        self._documents.write(start.to_bytes(START_DTYPE.itemsize, "little"))
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids (N,), which must have the type of the file."""
+        assert ids.dtype == self._dtype, (ids.dtype, self._dtype)
+        if len(ids):
+            self._file.write(ids.data)
+            self.n_tokens += len(ids)
+            self.last_id = int(ids[-1])
+
+    def flush(self) -> None:
+        """Hand what was written to the system, so that `read_ids` sees it."""
+        self._file.flush()
+        self._documents.flush()
+
+    def truncate(self, n_tokens: int) -> None:
+        """Keep the first `n_tokens` and the documents that begin among them. Nothing is written after that."""
+        self.flush()
+        n_documents = sum(int((starts < n_tokens).sum()) for starts in read_ids(self.documents_path, START_DTYPE))
+        self._file.truncate(n_tokens * self._dtype.itemsize)
+        self._documents.truncate(n_documents * START_DTYPE.itemsize)
+        self.n_tokens = n_tokens
+
+    def close(self) -> None:
+        """Finish the files and wait until they are on the disk."""
+        for file in (self._file, self._documents):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def let_go(self) -> None:
+        """Close the files as they are, whatever of them is on the disk: for some that are not to be."""
+        for file in (self._file, self._documents):
+            with suppress(OSError):
+                file.close()
+
+
+def read_ids(path: Path, dtype: np.dtype, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+    """Ids start..stop of a .bin file, in blocks. Mapped memory would count as this process's own; this does not."""
+    with open(path, "rb") as file:
+        file.seek(start * dtype.itemsize)
+        left = None if stop is None else (stop - start) * dtype.itemsize
+        while left is None or left > 0:
+            data = file.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))
+            if not data:
+                return
+            left = None if left is None else left - len(data)
+            yield np.frombuffer(data, dtype)
+
+
+def digest_ids(path: Path, dtype: np.dtype) -> tuple[str, int]:
+    """SHA-256 (hex) of a .bin file and its largest id."""
+    sha256, largest = hashlib.sha256(), 0
+    for ids in read_ids(path, dtype):
+        sha256.update(ids.data)
+        largest = max(largest, int(ids.max()))
+    return sha256.hexdigest(), largest
+
+
+def count_bytes(path: Path, tokenizer: Tokenizer) -> int:
+    """Bytes of text that the ids of a .bin file stand for."""
+    lengths = tokenizer.token_bytes()
+    n = tokenizer.vocab_size
+    return sum(int(np.bincount(ids, minlength=n) @ lengths) for ids in read_ids(path, tokenizer.dtype))
