@@ -123,12 +123,12 @@ def summary(
 
     from nnx_cli.planning import flops as cost
     from nnx_cli.planning.fit import Predictor, advice, descend, ladder
-    from nnx_cli.planning.memory import Target
+    from nnx_cli.planning.memory import ANY_GPU
     from nnx_cli.planning.plan import default_tokens_per_step, preferred_optimizer
     from nnx_cli.system.device import memory_budget, pick_device
 
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
-    predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else Target())
+    predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU)
     budget = memory_budget(device, train.vram_bytes)
     preferred = preferred_optimizer(name, train.lora_rank)
     chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget, preferred)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.kernels.custom_op import operator
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import of
 
 
 def averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
 
 
 def is_one_kernel(k: Tensor) -> bool:
-    return k.is_cuda and k.dtype != torch.float64
+    return of(k).triton and k.dtype != torch.float64
 
 
 def weighted_sums(k: Tensor, share: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def averages(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def averaged_by_kernel(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
-    if not has_triton(k.device):
+    if not of(k).triton:
         return averages(weighted_sums(k, share), counts).to(k.dtype)
     from nnx_cli.kernels import averaged_keys_triton as averaged_keys_kernel
 
@@ -45,7 +45,7 @@ def averaged_by_kernel(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
 
 def gradients_by_kernel(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and share where `grad` (B, T, G, K) is that of the averages."""
-    if not has_triton(k.device):
+    if not of(k).triton:
         sums_grad = averages(grad.float(), counts).flip(1).cumsum(1).flip(1)  # a key is in all averages from its own on
         return (share.unsqueeze(-1) * sums_grad).to(k.dtype), (sums_grad * k).sum(-1)
     from nnx_cli.kernels import averaged_keys_triton as averaged_keys_kernel

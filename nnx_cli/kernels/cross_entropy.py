@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import of
 
 MIN_DISTANCE = 1e-12  # squared, of a Student-t kernel: rounding would make some negative
 
@@ -37,7 +37,9 @@ def row_loss(
     `products`, x·w of every row and token, are used up, with what their rows have beyond V: the gradient may lie in
     their place. Statistics are taken in float32 or wider.
     """
-    if has_triton(products.device) and products.dtype != torch.float64:
+    if of(products).triton and products.dtype != torch.float64:
+        if products.is_meta:
+            return products.new_empty(len(products), dtype=torch.float32), products if gradient else None
         from nnx_cli.kernels.cross_entropy_triton import fused_row_loss
 
         return fused_row_loss(products, targets, ignore_index, student_t, factor, gradient)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels.custom_op import operator
+from nnx_cli.system.hardware import of
 
 LEVELS = 2**16  # a probability is a multiple of one in so many
 
@@ -21,7 +22,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def is_own(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+    return of(x).kind == "cpu"
 
 
 def draw(x: Tensor, p: float) -> Tensor:

@@ -7,9 +7,6 @@ billion operations a second on one core of a Zen 5.
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels.custom_op import operator
+from nnx_cli.system.hardware import of
 
 LEAST_ROWS = 16  # of x, below which reading the weight sets the pace
 LEAST_PRODUCTS = 2**22  # multiplications, below which starting takes longer than is won
@@ -29,7 +27,7 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether another library than torch's first choice may be worth a call."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and is_large(x, weight)
+    return of(x).kind == "cpu" and x.dtype == torch.float32 and is_large(x, weight)
 
 
 def is_large(x: Tensor, weight: Tensor) -> bool:
@@ -37,21 +35,10 @@ def is_large(x: Tensor, weight: Tensor) -> bool:
     return x.numel() >= LEAST_ROWS * K and x.numel() * M >= LEAST_PRODUCTS
 
 
-@cache
-def has_onednn() -> bool:
-    """Whether oneDNN is there and is the faster one: on AMD processors with AVX-512. The choice depends on nothing that
-    could change from run to run."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    info = Path("/proc/cpuinfo")
-    maker = info.read_text(errors="replace") if info.exists() else platform.processor()
-    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 def fastest_product(x: Tensor, weight: Tensor) -> Tensor:
     """`multiply`, contiguous. oneDNN copies x unless it is contiguous and reads the weight or its transpose as it
     lies."""
-    if not has_onednn():
+    if not of(x).onednn:
         return F.linear(x, weight)
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
@@ -81,7 +68,7 @@ def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a.T @ b of a (N, M) and b (N, K), contiguous; the narrower is copied. Copies are left to the compiler, whose are
     twice as fast as torch's, and which makes one for several products."""
     a, b = a.t(), b.t()
-    if not has_onednn():
+    if not of(a).onednn:
         return product(a, b)
     if len(a) > len(b):
         return product(b.contiguous(), a).t().contiguous()

@@ -7,8 +7,7 @@ Each is written out here in torch, in pieces that bound what it needs besides th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from nnx_cli.kernels import log8 as eight_bit
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import of
 
 PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
 PIECE_ELSEWHERE = 2**24
@@ -25,19 +24,25 @@ WOLF_SHARE = 1 / math.e  # of the new in each of Wolf's averages
 State = Mapping[str, Tensor]
 
 
-def kernels(device: torch.device) -> ModuleType | None:
-    """The rules as kernels; None where those do not run."""
-    if not has_triton(device):
-        return None
-    from nnx_cli.kernels import optimizer_step_triton as kernels
+def _step(rule: Callable[..., None], p: Tensor, *arguments: Any) -> None:
+    """Take a step by the Triton kernel of the rule's name, or by the rule itself."""
+    hardware = of(p)
+    if p.is_meta and (hardware.triton or hardware.kind == "cpu"):
+        return  # in place, or by pieces too small to count
+    if hardware.triton:
+        from nnx_cli.kernels import optimizer_step_triton
 
-    return kernels
+        rule = getattr(optimizer_step_triton, rule.__name__.removeprefix("plain_"))
+    rule(p, *arguments)
 
 
 def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """p ← p·(1 - lr·weight_decay) - lr·m̂ / (√v̂ + eps), state in float32 or 8 bits; `step` counts the steps before."""
-    if fused := kernels(p.device):
-        return fused.adamw(p, state, group, found_inf, key)
+    _step(plain_adamw, p, state, group, found_inf, key)
+
+
+def plain_adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """Take the step of `adamw` by operations of torch, piece by piece."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     step = state["step"] + 1
     correction1, correction2 = 1 - beta1**step, (1 - beta2**step).sqrt()
@@ -53,8 +58,11 @@ def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor |
 def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """p ← p·(1 - lr·weight_decay) - lr·sign of the gradient averaged with beta1; the average kept is that with beta2,
     in the type of its tensor."""
-    if fused := kernels(p.device):
-        return fused.lion(p, state, group, found_inf, key)
+    _step(plain_lion, p, state, group, found_inf, key)
+
+
+def plain_lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """Take the step of `lion` by operations of torch, piece by piece."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     for piece in pieces(p, state, found_inf, key):
         g, m = piece.gradient(), piece.read("exp_avg")
@@ -65,8 +73,11 @@ def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | 
 
 def wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
-    if fused := kernels(p.device):
-        return fused.wolf(p, state, group, found_inf, key)
+    _step(plain_wolf, p, state, group, found_inf, key)
+
+
+def plain_wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """Take the step of `wolf` by operations of torch, piece by piece."""
     lr = group["lr"]
     for piece in pieces(p, state, found_inf, key):
         g, m = piece.gradient(), piece.read("momentum")
@@ -124,6 +135,6 @@ def pieces(p: Tensor, state: State, found_inf: Tensor | None, key: int) -> Itera
     """A parameter in order, PIECE numbers at a time."""
     flat, gradient, skip = p.detach().view(-1), p.grad.reshape(-1), None if found_inf is None else found_inf != 0
     stream = random_stream(key, state["step"]) if "step" in state else None
-    size = PIECE.get(p.device.type, PIECE_ELSEWHERE)
+    size = PIECE.get(of(p).kind, PIECE_ELSEWHERE)
     for first in range(0, p.numel(), size):
         yield Piece(flat, gradient, state, first, min(first + size, p.numel()), skip, stream)

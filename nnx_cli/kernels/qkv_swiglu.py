@@ -11,11 +11,11 @@ from torch import Tensor
 from nnx_cli.kernels.custom_op import operator
 from nnx_cli.layers.linear import PackedLinear
 from nnx_cli.layers.rope import rotate
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import of
 
 
 def is_one_kernel(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64
+    return of(x).triton and x.dtype != torch.float64
 
 
 def product_to_unpack(projections: PackedLinear, x: Tensor) -> Tensor | None:
@@ -59,7 +59,7 @@ def unpacked(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Heads lie side by side: (B, T, H, K)."""
-    if has_triton(packed.device):
+    if of(packed).triton:
         from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.forward(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
@@ -81,7 +81,7 @@ def unpacked_backward(
     k_sin: Tensor,
 ) -> Tensor:
     """The gradient of the product, which is needed itself where there are gates."""
-    if has_triton(grad_q.device):
+    if of(grad_q).triton:
         from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.backward(grad_q, grad_k, grad_v, grad_hidden, packed, q_cos, q_sin, k_cos, k_sin)
@@ -97,7 +97,7 @@ def unpacked_backward(
 
 
 def gated(packed: Tensor) -> Tensor:
-    if has_triton(packed.device):
+    if of(packed).triton:
         from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.swiglu(packed)
@@ -106,7 +106,7 @@ def gated(packed: Tensor) -> Tensor:
 
 
 def gated_backward(grad: Tensor, packed: Tensor) -> Tensor:
-    if has_triton(packed.device):
+    if of(packed).triton:
         from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
 
         return unpack_kernel.swiglu_backward(grad, packed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.kernels.precision import in_type, widened
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import of
 
 CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
 
@@ -86,7 +86,7 @@ def cell(sums: Tensor, state: Tensor) -> None:
 
 def fastest_cell(x: Tensor) -> Callable[[Tensor, Tensor], None]:
     """`cell`, or one kernel that does the same where `x` lies and Triton runs."""
-    if x.dtype == torch.float64 or not has_triton(x.device):
+    if x.dtype == torch.float64 or not of(x).triton:
         return cell
     from nnx_cli.kernels import soft_xor_triton as soft_xor_kernel
 
@@ -123,6 +123,9 @@ class Recurrence(torch.autograd.Function):
         slopes, states, weight = ctx.saved_tensors
         T, B, P = grad.shape
         sums_grad = torch.empty_like(slopes)
+        if slopes.is_meta:  # to be counted, not run: the loop below is long and works in place
+            grad_states = torch.empty_like(states)
+            return sums_grad, sums_grad.flatten(0, 1).t() @ states[:-1].flatten(0, 1), grad_states[0]
         grad_states = torch.cat((torch.zeros_like(grad[:1]), grad))  # (T + 1, B, P), the first state's included
         before, pairs = grad_states.unbind(), (x.view(T, B, 2, P).unbind() for x in (slopes, sums_grad))
         for t, (slope, pair) in reversed([*enumerate(zip(*pairs, strict=True))]):

@@ -9,6 +9,7 @@ from torch import Tensor
 from nnx_cli.kernels import attention_in_rows
 from nnx_cli.kernels import dropout as dropping
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.system.hardware import of
 
 
 def causal_attention(
@@ -54,8 +55,7 @@ def groups_are_fused(q: Tensor) -> bool:
     """Whether a fused kernel takes fewer key-value heads than query heads; without one, T x T scores would be written
     out.
 
-    On CUDA only flash attention does: 16-bit numbers, compute capability 8.0 or more.
+    On CUDA only flash attention does.
     """
-    if q.device.type != "cuda":
-        return True
-    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    hardware = of(q)
+    return hardware.kind != "cuda" or (hardware.flash and q.dtype != torch.float32)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nnx_cli.system import hardware
+
 MODES = ("off", "half", "on")  # which blocks are checkpointed: none, every second one, all
 
 
@@ -51,6 +53,7 @@ def checkpoint_blocks(model: nn.Module, mode: str) -> None:
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile every block in place; blocks of one shape share the code, and names in the state dict stay."""
+    hardware.of(next(model.parameters()))  # asked here, for the compiler cannot look into a test of the device
     for block in model.blocks:
         block.compile(dynamic=False)
 

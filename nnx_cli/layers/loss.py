@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nnx_cli.kernels.cross_entropy import StudentT, row_loss
-from nnx_cli.kernels.gemm import has_onednn, multiply, pays
+from nnx_cli.kernels.gemm import multiply, pays
 from nnx_cli.layers.head import LinearHead, as_linear_head
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import of
 
 CHUNK_BYTES = 128 * 2**20  # of a chunk's logits and everything made from them
 CUDA_CHUNK_BYTES = 256 * 2**20  # launches cost time and GEMMs like many rows: 4096 at 32,000 tokens in bf16
@@ -65,7 +65,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, targets: Tensor, head: nn.Module, ignore_index: int, *parameters: Tensor
     ) -> Tensor:
         """Loss in nats, summed over the rows of `x` (N, D) against `targets` (N,)."""
-        rows = chunk_rows(len(x), head_vocab_size(head), device_type=x.device.type)
+        rows = chunk_rows(len(x), head_vocab_size(head), device_type=of(x).kind)
         wanted = [p for p in parameters if p.requires_grad]
         total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         x_grad = torch.empty_like(x)
@@ -116,7 +116,7 @@ class LogitChunks:
         self.x = x
         self.vocab_size, self.dim = head.weight.shape
         self.dtype = x.dtype if head.df is None else torch.promote_types(x.dtype, torch.float32)
-        fused, V = has_triton(x.device), self.vocab_size
+        fused, V = of(x).triton, self.vocab_size
         width = math.ceil(V / 64) * 64
         self.weight = head.weight.to(self.dtype)
         if head.scale is not None or (fused and width > V):
@@ -126,7 +126,7 @@ class LogitChunks:
         self.df = head.df
         self.w_squares = None if head.df is None else self.weight[:V].square().sum(1)
         per_logit = logit_bytes(x.dtype, student_t=head.df is not None, fused=fused)
-        self.rows = chunk_rows(len(x), V, per_logit, x.device.type)
+        self.rows = chunk_rows(len(x), V, per_logit, of(x).kind)
         self.unbuffered = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.weight)
         rows = 0 if self.unbuffered else self.rows
         self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.weight)]
@@ -152,7 +152,7 @@ class LogitChunks:
 
     def empty_gradient(self, dtype: torch.dtype) -> Tensor:
         """Memory for the gradient of the weight; column-major where that is how a GEMM is fastest."""
-        if self.unbuffered and has_onednn() and self.vocab_size > self.dim:
+        if self.unbuffered and of(self.weight).onednn and self.vocab_size > self.dim:
             return torch.empty_like(self.weight.t(), dtype=dtype, memory_format=torch.contiguous_format).t()
         return torch.empty_like(self.weight, dtype=dtype)
 
@@ -237,7 +237,7 @@ def gemm_add(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         out.copy_(product) if beta == 0 else torch.add(product, out, alpha=beta, out=out)
     elif out.dtype == a.dtype:
         out.addmm_(a, b, beta=beta)
-    elif out.is_cuda and torch.version.hip is None:
+    elif of(out).kind == "cuda" and not of(out).hip:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
@@ -303,7 +303,7 @@ def token_losses(model: TrunkAndHead, input_ids: Tensor, targets: Tensor) -> Ten
     """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
     hidden, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
     if (linear := as_linear_head(model.head)) is None:
-        size = chunk_rows(len(hidden), model.config.vocab_size, device_type=hidden.device.type)
+        size = chunk_rows(len(hidden), model.config.vocab_size, device_type=of(hidden).kind)
         pieces = zip(hidden.split(size), flat.split(size), strict=True)
         losses = [F.cross_entropy(model.head(x).float(), target, reduction="none") for x, target in pieces]
     else:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nnx_cli.kernels.custom_op import operator
 from nnx_cli.kernels.precision import in_type
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.system.hardware import of
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
 LSE_ROWS = 32  # memory-efficient attention pads its sums to a multiple of these
@@ -61,20 +62,17 @@ def side_by_side(kv: Tensor, times: Sequence[int]) -> Tensor:
 
 def sums_are_known(q: Tensor) -> bool:
     """Whether `attention_and_sums` has a kernel for q (B, T, H, K)."""
-    if q.device.type != "cuda":
-        return q.device.type in ("cpu", "meta")
-    if torch.version.hip is not None or q.dtype == torch.float64 or q.shape[-1] % 8 or q.shape[-1] > 128:
+    hardware = of(q)
+    if hardware.kind != "cuda":
+        return hardware.kind in ("cpu", "meta")
+    if hardware.hip or q.dtype == torch.float64 or q.shape[-1] % 8 or q.shape[-1] > 128:
         return False
-    return q.dtype != torch.bfloat16 or torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.dtype != torch.bfloat16 or hardware.bf16_matmul
 
 
 def is_flash(q: Tensor) -> bool:
     """Whether flash attention takes q, which lies on CUDA."""
-    return (
-        q.dtype != torch.float32
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and torch.backends.cuda.is_flash_attention_available()
-    )
+    return of(q).flash and q.dtype != torch.float32
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +128,7 @@ attention_and_sums_backward = operator("attention_and_sums_backward", backward, 
 
 def merged_attention(q: Tensor, kv: Tensor, times: Sequence[int]) -> Tensor:
     """Causal attention of q (B, T, H, K) over kv (G, B, T, 2, H, K), segment by segment."""
-    if q.is_meta:  # to be counted, not run: a call with as many products that keeps as much
+    if of(q).kind == "meta":  # to be counted, not run: a call with as many products that keeps as much
         k, v = kv.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)  # (B, H, G·T, K)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
     return MergedAttention.apply(q, kv, tuple(times))

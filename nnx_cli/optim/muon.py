@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.kernels.gemm import has_onednn, pays, product
+from nnx_cli.kernels.gemm import pays, product
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
 from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
 from nnx_cli.optim._groups import BETAS, hidden_matrices, parameter_groups, split_group
 from nnx_cli.optim.adamw import AdamW
+from nnx_cli.system.hardware import of
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as
@@ -42,7 +43,7 @@ def orthogonalize(
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)
-    one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and pays(x[0], x[0]) and has_onednn()
+    one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and pays(x[0], x[0]) and of(x).onednn
     for a, b, c in steps:
         if one_by_one:
             gram = matmul(x, x.mT)
@@ -61,10 +62,9 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def step_type(device: torch.device) -> torch.dtype:
+def step_type(x: Tensor) -> torch.dtype:
     """The arithmetic of `orthogonalize`: bfloat16 where a GPU has matmuls in it, else float32."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if of(x).bf16_matmul else torch.float32
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Muon(AdamW):
         torch._foreach_copy_(momenta, list(m.unbind()))
         g.lerp_(m, beta)  # Nesterov: where the momentum will be
         del m
-        steps = SHORTER if p.device.type == "cpu" else POLAR_EXPRESS
-        change = orthogonalize(g, step_type(p.device), steps).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
+        steps = SHORTER if of(p).kind == "cpu" else POLAR_EXPRESS
+        change = orthogonalize(g, step_type(p), steps).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
         del g
         if skip is not None:
             change.masked_fill_(skip, -0.0)

@@ -12,8 +12,9 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters, dry_run, meta_model
-from nnx_cli.planning.memory import Memory, Target, predict, target_of
+from nnx_cli.planning.memory import Memory, hardware_to_plan_for, predict
 from nnx_cli.system.device import DTYPES
+from nnx_cli.system.hardware import Hardware
 
 SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
 GIB = 2**30
@@ -62,9 +63,11 @@ class Predictor:
     """Memory of one model on one device, in whatever way it is trained; what was computed is kept. A real device is
     asked for its kernels where they matter, which takes a second on a card."""
 
-    def __init__(self, name: str, config: ModelConfig, lora_rank: int | None, target: Target | torch.device) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, lora_rank: int | None, hardware: Hardware | torch.device
+    ) -> None:
         self.seq_len = config.seq_len
-        kind = target.type if isinstance(target, torch.device) else target.device
+        kind = hardware.type if isinstance(hardware, torch.device) else hardware.kind
 
         @cache
         def model(weight_precision: str) -> LanguageModel:
@@ -74,8 +77,8 @@ class Predictor:
 
         @cache
         def memory(train: TrainConfig, rows: int) -> Memory:
-            kernels = target_of(target) if isinstance(target, torch.device) else target
-            return predict(model(train.weight_precision), train, rows, kernels)
+            planned = hardware_to_plan_for(hardware) if isinstance(hardware, torch.device) else hardware
+            return predict(model(train.weight_precision), train, rows, planned)
 
         @cache
         def size() -> tuple[int, int]:

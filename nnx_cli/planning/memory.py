@@ -9,7 +9,7 @@ or a line here does.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,67 +18,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.kernels import averaged_keys, dropout, soft_xor
-from nnx_cli.kernels import gemm as product
-from nnx_cli.kernels import optimizer_step as elementwise
-from nnx_cli.kernels import qkv_swiglu as unpack
-from nnx_cli.layers import attention
-from nnx_cli.layers import loss as head_loss
-from nnx_cli.layers import segment_attention as segments
+from nnx_cli.kernels.averaged_keys import averaged_keys_backward
 from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
-from nnx_cli.layers.loss import LOGIT_BYTES, LossModule, chunk_rows
+from nnx_cli.layers.loss import LossModule
+from nnx_cli.layers.segment_attention import attention_and_sums_backward
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.optim import muon
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.flops import LightMode, outputs, without_compiler
 from nnx_cli.system.device import DTYPES
-from nnx_cli.system.hardware import has_triton
+from nnx_cli.system.hardware import Hardware, of_device, planned
 
 REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sums over rows
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
 WHOLE = 7  # blocks that are simulated as they are; of more, all but six or seven are copies of their neighbours
 ATEN = torch.ops.aten
-PLAIN_ATTENTION, PLAIN_RMS_NORM, PLAIN_DROPOUT = F.scaled_dot_product_attention, F.rms_norm, F.dropout
+ANY_GPU = Hardware("cuda", (8, 0), flash=True, triton=True)  # NVIDIA, from 2020 on
+CPU = Hardware("cpu")
 
 
-@dataclass(frozen=True)
-class Target:
-    """The device that a simulation stands for, with the kernels it has. By default any card from 2020 on."""
-
-    device: str = "cuda"  # or cpu
-    capability: tuple[int, int] = (8, 0)
-    attention: str = "flash"  # the kernel for 16-bit numbers without a mask: flash or efficient
-    triton: bool = True  # the project's own kernels work in place: softmax of logits, optimizers
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Workspaces of the matrix library, one for the thread of the forward pass and one for the backward's."""
-        if self.device != "cuda":
-            return 0
-        return 2 * (32 * 2**20 if self.capability[0] == 9 else 8_519_680)
-
-    def attention_kernel(self, q: Tensor, mask: Tensor | None) -> str:
-        if self.device != "cuda":
-            return "cpu"
-        if q.dtype == torch.float32 or mask is not None or self.capability < (8, 0):
-            return "efficient"
-        return self.attention
+def hardware_to_plan_for(device: torch.device) -> Hardware:
+    """The hardware of a GPU; CPU stands for every other device."""
+    return of_device(device) if device.type == "cuda" else CPU
 
 
-CPU = Target("cpu", (0, 0), "cpu", triton=False)
-
-
-def target_of(device: torch.device) -> Target:
-    """The kernels that a device has; torch is asked which attention it will take there."""
-    if device.type != "cuda":
-        return CPU
-    capability = torch.cuda.get_device_capability(device)
-    q = torch.empty(1, 2, 256, 64, device=device, dtype=torch.float16)
-    kind = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
-    attention = "flash" if kind.name == "FLASH_ATTENTION" else "efficient"
-    return Target("cuda", capability, attention, has_triton(device))
+def fixed_bytes(hardware: Hardware) -> int:
+    """Workspaces of the matrix library, one for the thread of the forward pass and one for the backward's."""
+    if hardware.kind != "cuda":
+        return 0
+    return 2 * (32 * 2**20 if hardware.capability[0] == 9 else 8_519_680)
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -95,53 +65,23 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
 
-@contextmanager
-def replaced(functions: Mapping[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
-    """Have functions take the place of those of modules and classes, given as (owner, name)."""
-    before = {(owner, name): getattr(owner, name) for owner, name in functions}
-    for (owner, name), function in functions.items():
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for (owner, name), function in before.items():
-            setattr(owner, name, function)
+class PlannedOperations(TorchFunctionMode):
+    """Has operations of torch on the meta device allocate what those of the planned hardware do."""
 
+    def __init__(self, hardware: Hardware) -> None:
+        super().__init__()
+        self.hardware = hardware
 
-class Kernels:
-    """Functions of torch and of this package as the target has them, on the meta device."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Have them take the place of what asks the device, or would do something else on the meta device."""
-        target = self.target
-        own: dict[tuple[Any, str], Any] = {
-            (F, "scaled_dot_product_attention"): self.attention,
-            (attention, "groups_are_fused"): self.fuses_groups,
-            (segments, "merged_attention"): lambda q, kv, times: segments.MergedAttention.apply(q, kv, tuple(times)),
-            (soft_xor.Recurrence, "backward"): self.recurrence_backward,
-        }
-        if target.device == "cuda":
-            own |= {(F, "rms_norm"): self.rms_norm, (F, "dropout"): self.dropout}
-            own |= {(head_loss, "chunk_rows"): self.chunk_rows, (head_loss, "gemm_add"): in_place}
-            if target.capability >= (8, 0):
-                own[muon, "step_type"] = lambda device: torch.bfloat16
-        if target.device == "cpu":
-            own |= {(module, "pays"): pays_on_cpu for module in (product, head_loss, muon)}
-            own[dropout, "is_own"] = lambda x: True
-        if target.triton:
-            own |= {(head_loss, "has_triton"): lambda device: True, (head_loss, "row_loss"): self.row_loss}
-            own |= {(module, "is_one_kernel"): lambda x: x.dtype != torch.float64 for module in (averaged_keys, unpack)}
-        if target.triton or target.device == "cpu":  # a CPU works on small pieces
-            own |= {(elementwise, rule): in_place for rule in ("adamw", "lion", "wolf")}
-        with replaced(own):
-            yield
-
-    def fuses_groups(self, q: Tensor) -> bool:
-        return self.target.device != "cuda" or (q.dtype != torch.float32 and self.target.capability >= (8, 0))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if self.hardware.kind == "cuda" and not torch.compiler.is_compiling():
+            if func is F.rms_norm:
+                return rms_norm(*args, **kwargs)
+            if func is F.dropout:
+                return dropout(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def attention(
         self,
@@ -154,57 +94,40 @@ class Kernels:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        kernel = self.target.attention_kernel(q, attn_mask)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:  # becomes a number to add to every score
-            attn_mask = torch.empty_like(attn_mask, dtype=q.dtype)
-        if kernel == "cpu" and dropout_p > 0:
-            return PLAIN_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if kernel == "cpu":
+        """The fused kernel that the hardware takes."""
+        mask = attn_mask
+        if mask is not None and mask.dtype == torch.bool:  # becomes a number to add to every score
+            mask = torch.empty_like(mask, dtype=q.dtype)
+        if self.hardware.kind != "cuda" and dropout_p > 0:
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if self.hardware.kind != "cuda":
             call = ATEN._scaled_dot_product_flash_attention_for_cpu
-            return call(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-        if kernel == "flash":
+            return call(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+        if self.hardware.flash and q.dtype != torch.float32 and mask is None:
             return ATEN._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        if mask is not None:
+            mask = mask.expand(*q.shape[:-1], k.shape[-2])
         call = ATEN._scaled_dot_product_efficient_attention
-        return call(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-    @staticmethod
-    def rms_norm(
-        input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-    ) -> Tensor:
-        if torch.compiler.is_compiling():
-            return PLAIN_RMS_NORM(input, normalized_shape, weight, eps)
-        return FusedRMSNorm.apply(input, weight)
-
-    @staticmethod
-    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if torch.compiler.is_compiling():
-            return PLAIN_DROPOUT(input, p, training, inplace)
-        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
-
-    @staticmethod
-    def chunk_rows(n_rows: int, vocab_size: int, logit_bytes: int = LOGIT_BYTES, device_type: str = "cuda") -> int:
-        return chunk_rows(n_rows, vocab_size, logit_bytes, "cuda")
-
-    @staticmethod
-    def row_loss(products: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return products.new_empty(len(products), dtype=torch.float32), products
-
-    @staticmethod
-    def recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Without the loop over positions, which is long and works in place."""
-        slopes, states, weight = ctx.saved_tensors
-        sums_grad, grad_states = torch.empty_like(slopes), torch.empty_like(states)
-        return sums_grad, sums_grad.flatten(0, 1).t() @ states[:-1].flatten(0, 1), grad_states[0]
+        return call(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
-def pays_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == torch.float32 and product.is_large(x, weight)
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`F.rms_norm` as on CUDA."""
+    return FusedRMSNorm.apply(input, weight)
 
 
-def in_place(*args: Any, **kwargs: Any) -> None:
-    """What allocates nothing."""
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`F.dropout` as on CUDA, which keeps a mask of bytes."""
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+@contextmanager
+def simulated(hardware: Hardware) -> Iterator[None]:
+    """Have what runs on the meta device run as on `hardware`."""
+    with planned(hardware), PlannedOperations(hardware):
+        yield
 
 
 def query_gradients(B: int, T: int, H: int, K: int) -> int:
@@ -259,8 +182,8 @@ def averages_workspace(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -
 WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds while it runs
     ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
-    torch.ops.nnx.attention_and_sums_backward.default: segment_workspace,
-    torch.ops.nnx.averaged_keys_backward.default: averages_workspace,
+    attention_and_sums_backward: segment_workspace,
+    averaged_keys_backward: averages_workspace,
     ATEN.sum.dim_IntList: reduction_workspace,
     ATEN.embedding_dense_backward.default: embedding_workspace,
 }
@@ -282,9 +205,9 @@ class Section:
 class Storages(LightMode):
     """Counts the bytes of all storages that come to exist, until each is freed."""
 
-    def __init__(self, target: Target = CPU) -> None:
+    def __init__(self, hardware: Hardware = CPU) -> None:
         super().__init__()
-        self.on_card = target.device == "cuda"
+        self.on_gpu = hardware.kind == "cuda"
         self.live, self.start = 0, 0
         self.sections: list[Section] = []
         self.known: dict[int, weakref.ref | None] = {}
@@ -303,7 +226,7 @@ class Storages(LightMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = outputs(func, args, kwargs or {})
-        workspace = WORKSPACES.get(func) if self.on_card else None
+        workspace = WORKSPACES.get(func) if self.on_gpu else None
         self.count(out if isinstance(out, (tuple, list)) else (out,), workspace(*args) if workspace else 0)
         return out
 
@@ -385,7 +308,7 @@ def simulate(
     batch_size: int,
     seq_len: int,
     *,
-    target: Target,
+    hardware: Hardware,
     checkpointing: str = "off",
     accumulate: bool = True,
     in_backward: bool = False,
@@ -403,13 +326,14 @@ def simulate(
     for p in parameters:
         p.grad = torch.empty_like(p) if accumulate else None
     handles = [p.register_post_accumulate_grad_hook(forget) for p in parameters if in_backward]
-    with fewer_blocks(model) as pairs, Kernels(target).used(), Storages(target) as storages:
+    with fewer_blocks(model) as pairs, simulated(hardware), Storages(hardware) as storages:
         forward = True
         storages.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in parameters if accumulate)])
 
         def run(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if not forward:
-                return call(*args, **kwargs)
+            if not forward:  # again, in the backward pass, in which autograd knows no function modes
+                with PlannedOperations(hardware):
+                    return call(*args, **kwargs)
             storages.mark("forward", number)
             out = call(*args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out
@@ -427,7 +351,7 @@ def simulate(
         if compiled:
             from nnx_cli.planning.buffers import compile_imitations  # a tenth of a second, most of it torch's
 
-            compile_imitations(model.blocks, WORKSPACES if storages.on_card else {}, storages.count)
+            compile_imitations(model.blocks, WORKSPACES if storages.on_gpu else {}, storages.count)
         for number, block in enumerate(model.blocks):
             call = storages.paused()(block._compiled_call_impl) if compiled else block._call_impl
             block._compiled_call_impl = partial(run, number, call)
@@ -488,7 +412,7 @@ class Memory:
         return max(self.phases.values())
 
 
-def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) -> tuple[int, int]:
+def optimizer_memory(model: LanguageModel, config: TrainConfig, hardware: Hardware) -> tuple[int, int]:
     """Bytes of the optimizer's state, and what its step allocates besides, with the norm of all gradients."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(model, replace(config, lr=1.0, weight_decay=0.1))
@@ -499,7 +423,7 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) 
     )
     for p in trained:
         p.grad = torch.empty_like(p)
-    with Kernels(target).used(), Storages() as storages:
+    with simulated(hardware), Storages() as storages:
         storages.leave_out([*trained, *(p.grad for p in trained)])
         optimizer.step()  # its state comes to exist
         storages.mark("again")
@@ -509,7 +433,7 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, target: Target) 
     return states, storages.sections[-1].rise + 2 * ROUNDING * len(trained)
 
 
-def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: Target) -> Memory:
+def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware: Hardware) -> Memory:
     """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
     has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in.
 
@@ -523,30 +447,30 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, target: 
             model,
             batch_size,
             model.config.seq_len,
-            target=target,
+            hardware=hardware,
             checkpointing=config.activation_checkpointing,
             accumulate=accumulate,
             in_backward=in_backward,
             compiled=compiled,
         )
-        states, moment = optimizer_memory(model, config, target)
+        states, moment = optimizer_memory(model, config, hardware)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
-    resting = sum(stored.values()) + states + target.fixed_bytes
+    resting = sum(stored.values()) + states + fixed_bytes(hardware)
     during = resting + (gradients if accumulate else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
     phases["backward"] += moment if in_backward else 0
     phases["optimizer"] = resting + gradients + moment
-    return Memory(sum(stored.values()), gradients, states, step.activations, moment, target.fixed_bytes, phases)
+    return Memory(sum(stored.values()), gradients, states, step.activations, moment, fixed_bytes(hardware), phases)
 
 
 def saved_tensors(
-    block: nn.Module, *args: Any, target: Target = CPU, **kwargs: Any
+    block: nn.Module, *args: Any, hardware: Hardware = CPU, **kwargs: Any
 ) -> list[tuple[tuple[int, ...], torch.dtype, int]]:
     """What autograd keeps of a block's forward pass: shape, type and bytes of storage of every distinct tensor, without
     parameters and the tensors it is given.
 
-    The block and its arguments are of the meta device, or of the target's own.
+    The block and its arguments are of the meta device, or of the hardware's own.
     """
     kept: dict[int, Tensor] = {}  # a tensor that is held keeps its storage's address from being used again
     given = {x.untyped_storage()._cdata for x in (*block.parameters(), *block.buffers())}
@@ -556,6 +480,6 @@ def saved_tensors(
             kept.setdefault(address, tensor)
         return tensor
 
-    with Kernels(target).used(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with simulated(hardware), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(*args, **kwargs)
     return [(tuple(x.shape), x.dtype, x.untyped_storage().nbytes()) for x in kept.values()]

@@ -1,35 +1,111 @@
-"""Whether the project's own kernels can run."""
+"""What the device of a tensor can do, for everything that chooses between implementations."""
 
 from __future__ import annotations
 
 import importlib.util
+import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
-@cache
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton is there and really runs on a device, tried once: it also needs a C compiler, and a card from 2017
-    on."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+@dataclass(frozen=True)
+class Hardware:
+    """A device, by what implementations depend on.
+
+    `kind` is the type of a torch.device; "meta" stands for a device of no kind, which has torch's own operations alone.
+    """
+
+    kind: str
+    capability: tuple[int, int] = (0, 0)  # compute capability of a GPU
+    flash: bool = False  # a GPU's flash attention, for 16-bit types
+    triton: bool = False  # Triton kernels run
+    hip: bool = False  # an AMD GPU
+
+    @property
+    def bf16_matmul(self) -> bool:
+        """Whether matrix units of a GPU take bfloat16."""
+        return self.kind == "cuda" and self.capability >= (8, 0)
+
+    @property
+    def onednn(self) -> bool:
+        """Whether oneDNN is the faster library for GEMMs in float32."""
+        return self.kind == "cpu" and has_onednn()
+
+
+_PLAIN = {kind: Hardware(kind) for kind in ("cpu", "mps", "meta")}
+_GPUS: dict[int, Hardware] = {}  # by index; no cache decorator, which the compiler would look through
+_planned: ContextVar[Hardware] = ContextVar("planned", default=_PLAIN["meta"])
+
+
+def of(x: Tensor) -> Hardware:
+    """The hardware of a tensor's device; of a meta tensor, that of the plan it belongs to."""
+    device = x.device
+    return _planned.get() if device.type == "meta" else of_device(device)
+
+
+def of_device(device: torch.device) -> Hardware:
+    """The hardware of a real device. The first question about a GPU takes the time of compiling a Triton kernel."""
+    if device.type != "cuda":
+        return _PLAIN[device.type]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _GPUS:
+        _GPUS[index] = _gpu(torch.device("cuda", index))
+    return _GPUS[index]
+
+
+@contextmanager
+def planned(hardware: Hardware) -> Iterator[None]:
+    """Have meta tensors stand for tensors on `hardware`, in this context alone."""
+    token = _planned.set(hardware)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def _gpu(device: torch.device) -> Hardware:
+    capability = torch.cuda.get_device_capability(device)
+    hip = torch.version.hip is not None
+    return Hardware(
+        "cuda",
+        capability,
+        flash=capability >= (8, 0) and torch.backends.cuda.is_flash_attention_available(),
+        triton=(hip or capability >= (7, 0)) and _runs_triton(device),
+        hip=hip,
+    )
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and a kernel runs; it also needs a C compiler."""
+    if importlib.util.find_spec("triton") is None:
         return False
     from triton.errors import TritonError
 
+    from nnx_cli.system import triton_probe
+
     try:
-        launch(device)
+        triton_probe.launch(device)
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError):
         return False
     return True
 
 
-def launch(device: torch.device) -> None:
-    """Run the smallest of the kernels."""
-    from nnx_cli.kernels import soft_xor_triton as soft_xor_kernel
+@cache
+def has_onednn() -> bool:
+    """Whether oneDNN is there and is the faster one: on AMD CPUs with AVX-512.
 
-    sums = torch.zeros(1, 2, device=device)
-    with torch.cuda.device(device):
-        soft_xor_kernel.cell(sums, torch.empty_like(sums[:, :1]))
+    The choice depends on nothing that could change from run to run.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    info = Path("/proc/cpuinfo")
+    vendor = info.read_text(errors="replace") if info.exists() else platform.processor()
+    return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"

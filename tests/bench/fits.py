@@ -47,7 +47,7 @@ from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.fit import Predictor, descend
-from nnx_cli.planning.memory import target_of
+from nnx_cli.planning.memory import hardware_to_plan_for
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device
 from nnx_cli.training.step import Step, StepGraphs
@@ -203,14 +203,14 @@ def whole_run(name: str, text: Path, words: list[str]) -> dict[str, Any]:
 
 def largest(name: str, device: torch.device, vram: str) -> dict[str, Any]:
     """The deepest `xl` that the prediction lets in, and whether it trains."""
-    budget, target = memory_budget(device, parse_bytes(vram)), target_of(device)
+    budget, hardware = memory_budget(device, parse_bytes(vram)), hardware_to_plan_for(device)
     wide = models.make_config(name, size="xl", seq_len=1024)
     ways = [
         TrainConfig(precision="bf16", grad_accum=1, optimizer_in_backward=in_backward) for in_backward in (False, True)
     ]
 
     def fitting(n_layers: int) -> TrainConfig | None:
-        predictor = Predictor(name, replace(wide, n_layers=n_layers), None, target)
+        predictor = Predictor(name, replace(wide, n_layers=n_layers), None, hardware)
         for way in ways:
             chosen, _, fits = descend(predictor, way, 1, budget)
             if fits:

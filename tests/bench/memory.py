@@ -155,10 +155,10 @@ def main() -> int:
     piece, pieces = map(int, arguments.part.split("/"))
     cells = quick_cells() if arguments.quick else all_cells()
     cells = [cell for cell in cells if all(word in cell.name.split() for word in arguments.only.split())]
-    target = memory.target_of(device)
+    hardware = memory.hardware_to_plan_for(device)
     card = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
     lines = [
-        f"{card}, {date.today()}; {target}",
+        f"{card}, {date.today()}; {hardware}",
         "",
         "| model | size | way | mode | rows | predicted MiB | allocated | reserved | error | phase | |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---|---|",
@@ -169,7 +169,7 @@ def main() -> int:
         config, rows = cell.shape()
         on_meta = meta_model(cell.model, config, settings(cell).lora_rank)
         cast_matrices(on_meta, settings(cell).weight_precision)
-        predicted = memory.predict(on_meta, settings(cell), rows, target)
+        predicted = memory.predict(on_meta, settings(cell), rows, hardware)
         phase = max(predicted.phases, key=predicted.phases.get)
         try:
             allocated, reserved = measure(cell, device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nnx_cli.kernels import averaged_keys as layer
+from nnx_cli.system.hardware import Hardware
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
@@ -35,7 +36,7 @@ def test_is_a_mean_in_which_position_m_counts_m_times():
 def test_the_operator_equals_plain_operations(monkeypatch, shape, dtype, kernel):
     if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):
         pytest.skip("needs Triton and a card, or TRITON_INTERPRET=1")
-    monkeypatch.setattr(layer, "has_triton", lambda device: kernel == "triton")
+    monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
     k, share, counts = case(**shape, dtype=dtype, device=KERNEL_DEVICE if kernel == "triton" else "cpu")
     plain = layer.averages(layer.weighted_sums(k, share), counts).to(dtype)
     grad = torch.randn_like(plain.transpose(1, 2)).transpose(1, 2)  # as attention returns it

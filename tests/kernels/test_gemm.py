@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from nnx_cli.kernels import gemm as product
 from nnx_cli.kernels.gemm import multiply
+from nnx_cli.system import hardware
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def always(monkeypatch):
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("shape", [(7, 5, 3), (2, 7, 3, 5), (2, 40, 9, 4)])  # rows, K, M
 def test_products_and_gradients_are_those_of_linear(shape, known, always, monkeypatch):
-    monkeypatch.setattr(product, "has_onednn", lambda: known and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(hardware, "has_onednn", lambda: known and torch.backends.mkldnn.is_available())
     *rows, K, M = shape
     x, weight = torch.randn(*rows, K, requires_grad=True), torch.randn(M, K, requires_grad=True)
     results = []
@@ -31,7 +32,7 @@ def test_products_and_gradients_are_those_of_linear(shape, known, always, monkey
 
 @pytest.mark.parametrize("shape", [(7, 5, 3), (7, 3, 5)])
 def test_the_gradient_of_a_weight_lies_as_the_weight_does(shape, monkeypatch):
-    monkeypatch.setattr(product, "has_onednn", torch.backends.mkldnn.is_available)
+    monkeypatch.setattr(hardware, "has_onednn", torch.backends.mkldnn.is_available)
     rows, M, K = shape
     a, b = torch.randn(rows, M), torch.randn(rows, K)
     found = product.transposed_product(a, b)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from nnx_cli.kernels import qkv_swiglu as layer
 from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.system.hardware import Hardware
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
 SHAPES = [dict(), dict(H=12, G=1, K=64, n_hidden=1100), dict(H=3, G=3, K=24, n_hidden=0), dict(B=1, T=1, K=2)]
@@ -32,7 +33,7 @@ def plainly(packed, tables, H, G):
 def device_for(kernel, monkeypatch):
     if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):
         pytest.skip("needs Triton and a card, or TRITON_INTERPRET=1")
-    monkeypatch.setattr(layer, "has_triton", lambda device: kernel == "triton")
+    monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
     return KERNEL_DEVICE if kernel == "triton" else "cpu"
 
 

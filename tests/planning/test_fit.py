@@ -1,15 +1,17 @@
+from dataclasses import replace
+
 import pytest
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.planning.fit import Predictor, advice, descend, ladder, largest_batch
-from nnx_cli.planning.memory import CPU, Target
+from nnx_cli.planning.memory import ANY_GPU, CPU
 
 GIB = 2**30
 
 
 def predictor(name="llama", size="large", lora_rank=None):
-    return Predictor(name, models.make_config(name, size=size), lora_rank, Target())
+    return Predictor(name, models.make_config(name, size=size), lora_rank, ANY_GPU)
 
 
 def train(**settings):
@@ -59,10 +61,10 @@ def test_the_largest_batch_is_the_largest():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("target", [CPU, Target(), Target(triton=False)], ids=["cpu", "card", "no-triton"])
+@pytest.mark.parametrize("hardware", [CPU, ANY_GPU, replace(ANY_GPU, triton=False)], ids=["cpu", "card", "no-triton"])
 @pytest.mark.parametrize("name", models.names())
-def test_nothing_takes_more_than_the_bound(name, target, dropout):
-    found = Predictor(name, models.make_config(name, size="nano", dropout=dropout), None, target)
+def test_nothing_takes_more_than_the_bound(name, hardware, dropout):
+    found = Predictor(name, models.make_config(name, size="nano", dropout=dropout), None, hardware)
     for optimizer, precision in (("muon", "fp32"), ("adamw", "bf16")):
         settings = next(ladder(train(optimizer=optimizer, precision=precision)))[0]
         for rows in (8, 256):

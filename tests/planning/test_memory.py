@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from nnx_cli.layers.loss import LossModule
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.planning.memory import Storages, Target, simulate
+from nnx_cli.planning.memory import ANY_GPU, Storages, simulate
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [
@@ -72,10 +73,10 @@ def test_what_blocks_keep_is_known_to_the_byte(name, fields, dtype):
 def test_blocks_left_out_and_shapes_looked_up_change_nothing(name, mode, monkeypatch):
     config = models.make_config(name, **(SHAPE | dict(n_layers=11 if mode == "off" else 10)))
     model = meta_model(name, config)
-    short = [simulate(model, 2, 40, target=Target(), checkpointing=mode) for _ in range(2)]
+    short = [simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=mode) for _ in range(2)]
     monkeypatch.setattr(memory, "WHOLE", 99)
     monkeypatch.setattr(memory, "outputs", lambda func, args, kwargs: func(*args, **kwargs))
-    assert short == 2 * [simulate(model, 2, 40, target=Target(), checkpointing=mode)]
+    assert short == 2 * [simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=mode)]
     assert len(model.blocks) == config.n_layers and all(p.grad is None for p in model.parameters())
 
 
@@ -107,7 +108,7 @@ def test_phases_agree_with_memtracker(name):
     from torch.distributed._tools.mem_tracker import MemTracker
 
     config = models.make_config(name, **(SHAPE | dict(vocab_size=3000, seq_len=64)))
-    told = simulate(meta_model(name, config), 4, 64, target=memory.CPU, accumulate=False)
+    told = simulate(meta_model(name, config), 4, 64, hardware=memory.CPU, accumulate=False)
     with FakeTensorMode():
         model = models.from_config(name, config)
         tracker = MemTracker()
@@ -131,7 +132,7 @@ def test_memory_grows_with_what_it_holds(name):
         model = meta_model(name, config)
         cast_matrices(model, weights)
         train = TrainConfig(**(dict(optimizer="adamw", precision="fp32", activation_checkpointing="off") | settings))
-        return memory.predict(model, train, rows, Target())
+        return memory.predict(model, train, rows, ANY_GPU)
 
     base, total = told(), count_parameters(meta_model(name, config))["total"]
     assert 4 * total <= base.weights_bytes < 4.2 * total and 4 * total <= base.gradients_bytes < 4.2 * total
@@ -170,7 +171,7 @@ def test_compiled_blocks_take_what_was_measured(name):
         activation_checkpointing="on",
         compile="on",
     )
-    told = memory.predict(model, train, 8, Target("cuda", (9, 0)))
+    told = memory.predict(model, train, 8, replace(ANY_GPU, capability=(9, 0)))
     assert 0.98 * ON_H100[name] < told.peak_bytes / 2**20 < 1.02 * ON_H100[name]
 
 
@@ -178,9 +179,9 @@ def test_compiled_blocks_take_what_was_measured(name):
 def test_compiled_blocks_keep_less(name):
     model = meta_model(name, models.make_config(name, **SHAPE))
     model.compute_dtype = torch.bfloat16
-    eager = simulate(model, 2, SHAPE["seq_len"], target=Target())
-    compiled, again = (simulate(model, 2, SHAPE["seq_len"], target=Target(), compiled=True) for _ in range(2))
-    assert compiled == again and simulate(model, 2, SHAPE["seq_len"], target=Target()) == eager
+    eager = simulate(model, 2, SHAPE["seq_len"], hardware=ANY_GPU)
+    compiled, again = (simulate(model, 2, SHAPE["seq_len"], hardware=ANY_GPU, compiled=True) for _ in range(2))
+    assert compiled == again and simulate(model, 2, SHAPE["seq_len"], hardware=ANY_GPU) == eager
     assert 0.3 * eager.blocks < compiled.blocks < eager.blocks
     assert compiled.activations - compiled.blocks == eager.activations - eager.blocks
 
@@ -188,9 +189,9 @@ def test_compiled_blocks_keep_less(name):
 @pytest.mark.parametrize("mode", ["off", "half", "on"])
 def test_compiled_blocks_left_out_change_nothing(mode, monkeypatch):
     model = meta_model("llama", models.make_config("llama", **(SHAPE | dict(n_layers=11 if mode == "off" else 10))))
-    short = simulate(model, 2, 40, target=Target(), checkpointing=mode, compiled=True)
+    short = simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=mode, compiled=True)
     monkeypatch.setattr(memory, "WHOLE", 99)
-    assert short == simulate(model, 2, 40, target=Target(), checkpointing=mode, compiled=True)
+    assert short == simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=mode, compiled=True)
 
 
 def test_a_prediction_imports_no_compiler():
@@ -199,11 +200,11 @@ import sys
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.planning.flops import flops_per_token, meta_model
-from nnx_cli.planning.memory import Target, predict
+from nnx_cli.planning.memory import ANY_GPU, predict
 
 model = meta_model("nyx", models.make_config("nyx", size="nano"))
 train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="half")
-predict(model, train, 2, Target())
+predict(model, train, 2, ANY_GPU)
 flops_per_token(model)
 assert not {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & {*sys.modules}
 from nnx_cli.planning.flops import without_compiler
