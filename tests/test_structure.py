@@ -53,7 +53,6 @@ IN_A_CIRCLE = {
 }
 POSTPONED = {
     "optim/_groups.py",
-    "planning/memory.py",
 }
 LONG_FUNCTIONS = {
     "commands/summarize.py:run",

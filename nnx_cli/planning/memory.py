@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -76,7 +76,7 @@ class PlannedOperations(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
-        if self.hardware.kind == "cuda" and not torch.compiler.is_compiling():
+        if self.hardware.kind == "cuda":
             if func is F.rms_norm:
                 return rms_norm(*args, **kwargs)
             if func is F.dropout:
@@ -238,15 +238,6 @@ class Storages(LightMode):
         section = self.sections[-1]
         section.rise = max(section.rise, self.live + workspace - self.start)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave this for a while: code that was compiled without a mode is compiled again under one."""
-        self.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self.__enter__()
-
     def born(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.known:
@@ -312,13 +303,11 @@ def simulate(
     checkpointing: str = "off",
     accumulate: bool = True,
     in_backward: bool = False,
-    compiled: bool = False,
 ) -> Pass:
     """One micro-step of a model on the meta device.
 
     `accumulate`: gradients exist before; without it, those that come to exist are part of the backward phase.
-    `in_backward`: each is gone as soon as the optimizer has used it. `compiled`: blocks are, as `compile_blocks` does
-    it, which takes seconds.
+    `in_backward`: each is gone as soon as the optimizer has used it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
@@ -348,13 +337,8 @@ def simulate(
             return x
 
         checkpoint_blocks(model, checkpointing)
-        if compiled:
-            from nnx_cli.planning.buffers import compile_imitations  # a tenth of a second, most of it torch's
-
-            compile_imitations(model.blocks, WORKSPACES if storages.on_gpu else {}, storages.count)
         for number, block in enumerate(model.blocks):
-            call = storages.paused()(block._compiled_call_impl) if compiled else block._call_impl
-            block._compiled_call_impl = partial(run, number, call)
+            block._compiled_call_impl = partial(run, number, block._call_impl)
         model.trunk = trunk
         try:
             input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
@@ -366,8 +350,6 @@ def simulate(
         finally:
             del model.trunk
             undo_compile(model)
-            if compiled:
-                torch.compiler.reset()  # the next shape would count as the same code compiled once more
             checkpoint_blocks(model, "off")
             for handle in handles:
                 handle.remove()
@@ -437,12 +419,11 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware
     """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
     has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in.
 
-    Blocks count as compiled with `compile` "on" alone; eager ones keep more."""
+    Blocks count as eager: compiled ones keep less."""
     model.compute_dtype = DTYPES[config.precision]
     in_backward = config.optimizer_in_backward
     accumulate = (config.grad_accum or 2) > 1 and not in_backward
-    compiled = config.compile == "on"
-    with nullcontext() if compiled else without_compiler():
+    with without_compiler():
         step = simulate(
             model,
             batch_size,
@@ -451,7 +432,6 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware
             checkpointing=config.activation_checkpointing,
             accumulate=accumulate,
             in_backward=in_backward,
-            compiled=compiled,
         )
         states, moment = optimizer_memory(model, config, hardware)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
