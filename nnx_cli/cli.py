@@ -87,7 +87,7 @@ class Group(TyperGroup):
         try:
             code = super().main(arguments, *rest, **options)
         except (NnxError, TyperException) as error:
-            code = report(error, self, debug)
+            code = _report(error, self, debug)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
         except SystemExit as ended:  # what Typer makes of a closed pipe
@@ -95,11 +95,11 @@ class Group(TyperGroup):
                 raise
             code = 0
         except Exception as error:
-            code = report(explain(error), self, debug)
+            code = _report(_explain(error), self, debug)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def explain(error: Exception) -> NnxError:
+def _explain(error: Exception) -> NnxError:
     """An error that nobody foresaw, as one line."""
     text = str(error)
     out_of_memory = (
@@ -111,11 +111,11 @@ def explain(error: Exception) -> NnxError:
         return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     if type(error).__name__ == "AcceleratorError" and "captur" not in text:  # torch's; the latter is a mistake of ours
         why = text.partition("\n")[0]
-        return NnxError(f"the card failed: {why}", fix="start it again; a run goes on with: nnx train --resume last")
+        return NnxError(f"the GPU failed: {why}", fix="start it again; a run goes on with: nnx train --resume last")
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
 
 
-def report(error: NnxError | TyperException, group: Group, debug: bool = False) -> int:
+def _report(error: NnxError | TyperException, group: Group, debug: bool = False) -> int:
     """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
     message = error.format_message() if isinstance(error, TyperException) else str(error)
     possibilities = getattr(error, "possibilities", None)
@@ -126,15 +126,15 @@ def report(error: NnxError | TyperException, group: Group, debug: bool = False) 
 
     output = Output()
     lines = traceback.format_exc().splitlines() if debug else []
-    lines.append(f"nnx: {shortened(message)}")
+    lines.append(f"nnx: {_shortened(message)}")
     if fix := getattr(error, "fix", None):
-        lines.append(f"     {shortened(fix)}")
+        lines.append(f"     {_shortened(fix)}")
     for line in lines:
         output.err.print(printable(line), markup=False, emoji=False, highlight=False)
     return error.exit_code
 
 
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     """`text` in one line that a screen can hold, whatever a file or an argument brought into it."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_LINE_CHARS else f"{line[: MAX_LINE_CHARS // 2]} … {line[-MAX_LINE_CHARS // 2 :]}"
@@ -158,7 +158,7 @@ def version(value: bool) -> None:
 
 
 @app.callback()
-def root(
+def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
     ] = False,

@@ -58,7 +58,7 @@ class TrainConfig:
     warmup_steps: int | None = None  # steps of rising learning rate
     min_lr: float = 0.0  # learning rate at the end
     weight_decay: float | None = None  # of matrices
-    beta2: float | None = None  # of AdamW: how much of its average of squared gradients it keeps at each step
+    beta2: float | None = None  # of AdamW: decay of its second moment at each step
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16

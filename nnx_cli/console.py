@@ -52,11 +52,11 @@ def prepare_help() -> None:
 
 class ForgivingStream:
     """A stream that falls silent when writing fails, because the terminal was closed or nobody reads the pipe: a lost
-    note ends no run. `numbers` are those of the errors that silence it; all without them."""
+    note ends no run. `errnos` are those of the errors that silence it; all without them."""
 
-    def __init__(self, stream: Any, numbers: Sequence[int] = ()) -> None:
+    def __init__(self, stream: Any, errnos: Sequence[int] = ()) -> None:
         self.stream = stream
-        self.numbers = numbers
+        self.errnos = errnos
 
     def write(self, text: str) -> int:
         with self._listening():
@@ -72,7 +72,7 @@ class ForgivingStream:
         try:
             yield
         except OSError as error:
-            if self.numbers and error.errno not in self.numbers:
+            if self.errnos and error.errno not in self.errnos:
                 raise
             self._silence()
 

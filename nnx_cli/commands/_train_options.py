@@ -134,7 +134,7 @@ class ResumeRequest:
     dry_run: bool
 
 
-def all_fields() -> list[Field]:
+def _all_fields() -> list[Field]:
     """Every setting that a command line or a file may give."""
     return [*model_fields().values(), *TRAINING, *PREPARING]
 
@@ -142,12 +142,12 @@ def all_fields() -> list[Field]:
 def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
     """What the options ask for. Raises UsageError where they disagree, or name what the architecture does not have."""
     aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options[theirs] is not None}
-    settings = given(options, all_fields())
+    settings = given(options, _all_fields())
     if twice := aliases.keys() & settings.keys():
         raise UsageError(f"--{twice.pop().replace('_', '-')} is given twice, in two spellings")
     settings |= aliases
     run, checkpoint, fixed = options["resume"], options["checkpoint_path"], SET_BY_A_RUN
-    if run is None and checkpoint is not None and not is_foreign(checkpoint):
+    if run is None and checkpoint is not None and not _is_foreign(checkpoint):
         run, fixed = checkpoint, fixed - {"filepath"}  # which the documented commands name every time
     if run is None:
         return _new_request(settings, aliases, options)
@@ -169,11 +169,11 @@ def _resume_request(run: str, settings: dict[str, Any], options: Mapping[str, An
 def _new_request(settings: dict[str, Any], aliases: Iterable[str], options: Mapping[str, Any]) -> Request:
     checkpoint = options["checkpoint_path"]
     recipe = NYX_RECIPE if options["model"] is None and (aliases or checkpoint) else {}
-    values, sources = merge(settings, options["config"], recipe)
+    values, sources = _merge(settings, options["config"], recipe)
     named = {"model": options["model"], "size": options["size"], "data": options["data"] or options["filepath"]}
     sources |= {name: "command line" for name, value in named.items() if value is not None}
     filed = {name: values.pop(name, None) for name in ("model", "size")}
-    fields, train, prepare = split(values)
+    fields, train, prepare = _split(values)
     if options["filepath"] and options["data"]:
         raise UsageError("--filepath and --data: give one, text or tokens")
     return Request(
@@ -202,17 +202,17 @@ def _recipe_note(options: Mapping[str, Any]) -> str:
     return f"--{spelling} is the original NYX's spelling, so its recipe holds ({recipe}); without that: --model nyx"
 
 
-def is_foreign(checkpoint: str) -> bool:
+def _is_foreign(checkpoint: str) -> bool:
     """Whether --checkpoint_path names a file of the original rather than a run."""
     return checkpoint.endswith((".pth", ".pt", ".safetensors")) and not Path(checkpoint).is_dir()
 
 
-def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings from the recipe, the TOML file and the command line, the later ones winning, and where each came
     from."""
     layers = [("recipe: NYX", recipe)]
     if config is not None:
-        fields = all_fields()
+        fields = _all_fields()
         known = [field.name for field in fields] + ["model", "size"]
         layers.append((f"file: {config}", coerce(fields, read_toml(config, known), f"--config {config}")))
     layers.append(("command line", cli))
@@ -227,7 +227,7 @@ def merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> t
     return values, sources
 
 
-def split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
+def _split(values: dict[str, Any]) -> tuple[dict[str, Any], TrainConfig, PrepareConfig]:
     """Settings by owner: the model's fields, training, preparing."""
     train_names = {field.name for field in TRAINING}
     prepare_names = {field.name for field in PREPARING}

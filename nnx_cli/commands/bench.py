@@ -23,7 +23,7 @@ from nnx_cli.console import size as size_text
 from nnx_cli.errors import DoesNotFit, UsageError
 
 COMPUTING = {"on": ", compiled", "graph": ", graph", "off": ""}
-SHOWN = {"training": "model FLOPs, of large matrix products", "decoding": "bytes read, of a large copy"}
+SHOWN = {"training": "model FLOPs, of large matmuls", "decoding": "bytes read, of a large copy"}
 TRAINED_AS = [field for field in own_fields(TrainConfig) if field.name in ("compile", "device", "vram", "threads")]
 SHAPE = [field for name, field in model_fields().items() if name in ("vocab_size", "seq_len")]
 
@@ -48,8 +48,8 @@ def run(
     names = models.names() if model == "all" else [model]
     for name in names:
         models.check_name(name)
-    batch_sizes = numbers("batch-size", batch_size)
-    precisions = words(precision or "")
+    batch_sizes = _whole_numbers("batch-size", batch_size)
+    precisions = _words(precision or "")
     for each in precisions:
         check_choice("precision", each, ("auto", "fp32", "bf16", "fp16"))
     check_range("seconds", seconds, 0.0, 3600.0, low_open=True)
@@ -62,20 +62,20 @@ def run(
     )
     machine, limits, rows = next(found), next(found), list(found)
     output.show_json(machine | {"limits": asdict(limits), "rows": [asdict(row) for row in rows]})
-    show(output, machine, limits, rows)
+    _show(output, machine, limits, rows)
     if all(row.problem for row in rows):
         raise DoesNotFit(rows[-1].problem)
 
 
-def words(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     """The parts of a list: "fp32,bf16" or "fp32 bf16", each once."""
     return list(dict.fromkeys(text.replace(",", " ").split()))
 
 
-def numbers(option: str, text: str) -> list[int]:
+def _whole_numbers(option: str, text: str) -> list[int]:
     """The numbers of a list, at least one. Raises UsageError."""
     try:
-        found = [int(word) for word in words(text)]
+        found = [int(word) for word in _words(text)]
     except ValueError:
         found = []
     if not found:
@@ -85,7 +85,7 @@ def numbers(option: str, text: str) -> list[int]:
     return found
 
 
-def show(output: Output, machine: dict[str, Any], limits: Any, rows: list[Any]) -> None:
+def _show(output: Output, machine: dict[str, Any], limits: Any, rows: list[Any]) -> None:
     """Two tables under what they were measured on, to be pasted into an issue."""
     versions = machine["versions"]
     rates = ", ".join(f"{precision} {rate / 1e12:.3g} TFLOP/s" for precision, rate in limits.flops.items())
@@ -93,7 +93,7 @@ def show(output: Output, machine: dict[str, Any], limits: Any, rows: list[Any]) 
         f"nnx {versions['nnx']}, torch {versions['torch']}, Python {versions['python']}, {machine['system']}, "
         f"{machine['date']}",
         machine["device"],
-        f"large matrix products: {rates}; large copies: {limits.bytes_per_s / 1e9:,.1f} GB/s",
+        f"large matmuls: {rates}; large copies: {limits.bytes_per_s / 1e9:,.1f} GB/s",
     )
     for what, share in SHOWN.items():
         lines = [

@@ -56,8 +56,8 @@ def run(
         [ref.label, "before", "after"],
         [
             ["file", *(size(side["file_bytes"]) for side in sides)],
-            ["bits per byte", *(number(side["bits_per_byte"], ".4f") for side in sides)],
-            ["decoding, tokens/s", *(number(side["decode_tokens_per_s"], ",.0f") for side in sides)],
+            ["bits per byte", *(_number(side["bits_per_byte"], ".4f") for side in sides)],
+            ["decoding, tokens/s", *(_number(side["decode_tokens_per_s"], ",.0f") for side in sides)],
         ],
     )
     output.show(
@@ -66,6 +66,6 @@ def run(
     )
 
 
-def number(value: float | None, form: str) -> str | None:
+def _number(value: float | None, form: str) -> str | None:
     """A number as text, or None."""
     return None if value is None else format(value, form)

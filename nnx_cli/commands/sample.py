@@ -56,13 +56,13 @@ def run(
     where = pick_device(device)
     precision = pick_precision(precision, where)
     shape = {ours: options[theirs] for theirs, ours in SHAPE.items() if options.get(theirs) is not None}
-    ref = newest_of_shape(shape) if shape and model is None else find_model(model)
+    ref = _newest_of_shape(shape) if shape and model is None else find_model(model)
     tokenizer = ref.tokenizer
-    text = read_prompt(prompt, prompt_file)
+    text = _read_prompt(prompt, prompt_file)
     if tokenizer is None and text:
         text = " ".join(text.split()) + " "
     network = load_model(ref, where, precision)
-    ids = prompt_ids(text, tokenizer, network.config.vocab_size)
+    ids = _prompt_ids(text, tokenizer, network.config.vocab_size)
     if len(ids) > network.config.seq_len:
         output.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
     several = config.num_samples > 1
@@ -82,10 +82,10 @@ def run(
         f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
-    output.show_json(product(ref.label, text, result) | {"peak_memory_bytes": peak_memory_bytes(where)})
+    output.show_json(_samples_as_json(ref.label, text, result) | {"peak_memory_bytes": peak_memory_bytes(where)})
 
 
-def product(label: str, prompt: str, result: Any) -> dict[str, Any]:
+def _samples_as_json(label: str, prompt: str, result: Any) -> dict[str, Any]:
     """What --json prints of the samples of a model."""
     return {
         "model": label,
@@ -96,27 +96,27 @@ def product(label: str, prompt: str, result: Any) -> dict[str, Any]:
     }
 
 
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from the option, a file, or standard input."""
     if prompt_file is not None:
         try:
             with open(prompt_file, "rb") as file:
-                return decoded(file.read(MAX_PROMPT_BYTES + 1))
+                return _decoded(file.read(MAX_PROMPT_BYTES + 1))
         except OSError as error:
             raise DataError(f"cannot read --prompt-file {prompt_file}: {error.strerror}") from error
     if prompt == "-":
-        return decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))
+        return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))
     return prompt or ""
 
 
-def decoded(data: bytes) -> str:
+def _decoded(data: bytes) -> str:
     """A prompt as text. Raises DataError where it is more than anybody would write (or has no end, as /dev/zero)."""
     if len(data) > MAX_PROMPT_BYTES:
         raise DataError(f"the prompt has more than {MAX_PROMPT_BYTES >> 20} MiB")
     return data.decode("utf-8", "replace")
 
 
-def prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
+def _prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
     """Token ids of a prompt, at least one: an empty prompt is the beginning of a text. Without a tokenizer the prompt
     is ids."""
     if tokenizer is not None:
@@ -130,7 +130,7 @@ def prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def newest_of_shape(shape: dict[str, int]) -> Any:
+def _newest_of_shape(shape: dict[str, int]) -> Any:
     """The newest run whose model has these values. Raises CheckpointError, saying which runs exist, where there is
     none."""
     from nnx_cli.runs.find import find_runs

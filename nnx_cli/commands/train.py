@@ -43,12 +43,12 @@ def run(output: Output, **options: Any) -> None:
 
     with signals_as_ctrl_c():
         if isinstance(request, ResumeRequest):
-            resume_run(output, request)
+            _resume_run(output, request)
         else:
-            new_run(output, request)
+            _new_run(output, request)
 
 
-def new_run(output: Output, request: Request) -> None:
+def _new_run(output: Output, request: Request) -> None:
     """Prepare what has to be prepared, plan, and train."""
     if request.model is not None:
         models.check_name(request.model)
@@ -61,9 +61,9 @@ def new_run(output: Output, request: Request) -> None:
 
     if request.note:
         output.note(request.note)
-    base, shape, sources = chosen_shape(request)
+    base, shape, sources = _chosen_shape(request)
     device, precision = session.prepare_device(request.train)
-    refuse_taken(request.out)
+    _refuse_taken(request.out)
     made: list[Path] = []
     if (folder := request.data) is None:
         folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output))
@@ -83,22 +83,22 @@ def new_run(output: Output, request: Request) -> None:
             tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
         )
         if request.dry_run:
-            show_plan(output, plan, folder)
+            _show_plan(output, plan, folder)
             take_back(made)
             return
-        tell_plan(output, plan, tokens, device)
+        _tell_plan(output, plan, tokens, device)
         with TrainingView(output) as view:
             stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
-            started, trainer = start(plan, tokens, request.out, stem, device, view, sampling, base)
+            started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
             made = []
             with started.lock():
-                finish(output, started, trainer, view)
+                _finish(output, started, trainer, view)
     except NnxError:
         take_back(made)
         raise
 
 
-def chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:
+def _chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:
     """The model to start from, if any, the shape of the new one, and where each value comes from.
 
     Raises UsageError for a shape or a batch that cannot be, before any text is read.
@@ -108,7 +108,7 @@ def chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, st
 
     base, sources, spec = None, request.sources, request.init_from
     if request.checkpoint is not None:
-        spec = imported(request.model or DEFAULT_MODEL, request.checkpoint)
+        spec = _imported(request.model or DEFAULT_MODEL, request.checkpoint)
     if spec is not None:
         base, shape = start_from(spec, request.model, request.size, request.fields)
         sources = dict.fromkeys(["model", "size", *shape.fields], f"model: {spec}") | sources
@@ -121,7 +121,7 @@ def chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, st
     return base, shape, sources
 
 
-def imported(model: str, checkpoint: str) -> str:
+def _imported(model: str, checkpoint: str) -> str:
     """The model folder of an original's checkpoint: imported now, or before."""
     from nnx_cli.convert.import_original import import_checkpoint
     from nnx_cli.runs.find import WEIGHTS
@@ -132,13 +132,13 @@ def imported(model: str, checkpoint: str) -> str:
     return str(folder)
 
 
-def refuse_taken(out: Path | None) -> None:
+def _refuse_taken(out: Path | None) -> None:
     """Raise OutputError where the run folder that was named exists."""
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
 
 
-def start(
+def _start(
     plan: Plan,
     tokens: TokenFolder,
     out: Path | None,
@@ -154,13 +154,13 @@ def start(
     while True:
         folder = out or session.free_folder(f"{plan.model}-{stem}")
         try:
-            return session.start(plan, tokens, folder, device, view, sampling, command_line(), base)
+            return session.start(plan, tokens, folder, device, view, sampling, _command_line(), base)
         except OutputError:
             if out is not None or not folder.exists():  # else another process took the name meanwhile
                 raise
 
 
-def resume_run(output: Output, request: ResumeRequest) -> None:
+def _resume_run(output: Output, request: ResumeRequest) -> None:
     """Continue a run from its newest checkpoint."""
     from nnx_cli.runs.find import find_folder
     from nnx_cli.runs.run import Run
@@ -169,7 +169,7 @@ def resume_run(output: Output, request: ResumeRequest) -> None:
     folder = session.find_unfinished() if request.run == "last" else find_folder(request.run)
     run, settings = Run(folder), request.settings
     lengths = LENGTHS & settings.keys()
-    status, lost = read_or_lost(run)
+    status, lost = _read_or_lost(run)
     if status.get("status") == "finished" and not lengths:
         output.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
         output.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
@@ -177,7 +177,7 @@ def resume_run(output: Output, request: ResumeRequest) -> None:
     if request.dry_run:
         shape = dict(run.config["model"])
         rows = {"model": shape.pop("name"), **shape, **run.config["training"], **settings}
-        show_rows(output, rows, {name: "command line" if name in settings else f"run: {folder}" for name in rows})
+        _show_rows(output, rows, {name: "command line" if name in settings else f"run: {folder}" for name in rows})
         return
     if lengths:
         settings = dict.fromkeys(LENGTHS) | settings
@@ -186,10 +186,10 @@ def resume_run(output: Output, request: ResumeRequest) -> None:
         for note in [*lost, *notes]:
             output.warn(note)
         output.note(f"resuming {folder} at step {trainer.state.step}")
-        finish(output, run, trainer, view)
+        _finish(output, run, trainer, view)
 
 
-def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
+def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
     """What run.json says, and a note where it is damaged: a run goes on without it."""
     try:
         return run.status(), []
@@ -197,7 +197,7 @@ def read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{error}; its numbers come from the checkpoint"]
 
 
-def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> None:
+def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> None:
     """Train a locked run to the end, record how it ended, and say so. Raises Interrupted where it was stopped."""
     from nnx_cli.system.signals import stop_signals
 
@@ -206,9 +206,9 @@ def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> No
             ended = trainer.train(run, should_stop)
         except NnxError as error:
             with suppress(OutputError):  # a full disk is what the error may be
-                record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
+                _record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
             raise
-        status = record(run, trainer, ended)
+        status = _record(run, trainer, ended)
     view.close()
     if ended == "interrupted":
         output.note("")
@@ -218,10 +218,10 @@ def finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> No
         )
     parameters = run.config["parameters"]
     output.show_json(status | {"out": str(run.folder), "parameters": parameters})
-    output.show(*verdict(run, trainer, status, parameters))
+    output.show(*_verdict(run, trainer, status, parameters))
 
 
-def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
+def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     """Write how a run stands into run.json."""
     state = trainer.state
     return run.set_status(
@@ -233,7 +233,7 @@ def record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     )
 
 
-def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int) -> list[str]:
+def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int) -> list[str]:
     """What happened, and what to do next."""
     state, bits, best_step = trainer.state, status["best_val_bits_per_byte"], status["best_step"] or 0
     quality = (
@@ -259,12 +259,12 @@ def verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int)
     ]
 
 
-def command_line() -> str:
+def _command_line() -> str:
     """This command as it was typed."""
     return shlex.join(["nnx", *sys.argv[1:]])
 
 
-def tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.device) -> None:
+def _tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.device) -> None:
     """What is about to happen, in two lines."""
     from nnx_cli.planning import flops as cost
     from nnx_cli.system.device import describe
@@ -284,7 +284,7 @@ def tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.dev
     )
 
 
-def show_plan(output: Output, plan: Plan, folder: Path) -> None:
+def _show_plan(output: Output, plan: Plan, folder: Path) -> None:
     """Every value of a planned run and where it comes from."""
     values = {"model": plan.model, "size": plan.size, "data": str(folder)}
     values |= models.config_dict(plan.model_config) | asdict(plan.train)
@@ -292,10 +292,10 @@ def show_plan(output: Output, plan: Plan, folder: Path) -> None:
         name: plan.sources.get(name, "size" if name in plan.model_config.__dataclass_fields__ else "default")
         for name in values
     }
-    show_rows(output, values, sources)
+    _show_rows(output, values, sources)
 
 
-def show_rows(output: Output, values: dict[str, Any], sources: dict[str, str]) -> None:
+def _show_rows(output: Output, values: dict[str, Any], sources: dict[str, str]) -> None:
     """Settings, their values and where each came from."""
     rows = [{"setting": name, "value": value, "source": sources[name]} for name, value in values.items()]
     output.show_json(rows)

@@ -41,7 +41,7 @@ from nnx_cli.training.trainer import Observer, Trainer
 ROUNDS = 5  # whose median counts
 WARMUP_CALLS = {"cpu": 1}  # before anything is timed: memory is taken, kernels are chosen, blocks compiled
 GPU_WARMUP_CALLS = 5
-MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # width of the square matrices whose product is timed
+MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # width of the square matrices whose matmul is timed
 COPY_BYTES = {"cpu": 2**28, "mps": 2**29, "cuda": 2**30}
 PROMPT_TOKENS = 8
 MOST_NEW_TOKENS = 256
@@ -53,7 +53,7 @@ GPU_SIZE = "small"
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device does at most, as measured: multiplications and additions a second of large matrix products by
+    """What the device does at most, as measured: multiplications and additions a second of large matmuls by
     precision, and bytes a second, read and written, of a large copy."""
 
     flops: dict[str, float]
@@ -64,7 +64,7 @@ class Limits:
 class Row:
     """One measurement. A step of training is one micro-batch; a token of decoding is drawn and shown as in sampling.
 
-    `share` is the part of the limit that is used: of the matrix products' rate in training, where attention counts as
+    `share` is the part of the limit that is used: of the matmuls' rate in training, where attention counts as
     causal; in decoding of the copy's, for reading weights and cache once a step in the width of the precision.
     `problem` says why nothing was measured.
     """
@@ -113,14 +113,14 @@ def calls_per_s(work: Callable[[], Any], device: torch.device, seconds: float) -
     return 1 / median(timed(n) for _ in range(rounds))
 
 
-def matrix_flops(device: torch.device, precision: str, seconds: float) -> float:
-    """Floating-point operations a second of a product of large matrices."""
+def _matmul_flops(device: torch.device, precision: str, seconds: float) -> float:
+    """Floating-point operations a second of a large matmul."""
     n = MATRIX[device.type]
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
     return 2 * n**3 * calls_per_s(lambda: multiply(a, b), device, seconds)
 
 
-def copy_bytes_per_s(device: torch.device, seconds: float) -> float:
+def _copy_bytes_per_s(device: torch.device, seconds: float) -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
@@ -129,8 +129,8 @@ def copy_bytes_per_s(device: torch.device, seconds: float) -> float:
 
 def measure_limits(device: torch.device, precisions: list[str], seconds: float) -> Limits:
     """The device's limits, to compare speeds with."""
-    found = Limits({p: matrix_flops(device, p, seconds) for p in precisions}, copy_bytes_per_s(device, seconds))
-    free_memory(device)
+    found = Limits({p: _matmul_flops(device, p, seconds) for p in precisions}, _copy_bytes_per_s(device, seconds))
+    _free_memory(device)
     return found
 
 
@@ -169,7 +169,7 @@ class Case:
         )
 
 
-def random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
+def _random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
     """Tokens in memory that nobody wrote, for training; no tokenizer knows them."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, config.vocab_size, STEPS * batch_size * config.seq_len + 1, dtype=np.uint32)
@@ -185,7 +185,7 @@ def random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
     )
 
 
-def plan_training(case: Case, config: TrainConfig, device: torch.device) -> TrainConfig:
+def _plan_training(case: Case, config: TrainConfig, device: torch.device) -> TrainConfig:
     """`config` as a run of the default length would fill it in, with one micro-batch a step. Raises DoesNotFit."""
     fields = {field: value for field, value in models.config_dict(case.config).items() if field != "vocab_size"}
     wanted = replace(config, batch_size=case.batch_size, grad_accum=1, precision=case.precision)
@@ -206,11 +206,11 @@ def plan_training(case: Case, config: TrainConfig, device: torch.device) -> Trai
 
 def make_trainer(case: Case, config: TrainConfig, device: torch.device, tell: Callable[[str], None]) -> Trainer:
     """A trainer on random tokens, that has decided how it steps. Raises DoesNotFit."""
-    config = plan_training(case, config, device)
-    free_memory(device)
+    config = _plan_training(case, config, device)
+    _free_memory(device)
     set_seed(config.seed)
     model = models.from_config(case.model, case.config)
-    data = random_tokens(case.config, case.batch_size)
+    data = _random_tokens(case.config, case.batch_size)
     trainer = session.make_trainer(model, data, config, device, Notes(tell), session.Sampling([0]))
     compiler.decide(trainer, config.compile)
     model.train()
@@ -243,7 +243,7 @@ def training(
 
 def decoding(case: Case, device: torch.device, limits: Limits, seconds: float) -> Row:
     """Speed of drawing the tokens of `batch_size` samples side by side, from a short prompt on."""
-    free_memory(device)
+    _free_memory(device)
     set_seed(0)
     model = models.from_config(case.model, case.config).to(device).eval()
     model.compute_dtype = DTYPES[case.precision]
@@ -304,7 +304,7 @@ def measure_all(
     configs = {name: models.make_config(name, size=size, **fields) for name in names}
     chosen = [pick_precision(precision, device) for precision in precisions] or list(dict.fromkeys([best, "fp32"]))
     yield machine(device)
-    tell("matrix products and copies")
+    tell("large matmuls and copies")
     limits = measure_limits(device, chosen, seconds / 2)
     yield limits
     for name in names:
@@ -324,7 +324,7 @@ def attempt(case: Case, what: str, measure: Callable[[], Row]) -> Row:
         return case.row(what, problem=str(error) if isinstance(error, DoesNotFit) else "out of memory")
 
 
-def free_memory(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     """Let go of what the last model held, and begin to look for the peak of memory anew, where the system can."""
     gc.collect()
     if "torch._dynamo" in sys.modules:

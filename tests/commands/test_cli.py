@@ -167,12 +167,12 @@ def test_an_internal_error_is_one_line(refused, workspace, monkeypatch):
     assert "--debug" in result.stderr
 
 
-def test_a_card_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
+def test_a_gpu_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
     def crash(spec):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it in the manual")
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
-    result = refused(1, "the card failed: CUDA error: unspecified launch failure", "sample", "words")
+    result = refused(1, "the GPU failed: CUDA error: unspecified launch failure", "sample", "words")
     assert "Search" not in result.stderr and "nnx train --resume last" in result.stderr
 
 

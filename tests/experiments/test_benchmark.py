@@ -34,7 +34,7 @@ def measure(**changes):
 
 
 @pytest.fixture
-def no_large_products(monkeypatch):
+def no_large_matmuls(monkeypatch):
     monkeypatch.setattr(bench, "measure_limits", lambda device, precisions, seconds: LIMITS)
 
 
@@ -79,7 +79,7 @@ def test_a_step_trains_on_all_of_a_batch(monkeypatch):
     assert bench.training(case(batch_size=3), CONFIG, CPU, LIMITS, 1.0, lambda line: None).tokens_per_s == 480
 
 
-def test_the_machine_its_limits_then_two_rows_for_everything_asked(no_large_products):
+def test_the_machine_its_limits_then_two_rows_for_everything_asked(no_large_matmuls):
     machine, limits, *rows = measure(names=["nyx", "llama"], size="nano", batch_sizes=[1, 3])
     assert machine.keys() == {"date", "device", "threads", "system", "versions"} and limits is LIMITS
     assert [(row.model, row.batch_size, row.what) for row in rows] == [
@@ -88,7 +88,7 @@ def test_the_machine_its_limits_then_two_rows_for_everything_asked(no_large_prod
     assert all(isinstance(row, Row) and row.size == "nano" and row.seq_len == 16 for row in rows)
 
 
-def test_what_does_not_fit_is_a_row_that_says_so(no_large_products, monkeypatch):
+def test_what_does_not_fit_is_a_row_that_says_so(no_large_matmuls, monkeypatch):
     monkeypatch.setattr(bench, "decoding", lambda case, *rest: case.row("decoding"))
     *_, small, large = measure(config=TrainConfig(device="cpu", vram="1.1GB"), batch_sizes=[1, 4096])[1::2]
     assert small.problem is None and large.tokens_per_s is None and "--batch-size 4096 needs" in large.problem
