@@ -57,7 +57,6 @@ POSTPONED = {
 LONG_FUNCTIONS = {
     "commands/summarize.py:run",
     "commands/summarize.py:summary",
-    "convert/quantize.py:quantize_model",
     "planning/memory.py:simulate",
     "planning/plan.py:plan_run",
     "training/session.py:start",

@@ -23,7 +23,7 @@ from nnx_cli.runs.manifest import describe_model, write_model_folder
 from nnx_cli.runs.tensors import check_finite
 from nnx_cli.system.files import new_folder, refuse_existing
 
-MAX_REPEATS = 4  # how often a file may use the same numbers: tied matrices and views do, bombs do more
+MAX_REPEATS = 4  # how often a file may use the same elements: tied matrices and views do, bombs do more
 DAMAGE = (
     pickle.UnpicklingError,
     SafetensorError,
@@ -52,7 +52,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content: Any = safetensors.torch.load_file(path)
         else:
             if zipfile.is_zipfile(path):
-                check_archive(path)
+                _check_archive(path)
             with warnings.catch_warnings(action="ignore"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_archive(path: Path) -> None:
+def _check_archive(path: Path) -> None:
     """Raise CheckpointError where the zip archive that torch writes would unpack to more than it is, or where what it
     holds is not what was written (torch itself does not look at the checksums)."""
     with zipfile.ZipFile(path) as archive:
@@ -122,13 +122,13 @@ def import_checkpoint(
     weights = read_checkpoint(path)
     model = load_original(name, path, weights, variant)
     chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else None)
-    reader = build_tokenizer(chosen) if chosen else None
-    if reader is not None and reader.vocab_size != model.config.vocab_size:
+    known = build_tokenizer(chosen) if chosen else None
+    if known is not None and known.vocab_size != model.config.vocab_size:
         raise CheckpointError(
-            f"{path} has a vocabulary of {model.config.vocab_size:,}, {chosen} of {reader.vocab_size:,}"
+            f"{path} has a vocabulary of {model.config.vocab_size:,}, {chosen} of {known.vocab_size:,}"
         )
     n_parameters = sum(p.numel() for p in model.parameters())
-    config = describe_model(name, None, model.config, n_parameters, reader) | {"imported_from": path.name}
+    config = describe_model(name, None, model.config, n_parameters, known) | {"imported_from": path.name}
     with new_folder(out) as folder:
-        write_model_folder(folder, config, reader, model.state_without_ties())
+        write_model_folder(folder, config, known, model.state_without_ties())
     return config

@@ -45,6 +45,7 @@ class Comparison:
     same_top_token: float  # share of positions where both find the same token likeliest
 
     def bits_per_byte(self, loss: float) -> float | None:
+        """One of the losses per byte of text, or None where its bytes are not known."""
         return loss * self.n_tokens / math.log(2) / self.n_bytes if self.n_bytes else None
 
 
@@ -64,51 +65,65 @@ def quantize_model(
     the run's validation split. Raises OutputError where `out` exists, DataError without text, and QualityError, leaving
     nothing behind, where the model lost more than it may.
     """
-    config = ref.config
-    if "quantization" in config:
-        raise UsageError(f"{ref.label} is quantized already", fix="quantize the run that it was made from")
-    if config.get("lora"):
-        raise UsageError(f"{ref.label} carries an adapter", fix=f"merge it first: nnx merge {ref.label}")
+    check_source(ref)
     refuse_existing(out)
     tokenizer = ref.tokenizer
     if max_drop is not None and tokenizer is None:
         raise UsageError(f"--max-drop is in bits per byte; {ref.label} has no tokenizer, so its bytes are not known")
     before = load_model(ref, device, precision)
     check_kept(before, quantization.kept)
+    config = ref.config_at(out) | {"quantization": asdict(quantization), "quantized_from": ref.label}
     with held_out_tokens(ref, paths) as tokens:
         if len(tokens) < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         with new_folder(out) as folder:
-            write_model_folder(
-                folder, described(ref, quantization, out), tokenizer, quantized_state(before, quantization)
-            )
+            write_model_folder(folder, config, tokenizer, quantized_state(before, quantization))
             after = load_model(ModelRef(folder), device, precision)
             found = compare(before, after, tokens, None if tokenizer is None else tokenizer.token_bytes())
             check_drop(found, max_drop)
             prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()
             speeds = decoding_speeds((before, after), prompt)
-            files = ref.weights()[0], folder / BEST
-            losses = found.loss_before, found.loss_after
-            sides = [
-                {
-                    "file_bytes": file.stat().st_size,
-                    "bits_per_byte": found.bits_per_byte(loss),
-                    "decode_tokens_per_s": speed,
-                }
-                for file, loss, speed in zip(files, losses, speeds, strict=True)
-            ]
-            receipt = {
-                "bits": quantization.bits,
-                "out": str(out),
-                "before": sides[0],
-                "after": sides[1],
-                "kl_divergence": found.kl_divergence,
-                "same_top_token": found.same_top_token,
-                "kept": quantization.kept,
-            }
-            write_synced(folder / "receipt.json", to_json(receipt))
+            sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
+            receipt = write_receipt(folder, out, quantization, found, sizes, speeds, kernel_name(device))
         notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
-    return receipt, [*notes, f"products on this machine: {kernel_name(device)}"]
+    return receipt, [*notes, f"matmuls on this machine: {receipt['kernel']}"]
+
+
+def check_source(ref: ModelRef) -> None:
+    """Raise UsageError where a model is quantized already or carries an adapter."""
+    config = ref.config
+    if "quantization" in config:
+        raise UsageError(f"{ref.label} is quantized already", fix="quantize the run that it was made from")
+    if config.get("lora"):
+        raise UsageError(f"{ref.label} carries an adapter", fix=f"merge it first: nnx merge {ref.label}")
+
+
+def write_receipt(
+    folder: Path,
+    out: Path,
+    quantization: Quantization,
+    found: Comparison,
+    file_bytes: Sequence[int],
+    speeds: Sequence[float],
+    kernel: str,
+) -> dict[str, Any]:
+    """Write receipt.json: what quantizing saves and costs. `file_bytes` and `speeds` are of before and after."""
+    before, after = (
+        {"file_bytes": size, "bits_per_byte": found.bits_per_byte(loss), "decode_tokens_per_s": speed}
+        for size, loss, speed in zip(file_bytes, (found.loss_before, found.loss_after), speeds, strict=True)
+    )
+    receipt = {
+        "bits": quantization.bits,
+        "out": str(out),
+        "before": before,
+        "after": after,
+        "kl_divergence": found.kl_divergence,
+        "same_top_token": found.same_top_token,
+        "kept": quantization.kept,
+        "kernel": kernel,
+    }
+    write_synced(folder / "receipt.json", to_json(receipt))
+    return receipt
 
 
 def check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
@@ -120,11 +135,6 @@ def check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
                 f"--keep {name}: this model has no such layer{nearest(name, layers)}",
                 fix=f"its layers are {', '.join(layers[:6])}" + (", …" if len(layers) > 6 else ""),
             )
-
-
-def described(ref: ModelRef, quantization: Quantization, out: Path) -> dict[str, Any]:
-    """config.json of the quantized model."""
-    return ref.config_at(out) | {"quantization": asdict(quantization), "quantized_from": ref.label}
 
 
 def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[str, Tensor]:
@@ -179,10 +189,11 @@ def compare(
 
 
 def check_drop(found: Comparison, max_drop: float | None) -> None:
-    """Raise QualityError where the quantized model is worse than it may be, or no numbers come out of it."""
-    bits = [found.bits_per_byte(loss) for loss in (found.loss_before, found.loss_after)]
-    unit = "nats per token" if None in bits else "bits per byte"
-    before, after = (found.loss_before, found.loss_after) if None in bits else bits
+    """Raise QualityError where the quantized model is worse than it may be, or its loss is not finite."""
+    before, after = found.bits_per_byte(found.loss_before), found.bits_per_byte(found.loss_after)
+    unit = "bits per byte"
+    if before is None or after is None:
+        before, after, unit = found.loss_before, found.loss_after, "nats per token"
     allowed = RELATIVE_DROP * before if max_drop is None else max_drop
     if not after - before <= allowed:  # not a number is too much as well
         raise QualityError(

@@ -69,8 +69,8 @@ class TextReader:
                 self._stream.read(len(bom))
                 return
         refuse_binary(head, self._stream.name)
-        if encoding := utf16_without_bom(head):
-            self.encoding, self.guessed = encoding, True
+        if guess := utf16_without_bom(head):
+            self.encoding, self.guessed = guess, True
 
     def _confirm_utf8(self, data: bytes) -> None:
         """Called with the first block that is not ASCII: everything before it reads alike in both encodings."""

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from nnx_cli.errors import DataError, MissingFeature
 
@@ -25,11 +25,21 @@ ZSTD_WINDOW_LOG = 27  # 128 MiB, what the zstd command accepts too
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
+class Readable(Protocol):
+    """What a stream reads from: a file, or an unpacker."""
+
+    def read(self, n: int, /) -> bytes:
+        """At most n bytes, none at the end."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
 class Stream(io.RawIOBase):
     """A binary file that can be peeked into. Counts what is read; raises DataError naming the file."""
 
     def __init__(
-        self, raw: BinaryIO, name: str, damage: tuple[type[Exception], ...] = (), *, path: Path | None = None
+        self, raw: Readable, name: str, damage: tuple[type[Exception], ...] = (), *, path: Path | None = None
     ) -> None:
         self.name = name
         self.path = path  # where the same bytes lie in a file
@@ -41,6 +51,7 @@ class Stream(io.RawIOBase):
         self._damage = damage
 
     def readable(self) -> bool:
+        """True: unpackers ask."""
         return True
 
     def peek(self, n: int) -> bytes:
@@ -76,6 +87,7 @@ class Stream(io.RawIOBase):
         return data
 
     def close(self) -> None:
+        """Close the file below, but not standard input."""
         if not self.closed and self._raw is not getattr(sys.stdin, "buffer", None):
             self._raw.close()
         super().close()

@@ -87,7 +87,7 @@ def default_folder(
         if not source.repeatable:
             raise UsageError("text from standard input needs a name for its tokens", fix="add --out data/NAME")
         digest.update(f"{corpus.format_of(source.name)} {_sha256(source)}\n".encode())
-    settings = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
+    settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
     tokenizer = Path(config.tokenizer)
     settings["tokenizer"] = files.sha256_file(tokenizer) if tokenizer.is_file() else config.tokenizer
@@ -284,8 +284,8 @@ def _spooled(source: Source, folder: Path) -> Source:
 
 
 def _progress(phase: str, sources: list[Source], tell: Progress) -> Callable[[int], None]:
-    sizes = [source.size for source in sources]
-    total = None if None in sizes else sum(sizes)
+    known = [source.size for source in sources if source.size is not None]
+    total = sum(known) if len(known) == len(sources) else None
     told = 0
 
     def on_bytes(n_bytes: int) -> None:

@@ -11,10 +11,11 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from nnx_cli.data import formats as rows
 from nnx_cli.data.charset import TextReader
@@ -47,8 +48,9 @@ class Source:
     @property
     def label(self) -> str:
         """How meta.json names it: without the folders of this machine."""
-        outside = self.path is not None and (self.path.is_absolute() or ".." in self.path.parts)
-        return well_formed(self.path.name if outside else self.name)
+        if self.path is not None and (self.path.is_absolute() or ".." in self.path.parts):
+            return well_formed(self.path.name)
+        return well_formed(self.name)
 
     @property
     def repeatable(self) -> bool:
@@ -60,7 +62,7 @@ class Source:
         """Bytes as stored; None where only reading tells."""
         if self.content is not None:
             return len(self.content)
-        return self.path.stat().st_size if self.repeatable else None
+        return os.stat(self.path).st_size if self.path is not None and self.repeatable else None
 
     def open(self) -> Stream:
         """Its bytes as stored. DataError where it cannot be opened."""
@@ -80,7 +82,7 @@ class Source:
 class Report:
     """What reading found: for meta.json and for the notes at the end."""
 
-    sources: list[dict] = field(default_factory=list)  # name, bytes, sha256
+    sources: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
     n_replaced_bytes: int = 0
     n_skipped_rows: int = 0
     n_bytes_read: int = 0  # of the files as stored
@@ -190,15 +192,18 @@ class Reader:
                     inner.n_stored = partial(getattr, member, "compress_size")
                     yield from self._documents(inner, name, report, inside_archive=True)
 
-    def _seekable(self, stream: Stream) -> BinaryIO:
-        """The stream as a file to jump around in; a temporary one, gone when closed, where it is not stored so."""
+    @contextmanager
+    def _seekable(self, stream: Stream) -> Iterator[BinaryIO]:
+        """The stream as a file to jump around in; a temporary one where it is not stored so."""
         if stream.path:
-            return open(stream.path, "rb")
-        file = tempfile.TemporaryFile(dir=self.spool)
-        while block := stream.read(BLOCK_BYTES):
-            file.write(block)
-        file.seek(0)
-        return file
+            with open(stream.path, "rb") as stored:
+                yield stored
+            return
+        with tempfile.TemporaryFile(dir=self.spool) as file:
+            while block := stream.read(BLOCK_BYTES):
+                file.write(block)
+            file.seek(0)
+            yield file
 
 
 def find_sources(paths: Sequence[str | Path]) -> list[Source]:

@@ -29,8 +29,8 @@ class SplitWriter:
         self.n_separators = 0  # written as text: newlines, in both files
         self.train = TokenFile(folder / "train.bin", tokenizer.dtype)
         self.val = TokenFile(folder / "val.bin", tokenizer.dtype)
-        self._tokenizer = tokenizer
         self.val_fraction = val_fraction
+        self._tokenizer = tokenizer
         self._spans: list[list[int]] | None = None if val_fraction is None else []  # of the first documents
         self._file: TokenFile | None = None  # that takes the open document
 
@@ -46,7 +46,7 @@ class SplitWriter:
         """The next ids of a document."""
         if len(ids):
             if self._file is None:
-                self._begin(self._choose())
+                self._file = self._begin(self._choose())
                 if self._spans is not None:
                     self._spans.append([self.train.n_tokens, 0])
             self._file.write(ids)
@@ -60,7 +60,7 @@ class SplitWriter:
         if len(ids):
             if self._file is None:
                 self.n_documents += 1
-                self._begin(self.val)
+                self._file = self._begin(self.val)
             self._file.write(ids)
         self._file = None if ends else self._file
 
@@ -71,23 +71,24 @@ class SplitWriter:
         self.n_documents += 1
         return self.val if held_out else self.train
 
-    def _begin(self, file: TokenFile) -> None:
+    def _begin(self, file: TokenFile) -> TokenFile:
+        """Begin a document in `file`, after a separator where one is needed."""
         separator = self._tokenizer.separator
         needed = self._tokenizer.eot_id is not None or file.last_id != separator[-1]
         if file.n_tokens and needed:
             file.write(separator)
             self.n_separators += 1
         file.begin_document()
-        self._file = file
+        return file
 
     def _held_out(self, index: int) -> bool:
         """Document i is held out where (i + 1/2) x fraction passes an integer; in integers, so that none is missed."""
-        share = round(self.val_fraction * MILLION)
+        share = round((self.val_fraction or 0.0) * MILLION)
         return (index * share + MILLION // 2) // MILLION < ((index + 1) * share + MILLION // 2) // MILLION
 
     def _sort_in(self) -> None:
         """Distribute the first documents, which went to train.bin, now that there are enough of them."""
-        spans, self._spans = self._spans, None
+        spans, self._spans = self._spans or [], None
         self.train.close()
         first = self.train.path.with_name("first.bin")
         os.replace(self.train.path, first)
@@ -95,31 +96,31 @@ class SplitWriter:
         self.train = TokenFile(self.train.path, dtype)
         self.n_separators = 0
         for index, (start, stop) in enumerate(spans):
-            self._begin(self.val if self._held_out(index) else self.train)
+            file = self._begin(self.val if self._held_out(index) else self.train)
             for ids in read_ids(first, dtype, start, stop):
-                self._file.write(ids)
-        self._file = None
+                file.write(ids)
         first.unlink()
 
     def finish(self) -> None:
         """Hold out the end of the text where no document was, and close both files. May leave one empty."""
         if self.val_fraction is not None and not self.val.n_tokens and self.train.n_tokens > 1:
-            self._cut_tail()
+            self._cut_tail(self.val_fraction)
         self.train.close()
         self.val.close()
 
-    def _cut_tail(self) -> None:
+    def _cut_tail(self, fraction: float) -> None:
+        """Move the end of train.bin to val.bin, and the documents that begin there."""
         self.train.flush()
         n, dtype = self.train.n_tokens, self._tokenizer.dtype
-        wanted = n - max(1, min(n - 1, round(n * self.val_fraction)))
+        wanted = n - max(1, min(n - 1, round(n * fraction)))
         reach = min((n - wanted) // 2, SEARCH_TOKENS)
         start, stop = max(0, wanted - reach - 1), min(n, wanted + reach + 1)
         around = np.concatenate(list(read_ids(self.train.path, dtype, start, stop)))
         cut = start + _nearest_cut(around, wanted - start, self._tokenizer)
         self.val.begin_document()  # or the rest of one
         for starts in read_ids(self.train.documents_path, START_DTYPE):
-            for start in starts[starts > cut].tolist():
-                self.val.begin_document(start - cut)
+            for place in starts[starts > cut].tolist():
+                self.val.begin_document(place - cut)
         for ids in read_ids(self.train.path, dtype, cut, n):
             self.val.write(ids)
         self.train.truncate(cut)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,8 +27,8 @@ class TokenFile:
         self.n_tokens = 0
         self.last_id: int | None = None
         self._dtype = dtype
-        self._file = open(path, "wb", buffering=WRITE_BYTES)
-        self._documents = open(self.documents_path, "wb", buffering=WRITE_BYTES)
+        self._file = _new_file(path)
+        self._documents = _new_file(self.documents_path)
 
     def begin_document(self, at: int | None = None) -> None:
         """Record that a document begins at token `at`, without it: at the next one to be written."""
@@ -67,6 +68,10 @@ class TokenFile:
         for file in (self._file, self._documents):
             with suppress(OSError):
                 file.close()
+
+
+def _new_file(path: Path) -> BinaryIO:
+    return open(path, "wb", buffering=WRITE_BYTES)
 
 
 def read_ids(path: Path, dtype: np.dtype, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:

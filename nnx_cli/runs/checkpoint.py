@@ -37,7 +37,7 @@ STATE_TYPES = {  # of what state.json holds
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on: weights, the optimizer's state, and numbers."""
+    """What a run needs to go on: weights, the optimizer's state, and counters."""
 
     step: int
     model: dict[str, Tensor]

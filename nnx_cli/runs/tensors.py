@@ -114,7 +114,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
 def load_weights(model: LanguageModel, state: Mapping[str, Tensor], source: Path, device: torch.device) -> None:
     """Give a model, built on the meta device or any other, the tensors of `state`, on `device`; tied tensors stay tied.
 
-    Raises CheckpointError where names, shapes or numbers cannot belong to this model.
+    Raises CheckpointError where names, shapes or elements cannot belong to this model.
     """
     expected = model.state_without_ties()
     if expected.keys() != state.keys():

@@ -15,7 +15,7 @@ def test_receipt_and_model(run, nnx, bits):
     assert result.exit_code == 0, result.stderr
     receipt = json.loads(result.stdout)
     out = Path("weights") / f"words-int{bits}"
-    assert receipt.keys() == {"bits", "out", "before", "after", "kl_divergence", "same_top_token", "kept"}
+    assert receipt.keys() == {"bits", "out", "before", "after", "kl_divergence", "same_top_token", "kept", "kernel"}
     assert receipt["before"].keys() == receipt["after"].keys() == SIDE
     assert (receipt["bits"], receipt["out"], receipt["kept"]) == (bits, str(out), [])
     assert receipt["after"]["file_bytes"] == (out / "model.safetensors").stat().st_size
@@ -35,7 +35,7 @@ def test_newest_run_and_words(run, nnx):
     result = nnx("quantize")
     assert result.exit_code == 0, result.stderr
     assert "bits per byte" in result.stdout and "nnx sample weights/words-int8" in result.stdout.replace("\\", "/")
-    assert "measured on" in result.stderr and "products on this machine" in result.stderr
+    assert "measured on" in result.stderr and "matmuls on this machine" in result.stderr
 
 
 def test_keep_and_group_size(run, nnx):

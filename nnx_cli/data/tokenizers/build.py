@@ -25,6 +25,7 @@ def build_tokenizer(
         return CharTokenizer.train(sample or iter(()), vocab_size)
     if kind_or_file == "bpe":
         return bpe.train(sample or iter(()), bpe.DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
+    tokenizer: Tokenizer
     if kind_or_file == "byte":
         tokenizer = ByteTokenizer()
     elif kind_or_file in bpe.PUBLISHED:

@@ -57,7 +57,7 @@ class FastEncoder:
     def _has_grown(self) -> bool:
         if self._start_bytes is None:
             return self._n_chars > BLIND_CHARS
-        return rss_bytes() - self._start_bytes > MAX_GROWTH_BYTES
+        return (rss_bytes() or 0) - self._start_bytes > MAX_GROWTH_BYTES
 
     def _renew(self) -> None:
         from gigatoken import Tokenizer

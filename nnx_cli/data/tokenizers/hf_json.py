@@ -34,6 +34,8 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The contents of tokenizer.json."""
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None}
     model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False}
+    splitter: dict[str, Any] | None
+    decoder: dict[str, Any]
     if isinstance(tokenizer, CharTokenizer):
         names = BYTE_TOKENS + tokenizer.characters
         model |= {"byte_fallback": True, "ignore_merges": False}
@@ -199,7 +201,7 @@ def _pattern(splitter: Any) -> str:
     """The regular expression that cuts text into pieces."""
     if _is_byte_level(splitter, use_regex=True):
         return bpe.GPT2_PATTERN
-    steps = splitter.get("pretokenizers") if isinstance(splitter, dict) else None
+    steps: Any = splitter.get("pretokenizers") if isinstance(splitter, dict) else None
     _require(
         isinstance(steps, list)
         and len(steps) == 2
