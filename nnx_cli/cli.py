@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -38,7 +38,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
 
 
 @cache
-def load(name: str) -> TyperCommand:
+def _load(name: str) -> TyperCommand:
     """The command of that name. Its module is imported only now: help for one builds the options of no other."""
     module = importlib.import_module(f"nnx_cli.commands.{COMMANDS[name][0]}")
     help_class = importlib.import_module("nnx_cli.commands._help").Command
@@ -53,7 +53,7 @@ class Commands(Mapping[str, TyperCommand]):
     def __getitem__(self, name: str) -> TyperCommand:
         if name not in COMMANDS:
             raise KeyError(name)
-        return load(name)
+        return _load(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)
@@ -68,10 +68,11 @@ class Group(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**(options | {"commands": Commands()}))
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of help."""
         return list(COMMANDS)
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of a copy whose commands have a name and a line: to load them all would take long."""
         from nnx_cli.console import prepare_help
 
@@ -80,12 +81,20 @@ class Group(TyperGroup):
         shown.commands = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
         TyperGroup.format_help(shown, ctx, formatter)
 
-    def main(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:
-        options["standalone_mode"] = False
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line and exit with the code of how it ended."""
         arguments = (sys.argv[1:] if args is None else list(args)) or ["--help"]
         debug = "--debug" in arguments
         try:
-            code = super().main(arguments, *rest, **options)
+            code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
         except (NnxError, TyperException) as error:
             code = _report(error, self, debug)
         except (typer.Abort, KeyboardInterrupt):
@@ -151,7 +160,7 @@ app = typer.Typer(
 )
 
 
-def version(value: bool) -> None:
+def _version(value: bool) -> None:
     if value:
         print(f"nnx {__version__}")
         raise typer.Exit
@@ -160,7 +169,7 @@ def version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Train a small language model from scratch on your own text, on the computer you already have."""

@@ -121,10 +121,12 @@ class TrainConfig:
 
     @property
     def max_time_s(self) -> float | None:
+        """`max_time` in seconds."""
         return parse_duration(self.max_time)
 
     @property
     def vram_bytes(self) -> int | None:
+        """`vram` in bytes."""
         return parse_bytes(self.vram)
 
 
@@ -184,6 +186,7 @@ class Field:
 
     @property
     def option(self) -> str:
+        """The name with dashes."""
         return "--" + self.name.replace("_", "-")
 
 
@@ -194,25 +197,25 @@ def read_fields(path: Path, class_name: str) -> tuple[Field, ...]:
     if found is None:
         raise LookupError(f"{path} has no class {class_name}")
     lines = found[0].splitlines()
-    (node,) = ast.parse(found[0]).body  # of the class alone: to parse all the files is half of the time that help takes
+    tree = ast.parse(found[0])  # the class alone: to parse whole files would be half of the time that help takes
     return tuple(
         Field(
             item.target.id,
             ast.unparse(item.annotation).removesuffix(" | None"),
-            eval_literal(item.value),
+            _eval_literal(item.value),
             MODULES_OF.sub(
                 lambda found: ", ".join(module_names(found[1])), lines[item.lineno - 1].partition("#")[2].strip()
             ),
         )
-        for item in node.body
-        if isinstance(item, ast.AnnAssign)
+        for item in ast.walk(tree)
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None
     )
 
 
-def eval_literal(node: ast.expr) -> Any:
+def _eval_literal(node: ast.expr) -> Any:
     """The value of a literal or of a product or power of literals."""
     if isinstance(node, ast.BinOp):
-        left, right = eval_literal(node.left), eval_literal(node.right)
+        left, right = _eval_literal(node.left), _eval_literal(node.right)
         return left * right if isinstance(node.op, ast.Mult) else left**right
     return ast.literal_eval(node)
 

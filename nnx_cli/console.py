@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
@@ -59,11 +60,13 @@ class ForgivingStream:
         self.errnos = errnos
 
     def write(self, text: str) -> int:
+        """Write; says that all was written where nobody hears it."""
         with self._listening():
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush."""
         with self._listening():
             self.stream.flush()
 
@@ -84,6 +87,10 @@ class ForgivingStream:
         return getattr(self.stream, name)
 
 
+def _forgiving(stream: IO[str], errnos: Sequence[int] = ()) -> IO[str]:
+    return cast("IO[str]", ForgivingStream(stream, errnos))
+
+
 class Output:
     """One command's screen. `json` and `quiet` are the options of those names."""
 
@@ -92,11 +99,11 @@ class Output:
         self.quiet = quiet
         from rich.console import Console
 
-        self.out = Console(highlight=False, soft_wrap=True, file=ForgivingStream(sys.stdout, [errno.EIO]))
-        self.err = Console(highlight=False, soft_wrap=True, file=ForgivingStream(sys.stderr))
+        self.out = Console(highlight=False, soft_wrap=True, file=_forgiving(sys.stdout, [errno.EIO]))
+        self.err = Console(highlight=False, soft_wrap=True, file=_forgiving(sys.stderr))
 
     def note(self, text: str) -> None:
-        """A line of output, on stderr."""
+        """A note, on stderr."""
         if not self.quiet:
             self.err.print(styled(printable(text)))
 
@@ -189,6 +196,7 @@ class ByteProgress:
             self.output.err.print(styled(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
 
     def end(self) -> None:
+        """Take the line off the screen."""
         if self.live and self.last:
             self.output.err.print(" " * 60, end="\r")
 
@@ -202,9 +210,11 @@ class TrainingView:
     def __init__(self, output: Output) -> None:
         self.output, self.live = (
             output,
-            output.err.is_terminal and not output.quiet and not os.environ.get("TERM") == "dumb",
+            output.err.is_terminal and not output.quiet and os.environ.get("TERM") != "dumb",
         )
-        self.last_line, self.validation, self.bar, self.task = 0.0, "", None, None
+        self.last_line = 0.0
+        self.validation = ""
+        self.bar: Progress | None = None
 
     def __enter__(self) -> TrainingView:
         if self.live:
@@ -219,7 +229,7 @@ class TrainingView:
                 transient=True,
             )
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=1.0)
+            self.bar.add_task("starting", total=1.0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -231,12 +241,13 @@ class TrainingView:
             self.bar.stop()
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """Move the bar; a line where it was validated, and every few seconds without a terminal."""
         if record["val_loss"] is not None:
             bits = record["val_bits_per_byte"]
             self.validation = f"val {record['val_loss']:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else "")
         line = self.describe(record)
         if self.bar:
-            self.bar.update(self.task, completed=progress, description=line)
+            self.bar.update(self.bar.task_ids[0], completed=progress, description=line)
         if record["val_loss"] is not None or (not self.bar and time.monotonic() - self.last_line > PLAIN_SECONDS):
             self.last_line = time.monotonic()
             self.output.note(f"{100 * progress:5.1f} %  {line}")
@@ -257,6 +268,7 @@ class TrainingView:
         return "  ".join(part for part in parts if part)
 
     def sampled(self, step: int, text: str) -> None:
+        """Show a sample."""
         if not self.output.quiet:
             shown = "\n".join("    " + line for line in printable(text).splitlines())
             self.output.err.print(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
@@ -265,6 +277,7 @@ class TrainingView:
         """Saving is what is expected: not worth a line."""
 
     def note(self, text: str) -> None:
+        """A line on the way."""
         self.output.note(text)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import typer
 from typer.core import TyperCommand, TyperOption
 
 from nnx_cli import models
@@ -19,19 +18,19 @@ from nnx_cli.console import prepare_help
 class Command(TyperCommand):
     """A command whose help shows the options that the named architecture has; all of them parse."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Note the architecture first: help is answered in the middle of parsing."""
         ctx.meta["nnx.model"] = _named_model(args)
         return super().parse_args(ctx, args)
 
-    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
         """`--help`, in the panel of the options that all commands have."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel = OUTPUT_PANEL
         return option
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of a copy of this command that has only what is to be shown."""
         prepare_help()
         shown = copy.copy(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
@@ -116,14 +115,13 @@ def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callab
             )
         ]
 
-        @functools.wraps(function)
         def run(*args: Any, json: bool, quiet: bool, debug: bool, **options: Any) -> None:
             function(Output(json=json, quiet=quiet or json), *args, **options)
 
         parameters = [p.replace(kind=KEYWORD) for p in [*own, *extra, *common]]
-        run.__signature__ = signature.replace(parameters=parameters)
+        run.__doc__ = function.__doc__
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # the signature is this one
         return run
 
     return decorate

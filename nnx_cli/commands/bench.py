@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from nnx_cli.config import TrainConfig, check_choice, check_range, own_fields
 from nnx_cli.console import Output
 from nnx_cli.console import size as size_text
 from nnx_cli.errors import DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from nnx_cli.experiments.benchmark import Benchmark
 
 COMPUTING = {"on": ", compiled", "graph": ", graph", "off": ""}
 SHOWN = {"training": "model FLOPs, of large matmuls", "decoding": "bytes read, of a large copy"}
@@ -60,11 +63,11 @@ def run(
     found = measure_all(
         names, size, fields, config, batch_sizes=batch_sizes, precisions=precisions, seconds=seconds, tell=output.note
     )
-    machine, limits, rows = next(found), next(found), list(found)
-    output.show_json(machine | {"limits": asdict(limits), "rows": [asdict(row) for row in rows]})
-    _show(output, machine, limits, rows)
-    if all(row.problem for row in rows):
-        raise DoesNotFit(rows[-1].problem)
+    output.show_json(found.machine | {"limits": asdict(found.limits), "rows": [asdict(row) for row in found.rows]})
+    _show(output, found)
+    problems = [row.problem for row in found.rows if row.problem]
+    if len(problems) == len(found.rows):
+        raise DoesNotFit(problems[-1])
 
 
 def _words(text: str) -> list[str]:
@@ -85,8 +88,9 @@ def _whole_numbers(option: str, text: str) -> list[int]:
     return found
 
 
-def _show(output: Output, machine: dict[str, Any], limits: Any, rows: list[Any]) -> None:
+def _show(output: Output, found: Benchmark) -> None:
     """Two tables under what they were measured on, to be pasted into an issue."""
+    machine, limits = found.machine, found.limits
     versions = machine["versions"]
     rates = ", ".join(f"{precision} {rate / 1e12:.3g} TFLOP/s" for precision, rate in limits.flops.items())
     output.show(
@@ -106,7 +110,7 @@ def _show(output: Output, machine: dict[str, Any], limits: Any, rows: list[Any])
                 None if row.share is None else f"{row.share:.1%}",
                 None if row.problem else size_text(row.peak_memory_bytes),
             ]
-            for row in rows
+            for row in found.rows
             if row.what == what
         ]
         columns = ["model", "params", "batch", "computing", "tokens/s", "share", "peak"]

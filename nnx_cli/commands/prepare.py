@@ -30,7 +30,7 @@ def run(
     sources = [*(paths or []), *([filepath] if filepath else [])]
     if not sources:
         raise UsageError("nothing to prepare", fix="name files, folders, globs, or - for standard input")
-    limit = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
+    limit: dict[str, Any] = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
     config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
     from nnx_cli.data.prepare import default_folder, prepare
 

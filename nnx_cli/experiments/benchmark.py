@@ -6,10 +6,11 @@ import gc
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -85,11 +86,24 @@ class Row:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured, where, and what the machine does at most."""
+
+    machine: dict[str, Any]  # date, device, threads, system, versions
+    limits: Limits
+    rows: list[Row]
+
+
 class Notes(Observer):
     """Hands a trainer's notes on."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        self.note = tell
+        self.tell = tell
+
+    def note(self, text: str) -> None:
+        """Hand a note on."""
+        self.tell(text)
 
 
 def calls_per_s(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
@@ -156,6 +170,7 @@ class Case:
     batch_size: int
 
     def row(self, what: str, **found: Any) -> Row:
+        """A row of this case."""
         parameters = cost.count_parameters(cost.meta_model(self.model, self.config))["total"]
         return Row(
             what=what,
@@ -218,6 +233,7 @@ def make_trainer(case: Case, config: TrainConfig, device: torch.device, tell: Ca
 
 
 def take_step(trainer: Trainer) -> None:
+    """One step of training at the peak learning rate."""
     trainer.take_step(trainer.config.lr)
     trainer.state.step += 1
 
@@ -292,8 +308,8 @@ def measure_all(
     precisions: list[str],
     seconds: float,
     tell: Callable[[str], None],
-) -> Iterator[dict[str, Any] | Limits | Row]:
-    """The machine, its limits, then two rows for every model, precision and batch size: decoding and training.
+) -> Benchmark:
+    """Measure the machine's limits, then decoding and training for every model, precision and batch size.
 
     `config` holds device, compile, threads and vram; without `precisions` the device's best counts, and on a GPU fp32
     beside it; without a size nano does on a CPU and small elsewhere. What does not fit is a row with a `problem`.
@@ -303,17 +319,18 @@ def measure_all(
     size = size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
     configs = {name: models.make_config(name, size=size, **fields) for name in names}
     chosen = [pick_precision(precision, device) for precision in precisions] or list(dict.fromkeys([best, "fp32"]))
-    yield machine(device)
     tell("large matmuls and copies")
     limits = measure_limits(device, chosen, seconds / 2)
-    yield limits
+    rows = []
     for name in names:
         for precision in chosen:
             for batch_size in batch_sizes:
                 case = Case(name, size, configs[name], precision, batch_size)
                 tell(f"{name} {size}, {precision}, batch {batch_size}")
-                yield attempt(case, "decoding", lambda case=case: decoding(case, device, limits, seconds))
-                yield attempt(case, "training", lambda case=case: training(case, config, device, limits, seconds, tell))
+                decode = partial(decoding, case, device, limits, seconds)
+                train = partial(training, case, config, device, limits, seconds, tell)
+                rows += [attempt(case, "decoding", decode), attempt(case, "training", train)]
+    return Benchmark(machine(device), limits, rows)
 
 
 def attempt(case: Case, what: str, measure: Callable[[], Row]) -> Row:

@@ -30,7 +30,7 @@ def measure(**changes):
         seconds=0.01,
         tell=lambda line: None,
     )
-    return list(measure_all(**(how | changes)))
+    return measure_all(**(how | changes))
 
 
 @pytest.fixture
@@ -80,17 +80,17 @@ def test_a_step_trains_on_all_of_a_batch(monkeypatch):
 
 
 def test_the_machine_its_limits_then_two_rows_for_everything_asked(no_large_matmuls):
-    machine, limits, *rows = measure(names=["nyx", "llama"], size="nano", batch_sizes=[1, 3])
-    assert machine.keys() == {"date", "device", "threads", "system", "versions"} and limits is LIMITS
-    assert [(row.model, row.batch_size, row.what) for row in rows] == [
+    found = measure(names=["nyx", "llama"], size="nano", batch_sizes=[1, 3])
+    assert found.machine.keys() == {"date", "device", "threads", "system", "versions"} and found.limits is LIMITS
+    assert [(row.model, row.batch_size, row.what) for row in found.rows] == [
         (name, n, what) for name in ("nyx", "llama") for n in (1, 3) for what in ("decoding", "training")
     ]
-    assert all(isinstance(row, Row) and row.size == "nano" and row.seq_len == 16 for row in rows)
+    assert all(isinstance(row, Row) and row.size == "nano" and row.seq_len == 16 for row in found.rows)
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(no_large_matmuls, monkeypatch):
     monkeypatch.setattr(bench, "decoding", lambda case, *rest: case.row("decoding"))
-    *_, small, large = measure(config=TrainConfig(device="cpu", vram="1.1GB"), batch_sizes=[1, 4096])[1::2]
+    small, large = measure(config=TrainConfig(device="cpu", vram="1.1GB"), batch_sizes=[1, 4096]).rows[1::2]
     assert small.problem is None and large.tokens_per_s is None and "--batch-size 4096 needs" in large.problem
     assert bench.attempt(case(), "training", lambda: raised(torch.OutOfMemoryError())).problem == "out of memory"
     with pytest.raises(ValueError):
