@@ -17,7 +17,7 @@ from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.run import Run
 from nnx_cli.training import session
-from nnx_cli.training.trainer import Observer
+from nnx_cli.training.observer import Silent
 
 torch.set_num_threads(1)  # these models are too small to share
 
@@ -95,7 +95,7 @@ def start(tokens):
             sources={},
         )
         prompt = session.Sampling([10], 8)
-        return session.start(plan, tokens, out, torch.device("cpu"), observer or Observer(), prompt, "nnx train", None)
+        return session.start(plan, tokens, out, torch.device("cpu"), observer or Silent(), prompt, "nnx train", None)
 
     return start_run
 

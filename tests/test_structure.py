@@ -59,12 +59,9 @@ LONG_FUNCTIONS = {
     "commands/summarize.py:summary",
     "planning/memory.py:simulate",
     "planning/plan.py:plan_run",
-    "training/session.py:start",
-    "training/trainer.py:train",
 }
-BIG_CLASSES = {"training/trainer.py:Trainer"}
-MANY_ATTRIBUTES = {"training/trainer.py:Trainer"}
-LONG_LOOP = True  # the body of the loop in Trainer.train
+BIG_CLASSES = set()
+MANY_ATTRIBUTES = set()
 
 
 def imports(tree):
@@ -194,7 +191,7 @@ def test_no_class_holds_everything():
 def test_the_training_loop_is_read_at_a_glance():
     (train,) = [node for name, node in definitions(ast.FunctionDef) if name == "training/trainer.py:train"]
     (loop,) = [node for node in ast.walk(train) if isinstance(node, ast.While)]
-    assert LONG_LOOP or loop.end_lineno - loop.body[0].lineno + 1 <= 40
+    assert loop.end_lineno - loop.body[0].lineno + 1 <= 40
 
 
 @pytest.mark.parametrize("name", TREES)

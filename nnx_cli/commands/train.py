@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
     from nnx_cli.training.inputs import Shape
-    from nnx_cli.training.session import Sampling
+    from nnx_cli.training.sampling import Sampling
     from nnx_cli.training.trainer import Trainer
 
 EXAMPLES = """Examples:
@@ -58,11 +58,12 @@ def _new_run(output: Output, request: Request) -> None:
     from nnx_cli.data.tokenizers.build import build_tokenizer
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan, prepare_tokens, take_back
+    from nnx_cli.training.sampling import choose_sampling
 
     if request.note:
         output.note(request.note)
     base, shape, sources = _chosen_shape(request)
-    device, precision = session.prepare_device(request.train)
+    device, precision = session.configure_device(request.train)
     _refuse_taken(request.out)
     made: list[Path] = []
     if (folder := request.data) is None:
@@ -79,7 +80,7 @@ def _new_run(output: Output, request: Request) -> None:
             base=base,
             tokenizer=build_tokenizer(request.prepare.tokenizer) if named else None,
         )
-        sampling = session.sampling(
+        sampling = choose_sampling(
             tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
         )
         if request.dry_run:

@@ -35,9 +35,10 @@ from nnx_cli.system.device import (
     set_seed,
     synchronize,
 )
-from nnx_cli.training import compilation as compiler
 from nnx_cli.training import session
-from nnx_cli.training.trainer import Observer, Trainer
+from nnx_cli.training.observer import Silent
+from nnx_cli.training.sampling import Sampling
+from nnx_cli.training.trainer import Trainer
 
 ROUNDS = 5  # whose median counts
 WARMUP_CALLS = {"cpu": 1}  # before anything is timed: memory is taken, kernels are chosen, blocks compiled
@@ -95,7 +96,7 @@ class Benchmark:
     rows: list[Row]
 
 
-class Notes(Observer):
+class Notes(Silent):
     """Hands a trainer's notes on."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -226,8 +227,8 @@ def make_trainer(case: Case, config: TrainConfig, device: torch.device, tell: Ca
     set_seed(config.seed)
     model = models.from_config(case.model, case.config)
     data = _random_tokens(case.config, case.batch_size)
-    trainer = session.make_trainer(model, data, config, device, Notes(tell), session.Sampling([0]))
-    compiler.decide(trainer, config.compile)
+    trainer = session.make_trainer(model, data, config, device, Notes(tell), Sampling([0]))
+    trainer.choose_execution(config.compile, postpone=False)
     model.train()
     return trainer
 
@@ -315,7 +316,7 @@ def measure_all(
     beside it; without a size nano does on a CPU and small elsewhere. What does not fit is a row with a `problem`.
     Raises MissingFeature for a device or precision that is not there, UsageError for a model or shape that cannot be.
     """
-    device, best = session.prepare_device(config)
+    device, best = session.configure_device(config)
     size = size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
     configs = {name: models.make_config(name, size=size, **fields) for name in names}
     chosen = [pick_precision(precision, device) for precision in precisions] or list(dict.fromkeys([best, "fp32"]))

@@ -1,4 +1,4 @@
-"""torch.compile, block by block, and whole steps as CUDA graphs: kept only where it is right and pays."""
+"""How steps run: block by block through torch.compile, whole as CUDA graphs; kept where that is right and pays."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nnx_cli.config import TrainConfig
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.system.device import synchronize
-
-if TYPE_CHECKING:
-    from nnx_cli.training.trainer import Trainer
+from nnx_cli.training.state import TrainState
+from nnx_cli.training.stepper import Execution, Stepper, ordered_sums
 
 TOLERANCE = {
     "fp32": (1e-4, 1e-3),
@@ -31,6 +30,131 @@ TIMED_STEPS = 3  # at most, and no more once they have taken so long:
 TIMED_SECONDS = 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What the choice of an execution depends on."""
+
+    requested: str  # value of --compile
+    device_type: str
+    precision: str
+    in_backward: bool  # the optimizer steps during the backward pass
+    has_compiler: bool  # there is a C++ compiler
+    max_steps: int | None
+    max_time_s: float | None
+    progress: float  # of the run, 0 to 1
+    steps: int = 0  # taken so far
+
+    def planned_s(self, step_s: float) -> float:
+        """Training time that lies ahead, where a step takes `step_s`; infinity asks for the most that it may be."""
+        if self.progress >= 1.0:
+            return 0.0
+        by_steps = math.inf if self.max_steps is None else self.max_steps * step_s
+        by_time = math.inf if self.max_time_s is None else self.max_time_s
+        return min(by_steps, by_time) * (1.0 - self.progress)
+
+
+def conditions_of(config: TrainConfig, device: torch.device, requested: str, state: TrainState) -> Conditions:
+    """The conditions of a run with `config`, that is at `state`, on this machine."""
+    return Conditions(
+        requested=requested,
+        device_type=device.type,
+        precision=config.precision,
+        in_backward=config.optimizer_in_backward,
+        has_compiler=device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++"))),
+        max_steps=config.max_steps,
+        max_time_s=config.max_time_s,
+        progress=state.progress(config),
+        steps=state.step,
+    )
+
+
+def choose(conditions: Conditions, step_s: float = math.inf) -> Execution:
+    """What is worth trying, where a step is known to take `step_s`: CUDA graphs on a GPU, and compiled blocks in a run
+    that is long enough to earn that back, or where they are asked for."""
+    requested, kind = conditions.requested, conditions.device_type
+    if requested == "off" or (requested != "on" and kind not in COMPILE_SECONDS):
+        return Execution()
+    eager = Execution(graph=kind == "cuda")
+    if requested == "graph":
+        return eager
+    if not conditions.has_compiler:
+        return replace(eager, notes=("not compiled: there is no C++ compiler here",))
+    if conditions.in_backward:  # weights would move while a compiled gradient is compared with an eager one
+        notes = ("not compiled: not together with --optimizer-in-backward",) if requested == "on" else ()
+        return replace(eager, notes=notes)
+    if requested == "auto" and conditions.planned_s(step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
+        return eager
+    return replace(eager, compiled=True)
+
+
+def verify(stepper: Stepper, wanted: Execution, conditions: Conditions) -> Execution:
+    """Let steps run as `wanted`, as far as that works, gives what eager blocks give and, unless it was asked for, is
+    faster; returns how they run then. Weights, optimizer and counters stay as they are.
+
+    Raises DoesNotFit where one sequence at a time is too much for the memory.
+    """
+    now = replace(stepper.execution, notes=wanted.notes)
+    if wanted.graph and not now.graph:
+        now = _verify_graph(stepper, now, conditions)
+    if wanted.compiled and not now.compiled:
+        now = _verify_compiled(stepper, now, conditions)
+    return now
+
+
+def _verify_graph(stepper: Stepper, now: Execution, conditions: Conditions) -> Execution:
+    """Record steps, if that works, and for `auto` if it is faster."""
+    eager_s = _first_step_seconds(stepper, conditions.steps)
+    problem = _record(stepper)
+    if problem is not None:
+        return replace(now, step_s=eager_s, notes=(*now.notes, problem))
+    graph_s = step_seconds(stepper)
+    if conditions.requested == "auto" and graph_s >= WORTHWHILE * eager_s:
+        stepper.release_graphs()
+        return replace(now, step_s=eager_s)
+    return replace(now, graph=True, step_s=graph_s)
+
+
+def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -> Execution:
+    """Compile blocks, if that works, is right, and for `auto` is faster; graphs are recorded anew."""
+    on_cuda = stepper.device.type == "cuda"
+    eager = None if on_cuda else try_micro_batch(stepper, compiled=False)
+    step_s = now.step_s if eager is None else eager.seconds * stepper.grad_accum
+    assert step_s is not None
+    if not choose(conditions, step_s).compiled:
+        return now
+    if now.graph:
+        stepper.release_graphs()  # there may be no room for another step beside it
+    compiled, problem = _compile(stepper, eager, conditions.precision)
+    problems = [problem, _record(stepper) if now.graph else None]
+    if compiled is not None:
+        compiled_s = _step_seconds_or_inf(stepper) if on_cuda else compiled.seconds * stepper.grad_accum
+        if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
+            note = f"compiled: a step takes {compiled_s / step_s:.0%} of its time before"
+            return _settled(stepper, now, [*problems, note], compiled=True, step_s=compiled_s)
+        undo_compile(stepper.step.model)
+        problems.append(_record(stepper) if now.graph else None)
+        problems.append(f"not compiled: {'not enough memory' if compiled_s == math.inf else 'no faster here'}")
+    return _settled(stepper, now, problems, compiled=False, step_s=step_s)
+
+
+def _settled(stepper: Stepper, now: Execution, notes: list[str | None], *, compiled: bool, step_s: float) -> Execution:
+    told = (*now.notes, *(note for note in notes if note is not None))
+    return Execution(graph=stepper.graphs is not None, compiled=compiled, step_s=step_s, notes=told)
+
+
+def _record(stepper: Stepper) -> str | None:
+    """Let steps be CUDA graphs; returns why that does not work, or None."""
+    try:
+        stepper.record_graphs()
+        return None
+    except torch.OutOfMemoryError:
+        problem = "no CUDA graph: not enough memory"
+    except RuntimeError as error:
+        problem = f"no CUDA graph: {in_a_line(error)}"
+    stepper.release_graphs()
+    return problem
+
+
 @dataclass(frozen=True)
 class Trial:
     """A micro-batch, tried: its loss, the norm of every parameter's gradient, and the seconds it takes."""
@@ -39,168 +163,99 @@ class Trial:
     seconds: float
     norms: Tensor
 
-    def off_by(self, other: Trial) -> tuple[float, float]:
+    def relative_error(self, other: Trial) -> tuple[float, float]:
         """Difference of loss and of gradient from another trial's, relative to that."""
         loss = abs(self.loss - other.loss) / max(abs(other.loss), 1e-9)
         gradient = (self.norms - other.norms).norm() / other.norms.norm().clamp(min=1e-12)
         return loss, gradient.item()
 
 
-def decide(trainer: Trainer, wish: str) -> str:
-    """Compile the trainer's model, or leave it eager; on a card also capture its step as a CUDA graph.
+def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
+    """The first micro-batch, forward and backward, by the median time; leaves no gradient behind."""
+    model = stepper.step.model
+    torch.manual_seed(0)
+    model.train(model.config.dropout == 0)  # dropout draws other masks when compiled
+    input_ids, targets = stepper.loader.batch(0, stepper.batch_size)
+    loss = torch.zeros(())
 
-    Returns on, graph (captured, not compiled) or off, notes it in the trainer's settings, and tells the observer why.
-    `auto` tries what the run is long enough to earn back, compares loss and speed with eager, and keeps what is right
-    and faster.
+    def pass_through() -> None:
+        nonlocal loss
+        model.zero_grad(set_to_none=True)
+        total, count = stepper.step.micro_step(input_ids, targets)
+        loss = total / count
+        loss.backward()
+
+    try:
+        with ordered_sums(Execution(compiled=compiled), stepper.device):
+            seconds = median_seconds(pass_through, stepper.device)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train()
+    return Trial(loss.item(), seconds, norms)
+
+
+def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Trial | None, str | None]:
+    """Compile the blocks; returns how a micro-batch went then. None and why, and all is undone, where that fails, or
+    where loss or gradient differ from those of eager blocks, which are tried now unless they have been."""
+    try:
+        eager = eager or try_micro_batch(stepper, compiled=False)
+        compile_blocks(stepper.step.model)
+        trial = try_micro_batch(stepper, compiled=True)
+    except torch.OutOfMemoryError:
+        problem = "not enough memory"
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as error:
+        problem = in_a_line(error)
+    else:
+        errors = zip(("loss", "gradient"), trial.relative_error(eager), TOLERANCE[precision], strict=True)
+        wrong = [(what, error) for what, error, allowed in errors if not error <= allowed]
+        if not wrong:
+            return trial, None
+        problem = "the {} differs from eager by {:.1e}".format(*wrong[0])
+    undo_compile(stepper.step.model)
+    if stepper.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, f"not compiled: {problem}"
+
+
+def in_a_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+
+
+def _first_step_seconds(stepper: Stepper, number: int) -> float:
+    """`step_seconds` of steps that fit: where memory runs out, micro-batches get smaller. Raises DoesNotFit.
+
+    `number` is that of the step that comes next.
     """
-    step_s = begin(trainer, wish)
-    if step_s is not None:
-        go_on(trainer, wish, step_s)
-    return trainer.config.compile
-
-
-def begin(trainer: Trainer, wish: str) -> float | None:
-    """Decide what needs no compiler, which takes long to import. Returns None where that is all; else the seconds of a
-    step on a card; elsewhere 0, for `go_on` times them."""
-    kind = trainer.device.type
-    note_how(trainer, "off")
-    if wish == "off" or (wish != "on" and kind not in COMPILE_SECONDS):
-        return None
-    step_s = 0.0
-    if kind == "cpu":
-        if wish == "graph":
-            return None
-        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            trainer.observer.note("not compiled: there is no C++ compiler here")
-            return None
-    if kind == "cuda":
-        step_s = first_step(trainer)
-        if capture(trainer, wish, step_s):
-            note_how(trainer, "graph")
-            step_s = timed_step(trainer)
-        if wish == "graph":
-            return None
-    if trainer.step.in_backward:  # weights would move while a compiled gradient is compared with an eager one
-        if wish == "on":
-            trainer.observer.note("not compiled: not together with --optimizer-in-backward")
-        return None
-    if wish == "auto":
-        at_most = saved_at_most(trainer) if kind == "cpu" else planned_seconds(trainer, step_s) * HOPED_SAVING[kind]
-        if at_most < COMPILE_SECONDS[kind]:
-            return None
-    return step_s
-
-
-def go_on(trainer: Trainer, wish: str, step_s: float) -> None:
-    """Compile after `begin`, which returned `step_s`."""
-    kind, was_captured = trainer.device.type, trainer.captured is not None
-    eager = None
-    if kind != "cuda":
-        eager = timed(trainer)
-        step_s = eager.seconds * trainer.config.grad_accum
-        if wish == "auto" and planned_seconds(trainer, step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
-            return
-    if was_captured:
-        trainer.release()  # there may be no room for another step beside it
-    after_s = compile_checked(trainer, eager)
-    if was_captured:
-        capture(trainer, wish, None)
-    if after_s is None:
-        return
-    after_s = step_that_fits(trainer) if kind == "cuda" else after_s * trainer.config.grad_accum
-    if wish == "auto" and after_s >= WORTHWHILE * step_s or after_s == math.inf:
-        undo_compile(trainer.model)
-        if was_captured:
-            capture(trainer, wish, None)
-        trainer.observer.note(f"not compiled: {'not enough memory' if after_s == math.inf else 'no faster here'}")
-        return
-    note_how(trainer, "on")
-    trainer.observer.note(f"compiled: a step takes {after_s / step_s:.0%} of its time before")
-
-
-def note_how(trainer: Trainer, how: str) -> None:
-    trainer.config = replace(trainer.config, compile=how)
-
-
-def first_step(trainer: Trainer) -> float:
-    """`timed_step` of steps that fit: where memory runs out, micro-batches get smaller. Raises DoesNotFit."""
     while True:
         try:
-            return timed_step(trainer)
+            return step_seconds(stepper)
         except torch.OutOfMemoryError:
             pass  # the exception holds on to what was computed: it has to go first
-        trainer.shrink()
+        stepper.halve_micro_batch(number)
 
 
-def step_that_fits(trainer: Trainer) -> float:
-    """`timed_step`, or infinity where memory runs out."""
+def _step_seconds_or_inf(stepper: Stepper) -> float:
+    """`step_seconds`, or infinity where memory runs out."""
     try:
-        return timed_step(trainer)
+        return step_seconds(stepper)
     except torch.OutOfMemoryError:
         pass  # the exception holds on to what was computed: it has to go first
     torch.cuda.empty_cache()
     return math.inf
 
 
-def compile_checked(trainer: Trainer, eager: Trial | None) -> float | None:
-    """Compile the blocks; returns the seconds of a micro-batch then. None, and all is undone, where that fails, or
-    where loss or gradient differ from those of eager blocks, which are tried now unless they have been."""
-    if trainer.device.type == "cpu":
-        torch.use_deterministic_algorithms(True)  # compiled sums would be split among threads as it comes
-    try:
-        eager = eager or timed(trainer)
-        compile_blocks(trainer.model)
-        trial = timed(trainer)
-    except torch.OutOfMemoryError:
-        undo_compile(trainer.model)
-        torch.cuda.empty_cache()
-        trainer.observer.note("not compiled: not enough memory")
-        return None
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError) as error:
-        undo_compile(trainer.model)
-        trainer.observer.note(f"not compiled: {in_a_line(error)}")
-        return None
-    for what, off_by, allowed in zip(
-        ("loss", "gradient"), trial.off_by(eager), TOLERANCE[trainer.config.precision], strict=True
-    ):
-        if not off_by <= allowed:
-            undo_compile(trainer.model)
-            trainer.observer.note(f"not compiled: the {what} differs from eager by {off_by:.1e}")
-            return None
-    return trial.seconds
-
-
-def capture(trainer: Trainer, wish: str, plain_s: float | None) -> bool:
-    """Let the trainer's step be one CUDA graph, if that works, and if it is faster than `plain_s` where that is
-    given."""
-    try:
-        if not trainer.capture():
-            return False
-    except torch.OutOfMemoryError:
-        trainer.observer.note("no CUDA graph: not enough memory")
-    except RuntimeError as error:
-        trainer.observer.note(f"no CUDA graph: {in_a_line(error)}")
-    else:
-        if wish != "auto" or plain_s is None or timed_step(trainer) < WORTHWHILE * plain_s:
-            return True
-    trainer.captured = None
-    torch.cuda.empty_cache()
-    return False
-
-
-def in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-
-
-def timed_step(trainer: Trainer) -> float:
+def step_seconds(stepper: Stepper) -> float:
     """Median time of an optimizer step as it is taken now, told from its first micro-batch and its second one; changes
     nothing."""
-    size, n_micro = trainer.config.batch_size, trainer.config.grad_accum
+    size, n_micro = stepper.batch_size, stepper.grad_accum
     times = []
-    with trainer.step.without_effects():
+    with stepper.step.without_effects():
         for n in range(1, min(n_micro, 2) + 1):
-            samples = trainer.loader.batch(0, n * size)
-            times.append(median_seconds(lambda samples=samples: trainer.run_step(*samples), trainer.device))
+            samples = stepper.loader.batch(0, n * size)
+            times.append(median_seconds(lambda samples=samples: stepper.run(*samples), stepper.device))
     return times[0] + (n_micro - 1) * max(0.0, times[-1] - times[0])
 
 
@@ -214,42 +269,3 @@ def median_seconds(call: Callable[[], None], device: torch.device) -> float:
         synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def saved_at_most(trainer: Trainer) -> float:
-    """Seconds that compiling may save in a run whose time is limited, however long a step takes."""
-    ahead = math.inf if trainer.config.max_time_s is None else trainer.config.max_time_s * (1 - trainer.progress())
-    return ahead * HOPED_SAVING[trainer.device.type]
-
-
-def planned_seconds(trainer: Trainer, step_s: float) -> float:
-    """Training time that lies ahead, where a step takes `step_s`."""
-    config = trainer.config
-    by_steps = (config.max_steps or 0) * step_s
-    by_time = config.max_time_s or 0.0
-    ahead = min(by_steps, by_time) if by_steps and by_time else by_steps or by_time
-    return ahead * (1.0 - trainer.progress())
-
-
-def timed(trainer: Trainer) -> Trial:
-    """The first micro-batch, forward and backward, by the median time; leaves no gradient behind."""
-    torch.manual_seed(0)
-    trainer.model.train(trainer.model.config.dropout == 0)  # dropout draws other masks when compiled
-    input_ids, targets = trainer.loader.batch(0, trainer.config.batch_size)
-    loss = torch.zeros(())
-
-    def pass_through() -> None:
-        nonlocal loss
-        trainer.model.zero_grad(set_to_none=True)
-        total, count = trainer.step.micro_step(input_ids, targets)
-        loss = total / count
-        loss.backward()
-
-    try:
-        seconds = median_seconds(pass_through, trainer.device)
-        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.model.train()
-    return Trial(loss.item(), seconds, norms)

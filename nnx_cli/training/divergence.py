@@ -16,13 +16,13 @@ UNUSUAL = 6.0  # standard deviations above the average
 LEAST_JUMP = 0.2  # nats above the average: less is no spike, however calm the run was
 
 
-class SpikeWatch:
+class LossSpikeDetector:
     """Tells a jump of the loss from its usual ups and downs, by running averages of loss and squared distance."""
 
     def __init__(self) -> None:
         self.n_seen, self.mean, self.variance = 0, 0.0, 0.0
 
-    def seen(self, loss: float) -> bool:
+    def update(self, loss: float) -> bool:
         """Take note of a loss in nats; returns whether it is a spike. A spike does not count as usual."""
         distance = loss - self.mean
         jump = max(LEAST_JUMP, UNUSUAL * self.variance**0.5)

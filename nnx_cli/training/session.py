@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnx_cli import models
-from nnx_cli.config import SampleConfig, TrainConfig, coerce, own_fields
+from nnx_cli.config import TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
-from nnx_cli.planning import flops as cost
+from nnx_cli.planning.flops import count_parameters
 from nnx_cli.planning.plan import Plan, steps_in
-from nnx_cli.runs.checkpoint import step_folder
+from nnx_cli.runs.checkpoint import FORMAT, Checkpoint, step_folder
 from nnx_cli.runs.find import WEIGHTS, find_runs
 from nnx_cli.runs.load import ModelRef, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
@@ -41,21 +39,13 @@ from nnx_cli.system.device import (
 )
 from nnx_cli.system.files import relative
 from nnx_cli.system.machine import keep_freed_memory
-from nnx_cli.training import compilation as compiler
-from nnx_cli.training.trainer import Observer, Trainer
-
-SAMPLE_LENGTH = 200  # tokens of a sample during a run
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What the samples during a run start with and how long they are."""
-
-    prompt_ids: list[int]
-    max_new_tokens: int = SAMPLE_LENGTH
+from nnx_cli.training.observer import Observer
+from nnx_cli.training.sampling import Sampling
+from nnx_cli.training.stepper import divide_step
+from nnx_cli.training.trainer import Trainer
 
 
-def prepare_device(config: TrainConfig, strict: bool = True) -> tuple[torch.device, str]:
+def configure_device(config: TrainConfig, strict: bool = True) -> tuple[torch.device, str]:
     """The device and the precision of a run, with its limits set.
 
     Raises MissingFeature for a precision that the device lacks; unless `strict`, takes the device's best instead.
@@ -73,21 +63,6 @@ def prepare_device(config: TrainConfig, strict: bool = True) -> tuple[torch.devi
         if strict:
             raise
         return device, pick_precision("auto", device)
-
-
-def sampling(
-    tokenizer: Tokenizer | None, data: TokenFolder, prompt: str | None, prime_length: int, length: int | None
-) -> Sampling:
-    """How the run's samples start: with `prompt`, or `prime_length` tokens of validation text, or a line of its own."""
-    if prime_length:
-        ids = data.val[:prime_length].tolist()
-    elif tokenizer is None:
-        ids = data.val[:1].tolist()
-    elif prompt:
-        ids = tokenizer.encode(prompt).tolist()
-    else:
-        ids = [tokenizer.eot_id] if tokenizer.eot_id is not None else tokenizer.encode("\n").tolist()
-    return Sampling(ids, length or SAMPLE_LENGTH)
 
 
 def free_folder(stem: str) -> Path:
@@ -118,10 +93,10 @@ def start(
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)
-    config = decide_how_to_step(trainer, plan.train.compile)
-    tokenizer = data.tokenizer
+    config = trainer.choose_execution(plan.train.compile)
+    n_parameters, tokenizer = count_parameters(model)["total"], data.tokenizer
     described = {
-        **describe_model(plan.model, plan.size, plan.model_config, cost.count_parameters(model)["total"], tokenizer),
+        **describe_model(plan.model, plan.size, plan.model_config, n_parameters, tokenizer),
         "training": asdict(config),
         "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
         "sampling": asdict(sampling),
@@ -130,8 +105,15 @@ def start(
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "machine": describe(device),
     }
-    status = {
-        "format": 1,
+    with trainer.cadence.saving.timed():
+        run = Run.create(out, described, tokenizer, first_status(config, device, command), trainer.checkpoint())
+    return run, trainer
+
+
+def first_status(config: TrainConfig, device: torch.device, command: str) -> dict[str, Any]:
+    """The first run.json of a run."""
+    return {
+        "format": FORMAT,
         "status": "running",
         "command": command,
         "device": device.type,
@@ -149,9 +131,6 @@ def start(
         "best_val_bits_per_byte": None,
         "skipped_steps": 0,
     }
-    with trainer.saving.timed():
-        run = Run.create(out, described, tokenizer, status, trainer.checkpoint())
-    return run, trainer
 
 
 def make_trainer(
@@ -162,29 +141,13 @@ def make_trainer(
     observer: Observer,
     sampling: Sampling,
 ) -> Trainer:
+    """A trainer of a model on the CPU, which it moves to `device` and prepares for `config`."""
     if config.weight_precision == "bf16":
         cast_matrices(model, "bf16")
     model.to(device)
     model.compute_dtype = DTYPES[config.precision]
     checkpoint_blocks(model, config.activation_checkpointing)
-    how = SampleConfig(max_new_tokens=sampling.max_new_tokens, seed=config.seed)
-    return Trainer(model, data, config, device, observer, how, sampling.prompt_ids)
-
-
-def decide_how_to_step(trainer: Trainer, wish: str) -> TrainConfig:
-    """Compile, capture or neither, as `wish` says and the machine allows; returns the settings for the run's files.
-
-    On a card a run that may be compiled takes its first steps before that, so that they can be seen soon, and notes its
-    wish meanwhile. Where its bits are promised it is compiled from the first step on.
-    """
-    if trainer.device.type != "cuda" or trainer.config.deterministic:
-        compiler.decide(trainer, wish)
-        return trainer.config
-    step_s = compiler.begin(trainer, wish)
-    if step_s is None:
-        return trainer.config
-    trainer.compile_later = partial(compiler.go_on, trainer, wish, step_s)
-    return replace(trainer.config, compile=wish)
+    return Trainer(model, data, config, device, observer, sampling)
 
 
 def find_unfinished() -> Path:
@@ -205,34 +168,22 @@ def resume(
     """Continue a run from its newest intact checkpoint; returns the trainer and what there is to say about it.
 
     `overrides` are new values of training settings. Raises CheckpointError without an intact checkpoint, DataError
-    where the data is not the run's.
+    where the data is not the run's, UsageError for a length that lies behind.
     """
     old = settings_of(run)
-    config = replace(old, **{**overrides, **same_samples(old, overrides)})
+    config = same_samples(old, overrides)
     checkpoint, notes = run.newest_checkpoint()
-    device, precision = prepare_device(config, strict=False)
+    device, precision = configure_device(config, strict=False)
     if precision != config.precision:
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
         config = replace(config, precision=precision)
-    folder = data_folder or run.folder / run.config["data"]["folder"]
-    if data_folder is None and not folder.exists():
-        raise DataError(f"the data of {run.folder} is gone: no {folder}", fix="say where it is now: --data FOLDER")
-    data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
-    if data.fingerprint != run.config["data"]["fingerprint"]:
-        raise DataError(
-            f"{folder} is not the data of this run: its fingerprint differs", fix="start a new run on it: --init-from"
-        )
-    if overrides.get("epochs"):
+    data = open_data(run, data_folder)
+    if config.epochs and overrides.get("epochs"):
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
-    model = model_from_config(run.config, run.folder)
-    if config.weight_precision == "bf16":
-        cast_matrices(model, "bf16")
-    path = step_folder(run.checkpoints, checkpoint.step)
-    check_format(checkpoint.state, path / "state.json")
-    load_weights(model, checkpoint.model, path, device)
+    model = load_model_of(run, checkpoint, config, device)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
     trainer.restore(checkpoint)
-    config = decide_how_to_step(trainer, config.compile)
+    config = trainer.choose_execution(config.compile)
     longer = any(overrides.get(length) is not None for length in ("max_steps", "max_time", "epochs"))
     if longer and trainer.progress() >= 1.0:
         raise UsageError(
@@ -246,6 +197,30 @@ def resume(
     run.set_config(run.config | {"training": wished, "data": where, "machine": describe(device)})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
+
+
+def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
+    """The token folder that a run is trained on. Raises DataError where it is gone or another one."""
+    folder = moved_to or run.folder / run.config["data"]["folder"]
+    if moved_to is None and not folder.exists():
+        raise DataError(f"the data of {run.folder} is gone: no {folder}", fix="say where it is now: --data FOLDER")
+    data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
+    if data.fingerprint != run.config["data"]["fingerprint"]:
+        raise DataError(
+            f"{folder} is not the data of this run: its fingerprint differs", fix="start a new run on it: --init-from"
+        )
+    return data
+
+
+def load_model_of(run: Run, checkpoint: Checkpoint, config: TrainConfig, device: torch.device) -> LanguageModel:
+    """The model of a run with a checkpoint's weights. Raises CheckpointError where they are not its own."""
+    model = model_from_config(run.config, run.folder)
+    if config.weight_precision == "bf16":
+        cast_matrices(model, "bf16")
+    path = step_folder(run.checkpoints, checkpoint.step)
+    check_format(checkpoint.state, path / "state.json")
+    load_weights(model, checkpoint.model, path, device)
+    return model
 
 
 def differences(run: Run, old: TrainConfig, trainer: Trainer) -> list[str]:
@@ -273,18 +248,20 @@ def settings_of(run: Run) -> TrainConfig:
         raise CheckpointError(f"{path} describes no training: {error}") from error
 
 
-def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> dict[str, int | None]:
-    """How a step is divided when batch size or accumulation is given anew: its samples stay the same, and so do those
-    of a validation. Raises UsageError where they cannot."""
-    if not overrides.get("batch_size") and not overrides.get("grad_accum"):
-        return {}
+def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Settings with a step divided anew where batch size or accumulation is given: its samples stay the same, and so do
+    those of a validation. Raises UsageError where they cannot."""
     per_step = old.batch_size * old.grad_accum
-    batch_size = overrides.get("batch_size") or max(1, per_step // overrides["grad_accum"])
-    grad_accum = overrides.get("grad_accum") or max(1, per_step // batch_size)
+    batch_size = overrides.get("batch_size")
+    grad_accum = overrides.get("grad_accum")
+    if batch_size or grad_accum:
+        batch_size = batch_size or max(1, per_step // grad_accum)
+        grad_accum = grad_accum or max(1, per_step // batch_size)
+    else:
+        batch_size, grad_accum = old.batch_size, old.grad_accum
     if batch_size * grad_accum != per_step:
         raise UsageError(
             f"a step of this run has {per_step} sequences, not --batch-size {batch_size} x --grad-accum {grad_accum}",
             fix=f"take a --batch-size that divides {per_step}",
         )
-    val_batches = old.val_batches and -(-old.val_batches * old.batch_size // batch_size)
-    return {"batch_size": batch_size, "grad_accum": grad_accum, "val_batches": val_batches}
+    return replace(divide_step(old, batch_size), **{**overrides, "batch_size": batch_size, "grad_accum": grad_accum})

@@ -403,7 +403,7 @@ def bench_case(part: str, name: str, batch_size: str, device: str, vram: str) ->
     """A shape of ours and how it trains: AdamW, compiled on a GPU, on random tokens."""
     where = pick_device(device)
     config = TrainConfig(device=device, vram=vram, optimizer="adamw", compile="on" if where.type == "cuda" else "off")
-    session.prepare_device(config)
+    session.configure_device(config)
     shape = models.make_config(name, **SHAPES[part][name])
     return bench.Case(name, None, shape, pick_precision("auto", where), int(batch_size)), config
 

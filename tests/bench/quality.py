@@ -47,10 +47,10 @@ from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, describe, pick_device, pick_precision, set_seed
-from nnx_cli.training import compilation as compiler
 from nnx_cli.training import session
+from nnx_cli.training.observer import Silent
+from nnx_cli.training.sampling import Sampling
 from nnx_cli.training.schedule import lr_at
-from nnx_cli.training.trainer import Observer
 
 SEQ_LEN = 256
 MARGIN = 0.02  # nats that ours may be above the original
@@ -219,8 +219,8 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
     )
     set_seed(seed)
     model = models.from_config(name, plan.model_config)
-    trainer = session.make_trainer(model, job.data, plan.train, job.device, Observer(), session.Sampling([10]))
-    compiler.decide(trainer, plan.train.compile)
+    trainer = session.make_trainer(model, job.data, plan.train, job.device, Silent(), Sampling([10]))
+    trainer.choose_execution(plan.train.compile, postpone=False)
     config = trainer.config
     model.train()
     for step in range(job.steps):

@@ -32,9 +32,10 @@ from nnx_cli.layers.lora import add_adapters
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
 from nnx_cli.training import session
-from nnx_cli.training.compilation import decide
+from nnx_cli.training.observer import Silent
+from nnx_cli.training.sampling import Sampling
 from nnx_cli.training.schedule import lr_at
-from nnx_cli.training.trainer import Observer, Trainer
+from nnx_cli.training.trainer import Trainer
 
 
 def make_trainer(
@@ -62,14 +63,14 @@ def make_trainer(
     model = models.from_config(name, plan.model_config)
     if config.lora_rank is not None:
         add_adapters(model, config.lora_rank)
-    return session.make_trainer(model, data, plan.train, device, Observer(), session.Sampling([10]))
+    return session.make_trainer(model, data, plan.train, device, Silent(), Sampling([10]))
 
 
 def train(trainer: Trainer) -> tuple[float, float, float]:
     """Loss on the validation split after all steps, tokens a second, and seconds of processor time for the steps."""
     config, state = trainer.config, trainer.state
     trainer.model.train()
-    decide(trainer, "graph")
+    trainer.choose_execution("graph")
     synchronize(trainer.device)
     started, used = time.perf_counter(), time.process_time()
     for step in range(config.max_steps):
@@ -90,7 +91,7 @@ def train(trainer: Trainer) -> tuple[float, float, float]:
         trainer.data.val,
         seq_len=trainer.model.config.seq_len,
         batch_size=16,
-        token_bytes=trainer.token_bytes,
+        token_bytes=trainer.validation.token_bytes,
     )
     return result.loss, speed, used
 

@@ -1,18 +1,31 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
-from nnx_cli.training import compilation as compiler
-from nnx_cli.training.compilation import Trial, decide, planned_seconds
+from nnx_cli.training import compilation
+from nnx_cli.training.compilation import Conditions, Trial, choose, verify
+from nnx_cli.training.stepper import Execution, ordered_sums
+
+CPU = Conditions(
+    requested="auto",
+    device_type="cpu",
+    precision="fp32",
+    in_backward=False,
+    has_compiler=True,
+    max_steps=12,
+    max_time_s=None,
+    progress=0.0,
+)
+GPU = replace(CPU, device_type="cuda")
 
 
 @pytest.fixture
-def trainer(start, workspace):
-    """A trainer that remembers its notes; nothing is compiled for real."""
+def stepper(start, workspace):
+    """Steps of a small run; nothing is compiled for real."""
     _, trainer = start(workspace / "run")
-    trainer.notes = []
-    trainer.observer.note = trainer.notes.append
-    yield trainer
+    yield trainer.stepper
     undo_compile(trainer.model)
 
 
@@ -20,77 +33,118 @@ def trainer(start, workspace):
 def pretend(monkeypatch):
     """Pretends losses and step times of eager and compiled blocks, so that no compiler is needed."""
 
-    def install(eager, compiled):
-        results = iter([eager, compiled])
+    def install(*tried):
+        results = iter(tried)
 
-        def timed(trainer):
+        def try_micro_batch(stepper, *, compiled):
             result = next(results)
             if isinstance(result, Exception):
                 raise result
             loss, seconds, *norms = result
             return Trial(loss, seconds, torch.tensor(norms or [1.0, 2.0]))
 
-        monkeypatch.setattr(compiler, "timed", timed)
-        monkeypatch.setattr(compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(compilation, "try_micro_batch", try_micro_batch)
 
     return install
 
 
-def is_compiled(trainer):
-    flags = {block._compiled_call_impl is not None for block in trainer.model.blocks}
+def is_compiled(stepper):
+    flags = {block._compiled_call_impl is not None for block in stepper.step.model.blocks}
     assert len(flags) == 1
     return flags.pop()
 
 
-def test_off_is_off(trainer, monkeypatch):
-    monkeypatch.setattr(compiler, "timed", None)
-    assert decide(trainer, "off") == "off" and trainer.notes == [] and not is_compiled(trainer)
+def decide(stepper, requested):
+    """What `verify` makes of what `choose` chose."""
+    conditions = replace(CPU, requested=requested)
+    return verify(stepper, choose(conditions), conditions)
 
 
-@pytest.mark.parametrize("wish", ["auto", "on"])
-def test_a_machine_without_a_compiler_trains_eagerly_and_says_so(trainer, monkeypatch, wish):
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
-    assert decide(trainer, wish) == "off" and not is_compiled(trainer)
-    assert trainer.notes == ["not compiled: there is no C++ compiler here"]
+# choose
 
 
-def test_what_is_right_and_faster_is_kept(trainer, pretend):
+def test_off_is_off():
+    assert choose(replace(CPU, requested="off")) == choose(replace(GPU, requested="off")) == Execution()
+
+
+def test_a_graph_is_for_a_gpu():
+    assert choose(replace(CPU, requested="graph")) == Execution()
+    assert choose(replace(GPU, requested="graph")) == Execution(graph=True)
+    assert choose(replace(GPU, requested="on")) == Execution(graph=True, compiled=True)
+
+
+def test_another_device_compiles_where_it_is_asked_to():
+    assert choose(replace(CPU, device_type="mps")) == Execution()
+    assert choose(replace(CPU, device_type="mps", requested="on")) == Execution(compiled=True)
+
+
+@pytest.mark.parametrize("requested", ["auto", "on"])
+def test_a_machine_without_a_compiler_trains_eagerly_and_says_so(requested):
+    chosen = choose(replace(CPU, requested=requested, has_compiler=False))
+    assert chosen == Execution(notes=("not compiled: there is no C++ compiler here",))
+
+
+def test_steps_in_the_backward_pass_are_not_compiled():
+    chosen = choose(replace(GPU, requested="on", in_backward=True))
+    assert chosen.name == "graph" and "--optimizer-in-backward" in chosen.notes[0]
+    assert choose(replace(CPU, in_backward=True)) == Execution()
+
+
+def test_auto_does_not_compile_for_a_short_run():
+    assert choose(CPU).compiled, "how long a step takes is not known"
+    assert not choose(CPU, 0.001).compiled and choose(CPU, 1000.0).compiled
+    assert choose(replace(GPU, max_steps=1000), 0.1).name == "graph"
+    assert choose(replace(GPU, max_steps=1000), 0.2).name == "on"
+    assert not choose(replace(CPU, max_time_s=300.0)).compiled, "whatever a step takes"
+    assert choose(replace(CPU, max_steps=None, max_time_s=700.0)).compiled
+    assert not choose(replace(CPU, max_steps=None, max_time_s=700.0, progress=0.5)).compiled
+
+
+def test_the_time_ahead():
+    assert CPU.planned_s(0.5) == 12 * 0.5
+    assert replace(CPU, progress=0.75).planned_s(0.5) == pytest.approx(12 * 0.5 / 4)
+    assert replace(CPU, max_time_s=4.0).planned_s(0.5) == 4.0
+    assert replace(CPU, max_steps=None, max_time_s=4.0).planned_s(0.5) == 4.0
+    assert replace(CPU, progress=1.0).planned_s(float("inf")) == 0.0
+
+
+# verify
+
+
+def test_what_is_right_and_faster_is_kept(stepper, pretend):
     pretend((5.5, 100.0), (5.5 + 1e-5, 60.0))
-    assert decide(trainer, "on") == "on" and is_compiled(trainer)
-    assert trainer.notes == ["compiled: a step takes 60% of its time before"]
+    decided = decide(stepper, "on")
+    assert decided.name == "on" and is_compiled(stepper)
+    assert decided.notes == ("compiled: a step takes 60% of its time before",)
 
 
-@pytest.mark.parametrize("wish", ["auto", "on"])
+@pytest.mark.parametrize("requested", ["auto", "on"])
 @pytest.mark.parametrize("loss", [5.6, float("nan"), float("inf")])
-def test_a_wrong_result_is_not_kept(trainer, pretend, wish, loss):
+def test_a_wrong_result_is_not_kept(stepper, pretend, requested, loss):
     pretend((5.5, 1000.0), (loss, 1.0))
-    assert decide(trainer, wish) == "off" and not is_compiled(trainer)
-    assert "the loss differs from eager" in trainer.notes[0]
-
-
-def test_steps_in_the_backward_pass_are_not_compiled(trainer, monkeypatch):
-    monkeypatch.setattr(compiler, "timed", None)
-    trainer.step.in_backward = True
-    assert decide(trainer, "on") == "off" and "--optimizer-in-backward" in trainer.notes[0]
-    assert decide(trainer, "auto") == "off"
+    decided = decide(stepper, requested)
+    assert decided.name == "off" and not is_compiled(stepper)
+    assert "the loss differs from eager" in decided.notes[0]
 
 
 @pytest.mark.parametrize("norms", [(1.0, 2.1), (0.0, 0.0), (1.0, float("nan"))])
-def test_a_wrong_gradient_is_not_kept(trainer, pretend, norms):
+def test_a_wrong_gradient_is_not_kept(stepper, pretend, norms):
     pretend((5.5, 1000.0, 1.0, 2.0), (5.5, 1.0, *norms))
-    assert decide(trainer, "auto") == "off" and not is_compiled(trainer)
-    assert "the gradient differs from eager" in trainer.notes[0]
+    decided = decide(stepper, "auto")
+    assert decided.name == "off" and not is_compiled(stepper)
+    assert "the gradient differs from eager" in decided.notes[0]
 
 
-def test_auto_keeps_nothing_that_is_slower(trainer, pretend):
+def test_auto_keeps_nothing_that_is_slower(stepper, pretend):
     pretend((5.5, 1000.0), (5.5, 1001.0))
-    assert decide(trainer, "auto") == "off" and not is_compiled(trainer)
-    assert trainer.notes == ["not compiled: no faster here"]
+    decided = decide(stepper, "auto")
+    assert decided.name == "off" and not is_compiled(stepper)
+    assert decided.notes == ("not compiled: no faster here",)
 
 
-def test_on_keeps_what_is_slower(trainer, pretend):
+def test_on_keeps_what_is_slower(stepper, pretend):
     pretend((5.5, 1.0), (5.5, 1.1))
-    assert decide(trainer, "on") == "on"
+    assert decide(stepper, "on").name == "on"
 
 
 @pytest.mark.parametrize(
@@ -100,72 +154,142 @@ def test_on_keeps_what_is_slower(trainer, pretend):
         torch._dynamo.exc.Unsupported("a graph break"),
     ],
 )
-def test_a_compiler_that_fails_is_not_used(trainer, pretend, failure):
+def test_a_compiler_that_fails_is_not_used(stepper, pretend, failure):
     pretend((5.5, 1000.0), failure)
-    assert decide(trainer, "auto") == "off" and not is_compiled(trainer)
-    assert trainer.notes[0].startswith(f"not compiled: {type(failure).__name__}: ") and "\n" not in trainer.notes[0]
+    decided = decide(stepper, "auto")
+    assert decided.name == "off" and not is_compiled(stepper)
+    (note,) = decided.notes
+    assert note.startswith(f"not compiled: {type(failure).__name__}: ") and "\n" not in note
 
 
-def test_auto_does_not_compile_for_a_short_run(trainer, pretend):
+def test_a_run_that_turns_out_too_short_is_not_compiled(stepper, pretend):
     pretend((5.5, 0.001), RuntimeError("not tried"))
-    assert decide(trainer, "auto") == "off" and trainer.notes == []
-
-
-def test_the_time_ahead(trainer):
-    assert planned_seconds(trainer, 0.5) == 12 * 0.5
-    trainer.state.step = 9
-    assert planned_seconds(trainer, 0.5) == pytest.approx(12 * 0.5 / 4)
+    decided = decide(stepper, "auto")
+    assert decided.name == "off" and decided.notes == ()
 
 
 def test_a_step_is_timed_by_its_first_micro_batches_and_its_end_once(start, workspace, monkeypatch):
     _, trainer = start(workspace / "run", batch_size=2, grad_accum=4)
     clock = [0.0]
 
-    def run_step(ids, targets):
+    def run(ids, targets):
         clock[0] += len(ids) // 2 * 1.0 + 10.0  # micro-batches of 1 s, and an end of 10
 
-    monkeypatch.setattr(trainer, "run_step", run_step)
-    monkeypatch.setattr(compiler.time, "perf_counter", lambda: clock[0])
-    assert compiler.timed_step(trainer) == 14.0
+    monkeypatch.setattr(trainer.stepper, "run", run)
+    monkeypatch.setattr(compilation.time, "perf_counter", lambda: clock[0])
+    assert compilation.step_seconds(trainer.stepper) == 14.0
 
 
-def test_memory_that_runs_out_once_blocks_are_compiled_undoes_that(trainer, pretend, monkeypatch):
-    def run_out(trainer):
-        raise torch.OutOfMemoryError
+def run_out(*arguments):
+    raise torch.OutOfMemoryError
 
+
+def test_memory_that_runs_out_once_blocks_are_compiled_undoes_that(stepper, pretend, monkeypatch):
     pretend((5.5, 100.0), (5.5, 60.0))
-    trainer.device = torch.device("cuda")
-    monkeypatch.setattr(compiler, "timed_step", run_out)
-    monkeypatch.setattr(compiler, "compile_checked", lambda trainer, eager: compile_blocks(trainer.model) or 1.0)
-    compiler.go_on(trainer, "on", 1.0)
-    assert not is_compiled(trainer) and trainer.notes == ["not compiled: not enough memory"]
+    stepper.device = torch.device("cuda")
+    monkeypatch.setattr(compilation, "step_seconds", run_out)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    stepper.execution = Execution(step_s=1.0)
+    decided = verify(stepper, Execution(compiled=True), replace(GPU, requested="on"))
+    assert not is_compiled(stepper) and decided.notes == ("not compiled: not enough memory",)
 
 
-def test_smaller_micro_batches_stay_where_the_first_step_needed_them(trainer, monkeypatch):
-    before = trainer.config.batch_size
+@pytest.fixture
+def graphs(stepper, monkeypatch):
+    """Steps on a pretended GPU, that take 1 s op by op and `graphs.step_s` as graphs; lists what is recorded."""
 
-    def timed(trainer):
-        if trainer.config.batch_size == before:
-            trainer.shrink()
-        return Trial(5.5, 1.0, torch.ones(1))
+    class Graphs(list):
+        step_s = 0.5
 
-    monkeypatch.setattr(compiler, "timed", timed)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
-    decide(trainer, "on")
-    assert trainer.config.batch_size < before and trainer.config.compile == "on"
+        def record(self):
+            self.append(is_compiled(stepper))
+            stepper.graphs = object()
 
-
-def test_names_in_the_state_dict_stay(trainer):
-    before = list(trainer.model.state_dict())
-    compile_blocks(trainer.model)
-    assert is_compiled(trainer) and list(trainer.model.state_dict()) == before
-    undo_compile(trainer.model)
-    assert not is_compiled(trainer)
+    made = Graphs()
+    stepper.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(stepper, "record_graphs", made.record)
+    monkeypatch.setattr(compilation, "step_seconds", lambda stepper: made.step_s if stepper.graphs else 1.0)
+    return made
 
 
-def test_timing_leaves_nothing_behind(trainer):
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    trial = compiler.timed(trainer)
+def test_a_graph_is_kept_where_it_is_faster(stepper, graphs):
+    assert verify(stepper, Execution(graph=True), GPU) == Execution(graph=True, step_s=0.5)
+    stepper.graphs, graphs.step_s = None, 0.99
+    assert verify(stepper, Execution(graph=True), GPU) == Execution(step_s=1.0) and stepper.graphs is None
+    kept = verify(stepper, Execution(graph=True), replace(GPU, requested="graph"))
+    assert kept == Execution(graph=True, step_s=0.99) and stepper.graphs
+
+
+@pytest.mark.parametrize(
+    ("failure", "note"),
+    [(torch.OutOfMemoryError(), "not enough memory"), (RuntimeError("a sync\nat length"), "RuntimeError: a sync")],
+)
+def test_a_graph_that_cannot_be_recorded_is_left_out(stepper, graphs, monkeypatch, failure, note):
+    monkeypatch.setattr(stepper, "record_graphs", lambda: (_ for _ in ()).throw(failure))
+    decided = verify(stepper, Execution(graph=True), replace(GPU, requested="graph"))
+    assert decided == Execution(step_s=1.0, notes=(f"no CUDA graph: {note}",)) and stepper.graphs is None
+
+
+def test_compiled_steps_are_recorded_anew(stepper, graphs, pretend):
+    stepper.execution = verify(stepper, Execution(graph=True), GPU)
+    pretend((5.5, 1.0), (5.5, 0.5))
+    graphs.step_s = 0.25
+    decided = verify(stepper, Execution(graph=True, compiled=True), replace(GPU, max_steps=10**6))
+    assert decided.name == "on" and decided.graph and graphs == [False, True]
+    assert decided.notes == ("compiled: a step takes 50% of its time before",)
+
+
+def test_steps_that_are_no_faster_compiled_are_recorded_as_they_were(stepper, graphs, pretend):
+    stepper.execution = verify(stepper, Execution(graph=True), GPU)
+    pretend((5.5, 1.0), (5.5, 0.5))
+    decided = verify(stepper, Execution(graph=True, compiled=True), replace(GPU, max_steps=10**6))
+    assert decided.name == "graph" and graphs == [False, True, False] and not is_compiled(stepper)
+    assert decided.notes == ("not compiled: no faster here",)
+
+
+def test_smaller_micro_batches_stay_where_the_first_step_needed_them(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "run")
+    stepper, before = trainer.stepper, trainer.config.batch_size
+
+    def step_seconds(stepper):
+        if stepper.batch_size == before:
+            raise torch.OutOfMemoryError
+        return 1.0
+
+    monkeypatch.setattr(compilation, "step_seconds", step_seconds)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    trainer.device = stepper.device = torch.device("cuda")
+    monkeypatch.setattr(stepper, "record_graphs", run_out)
+    assert trainer.choose_execution("graph").batch_size == stepper.batch_size == before // 2
+    assert trainer.config.compile == "off" and "out of memory at step 1" in trainer.journal.events[0]
+
+
+def test_compiled_steps_on_a_cpu_alone_are_deterministic():
+    cpu = torch.device("cpu")
+    for execution, device, expected in (
+        (Execution(compiled=True), cpu, True),
+        (Execution(), cpu, False),
+        (Execution(compiled=True), torch.device("cuda"), False),
+    ):
+        with ordered_sums(execution, device):
+            assert torch.are_deterministic_algorithms_enabled() == expected
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_names_in_the_state_dict_stay(stepper):
+    model = stepper.step.model
+    before = list(model.state_dict())
+    compile_blocks(model)
+    assert is_compiled(stepper) and list(model.state_dict()) == before
+    undo_compile(model)
+    assert not is_compiled(stepper)
+
+
+def test_timing_leaves_nothing_behind(stepper):
+    model = stepper.step.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trial = compilation.try_micro_batch(stepper, compiled=False)
     assert 5 < trial.loss < 6 and trial.seconds > 0 and (trial.norms > 0).all()
-    assert all(p.grad is None for p in trainer.model.parameters())
-    assert all(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

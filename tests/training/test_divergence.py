@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.training.divergence import FAMILIAR, SpikeWatch, first_overflow
+from nnx_cli.training.divergence import FAMILIAR, LossSpikeDetector, first_overflow
 
 
 def losses(n, seed=0):
@@ -16,30 +16,30 @@ def losses(n, seed=0):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_an_ordinary_run_has_no_spikes(seed):
-    watch = SpikeWatch()
-    assert not any(watch.seen(loss) for loss in losses(300, seed))
+    detector = LossSpikeDetector()
+    assert not any(detector.update(loss) for loss in losses(300, seed))
 
 
 @pytest.mark.parametrize("height", [0.8, 3.0, 100.0])
 def test_a_jump_is_a_spike_and_stays_one(height):
-    watch = SpikeWatch()
+    detector = LossSpikeDetector()
     for loss in losses(200):
-        watch.seen(loss)
-    assert watch.seen(1.6 + height) and watch.seen(1.6 + height), "the first does not make the second usual"
-    assert not watch.seen(1.6)
+        detector.update(loss)
+    assert detector.update(1.6 + height) and detector.update(1.6 + height), "the first does not make the second usual"
+    assert not detector.update(1.6)
 
 
 def test_a_loss_that_stays_high_becomes_usual():
-    watch = SpikeWatch()
+    detector = LossSpikeDetector()
     for loss in losses(200):
-        watch.seen(loss)
-    reported = [watch.seen(3.0) for _ in range(200)]
+        detector.update(loss)
+    reported = [detector.update(3.0) for _ in range(200)]
     assert reported[0] and not reported[-1]
 
 
 def test_a_run_just_begun_has_no_usual_loss():
-    watch = SpikeWatch()
-    assert not any(watch.seen(loss) for loss in [5.0, 50.0] * (FAMILIAR // 2))
+    detector = LossSpikeDetector()
+    assert not any(detector.update(loss) for loss in [5.0, 50.0] * (FAMILIAR // 2))
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from nnx_cli.optim._build import build_optimizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
-from nnx_cli.training import session
+from nnx_cli.training import cadence, session, validation
 from nnx_cli.training import trainer as trainer_module
-from nnx_cli.training.trainer import Observer
+from nnx_cli.training.observer import Silent
+from nnx_cli.training.stepper import Execution
 
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes")
 
@@ -57,7 +58,7 @@ def train(run, trainer, stop_at=None):
 
 
 def resume(run, **overrides):
-    return session.resume(Run(run.folder), overrides, overrides.pop("data", None), Observer())[0]
+    return session.resume(Run(run.folder), overrides, overrides.pop("data", None), Silent())[0]
 
 
 # a step
@@ -69,11 +70,12 @@ def test_division_into_micro_batches_changes_nothing(start, workspace, shape):
 
     def weights(name, batch_size, grad_accum):
         run, trainer = start(workspace / name, batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.0)
-        trainer.optimizer = trainer.step.optimizer = GradientDescent(trainer.model.parameters(), lr=0.1, fused=True)
+        trainer.stepper.step.optimizer = GradientDescent(trainer.model.parameters(), lr=0.1, fused=True)
         results = []
         for _ in range(3):
             n_tokens = trainer.take_step(0.1)
-            results.append((*trainer.read_stats(), n_tokens))
+            numbers = trainer.recovery.read_numbers()
+            results.append((numbers.loss, numbers.grad_norm, n_tokens))
             trainer.state.step += 1
         return results, [p.detach().clone() for p in trainer.model.parameters()]
 
@@ -87,21 +89,21 @@ def test_division_into_micro_batches_changes_nothing(start, workspace, shape):
 
 def test_the_loss_is_the_mean_over_all_targets(start, workspace):
     run, trainer = start(workspace / "a", batch_size=4, grad_accum=2)
-    ids, targets = trainer.loader.batch(0, 8)
+    ids, targets = trainer.stepper.loader.batch(0, 8)
     with torch.no_grad():
         wanted = torch.nn.functional.cross_entropy(trainer.model(ids).flatten(0, 1), targets.flatten()).item()
     trainer.take_step(1e-3)
-    assert trainer.read_stats()[0] == pytest.approx(wanted, abs=1e-6)
+    assert trainer.recovery.read_numbers().loss == pytest.approx(wanted, abs=1e-6)
 
 
 def test_gradients_are_clipped_and_reported_unclipped(start, workspace):
     moves = {}
     for clip in (0.0, 1e-3):
         run, trainer = start(workspace / str(clip), grad_clip=clip)
-        trainer.optimizer = trainer.step.optimizer = GradientDescent(trainer.model.parameters(), lr=1.0, fused=True)
+        trainer.stepper.step.optimizer = GradientDescent(trainer.model.parameters(), lr=1.0, fused=True)
         before = [p.detach().clone() for p in trainer.model.parameters()]
         trainer.take_step(1.0)
-        _, norm = trainer.read_stats()
+        norm = trainer.recovery.read_numbers().grad_norm
         moved = sum(((p.detach() - b) ** 2).sum() for p, b in zip(trainer.model.parameters(), before, strict=True))
         moves[clip] = (norm, math.sqrt(moved))
     assert moves[0.0][0] == moves[1e-3][0] > 1e-2
@@ -111,7 +113,7 @@ def test_gradients_are_clipped_and_reported_unclipped(start, workspace):
 
 def poison(trainer, monkeypatch, value, steps=(1,)):
     """Make the loss, or only the gradient of one weight, not finite at some steps."""
-    forward = trainer.step.micro_step.forward
+    forward = trainer.stepper.step.micro_step.forward
 
     def forward_badly(ids, targets):
         loss, count = forward(ids, targets)
@@ -119,7 +121,7 @@ def poison(trainer, monkeypatch, value, steps=(1,)):
             loss = loss * value if value is not None else loss + explode(trainer.model.norm.weight)
         return loss, count
 
-    monkeypatch.setattr(trainer.step.micro_step, "forward", forward_badly)
+    monkeypatch.setattr(trainer.stepper.step.micro_step, "forward", forward_badly)
 
 
 def explode(parameter):
@@ -136,14 +138,14 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(start, workspac
     before = {key: tensor.clone() for key, tensor in trainer.checkpoint().model.items()}
     moments = {key: tensor.clone() for key, tensor in trainer.checkpoint().optimizer.items()}
     trainer.take_step(1e-3)
-    _, norm = trainer.read_stats()
+    norm = trainer.recovery.read_numbers().grad_norm
     assert not math.isfinite(norm)
     assert all(torch.equal(before[key], tensor) for key, tensor in trainer.checkpoint().model.items())
     assert all(torch.equal(moments[key], tensor) for key, tensor in trainer.checkpoint().optimizer.items())
     assert (trainer.state.skipped_steps, trainer.state.bad_steps) == (1, 1)
     trainer.state.step = 2
     trainer.take_step(1e-3)
-    _, norm = trainer.read_stats()
+    norm = trainer.recovery.read_numbers().grad_norm
     assert math.isfinite(norm), "the bad gradient is gone"
     assert (trainer.state.skipped_steps, trainer.state.bad_steps) == (1, 0)
     assert not torch.equal(before["norm.weight"], trainer.model.norm.weight)
@@ -176,14 +178,14 @@ def test_a_run_goes_on_after_a_rollback(start, workspace, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(start, workspace):
     run, trainer = start(workspace / "weights" / "a", max_steps=8, save_every=4, val_every=8)
-    step = trainer.step.model.post_optim_step
+    step = trainer.stepper.step.model.post_optim_step
 
     def spoil():
         step()
         if trainer.state.step == 3 and trainer.state.lr_factor == 1.0:
             trainer.model.norm.weight.data[0] = math.inf
 
-    trainer.step.model.post_optim_step = spoil
+    trainer.stepper.step.model.post_optim_step = spoil
     assert train(run, trainer) == "finished"
     assert "back to step 0" in run.status()["events"][0]
     assert all(tensor.isfinite().all() for tensor in run.newest_checkpoint()[0].model.values())
@@ -194,14 +196,14 @@ def test_weights_that_are_not_finite_are_not_saved(start, workspace):
 
 def out_of_memory(trainer, monkeypatch, at, above):
     """Let memory run out at step `at` for micro-batches of more than `above` sequences."""
-    forward = trainer.step.micro_step.forward
+    forward = trainer.stepper.step.micro_step.forward
 
     def limited(ids, targets):
         if trainer.state.step == at and len(ids) > above:
             raise torch.OutOfMemoryError("out of memory")
         return forward(ids, targets)
 
-    monkeypatch.setattr(trainer.step.micro_step, "forward", limited)
+    monkeypatch.setattr(trainer.stepper.step.micro_step, "forward", limited)
 
 
 def test_out_of_memory_heals_without_a_seam(start, workspace, monkeypatch):
@@ -229,7 +231,7 @@ def test_a_validation_that_is_not_finite_is_recorded(start, workspace, monkeypat
     run, trainer = start(workspace / "a", max_steps=4, val_every=2)
     results = iter([math.nan, 3.0])
     monkeypatch.setattr(
-        trainer_module, "evaluate", lambda *args, **options: Evaluation(*[next(results)] * 2, None, 1, 1, 1.0)
+        validation, "evaluate", lambda *args, **options: Evaluation(*[next(results)] * 2, None, 1, 1, 1.0)
     )
     assert train(run, trainer) == "finished"
     assert run.status()["best_val_loss"] == 3.0 and run.status()["best_step"] == 4
@@ -272,7 +274,7 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
 def test_the_schedule_ends_with_the_run(start, workspace):
     rates = []
 
-    class Watch(Observer):
+    class Watch(Silent):
         def step(self, record, progress):
             rates.append((record["step"], record["lr"], progress))
 
@@ -291,9 +293,7 @@ def test_milestones_are_looked_at(start, workspace):
 
 def test_patience_stops_a_run_that_gets_no_better(start, workspace, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.1, 1.9, 2.0, 2.0, 1.0])
-    monkeypatch.setattr(
-        trainer_module, "evaluate", lambda *args, **options: Evaluation(next(losses), 1.0, None, 1, 1, 1.0)
-    )
+    monkeypatch.setattr(validation, "evaluate", lambda *args, **options: Evaluation(next(losses), 1.0, None, 1, 1, 1.0))
     run, trainer = start(workspace / "a", max_steps=100, val_every=1, save_every=50, patience=2)
     notes = []
     trainer.observer.note = notes.append
@@ -313,73 +313,83 @@ def test_checkpoints_beyond_keep_are_dropped(start, workspace):
 
 def test_looking_and_saving_take_a_small_share_of_the_time(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
-    upkeep = trainer_module.Upkeep()
+    monkeypatch.setattr(cadence.time, "monotonic", lambda: clock[0])
+    budget = cadence.TimeBudget()
     clock[0] = 1.9
-    assert not upkeep.is_affordable()
+    assert not budget.is_affordable()
     clock[0] = 2.1
-    assert upkeep.is_affordable()
-    with upkeep.timed():
+    assert budget.is_affordable()
+    with budget.timed():
         clock[0] += 3.0
     clock[0] += 59.0
-    assert not upkeep.is_affordable()
+    assert not budget.is_affordable()
     clock[0] += 2.0
-    assert upkeep.is_affordable()
+    assert budget.is_affordable()
 
 
-@pytest.mark.parametrize("decided", ["graph", "off"])
+@pytest.mark.parametrize("decided", [Execution(graph=True), Execution()])
 def test_what_is_compiled_later_follows_the_first_step_that_is_shown(start, workspace, decided):
     run, trainer = start(workspace / "a", max_steps=6, val_every=3)
-    run.set_config(run.config | {"training": run.config["training"] | {"compile": "auto"}})  # the wish, meanwhile
+    run.set_config(run.config | {"training": run.config["training"] | {"compile": "auto"}})  # as requested, meanwhile
     shown, notes = [], []
     trainer.observer.step = lambda record, progress: shown.append(record["step"])
     trainer.observer.note = notes.append
 
-    def compile_later():
-        assert shown == [1] and trainer.compile_later is None
-        if decided != "off":
-            trainer.config = replace(trainer.config, compile=decided)
+    def verify_later():
+        assert shown == [1] and trainer.verify_later is None
+        return decided
 
-    trainer.compile_later = compile_later
+    trainer.verify_later = verify_later
     assert trainer.config.compile == "off"
     train(run, trainer)
     assert shown[-1] == 6 and [note for note in notes if "compiling" in note]
-    assert run.config["training"] == asdict(trainer.config) and trainer.config.compile == decided
+    assert run.config["training"] == asdict(trainer.config) and trainer.config.compile == decided.name
 
 
-def test_on_a_card_the_wish_to_compile_waits_unless_bits_are_promised(start, workspace, monkeypatch):
-    _, trainer = start(workspace / "a")
+def test_on_a_gpu_compiling_waits_unless_bits_are_promised(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "a", max_steps=10**6)
     trainer.device, asked = torch.device("cuda"), []
-    monkeypatch.setattr(session.compiler, "begin", lambda trainer, wish: 0.5)
-    monkeypatch.setattr(session.compiler, "go_on", lambda trainer, wish, step_s: asked.append((wish, step_s)))
-    assert session.decide_how_to_step(trainer, "auto").compile == "auto" and trainer.config.compile == "off"
-    assert not asked
-    trainer.compile_later()
-    assert asked == [("auto", 0.5)]
-    trainer.compile_later, trainer.config = None, replace(trainer.config, deterministic=True)
-    assert session.decide_how_to_step(trainer, "on").compile == "off" and trainer.compile_later is None
-    assert asked[1:] == [("on", 0.5)]
+
+    def verify(stepper, wanted, conditions):
+        asked.append((wanted.graph, wanted.compiled, conditions.requested))
+        return Execution(graph=True, compiled=wanted.compiled, step_s=0.5)
+
+    monkeypatch.setattr(trainer_module, "verify", verify)
+    assert trainer.choose_execution("auto").compile == "auto" and trainer.config.compile == "graph"
+    assert asked == [(True, False, "auto")]
+    assert trainer.verify_later().name == "on" and asked[1:] == [(True, True, "auto")]
+    trainer.verify_later, trainer.config = None, replace(trainer.config, deterministic=True)
+    assert trainer.choose_execution("on").compile == "on" and trainer.verify_later is None
+    assert asked[2:] == [(True, True, "on")]
+
+
+def test_a_gpu_whose_steps_are_too_fast_to_earn_it_back_does_not_compile_later(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "a")
+    trainer.device = torch.device("cuda")
+    monkeypatch.setattr(trainer_module, "verify", lambda *_: Execution(graph=True, step_s=0.5))
+    assert trainer.choose_execution("auto").compile == "graph" and trainer.verify_later is None
 
 
 def test_memory_that_a_graph_keeps_is_given_back_to_look(start, workspace):
     run, trainer = start(workspace / "a")
-    trainer.captured, tries = object(), []
+    stepper, recovery, tries = trainer.stepper, trainer.recovery, []
+    stepper.graphs = object()
 
     def look():
-        tries.append(trainer.captured)
-        if trainer.captured is not None:
+        tries.append(stepper.graphs)
+        if stepper.graphs is not None:
             raise torch.OutOfMemoryError
         return "seen"
 
-    assert trainer.with_room(look) == "seen" and len(tries) == 2 and "no graph" in trainer.news[0]
+    assert recovery.retry_on_oom(look) == "seen" and len(tries) == 2 and "no graph" in trainer.journal.events[0]
     with pytest.raises(torch.OutOfMemoryError):
-        trainer.with_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        recovery.retry_on_oom(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
 
 
 def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, monkeypatch):
     run, trainer = start(workspace / "a", batch_size=4)
-    graph, tries = object(), []
-    plain = trainer_module.evaluate
+    stepper, graph, tries = trainer.stepper, object(), []
+    plain = validation.evaluate
 
     class Losses:
         def __init__(self, model, rows, seq_len):
@@ -388,17 +398,17 @@ def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, mo
                 raise torch.OutOfMemoryError
 
         def __call__(self, *arguments):
-            return trainer_module.token_losses(*arguments)
+            return validation.token_losses(*arguments)
 
     def evaluate(model, tokens, *, batch_size, losses_of, **rest):
-        if losses_of is trainer_module.token_losses:
+        if losses_of is validation.token_losses:
             tries.append(batch_size)
-            if trainer.captured is not None and not plainly:
+            if stepper.graphs is not None and not plainly:
                 raise torch.OutOfMemoryError
         return plain(model, tokens, batch_size=batch_size, losses_of=losses_of, **rest)
 
-    monkeypatch.setattr(trainer_module, "graphed_losses", Losses)
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    monkeypatch.setattr(validation, "graphed_losses", Losses)
+    monkeypatch.setattr(validation, "evaluate", evaluate)
     seen = []
     for least, plainly, expected in (
         (9, False, ["4 recorded"]),
@@ -406,12 +416,12 @@ def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, mo
         (0, True, ["4 recorded", "2 recorded", "1 recorded", 1]),
         (0, False, ["4 recorded", "2 recorded", "1 recorded", 1, 4]),
     ):
-        trainer.captured, trainer.losses_of = graph, trainer_module.token_losses
-        trainer.val_rows, trainer.captures_validation = 4, True
+        stepper.graphs = graph
+        trainer.validation.reset()
         tries.clear()
         seen.append(trainer.validate(run, 1.0).loss)
         assert tries == expected
-        assert (trainer.captured is graph) == (least > 0 or plainly)
+        assert (stepper.graphs is graph) == (least > 0 or plainly)
         assert trainer.model.training
     assert seen == pytest.approx(seen[:1] * 4)
 
@@ -428,7 +438,7 @@ def test_samples_are_logged(start, workspace):
 def test_a_full_disk_while_saving_costs_no_checkpoint(start, workspace, monkeypatch, full_at, newest):
     """A checkpoint in between can wait, the last one cannot."""
     notes = []
-    observer = Observer()
+    observer = Silent()
     observer.note = notes.append
     run, trainer = start(workspace / "a", save_every=4, observer=observer)
 
@@ -487,9 +497,9 @@ def test_forgetting_something_would_show(start, workspace, forget):
     train(run, trainer, stop_at=6)
     again = resume(run)
     if forget == "optimizer":
-        again.optimizer = build_optimizer(again.model, again.config)
+        again.stepper.step.optimizer = build_optimizer(again.model, again.config)
     else:
-        again.loader.seed += 1
+        again.stepper.loader.seed += 1
     train(run, again)
     assert everything(run)[0] != everything(whole)[0]
 
@@ -502,7 +512,7 @@ def test_a_run_that_went_back_reaches_the_same_end(start, workspace):
     train(run, trainer, stop_at=7)
     ckpt.save_checkpoint(run.checkpoints, ckpt.Checkpoint(9, {}, {}, {}))
     (run.checkpoints / "step-00000009" / "manifest.json").write_text("{}")
-    again, notes = session.resume(Run(run.folder), {}, None, Observer())
+    again, notes = session.resume(Run(run.folder), {}, None, Silent())
     assert again.state.step == 7 and "going back" in notes[0]
     train(run, again)
     assert everything(run) == everything(whole)
@@ -534,7 +544,7 @@ def test_another_batch_size_keeps_the_samples_of_a_step(start, workspace, overri
     run, trainer = start(workspace / "parts")
     train(run, trainer, stop_at=5)
     again = resume(run, **overrides)
-    assert again.samples_per_step == 8
+    assert again.stepper.samples_per_step == 8
     assert again.config.val_batches * again.config.batch_size == 8
     train(run, again)
     ours, wanted = run.newest_checkpoint()[0], whole.newest_checkpoint()[0]

@@ -9,7 +9,7 @@ from nnx_cli import models
 from nnx_cli.layers.lora import add_adapters, merge_adapters, remove_adapters
 from nnx_cli.runs.run import Run
 from nnx_cli.training import session
-from nnx_cli.training.trainer import Observer
+from nnx_cli.training.observer import Silent
 
 NAMES = models.names()
 
@@ -26,7 +26,7 @@ def test_a_resumed_run_ends_with_the_same_bits(start, workspace, name):
     train(whole, trainer, 6)
     run, trainer = start(workspace / "parts", name, **settings)
     train(run, trainer, 3)
-    train(run, session.resume(Run(run.folder), {}, None, Observer())[0], 6)
+    train(run, session.resume(Run(run.folder), {}, None, Silent())[0], 6)
     ends = [r.newest_checkpoint()[0] for r in (whole, run)]
     for kind in ("model", "optimizer"):
         one, other = (getattr(end, kind) for end in ends)

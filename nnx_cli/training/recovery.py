@@ -1,0 +1,108 @@
+"""What a run does when numbers go bad or memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from nnx_cli.errors import QualityError
+from nnx_cli.layers.blocks import eagerly
+from nnx_cli.runs.run import Run
+from nnx_cli.training.divergence import LossSpikeDetector, all_finite, first_overflow
+from nnx_cli.training.journal import Journal
+from nnx_cli.training.state import TrainState, restore_checkpoint
+from nnx_cli.training.step import StepNumbers
+from nnx_cli.training.stepper import Stepper
+
+T = TypeVar("T")
+MAX_BAD_STEPS = 8  # steps in a row without a finite gradient: more than chance
+ROLLBACK_LR = 0.5  # of the learning rate is what a run goes on with after it went back to a checkpoint
+
+
+class Recovery:
+    """Watches a run's numbers, and brings it back to its last checkpoint."""
+
+    def __init__(self, stepper: Stepper, state: TrainState, journal: Journal) -> None:
+        self.stepper = stepper
+        self.state = state
+        self.journal = journal
+        self.spikes = LossSpikeDetector()
+
+    def read_numbers(self) -> StepNumbers:
+        """Numbers of the newest step; waits for the device. Notices a spike of the loss since the last reading."""
+        numbers = self.stepper.step.stats.read()
+        self.state.skipped_steps, self.state.bad_steps = numbers.skipped_steps, numbers.bad_steps
+        if self.spikes.update(numbers.highest_loss):
+            self.journal.event(
+                f"loss spike: {numbers.highest_loss:.3f} up to step {self.state.step}, after {self.spikes.mean:.3f}"
+            )
+        return numbers
+
+    def has_diverged(self, check_weights: bool) -> bool:
+        """Whether steps fail one after the other, or, where those are checked, weights are not finite.
+
+        With fp16 failing steps are the loss scale's business, until it is at its lowest.
+        """
+        step = self.stepper.step
+        scaling = step.scaler.is_enabled() and step.scaler.get_scale() > 1
+        if self.state.bad_steps >= MAX_BAD_STEPS and not scaling:
+            return True
+        return check_weights and not all_finite(step.model.state_without_ties().values())
+
+    def roll_back(self, run: Run, lr: float) -> None:
+        """Go back to the last checkpoint and go on with less than `lr`. Raises QualityError the second time."""
+        state, stepper = self.state, self.stepper
+        if state.lr_factor < 1.0:
+            self._give_up(lr)
+        checkpoint, notes = run.newest_checkpoint()
+        had_graphs = stepper.graphs is not None
+        stepper.graphs = None  # they know the optimizer's state by its address
+        for name, tensor in stepper.step.model.state_without_ties().items():
+            tensor.copy_(checkpoint.model[name])
+        failed_at, skipped, time_s = state.step, state.skipped_steps, state.time_s
+        restore_checkpoint(stepper.step, state, checkpoint)
+        state.lr_factor = ROLLBACK_LR
+        state.time_s = time_s
+        state.skipped_steps, state.bad_steps = skipped, 0
+        stepper.step.stats.set_skipped(skipped, 0)
+        self.journal.cut(run, state.step)
+        if had_graphs:
+            stepper.record_graphs()
+        for note in notes:
+            self.journal.event(note)
+        self.journal.event(
+            f"no finite gradient in {MAX_BAD_STEPS} steps up to step {failed_at}: back to step {state.step}, "
+            f"going on with {ROLLBACK_LR:g} of the learning rate"
+        )
+
+    def _give_up(self, lr: float) -> None:
+        state, stepper = self.state, self.stepper
+        with eagerly(stepper.execution.name):
+            first = state.step * stepper.samples_per_step
+            where = first_overflow(stepper.step.model, *stepper.loader.batch(first, stepper.batch_size))
+        raise QualityError(
+            f"the run diverged: no finite gradient in {MAX_BAD_STEPS} steps up to step {state.step}, also at a "
+            f"lower learning rate; {where}",
+            fix=f"try --lr {lr * ROLLBACK_LR**2:.2g}, or --precision fp32",
+        )
+
+    def retry_on_oom(self, look: Callable[[], T], use_less: Callable[[], bool] = lambda: False) -> T:
+        """What `look` returns.
+
+        Where memory runs out, `use_less` may let `look` need less; where it cannot, CUDA graphs, which keep the memory
+        of a whole step to themselves, are given up. Raises torch.OutOfMemoryError where there are none.
+        """
+        while True:
+            try:
+                return look()
+            except torch.OutOfMemoryError as error:
+                refused = error.with_traceback(None)  # it would hold on to what was computed
+            self.stepper.step.model.train()  # it was left as it was to look
+            if use_less():
+                continue
+            if self.stepper.graphs is None:
+                raise refused
+            self.stepper.release_graphs()
+            self.journal.event(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")

@@ -1,0 +1,55 @@
+"""Where a run is, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from nnx_cli.config import TrainConfig
+from nnx_cli.optim._state import load_optimizer_state, optimizer_state
+from nnx_cli.runs.checkpoint import FORMAT, Checkpoint
+from nnx_cli.training.step import Step
+
+
+@dataclass
+class TrainState:
+    """Everything besides tensors that a run needs to go on."""
+
+    step: int = 0
+    tokens: int = 0
+    time_s: float = 0.0  # spent in training steps
+    best_val_loss: float | None = None
+    best_val_bits_per_byte: float | None = None
+    best_step: int = 0
+    worse_validations: int = 0  # since the best one
+    skipped_steps: int = 0
+    bad_steps: int = 0  # skipped ones in a row
+    lr_factor: float = 1.0  # on the schedule's learning rate; below 1 after a rollback
+
+    def progress(self, config: TrainConfig) -> float:
+        """The part of the run that is done, 0 to 1."""
+        by_steps = self.step / config.max_steps if config.max_steps else 0.0
+        by_time = self.time_s / config.max_time_s if config.max_time_s else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+
+def make_checkpoint(step: Step, state: TrainState, seed: int) -> Checkpoint:
+    """Everything that `restore_checkpoint` needs. Random numbers are a function of seed and step, so the step is their
+    state."""
+    described = asdict(state) | {
+        "format": FORMAT,
+        "scaler": step.scaler.state_dict(),
+        "random": {"seed": seed, "step": state.step},
+    }
+    weights = step.model.state_without_ties()
+    return Checkpoint(state.step, weights, optimizer_state(step.optimizer, step.model), described)
+
+
+def restore_checkpoint(step: Step, state: TrainState, checkpoint: Checkpoint) -> None:
+    """Continue from a checkpoint whose weights the model has. Raises CheckpointError where it is another model's."""
+    step.optimizer.state.clear()
+    load_optimizer_state(step.optimizer, step.model, checkpoint.optimizer)
+    if step.scaler.is_enabled() and checkpoint.state["scaler"]:
+        step.scaler.load_state_dict(checkpoint.state["scaler"])
+    for key in TrainState.__dataclass_fields__.keys() & checkpoint.state.keys():
+        setattr(state, key, checkpoint.state[key])
+    step.stats.set_skipped(state.skipped_steps, state.bad_steps)

@@ -1,0 +1,172 @@
+"""A run's steps on its samples: op by op, compiled, as CUDA graphs; in smaller micro-batches where memory runs out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nnx_cli.config import TrainConfig
+from nnx_cli.data.loader import Loader
+from nnx_cli.errors import DoesNotFit
+from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim._base import set_lr
+from nnx_cli.optim._build import build_optimizer
+from nnx_cli.system.device import set_seed
+from nnx_cli.training.step import Step, StepGraphs
+
+AHEAD = 2  # steps that the host may prepare while a GPU is still busy
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How steps run, what there is to say about that, and the seconds that one takes, where it was timed."""
+
+    graph: bool = False  # as CUDA graphs
+    compiled: bool = False  # blocks through torch.compile
+    step_s: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The value of `--compile` for it: on, graph (not compiled) or off."""
+        if self.compiled:
+            return "on"
+        return "graph" if self.graph else "off"
+
+
+def divide_step(config: TrainConfig, batch_size: int) -> TrainConfig:
+    """`config` with the samples of a step in micro-batches of `batch_size`, which divides them, and validations on at
+    least as many windows."""
+    if batch_size == config.batch_size:
+        return config
+    n = config.batch_size * config.grad_accum
+    val_batches = config.val_batches and -(-config.val_batches * config.batch_size // batch_size)
+    return replace(config, batch_size=batch_size, grad_accum=n // batch_size, val_batches=val_batches)
+
+
+@contextmanager
+def ordered_sums(execution: Execution, device: torch.device) -> Iterator[None]:
+    """Compiled code on a CPU adds in the same order every time inside; else threads would share sums as it comes."""
+    if not execution.compiled or device.type != "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+class Stepper:
+    """Takes the steps of a run. What samples a step has never changes; how many of them are a micro-batch does, where
+    memory runs out.
+
+    `report` is told what happened; `on_release` is called when graphs and the memory they kept are gone, or
+    micro-batches got smaller.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        loader: Loader,
+        config: TrainConfig,
+        device: torch.device,
+        report: Callable[[str], None],
+    ) -> None:
+        self.device = device
+        self.loader = loader
+        self.seed = config.seed
+        self.batch_size = config.batch_size
+        self.samples_per_step = config.batch_size * config.grad_accum
+        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        optimizer = build_optimizer(model, config)
+        self.step = Step(model, optimizer, scaler, config.grad_clip, config.optimizer_in_backward)
+        self.execution = Execution()
+        self.graphs: StepGraphs | None = None
+        self.report = report
+        self.on_release: Callable[[], None] = lambda: None
+        self._running: deque[torch.cuda.Event] = deque()
+
+    @property
+    def grad_accum(self) -> int:
+        """Micro-batches of a step."""
+        return self.samples_per_step // self.batch_size
+
+    def take(self, number: int, lr: float) -> int:
+        """Step `number` of the run; returns its number of targets. A GPU may still be at work on it.
+
+        Where memory runs out, the same samples are taken in smaller micro-batches from here on. Raises DoesNotFit.
+        """
+        n = self.samples_per_step
+        while True:
+            set_seed(self.seed, number)
+            set_lr(self.step.optimizer, lr)
+            try:
+                self.run(*self.loader.batch(number * n, n))
+                break
+            except torch.OutOfMemoryError:
+                pass  # the exception holds on to what was computed: it has to go first
+            self.halve_micro_batch(number)
+        if self.device.type == "cuda":
+            self._wait_for_older_steps()
+        return n * self.loader.seq_len
+
+    def run(self, input_ids: Tensor, targets: Tensor) -> None:
+        """One optimizer step on samples (N, T)."""
+        if self.graphs is not None:
+            self.graphs(input_ids, targets)
+            return
+        with ordered_sums(self.execution, self.device):
+            self.step(input_ids, targets, self.batch_size)
+
+    def _wait_for_older_steps(self) -> None:
+        """Keep the host at most AHEAD steps before the GPU: that is enough to never leave it idle, and little enough
+        for the clock to tell the time of a step."""
+        event = torch.cuda.Event()
+        event.record()
+        self._running.append(event)
+        if len(self._running) > AHEAD:
+            self._running.popleft().synchronize()
+
+    def halve_micro_batch(self, number: int) -> None:
+        """Divide a step into more micro-batches, `number` being the step that ran out of memory.
+
+        Raises DoesNotFit where they hold one sequence already, or where weights were changing.
+        """
+        self.graphs = None
+        self.step.optimizer.zero_grad(set_to_none=True)
+        if self.batch_size == 1 or self.step.in_backward or self.step.updating:
+            raise DoesNotFit(
+                f"out of memory at step {number + 1}, {self.batch_size} sequences at a time",
+                fix="the last checkpoint is intact; take a smaller --size or --seq-len, or more --vram",
+            )
+        self.step.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        n, size = self.samples_per_step, self.batch_size
+        self.batch_size = max(divisor for divisor in range(1, size // 2 + 1) if n % divisor == 0)
+        self.on_release()
+        self.report(
+            f"out of memory at step {number + 1}: {self.batch_size} sequences at a time instead of {size}, "
+            f"{self.grad_accum} times a step; the samples stay the same"
+        )
+
+    def record_graphs(self) -> None:
+        """Run steps as CUDA graphs from now on, recorded anew. Raises RuntimeError, torch.OutOfMemoryError."""
+        self.release_graphs()
+        input_ids, targets = self.loader.batch(0, self.samples_per_step)
+        self.graphs = StepGraphs(self.step, input_ids, targets, self.batch_size)
+
+    def release_graphs(self) -> None:
+        """Forget what was recorded, and give its memory back."""
+        self.graphs = None
+        self.on_release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
