@@ -90,7 +90,7 @@ def _check_archive(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is not the recorded one")
 
 
-def load_original(name: str, path: Path, weights: dict[str, Tensor], variant: str | None) -> LanguageModel:
+def _load_original(name: str, path: Path, weights: dict[str, Tensor], variant: str | None) -> LanguageModel:
     """The model that an original's weights make, whose shape is read off theirs. Raises CheckpointError where they make
     none, UsageError for a variant there is not."""
     if variant is not None:
@@ -120,7 +120,7 @@ def import_checkpoint(
     models.original(name)
     refuse_existing(out)
     weights = read_checkpoint(path)
-    model = load_original(name, path, weights, variant)
+    model = _load_original(name, path, weights, variant)
     chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else None)
     known = build_tokenizer(chosen) if chosen else None
     if known is not None and known.vocab_size != model.config.vocab_size:

@@ -35,7 +35,7 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
     adapted = load_model(ref, device)
     merged = copy.deepcopy(adapted)
     merge_adapters(merged)
-    ids = sample_ids(ref, adapted.config.vocab_size, adapted.config.seq_len).to(device)
+    ids = _sample_ids(ref, adapted.config.vocab_size, adapted.config.seq_len).to(device)
     difference = (adapted(ids) - merged(ids)).abs().max().item()
     if not difference <= TOLERANCE:
         raise QualityError(f"the merged model differs from its adapter by {difference:.1e} in a logit")
@@ -46,7 +46,7 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
     return {"out": str(out), "parameters": parameters, "largest_logit_difference": difference}
 
 
-def sample_ids(ref: ModelRef, vocab_size: int, seq_len: int) -> torch.Tensor:
+def _sample_ids(ref: ModelRef, vocab_size: int, seq_len: int) -> torch.Tensor:
     """Token ids (B, T) to compare two models on."""
     try:
         with held_out_tokens(ref, ()) as tokens:

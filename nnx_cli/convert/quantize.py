@@ -65,13 +65,13 @@ def quantize_model(
     the run's validation split. Raises OutputError where `out` exists, DataError without text, and QualityError, leaving
     nothing behind, where the model lost more than it may.
     """
-    check_source(ref)
+    _check_source(ref)
     refuse_existing(out)
     tokenizer = ref.tokenizer
     if max_drop is not None and tokenizer is None:
         raise UsageError(f"--max-drop is in bits per byte; {ref.label} has no tokenizer, so its bytes are not known")
     before = load_model(ref, device, precision)
-    check_kept(before, quantization.kept)
+    _check_kept(before, quantization.kept)
     config = ref.config_at(out) | {"quantization": asdict(quantization), "quantized_from": ref.label}
     with held_out_tokens(ref, paths) as tokens:
         if len(tokens) < 2:
@@ -82,14 +82,14 @@ def quantize_model(
             found = compare(before, after, tokens, None if tokenizer is None else tokenizer.token_bytes())
             check_drop(found, max_drop)
             prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()
-            speeds = decoding_speeds((before, after), prompt)
+            speeds = _decoding_speeds((before, after), prompt)
             sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
-            receipt = write_receipt(folder, out, quantization, found, sizes, speeds, kernel_name(device))
+            receipt = _write_receipt(folder, out, quantization, found, sizes, speeds, kernel_name(device))
         notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
     return receipt, [*notes, f"matmuls on this machine: {receipt['kernel']}"]
 
 
-def check_source(ref: ModelRef) -> None:
+def _check_source(ref: ModelRef) -> None:
     """Raise UsageError where a model is quantized already or carries an adapter."""
     config = ref.config
     if "quantization" in config:
@@ -98,7 +98,7 @@ def check_source(ref: ModelRef) -> None:
         raise UsageError(f"{ref.label} carries an adapter", fix=f"merge it first: nnx merge {ref.label}")
 
 
-def write_receipt(
+def _write_receipt(
     folder: Path,
     out: Path,
     quantization: Quantization,
@@ -126,7 +126,7 @@ def write_receipt(
     return receipt
 
 
-def check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
+def _check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
     """Raise UsageError unless every name in `kept` is that of a module with something to quantize in it."""
     layers = list(quantizable(model))
     for name in kept:
@@ -203,7 +203,7 @@ def check_drop(found: Comparison, max_drop: float | None) -> None:
         )
 
 
-def decoding_speeds(models: Sequence[LanguageModel], prompt: list[int]) -> list[float]:
+def _decoding_speeds(models: Sequence[LanguageModel], prompt: list[int]) -> list[float]:
     """Tokens per second of each model alone with one text: the best of several short rounds, taken in turn."""
     started = time.perf_counter()
     best = [0.0] * len(models)

@@ -68,8 +68,8 @@ class TextReader:
                 self.encoding = encoding
                 self._stream.read(len(bom))
                 return
-        refuse_binary(head, self._stream.name)
-        if guess := utf16_without_bom(head):
+        _refuse_binary(head, self._stream.name)
+        if guess := _utf16_without_bom(head):
             self.encoding, self.guessed = guess, True
 
     def _confirm_utf8(self, data: bytes) -> None:
@@ -111,19 +111,19 @@ class TextReader:
         ) from error
 
 
-def refuse_binary(head: bytes, name: str) -> None:
+def _refuse_binary(head: bytes, name: str) -> None:
     """Raise DataError where the beginning of a file shows that it holds no text."""
     for magic, what in BINARY_MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{name} is not text but {what}")
-    if not head or utf16_without_bom(head):
+    if not head or _utf16_without_bom(head):
         return
     n_nul, n_control = head.count(0), len(head) - len(head.translate(None, CONTROLS))
     if n_nul > MAX_NUL_SHARE * len(head) or n_control > MAX_CONTROL_SHARE * len(head):
         raise DataError(f"{name} is binary, not text")
 
 
-def utf16_without_bom(head: bytes) -> str | None:
+def _utf16_without_bom(head: bytes) -> str | None:
     """The byte order of UTF-16 whose text is mostly Latin: then every other byte is zero."""
     even, odd = head[0::2], head[1::2]
     if len(head) < 4 or b"\x00\x00" * 2 in head:

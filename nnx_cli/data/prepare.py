@@ -16,9 +16,18 @@ from typing import Any
 import numpy as np
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.data import sources as corpus
 from nnx_cli.data.compression import BLOCK_BYTES
-from nnx_cli.data.sources import Piece, Reader, Report, Source
+from nnx_cli.data.sources import (
+    COMPRESSIONS,
+    FORMATS,
+    Piece,
+    Reader,
+    Report,
+    Source,
+    builtin_corpus,
+    find_sources,
+    format_of,
+)
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_file import count_bytes
 from nnx_cli.data.token_folder import write_meta
@@ -52,8 +61,8 @@ def prepare(
     or OutputError; then `out` does not exist.
     """
     files.refuse_existing(out)
-    sources = corpus.find_sources(paths)
-    val_sources = corpus.find_sources(val_paths) if val_paths else None
+    sources = find_sources(paths)
+    val_sources = find_sources(val_paths) if val_paths else None
     return _prepare(sources, val_sources, Path(out), config, on_progress or _ignore)
 
 
@@ -65,7 +74,7 @@ def prepare_builtin(out: Path, config: PrepareConfig, on_progress: Progress | No
 
 def encode_files(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, config: PrepareConfig) -> np.ndarray:
     """Ids (N,) of all text in `paths`, mapped from a file in the existing `folder`. Raises DataError."""
-    sources = corpus.find_sources(paths)
+    sources = find_sources(paths)
     reader = Reader(config.text_key, config.errors == "strict", folder)
     with SplitWriter(folder, tokenizer, None) as writer:
         _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
@@ -80,13 +89,13 @@ def default_folder(
 
     No paths: the built-in corpus. Reads every source once. UsageError for standard input, which cannot be read twice.
     """
-    sources = corpus.find_sources(paths) if paths else [_builtin_source()]
-    val_sources = corpus.find_sources(val_paths) if val_paths else []
+    sources = find_sources(paths) if paths else [_builtin_source()]
+    val_sources = find_sources(val_paths) if val_paths else []
     digest = hashlib.sha256()
     for source in [*sources, *val_sources]:
         if not source.repeatable:
             raise UsageError("text from standard input needs a name for its tokens", fix="add --out data/NAME")
-        digest.update(f"{corpus.format_of(source.name)} {_sha256(source)}\n".encode())
+        digest.update(f"{format_of(source.name)} {_sha256(source)}\n".encode())
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
     tokenizer = Path(config.tokenizer)
@@ -98,7 +107,7 @@ def default_folder(
 def _stem(path: str) -> str:
     """A short name for a path: letters, digits and a few marks, without suffixes."""
     name = Path(path).resolve().name or "text"
-    while Path(name).suffix in corpus.FORMATS + corpus.COMPRESSIONS:
+    while Path(name).suffix in FORMATS + COMPRESSIONS:
         name = Path(name).stem
     kept = "".join(char if char.isalnum() or char in "-_." else "-" for char in name).strip("-.")
     return kept[:60] or "text"
@@ -111,7 +120,7 @@ def _sha256(source: Source) -> str:
 
 
 def _builtin_source() -> Source:
-    return Source(BUILTIN, content=corpus.builtin_corpus().encode())
+    return Source(BUILTIN, content=builtin_corpus().encode())
 
 
 def _ignore(event: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from nnx_cli.data import formats as rows
+from nnx_cli.data import formats
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import BLOCK_BYTES, Stream, brief, unpack
 from nnx_cli.data.tokenizers.base import well_formed
@@ -132,7 +132,7 @@ class Reader:
             yield from self._members(stream, report)
         elif head == b"PAR1":
             with self._seekable(stream) as file:
-                yield from self._rows(rows.parquet_rows(file, self.text_key, name), name, "row", report)
+                yield from self._rows(formats.parquet_rows(file, self.text_key, name), name, "row", report)
         else:
             yield from self._text(stream, name, report)
 
@@ -142,9 +142,9 @@ class Reader:
         if kind == ".parquet":
             raise DataError(f"{name} is damaged: it does not begin like a parquet table")
         if kind == ".jsonl":
-            yield from self._rows(rows.jsonl_rows(reader, self.text_key, ROW_CHARS), name, "line", report)
+            yield from self._rows(formats.jsonl_rows(reader, self.text_key, ROW_CHARS), name, "line", report)
         elif kind == ".csv":
-            yield from self._rows(rows.csv_rows(reader, self.text_key, ROW_CHARS, name), name, "line", report)
+            yield from self._rows(formats.csv_rows(reader, self.text_key, ROW_CHARS, name), name, "line", report)
         else:
             for text in reader:
                 yield Piece(text, False)
@@ -156,11 +156,11 @@ class Reader:
             report.note(f"{name}: not UTF-8, read as {reader.encoding}")
 
     def _rows(
-        self, numbered: Iterator[tuple[int, str | rows.BadRow]], name: str, unit: str, report: Report
+        self, numbered: Iterator[tuple[int, str | formats.BadRow]], name: str, unit: str, report: Report
     ) -> Iterator[Piece]:
         skipped, first = 0, ""
         for number, text in numbered:
-            if not isinstance(text, rows.BadRow):
+            if not isinstance(text, formats.BadRow):
                 yield Piece(text, True)
                 continue
             if self.strict:

@@ -196,7 +196,7 @@ def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
         largest = max(largest, last)
     if tokenizer is not None and largest >= tokenizer.vocab_size:
         raise DataError(f"{path} has id {largest}; the tokenizer {tokenizer.kind} has {tokenizer.vocab_size} ids")
-    vocab_size, text_bytes = round_vocab_size(largest + 1), None
+    vocab_size, text_bytes = _round_vocab_size(largest + 1), None
     train, val = _map(path / "train.bin", dtype), _map(path / "val.bin", dtype)
     if tokenizer is not None:
         lengths = tokenizer.token_bytes()
@@ -215,7 +215,7 @@ def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
     )
 
 
-def round_vocab_size(n: int) -> int:
+def _round_vocab_size(n: int) -> int:
     """n up to 256, above that the next multiple of 64, which matrices like."""
     return n if n <= 256 else -(-n // NANOGPT_ROUND) * NANOGPT_ROUND
 

@@ -54,8 +54,15 @@ def find_runs() -> list[Path]:
 def list_models() -> list[dict[str, Any]]:
     """What `nnx list` shows of every model folder in weights/, the one that changed last first."""
     folders = {path.parent for name in ("run.json", "config.json") for path in WEIGHTS.glob(f"*/{name}")}
-    rows = [_describe(folder) for folder in folders if not folder.name.startswith(".")]
-    return sorted(rows, key=lambda row: (row["age_s"], row["name"]))
+    changed = {folder: _changed(folder) for folder in folders if not folder.name.startswith(".")}
+    newest = sorted(changed, key=lambda folder: changed[folder], reverse=True)
+    return [_describe(folder) | {"age_s": round(time.time() - changed[folder])} for folder in newest]
+
+
+def _changed(folder: Path) -> float:
+    """When a run, or else a model, was last written."""
+    name = "run.json" if os.path.lexists(folder / "run.json") else "config.json"
+    return (folder / name).lstat().st_mtime
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -83,8 +90,7 @@ def _describe(folder: Path) -> dict[str, Any]:
             }
     except NnxError as error:
         row |= {"status": "damaged", "error": str(error)}
-    changed = (folder / ("run.json" if is_run else "config.json")).lstat().st_mtime
-    return row | {"age_s": round(time.time() - changed)}
+    return row
 
 
 def _kind(config: Mapping[str, Any]) -> str:

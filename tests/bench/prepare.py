@@ -38,8 +38,7 @@ import tiktoken
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.sources import builtin_corpus
-from nnx_cli.data.tokenizers import bpe
-from nnx_cli.data.tokenizers import gigatoken as fast_encoder
+from nnx_cli.data.tokenizers import bpe, gigatoken
 from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.system.machine import cpu_model, n_cores, peak_rss_bytes
 
@@ -113,7 +112,7 @@ def one(side: str, text: str, tokenizer: str, n_workers: str) -> dict[str, Any]:
     if side == "tiktoken":
         return run_tiktoken(Path(text), tokenizer)
     if side == "nnx":
-        fast_encoder.is_installed = lambda: False
+        gigatoken.is_installed = lambda: False
     with tempfile.TemporaryDirectory(dir=Path(text).parent) as folder:
         return run_nnx(Path(text), tokenizer, int(n_workers), Path(folder) / "made")
 
@@ -136,7 +135,7 @@ def cases(kinds: list[str], folder: Path, n_bytes: int, given: Path | None) -> l
             tokenizer = str(folder / "vocabulary" / "tokenizer.json")
         found.append((kind, "tiktoken", folder / "text.txt", tokenizer, n_cores()))
         found.append((kind, "nnx", folder / "text.txt", tokenizer, n_cores()))
-        if fast_encoder.is_installed() and kind in fast_encoder.SCHEMES:
+        if gigatoken.is_installed() and kind in gigatoken.SCHEMES:
             found.append((kind, "nnx + gigatoken", folder / "text.txt", tokenizer, n_cores()))
     return found
 

@@ -10,9 +10,7 @@ import zipfile
 
 import pytest
 
-from nnx_cli.data import compression
-from nnx_cli.data import formats as rows
-from nnx_cli.data import sources as corpus
+from nnx_cli.data import compression, formats, sources
 from nnx_cli.data.sources import Reader, Report, Source, find_sources
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
@@ -260,7 +258,7 @@ def test_jsonl(tmp_path):
     ],
 )
 def test_bad_jsonl_rows_are_counted_or_refused(tmp_path, monkeypatch, row):
-    monkeypatch.setattr(corpus, "ROW_CHARS", 1000)
+    monkeypatch.setattr(sources, "ROW_CHARS", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + row + b'\n{"text": "fine"}\n')
     documents, report = read(path)
@@ -272,9 +270,9 @@ def test_bad_jsonl_rows_are_counted_or_refused(tmp_path, monkeypatch, row):
 def test_an_endless_line_is_never_held():
     held = []
     blocks = (held.append(1) or "x" * 1000 for _ in range(100))
-    assert list(rows.lines(blocks, 5000)) == [None]
-    assert list(rows.lines(iter(["ab", "c\nd\n\n", "e"]), 3)) == ["abc", "d", "", "e"]
-    assert list(rows.lines(iter(["abcd\nef", "gh\nij\n"]), 3)) == [None, None, "ij"]
+    assert list(formats.lines(blocks, 5000)) == [None]
+    assert list(formats.lines(iter(["ab", "c\nd\n\n", "e"]), 3)) == ["abc", "d", "", "e"]
+    assert list(formats.lines(iter(["abcd\nef", "gh\nij\n"]), 3)) == [None, None, "ij"]
 
 
 def test_csv(tmp_path):
@@ -350,9 +348,9 @@ def test_text_in_memory():
 
 
 def test_builtin_corpus(monkeypatch):
-    text = corpus.builtin_corpus()
+    text = sources.builtin_corpus()
     assert len(text) > 300_000 and "\n" in text and json.dumps(text)
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(DataError) as error:
-        corpus.builtin_corpus()
+        sources.builtin_corpus()
     assert "--filepath" in error.value.fix

@@ -12,7 +12,7 @@ from importlib import resources, util
 
 import numpy as np
 
-from nnx_cli.data.tokenizers import gigatoken as fast_encoder
+from nnx_cli.data.tokenizers import gigatoken
 from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8, well_formed
 from nnx_cli.data.tokenizers.gigatoken import FastEncoder
 from nnx_cli.errors import DataError, MissingFeature, UsageError
@@ -90,8 +90,8 @@ class BpeTokenizer(Tokenizer):
 
     def use_fast_encoder(self) -> None:
         """Let gigatoken encode, where it is installed and has this vocabulary's pattern."""
-        if self._fast is None and self.kind in fast_encoder.SCHEMES and fast_encoder.is_installed():
-            self._fast = FastEncoder(self.ranks, fast_encoder.SCHEMES[self.kind], self._encode_exactly)
+        if self._fast is None and self.kind in gigatoken.SCHEMES and gigatoken.is_installed():
+            self._fast = FastEncoder(self.ranks, gigatoken.SCHEMES[self.kind], self._encode_exactly)
 
     @property
     def warning(self) -> str | None:

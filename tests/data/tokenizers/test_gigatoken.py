@@ -7,8 +7,7 @@ import pytest
 
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.prepare import prepare
-from nnx_cli.data.tokenizers import bpe
-from nnx_cli.data.tokenizers import gigatoken as fast_encoder
+from nnx_cli.data.tokenizers import bpe, gigatoken
 from nnx_cli.data.tokenizers.gigatoken import PROBE, FastEncoder
 
 TEXT = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。 It's 2026!!\n\n   don't <|endoftext|>\n" * 3000
@@ -35,7 +34,7 @@ def install(monkeypatch):
                 return encode(text)
 
         monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=Tokenizer))
-        monkeypatch.setattr(fast_encoder, "is_installed", lambda: True)
+        monkeypatch.setattr(gigatoken, "is_installed", lambda: True)
         return made
 
     return put
@@ -87,13 +86,13 @@ def test_it_is_given_up_with_a_note(install, tmp_path, encode):
 def test_its_memory_is_bounded(install, monkeypatch):
     made = install(right)
     in_use = iter(range(0, 10**12, 10 * 2**20))
-    monkeypatch.setattr(fast_encoder, "rss_bytes", lambda: next(in_use))
+    monkeypatch.setattr(gigatoken, "rss_bytes", lambda: next(in_use))
     encoder = FastEncoder(gpt2().ranks, "gpt2", right)
     for _ in range(12):
         encoder.encode("words")
     assert len(made) == 1 + 12 // 4, "a new one whenever 32 MiB more are in use"
-    monkeypatch.setattr(fast_encoder, "rss_bytes", lambda: None)
-    monkeypatch.setattr(fast_encoder, "BLIND_CHARS", 50)
+    monkeypatch.setattr(gigatoken, "rss_bytes", lambda: None)
+    monkeypatch.setattr(gigatoken, "BLIND_CHARS", 50)
     encoder = FastEncoder(gpt2().ranks, "gpt2", right)
     made.clear()
     for _ in range(12):
@@ -101,7 +100,7 @@ def test_its_memory_is_bounded(install, monkeypatch):
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("kind", fast_encoder.SCHEMES)
+@pytest.mark.parametrize("kind", gigatoken.SCHEMES)
 def test_the_real_one_gives_the_same_ids(kind, monkeypatch):
     pytest.importorskip("gigatoken", reason="needs the extra nnx-cli[fast]")
     from tiktoken_ext import openai_public
