@@ -23,7 +23,7 @@ from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.inference.sampler import generate
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import plan_run
@@ -132,7 +132,7 @@ def _matmul_flops(device: torch.device, precision: str, seconds: float) -> float
     """Floating-point operations a second of a large matmul."""
     n = MATRIX[device.type]
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
-    return 2 * n**3 * calls_per_s(lambda: multiply(a, b), device, seconds)
+    return 2 * n**3 * calls_per_s(lambda: linear(a, b), device, seconds)
 
 
 def _copy_bytes_per_s(device: torch.device, seconds: float) -> float:

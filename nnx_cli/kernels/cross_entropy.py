@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from nnx_cli.kernels.student_t import MIN_DISTANCE, StudentT
 from nnx_cli.system.hardware import of
 
-MIN_DISTANCE = 1e-12  # squared, of a Student-t kernel: rounding would make some negative
 
-
-@dataclass(frozen=True)
-class StudentT:
-    """Logits −(df + D)/2 · ln(1 + d²/df) of d² = |x|² − 2 x·w + |w|², in place of x·w itself."""
-
-    df: float
-    dim: int  # D
-    x_squares: Tensor  # (N,)
-    w_squares: Tensor  # (V,)
-
-
-def row_loss(
+def cross_entropy_rows(
     products: Tensor,
     targets: Tensor,
     ignore_index: int,
@@ -40,16 +27,16 @@ def row_loss(
     if of(products).triton and products.dtype != torch.float64:
         if products.is_meta:
             return products.new_empty(len(products), dtype=torch.float32), products if gradient else None
-        from nnx_cli.kernels.cross_entropy_triton import fused_row_loss
+        from nnx_cli.kernels import cross_entropy_triton
 
-        return fused_row_loss(products, targets, ignore_index, student_t, factor, gradient)
-    return plain_row_loss(products, targets, ignore_index, student_t, factor, gradient)
+        return cross_entropy_triton.cross_entropy_rows(products, targets, ignore_index, student_t, factor, gradient)
+    return plain_cross_entropy_rows(products, targets, ignore_index, student_t, factor, gradient)
 
 
-def plain_row_loss(
+def plain_cross_entropy_rows(
     products: Tensor, targets: Tensor, ignore_index: int, student_t: StudentT | None, factor: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`row_loss` without a kernel of its own."""
+    """`cross_entropy_rows` without a kernel of its own."""
     logits, slope = products.to(torch.promote_types(products.dtype, torch.float32)), None
     if student_t is not None:
         df, power = student_t.df, (student_t.df + student_t.dim) / 2

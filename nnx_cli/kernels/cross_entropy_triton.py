@@ -1,4 +1,4 @@
-"""`row_loss` as one Triton kernel: two passes over a row, the second of which writes the gradient in its place."""
+"""`cross_entropy_rows` as one Triton kernel: two passes over a row, the second of which writes the gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnx_cli.kernels.cross_entropy import MIN_DISTANCE, StudentT
+from nnx_cli.kernels.student_t import MIN_DISTANCE, StudentT
 
 BLOCKS = ((1024, 4), (4096, 8), (16_384, 16), (65_536, 32))  # logits in registers at a time, and warps to hold them
 WIDE_BLOCKS = (*BLOCKS[:2], (32_768, 32))  # where a logit takes 4 bytes; both as measured at 32,000 and 50,304 logits
@@ -21,7 +21,7 @@ def squared_distance(product, x_square, w_square, min_distance):
 
 
 @triton.jit
-def row_loss_kernel(
+def cross_entropy_kernel(
     products,
     targets,
     losses,
@@ -82,10 +82,10 @@ def row_loss_kernel(
             tl.store(products + column, gradient.to(products.dtype.element_ty), mask=column < PITCH)
 
 
-def fused_row_loss(
+def cross_entropy_rows(
     products: Tensor, targets: Tensor, ignore_index: int, student_t: StudentT | None, factor: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`row_loss`; the gradient takes the place of `products`. Targets outside of the vocabulary give NaN."""
+    """`cross_entropy_rows`; the gradient takes the place of `products`. Targets outside of the vocabulary give NaN."""
     n_rows, V = products.shape
     assert products.stride(1) == 1 and targets.stride(0) == 1, (products.stride(), targets.stride())
     losses = torch.empty(n_rows, dtype=torch.float32, device=products.device)
@@ -94,7 +94,7 @@ def fused_row_loss(
     blocks = AMD_BLOCKS if torch.version.hip else BLOCKS if products.element_size() == 2 else WIDE_BLOCKS
     block, warps = next((pair for pair in blocks if pair[0] >= V), blocks[-1])
     with torch.cuda.device_of(products):
-        row_loss_kernel[(n_rows,)](
+        cross_entropy_kernel[(n_rows,)](
             products,
             targets,
             losses,

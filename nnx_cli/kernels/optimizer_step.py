@@ -73,16 +73,18 @@ def plain_lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Ten
 
 def wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
     """u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
-    _step(plain_wolf, p, state, group, found_inf, key)
+    _step(plain_wolf, p, state, group, found_inf, key, WOLF_SHARE)
 
 
-def plain_wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def plain_wolf(
+    p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int, share: float
+) -> None:
     """Take the step of `wolf` by operations of torch, piece by piece."""
     lr = group["lr"]
     for piece in pieces(p, state, found_inf, key):
         g, m = piece.gradient(), piece.read("momentum")
-        update = m.lerp(g, WOLF_SHARE)
-        m.lerp_(update, WOLF_SHARE)
+        update = m.lerp(g, share)
+        m.lerp_(update, share)
         update *= update.sign() * g.sign() > 0
         weights = piece.weights().mul_(1 - lr * group["weight_decay"]).sub_(update.mul_(lr))
         piece.write(weights, momentum=m)

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nnx_cli.kernels.log8 import BLOCK
-from nnx_cli.kernels.optimizer_step import WOLF_SHARE
 
 ROWS = 4
 
@@ -231,7 +230,9 @@ def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found
     )
 
 
-def wolf(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def wolf(
+    p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int, share: float
+) -> None:
     launch(
         wolf_kernel,
         p,
@@ -242,5 +243,5 @@ def wolf(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found
         p.numel(),
         key,
         group["weight_decay"],
-        WOLF_SHARE,
+        share,
     )

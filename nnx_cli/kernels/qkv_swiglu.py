@@ -1,4 +1,4 @@
-"""What comes right after a packed product, in one kernel: heads are taken out and turned, gates are closed."""
+"""What follows a packed projection: heads turned by rotary tables, SwiGLU; one Triton kernel on CUDA."""
 
 from __future__ import annotations
 
@@ -9,40 +9,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels.custom_op import operator
-from nnx_cli.layers.linear import PackedLinear
-from nnx_cli.layers.rope import rotate
 from nnx_cli.system.hardware import of
 
 
-def is_one_kernel(x: Tensor) -> bool:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every pair of `x` (B, H, T, K) by its angle, in float32; the result has the dtype of `x`."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def plain_qkv_rope_swiglu(
+    packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`qkv_rope_swiglu` by operations of torch."""
+    q, k, v, value, gate = _split(packed, n_heads, n_kv_heads, 2 * q_cos.shape[-1])
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    return rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin), v, F.silu(gate) * value
+
+
+def plain_swiglu(packed: Tensor) -> Tensor:
+    """`swiglu` by operations of torch."""
+    gate, up = packed.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def prefers_fused(x: Tensor) -> bool:
+    """Whether one kernel takes what is projected from x."""
     return of(x).triton and x.dtype != torch.float64
 
 
-def product_to_unpack(projections: PackedLinear, x: Tensor) -> Tensor | None:
-    """The packed product of x, where kernels can take it from there: not where a layer was put in the place of the
-    projections, as by quantizing."""
-    return projections.side_by_side(x) if is_one_kernel(x) and isinstance(projections, PackedLinear) else None
-
-
-def unpack(
+def qkv_rope_swiglu(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries (B, H, T, K) and keys (B, G, T, K), both turned by their tables (T, K/2), values (B, G, T, K), and the
-    hidden layer silu(gate) · value (B, T, F), of a product (B, T, (H + 2G)·K + 2F) that holds queries, keys, values,
-    feed-forward values and gates in this order. F may be 0.
+    hidden features silu(gate) · value (B, T, F).
 
-    The gradient of the product is written once, in one piece, where autograd would fill it from five.
+    `packed` (B, T, (H + 2G)·K + 2F) holds queries, keys, values, feed-forward values and gates in this order; F may be
+    0. Its gradient is written once, in one piece, where autograd would fill it from five.
     """
-    q, k, v, hidden = unpack_op(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
+    q, k, v, hidden = qkv_rope_swiglu_op(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), hidden
 
 
 def swiglu(packed: Tensor) -> Tensor:
-    """silu(gate) · up, (..., F), of a product (..., 2F) that holds gates and ups in this order."""
+    """silu(gate) · up, (..., F), of `packed` (..., 2F), which holds gates and ups in this order."""
     return swiglu_op(packed)
 
 
-def parts(packed: Tensor, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+def _split(packed: Tensor, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
     """Queries (B, T, H, K), keys and values (B, T, G, K), feed-forward values and gates (B, T, F): views."""
     widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
     hidden = (packed.shape[-1] - sum(widths)) // 2
@@ -50,26 +64,25 @@ def parts(packed: Tensor, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple
     return *(y.unflatten(-1, (-1, head_dim)) for y in (q, k, v)), value, gate
 
 
-def gate_backward(grad: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_backward(grad: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of value and gate."""
     return grad * F.silu(gate), torch.ops.aten.silu_backward(grad * value, gate)
 
 
-def unpacked(
+def _forward(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Heads lie side by side: (B, T, H, K)."""
+    """Heads are (B, T, H, K), contiguous."""
     if of(packed).triton:
-        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton
 
-        return unpack_kernel.forward(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
-    q, k, v, value, gate = parts(packed, n_heads, n_kv_heads, 2 * q_cos.shape[-1])
-    q, k = rotate(q.transpose(1, 2), q_cos, q_sin), rotate(k.transpose(1, 2), k_cos, k_sin)
-    q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
-    return q, k, v.clone(memory_format=torch.contiguous_format), F.silu(gate) * value
+        return qkv_swiglu_triton.forward(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
+    *heads, hidden = plain_qkv_rope_swiglu(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
+    q, k, v = (y.transpose(1, 2).clone(memory_format=torch.contiguous_format) for y in heads)
+    return q, k, v, hidden
 
 
-def unpacked_backward(
+def _backward(
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -80,41 +93,40 @@ def unpacked_backward(
     k_cos: Tensor,
     k_sin: Tensor,
 ) -> Tensor:
-    """The gradient of the product, which is needed itself where there are gates."""
+    """The gradient of `packed`, which is needed itself where there are gates."""
     if of(grad_q).triton:
-        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton
 
-        return unpack_kernel.backward(grad_q, grad_k, grad_v, grad_hidden, packed, q_cos, q_sin, k_cos, k_sin)
+        return qkv_swiglu_triton.backward(grad_q, grad_k, grad_v, grad_hidden, packed, q_cos, q_sin, k_cos, k_sin)
     q, k = (
         rotate(grad.transpose(1, 2), cos, -sin).transpose(1, 2)
         for grad, cos, sin in ((grad_q, q_cos, q_sin), (grad_k, k_cos, k_sin))
     )
     pieces = [q.flatten(2), k.flatten(2), grad_v.flatten(2)]
     if packed is not None:
-        *_, value, gate = parts(packed, q.shape[2], k.shape[2], q.shape[3])
-        pieces += gate_backward(grad_hidden, value, gate)
+        *_, value, gate = _split(packed, q.shape[2], k.shape[2], q.shape[3])
+        pieces += _gate_backward(grad_hidden, value, gate)
     return torch.cat(pieces, dim=-1)
 
 
-def gated(packed: Tensor) -> Tensor:
+def _swiglu_forward(packed: Tensor) -> Tensor:
     if of(packed).triton:
-        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton
 
-        return unpack_kernel.swiglu(packed)
-    gate, up = packed.chunk(2, dim=-1)
-    return F.silu(gate) * up
+        return qkv_swiglu_triton.swiglu(packed)
+    return plain_swiglu(packed)
 
 
-def gated_backward(grad: Tensor, packed: Tensor) -> Tensor:
+def _swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
     if of(packed).triton:
-        from nnx_cli.kernels import qkv_swiglu_triton as unpack_kernel
+        from nnx_cli.kernels import qkv_swiglu_triton
 
-        return unpack_kernel.swiglu_backward(grad, packed)
+        return qkv_swiglu_triton.swiglu_backward(grad, packed)
     gate, up = packed.chunk(2, dim=-1)
-    return torch.cat(gate_backward(grad, up, gate)[::-1], dim=-1)
+    return torch.cat(_gate_backward(grad, up, gate)[::-1], dim=-1)
 
 
-def unpacked_shapes(
+def _forward_shapes(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, W = packed.shape
@@ -124,37 +136,37 @@ def unpacked_shapes(
     return packed.new_empty(B, T, n_heads, K), kv, torch.empty_like(kv), packed.new_empty(B, T, hidden)
 
 
-def unpacked_gradient(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, *_: Tensor | None) -> Tensor:
+def _backward_shapes(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, grad_hidden: Tensor, *_: Tensor | None) -> Tensor:
     B, T, H, K = grad_q.shape
     return grad_q.new_empty(B, T, (H + 2 * grad_k.shape[2]) * K + 2 * grad_hidden.shape[-1])
 
 
-def gated_shape(packed: Tensor) -> Tensor:
+def _swiglu_shapes(packed: Tensor) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
 
 
-def gated_gradient(grad: Tensor, packed: Tensor) -> Tensor:
+def _swiglu_backward_shapes(grad: Tensor, packed: Tensor) -> Tensor:
     return torch.empty_like(packed)
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     packed, *tables, _, _ = inputs
     ctx.save_for_backward(packed if output[-1].shape[-1] else None, *tables)
 
 
-def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return unpack_backward(*grads, *ctx.saved_tensors), None, None, None, None, None, None
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return qkv_rope_swiglu_backward(*grads, *ctx.saved_tensors), None, None, None, None, None, None
 
 
-def keep_product(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _keep_packed(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def product_gradient(ctx: Any, grad: Tensor) -> Tensor:
+def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return swiglu_backward(grad, *ctx.saved_tensors)
 
 
-unpack_backward = operator("unpack_backward", unpacked_backward, unpacked_gradient)
-unpack_op = operator("unpack", unpacked, unpacked_shapes, keep=keep, gradients=backward)
-swiglu_backward = operator("swiglu_backward", gated_backward, gated_gradient)
-swiglu_op = operator("swiglu", gated, gated_shape, keep=keep_product, gradients=product_gradient)
+qkv_rope_swiglu_backward = operator("qkv_rope_swiglu_backward", _backward, _backward_shapes)
+qkv_rope_swiglu_op = operator("qkv_rope_swiglu", _forward, _forward_shapes, keep=_keep, gradients=_gradients)
+swiglu_backward = operator("swiglu_backward", _swiglu_backward, _swiglu_backward_shapes)
+swiglu_op = operator("swiglu", _swiglu_forward, _swiglu_shapes, keep=_keep_packed, gradients=_swiglu_gradient)

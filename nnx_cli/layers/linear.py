@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.layers.head import LinearHead
 
 
@@ -26,7 +26,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_b", None)  # (out_features, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = multiply(x, self.weight.to(x.dtype))
+        y = linear(x, self.weight.to(x.dtype))
         if self.lora_a is None:
             return y
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
@@ -67,13 +67,13 @@ class PackedLinear(Linear):
         super().__init__(in_features, sum(splits))
         self.splits = tuple(splits)
 
-    def side_by_side(self, x: Tensor) -> Tensor | None:
+    def packed_output(self, x: Tensor) -> Tensor | None:
         """All projections in one tensor, (..., sum of splits); None where they are not the outcome of one product."""
         plain = type(self).forward is PackedLinear.forward and self.lora_a is None
-        return multiply(x, self.weight.to(x.dtype)) if plain else None
+        return linear(x, self.weight.to(x.dtype)) if plain else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = multiply(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
+        outputs = linear(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
         if self.lora_a is None:
             return outputs
         narrow = F.linear(x, self.lora_a.to(x.dtype)).chunk(len(self.adapted), dim=-1)

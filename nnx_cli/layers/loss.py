@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnx_cli.kernels.cross_entropy import StudentT, row_loss
-from nnx_cli.kernels.gemm import multiply, pays
+from nnx_cli.kernels.cross_entropy import cross_entropy_rows
+from nnx_cli.kernels.gemm import linear, prefers_onednn
+from nnx_cli.kernels.student_t import StudentT
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.system.hardware import of
 
@@ -127,7 +128,7 @@ class LogitChunks:
         self.w_squares = None if head.df is None else self.weight[:V].square().sum(1)
         per_logit = logit_bytes(x.dtype, student_t=head.df is not None, fused=fused)
         self.rows = chunk_rows(len(x), V, per_logit, of(x).kind)
-        self.unbuffered = self.bias is None and x.dtype == self.dtype and pays(x[: self.rows], self.weight)
+        self.unbuffered = self.bias is None and x.dtype == self.dtype and prefers_onednn(x[: self.rows], self.weight)
         rows = 0 if self.unbuffered else self.rows
         self.buffer = torch.empty(rows, width, dtype=self.dtype, device=x.device)[:, : len(self.weight)]
 
@@ -139,7 +140,7 @@ class LogitChunks:
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.unbuffered:
-            return multiply(x, self.weight)
+            return linear(x, self.weight)
         if self.bias is None:
             return torch.mm(x, self.weight.t(), out=self.buffer[: len(x)])
         return torch.addmm(self.bias, x, self.weight.t(), out=self.buffer[: len(x)])
@@ -186,7 +187,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         dweight = chunks.empty_gradient(wide) if wants_weight or wants_scale else None
         dbias = loss.new_zeros(len(chunks.weight)) if wants_bias or df is not None else None
         for rows, x, logits in chunks:
-            loss[rows], dlogits = row_loss(
+            loss[rows], dlogits = cross_entropy_rows(
                 logits[:, :V], targets[rows], ignore_index, student_t=chunks.student_t(x), factor=ctx.factor
             )
             if len(chunks.weight) > V:
@@ -224,16 +225,16 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 def gemm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """out = a @ b."""
-    if pays(a, b.t()):
-        out.copy_(multiply(a, b.t()))
+    if prefers_onednn(a, b.t()):
+        out.copy_(linear(a, b.t()))
     else:
         torch.mm(a, b, out=out)
 
 
 def gemm_add(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
     """out = beta · out + a @ b, accumulated in the type of `out`, which may be wider than theirs."""
-    if out.dtype == a.dtype and pays(a, b.t()):
-        product = multiply(a, b.t()) if out.is_contiguous() else multiply(b.t(), a).t()
+    if out.dtype == a.dtype and prefers_onednn(a, b.t()):
+        product = linear(a, b.t()) if out.is_contiguous() else linear(b.t(), a).t()
         out.copy_(product) if beta == 0 else torch.add(product, out, alpha=beta, out=out)
     elif out.dtype == a.dtype:
         out.addmm_(a, b, beta=beta)
@@ -308,10 +309,10 @@ def token_losses(model: TrunkAndHead, input_ids: Tensor, targets: Tensor) -> Ten
         losses = [F.cross_entropy(model.head(x).float(), target, reduction="none") for x, target in pieces]
     else:
         chunks, V = LogitChunks(hidden, linear), len(linear.weight)
-        losses = [
-            row_loss(logits[:, :V], flat[rows], model.ignore_index, student_t=chunks.student_t(x), gradient=False)[
-                0
-            ].float()
-            for rows, x, logits in chunks
-        ]
+        losses = []
+        for rows, x, logits in chunks:
+            loss, _ = cross_entropy_rows(
+                logits[:, :V], flat[rows], model.ignore_index, student_t=chunks.student_t(x), gradient=False
+            )
+            losses.append(loss.float())
     return torch.cat(losses).view(targets.shape)

@@ -16,9 +16,3 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> 
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)  # one table for all heads
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair of `x` (B, H, T, K) by its angle, in float32; the result has the type of `x`."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -23,10 +23,10 @@ aten = torch.ops.aten
 
 
 def attend(
-    q: Tensor, kv: Tensor, times: Sequence[int], store: KVCache | None, layer: int, *, causal: bool, dropout: float
+    q: Tensor, kv: Tensor, repeats: Sequence[int], store: KVCache | None, layer: int, *, causal: bool, dropout: float
 ) -> Tensor:
     """Attention of q (B, T, H, K) over kv (G, B, T, 2, H, K), the keys and values of G segments, each of which occurs
-    as often as `times` says; returns (B, T, H, K).
+    as often as `repeats` says; returns (B, T, H, K).
 
     A position sees all segments of the positions up to its own: attention to one segment after the other, merged. Where
     no kernel gives the sums that merging takes, and for a cache, segments lie side by side in every position, and that
@@ -36,14 +36,14 @@ def attend(
     T, K, mask = q.shape[1], q.shape[-1], None
     if store is not None:
         mask, causal = store.mask(T), store.is_causal(T)
-        beside = side_by_side(kv, times)  # (B, T, N, 2, H, K)
+        beside = repeat_segments(kv, repeats)  # (B, T, N, 2, H, K)
         n = beside.shape[2]
         k, v = (x.permute(0, 3, 1, 2, 4).flatten(3) for x in beside.unbind(3))  # (B, H, T, N·K)
         k, v = (x.unflatten(-1, (n, K)).flatten(2, 3) for x in store.update(layer, k, v))  # (B, H, S·N, K)
-    if len(kv) > 1 and causal and not dropout and sums_are_known(q):
-        return merged_attention(q, kv, times)
+    if len(kv) > 1 and causal and not dropout and has_lse_kernel(q):
+        return merged_attention(q, kv, repeats)
     if store is None:
-        beside = side_by_side(kv, times)
+        beside = repeat_segments(kv, repeats)
         n = beside.shape[2]
         k, v = (x.permute(0, 3, 1, 2, 4).flatten(2, 3) for x in beside.unbind(3))  # (B, H, T·N, K)
     q = q.transpose(1, 2)  # (B, H, T, K)
@@ -55,13 +55,13 @@ def attend(
     return (y[:, :, n - 1 :: n] if causal else y).transpose(1, 2)
 
 
-def side_by_side(kv: Tensor, times: Sequence[int]) -> Tensor:
-    """Segments (G, ...) as they occur in a position, (B, T, N, ...) with N the sum of `times`."""
-    return torch.stack([x for x, n in zip(kv, times, strict=True) for _ in range(n)], dim=2)
+def repeat_segments(kv: Tensor, repeats: Sequence[int]) -> Tensor:
+    """Segments (G, ...) as they occur in a position, (B, T, N, ...) with N the sum of `repeats`."""
+    return torch.stack([x for x, n in zip(kv, repeats, strict=True) for _ in range(n)], dim=2)
 
 
-def sums_are_known(q: Tensor) -> bool:
-    """Whether `attention_and_sums` has a kernel for q (B, T, H, K)."""
+def has_lse_kernel(q: Tensor) -> bool:
+    """Whether `attention_with_lse` has a kernel for q (B, T, H, K)."""
     hardware = of(q)
     if hardware.kind != "cuda":
         return hardware.kind in ("cpu", "meta")
@@ -122,16 +122,16 @@ def shapes_of_gradients(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-attention_and_sums = operator("attention_and_sums", forward, shapes_only)
-attention_and_sums_backward = operator("attention_and_sums_backward", backward, shapes_of_gradients)
+attention_with_lse = operator("attention_with_lse", forward, shapes_only)
+attention_with_lse_backward = operator("attention_with_lse_backward", backward, shapes_of_gradients)
 
 
-def merged_attention(q: Tensor, kv: Tensor, times: Sequence[int]) -> Tensor:
+def merged_attention(q: Tensor, kv: Tensor, repeats: Sequence[int]) -> Tensor:
     """Causal attention of q (B, T, H, K) over kv (G, B, T, 2, H, K), segment by segment."""
     if of(q).kind == "meta":  # to be counted, not run: a call with as many products that keeps as much
         k, v = kv.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)  # (B, H, G·T, K)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
-    return MergedAttention.apply(q, kv, tuple(times))
+    return MergedAttention.apply(q, kv, tuple(repeats))
 
 
 class MergedAttention(torch.autograd.Function):
@@ -139,13 +139,13 @@ class MergedAttention(torch.autograd.Function):
     has n times its own. Keeps what attention to one segment would, and the other segments."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, times: tuple[int, ...]) -> Tensor:
-        found = [attention_and_sums(q, *segment.unbind(2)) for segment in kv]
-        logs = torch.stack([sums + math.log(n) for (_, sums), n in zip(found, times, strict=True)])  # (G, B, H, T)
+    def forward(ctx: Any, q: Tensor, kv: Tensor, repeats: tuple[int, ...]) -> Tensor:
+        found = [attention_with_lse(q, *segment.unbind(2)) for segment in kv]
+        logs = torch.stack([sums + math.log(n) for (_, sums), n in zip(found, repeats, strict=True)])  # (G, B, H, T)
         sums = logs.logsumexp(0)
         shares = (logs - sums).exp().transpose(2, 3).unsqueeze(-1)  # (G, B, T, H, 1)
         y = in_type(sum(share * y for (y, _), share in zip(found, shares, strict=True)), q.dtype)
-        ctx.times = times
+        ctx.repeats = repeats
         ctx.save_for_backward(q, kv, y, sums)
         return y
 
@@ -153,19 +153,19 @@ class MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         q, kv, y, sums = ctx.saved_tensors
         parts = [
-            attention_and_sums_backward(grad, q, *segment.unbind(2), y, sums - math.log(n))
-            for segment, n in zip(kv, ctx.times, strict=True)
+            attention_with_lse_backward(grad, q, *segment.unbind(2), y, sums - math.log(n))
+            for segment, n in zip(kv, ctx.repeats, strict=True)
         ]
         q_grad = sum(part[0] for part in parts)
         return q_grad, torch.stack([torch.stack(part[1:], dim=2) for part in parts]), None
 
 
-def attention_entropy(q: Tensor, kv: Tensor, times: Sequence[int], causal: bool) -> Tensor:
+def attention_entropy(q: Tensor, kv: Tensor, repeats: Sequence[int], causal: bool) -> Tensor:
     """Mean entropy in nats, float32, of the attention that `attend` computes of q over kv.
 
     Weights exist for ENTROPY_ROWS queries at a time and are computed again in the backward pass.
     """
-    k = side_by_side(kv[:, :, :, 0], times)  # (B, T, N, H, K)
+    k = repeat_segments(kv[:, :, :, 0], repeats)  # (B, T, N, H, K)
     T, N = k.shape[1:3]
     k = k.flatten(1, 2)  # (B, T·N, H, K)
 

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.kernels.qkv_swiglu import product_to_unpack, swiglu, unpack
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import RMSNorm
-from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.qkv_swiglu import qkv_rope, swiglu
+from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 
@@ -63,17 +62,9 @@ class Attention(nn.Module):
         self.out = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q, k, v = self.heads(x, tables, cached=cache is not None)
+        q, k, v = qkv_rope(self.qkv, x, tables, self.n_heads, self.n_kv_heads, cached=cache is not None)
         dropout = self.dropout if self.training else 0.0
         return self.out(causal_attention(q, k, v, cache, self.layer, scale=self.head_dim**-0.5, dropout=dropout))
-
-    def heads(self, x: Tensor, tables: tuple[Tensor, Tensor], cached: bool) -> tuple[Tensor, ...]:
-        """Queries (B, H, T, K), keys and values (B, G, T, K)."""
-        if not cached and (packed := product_to_unpack(self.qkv, x)) is not None:
-            return unpack(packed, *tables, *tables, self.n_heads, self.n_kv_heads)[:3]  # the following in one kernel
-        B, T, D = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x))
-        return rotate(q, *tables), rotate(k, *tables), v
 
 
 class MLP(nn.Module):
@@ -86,11 +77,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cached: bool) -> Tensor:
-        if not cached and (packed := product_to_unpack(self.gate_up, x)) is not None:
-            hidden = swiglu(packed)  # the following in one kernel
-        else:
-            gate, up = self.gate_up(x)  # (B, T, F) each
-            hidden = F.silu(gate) * up
+        hidden = swiglu(self.gate_up, x, cached=cached)  # (B, T, F)
         return self.down(drop(hidden, self.dropout, self.training))
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.averaged_keys import averaged_keys, averages, weighted_sums
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
@@ -190,7 +190,7 @@ def products(layer: nn.Module, x: Tensor, *counts: int) -> tuple[Tensor, ...]:
     splits = iter(layer.splits)
     widths = [list(islice(splits, n)) for n in counts]
     matrices = layer.weight.to(x.dtype).split([sum(each) for each in widths])
-    parts = (multiply(x, matrix).split(each, dim=-1) for matrix, each in zip(matrices, widths, strict=True))
+    parts = (linear(x, matrix).split(each, dim=-1) for matrix, each in zip(matrices, widths, strict=True))
     return tuple(chain.from_iterable(parts))
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
+from nnx_cli.kernels.qkv_swiglu import rotate
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.differential_attention import Lambda, differential_attention, repeat_as_original
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
@@ -40,7 +41,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.memory_slots import Memory
 from nnx_cli.layers.norm import RMSNorm
-from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.unit_norm import Interpolation, ScaledHead, normalize_matrices, unit
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 

@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.kernels.precision import in_type
+from nnx_cli.kernels.qkv_swiglu import rotate
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.unit_norm import normalize_matrices
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
@@ -180,7 +181,7 @@ class UnitLinear(Linear):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(x, unit_matrix(self, self.axis).to(x.dtype))
+        return linear(x, unit_matrix(self, self.axis).to(x.dtype))
 
     def linear_head(self) -> LinearHead:
         return LinearHead(weight=unit_matrix(self, self.axis))
@@ -190,7 +191,7 @@ class UnitPackedLinear(PackedLinear):
     """Normalises the rows of its raw matrix on every use."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return multiply(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
+        return linear(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
 
 
 class UnitEmbedding(nn.Embedding):

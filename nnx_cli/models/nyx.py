@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.kernels.qkv_swiglu import product_to_unpack, unpack
+from nnx_cli.kernels.qkv_swiglu import qkv_rope_swiglu, rotate
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
-from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.qkv_swiglu import packed_for_kernel
+from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 
@@ -111,8 +112,9 @@ class Block(nn.Module):
         self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cached: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, H, T, K), key and value (B, 1, T, K), one head for all queries, and hidden layer (B, T, F)."""
-        if not cached and self.q_norm_weight is None and (packed := product_to_unpack(self.in_proj, x)) is not None:
-            return unpack(packed, *tables, self.n_heads, 1)  # all of the following in one kernel
+        plain = self.q_norm_weight is None
+        if plain and (packed := packed_for_kernel(self.in_proj, x, cached=cached)) is not None:
+            return qkv_rope_swiglu(packed, *tables, self.n_heads, 1)  # all of the following in one kernel
         B, T, D = x.shape
         q, k, v, value, gate = self.in_proj(x)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)

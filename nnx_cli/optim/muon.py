@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.kernels.gemm import pays, product
+from nnx_cli.kernels.gemm import onednn_linear, prefers_onednn
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
 from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
 from nnx_cli.optim._groups import BETAS, hidden_matrices, parameter_groups, split_group
@@ -43,7 +43,7 @@ def orthogonalize(
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)
-    one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and pays(x[0], x[0]) and of(x).onednn
+    one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and prefers_onednn(x[0], x[0]) and of(x).onednn
     for a, b, c in steps:
         if one_by_one:
             gram = matmul(x, x.mT)
@@ -58,7 +58,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of stacks of matrices (N, R, K) and (N, K, C), by the library that is fastest with single ones."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
     for whole, a, b in zip(out, left, right, strict=True):
-        whole.copy_(product(a, b.t()))
+        whole.copy_(onednn_linear(a, b.t()))
     return out
 
 

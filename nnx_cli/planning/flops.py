@@ -236,7 +236,7 @@ class WithoutProducts(LightMode):
             a, b = args[-2:]
             self.flops += 2 * a.numel() * b.shape[-1]
             out = args[0] if name.endswith("_") else a.new_empty(*a.shape[:-1], b.shape[-1])
-        elif name == "attention_and_sums":  # of q (B, T, H, K), causal
+        elif name == "attention_with_lse":  # of q (B, T, H, K), causal
             B, T, H, K = args[0].shape
             self.flops += 2 * B * H * T * T * K
             out = torch.empty_like(args[0]), args[0].new_empty(B, H, T)

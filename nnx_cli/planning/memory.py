@@ -24,7 +24,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
 from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
 from nnx_cli.layers.loss import LossModule
-from nnx_cli.layers.segment_attention import attention_and_sums_backward
+from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.flops import LightMode, outputs, without_compiler
@@ -182,7 +182,7 @@ def averages_workspace(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -
 WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds while it runs
     ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
     ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
-    attention_and_sums_backward: segment_workspace,
+    attention_with_lse_backward: segment_workspace,
     averaged_keys_backward: averages_workspace,
     ATEN.sum.dim_IntList: reduction_workspace,
     ATEN.embedding_dense_backward.default: embedding_workspace,

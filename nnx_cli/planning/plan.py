@@ -14,7 +14,7 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import check_length
 from nnx_cli.errors import DataError, DoesNotFit, UsageError
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.fit import Predictor, Rung, advice, descend
@@ -322,12 +322,12 @@ def matrix_flops(device: torch.device, precision: str) -> float:
     that has just begun may share a core for a tenth of a second."""
     n, seconds = (512, 0.2) if device.type == "cpu" else (4096, 0.0)
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
-    multiply(a, b)
+    linear(a, b)
     times, began = [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < seconds:
         synchronize(device)
         started = time.perf_counter()
-        multiply(a, b)
+        linear(a, b)
         synchronize(device)
         times.append(time.perf_counter() - started)
     return 2 * n**3 / min(times)

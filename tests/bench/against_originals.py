@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from nnx_cli import __version__, models
 from nnx_cli.config import TrainConfig
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.layers.blocks import compile_blocks
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.optim._build import build_optimizer
@@ -392,7 +392,7 @@ class MatrixProduct:
         synchronize(self.device)
         started = time.perf_counter()
         for _ in range(self.n_times):
-            multiply(self.a, self.b)
+            linear(self.a, self.b)
         synchronize(self.device)
         return {"per_s": 2 * self.n_times * len(self.a) ** 3 / (time.perf_counter() - started)}
 

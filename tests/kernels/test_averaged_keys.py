@@ -38,7 +38,7 @@ def test_the_operator_equals_plain_operations(monkeypatch, shape, dtype, kernel)
         pytest.skip("needs Triton and a card, or TRITON_INTERPRET=1")
     monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
     k, share, counts = case(**shape, dtype=dtype, device=KERNEL_DEVICE if kernel == "triton" else "cpu")
-    plain = layer.averages(layer.weighted_sums(k, share), counts).to(dtype)
+    plain = layer.plain_averaged_keys(k, share, counts)
     grad = torch.randn_like(plain.transpose(1, 2)).transpose(1, 2)  # as attention returns it
     wanted = torch.autograd.grad(plain, (k, share), grad)
     averaged = layer.averaged_keys_op(k, share, counts)

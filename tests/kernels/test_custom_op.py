@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nnx_cli.layers.segment_attention import attention_and_sums
+from nnx_cli.layers.segment_attention import attention_with_lse
 
 
 def test_no_gradients_where_none_were_given():
     q = torch.randn(1, 4, 2, 8, requires_grad=True)
-    y, _ = attention_and_sums(q, q, q)
-    with pytest.raises(RuntimeError, match="attention_and_sums has no gradients"):
+    y, _ = attention_with_lse(q, q, q)
+    with pytest.raises(RuntimeError, match="attention_with_lse has no gradients"):
         y.sum().backward()

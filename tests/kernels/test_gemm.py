@@ -2,16 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnx_cli.kernels import gemm as product
-from nnx_cli.kernels.gemm import multiply
+from nnx_cli.kernels import gemm
+from nnx_cli.kernels.gemm import linear
 from nnx_cli.system import hardware
 
 
 @pytest.fixture
 def always(monkeypatch):
     """Every product goes to the operator, however small."""
-    monkeypatch.setattr(product, "LEAST_ROWS", 1)
-    monkeypatch.setattr(product, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(gemm, "MIN_ROWS", 1)
+    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -21,7 +21,7 @@ def test_products_and_gradients_are_those_of_linear(shape, known, always, monkey
     *rows, K, M = shape
     x, weight = torch.randn(*rows, K, requires_grad=True), torch.randn(M, K, requires_grad=True)
     results = []
-    for function in (multiply, F.linear):
+    for function in (linear, F.linear):
         y = function(x.transpose(0, -2), weight)  # of rows that do not lie side by side
         (y.square().sum() + y.sum()).backward()
         results.append((y.detach(), x.grad, weight.grad))
@@ -35,25 +35,25 @@ def test_the_gradient_of_a_weight_lies_as_the_weight_does(shape, monkeypatch):
     monkeypatch.setattr(hardware, "has_onednn", torch.backends.mkldnn.is_available)
     rows, M, K = shape
     a, b = torch.randn(rows, M), torch.randn(rows, K)
-    found = product.transposed_product(a, b)
+    found = gemm.transposed_matmul(a, b)
     torch.testing.assert_close(found, a.t() @ b)
     assert found.is_contiguous()
 
 
 def test_sums_have_gradients_too(always):
     x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5)
-    multiply(x, weight).sum().backward()  # of a gradient that is one number, expanded
+    linear(x, weight).sum().backward()  # of a gradient that is one number, expanded
     torch.testing.assert_close(x.grad, weight.sum(0).expand(6, 5))
 
 
 def test_the_operator_keeps_what_torch_asks_of_one(always):
     x, weight = torch.randn(3, 6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
-    torch.library.opcheck(product.product, (x, weight))
+    torch.library.opcheck(gemm.onednn_linear, (x, weight))
 
 
 def test_other_types_and_small_products_are_torchs(monkeypatch):
-    monkeypatch.setattr(product, "product", lambda *_: pytest.fail("not for this"))
-    multiply(torch.randn(8, 2048), torch.randn(2048, 2048))
-    multiply(torch.randn(512, 16), torch.randn(16, 16))
-    multiply(torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16())
-    multiply(torch.empty(512, 512, device="meta"), torch.empty(512, 512, device="meta"))
+    monkeypatch.setattr(gemm, "onednn_linear", lambda *_: pytest.fail("not for this"))
+    linear(torch.randn(8, 2048), torch.randn(2048, 2048))
+    linear(torch.randn(512, 16), torch.randn(16, 16))
+    linear(torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16())
+    linear(torch.empty(512, 512, device="meta"), torch.empty(512, 512, device="meta"))

@@ -40,11 +40,12 @@ def compare(device):
                 twin.grad = p.grad.clone()
                 state, key = optimizer.state[p], optimizer.keys[p]
                 other = {field: value.clone() for field, value in state.items()}
+                share = (elementwise.WOLF_SHARE,) if rule == "wolf" else ()
                 for found_inf in (None, torch.tensor(0.0, device=device), torch.tensor(1.0, device=device)):
                     before = p.detach().clone(), {field: value.clone() for field, value in state.items()}
                     with torch.no_grad():
-                        getattr(kernels, rule)(p, state, group, found_inf, key)
-                        getattr(elementwise, f"plain_{rule}")(twin, other, group, found_inf, key)
+                        getattr(kernels, rule)(p, state, group, found_inf, key, *share)
+                        getattr(elementwise, f"plain_{rule}")(twin, other, group, found_inf, key, *share)
                     if found_inf is not None and found_inf == 1:
                         assert torch.equal(p, before[0])
                         assert all(torch.equal(state[field], before[1][field]) for field in state)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nnx_cli.kernels import qkv_swiglu as layer
-from nnx_cli.layers.rope import rotary_tables, rotate
+from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.system.hardware import Hardware
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
@@ -25,9 +25,7 @@ def case(B=2, T=5, H=6, G=2, K=16, n_hidden=40, dtype=torch.float32, device="cpu
 
 
 def plainly(packed, tables, H, G):
-    q, k, v, value, gate = layer.parts(packed, H, G, 2 * tables[0].shape[-1])
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    return rotate(q, *tables[:2]), rotate(k, *tables[2:]), v, F.silu(gate) * value
+    return layer.plain_qkv_rope_swiglu(packed, *tables, H, G)
 
 
 def device_for(kernel, monkeypatch):
@@ -48,7 +46,7 @@ def compare(found, wanted, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpacking_equals_plain_operations(monkeypatch, shape, dtype, kernel):
     packed, tables, H, G = case(**shape, dtype=dtype, device=device_for(kernel, monkeypatch))
-    wanted, found = plainly(packed, tables, H, G), layer.unpack(packed, *tables, H, G)
+    wanted, found = plainly(packed, tables, H, G), layer.qkv_rope_swiglu(packed, *tables, H, G)
     compare(found, wanted, dtype)
     grads = [torch.randn_like(y) for y in wanted]
     compare(torch.autograd.grad(found, packed, grads), torch.autograd.grad(wanted, packed, grads), dtype)
@@ -69,5 +67,5 @@ def test_a_gate_equals_plain_operations(monkeypatch, width, dtype, kernel):
 
 def test_operators_are_described_rightly():
     packed, tables, H, G = case()
-    torch.library.opcheck(layer.unpack_op, (packed, *tables, H, G))
+    torch.library.opcheck(layer.qkv_rope_swiglu_op, (packed, *tables, H, G))
     torch.library.opcheck(layer.swiglu_op, (packed,))

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnx_cli import models
-from nnx_cli.kernels import gemm as product
-from nnx_cli.kernels.cross_entropy import StudentT, plain_row_loss
+from nnx_cli.kernels import gemm
+from nnx_cli.kernels.cross_entropy import plain_cross_entropy_rows
+from nnx_cli.kernels.student_t import StudentT
 from nnx_cli.layers import loss as loss_module
 from nnx_cli.layers.head import as_linear_head
 from nnx_cli.layers.linear import Linear
@@ -181,7 +182,7 @@ def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
     targets[2] = -100
     products = torch.empty(6, n_tokens + 5, dtype=dtype, device=KERNEL_DEVICE)[:, :n_tokens].copy_(x @ weight.t())
     student_t = StudentT(2.7, 32, x.square().sum(1), weight.square().sum(1)) if kind == "student-t" else None
-    losses, gradient = plain_row_loss(products.clone(), targets, -100, student_t, 1.5, True)
+    losses, gradient = plain_cross_entropy_rows(products.clone(), targets, -100, student_t, 1.5, True)
     alone, _ = fused_row_loss(products.clone(), targets, -100, student_t, 1.5, False)
     fused, in_place = fused_row_loss(products, targets, -100, student_t, 1.5, True)
     assert in_place is products
@@ -295,8 +296,8 @@ def test_the_gradient_of_a_large_head_is_that_of_autograd(shape, known, monkeypa
     """Where products are oneDNN's it is summed transposed, chunk by chunk."""
     known = known and torch.backends.mkldnn.is_available()
     monkeypatch.setattr(hardware, "has_onednn", lambda: known)
-    monkeypatch.setattr(product, "LEAST_ROWS", 1)
-    monkeypatch.setattr(product, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(gemm, "MIN_ROWS", 1)
+    monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(loss_module, "chunk_rows", lambda *_, **__: 12)
     width, n_tokens = shape
     torch.manual_seed(5)

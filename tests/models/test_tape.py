@@ -116,7 +116,7 @@ def plain_attention(q, kv, times):
 def test_attention_over_segments_is_that_under_a_tiled_mask(times, merged, monkeypatch):
     torch.manual_seed(0)
     if not merged:
-        monkeypatch.setattr(segments, "sums_are_known", lambda q: False)
+        monkeypatch.setattr(segments, "has_lse_kernel", lambda q: False)
     q, kv = torch.randn(2, 37, 3, 8).double(), torch.randn(len(times), 2, 37, 2, 3, 8).double()
     leaves, factor = [q.requires_grad_(), kv.requires_grad_()], torch.randn(2, 37, 3, 8)
     y = segments.attend(q, kv, times, None, 0, causal=True, dropout=0.0)

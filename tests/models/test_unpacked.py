@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.kernels import qkv_swiglu as unpack
+from nnx_cli.kernels import qkv_swiglu
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.loss import LossModule
@@ -23,12 +23,12 @@ CASES = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the operators ran, once `is_one_kernel` says yes."""
-    monkeypatch.setattr(unpack, "is_one_kernel", lambda x: True)
+    """How often the operators ran, once `prefers_fused` says yes."""
+    monkeypatch.setattr(qkv_swiglu, "prefers_fused", lambda x: True)
     counted = []
-    for name in ("unpack_op", "swiglu_op"):
-        operator = getattr(unpack, name)
-        monkeypatch.setattr(unpack, name, lambda *a, operator=operator: counted.append(1) or operator(*a))
+    for name in ("qkv_rope_swiglu_op", "swiglu_op"):
+        operator = getattr(qkv_swiglu, name)
+        monkeypatch.setattr(qkv_swiglu, name, lambda *a, operator=operator: counted.append(1) or operator(*a))
     return counted
 
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients_stay_the_same(case, how, calls, monkeypatch):
             if name.endswith("lora_b"):
                 torch.nn.init.normal_(parameter)
     with monkeypatch.context() as patch:
-        patch.setattr(unpack, "is_one_kernel", lambda x: False)
+        patch.setattr(qkv_swiglu, "prefers_fused", lambda x: False)
         wanted = loss_and_gradients(model)
     assert not calls
     if how == "checkpointed":

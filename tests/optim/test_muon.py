@@ -35,9 +35,9 @@ def test_matrices_one_by_one_are_as_in_a_stack(monkeypatch, shape):
     stacked = orthogonalize(matrices, torch.float32)
     seen = []
     monkeypatch.setattr(muon, "LEAST_APART", 1)
-    monkeypatch.setattr(muon, "pays", lambda x, weight: True)
+    monkeypatch.setattr(muon, "prefers_onednn", lambda x, weight: True)
     monkeypatch.setattr(hardware, "has_onednn", lambda: True)
-    monkeypatch.setattr(muon, "product", lambda x, weight: seen.append(x) or x @ weight.t())
+    monkeypatch.setattr(muon, "onednn_linear", lambda x, weight: seen.append(x) or x @ weight.t())
     torch.testing.assert_close(orthogonalize(matrices, torch.float32), stacked, rtol=1e-4, atol=1e-5)
     assert len(seen) == 3 * 3 * 5, "products of a matrix, matrices, steps"
 

@@ -1,0 +1,39 @@
+"""Packed projections and what follows them: the kernels' path where there is one, else operations of torch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnx_cli.kernels import qkv_swiglu as kernels
+from nnx_cli.kernels.qkv_swiglu import rotate
+from nnx_cli.layers.linear import PackedLinear
+
+
+def packed_for_kernel(projections: nn.Module, x: Tensor, *, cached: bool) -> Tensor | None:
+    """All projections of x in one tensor, where a kernel takes it from there.
+
+    None where it does not, for a step with a cache, and where the layer was replaced (quantized) or has an adapter.
+    """
+    fused = not cached and kernels.prefers_fused(x) and isinstance(projections, PackedLinear)
+    return projections.packed_output(x) if fused else None
+
+
+def qkv_rope(
+    projections: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], n_heads: int, n_kv_heads: int, *, cached: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, K), keys and values (B, G, T, K) of x (B, T, D); queries and keys are turned by `tables`."""
+    if (packed := packed_for_kernel(projections, x, cached=cached)) is not None:
+        return kernels.qkv_rope_swiglu(packed, *tables, *tables, n_heads, n_kv_heads)[:3]
+    B, T, _ = x.shape
+    head_dim = 2 * tables[0].shape[-1]
+    q, k, v = (y.view(B, T, -1, head_dim).transpose(1, 2) for y in projections(x))
+    return rotate(q, *tables), rotate(k, *tables), v
+
+
+def swiglu(projections: nn.Module, x: Tensor, *, cached: bool) -> Tensor:
+    """silu(gate) · up of x, (B, T, F). Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+    if (packed := packed_for_kernel(projections, x, cached=cached)) is not None:
+        return kernels.swiglu(packed)
+    gate, up = projections(x)  # (B, T, F) each
+    return F.silu(gate) * up
