@@ -46,9 +46,7 @@ UPWARD = {
     ("planning/plan.py", "training"),
 }
 IN_A_CIRCLE = set()
-POSTPONED = {
-    "optim/_groups.py",
-}
+POSTPONED = set()
 LONG_FUNCTIONS = {
     "commands/summarize.py:run",
     "commands/summarize.py:summary",

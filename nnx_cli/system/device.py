@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The arithmetic to use: what was asked for, or the best that the device does in hardware.
+    """The type that mixed precision computes in: what was asked for, or the best that the device does in hardware.
 
     CUDA: bf16 from compute capability 8.0, fp16 from 7.0 except on GTX 16 cards (slow or broken there), else fp32. CPU
     and MPS: fp32. Raises UsageError for another name, MissingFeature for low precision on a CPU, where it is emulated,

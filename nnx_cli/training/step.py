@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its micro-batches, clipping, update. Op by op, or as CUDA graphs."""
+"""One optimizer step: gradient accumulation, gradient clipping, update. Op by op, or as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -114,8 +114,10 @@ class Step:
         self.end(total / n_targets)
 
     def accumulate(self, input_ids: Tensor, targets: Tensor, n_targets: Tensor) -> Tensor:
-        """Add the gradient of a micro-batch (B, T) to that of the step, which has `n_targets`; returns the sum of its
-        losses."""
+        """Gradient accumulation, under loss scaling: add a micro-batch's (B, T) part of the mean over `n_targets`.
+
+        Returns the sum of its losses.
+        """
         loss, _ = self.micro_step(input_ids, targets)
         self.scaler.scale(loss / n_targets).backward()
         return loss.detach()
