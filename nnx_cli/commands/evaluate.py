@@ -29,8 +29,8 @@ def run(
     """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""
     check_range("batch-size", batch_size, 1, 2**20)
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
-    from nnx_cli.evaluation.evaluator import evaluate
     from nnx_cli.evaluation.held_out import held_out_tokens
+    from nnx_cli.evaluation.losses import evaluate
     from nnx_cli.runs.find import find_model
     from nnx_cli.runs.load import load_model
     from nnx_cli.system.device import pick_device, pick_precision

@@ -48,7 +48,7 @@ def run(
     if options.get("generate_length") is not None:
         values["max_new_tokens"] = options["generate_length"]
     config = SampleConfig(**values)
-    from nnx_cli.inference.sampler import generate
+    from nnx_cli.inference.generate import generate
     from nnx_cli.runs.find import find_model
     from nnx_cli.runs.load import load_model
     from nnx_cli.system.device import peak_memory_bytes, pick_device, pick_precision

@@ -10,8 +10,8 @@ import torch
 
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError
-from nnx_cli.evaluation.evaluator import window_starts
 from nnx_cli.evaluation.held_out import held_out_tokens
+from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.layers.lora import merge_adapters
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.runs.manifest import write_model_folder

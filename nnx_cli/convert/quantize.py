@@ -16,9 +16,9 @@ from torch import Tensor
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
-from nnx_cli.evaluation.evaluator import window_starts
 from nnx_cli.evaluation.held_out import held_out_tokens
-from nnx_cli.inference.sampler import generate
+from nnx_cli.evaluation.losses import window_starts
+from nnx_cli.inference.generate import generate
 from nnx_cli.layers.loss import chunk_rows
 from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
 from nnx_cli.models._base import LanguageModel

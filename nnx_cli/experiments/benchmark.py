@@ -22,7 +22,7 @@ from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit
-from nnx_cli.inference.sampler import generate
+from nnx_cli.inference.generate import generate
 from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning import flops as cost

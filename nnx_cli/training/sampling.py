@@ -9,7 +9,7 @@ import numpy as np
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.data.tokenizers.base import Tokenizer
-from nnx_cli.inference.sampler import generate
+from nnx_cli.inference.generate import generate
 from nnx_cli.models._base import LanguageModel
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run

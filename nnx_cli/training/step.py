@@ -199,12 +199,12 @@ class StepGraphs:
         capturable = step.optimizer.capturable
         if step.in_backward and not capturable:
             raise RuntimeError("this optimizer's step cannot be recorded, and is part of the backward pass")
-        warm = [x[: WARM_MICRO_BATCHES * batch_size].clone() for x in (input_ids, targets)]
-        first = [x[:batch_size] for x in (input_ids, targets)]
+        warm_ids, warm_targets = (x[: WARM_MICRO_BATCHES * batch_size].clone() for x in (input_ids, targets))
+        first = (input_ids[:batch_size], targets[:batch_size])
 
         def warm_up(input_ids: Tensor, targets: Tensor) -> None:
             for _ in range(WARM_UPS):
-                step(*warm, batch_size)
+                step(warm_ids, warm_targets, batch_size)
 
         def warm_up_and_accumulate(input_ids: Tensor, targets: Tensor) -> None:
             warm_up(input_ids, targets)

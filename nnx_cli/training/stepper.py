@@ -42,6 +42,7 @@ class Execution:
 def divide_step(config: TrainConfig, batch_size: int) -> TrainConfig:
     """`config` with the samples of a step in micro-batches of `batch_size`, which divides them, and validations on at
     least as many windows."""
+    assert config.batch_size is not None and config.grad_accum is not None
     if batch_size == config.batch_size:
         return config
     n = config.batch_size * config.grad_accum
@@ -80,6 +81,7 @@ class Stepper:
         device: torch.device,
         report: Callable[[str], None],
     ) -> None:
+        assert config.batch_size is not None and config.grad_accum is not None
         self.device = device
         self.loader = loader
         self.seed = config.seed

@@ -15,7 +15,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import OutputError
-from nnx_cli.evaluation.evaluator import Evaluation
+from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs import checkpoint as ckpt

@@ -9,7 +9,7 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.evaluation.evaluator import Evaluation, LossFunction, evaluate, graphed_losses
+from nnx_cli.evaluation.losses import Evaluation, LossFunction, evaluate, graphed_losses
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel

@@ -27,7 +27,7 @@ from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig, own_fields
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.evaluation.evaluator import evaluate
+from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from nnx_cli import models
 from nnx_cli.convert import quantize as quantizer
 from nnx_cli.errors import QualityError
-from nnx_cli.evaluation.evaluator import evaluate
+from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.planning import flops as cost

@@ -5,7 +5,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import SampleConfig
-from nnx_cli.inference.sampler import generate
+from nnx_cli.inference.generate import generate
 
 N_TOKENS = 300
 

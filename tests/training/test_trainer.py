@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nnx_cli.cli import app
 from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, UsageError
-from nnx_cli.evaluation.evaluator import Evaluation
+from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.runs import checkpoint as ckpt

@@ -18,6 +18,8 @@ from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.cuda_graph import CudaGraph
 
+LossFunction = Callable[[LanguageModel, Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -32,10 +34,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
-
-
-LossFunction = Callable[[LanguageModel, Tensor, Tensor], Tensor]
 
 
 def graphed_losses(model: LanguageModel, batch_size: int, seq_len: int) -> LossFunction:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nnx_cli.errors import DataError
-from nnx_cli.evaluation.evaluator import evaluate, ratio_with_error, window_starts
+from nnx_cli.evaluation.losses import evaluate, ratio_with_error, window_starts
 from nnx_cli.layers.loss import token_losses
 
 T = 16

@@ -1,0 +1,95 @@
+"""Prompts to text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from nnx_cli.config import SampleConfig
+from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.inference.decoding import Context
+from nnx_cli.inference.sampler import draw, next_probabilities, uniforms
+from nnx_cli.inference.text_stream import TextStream
+from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.device import synchronize
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text. `stop_reason` is length, stop (a stop string) or eot (end-of-text token)."""
+
+    text: str
+    tokens: list[int]
+    stop_reason: str
+
+
+@dataclass
+class Generation:
+    """Samples, prompt after prompt, and what reading the prompts and drawing the tokens took."""
+
+    samples: list[Sample] = field(default_factory=list)
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Speed of reading prompts."""
+        return self.prefill_tokens / max(self.prefill_s, 1e-9)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Speed of drawing, over all samples."""
+        return self.decode_tokens / max(self.decode_s, 1e-9)
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    *,
+    stops: Sequence[str] = (),
+    use_cache: bool = True,
+    on_text: Callable[[int, str], None] = lambda sample, text: None,
+) -> Generation:
+    """Draw `num_samples` continuations of every prompt (token ids, at least one each) side by side.
+
+    `on_text(number of the sample, piece of text)` is called as text appears. Of a prompt longer than the context the
+    model sees the end.
+    """
+    was_training = model.training
+    model.eval()
+    n_samples = len(prompts) * config.num_samples
+    result = Generation(prefill_tokens=sum(min(len(p), model.config.seq_len) for p in prompts))
+    streams = [TextStream(tokenizer, stops, partial(on_text, number)) for number in range(n_samples)]
+    random = uniforms(config, n_samples).to(model.device)
+    started = time.perf_counter()
+    context = Context(model, [list(prompt) for prompt in prompts], config.max_new_tokens, use_cache)
+    logits = context.read_all().repeat_interleave(config.num_samples, dim=0)
+    context.repeat(config.num_samples)
+    synchronize(model.device)
+    result.prefill_s = time.perf_counter() - started
+    for number in range(config.max_new_tokens):
+        probabilities = next_probabilities(logits, config, context.history, context.seen())
+        tokens = draw(probabilities, random[:, number])
+        for stream, token in zip(streams, tokens.tolist(), strict=True):
+            if stream.stop_reason is None:
+                stream.push(token)
+                result.decode_tokens += 1
+        if number + 1 == config.max_new_tokens or all(stream.stop_reason for stream in streams):
+            break
+        context.append(tokens)
+        logits = context.read_newest()
+    for stream in streams:
+        stream.finish("length")
+        result.samples.append(Sample(stream.text, stream.tokens, stream.stop_reason or "length"))
+    result.decode_s = time.perf_counter() - started - result.prefill_s
+    model.train(was_training)
+    return result
