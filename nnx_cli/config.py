@@ -192,10 +192,16 @@ class Field:
 
 @cache
 def read_fields(path: Path, class_name: str) -> tuple[Field, ...]:
-    """The fields of a dataclass of literals and the comments beside them, read from the source without running it."""
-    found = re.search(rf"^class {class_name}\b.*\n(?:(?:[ \t].*)?\n)+", path.read_text(encoding="utf-8"), re.MULTILINE)
+    """The fields of a dataclass of literals in a file, read from its source without running it."""
+    return fields_in(path.read_text(encoding="utf-8"), class_name)
+
+
+@cache
+def fields_in(source: str, class_name: str) -> tuple[Field, ...]:
+    """The fields of a dataclass of literals and the comments beside them. Raises LookupError without such a class."""
+    found = re.search(rf"^class {class_name}\b.*\n(?:(?:[ \t].*)?\n)+", source, re.MULTILINE)
     if found is None:
-        raise LookupError(f"{path} has no class {class_name}")
+        raise LookupError(f"no class {class_name}")
     lines = found[0].splitlines()
     tree = ast.parse(found[0])  # the class alone: to parse whole files would be half of the time that help takes
     return tuple(

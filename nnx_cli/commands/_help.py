@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperOption
 
 from nnx_cli import models
-from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, shown_default
+from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, option, shown_default
 from nnx_cli.config import Field
 from nnx_cli.console import prepare_help
 
 
 class Command(TyperCommand):
     """A command whose help shows the options that the named architecture has; all of them parse."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Take the fields of an architecture of the user's among the options, where its file is named."""
+        name = _named_model(args)
+        takes_fields = any(_is_of_model(p) for p in self.params)
+        command = _with_fields(self, name) if name and models.is_file(name) and takes_fields else self
+        return TyperCommand.make_context(command, info_name, args, parent, **extra)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Note the architecture first: help is answered in the middle of parsing."""
@@ -45,7 +54,9 @@ def _named_model(args: Sequence[str]) -> str | None:
         option, _, value = word.partition("=")
         if option == "--model":
             name = value or "".join(args[number + 1 : number + 2])
-            return name if name in models.names() else None
+            if models.is_file(name):
+                models.check_name(name)
+            return name if name in models.names() or models.is_file(name) else None
     return None
 
 
@@ -63,7 +74,28 @@ def fields_of(name: str | None) -> dict[str, Field]:
 
 
 def _is_shown(param: Any, fields: dict[str, Field]) -> bool:
-    return getattr(param, "rich_help_panel", None) != MODEL_PANEL or param.name in fields
+    return not _is_of_model(param) or param.name in fields
+
+
+def _is_of_model(param: Any) -> bool:
+    return getattr(param, "rich_help_panel", None) == MODEL_PANEL
+
+
+def _with_fields(command: Command, name: str) -> Command:
+    """The same command with an option for each field of an architecture, in place of the zoo's of that name."""
+    run: Any = inspect.unwrap(command.callback)
+    own = {field.name: option(field, MODEL_PANEL) for field in models.config_fields(name)}
+    parameters = dict(run.__signature__.parameters) | own
+
+    def extended(**options: Any) -> None:
+        run(**options)
+
+    extended.__signature__ = run.__signature__.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    extended.__annotations__ = {p.name: p.annotation for p in parameters.values()}
+    extended.__doc__ = run.__doc__
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    alone.command(name=command.name, cls=Command, epilog=command.epilog)(extended)
+    return typer.main.get_command(alone)
 
 
 def _as_shown(param: Any, fields: dict[str, Field]) -> Any:
@@ -71,6 +103,6 @@ def _as_shown(param: Any, fields: dict[str, Field]) -> Any:
     with its help and default there."""
     shown = copy.copy(param)
     shown.secondary_opts = []
-    if param.rich_help_panel == MODEL_PANEL:
+    if _is_of_model(param):
         shown.help, shown.show_default = fields[param.name].help, shown_default(fields[param.name])
     return shown

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +20,7 @@ DEFAULT_MODEL = "nyx"
 MODEL_PANEL = "Model"
 OUTPUT_PANEL = "Output"
 SIZES = ", ".join(models.sizes(models.names()[0]))
-ARCHITECTURE_HELP = f"Architecture: {', '.join(models.names())}."
+ARCHITECTURE_HELP = f"Architecture: {', '.join(models.names())}, or a file of yours: my.py."
 SIZE_HELP = f"Named size: {SIZES}."
 
 TRAINING = {field.name: field for field in own_fields(TrainConfig)}
@@ -28,6 +30,9 @@ Model = Annotated[
         help="A run folder or its name, RUN@best, RUN@last, RUN@500, or a quantized folder.",
         show_default="the newest run",
     ),
+]
+ModelFile = Annotated[
+    Path | None, typer.Option("--model", help="File of its architecture, for a model from a file of yours: my.py.")
 ]
 Device = Annotated[str, typer.Option(help=TRAINING["device"].help)]
 Precision = Annotated[str, typer.Option(help=TRAINING["precision"].help)]
@@ -68,10 +73,11 @@ def model_options() -> list[inspect.Parameter]:
     return [option(field, MODEL_PANEL) for field in model_fields().values()]
 
 
-def model_fields() -> dict[str, Field]:
-    """Every field of every architecture by its name; shared ones as the base states them."""
+def model_fields(named: str | None = None) -> dict[str, Field]:
+    """Every field of every architecture by its name; shared ones as the base states them, those of a file of the
+    user's that is named as they stand there."""
     fields: dict[str, Field] = {}
-    for name in models.names():
+    for name in [named] * (named is not None and models.is_file(named)) + models.names():
         for field in models.config_fields(name):
             fields.setdefault(field.name, field)
     return fields
@@ -92,6 +98,12 @@ def settings(
 def given(values: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
     """Those of `fields` that were given on the command line."""
     return {field.name: values[field.name] for field in fields if values.get(field.name) is not None}
+
+
+def naming(architecture: str | Path | None) -> str:
+    """What commands on a run need besides its name: the file of its architecture, where that is the user's."""
+    name = str(architecture)
+    return f" --model {shlex.quote(name)}" if models.is_file(name) else ""
 
 
 def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:

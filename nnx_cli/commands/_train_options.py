@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnx_cli import models
 from nnx_cli.commands._options import (
     ARCHITECTURE_HELP,
     DEFAULT_MODEL,
@@ -129,20 +130,21 @@ class ResumeRequest:
     """A run to go on with, and the settings that are given anew."""
 
     run: str
+    file: Path | None  # of its architecture, where it is the user's
     settings: dict[str, Any]
     data: Path | None
     dry_run: bool
 
 
-def _all_fields() -> list[Field]:
-    """Every setting that a command line or a file may give."""
-    return [*model_fields().values(), *TRAINING, *PREPARING]
+def _all_fields(model: str | None = None) -> list[Field]:
+    """Every setting that a command line or a file may give; `model` may be a file with fields of its own."""
+    return [*model_fields(model).values(), *TRAINING, *PREPARING]
 
 
 def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
     """What the options ask for. Raises UsageError where they disagree, or name what the architecture does not have."""
     aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options[theirs] is not None}
-    settings = given(options, _all_fields())
+    settings = given(options, _all_fields(options["model"]))
     if twice := aliases.keys() & settings.keys():
         raise UsageError(f"--{twice.pop().replace('_', '-')} is given twice, in two spellings")
     settings |= aliases
@@ -151,25 +153,32 @@ def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
         run, fixed = checkpoint, fixed - {"filepath"}  # which the documented commands name every time
     if run is None:
         return _new_request(settings, aliases, options)
-    if any(options[name] is not None for name in fixed):
+    file = options["model"] if options["model"] is not None and models.is_file(options["model"]) else None
+    if any(options[name] is not None for name in (fixed if file is None else fixed - {"model"})):
         raise UsageError("--resume takes model, text and settings from the run", fix="leave out what is given besides")
-    return _resume_request(run, settings, options)
+    return _resume_request(run, file, settings, options)
 
 
-def _resume_request(run: str, settings: dict[str, Any], options: Mapping[str, Any]) -> ResumeRequest:
+def _resume_request(run: str, file: str | None, settings: dict[str, Any], options: Mapping[str, Any]) -> ResumeRequest:
     for name in settings.keys() - set(RESUMABLE):
         raise UsageError(
             f"--{name.replace('_', '-')} cannot change on --resume", fix="start a new run, maybe with --init-from"
         )
     TrainConfig(**settings)
     check_one_length(settings)
-    return ResumeRequest(run=run, settings=settings, data=options["data"], dry_run=bool(options["dry_run"]))
+    return ResumeRequest(
+        run=run,
+        file=None if file is None else Path(file),
+        settings=settings,
+        data=options["data"],
+        dry_run=bool(options["dry_run"]),
+    )
 
 
 def _new_request(settings: dict[str, Any], aliases: Iterable[str], options: Mapping[str, Any]) -> Request:
     checkpoint = options["checkpoint_path"]
     recipe = NYX_RECIPE if options["model"] is None and (aliases or checkpoint) else {}
-    values, sources = _merge(settings, options["config"], recipe)
+    values, sources = _merge(settings, options["config"], recipe, options["model"])
     named = {"model": options["model"], "size": options["size"], "data": options["data"] or options["filepath"]}
     sources |= {name: "command line" for name, value in named.items() if value is not None}
     filed = {name: values.pop(name, None) for name in ("model", "size")}
@@ -207,12 +216,14 @@ def _is_foreign(checkpoint: str) -> bool:
     return checkpoint.endswith((".pth", ".pt", ".safetensors")) and not Path(checkpoint).is_dir()
 
 
-def _merge(cli: dict[str, Any], config: Path | None, recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge(
+    cli: dict[str, Any], config: Path | None, recipe: dict[str, Any], model: str | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings from the recipe, the TOML file and the command line, the later ones winning, and where each came
     from."""
     layers = [("recipe: NYX", recipe)]
     if config is not None:
-        fields = _all_fields()
+        fields = _all_fields(model)
         known = [field.name for field in fields] + ["model", "size"]
         layers.append((f"file: {config}", coerce(fields, read_toml(config, known), f"--config {config}")))
     layers.append(("command line", cli))

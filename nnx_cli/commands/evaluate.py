@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Device, Model, Precision, command, given, settings
+from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, settings
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console import Output
 
@@ -18,6 +18,7 @@ TOKENS_PER_BATCH = 8192
 def run(
     output: Output,
     model: Model = None,
+    file: ModelFile = None,
     filepath: Annotated[
         list[str] | None, typer.Option(help="Text to read.", show_default="the validation split of the run")
     ] = None,
@@ -37,7 +38,7 @@ def run(
 
     where = pick_device(device)
     precision = pick_precision(precision, where)
-    ref = find_model(model)
+    ref = find_model(model, file)
     network, tokenizer = load_model(ref, where, precision), ref.tokenizer
     seq_len = network.config.seq_len
     with held_out_tokens(ref, filepath or [], preparing) as tokens:

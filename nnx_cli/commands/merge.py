@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nnx_cli.commands._options import Device, command
+from nnx_cli.commands._options import Device, ModelFile, command, naming
 from nnx_cli.config import TrainConfig
 from nnx_cli.console import Output
 
@@ -16,6 +16,7 @@ from nnx_cli.console import Output
 def run(
     output: Output,
     model: Annotated[str | None, typer.Argument(help="Run with adapters.", show_default="the newest run")] = None,
+    file: ModelFile = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="weights/NAME-merged")] = None,
     device: Device = TrainConfig.device,
 ) -> None:
@@ -25,11 +26,11 @@ def run(
     from nnx_cli.system.device import pick_device
 
     where = pick_device(device)
-    ref = find_model(model)
+    ref = find_model(model, file)
     result = merge_model(ref, out or WEIGHTS / f"{ref.folder.resolve().name}-merged", where)
     output.show_json(result)
     output.show(
         f"{result['out']}: {result['parameters']:,} parameters; largest difference of a logit "
         f"{result['largest_logit_difference']:.1e}",
-        f"next: nnx sample {result['out']}",
+        f"next: nnx sample {result['out']}{naming(file)}",
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Device, Model, command, given, settings
+from nnx_cli.commands._options import Device, Model, ModelFile, command, given, naming, settings
 from nnx_cli.config import QuantizeConfig, TrainConfig, own_fields
 from nnx_cli.console import Output, size
 
@@ -16,6 +16,7 @@ from nnx_cli.console import Output, size
 def run(
     output: Output,
     model: Model = None,
+    file: ModelFile = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Layer that stays as it is, such as head; may be repeated.")
     ] = None,
@@ -36,7 +37,7 @@ def run(
     from nnx_cli.system.device import pick_device, pick_precision
 
     where = pick_device(device)
-    ref = find_model(model)
+    ref = find_model(model, file)
     folder = out or WEIGHTS / f"{ref.folder.resolve().name}-int{config.bits}"
     how = Quantization(bits=config.bits, group_size=config.group_size if config.bits == 4 else None, kept=keep or [])
     receipt, notes = quantize_model(
@@ -62,7 +63,7 @@ def run(
     )
     output.show(
         f"divergence {receipt['kl_divergence']:.5f} nats per token, same top token {receipt['same_top_token']:.2%}",
-        f"{folder}: try it with: nnx sample {folder}",
+        f"{folder}: try it with: nnx sample {folder}{naming(file)}",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Device, Model, Precision, command, given, hidden, settings
+from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, hidden, settings
 from nnx_cli.config import SampleConfig, TrainConfig, own_fields
 from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, DataError, UsageError
@@ -30,6 +30,7 @@ OPTIONS = [
 def run(
     output: Output,
     model: Model = None,
+    file: ModelFile = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End a sample before this text; may be repeated.")] = None,
@@ -56,7 +57,7 @@ def run(
     where = pick_device(device)
     precision = pick_precision(precision, where)
     shape = {ours: options[theirs] for theirs, ours in SHAPE.items() if options.get(theirs) is not None}
-    ref = _newest_of_shape(shape) if shape and model is None else find_model(model)
+    ref = _newest_of_shape(shape, file) if shape and model is None else find_model(model, file)
     tokenizer = ref.tokenizer
     text = _read_prompt(prompt, prompt_file)
     if tokenizer is None and text:
@@ -130,7 +131,7 @@ def _prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def _newest_of_shape(shape: dict[str, int]) -> Any:
+def _newest_of_shape(shape: dict[str, int], file: Path | None = None) -> Any:
     """The newest run whose model has these values. Raises CheckpointError, saying which runs exist, where there is
     none."""
     from nnx_cli.runs.find import find_runs
@@ -138,7 +139,7 @@ def _newest_of_shape(shape: dict[str, int]) -> Any:
 
     seen = []
     for folder in find_runs():
-        ref = ModelRef(folder)
+        ref = ModelRef(folder, file=file)
         try:
             model = ref.config["model"]
         except CheckpointError:

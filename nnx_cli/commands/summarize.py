@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nnx_cli import models
-from nnx_cli.commands._options import command, given, model_fields, model_options
+from nnx_cli.commands._options import ARCHITECTURE_HELP, command, given, model_fields, model_options
 from nnx_cli.config import TrainConfig, check_choice, module_names
 from nnx_cli.console import Output, size
 from nnx_cli.errors import DoesNotFit, UsageError
@@ -39,7 +40,7 @@ def uncollected() -> Iterator[None]:
 def run(
     output: Output,
     ref: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.")] = None,
-    model: Annotated[str | None, typer.Option(help=f"Architecture: {', '.join(models.names())}.")] = None,
+    model: Annotated[str | None, typer.Option(help=ARCHITECTURE_HELP)] = None,
     size: Annotated[
         str | None, typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default=DEFAULT_SIZE)
     ] = None,
@@ -72,8 +73,9 @@ def run(
         optimizer_in_backward=optimizer_in_backward,
         lora_rank=lora_rank,
     )
-    fields = given(options, model_fields().values())
-    if ref is not None and (model or size or fields or all):
+    fields = given(options, model_fields(model).values())
+    file = Path(model) if model is not None and models.is_file(model) else None
+    if ref is not None and ((model and file is None) or size or fields or all):
         raise UsageError("a run has its own shape: give a run or --model, not both")
     if all or (ref is None and model is None and not fields):
         zoo = [
@@ -84,7 +86,7 @@ def run(
         show_zoo(output, zoo)
         return
     if ref is not None:
-        name, label, config = of_run(ref)
+        name, label, config = of_run(ref, file)
     else:
         name = model or "nyx"
         models.check_name(name)
@@ -103,14 +105,15 @@ def run(
         )
 
 
-def of_run(spec: str) -> tuple[str, str | None, ModelConfig]:
-    """Name, size and configuration of a run's model."""
+def of_run(spec: str, file: Path | None = None) -> tuple[str, str | None, ModelConfig]:
+    """Architecture, size and configuration of a run's model."""
     from nnx_cli.runs.find import find_model
-    from nnx_cli.runs.load import model_from_config
+    from nnx_cli.runs.load import architecture_of, model_from_config
 
-    found = find_model(spec)
-    described = found.config["model"]
-    return described["name"], described.get("size"), model_from_config(found.config, found.folder).config
+    found = find_model(spec, file)
+    config = found.config
+    model = model_from_config(config, found.folder, file)
+    return architecture_of(config, found.folder, file), config["model"].get("size"), model.config
 
 
 @uncollected()
@@ -144,7 +147,7 @@ def summary(
     *_, (smallest, _) = ladder(train, preferred)
 
     return {
-        "model": name,
+        "model": models.stem(name),
         "size": label,
         "seq_len": T,
         "vocab_size": config.vocab_size,
@@ -210,7 +213,7 @@ def show_layers(output: Output, name: str, config: ModelConfig) -> None:
         seen |= own
         rows.append(
             [
-                "  " * layer.depth + (layer.var_name or name) + times,
+                "  " * layer.depth + (layer.var_name or models.stem(name)) + times,
                 layer.class_name,
                 shape_text(layer.output_size),
                 count,

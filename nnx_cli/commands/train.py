@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.commands._options import DEFAULT_MODEL, command
+from nnx_cli.commands._options import DEFAULT_MODEL, command, naming
 from nnx_cli.commands._train_options import LENGTHS, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.console import Output, TrainingView, duration
 from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError
@@ -93,7 +93,7 @@ def _new_run(output: Output, request: Request) -> None:
             started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
             made = []
             with started.lock():
-                _finish(output, started, trainer, view)
+                _finish(output, started, trainer, view, naming(plan.model))
     except NnxError:
         take_back(made)
         raise
@@ -153,7 +153,7 @@ def _start(
     from nnx_cli.training import session
 
     while True:
-        folder = out or session.free_folder(f"{plan.model}-{stem}")
+        folder = out or session.free_folder(f"{models.stem(plan.model)}-{stem}")
         try:
             return session.start(plan, tokens, folder, device, view, sampling, _command_line(), base)
         except OutputError:
@@ -183,11 +183,11 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     if lengths:
         settings = dict.fromkeys(LENGTHS) | settings
     with run.lock(), TrainingView(output) as view:
-        trainer, notes = session.resume(run, settings, request.data, view)
+        trainer, notes = session.resume(run, settings, request.data, view, request.file)
         for note in [*lost, *notes]:
             output.warn(note)
         output.note(f"resuming {folder} at step {trainer.state.step}")
-        _finish(output, run, trainer, view)
+        _finish(output, run, trainer, view, naming(request.file))
 
 
 def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
@@ -198,8 +198,11 @@ def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{error}; its numbers come from the checkpoint"]
 
 
-def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> None:
-    """Train a locked run to the end, record how it ended, and say so. Raises Interrupted where it was stopped."""
+def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, named: str = "") -> None:
+    """Train a locked run to the end, record how it ended, and say so. Raises Interrupted where it was stopped.
+
+    `named` stands beside the run in the commands that may follow.
+    """
     from nnx_cli.system.signals import stop_signals
 
     with stop_signals() as should_stop:
@@ -215,11 +218,11 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView) -> N
         output.note("")
         raise Interrupted(
             f"interrupted at step {trainer.state.step}; everything is saved",
-            fix=f"resume: nnx train --resume {run.folder}",
+            fix=f"resume: nnx train --resume {run.folder}{named}",
         )
     parameters = run.config["parameters"]
     output.show_json(status | {"out": str(run.folder), "parameters": parameters})
-    output.show(*_verdict(run, trainer, status, parameters))
+    output.show(*_verdict(run, trainer, status, parameters, named))
 
 
 def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     )
 
 
-def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int) -> list[str]:
+def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int, named: str = "") -> list[str]:
     """What happened, and what to do next."""
     state, bits, best_step = trainer.state, status["best_val_bits_per_byte"], status["best_step"] or 0
     quality = (
@@ -254,9 +257,9 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int
     return [
         *lines,
         "next:",
-        f"  nnx sample {run.folder}{prompt}",
-        f"  nnx eval {run.folder}",
-        f"  nnx train --resume {run.folder} --max-time {longer / 60:.0f}m",
+        f"  nnx sample {run.folder}{named}{prompt}",
+        f"  nnx eval {run.folder}{named}",
+        f"  nnx train --resume {run.folder}{named} --max-time {longer / 60:.0f}m",
     ]
 
 
@@ -275,7 +278,8 @@ def _tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.de
     ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
     ends += [duration(train.max_time_s)] if train.max_time else []
     output.note(
-        f"{plan.model} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, {train.precision}"
+        f"{models.stem(plan.model)} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, "
+        f"{train.precision}"
     )
     for rung in plan.rungs:
         output.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {rung.text}")

@@ -42,7 +42,7 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
     parameters = sum(p.numel() for p in merged.parameters())
     with new_folder(out) as folder:
         config |= {"parameters": parameters, "merged_from": ref.label}
-        write_model_folder(folder, config, ref.tokenizer, merged.state_without_ties())
+        write_model_folder(folder, config, ref.tokenizer, merged.state_without_ties(), ref.file)
     return {"out": str(out), "parameters": parameters, "largest_logit_difference": difference}
 
 

@@ -77,8 +77,8 @@ def quantize_model(
         if len(tokens) < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         with new_folder(out) as folder:
-            write_model_folder(folder, config, tokenizer, quantized_state(before, quantization))
-            after = load_model(ModelRef(folder), device, precision)
+            write_model_folder(folder, config, tokenizer, quantized_state(before, quantization), ref.file)
+            after = load_model(ModelRef(folder, file=ref.file), device, precision)
             found = compare(before, after, tokens, None if tokenizer is None else tokenizer.token_bytes())
             check_drop(found, max_drop)
             prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()

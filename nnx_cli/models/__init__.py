@@ -1,8 +1,10 @@
-"""The zoo: one file per architecture, found by its name. Importing this imports no torch and no architecture."""
+"""The zoo: one file per architecture, found by its name. Importing this imports no torch and no architecture.
+
+Wherever an architecture is named here, it may also be the path of a file that ends in .py: the user's own.
+"""
 
 from __future__ import annotations
 
-import ast
 import importlib
 from dataclasses import asdict
 from functools import cache
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli.config import Field, read_fields
 from nnx_cli.errors import CheckpointError, UsageError, nearest
+from nnx_cli.models._file import check_file, fields_of, is_file, load_file, read_source, sha256_source, sizes_in, stem
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,25 +35,33 @@ def names() -> list[str]:
 def config_fields(name: str) -> tuple[Field, ...]:
     """The fields of an architecture's `Config`, shared ones first, read from the source without importing it."""
     shared = read_fields(FOLDER / "_base.py", "ModelConfig")
-    own = read_fields(FOLDER / f"{name}.py", "Config")
+    own = fields_of(name) if is_file(name) else read_fields(FOLDER / f"{name}.py", "Config")
     return tuple({field.name: field for field in (*shared, *own)}.values())
 
 
-@cache
 def sizes(name: str) -> tuple[str, ...]:
     """Names of an architecture's sizes, smallest first, read from the source without importing it."""
-    for node in ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            if isinstance(target, ast.Name) and target.id == "SIZES":
-                return tuple(ast.literal_eval(key) for key in node.value.keys)
-    return ()
+    return sizes_in(read_source(name) if is_file(name) else (FOLDER / f"{name}.py").read_bytes())
 
 
 def check_name(name: str) -> None:
     """Raise UsageError, with the nearest match, unless `name` is an architecture."""
-    if name not in names():
+    if is_file(name):
+        check_file(name)
+    elif name not in names():
         raise UsageError(f"there is no model {name!r}{nearest(name, names())}", fix=f"choose from {', '.join(names())}")
+
+
+def _module(name: str) -> ModuleType:
+    """The module of an architecture. A file of the user's runs here and nowhere else."""
+    return load_file(name) if is_file(name) else importlib.import_module(f"nnx_cli.models.{name}")
+
+
+def describe(name: str) -> dict[str, str]:
+    """How config.json names an architecture: with the file and its SHA-256 where it is the user's."""
+    if not is_file(name):
+        return {"name": name}
+    return {"name": stem(name), "file": Path(name).name, "sha256": sha256_source(name)}
 
 
 def make_config(name: str, *, size: str | None = None, **overrides: Any) -> ModelConfig:
@@ -64,12 +75,12 @@ def make_config(name: str, *, size: str | None = None, **overrides: Any) -> Mode
     for key in overrides.keys() - known:
         owners = [other for other in names() if key in {field.name for field in config_fields(other)}]
         which = f"; it belongs to {', '.join(owners)}" if owners else ""
-        raise UsageError(f"{name} has no option --{key.replace('_', '-')}{which}")
-    module = importlib.import_module(f"nnx_cli.models.{name}")
+        raise UsageError(f"{stem(name)} has no option --{key.replace('_', '-')}{which}")
+    module = _module(name)
     shape: dict[str, Any] = {}
     if size is not None:
         if size not in module.SIZES:
-            raise UsageError(f"{name} has no size {size!r}", fix=f"choose from {', '.join(module.SIZES)}")
+            raise UsageError(f"{stem(name)} has no size {size!r}", fix=f"choose from {', '.join(module.SIZES)}")
         shape = dict(module.SIZES[size])
         if "dim" in overrides:
             optional = {field.name for field in config_fields(name) if field.default is None}
@@ -84,19 +95,19 @@ def build(name: str, *, vocab_size: int = 256, size: str | None = None, **overri
 
 def recipe(name: str) -> Recipe:
     """What an architecture learns best from."""
-    return importlib.import_module(f"nnx_cli.models.{name}").Model.recipe
+    return _module(name).Model.recipe
 
 
 def from_config(name: str, config: ModelConfig) -> LanguageModel:
     """A freshly initialised model of architecture `name`."""
-    return importlib.import_module(f"nnx_cli.models.{name}").Model(config)
+    return _module(name).Model(config)
 
 
 def original(name: str) -> ModuleType:
     """The module that reads the checkpoints of an architecture's original. Raises UsageError where it has none."""
     check_name(name)
-    if not (FOLDER / "originals" / f"{name}.py").is_file():
-        raise UsageError(f"{name} has no original to load from")
+    if is_file(name) or not (FOLDER / "originals" / f"{name}.py").is_file():
+        raise UsageError(f"{stem(name)} has no original to load from")
     return importlib.import_module(f"nnx_cli.models.originals.{name}")
 
 

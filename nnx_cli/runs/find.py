@@ -16,21 +16,21 @@ from nnx_cli.runs.run import live_status, read_status
 WEIGHTS = Path("weights")
 
 
-def find_model(spec: str | None) -> ModelRef:
+def find_model(spec: str | None, file: Path | None = None) -> ModelRef:
     """A run folder, its name, RUN@best, RUN@last, RUN@500, a quantized folder; None: the newest run.
 
-    Raises CheckpointError where there is no such thing.
+    `file` is that of its architecture, for one that needs it. Raises CheckpointError where there is no such thing.
     """
     if spec is None:
         runs = find_runs()
         if not runs:
             raise CheckpointError(f"there is no run in {WEIGHTS}/ yet", fix="train one: nnx train --filepath FILE")
-        return ModelRef(runs[0])
+        return ModelRef(runs[0], file=file)
     is_folder = any(os.path.lexists(folder / "config.json") for folder in (Path(spec), WEIGHTS / spec))
     name, _, which = (spec, "", "best") if is_folder or "@" not in spec else spec.rpartition("@")
     if not (which in ("best", "last") or (which.isdecimal() and len(which) <= 18)):
         raise UsageError(f"{spec!r}: after @ comes best, last or a step")
-    return ModelRef(find_folder(name), which)
+    return ModelRef(find_folder(name), which, file)
 
 
 def find_folder(name: str) -> Path:

@@ -18,7 +18,7 @@ from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.checkpoint import check_no_link, step_folder, steps_in
-from nnx_cli.runs.manifest import BEST, allowed_digests, read_digests, read_tokenizer, read_verified_config
+from nnx_cli.runs.manifest import BEST, SOURCE, allowed_digests, read_digests, read_tokenizer, read_verified_config
 from nnx_cli.runs.tensors import load_weights, read_tensors
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.files import relative
@@ -30,6 +30,7 @@ class ModelRef:
 
     folder: Path
     which: str = "best"  # best, last or a step
+    file: Path | None = None  # of its architecture, where it is the user's own and was named
 
     @property
     def label(self) -> str:
@@ -77,17 +78,43 @@ class ModelRef:
         return path / name, read_tensors(path / name, read_digests(path, (name,))[name])
 
 
-def model_from_config(config: Mapping[str, Any], source: Path) -> LanguageModel:
-    """The model that a config.json describes, on the meta device. Raises CheckpointError where it describes none."""
+def architecture_of(config: Mapping[str, Any], source: Path, file: Path | None = None) -> str:
+    """The architecture that a config.json describes: its name, or the path of the user's `file` that it came from.
+
+    Raises CheckpointError where it is none, where it came from a file and none is named, or one of another content:
+    opening a folder runs no code. Raises UsageError where a file is named for one that has none.
+    """
     described = config.get("model")
-    if not isinstance(described, dict) or described.get("name") not in models.names():
+    if not isinstance(described, dict) or "name" not in described:
         raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
-    fields = {key: value for key, value in described.items() if key not in ("name", "size")}
+    if (origin := described.get("file")) is not None:
+        if file is None:
+            raise CheckpointError(
+                f"the architecture of {source} is in {origin}, and opening a folder runs no code",
+                fix=f"name the file: --model {origin} (its text is in {source / SOURCE})",
+            )
+        if models.sha256_source(str(file)) != described.get("sha256"):
+            raise CheckpointError(
+                f"{file} is not the file that {source} was made with: its SHA-256 differs",
+                fix=f"the text it was made with is in {source / SOURCE}",
+            )
+        return str(file)
+    if file is not None:
+        raise UsageError(f"{source} is a {described['name']}, which needs no file", fix="leave out --model")
+    if described["name"] not in models.names():
+        raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
+    return described["name"]
+
+
+def model_from_config(config: Mapping[str, Any], source: Path, file: Path | None = None) -> LanguageModel:
+    """The model that a config.json describes, on the meta device. Raises CheckpointError where it describes none."""
+    name, described = architecture_of(config, source, file), config["model"]
+    fields = {key: value for key, value in described.items() if key not in ("name", "size", "file", "sha256")}
     try:
         stated = {key: value for key, value in fields.items() if value is not None}
-        coerce(models.config_fields(described["name"]), stated, "its model")
+        coerce(models.config_fields(name), stated, "its model")
         with torch.device("meta"):
-            model = models.build(described["name"], **fields)
+            model = models.build(name, **fields)
             if config.get("lora"):
                 add_adapters(model, config["lora"]["rank"])
             return model
@@ -98,7 +125,7 @@ def model_from_config(config: Mapping[str, Any], source: Path) -> LanguageModel:
 def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> LanguageModel:
     """The model of a MODEL, in evaluation mode, computing in `precision` on `device`. Raises CheckpointError."""
     config = ref.config
-    model = model_from_config(config, ref.folder)
+    model = model_from_config(config, ref.folder, ref.file)
     path, state = ref.weights()
     if "quantization" in config:
         quantize_layers(model, _read_quantization(config["quantization"], ref.folder))

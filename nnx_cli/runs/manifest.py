@@ -32,8 +32,9 @@ from nnx_cli.system.files import (
 
 FORMAT = 1
 BEST = "model.safetensors"
+SOURCE = "model.py.txt"  # of an architecture in a file of the user's: to be read, never run
 CONFIG_TYPES = {  # of what config.json may hold, that which something here relies on
-    "model": {"name": str},
+    "model": {"name": str, "file": str, "sha256": str},
     "parameters": int,
     "tokenizer": {},
     "training": {},
@@ -58,7 +59,7 @@ def describe_model(
         }
     return {
         "format": FORMAT,
-        "model": {"name": name, "size": size, **models.config_dict(config)},
+        "model": {**models.describe(name), "size": size, **models.config_dict(config)},
         "parameters": n_parameters,
         "tokenizer": known,
         "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -66,14 +67,26 @@ def describe_model(
 
 
 def write_model_folder(
-    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None, weights: Mapping[str, Tensor] | None
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    weights: Mapping[str, Tensor] | None,
+    file: Path | None = None,
 ) -> None:
-    """Write config.json, tokenizer.json, the weights where there are any, and their manifest into an empty folder."""
+    """Write config.json, tokenizer.json, the weights where there are any, and their manifest into an empty folder.
+
+    The text of the architecture is copied where it is a `file` of the user's.
+    """
     write_synced(folder / "config.json", to_json(dict(config)))
     files = {"config.json": sha256_file(folder / "config.json")}
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder / "tokenizer.json")
         files["tokenizer.json"] = sha256_file(folder / "tokenizer.json")
+    if file is not None:
+        write_synced(folder / SOURCE, models.read_source(str(file)))
+        files[SOURCE] = sha256_file(folder / SOURCE)
+        if files[SOURCE] != config["model"]["sha256"]:
+            raise CheckpointError(f"{file} has changed since it was read", fix="start again")
     if weights is not None:
         files[BEST] = write_tensors(folder / BEST, weights)
     write_synced(folder / "manifest.json", to_json({"format": FORMAT, "files": files}))

@@ -78,6 +78,7 @@ class Run:
         tokenizer: Tokenizer | None,
         status: Mapping[str, Any],
         first: Checkpoint,
+        file: Path | None = None,
     ) -> Run:
         """Make a run folder in one step, with its first checkpoint, so that a run that exists can be resumed.
 
@@ -89,7 +90,7 @@ class Run:
             )
         with new_folder(folder) as temporary:
             (temporary / "checkpoints").mkdir()
-            write_model_folder(temporary, config, tokenizer, None)
+            write_model_folder(temporary, config, tokenizer, None, file)
             write_synced(temporary / "run.json", to_json(dict(status)))
             write_synced(temporary / "metrics.jsonl", b"")
             write_synced(temporary / "samples.jsonl", b"")

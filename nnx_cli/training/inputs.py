@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
@@ -17,7 +18,7 @@ from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.errors import CheckpointError, DataError, OutputError, UsageError
 from nnx_cli.planning.plan import Plan, plan_run
 from nnx_cli.runs.find import find_model
-from nnx_cli.runs.load import ModelRef
+from nnx_cli.runs.load import ModelRef, architecture_of
 from nnx_cli.system.files import discard_folder
 
 
@@ -35,19 +36,21 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
 
     Raises CheckpointError where it is quantized or has adapters, UsageError where another shape is asked for.
     """
-    base = find_model(spec)
+    file = None if model is None or not models.is_file(model) else Path(model)
+    base = find_model(spec, file)
     if base.config.get("lora") or base.config.get("quantization"):
         raise CheckpointError(
             f"{spec} is no plain model", fix="take the run it was made from; merge adapters: nnx merge"
         )
     described = dict(base.config["model"])
-    name, _ = described.pop("name"), described.pop("size", None)
-    if model not in (None, name) or size != "auto":
+    architecture = architecture_of(base.config, base.folder, file)
+    name, *_ = (described.pop(key, None) for key in ("name", "size", "file", "sha256"))
+    if file is None and model not in (None, name) or size != "auto":
         raise UsageError(f"{spec} is a {name} of its own size", fix="leave out --model and --size")
     for field in fields.keys() - {"seq_len", "dropout"}:
         if fields[field] != described.get(field):
             raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
-    return base, Shape(name, None, described | dict(fields))
+    return base, Shape(architecture, None, described | dict(fields))
 
 
 def prepare_tokens(

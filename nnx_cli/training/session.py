@@ -105,8 +105,10 @@ def start(
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "machine": describe(device),
     }
+    file = Path(plan.model) if models.is_file(plan.model) else None
     with trainer.cadence.saving.timed():
-        run = Run.create(out, described, tokenizer, first_status(config, device, command), trainer.checkpoint())
+        status = first_status(config, device, command)
+        run = Run.create(out, described, tokenizer, status, trainer.checkpoint(), file)
     return run, trainer
 
 
@@ -163,12 +165,13 @@ def find_unfinished() -> Path:
 
 
 def resume(
-    run: Run, overrides: Mapping[str, Any], data_folder: Path | None, observer: Observer
+    run: Run, overrides: Mapping[str, Any], data_folder: Path | None, observer: Observer, file: Path | None = None
 ) -> tuple[Trainer, list[str]]:
     """Continue a run from its newest intact checkpoint; returns the trainer and what there is to say about it.
 
-    `overrides` are new values of training settings. Raises CheckpointError without an intact checkpoint, DataError
-    where the data is not the run's, UsageError for a length that lies behind.
+    `overrides` are new values of training settings, `file` is that of the architecture where it is the user's. Raises
+    CheckpointError without an intact checkpoint, DataError where the data is not the run's, UsageError for a length
+    that lies behind.
     """
     old = settings_of(run)
     config = same_samples(old, overrides)
@@ -180,7 +183,7 @@ def resume(
     data = open_data(run, data_folder)
     if config.epochs and overrides.get("epochs"):
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
-    model = load_model_of(run, checkpoint, config, device)
+    model = load_model_of(run, checkpoint, config, device, file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
     trainer.restore(checkpoint)
     config = trainer.choose_execution(config.compile)
@@ -212,9 +215,11 @@ def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
     return data
 
 
-def load_model_of(run: Run, checkpoint: Checkpoint, config: TrainConfig, device: torch.device) -> LanguageModel:
+def load_model_of(
+    run: Run, checkpoint: Checkpoint, config: TrainConfig, device: torch.device, file: Path | None = None
+) -> LanguageModel:
     """The model of a run with a checkpoint's weights. Raises CheckpointError where they are not its own."""
-    model = model_from_config(run.config, run.folder)
+    model = model_from_config(run.config, run.folder, file)
     if config.weight_precision == "bf16":
         cast_matrices(model, "bf16")
     path = step_folder(run.checkpoints, checkpoint.step)

@@ -32,7 +32,7 @@ def test_a_new_file_is_a_new_architecture(tmp_path, text_file):
     (package / "models" / "seventh.py").write_text(source, encoding="utf-8")
     small = "--dim 32 --n-layers 2 --n-heads 2 --seq-len 32 --batch-size 2 --grad-accum 1 --threads 1"
     lines = [
-        "train --help",
+        "train --model seventh --help",
         f"train --model seventh --filepath {text_file} --max-steps 2 --no-seventh-sense {small} --json",
         "sample --max-new-tokens 3 --json",
         "summarize --size nano --json",
