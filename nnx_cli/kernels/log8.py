@@ -1,11 +1,11 @@
-"""Numbers in 8 bits: a logarithmic code with one float32 scale for every 256 of them.
+"""Moments of an optimizer in 8 bits: a logarithmic code with one float32 scale for every 256 elements.
 
 A block's scale is its largest magnitude. Code c > 0 means scale · 2^((c - top) / 8), 0 means zero: eight levels an
-octave, 127 of them beside a sign bit (16 octaves), or 255 for numbers that are never negative (32 octaves: squares span
-twice as many). Between two levels it is rounded at random with an exact mean, so that an average that changes by less
+octave, 127 of them beside a sign bit (16 octaves), or 255 for second moments, never negative (32 octaves: squares span
+twice as many). Between two levels it is rounded at random with an exact mean, so that a moment that changes by less
 than a level a step still follows (https://arxiv.org/abs/2505.00347). The error is less than 2^(1/8) - 1 = 9.05 % of the
-number, 3.7 % at a level's middle in the root mean square, and below the lowest level less than that level: 2^-15.75 of
-the scale, and 2^-31.75 without a sign, where no positive number becomes zero (it is what Adam divides by).
+element, 3.7 % at a level's middle in the root mean square, and below the lowest level less than that level: 2^-15.75 of
+the scale, and 2^-31.75 without a sign, where no positive element becomes zero (it is what Adam divides by).
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 256  # numbers that share a scale
+BLOCK = 256  # elements that share a scale
 PER_OCTAVE = 8
 TOP = {True: 127, False: 255}  # highest code, with a sign bit and without
 
 
 def n_blocks(n: int) -> int:
-    """Scales of `n` numbers."""
+    """Number of scales of `n` elements."""
     return -(-n // BLOCK)
 
 
 def encode(x: Tensor, bits: Tensor, sign: bool) -> tuple[Tensor, Tensor]:
-    """float32 (N,) to codes uint8 (N,) and scales float32 (blocks,). `bits` int32 (N,): random in their lowest 16."""
+    """Quantize float32 (N,) to codes uint8 (N,) and scales float32 (blocks,). `bits` int32 (N,): random in
+    their lowest 16."""
     n, top = len(x), TOP[sign]
     rows = F.pad(x, (0, -n % BLOCK)).view(-1, BLOCK)
     magnitude = rows.abs()

@@ -1,7 +1,8 @@
-"""Update rules that treat every number of a parameter alone: Adam with decoupled decay, Lion, Wolf.
+"""Elementwise steps of optimizers: AdamW (Adam with decoupled weight decay), Lion, Wolf.
 
 Each is written out here in torch, in pieces that bound what it needs besides the parameter and its state, and again in
-`kernels` as one kernel that a CUDA device runs instead. A parameter is float32, or bfloat16 with stochastic rounding.
+`optimizer_step_triton` as one kernel that a CUDA device runs instead. A parameter is float32, or bfloat16 with
+stochastic rounding.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.kernels import log8 as eight_bit
+from nnx_cli.kernels import log8
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
 from nnx_cli.system.hardware import of
 
-PIECE = {"cpu": 2**17}  # numbers worked on at a time: what a processor's cache holds
+PIECE = {"cpu": 2**17}  # elements worked on at a time: what a CPU's cache holds
 PIECE_ELSEWHERE = 2**24
-WOLF_SHARE = 1 / math.e  # of the new in each of Wolf's averages
+WOLF_SHARE = 1 / math.e  # of the new in each of Wolf's moments
 
 State = Mapping[str, Tensor]
 
@@ -37,7 +38,8 @@ def _step(rule: Callable[..., None], p: Tensor, *arguments: Any) -> None:
 
 
 def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
-    """p ← p·(1 - lr·weight_decay) - lr·m̂ / (√v̂ + eps), state in float32 or 8 bits; `step` counts the steps before."""
+    """AdamW: p ← p·(1 - lr·weight_decay) - lr·m̂ / (√v̂ + eps), with the moments in float32 or 8 bits; `step` counts the
+    steps before."""
     _step(plain_adamw, p, state, group, found_inf, key)
 
 
@@ -56,8 +58,8 @@ def plain_adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Te
 
 
 def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
-    """p ← p·(1 - lr·weight_decay) - lr·sign of the gradient averaged with beta1; the average kept is that with beta2,
-    in the type of its tensor."""
+    """Lion: p ← p·(1 - lr·weight_decay) - lr·sign(beta1·m + (1 - beta1)·g), then m ← beta2·m + (1 - beta2)·g, the
+    momentum, in the type of its tensor."""
     _step(plain_lion, p, state, group, found_inf, key)
 
 
@@ -72,7 +74,7 @@ def plain_lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Ten
 
 
 def wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
-    """u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
+    """Wolf: u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
     _step(plain_wolf, p, state, group, found_inf, key, WOLF_SHARE)
 
 
@@ -97,44 +99,55 @@ class Piece:
     def __init__(
         self, p: Tensor, g: Tensor, state: State, first: int, last: int, skip: Tensor | None, stream: Tensor | None
     ) -> None:
-        self.p, self.g, self.state, self.skip, self.stream = p[first:last], g[first:last], state, skip, stream
-        self.numbers, self.blocks = slice(first, last), slice(first // eight_bit.BLOCK, eight_bit.n_blocks(last))
+        self.p = p[first:last]
+        self.g = g[first:last]
+        self.state = state
+        self.skip = skip
+        self.stream = stream
+        self.elements = slice(first, last)
+        self.blocks = slice(first // log8.BLOCK, log8.n_blocks(last))
 
     def gradient(self) -> Tensor:
+        """The gradient in float32."""
         return self.g.float()
 
     def weights(self) -> Tensor:
+        """A copy of the weights in float32."""
         return self.p.to(torch.float32, copy=True)
 
     def read(self, field: str, sign: bool = True) -> Tensor:
-        stored = self.state[field].view(-1)[self.numbers]
+        """A copy of a moment in float32; 8-bit codes have a sign bit or not."""
+        stored = self.state[field].view(-1)[self.elements]
         if stored.dtype == torch.uint8:
-            return eight_bit.decode(stored, self.state[f"{field}_scale"][self.blocks], sign)
+            return log8.decode(stored, self.state[f"{field}_scale"][self.blocks], sign)
         return stored.to(torch.float32, copy=True)
 
-    def write(self, weights: Tensor, **averages: Tensor) -> None:
+    def write(self, weights: Tensor, **moments: Tensor) -> None:
+        """Store weights and moments, rounded stochastically where they have less than 32 bits."""
         if self.p.dtype == torch.bfloat16:
             weights = stochastic_round(weights, self._bits(0))
         self._put(self.p, weights)
-        for field, value in averages.items():
-            stored = self.state[field].view(-1)[self.numbers]
+        for field, value in moments.items():
+            stored = self.state[field].view(-1)[self.elements]
             if stored.dtype == torch.uint8:
                 sign = field == "exp_avg"
-                value, scale = eight_bit.encode(value, self._bits(0) >> 16 if sign else self._bits(1), sign)
+                value, scale = log8.encode(value, self._bits(0) >> 16 if sign else self._bits(1), sign)
                 self._put(self.state[f"{field}_scale"][self.blocks], scale)
             elif stored.dtype == torch.bfloat16:
                 value = stochastic_round(value, self._bits(0) >> 16)
             self._put(stored, value)
 
     def _bits(self, word: int) -> Tensor:
-        return random_bits(self.stream, self.numbers.start, len(self.p), word)
+        assert self.stream is not None, "state without a count of steps"
+        return random_bits(self.stream, self.elements.start, len(self.p), word)
 
     def _put(self, old: Tensor, new: Tensor) -> None:
         old.copy_(new if self.skip is None else torch.where(self.skip, old, new))
 
 
 def pieces(p: Tensor, state: State, found_inf: Tensor | None, key: int) -> Iterator[Piece]:
-    """A parameter in order, PIECE numbers at a time."""
+    """A parameter in order, PIECE elements at a time."""
+    assert p.grad is not None
     flat, gradient, skip = p.detach().view(-1), p.grad.reshape(-1), None if found_inf is None else found_inf != 0
     stream = random_stream(key, state["step"]) if "step" in state else None
     size = PIECE.get(of(p).kind, PIECE_ELSEWHERE)

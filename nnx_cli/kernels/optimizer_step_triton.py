@@ -1,7 +1,8 @@
-"""The rules of `elementwise` as Triton kernels: one launch a parameter, nothing allocated, nothing read by the host.
+"""AdamW, Lion and Wolf of `optimizer_step` as Triton kernels: one launch a parameter, nothing allocated, no host read.
 
-A program works on ROWS blocks of 256 numbers. Numbers past the end, and all of them where `found_inf` is not 0, are
-masked: neither read nor written. Random bits are those of `rounding`, bit for bit; 8-bit codes those of `eight_bit`.
+A program works on ROWS blocks of 256 elements. Elements past the end, and all of them where `found_inf` is not 0, are
+masked: neither read nor written. Random bits are those of `stochastic_rounding`, bit for bit; 8-bit codes are those of
+`log8`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ WIDTH = tl.constexpr(BLOCK)
 
 @triton.jit
 def scramble(x):
+    """Mix the bits of uint32 integers."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -33,17 +35,19 @@ def scramble(x):
 
 @triton.jit
 def random_stream(key, step_ptr):
+    """Begin a step's random bits."""
     return scramble(tl.load(step_ptr).to(tl.int32).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32))
 
 
 @triton.jit
 def random_bits(stream, at, word: tl.constexpr):
+    """Random uint32 of elements."""
     return scramble(scramble(at.to(tl.uint32) * 2 + word) ^ stream)
 
 
 @triton.jit
 def place(n, found_inf_ptr, ROWS: tl.constexpr):
-    """Numbers of this program (ROWS, 256), which of them count, and its rows."""
+    """Elements of this program (ROWS, 256), which of them count, and its rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     if found_inf_ptr is not None:
@@ -61,28 +65,31 @@ def store_rounded(ptr, at, x, inside, bits):
 
 @triton.jit
 def level(code, top: tl.constexpr):
+    """What a code means in units of the scale."""
     return tl.where(code > 0, tl.exp2((code - top) * 0.125), 0.0)
 
 
 @triton.jit
-def load_average(ptr, scale_ptr, at, inside, rows, sign: tl.constexpr):
+def load_moment(ptr, scale_ptr, at, inside, rows, sign: tl.constexpr):
+    """A moment in float32, decoded where it has scales."""
     x = tl.load(ptr + at, mask=inside, other=0)
     if scale_ptr is None:
-        return x.to(tl.float32)
+        moment = x.to(tl.float32)
     else:
         top: tl.constexpr = 127 if sign else 255
         scale = tl.load(scale_ptr + rows, mask=tl.max(inside.to(tl.int32), axis=1) > 0, other=0.0)
         code = x.to(tl.int32)
         if sign:
             size = level((code & 127).to(tl.float32), top) * scale[:, None]
-            return tl.where(code > 127, -size, size)
+            moment = tl.where(code > 127, -size, size)
         else:
-            return level(code.to(tl.float32), top) * scale[:, None]
+            moment = level(code.to(tl.float32), top) * scale[:, None]
+    return moment
 
 
 @triton.jit
-def store_average(ptr, scale_ptr, at, x, inside, rows, bits, sign: tl.constexpr):
-    """`bits`: random in their lowest 16."""
+def store_moment(ptr, scale_ptr, at, x, inside, rows, bits, sign: tl.constexpr):
+    """Store a moment, encoded where it has scales. `bits`: random in their lowest 16."""
     if scale_ptr is None:
         store_rounded(ptr, at, x, inside, bits)
     else:
@@ -123,22 +130,23 @@ def adamw_kernel(
     beta2,
     ROWS: tl.constexpr,
 ):
+    """AdamW's step of some blocks."""
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     step, lr = tl.load(step_ptr) + 1.0, tl.load(lr_ptr)
     correction1 = 1.0 - tl.exp2(step * tl.log2(beta1))
     correction2 = tl.sqrt(1.0 - tl.exp2(step * tl.log2(beta2)))
     p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m = load_average(m_ptr, m_scale_ptr, at, inside, rows, True)
-    v = load_average(v_ptr, v_scale_ptr, at, inside, rows, False)
+    m = load_moment(m_ptr, m_scale_ptr, at, inside, rows, True)
+    v = load_moment(v_ptr, v_scale_ptr, at, inside, rows, False)
     m = m + (1.0 - beta1) * (g - m)
     v = beta2 * v + (1.0 - beta2) * g * g
     p = p * (1.0 - lr * weight_decay) - lr * m / ((tl.sqrt(v) / correction2 + eps) * correction1)
     stream = random_stream(key, step_ptr)
     bits = random_bits(stream, at, 0)
     store_rounded(p_ptr, at, p, inside, bits)
-    store_average(m_ptr, m_scale_ptr, at, m, inside, rows, bits >> 16, True)
-    store_average(v_ptr, v_scale_ptr, at, v, inside, rows, random_bits(stream, at, 1), False)
+    store_moment(m_ptr, m_scale_ptr, at, m, inside, rows, bits >> 16, True)
+    store_moment(v_ptr, v_scale_ptr, at, v, inside, rows, random_bits(stream, at, 1), False)
 
 
 @triton.jit(do_not_specialize=["key", "weight_decay", "beta1", "beta2"])
@@ -156,6 +164,7 @@ def lion_kernel(
     beta2,
     ROWS: tl.constexpr,
 ):
+    """Lion's step of some blocks."""
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     lr = tl.load(lr_ptr)
     p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -174,6 +183,7 @@ def lion_kernel(
 
 @triton.jit(do_not_specialize=["key", "weight_decay", "share"])
 def wolf_kernel(p_ptr, g_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, weight_decay, share, ROWS: tl.constexpr):
+    """Wolf's step of some blocks."""
     at, inside, rows = place(n, found_inf_ptr, ROWS)
     lr = tl.load(lr_ptr)
     p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -191,12 +201,14 @@ def wolf_kernel(p_ptr, g_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, we
 
 
 def launch(kernel: Any, p: Tensor, *arguments: Any) -> None:
-    """Run a kernel on all numbers of a parameter and its gradient, on the parameter's device."""
+    """Run a kernel on all elements of a parameter and its gradient, on the parameter's device."""
+    assert p.grad is not None
     with torch.cuda.device(p.device) if p.is_cuda else nullcontext():
         kernel[(triton.cdiv(p.numel(), ROWS * BLOCK),)](p.detach(), p.grad.contiguous(), *arguments, ROWS=ROWS)
 
 
 def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """Launch adamw_kernel; arguments as in `optimizer_step`."""
     launch(
         adamw_kernel,
         p,
@@ -216,6 +228,7 @@ def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], foun
 
 
 def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+    """Launch lion_kernel; arguments as in `optimizer_step`."""
     launch(
         lion_kernel,
         p,
@@ -233,6 +246,7 @@ def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found
 def wolf(
     p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int, share: float
 ) -> None:
+    """Launch wolf_kernel; arguments as in `optimizer_step`."""
     launch(
         wolf_kernel,
         p,

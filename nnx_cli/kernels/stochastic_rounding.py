@@ -12,11 +12,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: neighbouring steps become distant numbers
+GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: neighbouring steps become distant integers
 
 
 def scramble(x: Tensor) -> Tensor:
-    """Mix the bits of int32 numbers, in place: the hash `lowbias32` of Wellons' hash prospector (2018)."""
+    """Mix the bits of int32 elements, in place: the hash `lowbias32` of Wellons' hash prospector (2018)."""
     x ^= (x >> 16) & 0xFFFF
     x *= signed(0x7FEB352D)
     x ^= (x >> 15) & 0x1FFFF
@@ -47,6 +47,6 @@ def random_bits(stream: Tensor, first: int, n: int, word: int) -> Tensor:
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
-    """bfloat16 of float32 `x`: one of its two neighbours, the nearer with the greater chance. `bits` int32: their
+    """Round float32 `x` to bfloat16: one of its two neighbours, the nearer with the greater chance. `bits` int32: their
     lowest 16 decide. Zero and what bfloat16 holds exactly stay; x must be finite."""
     return ((x.view(torch.int32) + (bits & 0xFFFF)) & ~0xFFFF).view(torch.float32).bfloat16()

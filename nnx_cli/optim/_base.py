@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from nnx_cli.kernels.stochastic_rounding import random_key
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]  # shape and type of every tensor of a parameter's state
 Group = Mapping[str, Any]
+BETAS = (0.9, 0.99)  # decay of the first and second moments, in AdamW and Lion
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Settings that every optimizer is built with."""
+
+    lr: float
+    weight_decay: float  # of matrices
+    betas: tuple[float, float] = BETAS
+    seed: int = 0  # of stochastic rounding
 
 
 class DeviceOptimizer(torch.optim.Optimizer):

@@ -7,7 +7,7 @@ import importlib
 from torch import nn
 
 from nnx_cli.config import TrainConfig, module_names
-from nnx_cli.optim._base import DeviceOptimizer
+from nnx_cli.optim._base import BETAS, DeviceOptimizer, OptimizerConfig
 
 
 def names() -> tuple[str, ...]:
@@ -16,5 +16,8 @@ def names() -> tuple[str, ...]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> DeviceOptimizer:
-    """The optimizer that `config` names, for the parameters of a model that are trained."""
-    return importlib.import_module(f"nnx_cli.optim.{config.optimizer}").build(model, config)
+    """The optimizer that `config`, in which nothing is left on auto, names, for the parameters that are trained."""
+    assert config.lr is not None and config.weight_decay is not None
+    betas = BETAS[0], config.beta2 or BETAS[1]
+    settings = OptimizerConfig(lr=config.lr, weight_decay=config.weight_decay, betas=betas, seed=config.seed)
+    return importlib.import_module(f"nnx_cli.optim.{config.optimizer}").build(model, settings)

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from nnx_cli.layers.linear import Linear
 
-BETAS = (0.9, 0.99)  # decay of the first and second moments, in AdamW and Lion
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay, vectors (gains, scales) without."""

@@ -13,8 +13,8 @@ class InBackward:
     """Lets every backward pass through a model take the step of an optimizer, parameter by parameter.
 
     Between `begin` and `finish` there is one backward pass: one micro-batch to a step, and no loss scale. A parameter
-    that is used in several places moves once all of them have given their part. Clipping and the test for numbers that
-    are not finite are a parameter's own: the norm of all gradients is known only when none of them is left. `hold`,
+    that is used in several places moves once all of them have given their part. Clipping and the test for what is
+    not finite are a parameter's own: the norm of all gradients is known only when none of them is left. `hold`,
     float32 (), keeps weights and state as they are where it is not 0, whatever the gradients.
     """
 

@@ -12,7 +12,7 @@ from nnx_cli.optim._base import DeviceOptimizer
 
 def optimizer_state(optimizer: DeviceOptimizer, model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the optimizer's state as "PARAMETER.FIELD"."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{field}": value
         for parameter, fields in optimizer.state.items()

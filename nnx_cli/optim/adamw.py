@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnx_cli.config import TrainConfig
 from nnx_cli.kernels import optimizer_step
-from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
-from nnx_cli.optim._groups import BETAS, parameter_groups
+from nnx_cli.optim._base import BETAS, DeviceOptimizer, Group, OptimizerConfig, StateSpec
+from nnx_cli.optim._groups import parameter_groups
 
 
 class AdamW(DeviceOptimizer):
@@ -79,11 +78,12 @@ class AdamW(DeviceOptimizer):
         inner = self._torch
         inner.state = self.state
         inner.param_groups = [{**inner.defaults, **group, "params": parameters, "capturable": captured}]
-        inner.found_inf, inner.grad_scale = found_inf, self.grad_scale
+        for name, value in (("found_inf", found_inf), ("grad_scale", self.grad_scale)):
+            setattr(inner, name, value)  # what torch's fused optimizers read; it declares neither
         inner.step()
 
 
-def build(model: nn.Module, config: TrainConfig) -> AdamW:
+def build(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW for the parameters of a model that are trained."""
     groups = parameter_groups(model, config.weight_decay)
-    return AdamW(groups, config.lr, (BETAS[0], config.beta2 or BETAS[1]), seed=config.seed)
+    return AdamW(groups, config.lr, config.betas, seed=config.seed)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.log8 import n_blocks
-from nnx_cli.optim._base import Group, StateSpec
-from nnx_cli.optim._groups import BETAS, embedding_and_head, parameter_groups, split_group
+from nnx_cli.optim._base import Group, OptimizerConfig, StateSpec
+from nnx_cli.optim._groups import embedding_and_head, parameter_groups, split_group
 from nnx_cli.optim.adamw import AdamW
 
 MIN_ELEMENTS = 4096  # of a matrix; smaller ones are not worth 8 bits
@@ -41,10 +40,9 @@ class AdamW8bit(AdamW):
         return spec
 
 
-def build(model: nn.Module, config: TrainConfig) -> AdamW8bit:
+def build(model: nn.Module, config: OptimizerConfig) -> AdamW8bit:
     """AdamW with 8-bit moments for large matrices, except embedding and head."""
     wide = embedding_and_head(model)
-    large = {p for p in model.parameters() if p.dim() >= 2 and p.numel() >= MIN_ELEMENTS and p not in wide}
+    large: set[Tensor] = {p for p in model.parameters() if p.dim() >= 2 and p.numel() >= MIN_ELEMENTS and p not in wide}
     groups = split_group(parameter_groups(model, config.weight_decay), large, eight_bit=True)
-    betas = BETAS[0], config.beta2 or BETAS[1]
-    return AdamW8bit(groups, config.lr, betas, eight_bit=False, seed=config.seed)
+    return AdamW8bit(groups, config.lr, config.betas, eight_bit=False, seed=config.seed)

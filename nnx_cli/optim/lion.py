@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from lion_pytorch import foreach
 from torch import Tensor, nn
 
-from nnx_cli.config import TrainConfig
 from nnx_cli.kernels import optimizer_step
-from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
-from nnx_cli.optim._groups import BETAS, parameter_groups
+from nnx_cli.optim._base import BETAS, DeviceOptimizer, Group, OptimizerConfig, StateSpec
+from nnx_cli.optim._groups import parameter_groups
+
+STACK_BYTES = 32 * 2**20  # of parameters whose momenta are copied at a time
 
 
 class Lion(foreach.Lion, DeviceOptimizer):
@@ -23,7 +24,7 @@ class Lion(foreach.Lion, DeviceOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = BETAS, weight_decay: float = 0.0
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        foreach.Lion.__init__(self, params, lr=lr, betas=betas, weight_decay=weight_decay)
 
     step = DeviceOptimizer.step
 
@@ -32,14 +33,28 @@ class Lion(foreach.Lion, DeviceOptimizer):
         return {"exp_avg": (p.shape, p.dtype)}
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
-        """Move parameters by the step of lion-pytorch, which looks at `param_groups`."""
+        """Move parameters by the step of lion-pytorch, which looks at `param_groups` and copies momenta."""
         if found_inf is not None and found_inf != 0:
             return
-        groups, self.param_groups = self.param_groups, [{**group, "params": parameters}]
+        groups = self.param_groups
         try:
-            foreach.Lion.step(self)
+            for some in stacks(parameters):
+                self.param_groups = [{**group, "params": some}]
+                foreach.Lion.step(self)
         finally:
             self.param_groups = groups
+
+
+def stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in order, in lists of at most STACK_BYTES unless they are of one."""
+    stack: list[Tensor] = []
+    for p in parameters:
+        if stack and sum(q.nbytes for q in (*stack, p)) > STACK_BYTES:
+            yield stack
+            stack = []
+        stack.append(p)
+    if stack:
+        yield stack
 
 
 class RoundedLion(DeviceOptimizer):
@@ -67,7 +82,7 @@ class RoundedLion(DeviceOptimizer):
         self.count_step(parameters, found_inf)
 
 
-def build(model: nn.Module, config: TrainConfig) -> Lion | RoundedLion:
+def build(model: nn.Module, config: OptimizerConfig) -> Lion | RoundedLion:
     """Lion for the parameters of a model that are trained."""
     groups = parameter_groups(model, config.weight_decay)
     if all(p.dtype == torch.float32 for group in groups for p in group["params"]):

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.gemm import onednn_linear, prefers_onednn
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
-from nnx_cli.optim._groups import BETAS, hidden_matrices, parameter_groups, split_group
+from nnx_cli.optim._base import BETAS, DeviceOptimizer, Group, OptimizerConfig, StateSpec
+from nnx_cli.optim._groups import hidden_matrices, parameter_groups, split_group
 from nnx_cli.optim.adamw import AdamW
 from nnx_cli.system.hardware import of
 
@@ -146,7 +145,7 @@ class Muon(AdamW):
         """Move matrices of one shape. What is skipped is multiplied by 1 and has -0.0 added: no bit of it changes."""
         p, beta, lr = stack[0].p, group["momentum"], group["lr"]
         decay, keep = 1 - lr * group["weight_decay"], beta
-        g = torch.stack([matrix.of(matrix.p.grad) for matrix in stack]).float()
+        g = torch.stack([matrix.of(matrix.p.grad) for matrix in stack if matrix.p.grad is not None]).float()
         if skip is not None:
             g.masked_fill_(skip, -0.0)
             decay, keep = torch.where(skip, 1.0, decay), torch.where(skip, 1.0, keep)
@@ -171,8 +170,8 @@ class Muon(AdamW):
         torch._foreach_copy_(weights, list(new.unbind()))
 
 
-def build(model: nn.Module, config: TrainConfig) -> Muon:
+def build(model: nn.Module, config: OptimizerConfig) -> Muon:
     """Muon for the linear layers of blocks, AdamW for all other parameters that are trained."""
     splits = hidden_matrices(model)
     groups = split_group(parameter_groups(model, config.weight_decay), set(splits), orthogonal=True)
-    return Muon(groups, config.lr, (BETAS[0], config.beta2 or BETAS[1]), splits=splits, seed=config.seed)
+    return Muon(groups, config.lr, config.betas, splits=splits, seed=config.seed)

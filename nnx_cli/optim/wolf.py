@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnx_cli.config import TrainConfig
 from nnx_cli.kernels import optimizer_step
-from nnx_cli.optim._base import DeviceOptimizer, Group, StateSpec
+from nnx_cli.optim._base import DeviceOptimizer, Group, OptimizerConfig, StateSpec
 from nnx_cli.optim._groups import parameter_groups
 
 
@@ -43,6 +42,6 @@ class Wolf(DeviceOptimizer):
         self.count_step(parameters, found_inf)
 
 
-def build(model: nn.Module, config: TrainConfig) -> Wolf:
+def build(model: nn.Module, config: OptimizerConfig) -> Wolf:
     """Wolf for the parameters of a model that are trained."""
     return Wolf(parameter_groups(model, config.weight_decay), config.lr, seed=config.seed)

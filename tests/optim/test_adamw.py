@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
-from nnx_cli.kernels import optimizer_step as elementwise
+from nnx_cli.kernels import optimizer_step
 from nnx_cli.optim.adamw import AdamW
 from nnx_cli.optim.adamw8bit import AdamW8bit
 
@@ -27,6 +28,38 @@ def test_equals_torch_bit_for_bit():
     assert torch.equal(ours, theirs)
     assert a.state[ours].keys() == b.state[theirs].keys()
     assert all(torch.equal(a.state[ours][field], b.state[theirs][field]) for field in a.state[ours])
+
+
+def test_fifty_clipped_and_skipped_steps_equal_the_fused_kernel_bit_for_bit():
+    """The kernel, called as the function that torch has for it, with a divisor, is what old runs were made by."""
+    ours, theirs, gradients = pair(n=50)
+    optimizer = AdamW([ours], **OPTIONS)
+    step, m, v = torch.zeros(()), torch.zeros_like(theirs), torch.zeros_like(theirs)
+    for i, g in enumerate(gradients):
+        if i % 7 == 3:
+            g[0, 0] = float("nan")
+        ours.grad = g.clone()
+        norm = g.norm()
+        optimizer.clip(norm, 30.0)
+        optimizer.found_inf = 1 - norm.isfinite().float()
+        optimizer.step()
+        if norm.isfinite():
+            with torch.no_grad():
+                adamw(
+                    *([theirs], [g.clone()], [m], [v], [], [step]),
+                    fused=True,
+                    grad_scale=((norm + 1e-6) / 30.0).clamp(min=1.0),
+                    amsgrad=False,
+                    beta1=0.9,
+                    beta2=0.95,
+                    lr=1e-2,
+                    weight_decay=0.1,
+                    eps=1e-8,
+                    maximize=False,
+                )
+    state = optimizer.state[ours]
+    assert step == state["step"] == 43 and torch.equal(ours, theirs)
+    assert torch.equal(state["exp_avg"], m) and torch.equal(state["exp_avg_sq"], v)
 
 
 @pytest.mark.parametrize("limit", [1e-2, 1e9])
@@ -58,7 +91,7 @@ def test_the_rule_written_out_equals_torch():
             a.step()
         else:
             with torch.no_grad():
-                elementwise.adamw(ours, a.state[ours], a.param_groups[0], None, a.keys[ours])
+                optimizer_step.adamw(ours, a.state[ours], a.param_groups[0], None, a.keys[ours])
                 a.count_step([ours], None)
         b.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

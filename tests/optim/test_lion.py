@@ -1,24 +1,45 @@
 import torch
-from lion_pytorch.foreach import Lion as Oracle
+from lion_pytorch import foreach
 from torch import nn
 
+from nnx_cli.optim import lion
+from nnx_cli.optim._base import OptimizerConfig
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.optim.lion import Lion, RoundedLion
 
 
-def test_equals_lion_pytorch_bit_for_bit():
+def test_fifty_steps_equal_our_own_rule_bit_for_bit(monkeypatch):
+    """What old runs were made by, and what bfloat16 weights still go through. The step is that of lion-pytorch."""
+    steps, plain = [], foreach.Lion.step
+    monkeypatch.setattr(foreach.Lion, "step", lambda self: steps.append(self) or plain(self))
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((30, 50), (7,))]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    options = dict(lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
-    a, b = Lion(ours, **options), Oracle(theirs, **options)
-    for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
+    own = [nn.Parameter(p.detach().clone()) for p in ours]
+    a = Lion(ours, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
+    b = RoundedLion(own, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
+    for _ in range(50):
+        for p, q in zip(ours, own, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         a.step()
         b.step()
-    for p, q in zip(ours, theirs, strict=True):
+    for p, q in zip(ours, own, strict=True):
         assert torch.equal(p, q) and torch.equal(a.state[p]["exp_avg"], b.state[q]["exp_avg"])
+    assert steps == [a] * 50
+
+
+def test_momenta_are_copied_in_stacks(monkeypatch):
+    monkeypatch.setattr(lion, "STACK_BYTES", 40)
+    parameters = [torch.zeros(n) for n in (3, 7, 1, 20, 4, 4)]
+    assert [[len(p) for p in stack] for stack in lion.stacks(parameters)] == [[3, 7], [1], [20], [4, 4]]
+
+
+def test_what_is_built_depends_on_the_weights(tiny):
+    for precision, kind in (("fp32", Lion), ("bf16", RoundedLion)):
+        model = tiny("llama")
+        cast_matrices(model, precision)
+        built = lion.build(model, OptimizerConfig(lr=1e-3, weight_decay=0.1))
+        assert type(built) is kind and built.capturable == (kind is RoundedLion)
 
 
 def test_a_bfloat16_momentum_follows_a_float32_one():
