@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -90,3 +91,19 @@ def test_a_tail_cut_off_many_documents_takes_their_beginnings(tmp_path):
     data = open_token_folder(tmp_path / "made")
     assert data.val.tolist() == [ord("9")] and data.documents["val"].tolist() == [0]
     assert data.documents["train"].tolist() == list(range(0, 2 * 999, 2))
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "JOB_PIECES", 64)
+    monkeypatch.setattr("nnx_cli.data.charset.BLOCK_BYTES", 2**12)
+    peaks = []
+    for n in (3_000, 12_000):
+        path = tmp_path / f"{n}.jsonl"
+        path.write_text('{"text": "x"}\n' * n)
+        tracemalloc.start()
+        prepare([path], tmp_path / str(n), PrepareConfig(workers=1))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        documents = open_token_folder(tmp_path / str(n)).documents
+        assert sum(map(len, documents.values())) == n
+    assert peaks[1] - peaks[0] < 9_000 * 8
