@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -154,6 +154,11 @@ class Output:
         if least > self.out.width:
             table.width = least
         self.out.print(table, soft_wrap=False, crop=False)
+
+    def spinner(self, text: str) -> AbstractContextManager[object]:
+        """A sign of life on stderr while something takes its time; none with --quiet or without a terminal."""
+        live = self.err.is_terminal and not self.quiet
+        return self.err.status(styled(printable(text))) if live else nullcontext()
 
     def progress(self, what: str) -> ByteProgress:
         """Progress over bytes, on stderr."""

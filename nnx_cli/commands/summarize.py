@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,19 +18,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "small"
 CARDS_GB = (4, 6, 8, 12, 16, 24)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Do not look for garbage: among all that torch brings a search takes a tenth of a second, and there are several in
-    one summary."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @command(*model_options())
@@ -116,7 +100,6 @@ def of_run(spec: str, file: Path | None = None) -> tuple[str, str | None, ModelC
     return architecture_of(config, found.folder, file), config["model"].get("size"), model.config
 
 
-@uncollected()
 def summary(
     name: str, label: str | None, config: ModelConfig, train: TrainConfig, whole: bool = True
 ) -> dict[str, Any]:
@@ -183,7 +166,6 @@ def summary(
     }
 
 
-@uncollected()
 def show_layers(output: Output, name: str, config: ModelConfig) -> None:
     """The table of layers: torchinfo walks the modules; shapes and counts are of one sequence. Its totals are not
     used."""
@@ -196,8 +178,7 @@ def show_layers(output: Output, name: str, config: ModelConfig) -> None:
 
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
-    with cost.without_compiler(), cost.WithoutProducts():
-        layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
+    layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
     alike = copies(model)
     hidden = {id(part) for block, n in alike.items() if n == 0 for part in block.modules()}
     seen: set[int] = set()

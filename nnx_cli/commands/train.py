@@ -70,16 +70,17 @@ def _new_run(output: Output, request: Request) -> None:
         folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output))
     try:
         named = request.data is not None and "tokenizer" in request.sources
-        tokens, plan = open_and_plan(
-            folder,
-            shape,
-            request.train,
-            device=device,
-            precision=precision,
-            sources=sources,
-            base=base,
-            tokenizer=build_tokenizer(request.prepare.tokenizer) if named else None,
-        )
+        with output.spinner("planning, for which torch loads its compiler"):
+            tokens, plan = open_and_plan(
+                folder,
+                shape,
+                request.train,
+                device=device,
+                precision=precision,
+                sources=sources,
+                base=base,
+                tokenizer=build_tokenizer(request.prepare.tokenizer) if named else None,
+            )
         sampling = choose_sampling(
             tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
         )

@@ -133,6 +133,10 @@ class LanguageModel(nn.Module):
         """Where the parameters are."""
         return self.embedding.weight.device
 
+    def active_parameters(self) -> int:
+        """Parameters that one token may use in evaluation, each tensor once: all, unless a model chooses among some."""
+        return sum(p.numel() for p in {id(p): p for p in self.parameters()}.values())
+
     def state_without_ties(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers under their names; a tied tensor once, under its first name."""
         state, seen = {}, set()

@@ -348,6 +348,14 @@ class Model(LanguageModel):
         counts = zip(KINDS, (self.config.n_global_functions, self.config.n_layer_functions), strict=True)
         return {kind: n for kind, n in counts if n and self.config.decoder == "function"}
 
+    def active_parameters(self) -> int:
+        """Without the functions that no token uses: it takes one of a layer's own, and of the shared ones at most one
+        in each layer."""
+        config, sizes = self.config, self.bank_sizes()
+        idle = config.n_layers * (sizes.get("layer", 1) - 1)
+        idle += max(0, sizes.get("global", 0) - config.n_layers)
+        return super().active_parameters() - idle * config.dim**2
+
     def set_noise(self, noise: Mapping[str, Tensor]) -> None:
         wanted = {f"{layer}/{kind}" for layer in range(self.config.n_layers) for kind in self.bank_sizes()}
         if not wanted:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.optim._groups import cast_matrices
-from nnx_cli.planning.flops import count_parameters, dry_run, meta_model
+from nnx_cli.planning.flops import count_parameters, meta_model, over_blocks
 from nnx_cli.planning.memory import Memory, hardware_to_plan_for, predict
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import Hardware
@@ -59,6 +64,42 @@ def ladder(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[Train
             yield chosen, tuple(taken.values())
 
 
+class _FusedAttention(TorchFunctionMode):
+    """Has attention write its output and a number a row, as fused kernels do, and no scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, _, v = args[:3]
+        q.new_empty(q.shape[:-1], dtype=torch.float32)
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+class _ComputedBytes(TorchDispatchMode):
+    """Adds up the bytes of every result."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        self.n_bytes += sum(x.nbytes for x in results if isinstance(x, Tensor))
+        return out
+
+
+@torch.no_grad()
+def computed_bytes(model: LanguageModel) -> int:
+    """Bytes of all that one sequence forward computes, views included, by a model of the meta device."""
+    ids = torch.zeros(1, model.config.seq_len, dtype=torch.int64, device="meta")
+
+    def measure() -> int:
+        with _ComputedBytes() as computed, _FusedAttention():
+            model(ids)
+        return computed.n_bytes
+
+    return over_blocks(model, measure)
+
+
 class Predictor:
     """Memory of one model on one device, in whatever way it is trained; what was computed is kept. A real device is
     asked for its kernels where they matter, which takes a second on a card."""
@@ -84,7 +125,7 @@ class Predictor:
         def size() -> tuple[int, int]:
             built = model("fp32")
             built.compute_dtype = torch.float32  # a prediction leaves its own
-            return count_parameters(built)["total"], dry_run(built)[1]
+            return count_parameters(built)["total"], computed_bytes(built)
 
         self._memory, self._size, self._adapters = memory, size, lora_rank is not None
         self._keeps_scores = kind != "cuda" and config.dropout > 0

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
@@ -27,7 +28,6 @@ from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._build import build_optimizer
-from nnx_cli.planning.flops import LightMode, outputs, without_compiler
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import Hardware, of_device, planned
 
@@ -202,7 +202,7 @@ class Section:
     change: int = 0
 
 
-class Storages(LightMode):
+class Storages(TorchDispatchMode):
     """Counts the bytes of all storages that come to exist, until each is freed."""
 
     def __init__(self, hardware: Hardware = CPU) -> None:
@@ -225,7 +225,7 @@ class Storages(LightMode):
         self.sections.append(Section((name, number)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = outputs(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
         workspace = WORKSPACES.get(func) if self.on_gpu else None
         self.count(out if isinstance(out, (tuple, list)) else (out,), workspace(*args) if workspace else 0)
         return out
@@ -423,17 +423,16 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware
     model.compute_dtype = DTYPES[config.precision]
     in_backward = config.optimizer_in_backward
     accumulate = (config.grad_accum or 2) > 1 and not in_backward
-    with without_compiler():
-        step = simulate(
-            model,
-            batch_size,
-            model.config.seq_len,
-            hardware=hardware,
-            checkpointing=config.activation_checkpointing,
-            accumulate=accumulate,
-            in_backward=in_backward,
-        )
-        states, moment = optimizer_memory(model, config, hardware)
+    step = simulate(
+        model,
+        batch_size,
+        model.config.seq_len,
+        hardware=hardware,
+        checkpointing=config.activation_checkpointing,
+        accumulate=accumulate,
+        in_backward=in_backward,
+    )
+    states, moment = optimizer_memory(model, config, hardware)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
     resting = sum(stored.values()) + states + fixed_bytes(hardware)

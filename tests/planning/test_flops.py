@@ -5,12 +5,13 @@ from torch import nn
 
 from nnx_cli import models
 from nnx_cli.planning.flops import (
-    WithFusedAttention,
-    WithoutProducts,
+    FlopCounter,
+    count_flops,
     count_parameters,
     file_bytes,
     flops_per_token,
     meta_model,
+    over_blocks,
     sampling_bytes,
 )
 
@@ -67,17 +68,64 @@ def test_tied_and_frozen_parameters():
     assert counted["total"] - counted["trainable"] == 256 * 64
 
 
-def test_matrix_products_are_counted_and_not_taken():
-    with WithoutProducts() as products, WithFusedAttention() as attention, torch.no_grad():
-        y = nn.Linear(8, 5, bias=False, device="meta")(torch.empty(3, 8, device="meta"))
+FORWARD = {  # FLOPs a token of sizes nano, small and xl
+    "llama": (1_900_544, 67_174_400, 2_098_200_576),
+    "n4": (1_773_568, 67_251_200, 2_099_511_296),
+    "neon": (2_375_680, 89_260_032, 2_320_760_832),
+    "ngpt": (1_884_160, 67_665_920, 2_092_957_696),
+    "nyx": (1_835_008, 68_419_584, 2_086_666_240),
+    "tape": (2_342_912, 82_165_760, 2_398_224_384),
+}
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_operations_are_those_recorded(name):
+    sizes = [meta_model(name, models.make_config(name, size=size)) for size in ("nano", "small", "xl")]
+    assert tuple(flops_per_token(model)["forward"] for model in sizes) == FORWARD[name]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_blocks_that_are_alike_are_counted_once(name, tiny):
+    model = tiny(name, n_layers=5).to("meta")
+
+    def measure():
+        with FlopCounter() as counter:
+            model(torch.zeros(1, 32, dtype=torch.int64, device="meta"))
+        return counter.flops
+
+    assert over_blocks(model, measure) == measure() == count_flops(model)
+
+
+def test_matmuls_are_counted_and_attention_by_half():
+    q, kv = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 5, 16, device="meta")
+    with FlopCounter() as counter, torch.no_grad():
+        nn.Linear(8, 5, bias=False, device="meta")(torch.empty(3, 8, device="meta"))
         nn.Linear(8, 7, device="meta")(torch.empty(3, 8, device="meta"))
-        z = torch.bmm(torch.empty(2, 3, 4), torch.full((2, 4, 6), torch.nan))
-        q, kv = torch.empty(2, 8, 5, 16, device="meta"), torch.empty(2, 2, 5, 16, device="meta")
+        torch.bmm(torch.empty(2, 3, 4), torch.zeros(2, 4, 6))
+        matmuls = counter.flops
         F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
-    assert y.shape == (3, 5) and z.shape == (2, 3, 6)
-    assert products.flops == 2 * 3 * 8 * (5 + 7) + 2 * 2 * 3 * 4 * 6
-    assert attention.flops == 2 * 2 * 8 * 5 * 5 * (16 + 16)
-    assert products.n_bytes >= y.nbytes + z.nbytes
+    assert matmuls == 2 * 3 * 8 * (5 + 7) + 2 * 2 * 3 * 4 * 6
+    assert counter.flops - matmuls == 2 * 2 * 8 * 5 * 5 * (16 + 16) // 2
+
+
+def test_operators_of_ours_count_as_what_they_compute():
+    x, weight = torch.empty(32, 512, device="meta"), torch.empty(256, 512, device="meta")
+    q = torch.empty(2, 40, 4, 16, device="meta")
+    with FlopCounter() as counter:
+        torch.ops.nnx.linear(x, weight)
+        linear = counter.flops
+        torch.ops.nnx.attention_with_lse(q, q, q)
+    assert linear == 2 * 32 * 512 * 256
+    assert counter.flops - linear == 2 * 4 * 40 * 40 * (16 + 16)
+
+
+def test_a_token_uses_one_function_of_a_bank():
+    config = models.make_config("neon", size="nano", decoder="function", n_global_functions=7, n_layer_functions=3)
+    counted = count_parameters(meta_model("neon", config))
+    idle = config.n_layers * (3 - 1) + (7 - config.n_layers)
+    assert counted["total"] - counted["active"] == idle * config.dim**2
+    regular = count_parameters(meta_model("neon", models.make_config("neon", size="nano")))
+    assert regular["active"] == regular["total"]
 
 
 def test_cache_of_nyx_is_two_heads_a_layer():

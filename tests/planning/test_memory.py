@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -70,12 +68,11 @@ def test_what_blocks_keep_is_known_to_the_byte(name, fields, dtype):
 
 @pytest.mark.parametrize("mode", ["off", "half", "on"])
 @pytest.mark.parametrize("name", [name for name in models.names() if name != "tape"])
-def test_blocks_left_out_and_shapes_looked_up_change_nothing(name, mode, monkeypatch):
+def test_blocks_left_out_change_nothing(name, mode, monkeypatch):
     config = models.make_config(name, **(SHAPE | dict(n_layers=11 if mode == "off" else 10)))
     model = meta_model(name, config)
     short = [simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=mode) for _ in range(2)]
     monkeypatch.setattr(memory, "WHOLE", 99)
-    monkeypatch.setattr(memory, "outputs", lambda func, args, kwargs: func(*args, **kwargs))
     assert short == 2 * [simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=mode)]
     assert len(model.blocks) == config.n_layers and all(p.grad is None for p in model.parameters())
 
@@ -173,33 +170,3 @@ def test_compiled_blocks_take_no_more_than_predicted(name):
     )
     told = memory.predict(model, train, 8, replace(ANY_GPU, capability=(9, 0)))
     assert ON_H100[name] < told.peak_bytes / 2**20
-
-
-def test_a_prediction_imports_no_compiler():
-    code = """
-import sys
-from nnx_cli import models
-from nnx_cli.config import TrainConfig
-from nnx_cli.planning.flops import flops_per_token, meta_model
-from nnx_cli.planning.memory import ANY_GPU, predict
-
-model = meta_model("nyx", models.make_config("nyx", size="nano"))
-train = TrainConfig(optimizer="adamw", precision="bf16", weight_precision="fp32", activation_checkpointing="half")
-predict(model, train, 2, ANY_GPU)
-flops_per_token(model)
-assert not {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy"} & {*sys.modules}
-from nnx_cli.planning.flops import without_compiler
-with without_compiler():
-    import sympy as held
-    import torch
-    from torch.fx.experimental.symbolic_shapes import guard_or_false as decides
-    assert decides(3 < 2) is False and not hasattr(held, "__file__")
-    assert torch._dynamo.config.suppress_errors is False, "the real one, for who asks for more"
-import sympy
-import torch._dynamo
-assert torch._dynamo.__file__ and sympy.__file__ and held.Basic is sympy.Basic
-add = torch.compile(lambda x: x + len(x), backend="eager", fullgraph=True, dynamic=True)
-print(*(add(torch.ones(n))[0].item() for n in (2, 3)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "3.0 4.0", done.stderr
