@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.errors import DataError, DoesNotFit, NnxError, nearest
+from nnx_cli.errors import DataError, DoesNotFit, NnxError, OutputError, nearest
 
 MAX_LINE_CHARS = 600
 SPINS = "1000"  # before a thread sleeps: 1.3 times as fast as none on idle cores, 0.8 times on two that others use too
@@ -111,11 +111,11 @@ class Group(TyperGroup):
 def _explain(error: Exception) -> NnxError:
     """An error that nobody foresaw, as one line."""
     text = str(error)
-    out_of_memory = (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    )  # the latter is torch's
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if out_of_memory or "can't allocate memory" in text:
         return DoesNotFit("out of memory", fix="take a smaller --batch-size or --size; nnx summarize says what fits")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return OutputError(f"cannot write: {error.strerror}", fix="make room, then start it again")
     if isinstance(error, OSError) and error.filename is not None and error.errno in BAD_PLACES:
         return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     if type(error).__name__ == "AcceleratorError" and "captur" not in text:  # torch's; the latter is a mistake of ours

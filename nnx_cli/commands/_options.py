@@ -50,6 +50,8 @@ def shown_default(field: Field) -> str | bool:
     """The default of a setting for help; False where there is nothing to say, or its help says it."""
     if (field.type == "bool" and not field.default) or (field.default is None and "default" in field.help):
         return False
+    if field.type == "bool":
+        return f"on; off: --no-{field.option[2:]}"
     return "auto" if field.default is None else str(field.default)
 
 

@@ -1,5 +1,6 @@
 """What all commands share."""
 
+import errno
 import json
 import os
 import re
@@ -38,7 +39,7 @@ def panels(text):
     for line in text.splitlines():
         if line.startswith("╭─"):
             current = found.setdefault(line.strip("╭─╮ "), [])
-        elif current is not None and (match := re.match(r"│ +\*? *(--[\w-]+)", line)):
+        elif current is not None and (match := re.match(r"│ (?:[* ]  )?(--[\w-]+)", line)):
             current.append(match[1])
     return found
 
@@ -77,6 +78,7 @@ def test_fields_of_some_architectures_are_shown_beside_their_name(nnx, command):
             assert found["Model"] and set(found["Model"]) == set(fields), name
             assert set(found["Model"]) >= set(shared)
     assert "default: (tape)" in nnx(command, "--model", "tape", "--help").stdout
+    assert "--no-qk-norm" in nnx(command, "--model", "ngpt", "--help").stdout
     assert panels(nnx(command, "--help", "--model", "nobody").stdout)["Model"] == shared
 
 
@@ -182,6 +184,14 @@ def test_running_out_of_memory_is_code_4(refused, monkeypatch):
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
     refused(4, "out of memory", "sample", "words")
+
+
+def test_a_full_disk_is_code_8(refused, monkeypatch):
+    def crash(spec):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
+    refused(8, "No space left on device", "sample", "words")
 
 
 def test_ctrl_c_is_code_130(nnx, monkeypatch):

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.errors import UsageError
+from nnx_cli.training.inputs import Shape, open_and_plan, prepare_tokens, start_from, take_back
+
+
+def test_text_is_prepared_once_and_taken_back(text_file, workspace):
+    folder, made = prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print)
+    assert made == [folder, Path("data")] and (folder / "meta.json").exists()
+    assert prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print) == (folder, [])
+    take_back(made)
+    assert not Path("data").exists()
+
+
+def test_what_others_use_is_not_taken_back(workspace):
+    (workspace / "data" / "mine").mkdir(parents=True)
+    (workspace / "data" / "theirs").mkdir()
+    take_back([workspace / "data" / "mine", workspace / "data"])
+    assert [path.name for path in (workspace / "data").iterdir()] == ["theirs"]
+
+
+def test_a_model_to_start_from_brings_its_shape(run):
+    base, shape = start_from("words", None, "auto", {"seq_len": 16})
+    assert base.label == "weights/words" and shape.model == "nyx" and shape.size is None
+    assert shape.fields["dim"] == 32 and shape.fields["seq_len"] == 16
+    with pytest.raises(UsageError, match="--dim 64 is not what words has"):
+        start_from("words", None, "auto", {"dim": 64})
+    with pytest.raises(UsageError, match="of its own size"):
+        start_from("words", "llama", "auto", {})
+
+
+def test_a_vocabulary_that_disagrees(token_path):
+    with pytest.raises(UsageError, match="--vocab-size 99"):
+        open_and_plan(
+            token_path,
+            Shape("nyx", "nano", {"vocab_size": 99}),
+            TrainConfig(),
+            device=torch.device("cpu"),
+            precision="fp32",
+            sources={},
+            base=None,
+            tokenizer=None,
+        )
