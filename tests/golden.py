@@ -21,6 +21,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -245,6 +246,45 @@ def rounded(found: Any, recorded: Any) -> Any:
 def measure_small(nnx: NNX, data: Path, run: tuple[str, str]) -> dict[str, Any]:
     """The small form: what tests/golden.json records of a run."""
     return measure_run(nnx, data, *run, shape=SMALL, steps=20, length=24)
+
+
+BF16 = "llama"  # its weights are bfloat16: that early version trained them, and could not open them again
+
+
+def written(nnx: NNX, model: Path) -> dict[str, Any]:
+    """A greedy sample and the losses of a model."""
+    greedy = ("--greedy", "--max-new-tokens", 24, "--device", "cpu")
+    return {"greedy": sample(nnx, model, *greedy), "eval": evaluate(nnx, model)}
+
+
+def resumed(nnx: NNX, run: Path, steps: int = 9) -> dict[str, Any]:
+    """A run of tests/folders, gone on with to its step 9: what it logs from there on, and what it writes."""
+    nnx("train", "--resume", run, "--max-steps", steps, "--quiet")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {key: [row[key] for row in rows] for key in ("step", "train_loss", "val_loss", "grad_norm")}
+    return logged if run.name == BF16 else logged | written(nnx, run)
+
+
+def trained_on(nnx: NNX, data: Path) -> dict[str, Any]:
+    """What a run on a token folder of tests/folders logs."""
+    shape = ("--n-layers", 2, "--dim", 32, "--n-heads", 2, "--seq-len", 32, "--batch-size", 4, "--grad-accum", 1)
+    rows = train(nnx, data, Path("weights") / f"on-{data.name}", "nyx", "muon", shape, steps=6)
+    return {key: [row[key] for row in rows] for key in ("train_loss", "val_loss")}
+
+
+def record_folders() -> None:
+    """Write tests/folders/expected.json: only ever with the code that wrote those folders."""
+    folders = Path(__file__).resolve().with_name("folders")
+    found: dict[str, Any] = capability()
+    with tempfile.TemporaryDirectory() as copies, contextlib.chdir(copies):
+        for kind in ("data", "weights"):
+            shutil.copytree(folders / kind, kind)
+        for path in sorted(Path("data").iterdir()):
+            found[path.name] = trained_on(run_here, path)
+        for path in sorted((folders / "weights").iterdir()):
+            what = resumed if (path / "checkpoints").is_dir() else written
+            found[path.name] = what(run_here, Path("weights") / path.name)
+    (folders / "expected.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def record() -> None:

@@ -129,6 +129,7 @@ def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> 
     path, state = ref.weights()
     if "quantization" in config:
         quantize_layers(model, _read_quantization(config["quantization"], ref.folder))
+    if "quantization" in config or config.get("training", {}).get("weight_precision") == "bf16":
         state = widen(state)
     load_weights(model, state, path, device)
     model.compute_dtype = DTYPES[precision]
