@@ -1,15 +1,16 @@
-"""Activation checkpointing: blocks that keep their inputs alone and run again in the backward pass.
+"""How a model's blocks run: with activation checkpointing, and compiled.
 
-Chen et al. 2016, https://arxiv.org/abs/1604.06174. Values and gradients stay the same; a block's activations are
-exchanged for one more forward pass of it. It is put around blocks from outside and around their compiled code, if any,
-so that models know nothing of it and names in the state dict stay.
+Checkpointed blocks (Chen et al. 2016, https://arxiv.org/abs/1604.06174) keep their inputs alone and run again in the
+backward pass: values and gradients stay the same. Both are put around blocks from outside, checkpointing around the
+compiled code, so that models know nothing of it and names in the state dict stay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,7 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nnx_cli.system import hardware
 
-MODES = ("off", "half", "on")  # which blocks are checkpointed: none, every second one, all
+
+class HasBlocks(Protocol):
+    """A model whose blocks are modules of one kind, one after the other."""
+
+    blocks: nn.ModuleList
+    config: Any
 
 
 class Checkpointed(nn.Module):
@@ -41,7 +47,7 @@ def checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (Checkpointed, kind), {"__module__": kind.__module__})
 
 
-def checkpoint_blocks(model: nn.Module, mode: str) -> None:
+def checkpoint_blocks(model: HasBlocks, mode: str) -> None:
     """Checkpoint no block, every second one, or all of them, in place of what was chosen before."""
     for number, block in enumerate(model.blocks):
         kind = type(block)
@@ -51,19 +57,25 @@ def checkpoint_blocks(model: nn.Module, mode: str) -> None:
         block.__class__ = checkpointed(plain) if chosen else plain
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: HasBlocks) -> None:
     """Compile every block in place; blocks of one shape share the code, and names in the state dict stay."""
-    hardware.of(next(model.parameters()))  # asked here, for the compiler cannot look into a test of the device
+    hardware.of(next(model.blocks.parameters()))  # asked here, for the compiler cannot look into a test of the device
     for block in model.blocks:
         block.compile(dynamic=False)
 
 
 def eagerly(compiled: str) -> AbstractContextManager:
-    """Run compiled blocks eagerly for a while: passes of other shapes, or without gradients, would be compiled anew."""
+    """Run compiled blocks eagerly for a while: other shapes, or passes without gradients, would be compiled anew."""
     return torch.compiler.set_stance("force_eager") if compiled == "on" else nullcontext()
 
 
-def undo_compile(model: nn.Module) -> None:
+def undo_compile(model: HasBlocks) -> None:
     """Run every block eagerly again."""
     for block in model.blocks:
-        block._compiled_call_impl = None
+        set_call(block, None)
+
+
+def set_call(block: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Have a module's calls run `call`, where `compile` puts its code; None: its forward again."""
+    assert hasattr(block, "_compiled_call_impl"), "this version of torch keeps a module's compiled code elsewhere"
+    block._compiled_call_impl = call

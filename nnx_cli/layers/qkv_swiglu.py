@@ -10,30 +10,32 @@ from nnx_cli.kernels.qkv_swiglu import rotate
 from nnx_cli.layers.linear import PackedLinear
 
 
-def packed_for_kernel(projections: nn.Module, x: Tensor, *, cached: bool) -> Tensor | None:
+def packed_for_kernel(projections: nn.Module, x: Tensor, cache: object | None) -> Tensor | None:
     """All projections of x in one tensor, where a kernel takes it from there.
 
     None where it does not, for a step with a cache, and where the layer was replaced (quantized) or has an adapter.
     """
-    fused = not cached and kernels.prefers_fused(x) and isinstance(projections, PackedLinear)
-    return projections.packed_output(x) if fused else None
+    if cache is None and isinstance(projections, PackedLinear) and kernels.prefers_fused(x):
+        return projections.packed_output(x)
+    return None
 
 
 def qkv_rope(
-    projections: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], n_heads: int, n_kv_heads: int, *, cached: bool
+    projections: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], cache: object | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, T, K), keys and values (B, G, T, K) of x (B, T, D); queries and keys are turned by `tables`."""
-    if (packed := packed_for_kernel(projections, x, cached=cached)) is not None:
-        return kernels.qkv_rope_swiglu(packed, *tables, *tables, n_heads, n_kv_heads)[:3]
     B, T, _ = x.shape
     head_dim = 2 * tables[0].shape[-1]
+    if (packed := packed_for_kernel(projections, x, cache)) is not None:
+        n_heads, n_kv_heads, _ = (width // head_dim for width in projections.splits)
+        return kernels.qkv_rope_swiglu(packed, *tables, *tables, n_heads, n_kv_heads)[:3]
     q, k, v = (y.view(B, T, -1, head_dim).transpose(1, 2) for y in projections(x))
     return rotate(q, *tables), rotate(k, *tables), v
 
 
-def swiglu(projections: nn.Module, x: Tensor, *, cached: bool) -> Tensor:
+def swiglu(projections: nn.Module, x: Tensor, cache: object | None) -> Tensor:
     """silu(gate) · up of x, (B, T, F). Shazeer 2020, https://arxiv.org/abs/2002.05202."""
-    if (packed := packed_for_kernel(projections, x, cached=cached)) is not None:
+    if (packed := packed_for_kernel(projections, x, cache)) is not None:
         return kernels.swiglu(packed)
     gate, up = projections(x)  # (B, T, F) each
     return F.silu(gate) * up

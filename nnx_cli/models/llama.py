@@ -55,14 +55,15 @@ SIZES: dict[str, dict[str, Any]] = {
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.dim // config.n_heads
-        self.layer, self.dropout = layer, config.dropout
+        self.layer = layer
+        self.head_dim = config.dim // config.n_heads
+        self.dropout = config.dropout
         kv_dim = config.n_kv_heads * self.head_dim
         self.qkv = PackedLinear(config.dim, (config.dim, kv_dim, kv_dim))
         self.out = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q, k, v = qkv_rope(self.qkv, x, tables, self.n_heads, self.n_kv_heads, cached=cache is not None)
+        q, k, v = qkv_rope(self.qkv, x, tables, cache)
         dropout = self.dropout if self.training else 0.0
         return self.out(causal_attention(q, k, v, cache, self.layer, scale=self.head_dim**-0.5, dropout=dropout))
 
@@ -76,8 +77,9 @@ class MLP(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cached: bool) -> Tensor:
-        hidden = swiglu(self.gate_up, x, cached=cached)  # (B, T, F)
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        """x (B, T, D) to the same."""
+        hidden = swiglu(self.gate_up, x, cache)  # (B, T, F)
         return self.down(drop(hidden, self.dropout, self.training))
 
 
@@ -91,7 +93,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), tables, cache)
-        return x + self.mlp(self.mlp_norm(x), cached=cache is not None)
+        return x + self.mlp(self.mlp_norm(x), cache)
 
 
 class Model(LanguageModel):

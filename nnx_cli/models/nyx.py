@@ -104,16 +104,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        q, k, v, hidden = self.inner(self.norm(x), tables, cached=cache is not None)
+        q, k, v, hidden = self.inner(self.norm(x), tables, cache)
         attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
         return x + self.attn_out(attended) + self.ffn_out(drop(hidden, dropout, self.training))
 
     def inner(
-        self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cached: bool
+        self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, H, T, K), key and value (B, 1, T, K), one head for all queries, and hidden layer (B, T, F)."""
         plain = self.q_norm_weight is None
-        if plain and (packed := packed_for_kernel(self.in_proj, x, cached=cached)) is not None:
+        if plain and (packed := packed_for_kernel(self.in_proj, x, cache)) is not None:
             return qkv_rope_swiglu(packed, *tables, self.n_heads, 1)  # all of the following in one kernel
         B, T, D = x.shape
         q, k, v, value, gate = self.in_proj(x)

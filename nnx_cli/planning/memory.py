@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
-from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
+from nnx_cli.layers.blocks import checkpoint_blocks, set_call, undo_compile
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
@@ -338,7 +338,7 @@ def simulate(
 
         checkpoint_blocks(model, checkpointing)
         for number, block in enumerate(model.blocks):
-            block._compiled_call_impl = partial(run, number, block._call_impl)
+            set_call(block, partial(run, number, block._call_impl))
         model.trunk = trunk
         try:
             input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
