@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.kernels import attention_in_rows
 from nnx_cli.kernels import dropout as dropping
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.system.hardware import of
@@ -21,8 +20,6 @@ def causal_attention(
     probabilities.
     """
     B, H, T, K = q.shape
-    if cache is None and not dropout and attention_in_rows.pays(q, k, v):
-        return attention_in_rows.attention_in_rows(q, k, v, scale)[0].view(B, T, H * K)
     if cache is None and dropout and dropping.is_own(q):
         return attention_with_dropout(q, k, v, scale, dropout)
     if cache is None:
