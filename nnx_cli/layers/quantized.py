@@ -1,4 +1,4 @@
-"""Layers whose matrix is stored in 8 or 4 bits, and the products that this machine has for them.
+"""Layers whose matrix is stored in 8 or 4 bits, and the matmuls that this machine has for them.
 
 In place of its float matrix a quantized layer has two buffers: `weight`, the codes, and `scale`, fp16.
 
@@ -12,7 +12,6 @@ A weight is code × scale: there are no zero points.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import CheckpointError
 from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.system.hardware import of_device
 
 FORMAT = 1
 FP16_MAX, FP16_MIN = 65504.0, 2.0**-24  # largest finite and smallest positive number
@@ -32,10 +32,10 @@ CLIP_SEARCH = torch.arange(28, 45) / -4  # the largest weight of a group becomes
 ROWS_AT_ONCE = 2048  # of a matrix, in that search
 
 SMALL_MATRIX = 2**17  # up to so many weights (512 KiB of float32, which a core keeps in its cache) float is as fast
-TOLERANCE = 0.05  # relative error of a product; 7-bit activations have 0.03, sums that saturate 0.3 and more
-PROBE_SHAPE, PROBE_ROUNDS = (1024, 1024), 15
+TOLERANCE = 0.05  # relative error of a matmul; 7-bit activations have 0.03, sums that saturate 0.3 and more
+PROBE_SHAPE = 1024, 1024
 
-Product = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
+Matmul = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +103,17 @@ def dequantize(codes: Tensor, scale: Tensor, n_columns: int, group_size: int | N
     return (nibbles.float() - 8) * scale.float().repeat_interleave(group_size, -1)[..., :n_columns]
 
 
-# Products on a CPU. Each takes float32 weights (N, K) and scales (N,) of which the weights are -127 … 127 times.
+# Matmuls on a CPU. Each takes float32 weights (N, K) and scales (N,) of which the weights are -127 … 127 times.
 
 
-def float_product(weight: Tensor, scale: Tensor) -> Product:
+def float_matmul(weight: Tensor, scale: Tensor) -> Matmul:
     return lambda x: F.linear(x, weight)
 
 
-def dynamic_product(weight: Tensor, scale: Tensor, reduce_range: bool) -> Product:
+def int8_matmul(weight: Tensor, scale: Tensor, reduce_range: bool) -> Matmul:
     """int8 weights times activations that are quantized on the fly, to 8 bits or (`reduce_range`) 7.
 
-    Without VNNI the 8-bit product adds pairs in 16 bits, where full-range activations saturate. The kernel has one
+    Without VNNI the 8-bit matmul adds pairs in 16 bits, where full-range activations saturate. The kernel has one
     scale for all rows of x, so each row is brought to the same peak first: a row does not depend on its neighbours.
     """
     with warnings.catch_warnings():
@@ -121,38 +121,28 @@ def dynamic_product(weight: Tensor, scale: Tensor, reduce_range: bool) -> Produc
         codes = torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)).long(), 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(codes, None)
 
-    def product(x: Tensor) -> Tensor:
+    def matmul(x: Tensor) -> Tensor:
         if x.numel() == x.shape[-1]:
             return torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
         peak = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
         return torch.ops.quantized.linear_dynamic(x / peak, packed, reduce_range) * peak
 
-    return product
+    return matmul
 
 
-def bf16_product(weight: Tensor, scale: Tensor) -> Product:
-    """int8 weights times activations in bfloat16."""
-    codes, scale = (weight / scale[:, None]).round_().to(torch.int8), scale.bfloat16()
-
-    def product(x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), codes, scale)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
-
-    return product
-
-
-CPU_PRODUCTS = {
-    "int8 weights and activations": partial(dynamic_product, reduce_range=False),
-    "int8 weights, 7-bit activations": partial(dynamic_product, reduce_range=True),
-    "int8 weights, bfloat16 activations": bf16_product,
+CPU_MATMULS = {
+    "int8 weights and activations": partial(int8_matmul, reduce_range=False),
+    "int8 weights, 7-bit activations": partial(int8_matmul, reduce_range=True),
 }
+BY_ACTIVATION_BITS = dict(zip((8, 7), CPU_MATMULS, strict=True))
 FLOAT = "weights unpacked to floating point"
 
 
 @cache
 def cpu_kernel() -> str:
-    """The first of CPU_PRODUCTS that this machine computes rightly and faster than in floating point, else FLOAT."""
-    return next((name for name, make in CPU_PRODUCTS.items() if is_right(make) and is_faster(make)), FLOAT)
+    """The one of CPU_MATMULS that this CPU's instruction set asks for, else FLOAT; also where it computes wrongly."""
+    name = BY_ACTIVATION_BITS.get(of_device(torch.device("cpu")).int8_activation_bits, FLOAT)
+    return name if name != FLOAT and is_right(CPU_MATMULS[name]) else FLOAT
 
 
 def kernel_name(device: torch.device) -> str:
@@ -171,35 +161,16 @@ def probe_inputs() -> tuple[Tensor, Tensor, list[Tensor]]:
     return codes * scale[:, None], scale, [torch.ones(1, K), several[:1], several]
 
 
-def is_right(make: Callable[[Tensor, Tensor], Product]) -> bool:
-    """Whether a product is there and within TOLERANCE of the one in floating point."""
+def is_right(make: Callable[[Tensor, Tensor], Matmul]) -> bool:
+    """Whether a matmul is there and within TOLERANCE of the one in floating point."""
     weight, scale, inputs = probe_inputs()
     try:
-        product = make(weight, scale)
-        found = [product(x) for x in inputs]
-    except (AttributeError, RuntimeError):  # this build of torch, or this processor, has no such operator
+        matmul = make(weight, scale)
+        found = [matmul(x) for x in inputs]
+    except (AttributeError, RuntimeError):  # this build of torch, or this CPU, has no such operator
         return False
     wanted = [F.linear(x, weight) for x in inputs]
     return all((y - z).norm() <= TOLERANCE * z.norm() for y, z in zip(found, wanted, strict=True))
-
-
-def is_faster(make: Callable[[Tensor, Tensor], Product]) -> bool:
-    """Whether a product of one row takes less time than in floating point, in most of a few tries side by side.
-
-    On one thread: where other programs are busy, several spend their time waiting for each other.
-    """
-    weight, scale, (_, x, _) = probe_inputs()
-    rivals = make(weight, scale), float_product(weight, scale)
-    n_threads, won = torch.get_num_threads(), 0
-    torch.set_num_threads(1)
-    for _ in range(PROBE_ROUNDS):
-        ends = [time.perf_counter()]
-        for product in rivals:
-            product(x)
-            ends.append(time.perf_counter())
-        won += ends[1] - ends[0] < ends[2] - ends[1]
-    torch.set_num_threads(n_threads)
-    return won > PROBE_ROUNDS / 2
 
 
 class QuantizedMatrix(nn.Module):
@@ -225,29 +196,29 @@ class QuantizedEmbedding(QuantizedMatrix):
 
 
 class QuantizedLinear(QuantizedMatrix):
-    """`x @ W.T` by the product that suits device and size, made from what is stored at the first call.
+    """`x @ W.T` by the matmul that suits device and size, made from what is stored at the first call.
 
-    4-bit matrices use the 8-bit products too: their weights are rounded once more, to 127 steps of their row's peak,
+    4-bit matrices use the 8-bit matmuls too: their weights are rounded once more, to 127 steps of their row's peak,
     a tenth of the error that they have already.
     """
 
-    made_for: tuple[Tensor, torch.dtype] | None = None  # codes and type of x that `product` belongs to
-    product: Product
+    made_for: tuple[Tensor, torch.dtype] | None = None  # codes and type of x that `matmul` belongs to
+    matmul: Matmul
 
     def forward(self, x: Tensor) -> Tensor:
         if self.made_for is None or self.made_for[0] is not self.weight or self.made_for[1] != x.dtype:
-            self.make_product(x.dtype)
-        return self.product(x)
+            self.make_matmul(x.dtype)
+        return self.matmul(x)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make_product(self, dtype: torch.dtype) -> None:
+    def make_matmul(self, dtype: torch.dtype) -> None:
         weight = dequantize(self.weight, self.scale, self.n_columns, self.group_size)
         kernel = FLOAT
         if dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > SMALL_MATRIX:
             kernel = cpu_kernel()
         per_row = self.scale.float() if self.group_size is None else quantize_rows(weight)[1].float()
-        self.product = CPU_PRODUCTS.get(kernel, float_product)(weight.to(dtype), per_row)
+        self.matmul = CPU_MATMULS.get(kernel, float_matmul)(weight.to(dtype), per_row)
         self.made_for = self.weight, dtype
 
 

@@ -39,6 +39,11 @@ class Hardware:
         """Whether oneDNN is the faster library for GEMMs in float32."""
         return self.kind == "cpu" and has_onednn()
 
+    @property
+    def int8_activation_bits(self) -> int:
+        """Bits of activations in a CPU's matmuls with int8 weights: 8, 7 or 0 where there are none worth a call."""
+        return cpu_int8_activation_bits() if self.kind == "cpu" else 0
+
 
 _PLAIN = {kind: Hardware(kind) for kind in ("cpu", "mps", "meta")}
 _GPUS: dict[int, Hardware] = {}  # by index; no cache decorator, which the compiler would look through
@@ -109,3 +114,13 @@ def has_onednn() -> bool:
     info = Path("/proc/cpuinfo")
     vendor = info.read_text(errors="replace") if info.exists() else platform.processor()
     return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def cpu_int8_activation_bits() -> int:
+    """8 with VNNI and on ARM; 7 on other x86 CPUs, which add pairs in 16 bits, where 8 would saturate."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return 8
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return 0
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return 8 if has_vnni() else 7

@@ -10,7 +10,7 @@ from nnx_cli.errors import CheckpointError
 from nnx_cli.layers import quantized
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.quantized import (
-    CPU_PRODUCTS,
+    CPU_MATMULS,
     FLOAT,
     Quantization,
     QuantizedEmbedding,
@@ -23,6 +23,7 @@ from nnx_cli.layers.quantized import (
     widen,
 )
 from nnx_cli.runs.tensors import load_weights
+from nnx_cli.system import hardware
 
 INT8 = Quantization(bits=8, group_size=None, kept=[])
 INT4 = Quantization(bits=4, group_size=32, kept=[])
@@ -94,10 +95,10 @@ def test_embedding_looks_rows_up(how):
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
-@pytest.mark.parametrize("product", [FLOAT, *CPU_PRODUCTS])
+@pytest.mark.parametrize("product", [FLOAT, *CPU_MATMULS])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1,)])
 def test_linear_multiplies_with_the_stored_weights(how, product, shape, monkeypatch):
-    if product != FLOAT and not is_right(CPU_PRODUCTS[product]):
+    if product != FLOAT and not is_right(CPU_MATMULS[product]):
         pytest.skip("this machine has no such product")
     monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
     monkeypatch.setattr(quantized, "cpu_kernel", lambda: product)
@@ -116,9 +117,9 @@ def test_linear_follows_new_tensors_and_types():
     assert made(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", CPU_PRODUCTS)
+@pytest.mark.parametrize("name", CPU_MATMULS)
 def test_a_row_does_not_depend_on_its_neighbours(name):
-    make = CPU_PRODUCTS[name]
+    make = CPU_MATMULS[name]
     if not is_right(make):
         pytest.skip("this machine has no such product")
     codes = torch.randint(-127, 128, (40, 64), generator=torch.Generator().manual_seed(0))
@@ -133,7 +134,7 @@ def test_the_deprecation_of_torch_is_not_the_users_concern():
     quantized.cpu_kernel.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert quantized.cpu_kernel() in (*CPU_PRODUCTS, FLOAT)
+        assert quantized.cpu_kernel() in (*CPU_MATMULS, FLOAT)
 
 
 def missing(weight, scale):
@@ -151,13 +152,27 @@ def saturating(weight, scale):
 @pytest.mark.parametrize("broken", [missing, refusing, saturating])
 def test_products_that_do_not_work_are_passed_over(broken, monkeypatch):
     assert not is_right(broken)
-    monkeypatch.setattr(quantized, "CPU_PRODUCTS", {"broken": broken})
+    monkeypatch.setattr(quantized, "CPU_MATMULS", dict.fromkeys(CPU_MATMULS, broken))
     assert quantized.cpu_kernel.__wrapped__() == FLOAT
 
 
-def test_a_slow_product_is_passed_over(monkeypatch):
-    monkeypatch.setattr(quantized, "is_faster", lambda make: False)
-    assert quantized.cpu_kernel.__wrapped__() == FLOAT
+@pytest.mark.parametrize(
+    ("machine", "capability", "vnni", "bits"),
+    [
+        ("x86_64", "AVX512", True, 8),
+        ("x86_64", "AVX512", False, 7),
+        ("AMD64", "AVX2", False, 7),
+        ("x86_64", "DEFAULT", False, 0),
+        ("arm64", "DEFAULT", False, 8),
+    ],
+)
+def test_the_instruction_set_decides_which_kernel_is_taken(machine, capability, vnni, bits, monkeypatch):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni, raising=False)
+    monkeypatch.setattr(quantized, "is_right", lambda make: True)
+    wanted = {8: "int8 weights and activations", 7: "int8 weights, 7-bit activations", 0: FLOAT}[bits]
+    assert quantized.cpu_kernel.__wrapped__() == wanted
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
