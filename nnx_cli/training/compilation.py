@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
-from nnx_cli.system.device import synchronize
+from nnx_cli.system.timing import median_seconds
 from nnx_cli.training.state import TrainState
 from nnx_cli.training.stepper import Execution, Stepper, ordered_sums
 
@@ -187,7 +185,7 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
 
     try:
         with ordered_sums(Execution(compiled=compiled), stepper.device):
-            seconds = median_seconds(pass_through, stepper.device)
+            seconds = median_seconds(pass_through, stepper.device, TIMED_STEPS, TIMED_SECONDS)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
     finally:
@@ -255,17 +253,6 @@ def step_seconds(stepper: Stepper) -> float:
     with stepper.step.without_effects():
         for n in range(1, min(n_micro, 2) + 1):
             samples = stepper.loader.batch(0, n * size)
-            times.append(median_seconds(lambda samples=samples: stepper.run(*samples), stepper.device))
+            call = partial(stepper.run, *samples)
+            times.append(median_seconds(call, stepper.device, TIMED_STEPS, TIMED_SECONDS))
     return times[0] + (n_micro - 1) * max(0.0, times[-1] - times[0])
-
-
-def median_seconds(call: Callable[[], None], device: torch.device) -> float:
-    """Median time of a few calls, but for the first one, which warms up and compiles."""
-    times: list[float] = []
-    while len(times) <= TIMED_STEPS and (len(times) < 2 or sum(times[1:]) < TIMED_SECONDS):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])

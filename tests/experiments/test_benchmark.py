@@ -8,6 +8,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
 from nnx_cli.experiments import benchmark as bench
 from nnx_cli.experiments.benchmark import Case, Limits, Row, calls_per_s, measure_all
+from nnx_cli.system import timing
 
 CPU = torch.device("cpu")
 LIMITS = Limits({"fp32": 1e11}, 1e10)
@@ -40,13 +41,13 @@ def no_large_matmuls(monkeypatch):
 
 def test_a_rate_is_the_median_of_rounds(monkeypatch):
     clock = iter([0.0, 0.1] + [0.0, 0.2, 0.0, 0.3, 0.0, 0.4, 0.0, 9.0, 0.0, 0.1])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     assert calls_per_s(lambda: None, CPU, 0.5) == pytest.approx(1 / 0.3)
 
 
 def test_slow_work_is_done_twice_only(monkeypatch):
     clock, calls = iter([0.0, 3.0]), []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     assert calls_per_s(lambda: calls.append(1), CPU, 2.0) == pytest.approx(1 / 3) and len(calls) == 2
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
+from nnx_cli.system import timing
 from nnx_cli.training import compilation
 from nnx_cli.training.compilation import Conditions, Trial, choose, verify
 from nnx_cli.training.stepper import Execution, ordered_sums
@@ -176,7 +177,7 @@ def test_a_step_is_timed_by_its_first_micro_batches_and_its_end_once(start, work
         clock[0] += len(ids) // 2 * 1.0 + 10.0  # micro-batches of 1 s, and an end of 10
 
     monkeypatch.setattr(trainer.stepper, "run", run)
-    monkeypatch.setattr(compilation.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     assert compilation.step_seconds(trainer.stepper) == 14.0
 
 
