@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnx_cli import models
-from nnx_cli.kernels.attention_in_rows import attention_in_rows
 from nnx_cli.kernels.gemm import onednn_linear
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import quantizable
@@ -42,16 +41,9 @@ def _attention_with_lse_flops(q: torch.Size, *args: Any, **kwargs: Any) -> int:
     return 2 * B * H * T * T * K
 
 
-def _attention_in_rows_flops(q: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Of causal attention of q (B, H, T, K): half of all pairs of positions."""
-    B, H, T, K = q
-    return 2 * B * H * T * T * K
-
-
 FORMULAS = {  # FLOPs of the project's operators that hold matmuls; the others are elementwise or sums
     onednn_linear.overloadpacket: _linear_flops,
     attention_with_lse.overloadpacket: _attention_with_lse_flops,
-    attention_in_rows.overloadpacket: _attention_in_rows_flops,
 }
 
 
