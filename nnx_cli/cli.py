@@ -41,10 +41,9 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
 def _load(name: str) -> TyperCommand:
     """The command of that name. Its module is imported only now: help for one builds the options of no other."""
     module = importlib.import_module(f"nnx_cli.commands.{COMMANDS[name][0]}")
-    help_class = importlib.import_module("nnx_cli.commands._help").Command
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-    alone.command(name=name, cls=help_class, epilog=getattr(module, "EXAMPLES", None))(module.run)
-    return typer.main.get_command(alone)
+    from nnx_cli.commands._help import make_command
+
+    return make_command(module.run, name, getattr(module, "EXAMPLES", None))
 
 
 class Commands(Mapping[str, TyperCommand]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,15 @@ class Command(TyperCommand):
         TyperCommand.format_help(shown, ctx, formatter)
 
 
+def make_command(run: Callable[..., None], name: str | None, examples: str | None) -> Command:
+    """The command that Typer makes of a function, whose help ends with examples."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    alone.command(name=name, cls=Command, epilog=examples)(run)
+    command = typer.main.get_command(alone)
+    assert isinstance(command, Command)
+    return command
+
+
 def _named_model(args: Sequence[str]) -> str | None:
     """The architecture that `--model NAME` or `--model=NAME` names, or None."""
     for number, word in enumerate(args):
@@ -83,6 +92,7 @@ def _is_of_model(param: Any) -> bool:
 
 def _with_fields(command: Command, name: str) -> Command:
     """The same command with an option for each field of an architecture, in place of the zoo's of that name."""
+    assert command.callback is not None
     run: Any = inspect.unwrap(command.callback)
     own = {field.name: option(field, MODEL_PANEL) for field in models.config_fields(name)}
     parameters = dict(run.__signature__.parameters) | own
@@ -93,9 +103,7 @@ def _with_fields(command: Command, name: str) -> Command:
     extended.__signature__ = run.__signature__.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
     extended.__annotations__ = {p.name: p.annotation for p in parameters.values()}
     extended.__doc__ = run.__doc__
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-    alone.command(name=command.name, cls=Command, epilog=command.epilog)(extended)
-    return typer.main.get_command(alone)
+    return make_command(extended, command.name, command.epilog)
 
 
 def _as_shown(param: Any, fields: dict[str, Field]) -> Any:

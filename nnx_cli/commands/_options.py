@@ -79,7 +79,8 @@ def model_fields(named: str | None = None) -> dict[str, Field]:
     """Every field of every architecture by its name; shared ones as the base states them, those of a file of the
     user's that is named as they stand there."""
     fields: dict[str, Field] = {}
-    for name in [named] * (named is not None and models.is_file(named)) + models.names():
+    own = [named] if named is not None and models.is_file(named) else []
+    for name in own + models.names():
         for field in models.config_fields(name):
             fields.setdefault(field.name, field)
     return fields

@@ -277,7 +277,7 @@ def _tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.de
     train, config = plan.train, plan.model_config
     total = cost.count_parameters(cost.meta_model(plan.model, config))["total"]
     ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
-    ends += [duration(train.max_time_s)] if train.max_time else []
+    ends += [duration(train.max_time_s)] if train.max_time_s else []
     output.note(
         f"{models.stem(plan.model)} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, "
         f"{train.precision}"

@@ -161,7 +161,7 @@ def test_debug_shows_the_traceback(workspace, nnx):
 
 
 def test_an_internal_error_is_one_line(refused, workspace, monkeypatch):
-    def crash(spec):
+    def crash(*_):
         raise RuntimeError("first\nsecond \x1b[2J")
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
@@ -170,7 +170,7 @@ def test_an_internal_error_is_one_line(refused, workspace, monkeypatch):
 
 
 def test_a_gpu_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
-    def crash(spec):
+    def crash(*_):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for it in the manual")
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
@@ -179,7 +179,7 @@ def test_a_gpu_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
 
 
 def test_running_out_of_memory_is_code_4(refused, monkeypatch):
-    def crash(spec):
+    def crash(*_):
         raise MemoryError
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
@@ -187,7 +187,7 @@ def test_running_out_of_memory_is_code_4(refused, monkeypatch):
 
 
 def test_a_full_disk_is_code_8(refused, monkeypatch):
-    def crash(spec):
+    def crash(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
@@ -195,7 +195,7 @@ def test_a_full_disk_is_code_8(refused, monkeypatch):
 
 
 def test_ctrl_c_is_code_130(nnx, monkeypatch):
-    def stop(spec):
+    def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", stop)
