@@ -184,6 +184,8 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     if lengths:
         settings = dict.fromkeys(LENGTHS) | settings
     with run.lock(), TrainingView(output) as view:
+        if "torch._dynamo" not in sys.modules:
+            output.note("loading torch's optimizers, and its compiler with them")
         trainer, notes = session.resume(run, settings, request.data, view, request.file)
         for note in [*lost, *notes]:
             output.warn(note)
