@@ -129,7 +129,8 @@ def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> 
     path, state = ref.weights()
     if "quantization" in config:
         quantize_layers(model, _read_quantization(config["quantization"], ref.folder))
-    if "quantization" in config or config.get("training", {}).get("weight_precision") == "bf16":
+    training = config.get("training") or {}
+    if "quantization" in config or training.get("weight_precision") == "bf16":
         state = widen(state)
     load_weights(model, state, path, device)
     model.compute_dtype = DTYPES[precision]

@@ -99,3 +99,10 @@ def test_a_moved_run_still_loads(run, workspace):
     load_model(ref, CPU)
     assert isinstance(ref, ModelRef) and ref.tokenizer.kind == "byte"
     assert read_verified_config(workspace / "elsewhere")["model"]["name"] == "nyx"
+
+
+def test_a_model_without_training_settings_loads(run, workspace):
+    folder = workspace / "weights" / "bare"
+    folder.mkdir()
+    write_model_folder(folder, run.config | {"training": None}, None, ModelRef(run.folder).weights()[1])
+    load_model(ModelRef(folder), CPU)
