@@ -14,7 +14,7 @@ class InBackward:
 
     Between `begin` and `finish` there is one backward pass: one micro-batch to a step, and no loss scale. A parameter
     that is used in several places moves once all of them have given their part. Clipping and the test for what is
-    not finite are a parameter's own: the norm of all gradients is known only when none of them is left. `hold`,
+    not finite are a parameter's own: the norm of all gradients is known only when none of them is left. `frozen`,
     float32 (), keeps weights and state as they are where it is not 0, whatever the gradients.
     """
 
@@ -23,7 +23,7 @@ class InBackward:
         self.grad_clip = grad_clip
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         device = next(iter(self.groups)).device
-        self.hold = torch.zeros((), device=device)
+        self.frozen = torch.zeros((), device=device)
         self.squares = torch.zeros((), device=device)  # of all gradients, summed
         self.bad = torch.zeros((), device=device)
         for p in model.parameters():
@@ -45,7 +45,7 @@ class InBackward:
         torch.maximum(self.bad, bad, out=self.bad)
         if self.grad_clip:
             p.grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.step_on([p], self.groups[p], torch.maximum(bad, self.hold))
+        self.optimizer.step_on([p], self.groups[p], torch.maximum(bad, self.frozen))
         p.grad = None
 
     def finish(self) -> tuple[Tensor, Tensor]:

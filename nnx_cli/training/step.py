@@ -94,7 +94,7 @@ class Step:
         self.frozen = torch.zeros((), device=model.device)
         self.in_backward = InBackward(model, optimizer, grad_clip) if in_backward else None
         if self.in_backward:
-            self.frozen = self.in_backward.hold
+            self.frozen = self.in_backward.frozen
         self.updating = False  # while the optimizer is at work: what it began cannot be taken back
 
     def __call__(self, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:

@@ -89,12 +89,12 @@ def test_what_is_not_finite_moves_nothing(tiny, stored):
     assert handle.finish()[1] == 0
 
 
-def test_hold_and_gradients_that_no_hook_saw(tiny):
+def test_frozen_and_gradients_that_no_hook_saw(tiny):
     model = tiny("llama")
     optimizer = built(model, "adamw")
     handle = InBackward(model, optimizer, 1.0)
     before = [p.detach().clone() for p in model.parameters()]
-    handle.hold.fill_(1.0)
+    handle.frozen.fill_(1.0)
     handle.begin()
     backward(model, 0)
     handle.finish()
@@ -102,7 +102,7 @@ def test_hold_and_gradients_that_no_hook_saw(tiny):
     assert all(fields["step"] == 0 for fields in optimizer.state.values())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    handle.hold.zero_()
+    handle.frozen.zero_()
     handle.finish()
     assert all(p.grad is None for p in model.parameters()), "gradients that no hook saw are taken at the end"
     assert not any(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
