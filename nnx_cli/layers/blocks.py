@@ -35,6 +35,7 @@ class Checkpointed(nn.Module):
     draws_noise: bool  # dropout must drop the same numbers again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, checkpointed in training unless it is given a cache."""
         cached = any(hasattr(x, "truncate") for x in (*args, *kwargs.values()))
         if cached or not self.training or not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)

@@ -19,6 +19,7 @@ class Lambda(nn.Module):
         self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(torch.zeros(width)) for _ in range(4))
 
     def forward(self, start: Tensor) -> Tensor:
+        """The weight as a float32 scalar; `start` is where it starts without the vectors."""
         first, second = ((q.float() * k.float()).sum() for q, k in ((self.q1, self.k1), (self.q2, self.k2)))
         return first.exp() - second.exp() + start
 

@@ -45,11 +45,13 @@ class GumbelNoise(nn.Module):
         return noise
 
     def temperature(self) -> Tensor | float:
+        """The present temperature of the choice."""
         if self.steps is None:
             return self.start
         return self.start * (self.end / self.start) ** (self.steps / self.anneal_steps).clamp(max=1.0)
 
     def post_optim_step(self) -> None:
+        """Count a step of annealing."""
         if self.steps is not None:
             self.steps += 1
 
@@ -63,6 +65,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, p: Tensor, choice: Tensor, *weights: Tensor) -> Tensor:
+        """h (N, D) by the function that each row chose, (N, D)."""
         ctx.save_for_backward(h, choice, *weights)
         y = torch.zeros_like(h)
         for j, weight in enumerate(weights):
@@ -71,6 +74,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of h, of p (N, n) and of the matrices."""
         h, choice, *weights = ctx.saved_tensors
         dh, dp, dweights = torch.zeros_like(h), [], []
         for j, weight in enumerate(weights):

@@ -26,6 +26,7 @@ class Linear(nn.Linear):
         self.register_parameter("lora_b", None)  # (out_features, rank)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in the dtype of x."""
         y = linear(x, self.weight.to(x.dtype))
         if self.lora_a is None:
             return y
@@ -73,6 +74,7 @@ class PackedLinear(Linear):
         return linear(x, self.weight.to(x.dtype)) if plain else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (..., in) to one tensor for each projection."""
         outputs = linear(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
         if self.lora_a is None:
             return outputs
@@ -89,6 +91,7 @@ class PackedLinear(Linear):
         return lora_b.split([self.splits[i] for i in self.adapted])
 
     def adapter_delta(self) -> Tensor:
+        """As in Linear; zero rows where a projection has no adapter."""
         parts = [self.weight.new_zeros(rows, self.in_features) for rows in self.splits]
         for i, a, b in zip(
             self.adapted, self.lora_a.chunk(len(self.adapted)), self._b_of_each(self.lora_b), strict=True

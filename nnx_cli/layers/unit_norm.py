@@ -57,6 +57,7 @@ class Interpolation(nn.Module):
         self.gain = ALPHA * dim**0.5
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        """x and u (..., D) to a unit vector between them, in the dtype of x."""
         start = x.float()
         return unit(start + self.alpha * self.gain * (unit(u) - start)).to(x.dtype)
 
@@ -71,8 +72,10 @@ class ScaledHead(nn.Module):
         self.gain = dim**0.5
 
     def forward(self, x: Tensor) -> Tensor:
+        """Unit vectors (..., D) to logits (..., V)."""
         return self.linear(x) * (self.scale * self.gain)
 
     def linear_head(self) -> LinearHead | None:
+        """The head as the fused loss takes it; None where its matrix is no plain one."""
         linear = as_linear_head(self.linear)
         return None if linear is None else replace(linear, scale=self.scale * self.gain)

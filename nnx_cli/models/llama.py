@@ -27,6 +27,8 @@ from nnx_cli.models._base import LanguageModel, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
+    """Shape of the control."""
+
     n_kv_heads: int | None = None  # key-value heads; default half the heads, or all where they are odd
     ffn_dim: int | None = None  # width of the feed-forward; default 3 x dim
     rope_theta: float = 10_000.0  # base of the rotary frequencies
@@ -53,6 +55,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions."""
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -63,6 +67,7 @@ class Attention(nn.Module):
         self.out = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """x (B, T, D) to the same."""
         q, k, v = qkv_rope(self.qkv, x, tables, cache)
         dropout = self.dropout if self.training else 0.0
         return self.out(causal_attention(q, k, v, cache, self.layer, scale=self.head_dim**-0.5, dropout=dropout))
@@ -84,6 +89,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim)
@@ -92,11 +99,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """x (B, T, D) to the same."""
         x = x + self.attention(self.attention_norm(x), tables, cache)
         return x + self.mlp(self.mlp_norm(x), cache)
 
 
 class Model(LanguageModel):
+    """Embedding, blocks, a last norm, a tied head."""
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -115,6 +125,7 @@ class Model(LanguageModel):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if branch_end else 0.02)
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As in the base."""
         T = input_ids.shape[1]
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         tables = rotary_tables(positions, self.config.dim // self.config.n_heads, self.config.rope_theta)
@@ -126,6 +137,7 @@ class Model(LanguageModel):
         return self.norm(x)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """As in the base."""
         config = self.config
         return KVCache(
             config.n_layers,

@@ -40,6 +40,8 @@ from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
+    """Shape of N4."""
+
     n_kv_heads: int | None = None  # key-value heads, each with its gate; default n_heads
     ffn_dim: int | None = None  # width of the feed-forward; default 2 x dim
     window: int | None = None  # newest positions that attention reaches, its own included; default all
@@ -105,6 +107,7 @@ class AveragedKeyCache(KVCache):
         return max(0, self._longest + 1 - self.window)
 
     def snapshot(self) -> Callable[[], None]:
+        """As in KVCache, with the sums."""
         forget, sums = super().snapshot(), self.sums.clone()
 
         def restore() -> None:
@@ -114,6 +117,7 @@ class AveragedKeyCache(KVCache):
         return restore
 
     def truncate(self, lengths: Tensor | int) -> Self:
+        """As in KVCache; the sums of shorter rows come from the averages stored there."""
         before = self.lengths.clone()
         super().truncate(lengths)
         newest = (self.lengths - 1).clamp(min=0)[:, None, None, None].expand_as(self.keys[:, :, :, :1])
@@ -123,10 +127,12 @@ class AveragedKeyCache(KVCache):
         return self
 
     def repeat(self, n: int) -> Self:
+        """As in KVCache, with the sums."""
         self.sums = self.sums.repeat_interleave(n, dim=1)
         return super().repeat(n)
 
     def reset(self) -> Self:
+        """As in KVCache, with the sums."""
         self.sums.zero_()
         return super().reset()
 
@@ -149,6 +155,7 @@ class DynamicTanh(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if learn_alpha else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) to the same, in its dtype."""
         if self.alpha is None:
             return (self.weight * torch.tanh(x)).to(x.dtype)
         return (self.weight * torch.tanh((self.alpha * x).to(x.dtype)) + self.bias).to(x.dtype)
@@ -163,12 +170,14 @@ class Biased(nn.Module):
         self.bias = nn.Parameter(torch.zeros(linear.out_features))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """As the linear layer, plus the bias."""
         y, bias = self.linear(x), self.bias.to(x.dtype)
         if isinstance(y, Tensor):
             return y + bias
         return tuple(part + b for part, b in zip(y, bias.split([part.shape[-1] for part in y]), strict=True))
 
     def linear_head(self) -> LinearHead | None:
+        """The layer as a head that the fused loss takes; None where it is not linear."""
         linear = as_linear_head(self.linear)
         return None if linear is None else replace(linear, bias=self.bias)
 
@@ -208,6 +217,7 @@ class Attention(nn.Module):
         self.scale = (self.head_dim if config.head_scale else config.dim) ** -0.5  # the original divides by sqrt(D)
 
     def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
+        """x (B, T, D) to the same; `counts` (T, 1) or (B, T, 1) are positions from 1."""
         B, T, D = x.shape
         q, k, v, gate = products(self.qkvg, x, 3, 1)
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H or G, K)
@@ -263,6 +273,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) to the same."""
         gate, inner, value = products(self.up, x, 1, 1, 1)  # (B, T, F) each
         return self.down(drop(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
 
@@ -280,11 +291,14 @@ class Block(nn.Module):
         self.mlp_out_norm = DynamicTanh(config.dim, config.dyt_alpha)
 
     def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
+        """x (B, T, D) to the same."""
         x = x + self.attention_out_norm(self.attention(self.attention_norm(x), counts, cache))
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Model(LanguageModel):
+    """Embedding, blocks, a head of its own."""
+
     recipe = Recipe(lr_factor=1.5, muon_lr_factor=3.0)  # measured: tests/bench/zoo.md
 
     def __init__(self, config: Config) -> None:
@@ -307,6 +321,7 @@ class Model(LanguageModel):
                 nn.init.uniform_(module.bias, -bound, bound)
 
     def trunk(self, input_ids: Tensor, cache: AveragedKeyCache | None = None) -> Tensor:
+        """As in the base."""
         T = input_ids.shape[1]
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         counts = (positions + 1).float().unsqueeze(-1)  # (T, 1) or (B, T, 1): from 1, the divisor of the average
@@ -318,4 +333,5 @@ class Model(LanguageModel):
         return self.norm(x)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> AveragedKeyCache:
+        """As in the base."""
         return AveragedKeyCache(self.config, batch_size, max_seq_len, self.device, self.compute_dtype)

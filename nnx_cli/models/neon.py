@@ -58,6 +58,8 @@ WRITERS = (".attention.out.", ".mlp.down.", ".functions.", ".bank.0.", ".bank.1.
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
+    """Shape of Neon."""
+
     n_kv_heads: int | None = None  # key-value heads; default as many as query heads
     ffn_dim: int | None = None  # width of the feed-forward; default 3 x dim
     rope_theta: float = 10_000.0  # base of the rotary frequencies
@@ -119,6 +121,7 @@ class Config(ModelConfig):
 
     @property
     def n_maps(self) -> int:
+        """Softmax maps of a head."""
         return MAPS[self.diff_attention]
 
     @property
@@ -207,6 +210,7 @@ class MLP(nn.Module):
             self.gains = (config.dim**0.5, 1.0)  # of gate and up
 
     def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        """x (B, T, D) to the same; `start` is the layer's `lambda_init`."""
         parts = self.gate_up(x)  # (B, T, F) each
         if self.scale is not None:
             scales = zip(parts, self.scale.chunk(len(parts)), cycle(self.gains), strict=False)
@@ -222,6 +226,7 @@ class Sum(nn.Module):
     """The residual stream x plus a sub-layer's output u."""
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        """x + u."""
         return x + u
 
 
@@ -261,14 +266,18 @@ class Block(nn.Module):
 
 
 def norm(config: Config) -> nn.Module:
+    """The norm before a sub-layer: none on the unit sphere."""
     return nn.Identity() if config.normalized else RMSNorm(config.dim, config.norm_eps)
 
 
 def join(config: Config) -> nn.Module:
+    """How a sub-layer's output joins the residual stream."""
     return Interpolation(config.dim) if config.normalized else Sum()
 
 
 class Model(LanguageModel):
+    """Embedding, blocks, functions or memories that all layers share, a last norm, a head."""
+
     recipe = Recipe(lr_factor=0.5)
 
     def __init__(self, config: Config) -> None:
@@ -313,12 +322,14 @@ class Model(LanguageModel):
 
     @torch.no_grad()
     def post_optim_step(self) -> None:
+        """Anneal the temperature of the choice of functions; put matrices back onto the sphere."""
         if self.config.decoder == "function":
             self.noise.post_optim_step()
         if self.config.normalized:
             self.normalize_weights()
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As in the base."""
         config, (B, T) = self.config, input_ids.shape
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         angles = positions // 2 if config.variant == "original" else positions
@@ -357,6 +368,7 @@ class Model(LanguageModel):
         return super().active_parameters() - idle * config.dim**2
 
     def set_noise(self, noise: Mapping[str, Tensor]) -> None:
+        """As in the base: Gumbel noise of every bank, by LAYER/KIND."""
         wanted = {f"{layer}/{kind}" for layer in range(self.config.n_layers) for kind in self.bank_sizes()}
         if not wanted:
             super().set_noise(noise)
@@ -377,6 +389,7 @@ class Model(LanguageModel):
         return self.config.function_balance * torch.stack(losses).mean() if losses else None
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """As in the base."""
         config = self.config
         return KVCache(
             config.n_layers,

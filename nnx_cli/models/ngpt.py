@@ -131,6 +131,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        """x / |x|, float32."""
         norm = length(x, axis)
         ctx.axis = axis
         ctx.save_for_backward(x, norm)
@@ -138,6 +139,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The part of `grad` along the sphere, over |x|."""
         x, norm = ctx.saved_tensors
         return tangent(grad, x / norm, norm, ctx.axis).to(x.dtype), None
 
@@ -147,12 +149,14 @@ class Interpolate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+        """The step, back on the sphere, in the dtype of x."""
         ctx.save_for_backward(x, y, alpha)
         moved = torch.lerp(x.float(), y / length(y), alpha)
         return in_type(moved / length(moved), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, y and α."""
         x, y, alpha = ctx.saved_tensors
         y_norm = length(y)
         y_unit = y / y_norm
@@ -165,6 +169,7 @@ class Interpolate(torch.autograd.Function):
 
 
 def unit(x: Tensor, axis: int = -1) -> Tensor:
+    """x over its L2 norm along an axis, float32."""
     return Normalize.apply(x, axis)
 
 
@@ -181,9 +186,11 @@ class UnitLinear(Linear):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
+        """x @ N(weight).T."""
         return linear(x, unit_matrix(self, self.axis).to(x.dtype))
 
     def linear_head(self) -> LinearHead:
+        """The head with its matrix normalised."""
         return LinearHead(weight=unit_matrix(self, self.axis))
 
 
@@ -191,6 +198,7 @@ class UnitPackedLinear(PackedLinear):
     """Normalises the rows of its raw matrix on every use."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """As PackedLinear, of the normalised matrix."""
         return linear(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
 
 
@@ -198,6 +206,7 @@ class UnitEmbedding(nn.Embedding):
     """Normalises the rows it looks up."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Unit vectors of token ids."""
         return unit(super().forward(input_ids))
 
 
@@ -211,10 +220,13 @@ class Scale(nn.Module):
         self.factor = init / scale
 
     def forward(self) -> Tensor:
+        """The vector as it is used."""
         return self.weight * self.factor
 
 
 class Attention(nn.Module):
+    """Causal attention of unit queries and keys."""
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         inner = config.n_heads * config.head_dim
@@ -258,6 +270,7 @@ class MLP(nn.Module):
         self.gate_scale, self.dropout = dim**0.5, config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) to the same."""
         hidden, gate = self.hidden_gate(x)  # (B, T, F) each
         hidden = hidden * self.s_hidden().to(x.dtype)
         gate = gate * (self.s_gate() * self.gate_scale).to(x.dtype)
@@ -277,6 +290,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, first_v: Tensor | None, tables: tuple[Tensor, Tensor], cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D) to the same, and the first layer's values."""
         attended, first_v = self.attention(x, first_v, tables, cache)
         x = Interpolate.apply(x, attended, self.alpha_attn())
         return Interpolate.apply(x, self.mlp(x), self.alpha_mlp()), first_v
@@ -291,14 +305,18 @@ class Head(nn.Module):
         self.s_logit = Scale(config.vocab_size, *config.scale("s_logit"))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Unit vectors (..., D) to logits (..., V)."""
         return self.proj(x) * self.s_logit()
 
     def linear_head(self) -> LinearHead | None:
+        """The head as the fused loss takes it; None where its matrix is no plain one."""
         proj = as_linear_head(self.proj)
         return None if proj is None else replace(proj, scale=self.s_logit())
 
 
 class Model(LanguageModel):
+    """Embedding and blocks on the unit sphere, and a scaled head."""
+
     recipe = Recipe(lr_factor=2.0, weight_decay=0.0, warmup=False)  # paper, section 2.6, but for the factor: measured
 
     def __init__(self, config: Config) -> None:
@@ -330,6 +348,7 @@ class Model(LanguageModel):
         normalize_matrices((matrix, axis) for matrix, axis in matrices if matrix.requires_grad)
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As in the base."""
         T = input_ids.shape[1]
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         tables = rotary_tables(positions, self.config.head_dim)
@@ -341,6 +360,7 @@ class Model(LanguageModel):
         return self.norm(x)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """As in the base."""
         config = self.config
         return KVCache(
             config.n_layers,

@@ -36,6 +36,8 @@ from nnx_cli.models._base import LanguageModel, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
+    """Shape of NYX."""
+
     head_dim: int | None = None  # width of a head; default dim / n_heads
     ffn_dim: int | None = None  # width of the feed-forward; default 4 x dim
     qk_norm: bool = False  # normalise queries and keys, with a learned gain each
@@ -103,6 +105,7 @@ class Block(nn.Module):
                 self.scale = config.qk_norm_scale
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """x (B, T, D) to the same."""
         dropout = self.dropout if self.training else 0.0
         q, k, v, hidden = self.inner(self.norm(x), tables, cache)
         attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
@@ -132,6 +135,8 @@ def unit_length(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Model(LanguageModel):
+    """Embedding, parallel blocks, a last norm, a tied head."""
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -144,6 +149,7 @@ class Model(LanguageModel):
             self.ignore_index = 0  # the original drops token 0 from its loss
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As in the base."""
         T = input_ids.shape[1]
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         config = self.config
@@ -156,6 +162,7 @@ class Model(LanguageModel):
         return self.norm(x)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """As in the base."""
         return KVCache(
             self.config.n_layers,
             batch_size,

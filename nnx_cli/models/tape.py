@@ -50,6 +50,8 @@ from nnx_cli.models._base import MAX_LAYERS, LanguageModel, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
+    """Shape of Tape."""
+
     dim: int = 256  # width of the residual stream
     n_layers: int = 4  # levels of a critic, each of two blocks side by side
     n_heads: int = 4  # query heads of a block
@@ -103,6 +105,7 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias."""
         return self.linear(x) + self.bias.to(x.dtype)
 
 
@@ -114,6 +117,7 @@ class BiasedLayerNorm(LayerNorm):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D), normalised over its last axis, in its own dtype."""
         y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
@@ -141,6 +145,7 @@ class Stream(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x and what attention read, (B, T, D) each, to the same shape."""
         x = self.attention_norm(x + self.out(attended))
         hidden = Activation.apply(self.up(x))  # (B, T, F)
         return self.mlp_norm(x + drop(self.down(hidden), self.dropout, self.training))
@@ -199,6 +204,7 @@ class ProphetLayer(nn.Module):
         self.bias = nn.Parameter(torch.empty(2 * dim))
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """x (T, B, D) and the first state (B, P) to the states (T, B, P)."""
         return Recurrence.apply(self.input(x) + self.bias.to(x.dtype), self.weight.to(x.dtype), state)
 
 
@@ -211,6 +217,7 @@ class Prophet(nn.Module):
         self.out = Affine(2 * dim, dim)
 
     def forward(self, x: Tensor, cache: TapeCache | None) -> Tensor:
+        """Embeddings (B, T, D) to the same shape; the states after every position go to the cache."""
         x = x.transpose(0, 1)  # (T, B, D): a step's numbers lie together
         start = x.new_zeros(2, x.shape[1], 2 * x.shape[2]) if cache is None else cache.prophet_states()
         first = self.first(x, start[0])  # (T, B, P)
@@ -230,12 +237,14 @@ class StudentT(nn.Module):
         self.df = config.student_df
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) to log-probabilities (..., V)."""
         x, centres = widened(x), self.weight.to(torch.promote_types(x.dtype, torch.float32))
         distance = x.square().sum(-1, keepdim=True) - 2 * F.linear(x, centres) + centres.square().sum(-1)
         scores = torch.log1p(distance.clamp(min=1e-12) / self.df) * (-(self.df + x.shape[-1]) / 2)
         return scores.log_softmax(-1)  # (..., V)
 
     def linear_head(self) -> LinearHead:
+        """The head as the fused loss takes it."""
         return LinearHead(weight=self.weight, df=self.df)
 
 
@@ -252,6 +261,7 @@ class TapeCache:
 
     @property
     def lengths(self) -> Tensor:
+        """Positions that every row holds, (B,)."""
         return self.first.lengths
 
     @property
@@ -319,6 +329,8 @@ class TapeCache:
 
 
 class Model(LanguageModel):
+    """Embedding, coda, critics and prophet, and a Student-t head."""
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         n_critic_levels = config.live_critics * config.n_layers
@@ -354,6 +366,7 @@ class Model(LanguageModel):
         nn.init.uniform_(self.head.weight, -(config.vocab_size**-0.5), config.vocab_size**-0.5)
 
     def trunk(self, input_ids: Tensor, cache: TapeCache | None = None) -> Tensor:
+        """As in the base."""
         config, T = self.config, input_ids.shape[1]
         positions = torch.arange(T, device=input_ids.device)[None] if cache is None else cache.positions(T)
         cos, sin = (table.squeeze(1) for table in rotary_tables(positions, config.dim))  # (B or 1, T, D/2)
@@ -380,6 +393,7 @@ class Model(LanguageModel):
         return None if self._entropy is None else -self.config.entropy_weight * self._entropy
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> TapeCache:
+        """As in the base."""
         config = self.config
 
         def store(n_layers: int, n_heads: int, width: int) -> KVCache:
