@@ -1,13 +1,13 @@
-"""Steps on the unit sphere: nGPT, Loshchilov et al. 2024, https://arxiv.org/abs/2410.01131."""
+"""Unit vectors, and steps on the unit sphere: nGPT, Loshchilov et al. 2024, https://arxiv.org/abs/2410.01131."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.layers.head import LinearHead, as_linear_head
@@ -17,9 +17,37 @@ ALPHA = 0.05  # how far a step goes at the start: section 2.2.2 of the paper
 GROUP_BYTES = 2**25  # of small matrices that are normalised side by side, in a copy
 
 
-def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """`x` over its L2 norm, in float32."""
-    return F.normalize(x.float(), dim=dim, eps=1e-12)
+def length(x: Tensor, axis: int = -1) -> Tensor:
+    """L2 norm along an axis, which is kept; float32."""
+    return torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+
+
+def tangent(grad: Tensor, unit: Tensor, norm: Tensor, axis: int = -1) -> Tensor:
+    """Gradient of x where `grad` is that of unit = x / norm: the part along the sphere, divided by the norm."""
+    return (grad - unit * (unit * grad).sum(axis, keepdim=True)) / norm
+
+
+class Normalize(torch.autograd.Function):
+    """N(x) = x / |x| along an axis, in float32. Keeps x as it came, and |x|."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        """x / |x|, float32."""
+        norm = length(x, axis)
+        ctx.axis = axis
+        ctx.save_for_backward(x, norm)
+        return x / norm
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The part of `grad` along the sphere, over |x|."""
+        x, norm = ctx.saved_tensors
+        return tangent(grad, x / norm, norm, ctx.axis).to(x.dtype), None
+
+
+def unit(x: Tensor, axis: int = -1) -> Tensor:
+    """x over its L2 norm along an axis, float32."""
+    return Normalize.apply(x, axis)
 
 
 @torch.no_grad()

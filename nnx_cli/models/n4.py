@@ -231,7 +231,7 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
         how = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
         is_first = cache is None or cache.is_causal(T)
-        if self.window is None or T <= self.window or not is_first:
+        if self.window is None or self.window >= T or not is_first:
             return self.out(causal_attention(q, k, v, cache, self.layer, **how))
         if cache is not None:
             cache.update(self.layer, k, v)

@@ -95,7 +95,7 @@ class Config(ModelConfig):
             raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")
         if self.ffn_dim < 1 or not self.rope_theta > 0 or not self.norm_eps > 0:
             raise UsageError("--ffn-dim must be at least 1, --rope-theta and --norm-eps above 0")
-        if not 0 < self.function_min_temperature or not self.function_temperature > 0 or self.function_balance < 0:
+        if not self.function_min_temperature > 0 or not self.function_temperature > 0 or self.function_balance < 0:
             raise UsageError(
                 "--function-temperature and --function-min-temperature must be above 0, --function-balance at least 0"
             )

@@ -41,7 +41,7 @@ from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables
-from nnx_cli.layers.unit_norm import normalize_matrices
+from nnx_cli.layers.unit_norm import length, normalize_matrices, tangent, unit
 from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
 
 SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
@@ -116,34 +116,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def length(x: Tensor, axis: int = -1) -> Tensor:
-    """L2 norm along an axis, which is kept; float32."""
-    return torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
-
-
-def tangent(grad: Tensor, unit: Tensor, norm: Tensor, axis: int = -1) -> Tensor:
-    """Gradient of x where `grad` is that of unit = x / norm: the part along the sphere, divided by the norm."""
-    return (grad - unit * (unit * grad).sum(axis, keepdim=True)) / norm
-
-
-class Normalize(torch.autograd.Function):
-    """N(x) = x / |x| along an axis, in float32. Keeps x as it came, and |x|."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
-        """x / |x|, float32."""
-        norm = length(x, axis)
-        ctx.axis = axis
-        ctx.save_for_backward(x, norm)
-        return x / norm
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The part of `grad` along the sphere, over |x|."""
-        x, norm = ctx.saved_tensors
-        return tangent(grad, x / norm, norm, ctx.axis).to(x.dtype), None
-
-
 class Interpolate(torch.autograd.Function):
     """N(x + α (N(y) − x)), in float32, for x, y (B, T, D) and α (D,). Keeps its inputs and computes the rest again."""
 
@@ -166,11 +138,6 @@ class Interpolate(torch.autograd.Function):
         grad_alpha = (grad * (y_unit - x)).flatten(0, -2).sum(0)
         grad_unit = alpha * grad
         return (grad - grad_unit).to(x.dtype), tangent(grad_unit, y_unit, y_norm).to(y.dtype), grad_alpha
-
-
-def unit(x: Tensor, axis: int = -1) -> Tensor:
-    """x over its L2 norm along an axis, float32."""
-    return Normalize.apply(x, axis)
 
 
 def unit_matrix(layer: Linear, axis: int) -> Tensor:

@@ -31,6 +31,7 @@ from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.qkv_swiglu import packed_for_kernel
 from nnx_cli.layers.rope import rotary_tables
+from nnx_cli.layers.unit_norm import unit
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
 
@@ -123,15 +124,10 @@ class Block(nn.Module):
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)
         k, v = k.unsqueeze(1), v.unsqueeze(1)
         if self.q_norm_weight is not None:
-            q = unit_length(q, self.q_norm_weight)
-            k = unit_length(k, self.k_norm_weight)
+            q = (unit(q) * self.q_norm_weight).to(x.dtype)
+            k = (unit(k) * self.k_norm_weight).to(x.dtype)
         q_cos, q_sin, k_cos, k_sin = tables
         return rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin), v, F.silu(gate) * value
-
-
-def unit_length(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` (..., K) divided by its L2 norm, in float32, times a gain (K,)."""
-    return (F.normalize(x.float(), dim=-1, eps=1e-12) * weight).to(x.dtype)
 
 
 class Model(LanguageModel):

@@ -11,7 +11,8 @@ from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.lora import adapted_layers, add_adapters, merge_adapters
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.quantized import quantizable
-from nnx_cli.models.ngpt import Interpolate, unit
+from nnx_cli.layers.unit_norm import unit
+from nnx_cli.models.ngpt import Interpolate
 
 from .reference_cases import load_case
 
