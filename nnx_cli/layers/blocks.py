@@ -32,7 +32,7 @@ class Checkpointed(nn.Module):
     A block that is given a cache would change it twice, so it runs plainly.
     """
 
-    draws_noise: bool  # dropout must drop the same numbers again
+    draws_noise: bool  # dropout must drop the same elements again
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, checkpointed in training unless it is given a cache."""

@@ -20,11 +20,13 @@ KINDS = ("global", "layer")  # of functions: shared by all layers, and a layer's
 
 
 class GumbelNoise(nn.Module):
-    """The random numbers of all banks of a model, drawn outside its blocks: compiled blocks see the same ones.
+    """Gumbel noise of all banks of a model, drawn outside its blocks: compiled blocks see the same ones.
 
     The temperature falls geometrically over `anneal_steps` optimizer steps, counted in a buffer that is saved with the
     weights; without them it stays.
     """
+
+    steps: Tensor | None
 
     def __init__(self, temperature: float, min_temperature: float, anneal_steps: int | None) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class GumbelNoise(nn.Module):
 
     def temperature(self) -> Tensor | float:
         """The present temperature of the choice."""
-        if self.steps is None:
+        if self.steps is None or self.anneal_steps is None:
             return self.start
         return self.start * (self.end / self.start) ** (self.steps / self.anneal_steps).clamp(max=1.0)
 
@@ -94,7 +96,7 @@ def matrix(function: Linear) -> Tensor:
 def dispatch(h: Tensor, choice: Tensor, functions: nn.ModuleList) -> Tensor:
     """Every row of `h` (N, D) through its function: rows are sorted by it, and each function sees its own rows only."""
     order = choice.argsort()
-    counts = choice.bincount(minlength=len(functions)).tolist()  # waits for the device
+    counts = choice.bincount(minlength=len(functions)).tolist()  # synchronizes
     pieces = zip(functions, h[order].split(counts), strict=True)
     y = torch.cat([function(piece) for function, piece in pieces if len(piece)])
     return torch.empty_like(y).index_copy(0, order, y)

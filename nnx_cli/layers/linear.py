@@ -56,7 +56,7 @@ class Linear(nn.Linear):
 
 
 class PackedLinear(Linear):
-    """Several projections of one input in a single matrix product.
+    """Several projections of one input in a single GEMM.
 
     `splits` are their output widths, in the order of the rows of `weight`; forward returns one tensor for each. Every
     projection may have an adapter of its own: those in `adapted`, whose lora_a and lora_b are stacked by rows.
@@ -69,7 +69,7 @@ class PackedLinear(Linear):
         self.splits = tuple(splits)
 
     def packed_output(self, x: Tensor) -> Tensor | None:
-        """All projections in one tensor, (..., sum of splits); None where they are not the outcome of one product."""
+        """All projections in one tensor, (..., sum of splits); None where they are not the outcome of one GEMM."""
         plain = type(self).forward is PackedLinear.forward and self.lora_a is None
         return linear(x, self.weight.to(x.dtype)) if plain else None
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, Protocol
+
 import torch
 from torch import nn
 
 from nnx_cli.layers.linear import Linear
 
 
-def add_adapters(model: nn.Module, rank: int) -> None:
+class Adaptable(Protocol):
+    """A model that says which of its layers take an adapter."""
+
+    def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
+        """The layers, with the options of their `add_adapter`."""
+
+    def requires_grad_(self, requires_grad: bool) -> Any:
+        """Freeze or train all parameters."""
+
+
+def add_adapters(model: Adaptable, rank: int) -> None:
     """Freeze all parameters and give the layers that `model.adapter_layers()` names an adapter each."""
     model.requires_grad_(False)
     for layer, options in model.adapter_layers():

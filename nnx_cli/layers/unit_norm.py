@@ -55,7 +55,7 @@ def normalize_matrices(matrices: Iterable[tuple[Tensor, int]]) -> None:
     """Divide matrices by their L2 norms along an axis each, in place; norms in float32.
 
     On CUDA small ones of one shape are stacked, up to GROUP_BYTES of them: a few kernels for all instead of for each.
-    Those of the meta device have no numbers to divide.
+    Those of the meta device have no elements to divide.
     """
     groups = defaultdict(list)
     for matrix, axis in matrices:

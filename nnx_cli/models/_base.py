@@ -81,6 +81,11 @@ class LanguageModel(nn.Module):
     that maps (..., dim) to (..., vocab_size) and acts on every position alone, so that the loss may call it in pieces.
     """
 
+    config: ModelConfig
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
     recipe = Recipe()
     ignore_index = -100  # a target that does not count; -100 is never a token
     syncs_in_eval = False  # whether a pass in evaluation mode synchronizes, so that no CUDA graph can hold it
@@ -113,7 +118,7 @@ class LanguageModel(nn.Module):
         """Called after every optimizer step."""
 
     def set_noise(self, noise: Mapping[str, Tensor]) -> None:
-        """Use recorded numbers, by name, wherever a forward pass would draw some (dropout aside)."""
+        """Use recorded noise, by name, wherever a forward pass would draw some (dropout aside)."""
         raise UsageError(f"{self.architecture} draws no noise")
 
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:

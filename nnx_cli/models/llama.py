@@ -107,6 +107,8 @@ class Block(nn.Module):
 class Model(LanguageModel):
     """Embedding, blocks, a last norm, a tied head."""
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)

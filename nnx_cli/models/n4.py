@@ -9,7 +9,7 @@ https://arxiv.org/abs/2002.05202. No final norm, head and embedding are not tied
 
 `base` is the shape that the author publishes as "127M"; with the 32,768 tokens published it has 177,871,872 parameters
 (127,540,224 without embedding and head). The original counts 177,874,176, and 120,076,032 for its example (here
-120,075,264): it holds a gain of head_dim numbers in every layer that nothing uses, left out here. Differs further:
+120,075,264): it holds a gain of head_dim elements in every layer that nothing uses, left out here. Differs further:
 positions are counted and keys summed in float32 whatever the precision (the original's bfloat16 knows no count above
 256), scores are never written out, and grouped keys, a window, alpha and bias of the paper's dynamic tanh and scores
 scaled by the width of a head are options. The variants are equal: none of the original's defects changes the function
@@ -145,7 +145,7 @@ class AveragedKeyCache(KVCache):
 class DynamicTanh(nn.Module):
     """gain · tanh(x), or gain · tanh(alpha · x) + bias as in the paper (`learn_alpha`). No statistics.
 
-    Products with parameters in float32.
+    Multiplied by its parameters in float32.
     """
 
     def __init__(self, dim: int, learn_alpha: bool) -> None:
@@ -188,11 +188,11 @@ def projection(config: Config, in_features: int, *splits: int) -> nn.Module:
     return Biased(linear) if config.bias else linear
 
 
-def products(layer: nn.Module, x: Tensor, *counts: int) -> tuple[Tensor, ...]:
-    """What a packed layer computes, in products that make `counts` of its parts each.
+def grouped_projections(layer: nn.Module, x: Tensor, *counts: int) -> tuple[Tensor, ...]:
+    """What a packed layer computes, in GEMMs that make `counts` of its parts each.
 
-    Gates in one product with keys would leave rows that no kernel can load in wide pieces, and gradients of wide parts
-    would be copied together for a product of theirs. Only a plain packed layer can be told.
+    Gates in one GEMM with keys would leave rows that no kernel can load in wide pieces, and gradients of wide parts
+    would be copied together for a GEMM of theirs. Only a plain packed layer can be told.
     """
     if type(layer) is not PackedLinear or layer.lora_a is not None:
         return layer(x)
@@ -219,7 +219,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
         """x (B, T, D) to the same; `counts` (T, 1) or (B, T, 1) are positions from 1."""
         B, T, D = x.shape
-        q, k, v, gate = products(self.qkvg, x, 3, 1)
+        q, k, v, gate = grouped_projections(self.qkvg, x, 3, 1)
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))  # (B, T, H or G, K)
         share = counts * torch.tanh(gate.float())  # (B, T, G), float32, and so are the sums
         if cache is None:
@@ -274,7 +274,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) to the same."""
-        gate, inner, value = products(self.up, x, 1, 1, 1)  # (B, T, F) each
+        gate, inner, value = grouped_projections(self.up, x, 1, 1, 1)  # (B, T, F) each
         return self.down(drop(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
 
 
@@ -299,6 +299,7 @@ class Block(nn.Module):
 class Model(LanguageModel):
     """Embedding, blocks, a head of its own."""
 
+    config: Config
     recipe = Recipe(lr_factor=1.5, muon_lr_factor=3.0)  # measured: tests/bench/zoo.md
 
     def __init__(self, config: Config) -> None:

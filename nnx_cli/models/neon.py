@@ -278,6 +278,7 @@ def join(config: Config) -> nn.Module:
 class Model(LanguageModel):
     """Embedding, blocks, functions or memories that all layers share, a last norm, a head."""
 
+    config: Config
     recipe = Recipe(lr_factor=0.5)
 
     def __init__(self, config: Config) -> None:

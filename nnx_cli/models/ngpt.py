@@ -105,7 +105,7 @@ class Config(ModelConfig):
         return tuple(value[layer] if isinstance(value, tuple) else value for value in pair)
 
 
-# Shapes of the control; ffn_dim is the multiple of 16 (nano) or 64 next to 8/3 dim, which matrix products like better
+# Shapes of the control; ffn_dim is the multiple of 16 (nano) or 64 next to 8/3 dim, which GEMMs like better
 SIZES: dict[str, dict[str, Any]] = {
     "nano": dict(dim=128, n_layers=4, n_heads=4, ffn_dim=336, seq_len=256),
     "tiny": dict(dim=384, n_layers=6, n_heads=6, ffn_dim=1024, seq_len=256),
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         q = rotate(q.float(), *tables) * self.s_qk().view(-1, 1, self.head_dim)
         k = rotate(k, *tables)
         dropout = self.dropout if self.training else 0.0
-        scale = self.head_dim**0.5  # products of unit vectors have variance 1 / K
+        scale = self.head_dim**0.5  # dot products of unit vectors have variance 1 / K
         q, k = q.to(x.dtype), k.to(x.dtype)
         return self.out(causal_attention(q, k, v, cache, self.layer, scale=scale, dropout=dropout)), first_v
 
@@ -284,6 +284,7 @@ class Head(nn.Module):
 class Model(LanguageModel):
     """Embedding and blocks on the unit sphere, and a scaled head."""
 
+    config: Config
     recipe = Recipe(lr_factor=2.0, weight_decay=0.0, warmup=False)  # paper, section 2.6, but for the factor: measured
 
     def __init__(self, config: Config) -> None:

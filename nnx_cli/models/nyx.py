@@ -85,7 +85,7 @@ def xpos_tables(
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)) + feedforward(norm(x)): one matrix product in, one out of each branch."""
+    """x + attention(norm(x)) + feedforward(norm(x)): one GEMM in, one out of each branch."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -132,6 +132,8 @@ class Block(nn.Module):
 
 class Model(LanguageModel):
     """Embedding, parallel blocks, a last norm, a tied head."""
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -152,7 +152,7 @@ class Stream(nn.Module):
 
 
 class Level(nn.Module):
-    """Two blocks side by side, which read the same and project it in one product; their outputs are merged."""
+    """Two blocks side by side, which read the same and project it in one GEMM; their outputs are merged."""
 
     def __init__(self, config: Config, layer: int, is_critic: bool) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Prophet(nn.Module):
 
     def forward(self, x: Tensor, cache: TapeCache | None) -> Tensor:
         """Embeddings (B, T, D) to the same shape; the states after every position go to the cache."""
-        x = x.transpose(0, 1)  # (T, B, D): a step's numbers lie together
+        x = x.transpose(0, 1)  # (T, B, D): a step's elements lie together
         start = x.new_zeros(2, x.shape[1], 2 * x.shape[2]) if cache is None else cache.prophet_states()
         first = self.first(x, start[0])  # (T, B, P)
         second = self.second(first, start[1])
@@ -252,7 +252,7 @@ class TapeCache:
     """Keys and values of the first level, of all others with their segments side by side, and the prophet's states.
 
     The states of both of the prophet's layers are kept for every position, as if they were a key and a value, so that
-    `truncate` finds them: 4 D numbers a token, beside 4 D of the first level and 12 D of every other level (2 % at 18
+    `truncate` finds them: 4 D elements a token, beside 4 D of the first level and 12 D of every other level (2 % at 18
     levels). Recomputing them instead would take a pass over the whole text.
     """
 
@@ -330,6 +330,8 @@ class TapeCache:
 
 class Model(LanguageModel):
     """Embedding, coda, critics and prophet, and a Student-t head."""
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -151,6 +151,8 @@ def read_verified_config(folder: Path) -> dict[str, Any]:
     if not isinstance(described, dict) or "name" not in described or "parameters" not in config:
         raise CheckpointError(f"{path} is damaged: it describes no model")
     check_types(config, CONFIG_TYPES, path)
+    if described.get("variant") == "seed":  # its older name, which nothing writes
+        described["variant"] = "original"
     return config
 
 

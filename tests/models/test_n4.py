@@ -9,7 +9,7 @@ from nnx_cli import models
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.linear import PackedLinear
 from nnx_cli.layers.loss import LossModule
-from nnx_cli.models.n4 import products, windowed_attention
+from nnx_cli.models.n4 import grouped_projections, windowed_attention
 from nnx_cli.models.originals.n4 import reference_config
 from nnx_cli.planning.flops import count_parameters, meta_model
 from tests.models.reference_cases import FOLDER, load_case
@@ -270,9 +270,9 @@ def test_options_that_the_original_lacks_have_no_names_there(tiny):
 def test_products_of_parts_equal_the_packed_one(counts):
     torch.manual_seed(0)
     layer, x = PackedLinear(16, (8, 4, 4, 3)), torch.randn(2, 5, 16)
-    for part, wanted in zip(products(layer, x, *counts), layer(x), strict=True):
+    for part, wanted in zip(grouped_projections(layer, x, *counts), layer(x), strict=True):
         torch.testing.assert_close(part, wanted)
     layer.add_adapter(2)
     torch.nn.init.normal_(layer.lora_b)
-    for part, wanted in zip(products(layer, x, *counts), layer(x), strict=True):
+    for part, wanted in zip(grouped_projections(layer, x, *counts), layer(x), strict=True):
         assert torch.equal(part, wanted)
