@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 TIMES = 64  # positions that are summed side by side
-BLOCK = 32  # channels of a program: there are few heads, and they should spread over the card
+BLOCK = 32  # channels of a program: there are few heads, and they should spread over the GPU
 
 
 def forward(k: Tensor, share: Tensor) -> Tensor:
     """The averages (B, T, G, K), contiguous."""
     B, T, G, K = k.shape
-    k, share = dense_channels(k), share.contiguous()
+    k, share = _dense_channels(k), share.contiguous()
     out = torch.empty(B, T, G, K, dtype=k.dtype, device=k.device)
     with torch.cuda.device_of(k):
         _forward[(B * G, triton.cdiv(K, BLOCK))](
@@ -27,7 +27,7 @@ def backward(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of k (B, T, G, K) and share (B, T, G), contiguous. The second is a sum over channels, of which
     every program has its part."""
     B, T, G, K = k.shape
-    grad, k, share = dense_channels(grad), dense_channels(k), share.contiguous()
+    grad, k, share = _dense_channels(grad), _dense_channels(k), share.contiguous()
     n = triton.cdiv(K, BLOCK)
     grad_k = torch.empty(B, T, G, K, dtype=k.dtype, device=k.device)
     parts = torch.empty(n, B, T, G, dtype=share.dtype, device=k.device)
@@ -50,7 +50,7 @@ def backward(grad: Tensor, k: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     return grad_k, parts.sum(0) if n > 1 else parts[0]
 
 
-def dense_channels(x: Tensor) -> Tensor:
+def _dense_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -103,7 +103,7 @@ def _backward(
     parts += tl.program_id(1).to(tl.int64) * part_stride + b.to(tl.int64) * T * G + g
     total = tl.zeros((BLOCK,), tl.float32)
     n_pieces = tl.cdiv(T, TIMES)
-    for piece in range(0, n_pieces):
+    for piece in range(n_pieces):
         t = (n_pieces - 1 - piece) * TIMES + tl.arange(0, TIMES)
         mask = (t < T)[:, None] & (channel < K)[None, :]
         j = (t + 1).to(tl.float32)

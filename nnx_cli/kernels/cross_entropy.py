@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits and its gradient: what lies between the matrix products of a head's loss."""
+"""Cross-entropy of rows of logits and its gradient: what lies between the GEMMs of a head's loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnx_cli.system.hardware import of
 
 
 def cross_entropy_rows(
-    products: Tensor,
+    logits: Tensor,
     targets: Tensor,
     ignore_index: int,
     *,
@@ -18,26 +18,27 @@ def cross_entropy_rows(
     factor: float = 1.0,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy in nats of every row (N,), at least float32, and its gradient with respect to `products` (N, V)
+    """Cross-entropy in nats of every row (N,), at least float32, and its gradient with respect to `logits` (N, V)
     times `factor`, in their type; both are zero where a target is `ignore_index`.
 
-    `products`, x·w of every row and token, are used up, with what their rows have beyond V: the gradient may lie in
+    `logits`, x·w of every row and token, are used up, with what their rows have beyond V: the gradient may lie in
     their place. Statistics are taken in float32 or wider.
     """
-    if of(products).triton and products.dtype != torch.float64:
-        if products.is_meta:
-            return products.new_empty(len(products), dtype=torch.float32), products if gradient else None
+    if of(logits).triton and logits.dtype != torch.float64:
+        if logits.is_meta:
+            return logits.new_empty(len(logits), dtype=torch.float32), logits if gradient else None
         from nnx_cli.kernels import cross_entropy_triton
 
-        return cross_entropy_triton.cross_entropy_rows(products, targets, ignore_index, student_t, factor, gradient)
-    return plain_cross_entropy_rows(products, targets, ignore_index, student_t, factor, gradient)
+        return cross_entropy_triton.cross_entropy_rows(logits, targets, ignore_index, student_t, factor, gradient)
+    return plain_cross_entropy_rows(logits, targets, ignore_index, student_t, factor, gradient)
 
 
 def plain_cross_entropy_rows(
-    products: Tensor, targets: Tensor, ignore_index: int, student_t: StudentT | None, factor: float, gradient: bool
+    logits: Tensor, targets: Tensor, ignore_index: int, student_t: StudentT | None, factor: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`cross_entropy_rows` without a kernel of its own."""
-    logits, slope = products.to(torch.promote_types(products.dtype, torch.float32)), None
+    dtype = logits.dtype
+    logits, slope = logits.to(torch.promote_types(dtype, torch.float32)), None
     if student_t is not None:
         df, power = student_t.df, (student_t.df + student_t.dim) / 2
         distance = torch.sub(student_t.x_squares[:, None], logits, alpha=2).add_(student_t.w_squares)
@@ -55,4 +56,4 @@ def plain_cross_entropy_rows(
     g.mul_((counts * factor).to(g.dtype)[:, None])
     if slope is not None:
         g.mul_(slope)
-    return losses, g.to(products.dtype)
+    return losses, g.to(dtype)

@@ -31,10 +31,10 @@ def operator(
     library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=tags)
     library.impl(name, function, "CompositeExplicitAutograd" if device is None else device.upper())
     torch.library.register_fake(f"nnx::{name}", shapes, lib=library)
-    gradients = gradients or partial(no_gradients, name)
+    gradients = gradients or partial(_no_gradients, name)
     torch.library.register_autograd(f"nnx::{name}", gradients, setup_context=keep, lib=library)
     return getattr(torch.ops.nnx, name).default
 
 
-def no_gradients(name: str, *_: Any) -> None:
+def _no_gradients(name: str, *_: Any) -> None:
     raise RuntimeError(f"nnx::{name} has no gradients")

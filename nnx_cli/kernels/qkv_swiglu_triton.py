@@ -1,5 +1,4 @@
-"""`unpack` and `swiglu` as Triton kernels, a program for each position. Needs Triton, which whoever imports this has
-looked for."""
+"""`qkv_rope_swiglu` and `swiglu` as Triton kernels, a program for each position. Imports Triton."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ WARPS = 4
 def forward(
     packed: Tensor, q_cos: Tensor, q_sin: Tensor, k_cos: Tensor, k_sin: Tensor, n_heads: int, n_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, T, heads, K) and the hidden features (B, T, F), contiguous."""
     B, T, W = packed.shape
     K = 2 * q_cos.shape[-1]
     hidden = packed.new_empty(B, T, (W - (n_heads + 2 * n_kv_heads) * K) // 2)
@@ -23,7 +23,7 @@ def forward(
     tables = [table.contiguous() for table in (q_cos, q_sin, k_cos, k_sin)]
     with torch.cuda.device_of(packed):
         _forward[(B * T,)](
-            packed.contiguous(), q, k, v, hidden, *tables, T, **widths(n_heads, n_kv_heads, K, hidden.shape[-1])
+            packed.contiguous(), q, k, v, hidden, *tables, T, **_widths(n_heads, n_kv_heads, K, hidden.shape[-1])
         )
     return q, k, v, hidden
 
@@ -39,6 +39,7 @@ def backward(
     k_cos: Tensor,
     k_sin: Tensor,
 ) -> Tensor:
+    """The gradient of `packed`, which is needed itself where there are gates."""
     B, T, H, K = grad_q.shape
     G, n_hidden = grad_k.shape[2], grad_hidden.shape[-1]
     out = grad_q.new_empty(B, T, (H + 2 * G) * K + 2 * n_hidden)
@@ -46,28 +47,29 @@ def backward(
     tables = [table.contiguous() for table in (q_cos, q_sin, k_cos, k_sin)]
     packed = out if packed is None else packed.contiguous()
     with torch.cuda.device_of(out):
-        _backward[(B * T,)](out, packed, *grads, *tables, T, **widths(H, G, K, n_hidden))
+        _backward[(B * T,)](out, packed, *grads, *tables, T, **_widths(H, G, K, n_hidden))
     return out
 
 
-def widths(H: int, G: int, K: int, F: int) -> dict[str, int]:
+def _widths(H: int, G: int, K: int, F: int) -> dict[str, int]:
     """What the kernels are compiled for: numbers of heads, their width and that of the hidden layer, and the powers of
     two that hold them."""
     power = triton.next_power_of_2
-    return dict(
-        H=H,
-        G=G,
-        K=K,
-        F=F,
-        HEADS=power(H),
-        KV_HEADS=power(G),
-        HALF=power(K // 2),
-        BLOCK=min(BLOCK, power(max(F, 16))),
-        num_warps=WARPS,
-    )
+    return {
+        "H": H,
+        "G": G,
+        "K": K,
+        "F": F,
+        "HEADS": power(H),
+        "KV_HEADS": power(G),
+        "HALF": power(K // 2),
+        "BLOCK": min(BLOCK, power(max(F, 16))),
+        "num_warps": WARPS,
+    }
 
 
 def swiglu(packed: Tensor) -> Tensor:
+    """silu(gate) · up (..., F) of gates and ups (..., 2F)."""
     F = packed.shape[-1] // 2
     out = packed.new_empty(*packed.shape[:-1], F)
     with torch.cuda.device_of(packed):
@@ -78,6 +80,7 @@ def swiglu(packed: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
+    """The gradient of `packed`."""
     F, packed = grad.shape[-1], packed.contiguous()
     out = torch.empty_like(packed)
     with torch.cuda.device_of(packed):
@@ -88,7 +91,7 @@ def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
 
 
 @triton.jit
-def gated(value, gate):
+def _gated(value, gate):
     """silu(gate) · value, rounded where separate operations would round; float32."""
     gate = gate.to(tl.float32)
     passed = (gate / (1 + tl.exp(-gate))).to(value.dtype)
@@ -96,7 +99,7 @@ def gated(value, gate):
 
 
 @triton.jit
-def gated_backward(grad, value, gate):
+def _gated_backward(grad, value, gate):
     """Gradients of value and gate, float32."""
     grad, value, gate = grad.to(tl.float32), value.to(tl.float32), gate.to(tl.float32)
     sigmoid = 1 / (1 + tl.exp(-gate))
@@ -104,7 +107,7 @@ def gated_backward(grad, value, gate):
 
 
 @triton.jit
-def turn(
+def _turn(
     source,
     target,
     cos,
@@ -131,7 +134,7 @@ def turn(
 
 
 @triton.jit
-def copy(source, target, K: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _copy(source, target, K: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     at = tl.arange(0, HEADS * HALF * 2)
     mask = at < N * K
     tl.store(target + at, tl.load(source + at, mask, 0.0), mask)
@@ -161,15 +164,15 @@ def _forward(
     row = tl.program_id(0).to(tl.int64)
     table = (row % T) * (K // 2)
     packed += row * ((H + 2 * G) * K + 2 * F)
-    turn(packed, q + row * H * K, q_cos + table, q_sin + table, K, H, HEADS, HALF, False)
-    turn(packed + H * K, k + row * G * K, k_cos + table, k_sin + table, K, G, KV_HEADS, HALF, False)
-    copy(packed + (H + G) * K, v + row * G * K, K, G, KV_HEADS, HALF)
+    _turn(packed, q + row * H * K, q_cos + table, q_sin + table, K, H, HEADS, HALF, False)
+    _turn(packed + H * K, k + row * G * K, k_cos + table, k_sin + table, K, G, KV_HEADS, HALF, False)
+    _copy(packed + (H + G) * K, v + row * G * K, K, G, KV_HEADS, HALF)
     packed += (H + 2 * G) * K
     hidden += row * F
     for start in range(0, F, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value, gate = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-        tl.store(hidden + at, gated(value, gate).to(hidden.dtype.element_ty), at < F)
+        tl.store(hidden + at, _gated(value, gate).to(hidden.dtype.element_ty), at < F)
 
 
 @triton.jit
@@ -197,16 +200,16 @@ def _backward(
     row = tl.program_id(0).to(tl.int64)
     table = (row % T) * (K // 2)
     out += row * ((H + 2 * G) * K + 2 * F)
-    turn(grad_q + row * H * K, out, q_cos + table, q_sin + table, K, H, HEADS, HALF, True)
-    turn(grad_k + row * G * K, out + H * K, k_cos + table, k_sin + table, K, G, KV_HEADS, HALF, True)
-    copy(grad_v + row * G * K, out + (H + G) * K, K, G, KV_HEADS, HALF)
+    _turn(grad_q + row * H * K, out, q_cos + table, q_sin + table, K, H, HEADS, HALF, True)
+    _turn(grad_k + row * G * K, out + H * K, k_cos + table, k_sin + table, K, G, KV_HEADS, HALF, True)
+    _copy(grad_v + row * G * K, out + (H + G) * K, K, G, KV_HEADS, HALF)
     out += (H + 2 * G) * K
     packed += row * ((H + 2 * G) * K + 2 * F) + (H + 2 * G) * K
     grad_hidden += row * F
     for start in range(0, F, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value, gate = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-        grad_value, grad_gate = gated_backward(tl.load(grad_hidden + at, at < F, 0.0), value, gate)
+        grad_value, grad_gate = _gated_backward(tl.load(grad_hidden + at, at < F, 0.0), value, gate)
         tl.store(out + at, grad_value.to(out.dtype.element_ty), at < F)
         tl.store(out + F + at, grad_gate.to(out.dtype.element_ty), at < F)
 
@@ -216,7 +219,7 @@ def _swiglu(packed, out, F, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     packed += row * 2 * F
     gate, up = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-    tl.store(out + row * F + at, gated(up, gate).to(out.dtype.element_ty), at < F)
+    tl.store(out + row * F + at, _gated(up, gate).to(out.dtype.element_ty), at < F)
 
 
 @triton.jit
@@ -225,6 +228,6 @@ def _swiglu_backward(out, packed, grad, F, BLOCK: tl.constexpr):
     packed += row * 2 * F
     out += row * 2 * F
     gate, up = tl.load(packed + at, at < F, 0.0), tl.load(packed + F + at, at < F, 0.0)
-    grad_up, grad_gate = gated_backward(tl.load(grad + row * F + at, at < F, 0.0), up, gate)
+    grad_up, grad_gate = _gated_backward(tl.load(grad + row * F + at, at < F, 0.0), up, gate)
     tl.store(out + at, grad_gate.to(out.dtype.element_ty), at < F)
     tl.store(out + F + at, grad_up.to(out.dtype.element_ty), at < F)

@@ -15,26 +15,26 @@ from torch import Tensor
 from nnx_cli.kernels.precision import in_type, widened
 from nnx_cli.system.hardware import of
 
-CACHED = 2**16  # numbers that a processor's cache still holds when the next operation comes to them
+CACHED = 2**16  # elements that a CPU's cache still holds when the next operation comes to them
 
 
-def activation(x: Tensor, times: int = 1) -> Tensor:
-    """The odd, saturating activation, slope 1 at 0 and limits ±0.2014, or its `times`-fold composition; at least
+def activation(x: Tensor, repeats: int = 1) -> Tensor:
+    """The odd, saturating activation, slope 1 at 0 and limits ±0.2014, or its `repeats`-fold composition; at least
     float32.
 
     With s = 2 tanh(x/2), l = ±ln(1 + |s|), p = l / sqrt(1 + 24 l²) it is 2 atanh(p/2). Applied again, s is the p of
     before.
     """
-    return activation_and_slope(x, times)[0]
+    return activation_and_slope(x, repeats)[0]
 
 
-def activation_and_slope(x: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
+def activation_and_slope(x: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
     """`activation` and its derivative, which need the same logarithms and roots."""
     x = widened(x)
     below = torch.expm1(-x.abs())  # exp(-|x|) - 1
     s = -2 * below / (2 + below)  # 2 tanh(|x|/2), by a function that takes a third of tanh's time
     above, under = 1 - s * s / 4, 1.0  # of the derivative's fraction
-    for _ in range(times):
+    for _ in range(repeats):
         log = torch.log1p(s)
         root = torch.rsqrt(1 + 24 * log * log)
         above, under = above * (root * root * root), under * (1 + s)
@@ -47,11 +47,12 @@ def activation_and_slope(x: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
 class Activation(torch.autograd.Function):
     """`activation` that keeps its slope alone for the backward pass, in place of a dozen intermediate results.
 
-    A processor takes all operations on one piece before the next, or its memory would set the pace.
+    A CPU takes all operations on one piece before the next, or its memory would set the pace.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """`activation(x)`."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             y, slope = (in_type(part, x.dtype) for part in activation_and_slope(x))
         else:
@@ -65,6 +66,7 @@ class Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The gradient of x."""
         (slope,) = ctx.saved_tensors
         return grad * slope
 
@@ -75,9 +77,9 @@ def soft_xor(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cell(sums: Tensor, state: Tensor) -> None:
-    """A step of the recurrence behind its product: sums (B, 2 P) are replaced by the derivatives of what is written to
+    """A step of the recurrence behind its GEMM: sums (B, 2 P) are replaced by the derivatives of what is written to
     `state` (B, P), soft_xor(act(act(left)), act(act(right)))."""
-    y, slope = activation_and_slope(sums, times=2)
+    y, slope = activation_and_slope(sums, repeats=2)
     left, right = y.chunk(2, dim=-1)
     state.copy_(soft_xor(left, right))
     torch.mul(slope, 0.5 - torch.cat((right, left), dim=-1), out=slope)
@@ -88,22 +90,23 @@ def fastest_cell(x: Tensor) -> Callable[[Tensor, Tensor], None]:
     """`cell`, or one kernel that does the same where `x` lies and Triton runs."""
     if x.dtype == torch.float64 or not of(x).triton:
         return cell
-    from nnx_cli.kernels import soft_xor_triton as soft_xor_kernel
+    from nnx_cli.kernels import soft_xor_triton
 
-    return soft_xor_kernel.cell
+    return soft_xor_triton.cell
 
 
 class Recurrence(torch.autograd.Function):
     """A layer of the prophet: s_t = soft_xor(act(act(x_t + U s_{t-1}))), the two halves of the vector being the cells.
 
-    inputs x (T, B, 2 P), weight U (2 P, P), first state (B, P); returns the states (T, B, P). A step is one product and
-    one run of pointwise operations, a single kernel on CUDA, forward; one product and one multiplication backward. The
-    gradient of U is taken for all steps at once. Keeps (T, B, 3 P) numbers.
+    inputs x (T, B, 2 P), weight U (2 P, P), first state (B, P); returns the states (T, B, P). A step is one GEMM and
+    one run of pointwise operations, a single kernel on CUDA, forward; one GEMM and one multiplication backward. The
+    gradient of U is taken for all steps at once. Keeps (T, B, 3 P) elements.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, state: Tensor) -> Tensor:
-        if inputs.is_meta:  # to be counted, not run: one product with as many operations as all steps have
+        """The states (T, B, P)."""
+        if inputs.is_meta:  # to be counted, not run: one GEMM with as many operations as all steps have
             slopes, states = torch.empty_like(inputs), torch.cat((state[None], inputs @ weight))
         else:
             slopes, states = (
@@ -120,6 +123,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of inputs, weight and first state."""
         slopes, states, weight = ctx.saved_tensors
         T, B, P = grad.shape
         sums_grad = torch.empty_like(slopes)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # states that one program computes: a batch has few, and they should spread over the card
+BLOCK = 128  # states that one program computes: a batch has few, and they should spread over the GPU
 
 
 def cell(sums: Tensor, state: Tensor) -> None:

@@ -20,7 +20,7 @@ def causal_attention(
     probabilities.
     """
     B, H, T, K = q.shape
-    if cache is None and dropout and dropping.is_own(q):
+    if cache is None and dropout and dropping.draws_own_mask(q):
         return attention_with_dropout(q, k, v, scale, dropout)
     if cache is None:
         mask, is_causal = None, True
@@ -36,7 +36,7 @@ def causal_attention(
 
 
 def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float) -> Tensor:
-    """Causal attention by plain operations, for torch's fused kernel on a processor knows no dropout."""
+    """Causal attention by plain operations, for torch's fused kernel on a CPU knows no dropout."""
     B, H, T, K = q.shape
     together = B, k.shape[1], -1  # query heads of one key-value head
     scores = (q * scale).reshape(*together, K) @ k.transpose(-1, -2)

@@ -17,7 +17,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.system.hardware import of
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
-LSE_ROWS = 32  # memory-efficient attention pads its sums to a multiple of these
+LSE_ROWS = 32  # memory-efficient attention pads its lse to a multiple of these
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def attend(
     as often as `repeats` says; returns (B, T, H, K).
 
     A position sees all segments of the positions up to its own: attention to one segment after the other, merged. Where
-    no kernel gives the sums that merging takes, and for a cache, segments lie side by side in every position, and that
+    no kernel gives the lse that merging takes, and for a cache, segments lie side by side in every position, and that
     is plain causal attention of as many queries a position, of which the last one counts: no mask, which no fused
     kernel takes.
     """
@@ -75,60 +75,58 @@ def is_flash(q: Tensor) -> bool:
     return of(q).flash and q.dtype != torch.float32
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention of q, k, v (B, T, H, K), and the logarithm of what a query's exponentials sum to, (B, H, T)."""
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of q, k, v (B, T, H, K), and the logsumexp (lse) of a query's scores, (B, H, T)."""
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not q.is_cuda:
-        y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     elif is_flash(q):
-        y, sums = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+        y, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
     else:
-        y, sums = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[:2]
-    return y.transpose(1, 2).contiguous(), sums[..., :T].contiguous()
+        y, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[:2]
+    return y.transpose(1, 2).contiguous(), lse[..., :T].contiguous()
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (B, T, H, K) whose exponentials are part of `sums` (B, H, T) and whose output is part of
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (B, T, H, K) whose scores are part of `lse` (B, H, T) and whose output is part of
     y (B, T, H, K), where `grad` is that of y."""
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     grad, q, k, v, y = (x.transpose(1, 2) for x in (grad, q, k, v, y))
     if not q.is_cuda:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, y, sums, 0.0, True, scale=scale
-        )
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, y, lse, 0.0, True, scale=scale)
     else:
         none = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of a generator that nothing is drawn from
         if is_flash(q):
             grads = aten._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, y, sums, None, None, T, T, 0.0, True, none, none, scale=scale
+                grad, q, k, v, y, lse, None, None, T, T, 0.0, True, none, none, scale=scale
             )
         else:
-            padded = F.pad(sums, (0, -T % LSE_ROWS), value=math.inf)
+            padded = F.pad(lse, (0, -T % LSE_ROWS), value=math.inf)
             grads = aten._scaled_dot_product_efficient_attention_backward(
                 grad, q, k, v, None, y, padded, none[0], none[1], 0.0, [True, True, True, False], True, scale=scale
             )[:3]
     return tuple(x.transpose(1, 2).contiguous() for x in grads)
 
 
-def shapes_only(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def shapes_of_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor
+def _backward_shapes(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-attention_with_lse = operator("attention_with_lse", forward, shapes_only)
-attention_with_lse_backward = operator("attention_with_lse_backward", backward, shapes_of_gradients)
+attention_with_lse = operator("attention_with_lse", _forward, _shapes)
+attention_with_lse_backward = operator("attention_with_lse_backward", _backward, _backward_shapes)
 
 
 def merged_attention(q: Tensor, kv: Tensor, repeats: Sequence[int]) -> Tensor:
     """Causal attention of q (B, T, H, K) over kv (G, B, T, 2, H, K), segment by segment."""
-    if of(q).kind == "meta":  # to be counted, not run: a call with as many products that keeps as much
+    if of(q).kind == "meta":  # to be counted, not run: a call with as many matmuls that keeps as much
         k, v = kv.permute(3, 1, 4, 0, 2, 5).flatten(3, 4)  # (B, H, G·T, K)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
     return MergedAttention.apply(q, kv, tuple(repeats))
@@ -140,20 +138,22 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, repeats: tuple[int, ...]) -> Tensor:
+        """Attention (B, T, H, K) of q (B, T, H, K) over kv (G, B, T, 2, H, K)."""
         found = [attention_with_lse(q, *segment.unbind(2)) for segment in kv]
-        logs = torch.stack([sums + math.log(n) for (_, sums), n in zip(found, repeats, strict=True)])  # (G, B, H, T)
-        sums = logs.logsumexp(0)
-        shares = (logs - sums).exp().transpose(2, 3).unsqueeze(-1)  # (G, B, T, H, 1)
+        logs = torch.stack([lse + math.log(n) for (_, lse), n in zip(found, repeats, strict=True)])  # (G, B, H, T)
+        lse = logs.logsumexp(0)
+        shares = (logs - lse).exp().transpose(2, 3).unsqueeze(-1)  # (G, B, T, H, 1)
         y = in_type(sum(share * y for (y, _), share in zip(found, shares, strict=True)), q.dtype)
         ctx.repeats = repeats
-        ctx.save_for_backward(q, kv, y, sums)
+        ctx.save_for_backward(q, kv, y, lse)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        q, kv, y, sums = ctx.saved_tensors
+        """Gradients of q and kv."""
+        q, kv, y, lse = ctx.saved_tensors
         parts = [
-            attention_with_lse_backward(grad, q, *segment.unbind(2), y, sums - math.log(n))
+            attention_with_lse_backward(grad, q, *segment.unbind(2), y, lse - math.log(n))
             for segment, n in zip(kv, ctx.repeats, strict=True)
         ]
         q_grad = sum(part[0] for part in parts)

@@ -11,14 +11,14 @@ from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
 from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RESERVE_BYTES = int(0.75 * 2**30)  # of a card: context and desktop, left outside the allocator
+RESERVE_BYTES = int(0.75 * 2**30)  # of a GPU: context and desktop, left outside the allocator
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first of CUDA, MPS and CPU that is there.
 
-    On a card, attention is kept from cuDNN, which torch prefers on an H100: it makes a plan of a tenth of a second or
-    more for every new shape, is no faster, and where processes shared the card they died beside it
+    On a GPU, attention is kept from cuDNN, which torch prefers on an H100: it makes a plan of a tenth of a second or
+    more for every new shape, is no faster, and where processes shared the GPU they died beside it
     (tests/bench/against_nanogpt.md).
 
     Raises UsageError for a name that means nothing, MissingFeature for a device that is not there.
@@ -42,9 +42,9 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """The type that mixed precision computes in: what was asked for, or the best that the device does in hardware.
 
-    CUDA: bf16 from compute capability 8.0, fp16 from 7.0 except on GTX 16 cards (slow or broken there), else fp32. CPU
+    CUDA: bf16 from compute capability 8.0, fp16 from 7.0 except on GTX 16 GPUs (slow or broken there), else fp32. CPU
     and MPS: fp32. Raises UsageError for another name, MissingFeature for low precision on a CPU, where it is emulated,
-    or bf16 on a card without it.
+    or bf16 on a GPU without it.
     """
     check_choice("precision", name, ("auto", *DTYPES))
     if device.type == "cpu":
@@ -57,7 +57,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         return "fp32" if name == "auto" else name
     capability = torch.cuda.get_device_capability(device)
     if name == "bf16" and capability < (8, 0):
-        raise MissingFeature("this card has no bf16 units", fix="take --precision fp16")
+        raise MissingFeature("this GPU has no bf16 units", fix="take --precision fp16")
     if name != "auto":
         return name
     if capability >= (8, 0):
@@ -84,18 +84,18 @@ def set_deterministic() -> None:
 
 
 def limit_memory(device: torch.device, vram_bytes: int | None) -> None:
-    """Keep this process within `vram_bytes` of a card, less what lies outside the allocator. A CPU has no such
+    """Keep this process within `vram_bytes` of a GPU, less what lies outside the allocator. A CPU has no such
     limit."""
     if vram_bytes is None or device.type != "cuda":
         return
     if vram_bytes <= RESERVE_BYTES:
-        raise DoesNotFit(f"--vram {vram_bytes / 2**30:g}GB leaves nothing after the 0.75 GiB a card keeps for itself")
+        raise DoesNotFit(f"--vram {vram_bytes / 2**30:g}GB leaves nothing after the 0.75 GiB a GPU keeps for itself")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (vram_bytes - RESERVE_BYTES) / total), device)
 
 
 def memory_budget(device: torch.device, vram_bytes: int | None) -> int:
-    """Bytes to plan for: `--vram` less 1 GiB, or what is free on the card, or half of the machine's memory."""
+    """Bytes to plan for: `--vram` less 1 GiB, or what is free on the GPU, or half of the machine's memory."""
     if vram_bytes is not None:
         return max(0, vram_bytes - 2**30)
     if device.type == "cuda":
@@ -104,7 +104,7 @@ def memory_budget(device: torch.device, vram_bytes: int | None) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory used so far: of the card's allocator, or of this process."""
+    """Most memory used so far: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

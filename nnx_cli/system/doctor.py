@@ -41,14 +41,14 @@ def diagnose() -> Iterator[Finding]:
     yield Finding(
         "ok", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
     )
-    yield from torch_version()
-    yield from devices()
-    yield from memory_and_disk()
-    yield from compilers()
-    yield from extras()
+    yield from _torch_version()
+    yield from _devices()
+    yield from _memory_and_disk()
+    yield from _compilers()
+    yield from _extras()
 
 
-def torch_version() -> Iterator[Finding]:
+def _torch_version() -> Iterator[Finding]:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:
         yield Finding("error", "this torch is older than 2.11", "pip install --upgrade torch")
@@ -60,17 +60,17 @@ def torch_version() -> Iterator[Finding]:
         )
 
 
-def devices() -> Iterator[Finding]:
+def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            yield from card(torch.device("cuda", index))
+            yield from _gpu(torch.device("cuda", index))
         return
-    if name := nvidia_card():
+    if name := _nvidia_gpu():
         why = "this is a CPU build of torch" if torch.version.cuda is None else "torch cannot reach the driver"
         fix = "pip install --force-reinstall torch (a CUDA build), or update the driver"
         yield Finding("warning", f"there is {name}, but {why}", fix)
     elif torch.version.cuda is not None:
-        what = "a CUDA build of torch without a card: the CPU build takes a tenth of the disk space"
+        what = "a CUDA build of torch without a GPU: the CPU build takes a tenth of the disk space"
         yield Finding("note", what, "pip install torch --index-url https://download.pytorch.org/whl/cpu")
     if torch.backends.mps.is_available():
         yield Finding("ok", "Apple GPU")
@@ -81,18 +81,18 @@ def devices() -> Iterator[Finding]:
         yield Finding("warning", what, f"nnx train --threads {cores}")
 
 
-def card(device: torch.device) -> Iterator[Finding]:
-    """A CUDA card, and whether this torch has kernels for it."""
+def _gpu(device: torch.device) -> Iterator[Finding]:
+    """A CUDA GPU, and whether this torch has kernels for it."""
     major, minor = torch.cuda.get_device_capability(device)
     precision = pick_precision("auto", device)
     yield Finding("ok", f"{describe(device)}, compute capability {major}.{minor}, trains in {precision}")
     built_for = {arch.rpartition("_")[2].rstrip("af") for arch in torch.cuda.get_arch_list()}
     if built_for and not any(version[:-1] == str(major) for version in built_for):
-        yield Finding("error", "this torch has no kernels for that card", "pip install --upgrade torch")
+        yield Finding("error", "this torch has no kernels for that GPU", "pip install --upgrade torch")
 
 
-def nvidia_card() -> str | None:
-    """The name of an NVIDIA card, if the driver's own tool sees one."""
+def _nvidia_gpu() -> str | None:
+    """The name of an NVIDIA GPU, if the driver's own tool sees one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -102,7 +102,7 @@ def nvidia_card() -> str | None:
     return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else None
 
 
-def memory_and_disk() -> Iterator[Finding]:
+def _memory_and_disk() -> Iterator[Finding]:
     memory, free = machine_memory_bytes(), shutil.disk_usage(".").free
     yield Finding("ok", f"{memory / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB free on this disk")
     if memory < 3 * GIB:
@@ -117,15 +117,15 @@ def memory_and_disk() -> Iterator[Finding]:
         yield Finding("error", "this folder cannot be written: runs go into weights/ in it", "cd to a folder of yours")
 
 
-def compilers() -> Iterator[Finding]:
+def _compilers() -> Iterator[Finding]:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
-        yield Finding("note", "no triton: nothing is compiled for the card", f"pip install {package}")
+        yield Finding("note", "no triton: nothing is compiled for the GPU", f"pip install {package}")
     if not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         yield Finding("note", "no C++ compiler: long runs on the CPU are not compiled", "install g++ or clang")
 
 
-def extras() -> Iterator[Finding]:
+def _extras() -> Iterator[Finding]:
     for extra, (module, purpose) in EXTRAS.items():
         parent = module.partition(".")[0]
         if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:

@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
 
 
 def cpu_model() -> str:
-    """What the processor calls itself, where the system tells."""
+    """What the CPU calls itself, where the system tells."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
