@@ -47,7 +47,8 @@ LARGE_RUNS = tuple((model, "muon") for model in MODELS) + tuple(
 )
 SMALL_RUNS = (*LARGE_RUNS[:6], ("nyx", "adamw"), ("llama", "lion"))
 
-ALONE = ("--compile", "off", "--device", "cpu", "--precision", "fp32", "--weight-precision", "fp32", "--threads", 1)
+CPU = ("--device", "cpu")
+ALONE = ("--compile", "off", *CPU, "--precision", "fp32", "--weight-precision", "fp32", "--threads", 1)
 ALONE += ("--activation-checkpointing", "off", "--sample-every", 0, "--keep", 1, "--seed", 1337, "--deterministic")
 
 SUMMARIES = (
@@ -88,19 +89,19 @@ def train(nnx: NNX, data: Path, out: Path, model: str, optimizer: str, shape: tu
 
 
 def sample(nnx: NNX, run: Path, *how: object) -> list[str]:
-    found = json.loads(nnx("sample", run, "--prompt", "the cat", "--precision", "fp32", "--json", *how))
+    found = json.loads(nnx("sample", run, "--prompt", "the cat", "--precision", "fp32", *CPU, "--json", *how))
     return [sample["text"] for sample in found["samples"]]
 
 
 def evaluate(nnx: NNX, run: Path) -> dict[str, Any]:
     """What `eval` finds, without its speed."""
-    found = json.loads(nnx("eval", run, "--precision", "fp32", "--json"))
+    found = json.loads(nnx("eval", run, "--precision", "fp32", *CPU, "--json"))
     return {key: value for key, value in found.items() if key not in ("model", "tokens_per_s")}
 
 
 def quantize(nnx: NNX, run: Path, out: Path) -> dict[str, Any]:
     """An int8 receipt without its speeds."""
-    found = json.loads(nnx("quantize", run, "--bits", 8, "--max-drop", 1, "--out", out, "--json"))
+    found = json.loads(nnx("quantize", run, "--bits", 8, "--max-drop", 1, "--out", out, *CPU, "--json"))
     del found["out"]
     for side in ("before", "after"):
         del found[side]["decode_tokens_per_s"]
@@ -253,7 +254,7 @@ BF16 = "llama"  # its weights are bfloat16: that early version trained them, and
 
 def written(nnx: NNX, model: Path) -> dict[str, Any]:
     """A greedy sample and the losses of a model."""
-    greedy = ("--greedy", "--max-new-tokens", 24, "--device", "cpu")
+    greedy = ("--greedy", "--max-new-tokens", 24)
     return {"greedy": sample(nnx, model, *greedy), "eval": evaluate(nnx, model)}
 
 

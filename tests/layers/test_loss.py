@@ -173,7 +173,7 @@ def test_fp16_keeps_the_gradients_of_unlikely_tokens():
 @pytest.mark.parametrize("n_tokens", [11, 256, 5003])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "student-t"])
 def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
-    from nnx_cli.kernels.cross_entropy_triton import fused_row_loss
+    from nnx_cli.kernels import cross_entropy_triton
 
     torch.manual_seed(0)
     dtype = torch.float32 if kind == "student-t" else getattr(torch, kind)
@@ -183,8 +183,8 @@ def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
     products = torch.empty(6, n_tokens + 5, dtype=dtype, device=KERNEL_DEVICE)[:, :n_tokens].copy_(x @ weight.t())
     student_t = StudentT(2.7, 32, x.square().sum(1), weight.square().sum(1)) if kind == "student-t" else None
     losses, gradient = plain_cross_entropy_rows(products.clone(), targets, -100, student_t, 1.5, True)
-    alone, _ = fused_row_loss(products.clone(), targets, -100, student_t, 1.5, False)
-    fused, in_place = fused_row_loss(products, targets, -100, student_t, 1.5, True)
+    alone, _ = cross_entropy_triton.cross_entropy_rows(products.clone(), targets, -100, student_t, 1.5, False)
+    fused, in_place = cross_entropy_triton.cross_entropy_rows(products, targets, -100, student_t, 1.5, True)
     assert in_place is products
     torch.testing.assert_close(fused, alone, rtol=1e-6, atol=1e-6)  # rows of other widths are summed in another order
     torch.testing.assert_close(fused, losses, rtol=2e-6, atol=1e-5)
