@@ -40,9 +40,11 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            (warm_up or fn)(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                (warm_up or fn)(*self.inputs)
+        finally:  # what is undone after a failure comes after what had begun
+            torch.cuda.current_stream().wait_stream(stream)
         # the outer context: torch.cuda.graph stays on its stream where CUDA refuses to end the recording
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph, stream=stream, pool=pool):
             self.output = fn(*self.inputs)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from nnx_cli.config import TrainConfig
 from nnx_cli.errors import QualityError
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.runs.run import Run
@@ -51,11 +52,11 @@ class Recovery:
             return True
         return check_weights and not all_finite(step.model.state_without_ties().values())
 
-    def roll_back(self, run: Run, lr: float) -> None:
-        """Go back to the last checkpoint and go on with less than `lr`. Raises QualityError the second time."""
+    def roll_back(self, run: Run, config: TrainConfig) -> None:
+        """Go back to the last checkpoint and go on with a lower learning rate. Raises QualityError the second time."""
         state, stepper = self.state, self.stepper
         if state.lr_factor < 1.0:
-            self._give_up(lr)
+            self._give_up(config)
         checkpoint, notes = run.newest_checkpoint()
         had_graphs = stepper.graphs is not None
         stepper.graphs = None  # they know the optimizer's state by its address
@@ -77,15 +78,16 @@ class Recovery:
             f"going on with {ROLLBACK_LR:g} of the learning rate"
         )
 
-    def _give_up(self, lr: float) -> None:
+    def _give_up(self, config: TrainConfig) -> None:
         state, stepper = self.state, self.stepper
+        assert config.lr is not None
         with eagerly(stepper.execution.name):
             first = state.step * stepper.samples_per_step
             where = first_overflow(stepper.step.model, *stepper.loader.batch(first, stepper.batch_size))
         raise QualityError(
             f"the run diverged: no finite gradient in {MAX_BAD_STEPS} steps up to step {state.step}, also at a "
             f"lower learning rate; {where}",
-            fix=f"try --lr {lr * ROLLBACK_LR**2:.2g}, or --precision fp32",
+            fix=f"try --lr {config.lr * ROLLBACK_LR**2:.2g}, or --precision fp32",
         )
 
     def retry_on_oom(self, look: Callable[[], T], use_less: Callable[[], bool] = lambda: False) -> T:

@@ -256,14 +256,12 @@ def settings_of(run: Run) -> TrainConfig:
 def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
     """Settings with a step divided anew where batch size or accumulation is given: its samples stay the same, and so do
     those of a validation. Raises UsageError where they cannot."""
+    assert old.batch_size is not None and old.grad_accum is not None
     per_step = old.batch_size * old.grad_accum
-    batch_size = overrides.get("batch_size")
-    grad_accum = overrides.get("grad_accum")
-    if batch_size or grad_accum:
-        batch_size = batch_size or max(1, per_step // grad_accum)
-        grad_accum = grad_accum or max(1, per_step // batch_size)
-    else:
-        batch_size, grad_accum = old.batch_size, old.grad_accum
+    batch_size, grad_accum = old.batch_size, old.grad_accum
+    if overrides.get("batch_size") or overrides.get("grad_accum"):
+        batch_size = overrides.get("batch_size") or max(1, per_step // overrides["grad_accum"])
+        grad_accum = overrides.get("grad_accum") or max(1, per_step // batch_size)
     if batch_size * grad_accum != per_step:
         raise UsageError(
             f"a step of this run has {per_step} sequences, not --batch-size {batch_size} x --grad-accum {grad_accum}",

@@ -126,6 +126,7 @@ class Trainer:
     def lr(self, progress: float) -> float:
         """Learning rate of the next step."""
         config = self.config
+        assert config.lr is not None and config.warmup_steps is not None
         return self.state.lr_factor * lr_at(
             self.state.step,
             progress,
@@ -211,7 +212,7 @@ class Trainer:
 
     def roll_back(self, run: Run) -> None:
         """Go back to the last checkpoint. Raises QualityError the second time."""
-        self.recovery.roll_back(run, self.config.lr)
+        self.recovery.roll_back(run, self.config)
         self.journal.mark(self.state)
         self.journal.report_events(run)
 
