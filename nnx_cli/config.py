@@ -18,6 +18,8 @@ from nnx_cli.errors import DataError, UsageError, nearest
 
 GIB = 2**30
 MAX_TOML_BYTES = 2**20
+# parts of a run after which it is looked at
+MILESTONES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that package's modules
 
 

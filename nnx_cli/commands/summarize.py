@@ -108,16 +108,16 @@ def summary(
     import torch
 
     from nnx_cli.planning import flops as cost
-    from nnx_cli.planning.fit import Predictor, advice, descend, ladder
+    from nnx_cli.planning.fit import Predictor, advice, first_that_fits, savings
     from nnx_cli.planning.memory import ANY_GPU
-    from nnx_cli.planning.plan import default_tokens_per_step, preferred_optimizer
+    from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
     from nnx_cli.system.device import memory_budget, pick_device
 
     model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
     predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU)
     budget = memory_budget(device, train.vram_bytes)
     preferred = preferred_optimizer(name, train.lora_rank)
-    chosen, rungs, fits = descend(predictor, train, train.batch_size or 1, budget, preferred)
+    chosen, savers, fits = first_that_fits(predictor, train, train.batch_size or 1, budget, preferred)
     per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
     asked = train.batch_size or 1
     largest = None
@@ -127,7 +127,7 @@ def summary(
     memory, peak = predictor.memory(chosen, rows), predictor.peak(chosen, rows)
     weights, cache = cost.sampling_bytes(model)
 
-    *_, (smallest, _) = ladder(train, preferred)
+    *_, (smallest, _) = savings(train, preferred)
 
     return {
         "model": models.stem(name),
@@ -159,7 +159,7 @@ def summary(
             "optimizer": chosen.optimizer,
             "weight_precision": chosen.weight_precision,
             "predicted_peak_bytes": peak,
-            "gives_up": [rung.text for rung in rungs],
+            "gives_up": [saver.text for saver in savers],
             "advice": None if fits else advice(predictor, train, budget, largest),
         },
         "trains_in_gb": {str(gb): predictor.fits(smallest, 1, memory_budget(device, gb * 2**30)) for gb in CARDS_GB},

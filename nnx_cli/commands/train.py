@@ -105,7 +105,7 @@ def _chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, s
 
     Raises UsageError for a shape or a batch that cannot be, before any text is read.
     """
-    from nnx_cli.planning.plan import check_batch_shape
+    from nnx_cli.planning.fit import check_batch_shape
     from nnx_cli.training.inputs import Shape, start_from
 
     base, sources, spec = None, request.sources, request.init_from
@@ -284,8 +284,8 @@ def _tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.de
         f"{models.stem(plan.model)} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, "
         f"{train.precision}"
     )
-    for rung in plan.rungs:
-        output.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {rung.text}")
+    for saver in plan.savers:
+        output.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {saver.text}")
     output.note(
         f"{len(tokens.train):,} tokens to train on; {train.batch_size} x {train.grad_accum} x {config.seq_len} tokens "
         f"a step, {train.optimizer}, learning rate {train.lr:g}, for {' or '.join(ends)}"

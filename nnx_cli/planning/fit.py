@@ -1,4 +1,5 @@
-"""What fits: the largest micro-batch, and what is given up, rung by rung, where not even one sequence would."""
+"""What fits: the largest micro-batch, and what is given up, one thing after the other, where not even one sequence
+would."""
 
 from __future__ import annotations
 
@@ -14,22 +15,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
+from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters, meta_model, over_blocks
 from nnx_cli.planning.memory import Memory, hardware_to_plan_for, predict
-from nnx_cli.system.device import DTYPES
+from nnx_cli.planning.recipe import default_tokens_per_step
+from nnx_cli.planning.settings import Derived
+from nnx_cli.system.device import DTYPES, memory_budget
 from nnx_cli.system.hardware import Hardware
 
 SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
 GIB = 2**30
+GRAPH_BYTES = 2**27  # that a step recorded as a CUDA graph takes beside what a plain one does
 KEPT = {"fp32": 0.7, "bf16": 0.38, "fp16": 0.38}  # of all a forward pass computes in 32 bits, at most; seen: 0.57, 0.30
 KEPT_WITH_DROPOUT = 2.0  # but on CUDA, all keep the scores of attention then; seen: 1.26, up to this many positions:
 DROPOUT_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
-class Rung:
+class MemorySaver:
     """A setting that saves memory, and what it costs."""
 
     field: str
@@ -37,30 +42,32 @@ class Rung:
     text: str
 
 
-RUNGS = (  # exact ones first
-    Rung("activation_checkpointing", "half", "every second block runs again in the backward pass: a sixth more work"),
-    Rung("activation_checkpointing", "on", "all blocks run again in the backward pass: a third more work"),
-    Rung("optimizer", "adamw8bit", "the optimizer's averages are kept in 8 bits: coarser steps"),
-    Rung("weight_precision", "bf16", "weights are kept in bf16, rounded at random: noisier steps"),
+MEMORY_SAVERS = (  # exact ones first
+    MemorySaver(
+        "activation_checkpointing", "half", "every second block runs again in the backward pass: a sixth more work"
+    ),
+    MemorySaver("activation_checkpointing", "on", "all blocks run again in the backward pass: a third more work"),
+    MemorySaver("optimizer", "adamw8bit", "the optimizer's averages are kept in 8 bits: coarser steps"),
+    MemorySaver("weight_precision", "bf16", "weights are kept in bf16, rounded at random: noisier steps"),
 )
 
 
-def ladder(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[TrainConfig, tuple[Rung, ...]]]:
-    """Settings with nothing left on auto, from those that cost nothing down, and the rungs taken for them.
+def savings(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[TrainConfig, tuple[MemorySaver, ...]]]:
+    """Settings with nothing left on auto, from those that cost nothing down, and the memory savers among them.
 
-    A rung is for settings that are on auto only. `optimizer` is what that one means where memory suffices. Adapters
+    A saver is for settings that are on auto only. `optimizer` is what that one means where memory suffices. Adapters
     begin with all blocks checkpointed: without that, activations would undo what their few gradients save.
     """
     blocks = "off" if train.lora_rank is None else "on"
     plain = {"activation_checkpointing": blocks, "optimizer": optimizer, "weight_precision": "fp32"}
     free = {field for field in plain if getattr(train, field) == "auto"}
     chosen = replace(train, **{field: plain[field] for field in free})
-    taken: dict[str, Rung] = {}
+    taken: dict[str, MemorySaver] = {}
     yield chosen, ()
-    for rung in RUNGS:
-        if rung.field in free and plain[rung.field] != "on":
-            chosen = replace(chosen, **{rung.field: rung.value})
-            taken[rung.field] = rung
+    for saver in MEMORY_SAVERS:
+        if saver.field in free and plain[saver.field] != "on":
+            chosen = replace(chosen, **{saver.field: saver.value})
+            taken[saver.field] = saver
             yield chosen, tuple(taken.values())
 
 
@@ -133,19 +140,19 @@ class Predictor:
 
     def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:
         """Whether micro-batches of `rows` fit in `budget`. A step is simulated only where that is not plain to see."""
-        if self.least(train) > budget:
+        if self.lower_bound(train) > budget:
             return False
-        return (self._bounded and self.bound(train, rows) <= budget) or self.peak(train, rows) <= budget
+        return (self._bounded and self.upper_bound(train, rows) <= budget) or self.peak(train, rows) <= budget
 
-    def least(self, train: TrainConfig) -> int:
-        """Fewer bytes than such training takes: weights, and their gradients unless each is gone when the next comes or
+    def lower_bound(self, train: TrainConfig) -> int:
+        """Lower bound on peak memory: weights, and their gradients unless each is gone when the next comes or
         adapters alone have one."""
         each = DTYPES[train.weight_precision].itemsize
         return self._size()[0] * each * (1 if train.optimizer_in_backward or self._adapters else 2)
 
-    def bound(self, train: TrainConfig, rows: int) -> int:
-        """More bytes than such training takes, by a fifth at least: half a GiB, 24 bytes for a parameter with all that
-        belongs to it, and more of what a forward pass computes than is kept."""
+    def upper_bound(self, train: TrainConfig, rows: int) -> int:
+        """Upper bound on peak memory, at least 20 % above every prediction: half a GiB, 24 bytes for a
+        parameter with all that belongs to it, and more of what a forward pass computes than is kept."""
         parameters, computed = self._size()
         kept = KEPT_WITH_DROPOUT if self._keeps_scores else KEPT[train.precision]
         return GIB // 2 + 24 * parameters + int(rows * computed * kept)
@@ -195,12 +202,12 @@ def largest_batch(peak: Callable[[int], int], budget: int, most: int, fitting: i
     return low
 
 
-def descend(
+def first_that_fits(
     predictor: Predictor, train: TrainConfig, rows: int, budget: int, optimizer: str = "adamw"
-) -> tuple[TrainConfig, tuple[Rung, ...], bool]:
-    """The first settings of the ladder with which micro-batches of `rows` fit, the rungs taken, and whether they
+) -> tuple[TrainConfig, tuple[MemorySaver, ...], bool]:
+    """The first settings of `savings` with which micro-batches of `rows` fit, the savers among them, and whether they
     do; the last settings where none do."""
-    for chosen, taken in ladder(train, optimizer):
+    for chosen, taken in savings(train, optimizer):
         if predictor.fits(chosen, rows, budget):
             return chosen, taken, True
     return chosen, taken, False
@@ -213,9 +220,105 @@ def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) 
     set_by_hand = {"activation_checkpointing": "on", "optimizer": "adamw8bit", "weight_precision": "bf16"}
     given = {field for field, last in set_by_hand.items() if getattr(train, field) not in ("auto", last)}
     freed = replace(train, **dict.fromkeys(given, "auto"))
-    if given and descend(predictor, freed, 1, budget)[2]:
+    if given and first_that_fits(predictor, freed, 1, budget)[2]:
         return "leave out " + " and ".join("--" + field.replace("_", "-") for field in sorted(given))
-    last = replace([*ladder(freed)][-1][0], optimizer_in_backward=True, grad_accum=1, batch_size=None)
+    last = replace([*savings(freed)][-1][0], optimizer_in_backward=True, grad_accum=1, batch_size=None)
     if not train.optimizer_in_backward and predictor.peak(last, 1) <= budget:
         return "add --optimizer-in-backward, which has no accumulation and no clipping by the norm of all gradients"
     return "take a smaller --size or --seq-len"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a run fits: values to take, what they give up, and the bytes of memory it has and is going to need."""
+
+    values: dict[str, Derived]
+    tokens_per_step: int
+    savers: tuple[MemorySaver, ...]
+    budget: int
+    predict: Callable[[], int]
+
+
+def fit_memory(train: TrainConfig, config: ModelConfig, name: str, device: torch.device, optimizer: str) -> Fitted:
+    """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
+    that fits. Where what is asked does not fit, settings on auto save memory until it does; before that `auto` means
+    `optimizer`.
+
+    Raises UsageError where the three disagree, DoesNotFit where even that is not enough.
+    """
+    T, B, A, N = config.seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
+    check_batch_shape(train, T)
+    default = N or default_tokens_per_step(meta_model(name, config), device)
+    if train.optimizer_in_backward:
+        A = 1
+    if B is None and A and N:
+        B = N // (A * T)
+    predictor = Predictor(name, config, train.lora_rank, device)
+    budget = memory_budget(device, train.vram_bytes)
+    chosen, savers, fits = first_that_fits(predictor, replace(train, grad_accum=A), B or 1, budget, optimizer)
+    if not fits:
+        _refuse(predictor, train, chosen, B or 1, budget)
+    if B is None:
+        rows = max(1, default // (T * (A or 1)))
+        room = GRAPH_BYTES if device.type == "cuda" and train.compile != "off" else 0
+        largest = predictor.largest(chosen, budget - room, rows) or predictor.largest(chosen, budget, rows)
+        B = largest if A else max(b for b in range(1, largest + 1) if rows % b == 0)
+    A = A or max(1, default // (B * T))
+    reason = "device, memory and the other two"
+    values = {"batch_size": Derived(B, reason), "grad_accum": Derived(A, reason)}
+    values["tokens_per_step"] = Derived(B * A * T, reason)
+    final = replace(chosen, grad_accum=A, batch_size=B)
+    values |= _saving_values(train, chosen, savers, optimizer)
+    return Fitted(values, B * A * T, savers, budget, lambda: predictor.peak(final, B))
+
+
+def _refuse(predictor: Predictor, train: TrainConfig, chosen: TrainConfig, rows: int, budget: int) -> None:
+    """Raise DoesNotFit for micro-batches of `rows`, with what would help."""
+    largest = predictor.largest(chosen, budget, rows)
+    enough = f"a batch of {largest} would fit" if largest else "not even one sequence fits"
+    raise DoesNotFit(
+        f"--batch-size {rows} needs about {predictor.peak(chosen, rows) / GIB:.2f} GiB of {budget / GIB:.2f} GiB; "
+        f"{enough}",
+        fix=advice(predictor, train, budget, largest),
+    )
+
+
+def _saving_values(
+    train: TrainConfig, chosen: TrainConfig, savers: tuple[MemorySaver, ...], optimizer: str
+) -> dict[str, Derived]:
+    """The chosen values of settings that may save memory, and why each."""
+    values = {}
+    for field in ("optimizer", "weight_precision", "activation_checkpointing"):
+        costs = [saver.text for saver in savers if saver.field == field]
+        reason = f"memory; {costs[0]}" if costs else "it fits"
+        values[field] = Derived(getattr(chosen, field), reason)
+    if chosen.optimizer == optimizer:
+        reason = "adapters" if train.lora_rank else "model, and how often the text is read"
+        values["optimizer"] = Derived(optimizer, reason)
+    if train.lora_rank is not None:
+        reason = "adapters are to take little memory; a third more work"
+        values["activation_checkpointing"] = Derived(chosen.activation_checkpointing, reason)
+    return values
+
+
+def check_batch_shape(train: TrainConfig, seq_len: int) -> None:
+    """Raise UsageError where batch_size x grad_accum x seq_len and tokens_per_step cannot agree."""
+    T, B, A, N = seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
+    if B and A and N and B * A * T != N:
+        raise UsageError(
+            f"--batch-size {B} x --grad-accum {A} x --seq-len {T} is {B * A * T}, not --tokens-per-step {N}",
+            fix="give two of the three",
+        )
+    if train.optimizer_in_backward and B and N and B * T != N:
+        raise UsageError(
+            f"--optimizer-in-backward sees one micro-batch: --batch-size {B} x --seq-len {T} is {B * T}, "
+            f"not --tokens-per-step {N}",
+            fix="leave out one of the two",
+        )
+    for option, part in (
+        ("--seq-len", T),
+        ("--batch-size x --seq-len", T * (B or 1)),
+        ("--grad-accum x --seq-len", T * (A or 1)),
+    ):
+        if N and N % part:
+            raise UsageError(f"--tokens-per-step {N} is no multiple of {option} {part}")

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from nnx_cli.config import TrainConfig
-from nnx_cli.training.schedule import MILESTONES
+from nnx_cli.config import MILESTONES, TrainConfig
 
 LOG_STEPS = 10
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this

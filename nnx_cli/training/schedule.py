@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 COOLDOWN = 0.4  # part of a run, at its end, in which `wsd` lowers the learning rate
-# parts of a run after which it is looked at
-MILESTONES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def lr_at(step: int, progress: float, *, schedule: str, lr: float, min_lr: float, warmup_steps: int) -> float:

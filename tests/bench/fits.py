@@ -46,7 +46,7 @@ from nnx_cli.config import TrainConfig, parse_bytes
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.optim._groups import cast_matrices
-from nnx_cli.planning.fit import Predictor, descend
+from nnx_cli.planning.fit import Predictor, first_that_fits
 from nnx_cli.planning.memory import hardware_to_plan_for
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device
@@ -212,7 +212,7 @@ def largest(name: str, device: torch.device, vram: str) -> dict[str, Any]:
     def fitting(n_layers: int) -> TrainConfig | None:
         predictor = Predictor(name, replace(wide, n_layers=n_layers), None, hardware)
         for way in ways:
-            chosen, _, fits = descend(predictor, way, 1, budget)
+            chosen, _, fits = first_that_fits(predictor, way, 1, budget)
             if fits:
                 return chosen
         return None

@@ -4,7 +4,7 @@ import pytest
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
-from nnx_cli.planning.fit import Predictor, advice, descend, ladder, largest_batch
+from nnx_cli.planning.fit import Predictor, advice, first_that_fits, largest_batch, savings
 from nnx_cli.planning.memory import ANY_GPU, CPU
 
 GIB = 2**30
@@ -23,7 +23,7 @@ def chosen(train):
 
 
 def test_exact_measures_come_first():
-    steps = [(chosen(settings), len(taken)) for settings, taken in ladder(train())]
+    steps = [(chosen(settings), len(taken)) for settings, taken in savings(train())]
     assert steps == [
         (("off", "adamw", "fp32"), 0),
         (("half", "adamw", "fp32"), 1),
@@ -35,26 +35,26 @@ def test_exact_measures_come_first():
 
 def test_what_was_asked_for_stays():
     asked = train(optimizer="lion", activation_checkpointing="off")
-    assert [chosen(settings) for settings, _ in ladder(asked)] == [("off", "lion", "fp32"), ("off", "lion", "bf16")]
-    assert len(list(ladder(train(optimizer="muon", activation_checkpointing="half", weight_precision="fp32")))) == 1
+    assert [chosen(settings) for settings, _ in savings(asked)] == [("off", "lion", "fp32"), ("off", "lion", "bf16")]
+    assert len(list(savings(train(optimizer="muon", activation_checkpointing="half", weight_precision="fp32")))) == 1
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_every_rung_saves_memory(name):
+def test_every_saver_saves_memory(name):
     found = predictor(name, "base")
-    peaks = [found.peak(settings, 1) for settings, _ in ladder(train())]
+    peaks = [found.peak(settings, 1) for settings, _ in savings(train())]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.6 * peaks[0]
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_a_billion_parameters_fit_in_eight_gigabytes(name):
-    settings, taken, fits = descend(predictor(name, "xl"), train(), 1, 7 * GIB)
+    settings, taken, fits = first_that_fits(predictor(name, "xl"), train(), 1, 7 * GIB)
     assert fits and len(taken) == 3 and chosen(settings) == ("on", "adamw8bit", "bf16")
 
 
 def test_the_largest_batch_is_the_largest():
     found = predictor()
-    settings, _, fits = descend(found, train(), 1, 7 * GIB)
+    settings, _, fits = first_that_fits(found, train(), 1, 7 * GIB)
     n = found.largest(settings, 7 * GIB, 64)
     assert fits and 1 <= n < 64
     assert found.peak(settings, n) <= 7 * GIB < found.peak(settings, n + 1)
@@ -63,28 +63,28 @@ def test_the_largest_batch_is_the_largest():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("hardware", [CPU, ANY_GPU, replace(ANY_GPU, triton=False)], ids=["cpu", "card", "no-triton"])
 @pytest.mark.parametrize("name", models.names())
-def test_nothing_takes_more_than_the_bound(name, hardware, dropout):
+def test_nothing_takes_more_than_the_upper_bound(name, hardware, dropout):
     found = Predictor(name, models.make_config(name, size="nano", dropout=dropout), None, hardware)
     for optimizer, precision in (("muon", "fp32"), ("adamw", "bf16")):
-        settings = next(ladder(train(optimizer=optimizer, precision=precision)))[0]
+        settings = next(savings(train(optimizer=optimizer, precision=precision)))[0]
         for rows in (8, 256):
-            assert 1.2 * found.peak(settings, rows) < found.bound(settings, rows)
+            assert 1.2 * found.peak(settings, rows) < found.upper_bound(settings, rows)
 
 
 @pytest.mark.parametrize("lora_rank", [None, 4])
 @pytest.mark.parametrize("name", models.names())
-def test_nothing_takes_less_than_the_least(name, lora_rank):
+def test_nothing_takes_less_than_the_lower_bound(name, lora_rank):
     found = predictor(name, "nano", lora_rank)
-    for settings, _ in ladder(train(optimizer_in_backward=lora_rank is None, grad_accum=1)):
-        assert found.least(settings) < found.peak(settings, 1)
-    assert not found.fits(settings, 1, found.least(settings) - 1)
+    for settings, _ in savings(train(optimizer_in_backward=lora_rank is None, grad_accum=1)):
+        assert found.lower_bound(settings) < found.peak(settings, 1)
+    assert not found.fits(settings, 1, found.lower_bound(settings) - 1)
 
 
 def test_what_clearly_fits_is_not_simulated(monkeypatch):
     found = predictor(size="nano")
     monkeypatch.setattr(found, "peak", None)
-    settings = next(ladder(train()))[0]
-    assert descend(found, train(), 8, 7 * GIB) == (settings, (), True)
+    settings = next(savings(train()))[0]
+    assert first_that_fits(found, train(), 8, 7 * GIB) == (settings, (), True)
     assert found.largest(settings, 7 * GIB, 8) == 8
 
 
@@ -96,7 +96,7 @@ def test_the_largest_batch_within_a_budget(budget, wanted):
 
 def test_a_batch_too_large_to_simulate_lies_on_a_line():
     found = predictor(size="nano")
-    settings = next(ladder(train()))[0]
+    settings = next(savings(train()))[0]
     most = 2**18 // 256
     half, whole = found.peak(settings, most // 2), found.peak(settings, most)
     assert found.peak(settings, 3 * most) == pytest.approx(whole + 4 * (whole - half), rel=1e-6)
@@ -112,7 +112,7 @@ def test_advice_names_what_would_help():
 
 def test_adapters_take_less_than_half_of_full_training():
     full, adapters = predictor(size="base"), predictor(size="base", lora_rank=8)
-    settings = next(ladder(train()))[0]
+    settings = next(savings(train()))[0]
     assert adapters.memory(settings, 4).gradients_bytes < 0.05 * full.memory(settings, 4).gradients_bytes
     on = train(activation_checkpointing="on", optimizer="adamw", weight_precision="fp32")
     assert adapters.peak(on, 4) < 0.45 * full.peak(settings, 4)

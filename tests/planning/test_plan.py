@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -6,7 +8,8 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import Recipe
 from nnx_cli.planning import plan as planner
-from nnx_cli.planning.plan import affordable_size, default_lr, plan_run, steps_in
+from nnx_cli.planning.plan import affordable_size, plan_run, steps_in
+from nnx_cli.planning.recipe import default_dropout, default_lr, default_weight_decay
 
 T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
@@ -88,12 +91,12 @@ def test_vram_bounds_the_micro_batch():
 def test_what_was_given_up_to_fit_is_recorded():
     fields = dict(n_layers=4, dim=512, n_heads=8, seq_len=512)
     roomy = plan(fields, max_steps=5, vram="8GB", batch_size=4)
-    assert roomy.train.activation_checkpointing == "off" and not roomy.rungs and roomy.train.weight_precision == "fp32"
+    assert roomy.train.activation_checkpointing == "off" and not roomy.savers and roomy.train.weight_precision == "fp32"
     assert 0 < roomy.predict() <= roomy.budget_bytes == 7 * 2**30
     tight = f"{(roomy.predict() * 0.8 + 2**30) / 2**20:.0f}MB"
     planned = plan(fields, max_steps=5, vram=tight, batch_size=4)
     assert planned.train.activation_checkpointing in ("half", "on") and planned.predict() <= planned.budget_bytes
-    assert [rung.field for rung in planned.rungs] == ["activation_checkpointing"]
+    assert [saver.field for saver in planned.savers] == ["activation_checkpointing"]
     assert "run" in planned.sources["activation_checkpointing"] and planned.train.batch_size == 4
     assert (planned.train.lr, planned.train.max_steps) == (roomy.train.lr, roomy.train.max_steps)
     with pytest.raises(DoesNotFit) as error:
@@ -203,11 +206,29 @@ def test_a_size_is_what_the_time_allows(name):
 
 
 @pytest.mark.parametrize("rate", [1e6, 1e12])
-def test_auto_size_on_a_cpu_follows_its_speed(monkeypatch, rate):
-    monkeypatch.setattr(planner, "matrix_flops", lambda device, precision: rate)
+def test_auto_size_on_a_cpu_follows_its_kind(monkeypatch, rate):
+    monkeypatch.setattr(planner, "nominal_flops", lambda device, precision: rate)
     planned = plan(fields={}, size="auto", max_time="20m")
     assert planned.size == affordable_size("nyx", 1200 * rate)
     assert planned.sources["size"].startswith("derived")
+
+
+def test_no_clock_decides(monkeypatch):
+    """A plan of a busy machine is that of a quiet one."""
+    for clock in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(time, clock, lambda: pytest.fail("a plan asks for the time"))
+    first, second = (plan(fields={}, size="auto", max_time="4m") for _ in range(2))
+    assert (first.train, first.model_config) == (second.train, second.model_config)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_two_cores_take_the_smallest_size_in_four_minutes(monkeypatch, capability):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    planned = plan(fields={}, size="auto", train_tokens=419_000)
+    assert planned.size == "nano" and planned.train.tokens_per_step == 1024
+    steps = planned.tokens_per_s * planner.DEFAULT_SECONDS / 1024
+    assert 2300 < steps < 3800 and (capability != "AVX512" or steps > 3400)
 
 
 def test_shapes_of_ones_own_have_no_size():
@@ -237,7 +258,7 @@ def test_shapes_of_ones_own_have_no_size():
     ],
 )
 def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
-    assert planner.default_dropout(passes, per_token) == dropout
+    assert default_dropout(passes, per_token) == dropout
 
 
 @pytest.mark.parametrize(
@@ -336,11 +357,11 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
     ],
 )
 def test_weights_forget_what_they_would_know_by_heart(steps, passes, dim, weight_decay):
-    assert planner.default_weight_decay(0.1, "muon", 0.01, steps, passes, dim) == weight_decay
+    assert default_weight_decay(0.1, "muon", 0.01, steps, passes, dim) == weight_decay
 
 
 def test_under_adamw_wide_weights_forget_no_more_than_narrow_ones():
-    wide, narrow = (planner.default_weight_decay(0.1, "adamw", 0.01, 300, 30.0, dim) for dim in (512, 128))
+    wide, narrow = (default_weight_decay(0.1, "adamw", 0.01, 300, 30.0, dim) for dim in (512, 128))
     assert wide == narrow == 2.0
 
 

@@ -1,0 +1,114 @@
+"""What a model learns best from: optimizer, learning rate, dropout, weight decay and tokens a step, from its parameters
+and the tokens it is going to see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import TrainConfig
+from nnx_cli.models._base import LanguageModel
+from nnx_cli.planning.flops import count_parameters
+from nnx_cli.planning.settings import Derived
+
+DROPOUT = ((12, 0.2), (6, 0.1))  # epochs from which on a model needs it: tests/bench/zoo.md
+PARAMS_PER_TOKEN_TO_OVERFIT = 1.5  # of the text, from which on a model can learn it by heart
+SOONER_FROM = 4  # parameters a token from which on fewer epochs are enough for that: see `default_dropout`
+EPOCHS_TO_OVERFIT = 16  # from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
+EPOCHS_TO_FORGET, MOST_FORGOTTEN, WIDEST_RACED = 6, 3, 384  # see `default_weight_decay`
+MOST_DECAY = 0.04  # of a weight, in a step
+CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
+GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
+MOST_WARMUP_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How much a run is going to see: epochs over its text, of which the model trains `params_per_token` parameters a
+    token, and tokens a second where its length is a time."""
+
+    epochs: float
+    params_per_token: float
+    tokens_per_s: float
+
+    @property
+    def overfits(self) -> bool:
+        """Whether the model learns its text by heart."""
+        return self.epochs >= EPOCHS_TO_OVERFIT and self.params_per_token >= PARAMS_PER_TOKEN_TO_OVERFIT
+
+
+def training_recipe(
+    name: str, train: TrainConfig, dim: int, *, expected_steps: int, train_tokens: int
+) -> dict[str, Derived]:
+    """Learning rate, its warm-up, beta2 and weight decay of a run of `expected_steps`; `train` has its optimizer and
+    tokens a step filled in."""
+    recipe, optimizer = models.recipe(name), train.optimizer
+    factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
+    lr = train.lr or default_lr(optimizer, dim, factor)
+    decays = optimizer in ("adamw", "adamw8bit", "muon")
+    decay = Derived(recipe.weight_decay if decays else 0.0, "optimizer and model")
+    if decay.value and train.lora_rank is None and train.tokens_per_step:
+        epochs = expected_steps * train.tokens_per_step / train_tokens
+        value = default_weight_decay(decay.value, optimizer, lr, expected_steps, epochs, dim)
+        decay = Derived(value, "lr, width, passes over the text")
+    warms_up = train.schedule != "constant" and recipe.warmup
+    warmup = min(MOST_WARMUP_STEPS, max(1, expected_steps // 50)) if warms_up else 0
+    return {
+        "lr": Derived(lr, "optimizer, width and model"),
+        "beta2": Derived(0.99, "optimizer"),
+        "weight_decay": decay,
+        "warmup_steps": Derived(min(warmup, expected_steps), "length"),
+    }
+
+
+def preferred_optimizer(name: str, lora_rank: int | None, overfits: bool = False) -> str:
+    """The optimizer that `auto` means for a model where memory suffices."""
+    return "adamw" if overfits or lora_rank else models.recipe(name).optimizer
+
+
+def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
+    """Tokens of an optimizer step: few, so that there are many steps, but enough to keep a GPU busy."""
+    total = count_parameters(model)["total"]
+    if device.type == "cpu":
+        few, more = CPU_TOKENS_PER_STEP
+        return few if total <= 2e6 else more
+    few, more, many = GPU_TOKENS_PER_STEP
+    return few if total <= 20e6 else more if total <= 60e6 else many
+
+
+def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
+    """Peak learning rate: falls with the width from 128 on, times an architecture's factor; Lion takes a tenth of it,
+    Muon two and a half.
+
+    Wolf has the rate its author gives.
+    """
+    if optimizer == "wolf":
+        return 0.3678
+    share = {"lion": 0.1, "muon": 2.5}.get(optimizer, 1.0)
+    return float(f"{4e-3 * 128 / max(dim, 128) * share * factor:.2g}")
+
+
+def default_dropout(epochs: float, params_per_token: float) -> float:
+    """Dropout for that many epochs of a text of which the model has `params_per_token` parameters a token: none where
+    it is too small to overfit, sooner the larger it is. Raced with 2, 10 and 25: tests/bench/zoo.md."""
+    if params_per_token < PARAMS_PER_TOKEN_TO_OVERFIT:
+        return 0.0
+    epochs *= max(1.0, params_per_token / SOONER_FROM) ** (1 / 3)
+    return next((dropout for lowest, dropout in DROPOUT if epochs >= lowest), 0.0)
+
+
+def default_weight_decay(lowest: float, optimizer: str, lr: float, steps: int, epochs: float, dim: int) -> float:
+    """Weight decay for a peak learning rate and a number of steps that make as many epochs.
+
+    What it does depends on its product with both: weights forget e^-D of where they were, D = decay * lr * steps / 2
+    with a rate that falls to zero (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). A text that is read
+    again and again is overfitted unless D grows with the epochs, sooner by wider models; with AdamW nothing beyond 3
+    was better. Raced: tests/bench/zoo.md.
+    """
+    unit = 2 / (lr * steps)  # the decay that makes D 1
+    wider = min(max(dim, 128), WIDEST_RACED) / 128
+    wanted = epochs / EPOCHS_TO_FORGET * wider if epochs >= 2 else 0.0
+    most = MOST_FORGOTTEN * (wider if optimizer == "muon" else 1)
+    return float(f"{min(max(lowest, wanted * unit), most * unit, MOST_DECAY / lr):.2g}")
