@@ -17,7 +17,7 @@ def test_findings_and_the_lines_that_mend_them(nnx):
 def test_a_card_that_torch_cannot_use(nnx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(diagnosis, "nvidia_card", lambda: "GeForce RTX 3060")
+    monkeypatch.setattr(diagnosis, "_nvidia_gpu", lambda: "GeForce RTX 3060")
     found = [finding for finding in diagnosis.diagnose() if "RTX 3060" in finding.what]
     assert found[0].level == "warning" and "CPU build" in found[0].what and found[0].fix
 
@@ -30,5 +30,5 @@ def test_an_old_torch_cannot_train(nnx, monkeypatch):
 
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr(diagnosis, "EXTRAS", {"bpe": ("surely_not_here", "train BPE tokenizers")})
-    (found,) = diagnosis.extras()
+    (found,) = diagnosis._extras()
     assert found.fix == "pip install 'nnx-cli[bpe]'"
