@@ -30,14 +30,14 @@ class Context:
     (`window_start`) depends on nothing but its own length, so that cached, uncached and single decoding see the same.
     """
 
-    def __init__(self, model: LanguageModel, rows: list[list[int]], capacity: int, use_cache: bool) -> None:
+    def __init__(self, model: LanguageModel, sequences: list[list[int]], capacity: int, use_cache: bool) -> None:
         self.model = model
         self.seq_len = model.config.seq_len
         self.use_cache = use_cache
-        self.lengths = [len(row) for row in rows]
-        self.history = torch.zeros(len(rows), max(self.lengths) + capacity, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            self.history[number, : len(row)] = torch.tensor(row)
+        self.lengths = [len(sequence) for sequence in sequences]
+        self.history = torch.zeros(len(sequences), max(self.lengths) + capacity, dtype=torch.int64)
+        for number, sequence in enumerate(sequences):
+            self.history[number, : len(sequence)] = torch.tensor(sequence)
         self.history = self.history.to(model.device)
         self.starts = self._starts()
         self.cache: Any = None

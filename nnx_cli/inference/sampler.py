@@ -43,12 +43,12 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(chosen, cumulated.argmax(1))  # never past the last token that has any probability
 
 
-def uniforms(config: SampleConfig, n_rows: int) -> Tensor:
+def uniforms(config: SampleConfig, n_sequences: int) -> Tensor:
     """One number in [0, 1) for every sequence and token, (R, N). A sequence's numbers do not depend on how many there
     are."""
     generator = torch.Generator()
-    rows = []
-    for row in range(n_rows):
-        generator.manual_seed((config.seed * 1_000_003 + row) % 2**63)
-        rows.append(torch.rand(config.max_new_tokens, generator=generator))
-    return torch.stack(rows)
+    numbers = []
+    for sequence in range(n_sequences):
+        generator.manual_seed((config.seed * 1_000_003 + sequence) % 2**63)
+        numbers.append(torch.rand(config.max_new_tokens, generator=generator))
+    return torch.stack(numbers)

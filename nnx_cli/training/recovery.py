@@ -32,7 +32,7 @@ class Recovery:
         self.spikes = LossSpikeDetector()
 
     def read_numbers(self) -> StepNumbers:
-        """Numbers of the newest step; waits for the device. Notices a spike of the loss since the last reading."""
+        """Numbers of the newest step; synchronizes. Notices a spike of the loss since the last reading."""
         numbers = self.stepper.step.stats.read()
         self.state.skipped_steps, self.state.bad_steps = numbers.skipped_steps, numbers.bad_steps
         if self.spikes.update(numbers.highest_loss):

@@ -196,8 +196,8 @@ def resume(
     notes += differences(run, old, trainer)
     notes += run.cut_logs(trainer.state.step)
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}
-    wished = asdict(replace(config, precision=old.precision))  # another device's precision is for this time
-    run.set_config(run.config | {"training": wished, "data": where, "machine": describe(device)})
+    requested = asdict(replace(config, precision=old.precision))  # another device's precision is for this time
+    run.set_config(run.config | {"training": requested, "data": where, "machine": describe(device)})
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
 

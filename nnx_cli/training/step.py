@@ -35,7 +35,7 @@ class StepNumbers:
 
 
 class StepStats:
-    """What steps tell of themselves, float32 () on the device each, which nobody waits for until it is read."""
+    """What steps tell of themselves, float32 () on the device each; only reading them synchronizes."""
 
     def __init__(self, device: torch.device) -> None:
         self._values = torch.zeros(5, device=device)

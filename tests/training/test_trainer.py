@@ -19,7 +19,7 @@ from nnx_cli.optim._build import build_optimizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
-from nnx_cli.training import cadence, session, validation
+from nnx_cli.training import session, validation
 from nnx_cli.training import trainer as trainer_module
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.stepper import Execution
@@ -311,22 +311,6 @@ def test_checkpoints_beyond_keep_are_dropped(start, workspace):
     assert ckpt.steps_in(run.checkpoints) == [8, 10, 12]
 
 
-def test_looking_and_saving_take_a_small_share_of_the_time(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(cadence.time, "monotonic", lambda: clock[0])
-    budget = cadence.TimeBudget()
-    clock[0] = 1.9
-    assert not budget.is_affordable()
-    clock[0] = 2.1
-    assert budget.is_affordable()
-    with budget.timed():
-        clock[0] += 3.0
-    clock[0] += 59.0
-    assert not budget.is_affordable()
-    clock[0] += 2.0
-    assert budget.is_affordable()
-
-
 @pytest.mark.parametrize("decided", [Execution(graph=True), Execution()])
 def test_what_is_compiled_later_follows_the_first_step_that_is_shown(start, workspace, decided):
     run, trainer = start(workspace / "a", max_steps=6, val_every=3)
@@ -368,62 +352,6 @@ def test_a_gpu_whose_steps_are_too_fast_to_earn_it_back_does_not_compile_later(s
     trainer.device = torch.device("cuda")
     monkeypatch.setattr(trainer_module, "verify", lambda *_: Execution(graph=True, step_s=0.5))
     assert trainer.choose_execution("auto").compile == "graph" and trainer.verify_later is None
-
-
-def test_memory_that_a_graph_keeps_is_given_back_to_look(start, workspace):
-    run, trainer = start(workspace / "a")
-    stepper, recovery, tries = trainer.stepper, trainer.recovery, []
-    stepper.graphs = object()
-
-    def look():
-        tries.append(stepper.graphs)
-        if stepper.graphs is not None:
-            raise torch.OutOfMemoryError
-        return "seen"
-
-    assert recovery.retry_on_oom(look) == "seen" and len(tries) == 2 and "no graph" in trainer.journal.events[0]
-    with pytest.raises(torch.OutOfMemoryError):
-        recovery.retry_on_oom(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-
-
-def test_validation_takes_less_memory_before_the_graph_goes(start, workspace, monkeypatch):
-    run, trainer = start(workspace / "a", batch_size=4)
-    stepper, graph, tries = trainer.stepper, object(), []
-    plain = validation.evaluate
-
-    class Losses:
-        def __init__(self, model, rows, seq_len):
-            tries.append(f"{rows} recorded")
-            if rows > least:
-                raise torch.OutOfMemoryError
-
-        def __call__(self, *arguments):
-            return validation.token_losses(*arguments)
-
-    def evaluate(model, tokens, *, batch_size, losses_of, **rest):
-        if losses_of is validation.token_losses:
-            tries.append(batch_size)
-            if stepper.graphs is not None and not plainly:
-                raise torch.OutOfMemoryError
-        return plain(model, tokens, batch_size=batch_size, losses_of=losses_of, **rest)
-
-    monkeypatch.setattr(validation, "graphed_losses", Losses)
-    monkeypatch.setattr(validation, "evaluate", evaluate)
-    seen = []
-    for least, plainly, expected in (
-        (9, False, ["4 recorded"]),
-        (2, False, ["4 recorded", "2 recorded"]),
-        (0, True, ["4 recorded", "2 recorded", "1 recorded", 1]),
-        (0, False, ["4 recorded", "2 recorded", "1 recorded", 1, 4]),
-    ):
-        stepper.graphs = graph
-        trainer.validation.reset()
-        tries.clear()
-        seen.append(trainer.validate(run, 1.0).loss)
-        assert tries == expected
-        assert (stepper.graphs is graph) == (least > 0 or plainly)
-        assert trainer.model.training
-    assert seen == pytest.approx(seen[:1] * 4)
 
 
 def test_samples_are_logged(start, workspace):

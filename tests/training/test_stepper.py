@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from nnx_cli.config import TrainConfig
+from nnx_cli.errors import DoesNotFit
+from nnx_cli.training.stepper import Execution, divide_step
+
+
+def test_a_step_divided_anew_has_the_same_samples_and_validates_as_much():
+    config = TrainConfig(batch_size=8, grad_accum=3, val_batches=2)
+    assert divide_step(config, 8) is config
+    for batch_size in (1, 2, 3, 4, 6, 12, 24):
+        divided = divide_step(config, batch_size)
+        assert divided.batch_size * divided.grad_accum == 24
+        assert 16 <= divided.val_batches * batch_size < 16 + batch_size
+    assert divide_step(TrainConfig(batch_size=8, grad_accum=1), 2).val_batches is None
+
+
+def test_the_name_of_an_execution_is_the_option():
+    names = [Execution(graph=g, compiled=c).name for g in (False, True) for c in (False, True)]
+    assert names == ["off", "on", "graph", "on"]
+
+
+def test_micro_batches_halve_until_one_sequence_is_left(start, workspace):
+    _, trainer = start(workspace / "a", batch_size=6, grad_accum=2)
+    stepper, released, sizes = trainer.stepper, [], []
+    stepper.on_release = lambda: released.append(stepper.batch_size)
+    while stepper.batch_size > 1:
+        stepper.graphs = object()
+        stepper.halve_micro_batch(3)
+        assert stepper.graphs is None and stepper.batch_size * stepper.grad_accum == 12
+        sizes.append(stepper.batch_size)
+    assert sizes == released == [3, 1] and len(trainer.journal.events) == 2
+    with pytest.raises(DoesNotFit, match="out of memory at step 4, 1 sequences at a time"):
+        stepper.halve_micro_batch(3)
+
+
+def test_memory_that_runs_out_while_weights_change_ends_the_run(start, workspace):
+    _, trainer = start(workspace / "a")
+    trainer.stepper.step.updating = True
+    with pytest.raises(DoesNotFit):
+        trainer.stepper.halve_micro_batch(0)
+
+
+def test_a_compiled_step_is_deterministic_and_the_next_eager_one_is_not(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "a")
+    stepper, seen = trainer.stepper, []
+
+    def accumulate(*_):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return torch.ones(())
+
+    monkeypatch.setattr(stepper.step, "accumulate", accumulate)
+    monkeypatch.setattr(stepper.step, "end", lambda loss: None)
+    for execution in (Execution(compiled=True), Execution()):
+        stepper.execution = execution
+        stepper.take(0, 1e-3)
+    assert seen == [True, True, False, False] and not torch.are_deterministic_algorithms_enabled()
