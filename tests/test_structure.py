@@ -46,8 +46,6 @@ UPWARD = set()
 IN_A_CIRCLE = set()
 POSTPONED = set()
 LONG_FUNCTIONS = {
-    "commands/summarize.py:run",
-    "commands/summarize.py:summary",
     "planning/memory.py:simulate",
 }
 BIG_CLASSES = set()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnx_cli import models
-from nnx_cli.commands._options import ARCHITECTURE_HELP, command, given, model_fields, model_options
-from nnx_cli.config import TrainConfig, check_choice, module_names
+from nnx_cli.commands._options import ARCHITECTURE_HELP, TRAINING, command, given, model_fields, model_options, settings
+from nnx_cli.config import TrainConfig, check_choice
 from nnx_cli.console import Output, size
 from nnx_cli.errors import DoesNotFit, UsageError
 
@@ -17,10 +17,19 @@ if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
 
 DEFAULT_SIZE = "small"
-CARDS_GB = (4, 6, 8, 12, 16, 24)
+SETTINGS = (
+    "vram",
+    "batch_size",
+    "optimizer",
+    "weight_precision",
+    "activation_checkpointing",
+    "optimizer_in_backward",
+    "lora_rank",
+)
+WAITING = "counting operations and memory, for which torch loads its compiler"
 
 
-@command(*model_options())
+@command(*model_options(), *settings(TrainConfig, only=SETTINGS))
 def run(
     output: Output,
     ref: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.")] = None,
@@ -29,43 +38,22 @@ def run(
         str | None, typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default=DEFAULT_SIZE)
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Set the whole zoo side by side.")] = False,
-    vram: Annotated[str | None, typer.Option(help="Memory that training should fit in, such as 8GB.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Sequences in a micro-batch.", show_default="what fits")
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help=f"auto, {', '.join(module_names('optim'))}")] = "auto",
     precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
-    weight_precision: Annotated[str, typer.Option(help="Of the stored matrices: auto, fp32, bf16.")] = "auto",
-    activation_checkpointing: Annotated[
-        str, typer.Option(help="Run blocks again in the backward pass: auto, on, half, off.")
-    ] = "auto",
-    optimizer_in_backward: Annotated[
-        bool, typer.Option("--optimizer-in-backward", help="Update each weight as its gradient appears.")
-    ] = False,
-    lora_rank: Annotated[int | None, typer.Option(help="Train low-rank adapters of this rank alone.")] = None,
     **options: Any,
 ) -> None:
     """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
     check_choice("precision", precision, ("fp32", "bf16", "fp16"))
-    train = TrainConfig(
-        vram=vram,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        precision=precision,
-        weight_precision=weight_precision,
-        activation_checkpointing=activation_checkpointing,
-        optimizer_in_backward=optimizer_in_backward,
-        lora_rank=lora_rank,
-    )
+    train = TrainConfig(precision=precision, **given(options, [TRAINING[name] for name in SETTINGS]))
     fields = given(options, model_fields(model).values())
     file = Path(model) if model is not None and models.is_file(model) else None
     if ref is not None and ((model and file is None) or size or fields or all):
         raise UsageError("a run has its own shape: give a run or --model, not both")
     if all or (ref is None and model is None and not fields):
-        zoo = [
-            summary(name, size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields), train)
-            for name in models.names()
-        ]
+        shapes = {name: models.make_config(name, size=size or DEFAULT_SIZE, **fields) for name in models.names()}
+        with output.spinner(WAITING):
+            from nnx_cli.planning.summary import summary
+
+            zoo = [summary(name, size or DEFAULT_SIZE, config, train) for name, config in shapes.items()]
         output.show_json(zoo)
         show_zoo(output, zoo)
         return
@@ -75,12 +63,15 @@ def run(
         name = model or "nyx"
         models.check_name(name)
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
-    facts = summary(name, label, config, train, whole=output.json)
+    with output.spinner(WAITING):
+        from nnx_cli.planning.summary import summary
+
+        facts = summary(name, label, config, train, whole=output.json)
     output.show_json(facts)
     show_layers(output, name, config)
     show_facts(output, facts)
     fits = facts["fits"]
-    if not fits["fits"] and (vram or batch_size):
+    if not fits["fits"] and (train.vram or train.batch_size):
         enough = f"--batch-size {fits['largest']} would" if fits["largest"] else "not even one sequence does"
         raise DoesNotFit(
             f"a batch of {fits['batch_size']} takes {fits['predicted_peak_bytes'] / 2**30:.2f} GiB "
@@ -98,72 +89,6 @@ def of_run(spec: str, file: Path | None = None) -> tuple[str, str | None, ModelC
     config = found.config
     model = model_from_config(config, found.folder, file)
     return architecture_of(config, found.folder, file), config["model"].get("size"), model.config
-
-
-def summary(
-    name: str, label: str | None, config: ModelConfig, train: TrainConfig, whole: bool = True
-) -> dict[str, Any]:
-    """Everything there is to say of a model, under the keys of --json. Unless it is to be `whole`, the largest
-    micro-batch is None where another was asked for and fits."""
-    import torch
-
-    from nnx_cli.planning import flops as cost
-    from nnx_cli.planning.fit import Predictor, advice, first_that_fits, savings
-    from nnx_cli.planning.memory import ANY_GPU
-    from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
-    from nnx_cli.system.device import memory_budget, pick_device
-
-    model, device, T = cost.meta_model(name, config, train.lora_rank), pick_device("auto"), config.seq_len
-    predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU)
-    budget = memory_budget(device, train.vram_bytes)
-    preferred = preferred_optimizer(name, train.lora_rank)
-    chosen, savers, fits = first_that_fits(predictor, train, train.batch_size or 1, budget, preferred)
-    per_step = max(1, default_tokens_per_step(model, torch.device("cuda")) // T)
-    asked = train.batch_size or 1
-    largest = None
-    if whole or not (fits and train.batch_size):
-        largest = predictor.largest(chosen, budget, max(per_step, asked), fitting=asked if fits else 0)
-    rows = train.batch_size or max(1, min(largest, per_step))
-    memory, peak = predictor.memory(chosen, rows), predictor.peak(chosen, rows)
-    weights, cache = cost.sampling_bytes(model)
-
-    *_, (smallest, _) = savings(train, preferred)
-
-    return {
-        "model": models.stem(name),
-        "size": label,
-        "seq_len": T,
-        "vocab_size": config.vocab_size,
-        "parameters": cost.count_parameters(model),
-        "flops_per_token": cost.flops_per_token(model),
-        "memory": {
-            "weights_bytes": memory.weights_bytes,
-            "gradients_bytes": memory.gradients_bytes,
-            "optimizer_bytes": memory.optimizer_bytes,
-            "activations_bytes": memory.activations_bytes,
-            "step_bytes": memory.step_bytes,
-            "fixed_bytes": memory.fixed_bytes,
-            "phases": memory.phases,
-            "peak_bytes": peak,
-            "sampling_bytes": weights + cache * T,
-        },
-        "cache_bytes_per_token": cache,
-        "file_bytes": cost.file_bytes(model),
-        "fits": {
-            "budget_bytes": budget,
-            "fits": fits,
-            "batch_size": rows,
-            "largest": largest,
-            "grad_accum": 1 if train.optimizer_in_backward else max(1, -(-per_step // rows)),
-            "activation_checkpointing": chosen.activation_checkpointing,
-            "optimizer": chosen.optimizer,
-            "weight_precision": chosen.weight_precision,
-            "predicted_peak_bytes": peak,
-            "gives_up": [saver.text for saver in savers],
-            "advice": None if fits else advice(predictor, train, budget, largest),
-        },
-        "trains_in_gb": {str(gb): predictor.fits(smallest, 1, memory_budget(device, gb * 2**30)) for gb in CARDS_GB},
-    }
 
 
 def show_layers(output: Output, name: str, config: ModelConfig) -> None:

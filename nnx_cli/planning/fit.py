@@ -19,7 +19,7 @@ from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters, meta_model, over_blocks
-from nnx_cli.planning.memory import Memory, hardware_to_plan_for, predict
+from nnx_cli.planning.memory import Memory, hardware_to_plan_for, optimizer_memory, predict
 from nnx_cli.planning.recipe import default_tokens_per_step
 from nnx_cli.planning.settings import Derived
 from nnx_cli.system.device import DTYPES, memory_budget
@@ -124,9 +124,21 @@ class Predictor:
             return built
 
         @cache
+        def known() -> Hardware:
+            return hardware_to_plan_for(hardware) if isinstance(hardware, torch.device) else hardware
+
+        @cache
+        def optimizer(train: TrainConfig) -> tuple[int, int]:
+            return optimizer_memory(model(train.weight_precision), train, known())
+
+        @cache
         def memory(train: TrainConfig, rows: int) -> Memory:
-            planned = hardware_to_plan_for(hardware) if isinstance(hardware, torch.device) else hardware
-            return predict(model(train.weight_precision), train, rows, planned)
+            kept = TrainConfig(
+                optimizer=train.optimizer,
+                weight_precision=train.weight_precision,
+                optimizer_in_backward=train.optimizer_in_backward,
+            )
+            return predict(model(train.weight_precision), train, rows, known(), optimizer(kept))
 
         @cache
         def size() -> tuple[int, int]:

@@ -417,11 +417,17 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, hardware: Hardwa
     return states, storages.sections[-1].rise + 2 * ROUNDING * len(trained)
 
 
-def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware: Hardware) -> Memory:
+def predict(
+    model: LanguageModel,
+    config: TrainConfig,
+    batch_size: int,
+    hardware: Hardware,
+    optimizer: tuple[int, int] | None = None,
+) -> Memory:
     """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
     has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in.
 
-    Blocks count as eager: compiled ones keep less."""
+    Blocks count as eager: compiled ones keep less. `optimizer` is what `optimizer_memory` returns, if known."""
     model.compute_dtype = DTYPES[config.precision]
     in_backward = config.optimizer_in_backward
     accumulate = (config.grad_accum or 2) > 1 and not in_backward
@@ -434,7 +440,7 @@ def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware
         accumulate=accumulate,
         in_backward=in_backward,
     )
-    states, moment = optimizer_memory(model, config, hardware)
+    states, moment = optimizer or optimizer_memory(model, config, hardware)
     stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
     gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
     resting = sum(stored.values()) + states + fixed_bytes(hardware)
