@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
-from nnx_cli.layers.blocks import checkpoint_blocks, set_call, undo_compile
+from nnx_cli.layers.blocks import checkpoint_blocks, set_call
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
@@ -200,11 +200,11 @@ class Section:
     """A part of the step, between two marks: how far memory rises above where it began, and where it ends."""
 
     label: tuple[str, int]
-    rise: int = 0
-    change: int = 0
+    peak: int = 0
+    delta: int = 0
 
 
-class Storages(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that come to exist, until each is freed."""
 
     def __init__(self, hardware: Hardware = CPU) -> None:
@@ -222,7 +222,7 @@ class Storages(TorchDispatchMode):
     def mark(self, name: str, number: int = 0) -> None:
         """Begin a section here."""
         if self.sections:
-            self.sections[-1].change = self.live - self.start
+            self.sections[-1].delta = self.live - self.start
         self.start = self.live
         self.sections.append(Section((name, number)))
 
@@ -236,18 +236,18 @@ class Storages(TorchDispatchMode):
         """Note what a kernel returns, and what it holds while it runs."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                self.born(tensor.untyped_storage())
+                self.allocate(tensor.untyped_storage())
         section = self.sections[-1]
-        section.rise = max(section.rise, self.live + workspace - self.start)
+        section.peak = max(section.peak, self.live + workspace - self.start)
 
-    def born(self, storage: torch.UntypedStorage) -> None:
+    def allocate(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.known:
             n_bytes = rounded(storage.nbytes())
-            self.known[key] = weakref.ref(storage, partial(self.died, key, n_bytes))
+            self.known[key] = weakref.ref(storage, partial(self.free, key, n_bytes))
             self.live += n_bytes
 
-    def died(self, key: int, n_bytes: int, ref: weakref.ref) -> None:
+    def free(self, key: int, n_bytes: int, ref: weakref.ref) -> None:
         self.live -= n_bytes
         del self.known[key]
 
@@ -296,6 +296,30 @@ class Pass:
     blocks: int
 
 
+@contextmanager
+def _restored(model: LanguageModel) -> Iterator[None]:
+    """Leave a model as it is: gradients, modes of its modules, classes of its blocks and how they are called."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    own = ("_compiled_call_impl", "draws_noise")  # attributes that a simulation gives to blocks
+    blocks = [
+        (block, type(block), {key: vars(block)[key] for key in own if key in vars(block)}) for block in model.blocks
+    ]
+    try:
+        yield
+    finally:
+        vars(model).pop("trunk", None)
+        for block, kind, attributes in blocks:
+            block.__class__ = kind
+            for key in own:
+                vars(block).pop(key, None)
+            vars(block).update(attributes)
+        for p, grad in gradients:
+            p.grad = grad
+        for module, mode in modes:
+            module.training = mode
+
+
 def simulate(
     model: LanguageModel,
     batch_size: int,
@@ -312,62 +336,61 @@ def simulate(
     `in_backward`: each is gone as soon as the optimizer has used it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
-    model.train()
-    for p in parameters:
-        p.grad = torch.empty_like(p) if accumulate else None
-    handles = [p.register_post_accumulate_grad_hook(forget) for p in parameters if in_backward]
-    with fewer_blocks(model) as pairs, simulated(hardware), Storages(hardware) as storages:
+    with ExitStack() as contexts:
+        contexts.enter_context(_restored(model))
+        model.train()
+        for p in parameters:
+            p.grad = torch.empty_like(p) if accumulate else None
+        pairs = contexts.enter_context(fewer_blocks(model))
+        contexts.enter_context(simulated(hardware))
+        tracker = contexts.enter_context(StorageTracker(hardware))
         forward = True
-        storages.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in parameters if accumulate)])
+        tracker.leave_out([*model.parameters(), *model.buffers(), *(p.grad for p in parameters if accumulate)])
 
         def run(number: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not forward:  # again, in the backward pass, in which autograd knows no function modes
                 with PlannedOperations(hardware):
                     return call(*args, **kwargs)
-            storages.mark("forward", number)
+            tracker.mark("forward", number)
             out = call(*args, **kwargs)
             first = out[0] if isinstance(out, tuple) else out
-            first.register_hook(lambda grad: storages.mark("backward", number))
+            first.register_hook(lambda grad: tracker.mark("backward", number))
             return out
 
         def trunk(*args: Any) -> Tensor:
             nonlocal forward
             x = type(model).trunk(model, *args)
             forward = False
-            storages.mark("head")
+            tracker.mark("head")
             return x
 
         checkpoint_blocks(model, checkpointing)
         for number, block in enumerate(model.blocks):
             set_call(block, partial(run, number, block._call_impl))
         model.trunk = trunk
-        try:
-            input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
-            loss, n_targets = LossModule(model)(input_ids, targets)
-            storages.mark("backward", -1)
-            (loss / n_targets).backward()
-            del loss, n_targets
-            storages.mark("end")
-        finally:
-            del model.trunk
-            undo_compile(model)
-            checkpoint_blocks(model, "off")
-            for handle in handles:
-                handle.remove()
-            for p in parameters:
-                p.grad = None
-            model.train(was_training)
+        for p in parameters if in_backward else ():
+            contexts.callback(p.register_post_accumulate_grad_hook(forget).remove)
+        input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
+        loss, n_targets = LossModule(model)(input_ids, targets)
+        tracker.mark("backward", -1)
+        (loss / n_targets).backward()
+        del loss, n_targets
+        tracker.mark("end")
+    return _pass_of(stretched(tracker.sections, pairs))
+
+
+def _pass_of(sections: list[Section]) -> Pass:
+    """What the sections of a step add up to."""
     most: dict[str, int] = {}
     level = activations = blocks = 0
-    for section in stretched(storages.sections, pairs):
+    for section in sections:
         phase, number = section.label
         phase = "forward" if phase == "start" else phase
         if phase == "head":
             activations = level
-        most[phase] = max(most.get(phase, 0), level + section.rise)
-        blocks += section.change if section.label[0] == "forward" else 0
-        level += section.change
+        most[phase] = max(most.get(phase, 0), level + section.peak)
+        blocks += section.delta if section.label[0] == "forward" else 0
+        level += section.delta
     return Pass(most["forward"], most["head"], most["backward"], activations, blocks)
 
 
@@ -407,14 +430,14 @@ def optimizer_memory(model: LanguageModel, config: TrainConfig, hardware: Hardwa
     )
     for p in trained:
         p.grad = torch.empty_like(p)
-    with simulated(hardware), Storages() as storages:
-        storages.leave_out([*trained, *(p.grad for p in trained)])
+    with simulated(hardware), StorageTracker() as tracker:
+        tracker.leave_out([*trained, *(p.grad for p in trained)])
         optimizer.step()  # its state comes to exist
-        storages.mark("again")
+        tracker.mark("again")
         optimizer.step()
     for p in trained:
         p.grad = None
-    return states, storages.sections[-1].rise + 2 * ROUNDING * len(trained)
+    return states, tracker.sections[-1].peak + 2 * ROUNDING * len(trained)
 
 
 def predict(

@@ -10,7 +10,7 @@ from nnx_cli.layers.loss import LossModule
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.planning.memory import ANY_GPU, Storages, simulate
+from nnx_cli.planning.memory import ANY_GPU, StorageTracker, simulate
 
 SHAPE = dict(vocab_size=96, dim=64, n_layers=3, n_heads=4, seq_len=40)
 FURTHER = [
@@ -81,20 +81,20 @@ def test_a_step_of_two_layers_by_hand():
     """y = relu(x a) b, and its backward pass: what is alive when."""
     a, b = (torch.empty(1024, 1024, device="meta", requires_grad=True) for _ in range(2))
     kib = 1024
-    with Storages() as storages:
-        storages.leave_out([a, b])
+    with StorageTracker() as tracker:
+        tracker.leave_out([a, b])
         x = torch.empty(256, 1024, device="meta")  # 1 MiB
         hidden = (x @ a).relu()  # 1 MiB, and 1 more for a moment
-        assert storages.live == 2 * 1024 * kib and storages.sections[-1].rise == 3 * 1024 * kib
+        assert tracker.live == 2 * 1024 * kib and tracker.sections[-1].peak == 3 * 1024 * kib
         loss = (hidden @ b).sum()
         del hidden
-        assert storages.live == 2 * 1024 * kib + 512  # hidden is kept by autograd
-        storages.mark("backward")
+        assert tracker.live == 2 * 1024 * kib + 512  # hidden is kept by autograd
+        tracker.mark("backward")
         loss.backward()
-        storages.mark("end")
-        assert storages.live == (1 + 8) * 1024 * kib + 512
+        tracker.mark("end")
+        assert tracker.live == (1 + 8) * 1024 * kib + 512
     a.grad = b.grad = None
-    assert storages.live == 1024 * kib + 512
+    assert tracker.live == 1024 * kib + 512
 
 
 @pytest.mark.filterwarnings("ignore:Module is None")
@@ -170,3 +170,22 @@ def test_compiled_blocks_take_no_more_than_predicted(name):
     )
     told = memory.predict(model, train, 8, replace(ANY_GPU, capability=(9, 0)))
     assert ON_H100[name] < told.peak_bytes / 2**20
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "half"])
+def test_a_simulation_leaves_the_model_as_it_was(checkpointing):
+    model = meta_model("llama", models.make_config("llama", **(SHAPE | dict(n_layers=9))))
+    model.eval()
+    model.blocks[1].train()
+    model.embedding.weight.requires_grad_(False)
+    model.norm.weight.grad = torch.empty_like(model.norm.weight)
+
+    def state():
+        hooks = [p._post_accumulate_grad_hooks for p in model.parameters()]
+        parameters = [(id(p), p.requires_grad, id(p.grad)) for p in model.parameters()]
+        modules = [(id(m), type(m), m.training, m._compiled_call_impl, sorted(vars(m))) for m in model.modules()]
+        return [not hook for hook in hooks], parameters, modules, model.compute_dtype
+
+    before = state()
+    simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=checkpointing, accumulate=False, in_backward=True)
+    assert state() == before
