@@ -31,6 +31,7 @@ def causal_attention(
     if grouped and not groups_are_fused(q):
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
         grouped = False
+    q, k, v = (aligned(x) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and T > 1, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2).reshape(B, T, H * K)
 
@@ -46,6 +47,14 @@ def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, p: flo
     )
     y = shares.view(*together, T) @ v
     return y.view(B, H, T, -1).transpose(1, 2).reshape(B, T, -1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` with rows that begin at multiples of 16 bytes, as fused kernels on CUDA load them: parts of a packed
+    projection need not be."""
+    step = 16 // x.element_size()
+    in_place = all(n % step == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
+    return x if in_place or of(x).kind != "cuda" else x.contiguous()
 
 
 def groups_are_fused(q: Tensor) -> bool:
