@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,28 @@ EXAMPLES = """Examples:
   nnx train --model llama --size tiny --data data/book --vram 8GB
   nnx train --resume last
   nnx train --model ngpt --help    (with the options that only nGPT has)"""
+
+
+PACE_SECONDS = 10  # of training after which its speed is known well enough
+
+
+class _PacedView(TrainingView):
+    """Says once where a run that ends by the clock is not as fast as its recipe was planned for."""
+
+    def __init__(self, output: Output, plan: Plan) -> None:
+        super().__init__(output)
+        self.planned = plan.tokens_per_s if plan.train.max_time else None
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """Show a logged step."""
+        super().step(record, progress)
+        if self.planned is not None and record["time_s"] >= PACE_SECONDS:
+            from nnx_cli.planning.rates import pace_note
+
+            note = pace_note(self.planned, record["tokens"] / record["time_s"])
+            self.planned = None
+            if note is not None:
+                self.note(note)
 
 
 @command(*OPTIONS)
@@ -89,7 +112,7 @@ def _new_run(output: Output, request: Request) -> None:
             take_back(made)
             return
         _tell_plan(output, plan, tokens, device)
-        with TrainingView(output) as view:
+        with _PacedView(output, plan) as view:
             stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
             started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
             made = []

@@ -573,3 +573,17 @@ def test_a_mask_of_ones_changes_no_loss(nnx, data):
     assert losses_with(nnx, data, "weights/half", np.arange(n_tokens) % 2 == 0) != plain
     resumed = nnx("train", "--resume", "plain", "--max-steps", 4)
     assert resumed.exit_code == 3 and "not the data of this run" in resumed.stderr, "the mask is part of the data"
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(1e3, "times as fast as planned"), (1e15, "times as slow as planned"), (None, "")]
+)
+def test_a_run_says_once_that_it_is_not_as_fast_as_planned(nnx, workspace, text_file, monkeypatch, rate, said):
+    monkeypatch.setattr("nnx_cli.commands.train.PACE_SECONDS", 0)
+    if rate is not None:
+        monkeypatch.setattr("nnx_cli.planning.plan.nominal_flops", lambda device, precision: rate)
+    words = f"train --filepath {text_file} --size nano --n-layers 1 --dim 32 --n-heads 2 --seq-len 32 --batch-size 4"
+    length = "--max-time 1s" if rate is not None else "--max-steps 3"
+    done = nnx(*words.split(), *f"--grad-accum 1 --device cpu --threads 1 --compile off --out run {length}".split())
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("as planned") == (1 if said else 0) and said in done.stderr
