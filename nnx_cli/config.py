@@ -281,10 +281,10 @@ def parse_bytes(text: str | None) -> int | None:
     return int(n_bytes)
 
 
-def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Settings from a TOML file; dashes and underscores are the same, `[train]`-like tables are merged into one level.
 
-    Raises DataError where the file is missing or no TOML, UsageError for a key that is not in `known`.
+    Raises DataError where the file cannot be read, UsageError where it is no TOML.
     """
     import tomllib
 
@@ -301,18 +301,17 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= value if isinstance(value, dict) else {key: value}
-    flat = {key.replace("-", "_"): value for key, value in flat.items()}
-    for key in flat.keys() - set(known):
-        raise UsageError(f"--config {path}: there is no setting {key!r}{nearest(key, known)}")
-    return flat
+    return {key.replace("-", "_"): value for key, value in flat.items()}
 
 
 def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """`values` of a file in the types of `fields`; raises UsageError for a value of another type."""
+    """`values` of a file in the types of `fields`; raises UsageError for another name or a value of another type."""
     kinds = {field.name: field.type for field in fields}
     result = {}
     for name, value in values.items():
-        kind = kinds.get(name, "str")
+        if name not in kinds:
+            raise UsageError(f"{origin}: there is no setting {name!r}{nearest(name, kinds)}")
+        kind = kinds[name]
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UsageError(f"{origin}: {name} is a number of more than 64 bits")
         if kind == "float" and isinstance(value, int) and not isinstance(value, bool):

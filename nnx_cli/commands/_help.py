@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,8 +15,9 @@ from typer.core import TyperCommand, TyperOption
 
 from nnx_cli import models
 from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, option, shown_default
-from nnx_cli.config import Field
+from nnx_cli.config import Field, read_toml
 from nnx_cli.console import prepare_help
+from nnx_cli.errors import NnxError
 
 
 class Command(TyperCommand):
@@ -22,15 +25,27 @@ class Command(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Take the fields of an architecture of the user's among the options, where its file is named."""
-        name = _named_model(args)
+        name = self._named_model(args)
         takes_fields = any(_is_of_model(p) for p in self.params)
         command = _with_fields(self, name) if name and models.is_file(name) and takes_fields else self
         return TyperCommand.make_context(command, info_name, args, parent, **extra)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Note the architecture first: help is answered in the middle of parsing."""
-        ctx.meta["nnx.model"] = _named_model(args)
+        ctx.meta["nnx.model"] = self._named_model(args)
         return super().parse_args(ctx, args)
+
+    def _named_model(self, args: Sequence[str]) -> str | None:
+        """The architecture that `--model`, or else the file of `--config`, names; None where it names none."""
+        name = _value_of("--model", args)
+        config = _value_of("--config", args) if any(p.name == "config" for p in self.params) else None
+        if name is None and config is not None:
+            with suppress(NnxError):  # what is wrong with the file is said where its settings are read
+                name = str(read_toml(Path(config)).get("model"))
+        if name is not None and models.is_file(name):
+            models.check_name(name)
+            return name
+        return name if name in models.names() else None
 
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         """`--help`, in the panel of the options that all commands have."""
@@ -57,15 +72,12 @@ def make_command(run: Callable[..., None], name: str | None, examples: str | Non
     return command
 
 
-def _named_model(args: Sequence[str]) -> str | None:
-    """The architecture that `--model NAME` or `--model=NAME` names, or None."""
+def _value_of(option: str, args: Sequence[str]) -> str | None:
+    """What stands after `option` or, with `=`, in one word with it, or None."""
     for number, word in enumerate(args):
-        option, _, value = word.partition("=")
-        if option == "--model":
-            name = value or "".join(args[number + 1 : number + 2])
-            if models.is_file(name):
-                models.check_name(name)
-            return name if name in models.names() or models.is_file(name) else None
+        name, _, value = word.partition("=")
+        if name == option:
+            return value or "".join(args[number + 1 : number + 2])
     return None
 
 

@@ -80,6 +80,7 @@ NYX_RECIPE = {
 }
 LENGTHS = {"max_steps", "max_time", "epochs"}
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
+NAMED = (Field("model", "str", None, ""), Field("size", "str", None, ""))  # what a file may give besides settings
 SET_BY_A_RUN = frozenset({"model", "size", "filepath", "out", "init_from", "config"})
 
 TRAINING = own_fields(TrainConfig)
@@ -144,7 +145,8 @@ def _all_fields(model: str | None = None) -> list[Field]:
 def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
     """What the options ask for. Raises UsageError where they disagree, or name what the architecture does not have."""
     aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options[theirs] is not None}
-    settings = given(options, _all_fields(options["model"]))
+    filed = _read_config(options["config"], options["model"]) if options["resume"] is None else {}
+    settings = given(options, _all_fields(options["model"] or filed.get("model")))
     if twice := aliases.keys() & settings.keys():
         raise UsageError(f"--{twice.pop().replace('_', '-')} is given twice, in two spellings")
     settings |= aliases
@@ -152,7 +154,7 @@ def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
     if run is None and checkpoint is not None and not _is_foreign(checkpoint):
         run, fixed = checkpoint, fixed - {"filepath"}  # which the documented commands name every time
     if run is None:
-        return _new_request(settings, aliases, options)
+        return _new_request(settings, filed, aliases, options)
     file = options["model"] if options["model"] is not None and models.is_file(options["model"]) else None
     if any(options[name] is not None for name in (fixed if file is None else fixed - {"model"})):
         raise UsageError("--resume takes model, text and settings from the run", fix="leave out what is given besides")
@@ -175,19 +177,31 @@ def _resume_request(run: str, file: str | None, settings: dict[str, Any], option
     )
 
 
-def _new_request(settings: dict[str, Any], aliases: Iterable[str], options: Mapping[str, Any]) -> Request:
+def _read_config(path: Path | None, model: str | None) -> dict[str, Any]:
+    """The settings of a `--config` file, for the `model` of the command line or else the one that the file names."""
+    if path is None:
+        return {}
+    values = read_toml(path)
+    fields = _all_fields(model or str(values.get("model", "")))
+    return coerce([*fields, *NAMED], values, f"--config {path}")
+
+
+def _new_request(
+    settings: dict[str, Any], filed: dict[str, Any], aliases: Iterable[str], options: Mapping[str, Any]
+) -> Request:
     checkpoint = options["checkpoint_path"]
     recipe = NYX_RECIPE if options["model"] is None and (aliases or checkpoint) else {}
-    values, sources = _merge(settings, options["config"], recipe, options["model"])
+    values, sources = _merge({"recipe: NYX": recipe, f"file: {options['config']}": filed, "command line": settings})
     named = {"model": options["model"], "size": options["size"], "data": options["data"] or options["filepath"]}
     sources |= {name: "command line" for name, value in named.items() if value is not None}
-    filed = {name: values.pop(name, None) for name in ("model", "size")}
+    for field in NAMED:
+        values.pop(field.name, None)
     fields, train, prepare = _split(values)
     if options["filepath"] and options["data"]:
         raise UsageError("--filepath and --data: give one, text or tokens")
     return Request(
-        model=options["model"] or filed["model"],
-        size=options["size"] or filed["size"] or "auto",
+        model=options["model"] or filed.get("model"),
+        size=options["size"] or filed.get("size") or "auto",
         fields=fields,
         train=train,
         prepare=prepare,
@@ -216,20 +230,11 @@ def _is_foreign(checkpoint: str) -> bool:
     return checkpoint.endswith((".pth", ".pt", ".safetensors")) and not Path(checkpoint).is_dir()
 
 
-def _merge(
-    cli: dict[str, Any], config: Path | None, recipe: dict[str, Any], model: str | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings from the recipe, the TOML file and the command line, the later ones winning, and where each came
-    from."""
-    layers = [("recipe: NYX", recipe)]
-    if config is not None:
-        fields = _all_fields(model)
-        known = [field.name for field in fields] + ["model", "size"]
-        layers.append((f"file: {config}", coerce(fields, read_toml(config, known), f"--config {config}")))
-    layers.append(("command line", cli))
+def _merge(layers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings by where they come from, the later ones winning, as one; and where each came from."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for origin, layer in layers:
+    for origin, layer in layers.items():
         check_one_length(layer)
         if LENGTHS & layer.keys():  # a length takes the place of another one
             values = {name: value for name, value in values.items() if name not in LENGTHS}

@@ -120,3 +120,16 @@ def test_a_file_that_fails_is_refused_by_what_it_says(workspace):
 def test_a_model_that_needs_no_file_takes_none(refused, run, mine):
     refused(2, "needs no file", "sample", run.folder, "--model", mine)
     assert not Path("ran.txt").exists()
+
+
+def test_a_toml_file_names_it_too(nnx, mine, text_file):
+    Path("my.toml").write_text('model = "my.py"\nmy_field = 3\nsize = "nano"\n')
+
+    def value(*words):
+        done = nnx("train", "--config", "my.toml", "--filepath", text_file, *words, "--dry-run", "--json")
+        assert done.exit_code == 0, done.stderr
+        return next((row["value"], row["source"]) for row in json.loads(done.stdout) if row["setting"] == "my_field")
+
+    assert value() == (3, "file: my.toml")
+    assert value("--my-field", 4) == (4, "command line")
+    assert "--my-field" in nnx("train", "--config", "my.toml", "--help").stdout

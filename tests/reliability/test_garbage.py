@@ -125,7 +125,7 @@ def read_rows(name: str, data: bytes, strict: bool, key: str = "text") -> None:
 
 def parse_toml(data: bytes) -> None:
     fields = own_fields(TrainConfig)
-    values = coerce(fields, read_toml(store("x.toml", data), [field.name for field in fields]), "x.toml")
+    values = coerce(fields, read_toml(store("x.toml", data)), "x.toml")
     TrainConfig(**values)
 
 
