@@ -47,8 +47,9 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
     name, *_ = (described.pop(key, None) for key in ("name", "size", "file", "sha256"))
     if file is None and model not in (None, name) or size != "auto":
         raise UsageError(f"{spec} is a {name} of its own size", fix="leave out --model and --size")
+    config = models.make_config(architecture, **described)
     for field in fields.keys() - {"seq_len", "dropout"}:
-        if fields[field] != described.get(field):
+        if field not in described or replace(config, **{field: fields[field]}) != config:
             raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
     return base, Shape(architecture, None, described | dict(fields))
 

@@ -535,6 +535,14 @@ def test_a_model_to_start_from_has_its_own_name_and_size(refused, nnx, run):
     assert nnx(*begin, "--model", "nyx", "--max-steps", 2, "--threads", 1, "--sample-every", 0).exit_code == 0
 
 
+def test_a_model_to_start_from_may_be_of_the_older_name_of_its_variant(nnx, data):
+    short = ["--data", data, "--max-steps", 1, "--batch-size", 2, "--grad-accum", 1, "--sample-every", 0]
+    first = nnx("train", *SMALL, *short, "--variant", "original", "--out", "first")
+    assert first.exit_code == 0, first.stderr
+    again = nnx("train", "--init-from", "first", *short, "--variant", "seed", "--out", "again")
+    assert again.exit_code == 0, again.stderr
+
+
 def test_a_dry_run_leaves_what_others_prepared(nnx, text_file, workspace):
     (workspace / "data").mkdir()
     (workspace / "data" / "precious").mkdir()
