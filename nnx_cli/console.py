@@ -296,6 +296,11 @@ def duration(seconds: float) -> str:
     return f"{seconds} s"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things: 1 step, 3,780 steps."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def size(n_bytes: float | None) -> str:
     """Bytes in the unit that reads best: 512 B, 2.0 KiB, 30.0 MiB, 7.25 GiB."""
     if n_bytes is None:

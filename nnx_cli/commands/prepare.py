@@ -9,7 +9,7 @@ import typer
 
 from nnx_cli.commands._options import command, given, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
-from nnx_cli.console import Output, size
+from nnx_cli.console import Output, counted, size
 from nnx_cli.errors import UsageError
 
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
@@ -41,7 +41,7 @@ def run(
     output.show(
         f"{result['out']}: {result['train_tokens']:,} tokens to train on, {result['val_tokens']:,} to validate "
         f"({result['tokenizer']}, vocabulary {result['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token)",
-        f"{size(result['text_bytes'])} of text, {result['documents']:,} documents, {result['seconds']:.1f} s",
+        f"{size(result['text_bytes'])} of text, {counted(result['documents'], 'document')}, {result['seconds']:.1f} s",
         f"next: nnx train --data {result['out']}",
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, command, naming
 from nnx_cli.commands._train_options import LENGTHS, OPTIONS, Request, ResumeRequest, read_request
-from nnx_cli.console import Output, TrainingView, duration
+from nnx_cli.console import Output, TrainingView, counted, duration
 from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int
     if bits is not None:
         quality += f", {bits:.3f} bits per byte"
     lines = [
-        f"{run.folder}: {run.config['model']['name']} with {parameters:,} parameters, {state.step:,} steps, "
+        f"{run.folder}: {run.config['model']['name']} with {parameters:,} parameters, {counted(state.step, 'step')}, "
         f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
     if best_step < 0.9 * state.step:
@@ -301,7 +301,7 @@ def _tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.de
 
     train, config = plan.train, plan.model_config
     total = cost.count_parameters(cost.meta_model(plan.model, config))["total"]
-    ends = [f"{train.max_steps:,} steps"] if train.max_steps else []
+    ends = [counted(train.max_steps, "step")] if train.max_steps else []
     ends += [duration(train.max_time_s)] if train.max_time_s else []
     output.note(
         f"{models.stem(plan.model)} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, "

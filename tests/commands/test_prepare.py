@@ -36,6 +36,7 @@ def test_words_for_people(nnx, text_file):
     result = nnx("prepare", "--filepath", text_file)
     assert result.exit_code == 0
     assert "tokens to train on" in result.stdout and "next: nnx train --data data" in result.stdout
+    assert "of text, 1 document, " in result.stdout
 
 
 def test_paths_options_and_standard_input(nnx, text_file, text, workspace):
