@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -49,18 +50,7 @@ def run(
             batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
             token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
         )
-    output.show_json(
-        {
-            "model": ref.label,
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "bits_per_byte_stderr": result.bits_per_byte_stderr,
-            "tokens": result.tokens,
-            "text_bytes": result.text_bytes,
-            "tokens_per_s": result.tokens_per_s,
-        }
-    )
+    output.show_json({"model": ref.label, "loss": result.loss, "perplexity": result.perplexity} | asdict(result))
     error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
     source = ", ".join(filepath) if filepath else "the validation split"

@@ -55,8 +55,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
                 _check_archive(path)
             with warnings.catch_warnings(action="ignore"):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (*DAMAGE, *NONSENSE) as error:

@@ -94,13 +94,9 @@ class TextReader:
         if "\ufffd" in text and not self._strict:
             raw = (held + data)[: len(held) + len(data) - len(decoder.getstate()[0])]
             n_marks = text.count("\ufffd") - raw.decode(self.encoding, "ignore").count("\ufffd")
-            self.n_replaced += len(raw) - len(text.encode(self.encoding, "ignore")) + n_marks * self._mark_bytes
+            mark_bytes = len("\ufffd".encode(self.encoding, "ignore"))  # 0 where it cannot be written
+            self.n_replaced += len(raw) - len(text.encode(self.encoding, "ignore")) + n_marks * mark_bytes
         return text
-
-    @property
-    def _mark_bytes(self) -> int:
-        """Bytes that U+FFFD takes in this encoding; none where it cannot be written."""
-        return len("\ufffd".encode(self.encoding, "ignore"))
 
     def _refuse(self, error: UnicodeDecodeError, offset: int) -> None:
         name = "UTF-16" if self.encoding.startswith("utf-16") else self.encoding.upper()

@@ -55,21 +55,16 @@ def prepare(
     val_paths: Sequence[str | Path] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the token folder `out` from files, folders, globs or "-". Returns what `nnx prepare --json` prints.
+    """Write the token folder `out` from files, folders, globs or "-"; without `paths`, from the documentation that
+    Python ships. Returns what `nnx prepare --json` prints.
 
     `val_paths` are the validation text, else part of the text is held out. Raises UsageError, DataError, MissingFeature
     or OutputError; then `out` does not exist.
     """
     files.refuse_existing(out)
-    sources = find_sources(paths)
+    sources = find_sources(paths) if paths else [_builtin_source()]
     val_sources = find_sources(val_paths) if val_paths else None
-    return _prepare(sources, val_sources, Path(out), config, on_progress or _ignore)
-
-
-def prepare_builtin(out: Path, config: PrepareConfig, on_progress: Progress | None = None) -> dict[str, Any]:
-    """Like `prepare`, for the documentation that Python ships."""
-    files.refuse_existing(out)
-    return _prepare([_builtin_source()], None, Path(out), config, on_progress or _ignore)
+    return _prepare(sources, val_sources, Path(out), config, on_progress or (lambda event: None))
 
 
 def encode_files(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, config: PrepareConfig) -> np.ndarray:
@@ -121,10 +116,6 @@ def _sha256(source: Source) -> str:
 
 def _builtin_source() -> Source:
     return Source(BUILTIN, content=builtin_corpus().encode())
-
-
-def _ignore(event: dict[str, Any]) -> None:
-    pass
 
 
 def _prepare(

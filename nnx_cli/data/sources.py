@@ -113,17 +113,14 @@ class Reader:
             with stream:
                 for piece in self._documents(stream, source.name, report):
                     yield piece
-                    self._tell(report.n_bytes_read + stream.n_read)
+                    if self.on_bytes:
+                        self.on_bytes(report.n_bytes_read + stream.n_read)
                 stream.drain()
             if _state(source) != before:
                 raise DataError(f"{source.name} changed while it was read", fix="run the command again")
             report.n_bytes_read += stream.n_read
             digest = stream.sha256.hexdigest()
             report.sources.append({"name": source.label, "bytes": stream.n_read, "sha256": digest})
-
-    def _tell(self, n_bytes: int) -> None:
-        if self.on_bytes:
-            self.on_bytes(n_bytes)
 
     def _documents(self, stored: Stream, name: str, report: Report, inside_archive: bool = False) -> Iterator[Piece]:
         stream = unpack(stored)

@@ -22,10 +22,9 @@ from nnx_cli.system import files
 
 FORMAT = 2
 SPLITS = ("train", "val")
-DTYPES = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}
 MASK = "train.mask"
 MAX_META_BYTES = 256 * 2**20  # a folder of a million files names them all
-NANOGPT_DTYPE = "uint16"
+NANOGPT_DTYPE = np.dtype("<u2")
 NANOGPT_ROUND = 64  # vocabularies above 256 are rounded up to a multiple of this
 
 
@@ -185,19 +184,19 @@ def _one_document() -> np.ndarray:
 
 def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
     """uint16 ids and nothing else that may be opened: meta.pkl could run code."""
-    dtype = np.dtype(DTYPES[NANOGPT_DTYPE])
+    dtype = NANOGPT_DTYPE
     digests, largest = {}, 0
     for split in SPLITS:
         file = path / f"{split}.bin"
         size = file.stat().st_size
         if not size or size % dtype.itemsize:
-            raise DataError(f"{file} holds {size} bytes; a nanoGPT folder holds {NANOGPT_DTYPE} ids")
+            raise DataError(f"{file} holds {size} bytes; a nanoGPT folder holds {dtype.name} ids")
         digests[f"{split}.bin"], last = digest_ids(file, dtype)
         largest = max(largest, last)
     if tokenizer is not None and largest >= tokenizer.vocab_size:
         raise DataError(f"{path} has id {largest}; the tokenizer {tokenizer.kind} has {tokenizer.vocab_size} ids")
     vocab_size, text_bytes = _round_vocab_size(largest + 1), None
-    train, val = _map(path / "train.bin", dtype), _map(path / "val.bin", dtype)
+    train, val = (np.memmap(path / f"{split}.bin", dtype, mode="r") for split in SPLITS)
     if tokenizer is not None:
         lengths = tokenizer.token_bytes()
         vocab_size = tokenizer.vocab_size
@@ -209,7 +208,7 @@ def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
         val=val,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
-        meta={"dtype": NANOGPT_DTYPE, "sha256": digests, "tokens": {"train": len(train), "val": len(val)}},
+        meta={"dtype": dtype.name, "sha256": digests, "tokens": {"train": len(train), "val": len(val)}},
         fingerprint=_fingerprint(digests, tokenizer.fingerprint if tokenizer else ""),
         text_bytes=text_bytes,
     )
@@ -226,10 +225,6 @@ def _count(meta: dict[str, Any], key: str, split: str) -> int:
     if type(count) is not int or count < 0:
         raise _Damaged(f"meta.json lacks {key} of {split}")
     return count
-
-
-def _map(file: Path, dtype: np.dtype) -> np.memmap:
-    return np.memmap(file, dtype, mode="r")
 
 
 def _fingerprint(digests: Mapping[str, str], tokenizer_fingerprint: str) -> str:

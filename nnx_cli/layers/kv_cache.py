@@ -18,18 +18,9 @@ class KVCache:
     `note_advance`.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        batch_size: int,
-        n_kv_heads: int,
-        max_seq_len: int,
-        head_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (n_layers, batch_size, n_kv_heads, max_seq_len, head_dim)
+    def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """`shape` is (L, B, G, S, K): layers, rows, key-value heads, positions at most, width of a head."""
+        _, batch_size, _, max_seq_len, _ = shape
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -141,12 +141,5 @@ class Model(LanguageModel):
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""
         config = self.config
-        return KVCache(
-            config.n_layers,
-            batch_size,
-            config.n_kv_heads,
-            max_seq_len,
-            config.dim // config.n_heads,
-            device=self.device,
-            dtype=self.compute_dtype,
-        )
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.dim // config.n_heads)
+        return KVCache(shape, self.device, self.compute_dtype)

@@ -79,9 +79,7 @@ class AveragedKeyCache(KVCache):
 
     def __init__(self, config: Config, batch_size: int, max_seq_len: int, device: torch.device, dtype: torch.dtype):
         head_dim = config.dim // config.n_heads
-        super().__init__(
-            config.n_layers, batch_size, config.n_kv_heads, max_seq_len, head_dim, device=device, dtype=dtype
-        )
+        super().__init__((config.n_layers, batch_size, config.n_kv_heads, max_seq_len, head_dim), device, dtype)
         self.window = config.window
         self.sums = torch.zeros(config.n_layers, batch_size, config.n_kv_heads, head_dim, device=device)
 

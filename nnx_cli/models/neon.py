@@ -392,12 +392,6 @@ class Model(LanguageModel):
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""
         config = self.config
-        return KVCache(
-            config.n_layers,
-            batch_size,
-            config.n_heads if config.variant == "original" else config.n_kv_heads,
-            max_seq_len,
-            config.n_maps * config.head_dim,
-            device=self.device,
-            dtype=self.compute_dtype,
-        )
+        n_heads = config.n_heads if config.variant == "original" else config.n_kv_heads
+        shape = (config.n_layers, batch_size, n_heads, max_seq_len, config.n_maps * config.head_dim)
+        return KVCache(shape, self.device, self.compute_dtype)

@@ -330,12 +330,5 @@ class Model(LanguageModel):
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""
         config = self.config
-        return KVCache(
-            config.n_layers,
-            batch_size,
-            config.n_heads,
-            max_seq_len,
-            config.head_dim,
-            device=self.device,
-            dtype=self.compute_dtype,
-        )
+        shape = (config.n_layers, batch_size, config.n_heads, max_seq_len, config.head_dim)
+        return KVCache(shape, self.device, self.compute_dtype)

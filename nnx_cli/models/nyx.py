@@ -161,15 +161,8 @@ class Model(LanguageModel):
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""
-        return KVCache(
-            self.config.n_layers,
-            batch_size,
-            1,
-            max_seq_len,
-            self.config.head_dim,
-            device=self.device,
-            dtype=self.compute_dtype,
-        )
+        shape = (self.config.n_layers, batch_size, 1, max_seq_len, self.config.head_dim)
+        return KVCache(shape, self.device, self.compute_dtype)
 
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
         """Query, key, value and attention output, as in the original."""

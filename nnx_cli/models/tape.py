@@ -399,9 +399,7 @@ class Model(LanguageModel):
         config = self.config
 
         def store(n_layers: int, n_heads: int, width: int) -> KVCache:
-            return KVCache(
-                n_layers, batch_size, n_heads, max_seq_len, width, device=self.device, dtype=self.compute_dtype
-            )
+            return KVCache((n_layers, batch_size, n_heads, max_seq_len, width), self.device, self.compute_dtype)
 
         H, K = 2 * config.n_heads, config.dim // config.n_heads
         return TapeCache(
@@ -409,6 +407,3 @@ class Model(LanguageModel):
             store(len(self.blocks) - 1, H, config.n_segments * K),
             store(0 if self.prophet is None else 1, 1, 2 * config.dim),
         )
-
-
-# names of the original

@@ -73,11 +73,9 @@ def prepare_tokens(
         return folder, []
     made = [folder] if folder.parent.exists() else [folder, folder.parent]
     try:
-        if filepath:
-            prepare.prepare(filepath, folder, preparing, None, tell)
-        else:
+        if not filepath:
             tell({"note": "no --filepath: training on the language documentation that Python ships"})
-            prepare.prepare_builtin(folder, preparing, tell)
+        prepare.prepare(filepath, folder, preparing, None, tell)
     except OutputError:
         if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
             raise

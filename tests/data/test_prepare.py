@@ -11,7 +11,7 @@ from nnx_cli.config import PrepareConfig
 from nnx_cli.data import compression
 from nnx_cli.data import prepare as module
 from nnx_cli.data import token_file as tokens
-from nnx_cli.data.prepare import default_folder, prepare, prepare_builtin
+from nnx_cli.data.prepare import default_folder, prepare
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import bpe
@@ -343,7 +343,7 @@ def test_default_folder_has_a_plain_name(tmp_path):
 
 
 def test_builtin(tmp_path):
-    summary = prepare_builtin(tmp_path / "made", PrepareConfig())
+    summary = prepare([], tmp_path / "made", PrepareConfig())
     assert summary["documents"] == 1 and summary["text_bytes"] > 300_000
     assert open_token_folder(tmp_path / "made").meta["sources"][0]["name"] == "python-docs"
 
