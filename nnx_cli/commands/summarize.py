@@ -152,7 +152,7 @@ def show_facts(output: Output, facts: dict[str, Any]) -> None:
     """One model's numbers."""
     parameters, memory, fits, flops = facts["parameters"], facts["memory"], facts["fits"], facts["flops_per_token"]
     files = ", ".join(f"{kind} {size(n)}" for kind, n in facts["file_bytes"].items())
-    cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
+    gpus = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
     verdict = "fits" if fits["fits"] else "does not fit"
     output.show(
         f"{facts['model']} {facts['size'] or 'of your shape'}: {parameters['total']:,} parameters "
@@ -166,7 +166,7 @@ def show_facts(output: Output, facts: dict[str, Any]) -> None:
         *(f"  {text}" for text in fits["gives_up"]),
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
         f"file: {files}",
-        f"trains on cards with {', '.join(cards)} GB" if cards else "trains on no card of up to 24 GB",
+        f"trains on GPUs with {', '.join(gpus)} GB" if gpus else "trains on no GPU of up to 24 GB",
     )
 
 
@@ -174,7 +174,7 @@ def show_zoo(output: Output, zoo: list[dict[str, Any]]) -> None:
     """The architectures side by side."""
     rows = []
     for facts in zoo:
-        cards = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
+        gpus = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
         parameters, flops = facts["parameters"]["total"], facts["flops_per_token"]["train"]
         rows.append(
             [
@@ -185,7 +185,7 @@ def show_zoo(output: Output, zoo: list[dict[str, Any]]) -> None:
                 facts["fits"]["batch_size"],
                 size(facts["cache_bytes_per_token"]),
                 size(facts["file_bytes"]["int8"]),
-                f"{cards[0]} GB" if cards else "–",
+                f"{gpus[0]} GB" if gpus else "–",
             ]
         )
     first = zoo[0]

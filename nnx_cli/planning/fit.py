@@ -47,7 +47,7 @@ MEMORY_SAVERS = (  # exact ones first
         "activation_checkpointing", "half", "every second block runs again in the backward pass: a sixth more work"
     ),
     MemorySaver("activation_checkpointing", "on", "all blocks run again in the backward pass: a third more work"),
-    MemorySaver("optimizer", "adamw8bit", "the optimizer's averages are kept in 8 bits: coarser steps"),
+    MemorySaver("optimizer", "adamw8bit", "the optimizer's moments are kept in 8 bits: coarser steps"),
     MemorySaver("weight_precision", "bf16", "weights are kept in bf16, rounded at random: noisier steps"),
 )
 

@@ -52,7 +52,7 @@ def training_recipe(
     if decay.value and train.lora_rank is None and train.tokens_per_step:
         epochs = expected_steps * train.tokens_per_step / train_tokens
         value = default_weight_decay(decay.value, optimizer, lr, expected_steps, epochs, dim)
-        decay = Derived(value, "lr, width, passes over the text")
+        decay = Derived(value, "lr, width, epochs")
     warms_up = train.schedule != "constant" and recipe.warmup
     warmup = min(MOST_WARMUP_STEPS, max(1, expected_steps // 50)) if warms_up else 0
     return {
