@@ -120,17 +120,18 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     assert step_s is not None
     if not choose(conditions, step_s).compiled:
         return now
-    if now.graph:
-        stepper.release_graphs()  # there may be no room for another step beside it
+    had_graphs = stepper.graphs is not None  # which a want of memory may have cost since they were chosen
+    if had_graphs:
+        stepper.release_graphs()  # there may be no room for another step beside them
     compiled, problem = _compile(stepper, eager, conditions.precision)
-    problems = [problem, _record(stepper) if now.graph else None]
+    problems = [problem, _record(stepper) if had_graphs else None]
     if compiled is not None:
         compiled_s = _step_seconds_or_inf(stepper) if on_cuda else compiled.seconds * stepper.grad_accum
         if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
             note = f"compiled: a step takes {compiled_s / step_s:.0%} of its time before"
             return _settled(stepper, now, [*problems, note], compiled=True, step_s=compiled_s)
         undo_compile(stepper.step.model)
-        problems.append(_record(stepper) if now.graph else None)
+        problems.append(_record(stepper) if had_graphs else None)
         problems.append(f"not compiled: {'not enough memory' if compiled_s == math.inf else 'no faster here'}")
     return _settled(stepper, now, problems, compiled=False, step_s=step_s)
 
@@ -180,7 +181,7 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
         nonlocal loss
         model.zero_grad(set_to_none=True)
         total, count = stepper.step.micro_step(input_ids, targets)
-        loss = total / count
+        loss = total / count.clamp(min=1)
         loss.backward()
 
     try:

@@ -61,7 +61,7 @@ def first_overflow(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> 
     try:
         loss, count = LossModule(model)(input_ids, targets)
         if not found:
-            (loss / count).backward()
+            (loss / count.clamp(min=1)).backward()
     finally:
         for hook in hooks:
             hook.remove()

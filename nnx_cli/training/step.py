@@ -99,7 +99,7 @@ class Step:
 
     def __call__(self, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:
         """One step on all samples (N, T), `batch_size` at a time."""
-        n_targets = (targets != self.model.ignore_index).sum()
+        n_targets = self.count_targets(targets)
         if self.in_backward:
             loss, _ = self.micro_step(input_ids, targets)
             self.in_backward.begin()
@@ -112,6 +112,10 @@ class Step:
         for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
             total += self.accumulate(ids, wanted, n_targets)
         self.end(total / n_targets)
+
+    def count_targets(self, targets: Tensor) -> Tensor:
+        """Targets that the mask leaves, int64 (); at least 1, so that a step without any has loss 0."""
+        return (targets != self.model.ignore_index).sum().clamp(min=1)
 
     def accumulate(self, input_ids: Tensor, targets: Tensor, n_targets: Tensor) -> Tensor:
         """Gradient accumulation, under loss scaling: add a micro-batch's (B, T) part of the mean over `n_targets`.
@@ -191,7 +195,7 @@ class StepGraphs:
     def __init__(self, step: Step, input_ids: Tensor, targets: Tensor, batch_size: int) -> None:
         self.step = step
         self.batch_size = batch_size
-        self.n_targets = self._count(targets)
+        self.n_targets = step.count_targets(targets)
         self.total = torch.zeros((), device=input_ids.device)  # summed loss of a step's micro-batches
         self.gradients: dict[Tensor, Tensor] = {}  # of each parameter: what micro-batches add to
         self.whole: CudaGraph | None = None
@@ -228,7 +232,7 @@ class StepGraphs:
         if self.whole is not None:
             self.whole(input_ids, targets)
             return
-        self.n_targets.copy_(self._count(targets))
+        self.n_targets.copy_(self.step.count_targets(targets))
         self.total.zero_()
         torch._foreach_zero_(list(self.gradients.values()))
         for ids, wanted in zip(input_ids.split(self.batch_size), targets.split(self.batch_size), strict=True):
@@ -242,6 +246,3 @@ class StepGraphs:
 
     def _end(self) -> None:
         self.step.end(self.total / self.n_targets)
-
-    def _count(self, targets: Tensor) -> Tensor:
-        return (targets != self.step.model.ignore_index).sum()

@@ -241,6 +241,14 @@ def test_compiled_steps_are_recorded_anew(stepper, graphs, pretend):
     assert decided.notes == ("compiled: a step takes 50% of its time before",)
 
 
+def test_graphs_that_a_want_of_memory_has_cost_are_not_recorded_anew(stepper, graphs, pretend):
+    stepper.execution = verify(stepper, Execution(graph=True), GPU)
+    stepper.graphs = None
+    pretend((5.5, 1.0), (5.5, 0.5))
+    decided = verify(stepper, Execution(graph=True, compiled=True), replace(GPU, requested="on"))
+    assert decided.compiled and not decided.graph and graphs == [False]
+
+
 def test_steps_that_are_no_faster_compiled_are_recorded_as_they_were(stepper, graphs, pretend):
     stepper.execution = verify(stepper, Execution(graph=True), GPU)
     pretend((5.5, 1.0), (5.5, 0.5))

@@ -81,6 +81,16 @@ def test_steps_that_fail_are_counted():
     assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_step_whose_targets_are_all_masked_is_no_bad_step(in_backward):
+    step = make_step(grad_clip=0.0, in_backward=in_backward)
+    ids, targets = batch()
+    step(ids, torch.full_like(targets, step.model.ignore_index), 4)
+    numbers = step.stats.read()
+    assert (numbers.loss, numbers.grad_norm, numbers.skipped_steps) == (0, 0, 0)
+    assert all(p.isfinite().all() for p in step.parameters)
+
+
 def test_without_a_limit_the_gradient_is_only_measured():
     limited, free = (make_step(optimizer="lion", grad_clip=clip) for clip in (1e-3, 0.0))
     for step in (limited, free):
