@@ -178,7 +178,7 @@ def main() -> None:
     """The command `nnx`."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before this began
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace", **({"encoding": "utf-8"} if os.name == "nt" else {}))

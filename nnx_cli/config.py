@@ -217,11 +217,14 @@ def fields_in(source: str, class_name: str) -> tuple[Field, ...]:
         )
         for item in ast.walk(tree)
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None
+        if not ast.unparse(item.annotation).startswith("ClassVar")
     )
 
 
 def _eval_literal(node: ast.expr) -> Any:
-    """The value of a literal or of a product or power of literals."""
+    """The value of a literal, of a product or power of literals, or of `DERIVED`."""
+    if isinstance(node, ast.Name) and node.id == "DERIVED":
+        return None
     if isinstance(node, ast.BinOp):
         left, right = _eval_literal(node.left), _eval_literal(node.right)
         return left * right if isinstance(node.op, ast.Mult) else left**right

@@ -231,7 +231,7 @@ def unlike(recorded: Any, found: Any, exact: bool) -> list[str]:
     """Where `found` is not as recorded: to the last digit where `exact`, else within 1e-4, without INEXACT."""
     if exact:
         return list(differences(recorded, found))
-    return [line for line in differences(rounded(recorded, recorded), rounded(found, recorded))]
+    return list(differences(rounded(recorded, recorded), rounded(found, recorded)))
 
 
 def rounded(found: Any, recorded: Any) -> Any:

@@ -112,7 +112,8 @@ def _with_fields(command: Command, name: str) -> Command:
     def extended(**options: Any) -> None:
         run(**options)
 
-    extended.__signature__ = run.__signature__.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    signature = run.__signature__.replace(parameters=list(parameters.values()))
+    extended.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
     extended.__annotations__ = {p.name: p.annotation for p in parameters.values()}
     extended.__doc__ = run.__doc__
     return make_command(extended, command.name, command.epilog)

@@ -127,7 +127,7 @@ def _bzip2(stream: Stream) -> Stream:
 
 
 def _xz(stream: Stream) -> Stream:
-    return Stream(lzma.LZMAFile(stream), stream.name, (lzma.LZMAError, EOFError))
+    return Stream(lzma.LZMAFile(stream), stream.name, (lzma.LZMAError, EOFError))  # type: ignore[arg-type]  # needs `read`
 
 
 def _zstd(stream: Stream) -> Stream:
@@ -140,7 +140,7 @@ def _zstd(stream: Stream) -> Stream:
         raise MissingFeature(
             f"{stream.name} is compressed with zstd, which this Python cannot read", fix="pip install 'nnx-cli[zstd]'"
         ) from error
-    options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     return Stream(zstd.ZstdFile(stream, options=options), stream.name, (zstd.ZstdError, EOFError))
 
 

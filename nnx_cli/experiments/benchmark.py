@@ -229,6 +229,7 @@ def make_trainer(case: Case, config: TrainConfig, device: torch.device, tell: Ca
 
 def take_step(trainer: Trainer) -> None:
     """One step of training at the peak learning rate."""
+    assert trainer.config.lr is not None
     trainer.take_step(trainer.config.lr)
     trainer.state.step += 1
 
@@ -238,7 +239,9 @@ def training(
 ) -> Row:
     """Speed of the trainer's steps, loader and optimizer included. Raises DoesNotFit."""
     trainer = make_trainer(case, config, device, tell)
-    tokens_per_s = trainer.config.tokens_per_step * calls_per_s(lambda: take_step(trainer), device, seconds)
+    steps_per_s = calls_per_s(lambda: take_step(trainer), device, seconds)
+    assert trainer.config.tokens_per_step is not None and trainer.config.batch_size is not None
+    tokens_per_s = trainer.config.tokens_per_step * steps_per_s
     if trainer.config.batch_size < case.batch_size:
         raise DoesNotFit(f"out of memory: the trainer went on with {trainer.config.batch_size} sequences at a time")
     flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]

@@ -33,7 +33,8 @@ def activation_and_slope(x: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
     x = widened(x)
     below = torch.expm1(-x.abs())  # exp(-|x|) - 1
     s = -2 * below / (2 + below)  # 2 tanh(|x|/2), by a function that takes a third of tanh's time
-    above, under = 1 - s * s / 4, 1.0  # of the derivative's fraction
+    above = 1 - s * s / 4
+    under: Tensor | float = 1.0  # of the derivative's fraction
     for _ in range(repeats):
         log = torch.log1p(s)
         root = torch.rsqrt(1 + 24 * log * log)

@@ -88,8 +88,9 @@ class StraightThrough(torch.autograd.Function):
         return dh, torch.stack(dp, -1), None, *dweights
 
 
-def matrix(function: Linear) -> Tensor:
-    """What a linear layer multiplies with, its adapter included."""
+def matrix(function: nn.Module) -> Tensor:
+    """What a `Linear` multiplies with, its adapter included."""
+    assert isinstance(function, Linear)
     return function.weight if function.lora_a is None else function.weight + function.adapter_delta()
 
 

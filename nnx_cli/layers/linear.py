@@ -20,10 +20,12 @@ class Linear(nn.Linear):
     `weight` and its name as they are.
     """
 
+    lora_a: nn.Parameter | None  # (rank, in_features)
+    lora_b: nn.Parameter  # (out_features, rank); None where lora_a is
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.register_parameter("lora_a", None)  # (rank, in_features)
-        self.register_parameter("lora_b", None)  # (out_features, rank)
+        self.remove_adapter()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in the dtype of x."""
@@ -48,11 +50,13 @@ class Linear(nn.Linear):
 
     def adapter_delta(self) -> Tensor:
         """What the adapter adds to `weight`, (out_features, in_features)."""
+        assert self.lora_a is not None
         return self.lora_b @ self.lora_a
 
     def remove_adapter(self) -> None:
         """Be the plain layer again."""
-        self.lora_a = self.lora_b = None
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
 
 
 class PackedLinear(Linear):
@@ -73,7 +77,7 @@ class PackedLinear(Linear):
         plain = type(self).forward is PackedLinear.forward and self.lora_a is None
         return linear(x, self.weight.to(x.dtype)) if plain else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # more results than its base
         """x (..., in) to one tensor for each projection."""
         outputs = linear(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
         if self.lora_a is None:
@@ -92,6 +96,7 @@ class PackedLinear(Linear):
 
     def adapter_delta(self) -> Tensor:
         """As in Linear; zero rows where a projection has no adapter."""
+        assert self.lora_a is not None
         parts = [self.weight.new_zeros(rows, self.in_features) for rows in self.splits]
         for i, a, b in zip(
             self.adapted, self.lora_a.chunk(len(self.adapted)), self._b_of_each(self.lora_b), strict=True

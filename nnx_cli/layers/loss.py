@@ -190,6 +190,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             loss[rows], dlogits = cross_entropy_rows(
                 logits[:, :V], targets[rows], ignore_index, student_t=chunks.student_t(x), factor=ctx.factor
             )
+            assert dlogits is not None
             if len(chunks.weight) > V:
                 dlogits = logits  # the kernel put it there; the zeros behind it are still zeros
             if dbias is not None:
@@ -201,13 +202,15 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             elif dhidden is not None:  # of −|x − w|² / 2
                 dhidden[rows] = (dlogits @ chunks.weight).addcmul_(dlogits.sum(1, keepdim=True), x, value=-1)
         del logits, dlogits, chunks.buffer  # the gradient of a scale needs a matrix more
-        if df is not None and dweight is not None:
+        if df is not None and dweight is not None and dbias is not None:
             dweight.addcmul_(dbias[:, None], chunks.weight, value=-1)
         dweight = None if dweight is None else dweight[:V].contiguous()
-        dscale = (dweight * weight).sum(1) if wants_scale else None
-        if scale is not None and wants_weight:
+        dscale = (dweight * weight).sum(1) if wants_scale and dweight is not None else None
+        if scale is not None and dweight is not None and wants_weight:
             dweight *= scale[:, None]
-        ctx.save_for_backward(dhidden, dweight if wants_weight else None, dscale, dbias[:V] if wants_bias else None)
+        ctx.save_for_backward(
+            dhidden, dweight if wants_weight else None, dscale, dbias[:V] if wants_bias and dbias is not None else None
+        )
         ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (hidden, weight, scale, bias)]
         return loss.sum()
 

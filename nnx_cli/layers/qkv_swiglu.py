@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnx_cli.kernels import qkv_swiglu as kernels
 from nnx_cli.kernels.qkv_swiglu import rotate
 from nnx_cli.layers.linear import PackedLinear
 
 
-def packed_for_kernel(projections: nn.Module, x: Tensor, cache: object | None) -> Tensor | None:
+def packed_for_kernel(projections: PackedLinear, x: Tensor, cache: object | None) -> Tensor | None:
     """All projections of x in one tensor, where a kernel takes it from there.
 
     None where it does not, for a step with a cache, and where the layer was replaced (quantized) or has an adapter.
@@ -21,7 +21,7 @@ def packed_for_kernel(projections: nn.Module, x: Tensor, cache: object | None) -
 
 
 def qkv_rope(
-    projections: nn.Module, x: Tensor, tables: tuple[Tensor, Tensor], cache: object | None
+    projections: PackedLinear, x: Tensor, tables: tuple[Tensor, Tensor], cache: object | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, T, K), keys and values (B, G, T, K) of x (B, T, D); queries and keys are turned by `tables`."""
     B, T, _ = x.shape
@@ -33,7 +33,7 @@ def qkv_rope(
     return rotate(q, *tables), rotate(k, *tables), v
 
 
-def swiglu(projections: nn.Module, x: Tensor, cache: object | None) -> Tensor:
+def swiglu(projections: PackedLinear, x: Tensor, cache: object | None) -> Tensor:
     """silu(gate) · up of x, (B, T, F). Shazeer 2020, https://arxiv.org/abs/2002.05202."""
     if (packed := packed_for_kernel(projections, x, cache)) is not None:
         return kernels.swiglu(packed)

@@ -57,7 +57,7 @@ class Quantization:
 
 def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix (N, K), as stored."""
-    if quantization.bits == 8:
+    if quantization.group_size is None:
         return quantize_rows(weight.float())
     pieces = [quantize_groups(rows.float(), quantization.group_size) for rows in weight.split(ROWS_AT_ONCE)]
     codes, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -107,6 +107,7 @@ def dequantize(codes: Tensor, scale: Tensor, n_columns: int, group_size: int | N
 
 
 def float_matmul(weight: Tensor, scale: Tensor) -> Matmul:
+    """x @ weight.T as it is; the scales are in the weights already."""
     return lambda x: F.linear(x, weight)
 
 
@@ -176,22 +177,27 @@ def is_right(make: Callable[[Tensor, Tensor], Matmul]) -> bool:
 class QuantizedMatrix(nn.Module):
     """The matrix (N, K) of a layer in codes and scales, zero until they are loaded."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, n_rows: int, n_columns: int, quantization: Quantization, device: torch.device) -> None:
         super().__init__()
         self.n_columns, self.group_size = n_columns, quantization.group_size
-        if quantization.bits == 8:
-            codes, scale = torch.zeros(n_rows, n_columns, dtype=torch.int8, device=device), (n_rows,)
+        if self.group_size is None:
+            codes = torch.zeros(n_rows, n_columns, dtype=torch.int8, device=device)
+            scale = torch.zeros(n_rows, dtype=torch.float16, device=device)
         else:
             codes = torch.zeros(n_rows, -(-n_columns // 2), dtype=torch.uint8, device=device)
-            scale = (n_rows, -(-n_columns // self.group_size))
+            scale = torch.zeros(n_rows, -(-n_columns // self.group_size), dtype=torch.float16, device=device)
         self.register_buffer("weight", codes)
-        self.register_buffer("scale", torch.zeros(scale, dtype=torch.float16, device=device))
+        self.register_buffer("scale", scale)
 
 
 class QuantizedEmbedding(QuantizedMatrix):
     """Looks rows up and dequantizes those alone."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Float32 rows (..., K) of token ids."""
         return dequantize(self.weight[input_ids], self.scale[input_ids], self.n_columns, self.group_size)
 
 
@@ -206,6 +212,7 @@ class QuantizedLinear(QuantizedMatrix):
     matmul: Matmul
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) to (..., N), in its dtype."""
         if self.made_for is None or self.made_for[0] is not self.weight or self.made_for[1] != x.dtype:
             self.make_matmul(x.dtype)
         return self.matmul(x)
@@ -213,6 +220,7 @@ class QuantizedLinear(QuantizedMatrix):
     @torch.inference_mode(False)
     @torch.no_grad()
     def make_matmul(self, dtype: torch.dtype) -> None:
+        """Choose and prepare `matmul` for the present codes and inputs of `dtype`."""
         weight = dequantize(self.weight, self.scale, self.n_columns, self.group_size)
         kernel = FLOAT
         if dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > SMALL_MATRIX:
@@ -227,21 +235,30 @@ class QuantizedPackedLinear(QuantizedLinear):
 
     splits: Sequence[int]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # more results than its base
+        """x (..., K) to one tensor for each of `splits`, (..., width)."""
         return super().forward(x).split(self.splits, dim=-1)
 
 
-REPLACEMENTS = {Linear: QuantizedLinear, PackedLinear: QuantizedPackedLinear, nn.Embedding: QuantizedEmbedding}
+REPLACEMENTS: dict[type[nn.Module], type[QuantizedMatrix]] = {
+    Linear: QuantizedLinear,
+    PackedLinear: QuantizedPackedLinear,
+    nn.Embedding: QuantizedEmbedding,
+}
 
 
-def quantizable(model: nn.Module, kept: Iterable[str] = ()) -> dict[str, nn.Module]:
+def quantizable(model: nn.Module, kept: Iterable[str] = ()) -> dict[str, Linear | nn.Embedding]:
     """The modules that quantization replaces, by name.
 
     Left out are those in `kept` or inside a module in `kept`, and all that share their matrix with one that stays.
     """
-    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) in REPLACEMENTS}
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (Linear, nn.Embedding)) and type(module) in REPLACEMENTS
+    }
     inside = tuple(f"{name}." for name in kept)
-    staying = [module for name, module in found.items() if f"{name}.".startswith(inside)]
+    staying: list[nn.Module] = [module for name, module in found.items() if f"{name}.".startswith(inside)]
     staying += [module for module in model.modules() if type(module) not in REPLACEMENTS]
     floats = {id(tensor) for module in staying for tensor in module.parameters(recurse=False)}
     return {name: module for name, module in found.items() if id(module.weight) not in floats}
@@ -251,8 +268,9 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
     """Replace the layers of a float model by quantized ones that wait for their tensors; tied matrices stay tied."""
     first: dict[int, QuantizedMatrix] = {}
     for name, old in quantizable(model, quantization.kept).items():
-        new = REPLACEMENTS[type(old)](*old.weight.shape, quantization, old.weight.device)
-        if isinstance(old, PackedLinear):
+        n_rows, n_columns = old.weight.shape
+        new = REPLACEMENTS[type(old)](n_rows, n_columns, quantization, old.weight.device)
+        if isinstance(old, PackedLinear) and isinstance(new, QuantizedPackedLinear):
             new.splits = old.splits
         tied = first.setdefault(id(old.weight), new)
         new.weight, new.scale = tied.weight, tied.scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from nnx_cli.errors import UsageError
 from nnx_cli.layers.linear import Linear
 
 MAX_WIDTH, MAX_LAYERS = 2**24, 1024  # beyond them not even the parameters can be counted
+DERIVED: Any = None  # default of a field that `derive` fills in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +29,14 @@ class ModelConfig:
     dropout: float = 0.0  # probability of dropping, in attention and feed-forward
     variant: str = "sound"  # sound, or original: the original with its defects, for proof only
 
-    VARIANTS = ("sound", "original")
+    VARIANTS: ClassVar[tuple[str, ...]] = ("sound", "original")
 
     def __post_init__(self) -> None:
         if self.variant == "seed":  # its older name
             object.__setattr__(self, "variant", "original")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
+            if field.type == "int" and field.default is not None and value < 1:
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
             most = MAX_LAYERS if field.name == "n_layers" else MAX_WIDTH
             if isinstance(value, int) and value > most:
@@ -48,7 +49,7 @@ class ModelConfig:
             raise UsageError(f"--variant is {self.variant!r}; choose from {', '.join(self.VARIANTS)}")
 
     def derive(self, **values: Any) -> None:
-        """Fill fields that were left None with values that follow from the others."""
+        """Fill fields that were left `DERIVED` with values that follow from the others."""
         for name, value in values.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -22,15 +22,15 @@ from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.qkv_swiglu import qkv_rope, swiglu
 from nnx_cli.layers.rope import rotary_tables
-from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     """Shape of the control."""
 
-    n_kv_heads: int | None = None  # key-value heads; default half the heads, or all where they are odd
-    ffn_dim: int | None = None  # width of the feed-forward; default 3 x dim
+    n_kv_heads: int = DERIVED  # key-value heads; default half the heads, or all where they are odd
+    ffn_dim: int = DERIVED  # width of the feed-forward; default 3 x dim
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     tie_embeddings: bool = True  # the head is the embedding, transposed
 

@@ -35,15 +35,15 @@ from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
+from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     """Shape of N4."""
 
-    n_kv_heads: int | None = None  # key-value heads, each with its gate; default n_heads
-    ffn_dim: int | None = None  # width of the feed-forward; default 2 x dim
+    n_kv_heads: int = DERIVED  # key-value heads, each with its gate; default n_heads
+    ffn_dim: int = DERIVED  # width of the feed-forward; default 2 x dim
     window: int | None = None  # newest positions that attention reaches, its own included; default all
     bias: bool = False  # biases in all linear layers
     dyt_alpha: bool = False  # learn a slope and a bias in every dynamic tanh
@@ -154,7 +154,7 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) to the same, in its dtype."""
-        if self.alpha is None:
+        if self.alpha is None or self.bias is None:
             return (self.weight * torch.tanh(x)).to(x.dtype)
         return (self.weight * torch.tanh((self.alpha * x).to(x.dtype)) + self.bias).to(x.dtype)
 
@@ -251,11 +251,11 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: f
     q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))  # (B, H, N, window, K)
     first = F.scaled_dot_product_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0], None, dropout, True, scale=scale)
     pairs = [torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3) for x in (k, v)]  # (B, H, N - 1, 2 · window, K)
-    later = [x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], *pairs)]  # blocks beside the batch
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], *pairs))  # blocks beside the batch
     row = torch.arange(window, device=q.device)[:, None]
     column = torch.arange(2 * window, device=q.device)
     mask = (column > row) & (column <= row + window)
-    rest = F.scaled_dot_product_attention(*later, mask, dropout, scale=scale)
+    rest = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
     rest = rest.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, (N - 1) · window, K)
     y = torch.cat((first, rest), dim=2)[:, :, :T]
     return y.transpose(1, 2).reshape(B, T, H * K)

@@ -22,7 +22,7 @@ in evaluation. Variant `original` keeps the rotation, the pairing and the noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -43,7 +43,7 @@ from nnx_cli.layers.memory_slots import Memory
 from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.unit_norm import Interpolation, ScaledHead, normalize_matrices, unit
-from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
+from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
 BANKS = {  # what a decoder's layers have a number of, and how many by default
@@ -60,8 +60,8 @@ WRITERS = (".attention.out.", ".mlp.down.", ".functions.", ".bank.0.", ".bank.1.
 class Config(ModelConfig):
     """Shape of Neon."""
 
-    n_kv_heads: int | None = None  # key-value heads; default as many as query heads
-    ffn_dim: int | None = None  # width of the feed-forward; default 3 x dim
+    n_kv_heads: int = DERIVED  # key-value heads; default as many as query heads
+    ffn_dim: int = DERIVED  # width of the feed-forward; default 3 x dim
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     norm_eps: float = 1e-6  # added to the mean square in norms
     tie_embeddings: bool = True  # the head is the embedding, transposed
@@ -69,10 +69,10 @@ class Config(ModelConfig):
     diff_mlp: bool = False  # the feed-forward is the difference of two
     paper_lambda: bool = False  # the first layer's lambda starts at 0.2, as in the paper, not at the second's 0.36
     decoder: str = "regular"  # regular, or with a sub-layer more: memory, function, linear-control
-    n_global_functions: int | None = None  # functions that all layers share; default 4 (linear-control: 1)
-    n_layer_functions: int | None = None  # functions of each layer's own; default 4 (linear-control: 1)
-    n_global_memories: int | None = None  # memory slots that all layers share; default 64
-    n_layer_memories: int | None = None  # memory slots of each layer's own; default 64
+    n_global_functions: int = DERIVED  # functions that all layers share; default 4 (linear-control: 1)
+    n_layer_functions: int = DERIVED  # functions of each layer's own; default 4 (linear-control: 1)
+    n_global_memories: int = DERIVED  # memory slots that all layers share; default 64
+    n_layer_memories: int = DERIVED  # memory slots of each layer's own; default 64
     function_temperature: float = 1.0  # of the random choice of functions in training
     function_min_temperature: float = 0.1  # where annealing ends
     function_anneal_steps: int | None = None  # optimizer steps until then; default no annealing
@@ -237,7 +237,7 @@ class Block(nn.Module):
         super().__init__()
         dim = config.dim
         self.attention_norm, self.attention, self.attention_join = norm(config), Attention(config, layer), join(config)
-        self.bank = None
+        self.bank: nn.Module | None = None
         if config.decoder == "function":
             self.bank = FunctionBank(
                 dim, config.n_global_functions, config.n_layer_functions, balanced=config.function_balance > 0
@@ -279,6 +279,7 @@ class Model(LanguageModel):
     """Embedding, blocks, functions or memories that all layers share, a last norm, a head."""
 
     config: Config
+    head: ScaledHead | Linear
     recipe = Recipe(lr_factor=0.5)
 
     def __init__(self, config: Config) -> None:
@@ -295,7 +296,7 @@ class Model(LanguageModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = norm(config)
         self.head = (ScaledHead if config.normalized else Linear)(config.dim, config.vocab_size)
-        matrix = self.head.linear if config.normalized else self.head
+        matrix = self.head.linear if isinstance(self.head, ScaledHead) else self.head
         if config.tie_embeddings:
             matrix.weight = self.embedding.weight
         self.syncs_in_eval = config.decoder == "function"  # every function takes the rows that chose it
@@ -334,8 +335,8 @@ class Model(LanguageModel):
         config, (B, T) = self.config, input_ids.shape
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         angles = positions // 2 if config.variant == "original" else positions
-        tables = rotary_tables(angles, config.head_dim, config.rope_theta)
-        tables = tuple(table.unsqueeze(-2) for table in tables)  # the same for both maps
+        cos, sin = rotary_tables(angles, config.head_dim, config.rope_theta)
+        tables = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for both maps
         x = self.embedding(input_ids)  # (B, T, D)
         x = (unit(x) if config.normalized else x).to(self.compute_dtype)
         starts = self.config.lambda_init(input_ids.device)
@@ -377,16 +378,21 @@ class Model(LanguageModel):
             raise UsageError(f"noise of this model is {', '.join(sorted(wanted))}; {odd[0]} does not match")
         self.noise.recorded = dict(noise)
 
+    def banks(self) -> Iterator[tuple[int, FunctionBank]]:
+        """Layers that choose among functions, and their banks."""
+        for layer, block in enumerate(self.blocks):
+            if isinstance(block.bank, FunctionBank):
+                yield layer, block.bank
+
     def selection_counts(self) -> dict[str, Tensor]:
         """How many tokens of the latest forward pass chose each function, (n,) by "LAYER/KIND"."""
-        banks = ((layer, block.bank) for layer, block in enumerate(self.blocks) if isinstance(block.bank, FunctionBank))
-        return {f"{layer}/{kind}": counts for layer, bank in banks for kind, counts in bank.counts.items()}
+        return {f"{layer}/{kind}": counts for layer, bank in self.banks() for kind, counts in bank.counts.items()}
 
     def aux_loss(self) -> Tensor | None:
         """Mean balance loss of all banks, 1 where every function is chosen equally often, times its weight."""
         if not self.config.function_balance or self.config.decoder != "function":
             return None
-        losses = [loss for block in self.blocks for loss in block.bank.balance]
+        losses = [loss for _, bank in self.banks() for loss in bank.balance]
         return self.config.function_balance * torch.stack(losses).mean() if losses else None
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:

@@ -42,7 +42,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.unit_norm import length, normalize_matrices, tangent, unit
-from nnx_cli.models._base import LanguageModel, ModelConfig, Recipe
+from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 
 SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
 
@@ -54,28 +54,28 @@ class Config(ModelConfig):
     From Python, `init` and `scale` of those in blocks may also be sequences with a number for every layer.
     """
 
-    head_dim: int | None = None  # width of a head; default dim / n_heads
-    ffn_dim: int | None = None  # width of the feed-forward; default 8/3 x dim
+    head_dim: int = DERIVED  # width of a head; default dim / n_heads
+    ffn_dim: int = DERIVED  # width of the feed-forward; default 8/3 x dim
     qk_norm: bool = True  # normalise queries and keys
     value_residual: bool = True  # average the values of later layers with those of the first
     tie_embeddings: bool = True  # the head is the embedding, transposed
     normalize_on_use: bool = False  # matrices are normalised whenever they are used, and gradients see it
-    alpha_attn_init: float | None = None  # step towards the output of attention; default 1 / n_layers
-    alpha_attn_scale: float | None = None  # what that step is stored as, smaller learns faster; default 1 / sqrt(dim)
-    alpha_mlp_init: float | None = None  # step towards the output of the feed-forward; default 1 / n_layers
-    alpha_mlp_scale: float | None = None  # what that step is stored as, smaller learns faster; default 1 / sqrt(dim)
+    alpha_attn_init: float = DERIVED  # step towards the output of attention; default 1 / n_layers
+    alpha_attn_scale: float = DERIVED  # what that step is stored as, smaller learns faster; default 1 / sqrt(dim)
+    alpha_mlp_init: float = DERIVED  # step towards the output of the feed-forward; default 1 / n_layers
+    alpha_mlp_scale: float = DERIVED  # what that step is stored as, smaller learns faster; default 1 / sqrt(dim)
     s_qk_init: float = 1.0  # scale of queries
-    s_qk_scale: float | None = None  # what the scale of queries is stored as, smaller learns faster; default 1 / dim
+    s_qk_scale: float = DERIVED  # what the scale of queries is stored as, smaller learns faster; default 1 / dim
     s_hidden_init: float = 1.0  # scale of what the gate of the feed-forward lets through
     s_hidden_scale: float = 1.0  # what that scale is stored as, smaller learns faster
     s_gate_init: float = 1.0  # scale of the gate of the feed-forward
     s_gate_scale: float = 1.0  # what the scale of the gate is stored as, smaller learns faster
     s_logit_init: float = 1.0  # scale of logits
-    s_logit_scale: float | None = None  # what that scale is stored as, smaller learns faster; default 1 / sqrt(dim)
+    s_logit_scale: float = DERIVED  # what that scale is stored as, smaller learns faster; default 1 / sqrt(dim)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None:
+        if self.head_dim is DERIVED:
             self.check_head_dim()
         self.derive(head_dim=self.dim // self.n_heads, ffn_dim=int(self.dim * 4 * 2 / 3))
         if self.head_dim < 2 or self.head_dim % 2 or self.ffn_dim < 1:
@@ -102,7 +102,8 @@ class Config(ModelConfig):
     def scale(self, name: str, layer: int = 0) -> tuple[float, float]:
         """Init and scale of a scale vector in one layer."""
         pair = (getattr(self, f"{name}_init"), getattr(self, f"{name}_scale"))
-        return tuple(value[layer] if isinstance(value, tuple) else value for value in pair)
+        init, scale = (value[layer] if isinstance(value, tuple) else value for value in pair)
+        return init, scale
 
 
 # Shapes of the control; ffn_dim is the multiple of 16 (nano) or 64 next to 8/3 dim, which GEMMs like better
@@ -164,7 +165,7 @@ class UnitLinear(Linear):
 class UnitPackedLinear(PackedLinear):
     """Normalises the rows of its raw matrix on every use."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # as PackedLinear
         """As PackedLinear, of the normalised matrix."""
         return linear(x, unit_matrix(self, 1).to(x.dtype)).split(self.splits, dim=-1)
 

@@ -32,22 +32,22 @@ from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.qkv_swiglu import packed_for_kernel
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.unit_norm import unit
-from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     """Shape of NYX."""
 
-    head_dim: int | None = None  # width of a head; default dim / n_heads
-    ffn_dim: int | None = None  # width of the feed-forward; default 4 x dim
+    head_dim: int = DERIVED  # width of a head; default dim / n_heads
+    ffn_dim: int = DERIVED  # width of the feed-forward; default 4 x dim
     qk_norm: bool = False  # normalise queries and keys, with a learned gain each
     qk_norm_scale: float = 8.0  # softmax scale with qk-norm
     xpos_scale_base: float = 512.0  # positions after which the slowest pair has lost a factor 3.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None:
+        if self.head_dim is DERIVED:
             self.check_head_dim()
         self.derive(head_dim=self.dim // self.n_heads, ffn_dim=4 * self.dim)
         if self.head_dim < 2 or self.head_dim % 2 or self.ffn_dim < 1:
@@ -123,7 +123,7 @@ class Block(nn.Module):
         q, k, v, value, gate = self.in_proj(x)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)
         k, v = k.unsqueeze(1), v.unsqueeze(1)
-        if self.q_norm_weight is not None:
+        if self.q_norm_weight is not None and self.k_norm_weight is not None:
             q = (unit(q) * self.q_norm_weight).to(x.dtype)
             k = (unit(k) * self.k_norm_weight).to(x.dtype)
         q_cos, q_sin, k_cos, k_sin = tables
@@ -167,5 +167,6 @@ class Model(LanguageModel):
     def adapter_layers(self) -> Iterator[tuple[Linear, dict[str, Any]]]:
         """Query, key, value and attention output, as in the original."""
         for block in self.blocks:
+            assert isinstance(block, Block)
             yield block.in_proj, {"adapted": (0, 1, 2)}
             yield block.attn_out, {}

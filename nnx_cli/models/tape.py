@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.segment_attention import attend, attention_entropy
-from nnx_cli.models._base import MAX_LAYERS, LanguageModel, ModelConfig
+from nnx_cli.models._base import DERIVED, MAX_LAYERS, LanguageModel, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class Config(ModelConfig):
     variant: str = "tape"  # tape; sound: the original made causal, without its dead parts; original: the original
     coda_layers: int = 2  # levels of the coda
     n_critics: int = 2  # critics, one after the other; the last one is the moderator
-    ffn_dim: int | None = None  # width of the feed-forward; default 8 x dim
+    ffn_dim: int = DERIVED  # width of the feed-forward; default 8 x dim
     student_df: float = 2.718281828459  # degrees of freedom of the head's Student-t kernel: lower is heavier-tailed
     entropy_weight: float = 0.0  # reward for the entropy of attention, in nats of loss per nat; 0: none
 
-    VARIANTS = ("tape", "sound", "original")
+    VARIANTS: ClassVar[tuple[str, ...]] = ("tape", "sound", "original")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,13 +171,16 @@ class Level(nn.Module):
         """
         config = self.config
         B, T, D = tokens.shape
-        x, segments, times = tokens if h is None else h, [tokens], (1,)
-        if h is not None and config.n_segments == 1:
-            segments = [h]
-        elif h is not None and previous is None:
-            segments, times = [tokens, h], (2, 1)
-        elif h is not None:
-            segments, times = [previous, tokens, h], (1, 1, 1)
+        x, segments = tokens, [tokens]
+        times: tuple[int, ...] = (1,)
+        if h is not None:
+            x = h
+            if config.n_segments == 1:
+                segments = [h]
+            elif previous is None:
+                segments, times = [tokens, h], (2, 1)
+            else:
+                segments, times = [previous, tokens, h], (1, 1, 1)
         kv = self.kv(torch.stack(segments)).unflatten(-1, (2, 2 * config.n_heads, -1))  # (G, B, T, 2, 2 H, K)
         q = self.q(x).view(B, T, 2 * config.n_heads, -1)  # (B, T, 2 H, K)
         store = None if cache is None else cache.first if self.is_first else cache.others
@@ -332,6 +335,7 @@ class Model(LanguageModel):
     """Embedding, coda, critics and prophet, and a Student-t head."""
 
     config: Config
+    head: StudentT
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -360,6 +364,7 @@ class Model(LanguageModel):
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.uniform_(module.bias, -bound, bound)
         for level in self.blocks:
+            assert isinstance(level, Level)
             bound = (6 / (4 * config.dim)) ** 0.5  # fan-in D, fan-out 3 D
             for affine in (level.q, level.kv):
                 nn.init.uniform_(affine.linear.weight, -bound, bound)
@@ -378,6 +383,7 @@ class Model(LanguageModel):
         for level in self.blocks[: config.coda_layers]:
             h, entropy = level(tokens, h, None, cache)
             entropies.append(entropy)
+        assert h is not None  # a coda has a level at least
         coda = h
         for number, level in enumerate(self.blocks[config.coda_layers :]):
             is_first = number % config.n_layers == 0

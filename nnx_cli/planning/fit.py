@@ -38,7 +38,7 @@ class MemorySaver:
     """A setting that saves memory, and what it costs."""
 
     field: str
-    value: str
+    value: Any
     text: str
 
 
@@ -59,7 +59,7 @@ def savings(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[Trai
     begin with all blocks checkpointed: without that, activations would undo what their few gradients save.
     """
     blocks = "off" if train.lora_rank is None else "on"
-    plain = {"activation_checkpointing": blocks, "optimizer": optimizer, "weight_precision": "fp32"}
+    plain: dict[str, Any] = {"activation_checkpointing": blocks, "optimizer": optimizer, "weight_precision": "fp32"}
     free = {field for field in plain if getattr(train, field) == "auto"}
     chosen = replace(train, **{field: plain[field] for field in free})
     taken: dict[str, MemorySaver] = {}
@@ -231,7 +231,8 @@ def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) 
         return f"take --batch-size {largest}"
     set_by_hand = {"activation_checkpointing": "on", "optimizer": "adamw8bit", "weight_precision": "bf16"}
     given = {field for field, last in set_by_hand.items() if getattr(train, field) not in ("auto", last)}
-    freed = replace(train, **dict.fromkeys(given, "auto"))
+    auto: dict[str, Any] = dict.fromkeys(given, "auto")
+    freed = replace(train, **auto)
     if given and first_that_fits(predictor, freed, 1, budget)[2]:
         return "leave out " + " and ".join("--" + field.replace("_", "-") for field in sorted(given))
     last = replace([*savings(freed)][-1][0], optimizer_in_backward=True, grad_accum=1, batch_size=None)

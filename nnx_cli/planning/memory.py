@@ -56,11 +56,13 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Memory for the output, of the shape of x."""
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Memory for the gradients of x and gain."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
@@ -192,6 +194,7 @@ WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds whi
 
 
 def rounded(n_bytes: int) -> int:
+    """What the allocator takes for `n_bytes`: a multiple of ROUNDING."""
     return -(-n_bytes // ROUNDING) * ROUNDING
 
 
@@ -241,6 +244,7 @@ class StorageTracker(TorchDispatchMode):
         section.peak = max(section.peak, self.live + workspace - self.start)
 
     def allocate(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, once, until it is freed."""
         key = storage._cdata
         if key not in self.known:
             n_bytes = rounded(storage.nbytes())
@@ -248,6 +252,7 @@ class StorageTracker(TorchDispatchMode):
             self.live += n_bytes
 
     def free(self, key: int, n_bytes: int, ref: weakref.ref) -> None:
+        """Count a storage no more; called when it is gone."""
         self.live -= n_bytes
         del self.known[key]
 
@@ -366,8 +371,8 @@ def simulate(
 
         checkpoint_blocks(model, checkpointing)
         for number, block in enumerate(model.blocks):
-            set_call(block, partial(run, number, block._call_impl))
-        model.trunk = trunk
+            set_call(block, partial(run, number, block.forward))
+        model.trunk = trunk  # type: ignore[method-assign, assignment]  # of this copy alone
         for p in parameters if in_backward else ():
             contexts.callback(p.register_post_accumulate_grad_hook(forget).remove)
         input_ids, targets = (torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta") for _ in range(2))
@@ -395,6 +400,7 @@ def _pass_of(sections: list[Section]) -> Pass:
 
 
 def forget(p: Tensor) -> None:
+    """Let a gradient go, as an optimizer in the backward pass does."""
     p.grad = None
 
 
@@ -416,6 +422,7 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
+        """Bytes in the phase that needs most."""
         return max(self.phases.values())
 
 

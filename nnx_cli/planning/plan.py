@@ -59,7 +59,7 @@ class Data:
 
 def plan_run(
     name: str,
-    size: str,
+    size: str | None,
     fields: Mapping[str, Any],
     train: TrainConfig,
     *,
@@ -108,7 +108,7 @@ def plan_run(
 def model_shape(
     settings: Settings,
     name: str,
-    size: str,
+    size: str | None,
     fields: Mapping[str, Any],
     data: Data,
     device: torch.device,

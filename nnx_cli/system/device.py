@@ -80,7 +80,8 @@ def set_deterministic() -> None:
     """Make CUDA give the same bits every time, for a price in speed; a CPU does anyway."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
+    # nothing here reads memory before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # the module is an object
 
 
 def limit_memory(device: torch.device, vram_bytes: int | None) -> None:

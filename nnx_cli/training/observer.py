@@ -22,5 +22,17 @@ class Observer(Protocol):
         """Something worth a line happened."""
 
 
-class Silent(Observer):
+class Silent:
     """Shows nothing."""
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """As in Observer."""
+
+    def sampled(self, step: int, text: str) -> None:
+        """As in Observer."""
+
+    def saved(self, step: int) -> None:
+        """As in Observer."""
+
+    def note(self, text: str) -> None:
+        """As in Observer."""

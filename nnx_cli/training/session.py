@@ -182,6 +182,7 @@ def resume(
         config = replace(config, precision=precision)
     data = open_data(run, data_folder)
     if config.epochs and overrides.get("epochs"):
+        assert config.tokens_per_step is not None
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
     model = load_model_of(run, checkpoint, config, device, file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))

@@ -134,7 +134,7 @@ RECIPES = {
         constant,
     ),
 }
-SIDES = {name: ("original", "ours") for name in RECIPES} | {"tape": ("sound", "ours")}
+SIDES = dict.fromkeys(RECIPES, ("original", "ours")) | {"tape": ("sound", "ours")}
 
 
 class OutOfTime(Exception):

@@ -19,7 +19,7 @@ KEYS = {
 
 def test_json_has_the_promised_keys(nnx):
     facts = json.loads(nnx("summarize", "--model", "nyx", "--size", "small", "--vram", "8GB", "--json").stdout)
-    assert KEYS <= facts.keys()
+    assert facts.keys() >= KEYS
     assert facts["parameters"].keys() == {"total", "trainable", "embedding", "active"}
     assert facts["parameters"]["total"] == 30_020_096 and facts["parameters"]["embedding"] == 256 * 512
     assert facts["flops_per_token"]["train"] == 3 * facts["flops_per_token"]["forward"]

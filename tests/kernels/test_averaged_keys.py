@@ -31,7 +31,7 @@ def test_is_a_mean_in_which_position_m_counts_m_times():
 
 
 @pytest.mark.parametrize("kernel", ["plain", "triton"])
-@pytest.mark.parametrize("shape", [dict(), dict(T=1, K=32), dict(B=1, T=64, G=1, K=128)])
+@pytest.mark.parametrize("shape", [{}, dict(T=1, K=32), dict(B=1, T=64, G=1, K=128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_equals_plain_operations(monkeypatch, shape, dtype, kernel):
     if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):

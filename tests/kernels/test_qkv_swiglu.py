@@ -13,7 +13,7 @@ from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.system.hardware import Hardware
 
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
-SHAPES = [dict(), dict(H=12, G=1, K=64, n_hidden=1100), dict(H=3, G=3, K=24, n_hidden=0), dict(B=1, T=1, K=2)]
+SHAPES = [{}, dict(H=12, G=1, K=64, n_hidden=1100), dict(H=3, G=3, K=24, n_hidden=0), dict(B=1, T=1, K=2)]
 
 
 def case(B=2, T=5, H=6, G=2, K=16, n_hidden=40, dtype=torch.float32, device="cpu"):

@@ -798,7 +798,7 @@ def real_processes(full: bool) -> Result:
         (2, ("train", "--lr", "nan")),
         (3, ("prepare", "empty.txt", "--out", "x")),
     ]
-    lines += [entry for entry in FILES[::12]] if full else []
+    lines += list(FILES[::12]) if full else []
     with scene() as folder:
         for name in (RUN, BYTE, CHAR, "weights/small"):
             fresh(name)

@@ -17,11 +17,14 @@ from nnx_cli.models._base import LanguageModel
 class OriginalTensors:
     """Tensors of a model under its original's names and in that one's layout."""
 
-    unused: frozenset[str] = frozenset()  # the original's tensors that no output depends on
-
     def __init__(self, model: LanguageModel) -> None:
         self.model: Any = model
         self.config: Any = model.config
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """The original's tensors that no output depends on."""
+        return frozenset()
 
     def names(self) -> dict[str, str]:
         """Our names to the original's, of tensors that are the same in both."""
