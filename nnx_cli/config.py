@@ -27,8 +27,8 @@ MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that
 class PrepareConfig:
     """Text to token folder."""
 
-    tokenizer: str = "byte"  # byte, char, bpe, gpt2, cl100k_base, o200k_base, or a tokenizer file
-    vocab_size: int | None = None  # of a trained tokenizer (bpe, char); default: the tokenizer's own
+    tokenizer: str = "byte"  # kind: byte, char, bpe, gpt2, cl100k_base, o200k_base, or a tokenizer file
+    vocab_size: int | None = None  # ids of a trained tokenizer (bpe, char); default: the tokenizer's own
     val_fraction: float = 0.1  # part of the text held out for validation
     text_key: str = "text"  # field of a JSONL row, column of a table
     errors: str = "replace"  # invalid bytes: strict refuses, replace counts and reports
@@ -47,25 +47,25 @@ class PrepareConfig:
 class TrainConfig:
     """A training run. None means: derived from the machine and the data."""
 
-    max_steps: int | None = None  # length: optimizer steps
-    max_time: str | None = None  # length: training time, such as 90s, 20m, 8h
-    epochs: float | None = None  # length: epochs of the training text
+    max_steps: int | None = None  # length of the run in optimizer steps
+    max_time: str | None = None  # length of the run in training time, such as 90s, 20m, 8h
+    epochs: float | None = None  # length of the run in epochs of the training text
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
-    optimizer: str = "auto"  # auto, {optim}
+    optimizer: str = "auto"  # algorithm: auto, {optim}
     optimizer_in_backward: bool = False  # update each weight as its gradient appears, and free that: saves memory
     lr: float | None = None  # peak learning rate
     schedule: str = "linear"  # learning rate after warm-up: linear, cosine, wsd (constant, then linear), constant
     warmup_steps: int | None = None  # steps of rising learning rate
     min_lr: float = 0.0  # learning rate at the end
-    weight_decay: float | None = None  # of matrices
-    beta2: float | None = None  # of AdamW: decay of its second moment at each step
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
-    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    weight_decay: float | None = None  # weight decay coefficient, of matrices
+    beta2: float | None = None  # coefficient of AdamW's running average of squared gradients
+    grad_clip: float = 1.0  # max norm of the gradient; 0: no clipping
+    device: str = "auto"  # where to compute: auto, cpu, cuda, cuda:N, mps
     precision: str = "auto"  # arithmetic: auto, fp32, bf16, fp16
-    weight_precision: str = "auto"  # of stored matrices: auto, fp32, bf16 (less memory; rounded at random)
-    compile: str = "auto"  # torch.compile and CUDA graphs: auto (if right and faster), on, graph (no compiler), off
+    weight_precision: str = "auto"  # type of stored matrices: auto, fp32, bf16 (less memory; rounded at random)
+    compile: str = "auto"  # use torch.compile and CUDA graphs: auto (if faster), on, graph (no compiler), off
     activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
     threads: int | None = None  # CPU threads
@@ -77,7 +77,7 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints to keep
     patience: int | None = None  # stop after this many validations without a better one; default: never
     lora_rank: int | None = None  # train LoRA adapters of this rank, the weights of --init-from frozen; default: none
-    seed: int = 1337  # of initial weights, data order and dropout
+    seed: int = 1337  # seed of initial weights, data order and dropout
     deterministic: bool = False  # same bits on every run of the same machine, also on a GPU (slower there)
 
     def __post_init__(self) -> None:
@@ -138,13 +138,13 @@ class SampleConfig:
 
     max_new_tokens: int = 300  # length of a sample
     num_samples: int = 1  # samples, drawn side by side after one reading of the prompt
-    temperature: float = 0.8  # below 1: safer text, above 1: wilder; 0: same as --greedy
+    temperature: float = 0.8  # of the softmax: below 1 safer text, above 1 wilder; 0: same as --greedy
     top_k: int | None = None  # draw among the k likeliest tokens only; default: all
     top_p: float | None = None  # draw among the likeliest tokens that hold this much probability; default: all
     min_p: float | None = None  # drop tokens less likely than this part of the likeliest; default: none
-    repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
+    repetition_penalty: float = 1.0  # makes tokens already in the text less likely; 1: none
     greedy: bool = False  # always the likeliest token
-    seed: int = 0  # same seed, same text
+    seed: int = 0  # seed of random draws: same seed, same text
 
     def __post_init__(self) -> None:
         check_range("max-new-tokens", self.max_new_tokens, 1, 10**7)
@@ -161,7 +161,7 @@ class SampleConfig:
 class QuantizeConfig:
     """How a model is quantized."""
 
-    bits: int = 8  # of a weight: 8 or 4
+    bits: int = 8  # bits of a weight: 8 or 4
     group_size: int = 32  # with 4 bits: neighbouring weights that share a scale
     max_drop: float | None = None  # bits per byte that it may cost, else exit 6; default: 1 % of the model's
 
@@ -185,6 +185,11 @@ class Field:
     type: str  # int, float, bool or str, whether or not None is allowed
     default: Any
     help: str
+
+    @property
+    def sentence(self) -> str:
+        """Its help as a sentence."""
+        return f"{self.help[:1].upper()}{self.help[1:]}." if self.help else ""
 
     @property
     def option(self) -> str:

@@ -125,5 +125,5 @@ def _as_shown(param: Any, fields: dict[str, Field]) -> Any:
     shown = copy.copy(param)
     shown.secondary_opts = []
     if _is_of_model(param):
-        shown.help, shown.show_default = fields[param.name].help, shown_default(fields[param.name])
+        shown.help, shown.show_default = fields[param.name].sentence, shown_default(fields[param.name])
     return shown

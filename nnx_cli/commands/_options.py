@@ -34,15 +34,15 @@ Model = Annotated[
 ModelFile = Annotated[
     Path | None, typer.Option("--model", help="File of its architecture, for a model from a file of yours: my.py.")
 ]
-Device = Annotated[str, typer.Option(help=TRAINING["device"].help)]
-Precision = Annotated[str, typer.Option(help=TRAINING["precision"].help)]
+Device = Annotated[str, typer.Option(help=TRAINING["device"].sentence)]
+Precision = Annotated[str, typer.Option(help=TRAINING["precision"].sentence)]
 
 
 def option(field: Field, panel: str | None = None) -> inspect.Parameter:
     """The keyword parameter of a setting: None means that it was not given; help shows the default."""
     kind = KINDS[field.type] | None
     names = [f"{field.option}/--no-{field.option[2:]}" if field.type == "bool" else field.option]
-    info = typer.Option(*names, help=field.help, show_default=shown_default(field), rich_help_panel=panel)
+    info = typer.Option(*names, help=field.sentence, show_default=shown_default(field), rich_help_panel=panel)
     return inspect.Parameter(field.name, KEYWORD, default=None, annotation=Annotated[kind, info])
 
 

@@ -22,7 +22,7 @@ def run(
     tokenizer: Annotated[
         str | None, typer.Option(help="Its tokenizer.", show_default="bytes where the vocabulary is 256")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help=VARIANT.help, show_default="the architecture's")] = None,
+    variant: Annotated[str | None, typer.Option(help=VARIANT.sentence, show_default="the architecture's")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="weights/MODEL-NAME")] = None,
 ) -> None:
     """Read an original's checkpoint, running nothing that is in it, and write a model folder."""

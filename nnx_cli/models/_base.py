@@ -27,7 +27,7 @@ class ModelConfig:
     n_layers: int = 8  # number of blocks
     n_heads: int = 8  # query heads
     dropout: float = 0.0  # probability of dropping, in attention and feed-forward
-    variant: str = "sound"  # sound, or original: the original with its defects, for proof only
+    variant: str = "sound"  # function computed: sound, or original, with the original's defects
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("sound", "original")
 

@@ -63,21 +63,21 @@ class Config(ModelConfig):
     n_kv_heads: int = DERIVED  # key-value heads; default as many as query heads
     ffn_dim: int = DERIVED  # width of the feed-forward; default 3 x dim
     rope_theta: float = 10_000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-6  # added to the mean square in norms
+    norm_eps: float = 1e-6  # value added to the mean square in norms
     tie_embeddings: bool = True  # the head is the embedding, transposed
-    diff_attention: str = "expressive"  # expressive: two maps of full width; constrained: of half width; off: one map
+    diff_attention: str = "expressive"  # two maps of full width: expressive; of half width: constrained; one: off
     diff_mlp: bool = False  # the feed-forward is the difference of two
     paper_lambda: bool = False  # the first layer's lambda starts at 0.2, as in the paper, not at the second's 0.36
-    decoder: str = "regular"  # regular, or with a sub-layer more: memory, function, linear-control
+    decoder: str = "regular"  # kind of layer: regular, or with a sub-layer more: memory, function, linear-control
     n_global_functions: int = DERIVED  # functions that all layers share; default 4 (linear-control: 1)
     n_layer_functions: int = DERIVED  # functions of each layer's own; default 4 (linear-control: 1)
     n_global_memories: int = DERIVED  # memory slots that all layers share; default 64
     n_layer_memories: int = DERIVED  # memory slots of each layer's own; default 64
-    function_temperature: float = 1.0  # of the random choice of functions in training
-    function_min_temperature: float = 0.1  # where annealing ends
+    function_temperature: float = 1.0  # temperature of the random choice of functions in training
+    function_min_temperature: float = 0.1  # temperature where annealing ends
     function_anneal_steps: int | None = None  # optimizer steps until then; default no annealing
     function_balance: float = 0.0  # weight of the loss that evens out the choice of functions; often 0.01
-    normalized: bool = False  # nGPT: unit weights and stream, no norms before sub-layers
+    normalized: bool = False  # unit weights and stream as in nGPT, no norms before sub-layers
 
     def __post_init__(self) -> None:
         super().__post_init__()

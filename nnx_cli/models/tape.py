@@ -55,7 +55,7 @@ class Config(ModelConfig):
     dim: int = 256  # width of the residual stream
     n_layers: int = 4  # levels of a critic, each of two blocks side by side
     n_heads: int = 4  # query heads of a block
-    variant: str = "tape"  # tape; sound: the original made causal, without its dead parts; original: the original
+    variant: str = "tape"  # function computed: tape; sound, the original made causal; original
     coda_layers: int = 2  # levels of the coda
     n_critics: int = 2  # critics, one after the other; the last one is the moderator
     ffn_dim: int = DERIVED  # width of the feed-forward; default 8 x dim

@@ -77,7 +77,7 @@ def test_every_verb_knows_a_file_that_is_named(nnx, trained, mine):
     assert {"my"} == {read_verified_config(path)["model"]["name"] for path in Path("weights").iterdir()}
     assert all((path / "model.py.txt").is_file() for path in Path("weights").iterdir())
     shown = nnx("train", "--model", mine, "--help").stdout
-    assert "--my-field" in shown and "a number of my own" in shown
+    assert "--my-field" in shown and "A number of my own." in shown
 
 
 def test_opening_a_folder_runs_no_code(nnx, refused, trained, mine):
