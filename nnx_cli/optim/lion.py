@@ -34,6 +34,8 @@ class Lion(foreach.Lion, DeviceOptimizer):
 
     def update(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:
         """Move parameters by the step of lion-pytorch, which looks at `param_groups` and copies momenta."""
+        if found_inf is not None and found_inf != 0:
+            return
         groups = self.param_groups
         try:
             for some in stacks(parameters):
