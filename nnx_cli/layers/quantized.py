@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import CheckpointError
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.system.hardware import of_device
+from nnx_cli.system.hardware import cpu_int8_activation_bits
 
 FORMAT = 1
 FP16_MAX, FP16_MIN = 65504.0, 2.0**-24  # largest finite and smallest positive number
@@ -34,6 +34,11 @@ ROWS_AT_ONCE = 2048  # of a matrix, in that search
 SMALL_MATRIX = 2**17  # up to so many weights (512 KiB of float32, which a core keeps in its cache) float is as fast
 TOLERANCE = 0.05  # relative error of a matmul; 7-bit activations have 0.03, sums that saturate 0.3 and more
 PROBE_SHAPE = 1024, 1024
+KERNELS = {
+    8: "int8 weights and activations",
+    7: "int8 weights, 7-bit activations",
+    0: "weights unpacked to floating point",
+}  # what multiplies with quantized matrices, by the bits of activations
 
 Matmul = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
 
@@ -103,24 +108,18 @@ def dequantize(codes: Tensor, scale: Tensor, n_columns: int, group_size: int | N
     return (nibbles.float() - 8) * scale.float().repeat_interleave(group_size, -1)[..., :n_columns]
 
 
-# Matmuls on a CPU. Each takes float32 weights (N, K) and scales (N,) of which the weights are -127 … 127 times.
+def int8_matmul(weight: Tensor, scale: Tensor, activation_bits: int) -> Matmul:
+    """Matmul on a CPU with int8 weights and activations that are quantized on the fly, to 8 bits or 7.
 
-
-def float_matmul(weight: Tensor, scale: Tensor) -> Matmul:
-    """x @ weight.T as it is; the scales are in the weights already."""
-    return lambda x: F.linear(x, weight)
-
-
-def int8_matmul(weight: Tensor, scale: Tensor, reduce_range: bool) -> Matmul:
-    """int8 weights times activations that are quantized on the fly, to 8 bits or (`reduce_range`) 7.
-
-    Without VNNI the 8-bit matmul adds pairs in 16 bits, where full-range activations saturate. The kernel has one
-    scale for all rows of x, so each row is brought to the same peak first: a row does not depend on its neighbours.
+    `weight` (N, K) is float32, -127 … 127 times `scale` (N,). Without VNNI the 8-bit matmul adds pairs in 16 bits,
+    where full-range activations saturate. The kernel has one scale for all rows of x, so each row is brought to the
+    same peak first: a row does not depend on its neighbours.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # deprecated in torch 2.13
         codes = torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)).long(), 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(codes, None)
+    reduce_range = activation_bits == 7
 
     def matmul(x: Tensor) -> Tensor:
         if x.numel() == x.shape[-1]:
@@ -131,40 +130,29 @@ def int8_matmul(weight: Tensor, scale: Tensor, reduce_range: bool) -> Matmul:
     return matmul
 
 
-CPU_MATMULS = {
-    "int8 weights and activations": partial(int8_matmul, reduce_range=False),
-    "int8 weights, 7-bit activations": partial(int8_matmul, reduce_range=True),
-}
-BY_ACTIVATION_BITS = dict(zip((8, 7), CPU_MATMULS, strict=True))
-FLOAT = "weights unpacked to floating point"
-
-
 @cache
-def cpu_kernel() -> str:
-    """The one of CPU_MATMULS that this CPU's instruction set asks for, else FLOAT; also where it computes wrongly."""
-    name = BY_ACTIVATION_BITS.get(of_device(torch.device("cpu")).int8_activation_bits, FLOAT)
-    return name if name != FLOAT and is_right(CPU_MATMULS[name]) else FLOAT
+def activation_bits() -> int:
+    """Bits of activations in this CPU's matmuls with int8 weights, a key of KERNELS, as its instruction set asks for; 0
+    also where they would come out wrong."""
+    bits = cpu_int8_activation_bits()
+    return bits if bits and is_right(partial(int8_matmul, activation_bits=bits)) else 0
 
 
 def kernel_name(device: torch.device) -> str:
     """What multiplies with quantized matrices on a device, in words."""
-    return cpu_kernel() if device.type == "cpu" else FLOAT
+    return KERNELS[activation_bits() if device.type == "cpu" else 0]
 
 
-def probe_inputs() -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Weights, scales, and inputs of one row and of several; a row of ones meets weights of 127, the largest sums."""
+def is_right(make: Callable[[Tensor, Tensor], Matmul]) -> bool:
+    """Whether the matmul that is made for weights (N, K) and their scales (N,) is there, and within TOLERANCE of that
+    in floating point: for one row and for several, and for ones that meet weights of 127, the largest sums."""
     generator = torch.Generator().manual_seed(0)
     N, K = PROBE_SHAPE
     codes = torch.randint(-127, 128, (N, K), generator=generator)
     codes[::2] = 127
     scale = torch.rand(N, generator=generator) + 0.5
-    several = torch.randn(5, K, generator=generator)
-    return codes * scale[:, None], scale, [torch.ones(1, K), several[:1], several]
-
-
-def is_right(make: Callable[[Tensor, Tensor], Matmul]) -> bool:
-    """Whether a matmul is there and within TOLERANCE of the one in floating point."""
-    weight, scale, inputs = probe_inputs()
+    weight, several = codes * scale[:, None], torch.randn(5, K, generator=generator)
+    inputs = torch.ones(1, K), several[:1], several
     try:
         matmul = make(weight, scale)
         found = [matmul(x) for x in inputs]
@@ -214,19 +202,22 @@ class QuantizedLinear(QuantizedMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N), in its dtype."""
         if self.made_for is None or self.made_for[0] is not self.weight or self.made_for[1] != x.dtype:
-            self.make_matmul(x.dtype)
+            self._make_matmul(x.dtype)
         return self.matmul(x)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make_matmul(self, dtype: torch.dtype) -> None:
+    def _make_matmul(self, dtype: torch.dtype) -> None:
         """Choose and prepare `matmul` for the present codes and inputs of `dtype`."""
         weight = dequantize(self.weight, self.scale, self.n_columns, self.group_size)
-        kernel = FLOAT
+        bits = 0
         if dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > SMALL_MATRIX:
-            kernel = cpu_kernel()
-        per_row = self.scale.float() if self.group_size is None else quantize_rows(weight)[1].float()
-        self.matmul = CPU_MATMULS.get(kernel, float_matmul)(weight.to(dtype), per_row)
+            bits = activation_bits()
+        if bits:
+            scale = self.scale if self.group_size is None else quantize_rows(weight)[1]
+            self.matmul = int8_matmul(weight, scale.float(), bits)
+        else:
+            self.matmul = partial(F.linear, weight=weight.to(dtype))
         self.made_for = self.weight, dtype
 
 

@@ -39,11 +39,6 @@ class Hardware:
         """Whether oneDNN is the faster library for GEMMs in float32."""
         return self.kind == "cpu" and has_onednn()
 
-    @property
-    def int8_activation_bits(self) -> int:
-        """Bits of activations in a CPU's matmuls with int8 weights: 8, 7 or 0 where there are none worth a call."""
-        return cpu_int8_activation_bits() if self.kind == "cpu" else 0
-
 
 _PLAIN = {kind: Hardware(kind) for kind in ("cpu", "mps", "meta")}
 _GPUS: dict[int, Hardware] = {}  # by index; no cache decorator, which the compiler would look through
@@ -117,7 +112,10 @@ def has_onednn() -> bool:
 
 
 def cpu_int8_activation_bits() -> int:
-    """8 with VNNI and on ARM; 7 on other x86 CPUs, which add pairs in 16 bits, where 8 would saturate."""
+    """Bits of activations in this CPU's matmuls with int8 weights, 0 where there are none worth a call.
+
+    8 with VNNI and on ARM; 7 on other x86 CPUs, which add pairs in 16 bits, where 8 would saturate.
+    """
     if platform.machine().lower() in ("arm64", "aarch64"):
         return 8
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

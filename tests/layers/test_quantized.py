@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from nnx_cli.errors import CheckpointError
 from nnx_cli.layers import quantized
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.quantized import (
-    CPU_MATMULS,
-    FLOAT,
+    KERNELS,
     Quantization,
     QuantizedEmbedding,
     QuantizedLinear,
     dequantize,
+    int8_matmul,
     is_right,
     quantizable,
     quantize,
@@ -95,17 +96,17 @@ def test_embedding_looks_rows_up(how):
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
-@pytest.mark.parametrize("product", [FLOAT, *CPU_MATMULS])
+@pytest.mark.parametrize("bits", KERNELS)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1,)])
-def test_linear_multiplies_with_the_stored_weights(how, product, shape, monkeypatch):
-    if product != FLOAT and not is_right(CPU_MATMULS[product]):
-        pytest.skip("this machine has no such product")
+def test_linear_multiplies_with_the_stored_weights(how, bits, shape, monkeypatch):
+    if bits and not is_right(partial(int8_matmul, activation_bits=bits)):
+        pytest.skip("this machine has no such matmul")
     monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
-    monkeypatch.setattr(quantized, "cpu_kernel", lambda: product)
+    monkeypatch.setattr(quantized, "activation_bits", lambda: bits)
     weight, x = draw(48, 80), draw(*shape, 80, seed=1)
     y, wanted = layer(QuantizedLinear, weight, how)(x), F.linear(x, restored(weight, how))
     assert y.shape == wanted.shape and y.dtype == torch.float32
-    assert (y - wanted).norm() <= (1e-6 if product == FLOAT else 0.04) * wanted.norm()
+    assert (y - wanted).norm() <= (0.04 if bits else 1e-6) * wanted.norm()
 
 
 def test_linear_follows_new_tensors_and_types():
@@ -117,43 +118,43 @@ def test_linear_follows_new_tensors_and_types():
     assert made(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", CPU_MATMULS)
-def test_a_row_does_not_depend_on_its_neighbours(name):
-    make = CPU_MATMULS[name]
+@pytest.mark.parametrize("bits", [8, 7])
+def test_a_row_does_not_depend_on_its_neighbours(bits):
+    make = partial(int8_matmul, activation_bits=bits)
     if not is_right(make):
-        pytest.skip("this machine has no such product")
+        pytest.skip("this machine has no such matmul")
     codes = torch.randint(-127, 128, (40, 64), generator=torch.Generator().manual_seed(0))
-    product = make(codes * 0.01, torch.full((40,), 0.01))
+    matmul = make(codes * 0.01, torch.full((40,), 0.01))
     quiet = draw(1, 64)
-    alone, beside = product(quiet), product(torch.cat((quiet, 1000 * draw(1, 64, seed=1), torch.zeros(1, 64))))
+    alone, beside = matmul(quiet), matmul(torch.cat((quiet, 1000 * draw(1, 64, seed=1), torch.zeros(1, 64))))
     assert (alone - beside[:1]).norm() <= 0.04 * alone.norm()
     assert not beside[2].any() or beside[2].abs().max() < 1e-6
 
 
 def test_the_deprecation_of_torch_is_not_the_users_concern():
-    quantized.cpu_kernel.cache_clear()
+    quantized.activation_bits.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert quantized.cpu_kernel() in (*CPU_MATMULS, FLOAT)
+        assert quantized.activation_bits() in KERNELS
 
 
-def missing(weight, scale):
+def missing(weight, scale, activation_bits):
     return torch.ops.quantized.no_such_operator(weight)
 
 
-def refusing(weight, scale):
+def refusing(weight, scale, activation_bits):
     raise NotImplementedError("could not run on this backend")
 
 
-def saturating(weight, scale):
+def saturating(weight, scale, activation_bits):
     return lambda x: F.linear(x, weight).clamp(-32767, 32767)
 
 
 @pytest.mark.parametrize("broken", [missing, refusing, saturating])
-def test_products_that_do_not_work_are_passed_over(broken, monkeypatch):
-    assert not is_right(broken)
-    monkeypatch.setattr(quantized, "CPU_MATMULS", dict.fromkeys(CPU_MATMULS, broken))
-    assert quantized.cpu_kernel.__wrapped__() == FLOAT
+def test_matmuls_that_do_not_work_are_passed_over(broken, monkeypatch):
+    monkeypatch.setattr(quantized, "cpu_int8_activation_bits", lambda: 8)
+    monkeypatch.setattr(quantized, "int8_matmul", broken)
+    assert quantized.activation_bits.__wrapped__() == 0
 
 
 @pytest.mark.parametrize(
@@ -171,8 +172,7 @@ def test_the_instruction_set_decides_which_kernel_is_taken(machine, capability, 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni, raising=False)
     monkeypatch.setattr(quantized, "is_right", lambda make: True)
-    wanted = {8: "int8 weights and activations", 7: "int8 weights, 7-bit activations", 0: FLOAT}[bits]
-    assert quantized.cpu_kernel.__wrapped__() == wanted
+    assert quantized.activation_bits.__wrapped__() == bits
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
