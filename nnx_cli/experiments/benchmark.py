@@ -26,13 +26,7 @@ from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import plan_run
-from nnx_cli.system.device import (
-    DTYPES,
-    describe,
-    peak_memory_bytes,
-    pick_precision,
-    set_seed,
-)
+from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_precision, set_seed
 from nnx_cli.system.timing import call_seconds
 from nnx_cli.training import session
 from nnx_cli.training.observer import Silent

@@ -23,6 +23,7 @@ PIECE_ELSEWHERE = 2**24
 WOLF_SHARE = 1 / math.e  # of the new in each of Wolf's moments
 
 State = Mapping[str, Tensor]
+Group = Mapping[str, Any]
 
 
 def _step(rule: Callable[..., None], p: Tensor, *arguments: Any) -> None:
@@ -37,13 +38,13 @@ def _step(rule: Callable[..., None], p: Tensor, *arguments: Any) -> None:
     rule(p, *arguments)
 
 
-def adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def adamw(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """AdamW: p ← p·(1 - lr·weight_decay) - lr·m̂ / (√v̂ + eps), with the moments in float32 or 8 bits; `step` counts the
     steps before."""
     _step(plain_adamw, p, state, group, found_inf, key)
 
 
-def plain_adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def plain_adamw(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """Take the step of `adamw` by operations of torch, piece by piece."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     step = state["step"] + 1
@@ -57,13 +58,13 @@ def plain_adamw(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Te
         piece.write(weights, exp_avg=m, exp_avg_sq=v)
 
 
-def lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def lion(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """Lion: p ← p·(1 - lr·weight_decay) - lr·sign(beta1·m + (1 - beta1)·g), then m ← beta2·m + (1 - beta2)·g, the
     momentum, in the type of its tensor."""
     _step(plain_lion, p, state, group, found_inf, key)
 
 
-def plain_lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def plain_lion(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """Take the step of `lion` by operations of torch, piece by piece."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     for piece in pieces(p, state, found_inf, key):
@@ -73,14 +74,12 @@ def plain_lion(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Ten
         piece.write(weights, exp_avg=m.lerp_(g, 1 - beta2))
 
 
-def wolf(p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def wolf(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """Wolf: u = m + (g - m)/e, m ← m + (u - m)/e, p ← p·(1 - lr·weight_decay) - lr·u where u and g have one sign."""
     _step(plain_wolf, p, state, group, found_inf, key, WOLF_SHARE)
 
 
-def plain_wolf(
-    p: Tensor, state: State, group: Mapping[str, Any], found_inf: Tensor | None, key: int, share: float
-) -> None:
+def plain_wolf(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int, share: float) -> None:
     """Take the step of `wolf` by operations of torch, piece by piece."""
     lr = group["lr"]
     for piece in pieces(p, state, found_inf, key):

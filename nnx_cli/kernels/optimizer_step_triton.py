@@ -19,6 +19,8 @@ from torch import Tensor
 from nnx_cli.kernels.log8 import BLOCK
 
 ROWS = 4
+State = Mapping[str, Tensor]
+Group = Mapping[str, Any]
 
 WIDTH = tl.constexpr(BLOCK)
 
@@ -151,18 +153,7 @@ def adamw_kernel(
 
 @triton.jit(do_not_specialize=["key", "weight_decay", "beta1", "beta2"])
 def lion_kernel(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    step_ptr,
-    lr_ptr,
-    found_inf_ptr,
-    n,
-    key,
-    weight_decay,
-    beta1,
-    beta2,
-    ROWS: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, weight_decay, beta1, beta2, ROWS: tl.constexpr
 ):
     """Lion's step of some blocks."""
     at, inside, rows = place(n, found_inf_ptr, ROWS)
@@ -200,62 +191,46 @@ def wolf_kernel(p_ptr, g_ptr, m_ptr, step_ptr, lr_ptr, found_inf_ptr, n, key, we
     tl.store(m_ptr + at, m, mask=inside)
 
 
-def launch(kernel: Any, p: Tensor, *arguments: Any) -> None:
-    """Run a kernel on all elements of a parameter and its gradient, on the parameter's device."""
+def launch(
+    kernel: Any,
+    p: Tensor,
+    state: State,
+    moments: tuple[str, ...],
+    group: Group,
+    found_inf: Tensor | None,
+    key: int,
+    *constants: float,
+) -> None:
+    """Run a kernel on all elements of a parameter and its gradient, on the parameter's device; `moments` are fields of
+    `state`, `constants` those of the rule."""
     assert p.grad is not None
     with torch.cuda.device(p.device) if p.is_cuda else nullcontext():
-        kernel[(triton.cdiv(p.numel(), ROWS * BLOCK),)](p.detach(), p.grad.contiguous(), *arguments, ROWS=ROWS)
+        kernel[(triton.cdiv(p.numel(), ROWS * BLOCK),)](
+            p.detach(),
+            p.grad.contiguous(),
+            *map(state.get, moments),
+            state.get("step"),
+            group["lr"],
+            found_inf,
+            p.numel(),
+            key,
+            group["weight_decay"],
+            *constants,
+            ROWS=ROWS,
+        )
 
 
-def adamw(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def adamw(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """Launch adamw_kernel; arguments as in `optimizer_step`."""
-    launch(
-        adamw_kernel,
-        p,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        state.get("exp_avg_scale"),
-        state.get("exp_avg_sq_scale"),
-        state["step"],
-        group["lr"],
-        found_inf,
-        p.numel(),
-        key,
-        group["weight_decay"],
-        group["eps"],
-        *group["betas"],
-    )
+    moments = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    launch(adamw_kernel, p, state, moments, group, found_inf, key, group["eps"], *group["betas"])
 
 
-def lion(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int) -> None:
+def lion(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int) -> None:
     """Launch lion_kernel; arguments as in `optimizer_step`."""
-    launch(
-        lion_kernel,
-        p,
-        state["exp_avg"],
-        state.get("step"),
-        group["lr"],
-        found_inf,
-        p.numel(),
-        key,
-        group["weight_decay"],
-        *group["betas"],
-    )
+    launch(lion_kernel, p, state, ("exp_avg",), group, found_inf, key, *group["betas"])
 
 
-def wolf(
-    p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], found_inf: Tensor | None, key: int, share: float
-) -> None:
+def wolf(p: Tensor, state: State, group: Group, found_inf: Tensor | None, key: int, share: float) -> None:
     """Launch wolf_kernel; arguments as in `optimizer_step`."""
-    launch(
-        wolf_kernel,
-        p,
-        state["momentum"],
-        state.get("step"),
-        group["lr"],
-        found_inf,
-        p.numel(),
-        key,
-        group["weight_decay"],
-        share,
-    )
+    launch(wolf_kernel, p, state, ("momentum",), group, found_inf, key, share)

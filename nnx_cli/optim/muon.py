@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnx_cli.kernels.gemm import onednn_linear, prefers_onednn
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.optim._base import BETAS, DeviceOptimizer, Group, OptimizerConfig, StateSpec
+from nnx_cli.optim._base import DeviceOptimizer, Group, OptimizerConfig, StateSpec
 from nnx_cli.optim._groups import hidden_matrices, parameter_groups, split_group
 from nnx_cli.optim.adamw import AdamW
 from nnx_cli.system.hardware import of
@@ -97,15 +97,12 @@ class Muon(AdamW):
         self,
         params: Iterable[Any],
         lr: float,
-        betas: tuple[float, float] = BETAS,
-        eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        *,
+        *args: Any,
         momentum: float = 0.9,
         splits: Mapping[Tensor, Sequence[int]] | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, momentum=momentum, orthogonal=False, seed=seed)
+        super().__init__(params, lr, *args, momentum=momentum, orthogonal=False, **options)
         self.splits = splits or {}
 
     def state_spec(self, p: Tensor, group: Group) -> StateSpec:

@@ -21,14 +21,7 @@ class Wolf(DeviceOptimizer):
     p ← p·(1 − lr·weight_decay); the original has none.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.3678,
-        weight_decay: float = 0.0,
-        *,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], lr: float = 0.3678, weight_decay: float = 0.0, *, seed: int = 0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
 
     def state_spec(self, p: Tensor, group: Group) -> StateSpec:

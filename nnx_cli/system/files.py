@@ -268,11 +268,7 @@ def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(
-    path: Path,
-    *,
-    error: type[NnxError] = CheckpointError,
-    max_bytes: int = MAX_JSON_BYTES,
-    follow_links: bool = False,
+    path: Path, *, error: type[NnxError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES, follow_links: bool = False
 ) -> dict[str, Any]:
     """A JSON object from a file. Raises `error` where it is missing, too large, damaged or no object."""
     with open_regular(path, error, follow_links) as file:
