@@ -268,6 +268,50 @@ def test_the_readme_names_every_room():
     assert named == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
 
 
+PRIVATE_TORCH = {  # each name once, and tested for its presence
+    "_compiled_call_impl": "layers/blocks.py",
+    "_is_vnni_supported": "system/hardware.py",
+    "_per_optimizer_states": "training/step.py",
+    "torch._dynamo": "system/torch_private.py",
+    "torch.utils._python_dispatch": "system/torch_private.py",
+    "_cdata": "system/torch_private.py",
+    "_linear_pointwise": "system/torch_private.py",
+    "_scaled_dot_product_efficient_attention": "system/torch_private.py",
+    "_scaled_dot_product_efficient_attention_backward": "system/torch_private.py",
+    "_scaled_dot_product_flash_attention": "system/torch_private.py",
+    "_scaled_dot_product_flash_attention_backward": "system/torch_private.py",
+    "_scaled_dot_product_flash_attention_for_cpu": "system/torch_private.py",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "system/torch_private.py",
+}
+PRIVATE = re.compile(r"_[a-z]\w+$|torch(\.\w+)*\._\w+")
+
+
+def private_names(tree):
+    """Names that may be private: attributes, those that `getattr` and `hasattr` ask for, and modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            yield ast.unparse(node.args[1]).strip("'")
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("torch."):
+            yield node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module, *(alias.name for alias in node.names))
+
+
+def test_each_private_name_of_torch_has_one_place():
+    own = {node.name for _, node in definitions((ast.FunctionDef, ast.ClassDef))}
+    attributes = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    own |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    found = {}
+    for path, tree in TREES.items():
+        for name in private_names(tree):
+            foreign = PRIVATE.match(name) and not name.startswith("_foreach_") and name not in own
+            if foreign or name in PRIVATE_TORCH:
+                found.setdefault(name, set()).add(path)
+    assert found == {name: {path} for name, path in PRIVATE_TORCH.items()}
+
+
 LISTING = """
 import runpy, sys
 sys.argv = ["nnx", *sys.argv[1:]]

@@ -189,6 +189,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     """Continue a run from its newest checkpoint."""
     from nnx_cli.runs.find import find_folder
     from nnx_cli.runs.run import Run
+    from nnx_cli.system.torch_private import compiler_is_loaded
     from nnx_cli.training import session
 
     folder = session.find_unfinished() if request.run == "last" else find_folder(request.run)
@@ -207,7 +208,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     if lengths:
         settings = dict.fromkeys(LENGTHS) | settings
     with run.lock(), TrainingView(output) as view:
-        if "torch._dynamo" not in sys.modules:
+        if not compiler_is_loaded():
             output.note("loading torch's optimizers, and its compiler with them")
         trainer, notes = session.resume(run, settings, request.data, view, request.file)
         for note in [*lost, *notes]:

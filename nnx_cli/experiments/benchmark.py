@@ -28,6 +28,7 @@ from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_precision, set_seed
 from nnx_cli.system.timing import call_seconds
+from nnx_cli.system.torch_private import compiler_is_loaded
 from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.sampling import Sampling
@@ -336,7 +337,7 @@ def attempt(case: Case, what: str, measure: Callable[[], Row]) -> Row:
 def _free_memory(device: torch.device) -> None:
     """Let go of what the last model held, and begin to look for the peak of memory anew, where the system can."""
     gc.collect()
-    if "torch._dynamo" in sys.modules:
+    if compiler_is_loaded():
         torch.compiler.reset()  # the next shapes are no variants of the last ones
     if device.type == "cuda":
         torch.cuda.empty_cache()

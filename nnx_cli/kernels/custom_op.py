@@ -20,7 +20,7 @@ def operator(
     gradients: Callable[..., Any] | None = None,
     device: str | None = None,
     tags: tuple[torch.Tag, ...] = (),
-) -> torch._ops.OpOverload:
+) -> Any:
     """`function` as the operator nnx::`name`, on one kind of `device` or on all. Its signature is annotated; it changes
     none of its arguments, and returns none of them, nor views of them. `tags` tell the compiler more.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnx_cli.kernels.custom_op import operator
 from nnx_cli.system.hardware import of
+from nnx_cli.system.torch_private import ONEDNN_LINEAR
 
 MIN_ROWS = 16  # of x, below which reading the weight sets the pace
 MIN_MULTIPLICATIONS = 2**22  # below which a call takes longer than is won
@@ -44,7 +45,8 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    assert ONEDNN_LINEAR is not None
+    return ONEDNN_LINEAR(x, weight, None, "none", [], "")
 
 
 def _shapes(x: Tensor, weight: Tensor) -> Tensor:

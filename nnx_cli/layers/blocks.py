@@ -7,7 +7,6 @@ compiled code, so that models know nothing of it and names in the state dict sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Protocol
@@ -59,7 +58,12 @@ def checkpoint_blocks(model: HasBlocks, mode: str) -> None:
 
 
 def compile_blocks(model: HasBlocks) -> None:
-    """Compile every block in place; blocks of one shape share the code, and names in the state dict stay."""
+    """Compile every block in place; blocks of one shape share the code, and names in the state dict stay.
+
+    Raises RuntimeError where it could not be undone.
+    """
+    if not hasattr(nn.Module, "_compiled_call_impl"):
+        raise RuntimeError("this version of torch keeps a module's compiled code elsewhere")
     hardware.of(next(model.blocks.parameters()))  # asked here, for the compiler cannot look into a test of the device
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -73,10 +77,4 @@ def eagerly(compiled: str) -> AbstractContextManager:
 def undo_compile(model: HasBlocks) -> None:
     """Run every block eagerly again."""
     for block in model.blocks:
-        set_call(block, None)
-
-
-def set_call(block: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Have a module's calls run `call`, where `compile` puts its code; None: its forward again."""
-    assert hasattr(block, "_compiled_call_impl"), "this version of torch keeps a module's compiled code elsewhere"
-    block._compiled_call_impl = call
+        block._compiled_call_impl = None

@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from nnx_cli.kernels.custom_op import operator
 from nnx_cli.kernels.precision import in_type
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.system import torch_private
 from nnx_cli.system.hardware import of
 
 ENTROPY_ROWS = 128  # queries whose attention weights exist at once where their entropy is asked for
 LSE_ROWS = 32  # memory-efficient attention pads its lse to a multiple of these
-
-aten = torch.ops.aten
 
 
 def attend(
@@ -63,6 +62,8 @@ def repeat_segments(kv: Tensor, repeats: Sequence[int]) -> Tensor:
 def has_lse_kernel(q: Tensor) -> bool:
     """Whether `attention_with_lse` has a kernel for q (B, T, H, K)."""
     hardware = of(q)
+    if not torch_private.HAS_ATTENTION:
+        return False
     if hardware.kind != "cuda":
         return hardware.kind in ("cpu", "meta")
     if hardware.hip or q.dtype == torch.float64 or q.shape[-1] % 8 or q.shape[-1] > 128:
@@ -80,11 +81,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not q.is_cuda:
-        y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        y, lse = torch_private.FLASH_CPU(q, k, v, 0.0, True, scale=scale)
     elif is_flash(q):
-        y, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+        y, lse = torch_private.FLASH(q, k, v, 0.0, True, scale=scale)[:2]
     else:
-        y, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)[:2]
+        y, lse = torch_private.EFFICIENT(q, k, v, None, True, 0.0, True, scale=scale)[:2]
     return y.transpose(1, 2).contiguous(), lse[..., :T].contiguous()
 
 
@@ -94,16 +95,16 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Ten
     T, scale = q.shape[1], q.shape[-1] ** -0.5
     grad, q, k, v, y = (x.transpose(1, 2) for x in (grad, q, k, v, y))
     if not q.is_cuda:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, y, lse, 0.0, True, scale=scale)
+        grads = torch_private.FLASH_CPU_BACKWARD(grad, q, k, v, y, lse, 0.0, True, scale=scale)
     else:
         none = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of a generator that nothing is drawn from
         if is_flash(q):
-            grads = aten._scaled_dot_product_flash_attention_backward(
+            grads = torch_private.FLASH_BACKWARD(
                 grad, q, k, v, y, lse, None, None, T, T, 0.0, True, none, none, scale=scale
             )
         else:
             padded = F.pad(lse, (0, -T % LSE_ROWS), value=math.inf)
-            grads = aten._scaled_dot_product_efficient_attention_backward(
+            grads = torch_private.EFFICIENT_BACKWARD(
                 grad, q, k, v, None, y, padded, none[0], none[1], 0.0, [True, True, True, False], True, scale=scale
             )[:3]
     return tuple(x.transpose(1, 2).contiguous() for x in grads)

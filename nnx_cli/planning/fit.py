@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import DoesNotFit, UsageError
@@ -24,6 +23,7 @@ from nnx_cli.planning.recipe import default_tokens_per_step
 from nnx_cli.planning.settings import Derived
 from nnx_cli.system.device import DTYPES, memory_budget
 from nnx_cli.system.hardware import Hardware
+from nnx_cli.system.torch_private import TorchDispatchMode
 
 SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
 GIB = 2**30

@@ -19,17 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
-from nnx_cli.layers.blocks import checkpoint_blocks, set_call
+from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import Hardware, of_device, planned
+from nnx_cli.system.torch_private import (
+    EFFICIENT,
+    EFFICIENT_BACKWARD,
+    FLASH,
+    FLASH_BACKWARD,
+    FLASH_CPU,
+    HAS_ATTENTION,
+    TorchDispatchMode,
+    storage_key,
+)
 
 REDUCING_BLOCKS = 2112  # that a card of 132 processors runs at once when it sums over rows
 ROUNDING = 512  # bytes: the allocator of CUDA hands out multiples of it
@@ -102,19 +111,17 @@ class PlannedOperations(TorchFunctionMode):
         mask = attn_mask
         if mask is not None and mask.dtype == torch.bool:  # becomes a number to add to every score
             mask = torch.empty_like(mask, dtype=q.dtype)
-        if self.hardware.kind != "cuda" and dropout_p > 0:
+        if not HAS_ATTENTION or self.hardware.kind != "cuda" and dropout_p > 0:
             return F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if self.hardware.kind != "cuda":
-            call = ATEN._scaled_dot_product_flash_attention_for_cpu
-            return call(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+            return FLASH_CPU(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
         if self.hardware.flash and q.dtype != torch.float32 and mask is None:
-            return ATEN._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+            return FLASH(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
         if mask is not None:
             mask = mask.expand(*q.shape[:-1], k.shape[-2])
-        call = ATEN._scaled_dot_product_efficient_attention
-        return call(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
+        return EFFICIENT(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -184,13 +191,14 @@ def averages_workspace(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -
 
 
 WORKSPACES: dict[Any, Callable[..., int]] = {  # what a kernel of CUDA holds while it runs
-    ATEN._scaled_dot_product_flash_attention_backward.default: flash_workspace,
-    ATEN._scaled_dot_product_efficient_attention_backward.default: efficient_workspace,
     attention_with_lse_backward: segment_workspace,
     averaged_keys_backward: averages_workspace,
     ATEN.sum.dim_IntList: reduction_workspace,
     ATEN.embedding_dense_backward.default: embedding_workspace,
 }
+if HAS_ATTENTION:
+    WORKSPACES[FLASH_BACKWARD.default] = flash_workspace
+    WORKSPACES[EFFICIENT_BACKWARD.default] = efficient_workspace
 
 
 def rounded(n_bytes: int) -> int:
@@ -220,7 +228,7 @@ class StorageTracker(TorchDispatchMode):
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Not to count tensors that exist already; they must outlive this."""
-        self.known |= {tensor.untyped_storage()._cdata: None for tensor in tensors}
+        self.known |= {storage_key(tensor.untyped_storage()): None for tensor in tensors}
 
     def mark(self, name: str, number: int = 0) -> None:
         """Begin a section here."""
@@ -245,7 +253,7 @@ class StorageTracker(TorchDispatchMode):
 
     def allocate(self, storage: torch.UntypedStorage) -> None:
         """Count a storage, once, until it is freed."""
-        key = storage._cdata
+        key = storage_key(storage)
         if key not in self.known:
             n_bytes = rounded(storage.nbytes())
             self.known[key] = weakref.ref(storage, partial(self.free, key, n_bytes))
@@ -306,18 +314,14 @@ def _restored(model: LanguageModel) -> Iterator[None]:
     """Leave a model as it is: gradients, modes of its modules, classes of its blocks and how they are called."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
-    own = ("_compiled_call_impl", "draws_noise")  # attributes that a simulation gives to blocks
-    blocks = [
-        (block, type(block), {key: vars(block)[key] for key in own if key in vars(block)}) for block in model.blocks
-    ]
+    blocks = [(block, type(block), dict(vars(block))) for block in model.blocks]
     try:
         yield
     finally:
         vars(model).pop("trunk", None)
         for block, kind, attributes in blocks:
             block.__class__ = kind
-            for key in own:
-                vars(block).pop(key, None)
+            vars(block).clear()
             vars(block).update(attributes)
         for p, grad in gradients:
             p.grad = grad
@@ -370,8 +374,9 @@ def simulate(
             return x
 
         checkpoint_blocks(model, checkpointing)
+        undo_compile(model)
         for number, block in enumerate(model.blocks):
-            set_call(block, partial(run, number, block.forward))
+            block.forward = partial(run, number, block.forward)
         model.trunk = trunk  # type: ignore[method-assign, assignment]  # of this copy alone
         for p in parameters if in_backward else ():
             contexts.callback(p.register_post_accumulate_grad_hook(forget).remove)
@@ -489,12 +494,12 @@ def saved_tensors(
 
     The block and its arguments are of the meta device, or of the hardware's own.
     """
-    kept: dict[int, Tensor] = {}  # a tensor that is held keeps its storage's address from being used again
-    given = {x.untyped_storage()._cdata for x in (*block.parameters(), *block.buffers())}
+    kept: dict[int, Tensor] = {}  # a tensor that is held keeps its storage's key from being used again
+    given = {storage_key(x.untyped_storage()) for x in (*block.parameters(), *block.buffers())}
 
     def pack(tensor: Tensor) -> Tensor:
-        if (address := tensor.untyped_storage()._cdata) not in given:
-            kept.setdefault(address, tensor)
+        if (key := storage_key(tensor.untyped_storage())) not in given:
+            kept.setdefault(key, tensor)
         return tensor
 
     with simulated(hardware), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

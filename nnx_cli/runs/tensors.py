@@ -133,13 +133,13 @@ def load_weights(model: LanguageModel, state: Mapping[str, Tensor], source: Path
     aliases = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items()) if name in state}
     loaded: dict[str, Tensor] = {}
     for module in model.modules():
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for store in stores:
-            for key, old in store.items():
-                if old is not None and id(old) in aliases:
-                    name = aliases[id(old)]
-                    if name not in loaded:
-                        value = state[name].to(device)
-                        is_parameter = isinstance(old, nn.Parameter)
-                        loaded[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
-                    store[key] = loaded[name]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for key, old in [*parameters, *buffers]:
+            if id(old) in aliases:
+                name = aliases[id(old)]
+                if name not in loaded:
+                    value = state[name].to(device)
+                    is_parameter = isinstance(old, nn.Parameter)
+                    loaded[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
+                setattr(module, key, loaded[name])

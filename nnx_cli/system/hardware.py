@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nnx_cli.system.torch_private import ONEDNN_LINEAR
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -104,7 +106,7 @@ def has_onednn() -> bool:
 
     The choice depends on nothing that could change from run to run.
     """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not torch.backends.mkldnn.is_available() or ONEDNN_LINEAR is None:
         return False
     info = Path("/proc/cpuinfo")
     vendor = info.read_text(errors="replace") if info.exists() else platform.processor()

@@ -161,7 +161,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.updating = False
         if self.scaler.is_enabled():
-            self.scaler._per_optimizer_states.clear()
+            getattr(self.scaler, "_per_optimizer_states", {}).clear()
 
     @contextmanager
     def without_effects(self) -> Iterator[None]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from nnx_cli.layers.attention import aligned, causal_attention
+from nnx_cli.layers.segment_attention import attend
+from nnx_cli.system import torch_private
 from nnx_cli.system.hardware import Hardware, planned
 
 
@@ -29,3 +31,13 @@ def test_attention_takes_parts_of_a_packed_projection():
     found = causal_attention(q, k, v, None, 0, scale=0.25)
     wanted = causal_attention(*(x.float() for x in (q, k, v)), None, 0, scale=0.25)
     torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+
+
+def test_segments_need_no_private_operator_of_torch(monkeypatch):
+    torch.manual_seed(0)
+    q, kv = torch.randn(2, 5, 4, 8), torch.randn(3, 2, 5, 2, 4, 8)
+    wanted = attend(q, kv, (1, 1, 1), None, 0, causal=True, dropout=0.0)
+    monkeypatch.setattr(torch_private, "HAS_ATTENTION", False)
+    for name in ("FLASH_CPU", "FLASH", "EFFICIENT"):
+        monkeypatch.setattr(torch_private, name, None)
+    torch.testing.assert_close(attend(q, kv, (1, 1, 1), None, 0, causal=True, dropout=0.0), wanted)

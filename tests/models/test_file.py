@@ -111,6 +111,12 @@ def test_a_file_that_is_no_architecture_is_refused_unread(refused, workspace, so
     refused(2, message, "train", "--model", "odd.py")
 
 
+def test_what_belongs_to_the_class_is_no_option(workspace):
+    Path("my.py").write_text("class Config:\n    KINDS: ClassVar[tuple[str, ...]] = ('a', 'b')\n    n: int = DERIVED\n")
+    (field,) = [field for field in models.config_fields("my.py") if field.name in ("KINDS", "n")]
+    assert (field.name, field.type, field.default) == ("n", "int", None)
+
+
 def test_a_file_that_fails_is_refused_by_what_it_says(workspace):
     Path("odd.py").write_text("class Config:\n    n: int = 1\nSIZES = {'nano': {}}\n1 / 0\n")
     with pytest.raises(UsageError, match="odd.py fails: ZeroDivisionError"):

@@ -163,6 +163,13 @@ def test_a_compiler_that_fails_is_not_used(stepper, pretend, failure):
     assert note.startswith(f"not compiled: {type(failure).__name__}: ") and "\n" not in note
 
 
+def test_a_torch_that_keeps_compiled_code_elsewhere_compiles_nothing(stepper, pretend, monkeypatch):
+    pretend((5.5, 1000.0), (5.5, 1.0))
+    monkeypatch.delattr(torch.nn.Module, "_compiled_call_impl")
+    decided = decide(stepper, "auto")
+    assert decided.name == "off" and "compiled code elsewhere" in decided.notes[0]
+
+
 def test_a_run_that_turns_out_too_short_is_not_compiled(stepper, pretend):
     pretend((5.5, 0.001), RuntimeError("not tried"))
     decided = decide(stepper, "auto")

@@ -1,0 +1,30 @@
+"""Private names of torch that two rooms need: each stands here once, as None where torch lacks it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+aten: Any = torch.ops.aten
+FLASH_CPU: Any = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FLASH_CPU_BACKWARD: Any = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+FLASH: Any = getattr(aten, "_scaled_dot_product_flash_attention", None)
+FLASH_BACKWARD: Any = getattr(aten, "_scaled_dot_product_flash_attention_backward", None)
+EFFICIENT: Any = getattr(aten, "_scaled_dot_product_efficient_attention", None)
+EFFICIENT_BACKWARD: Any = getattr(aten, "_scaled_dot_product_efficient_attention_backward", None)
+HAS_ATTENTION = None not in (FLASH_CPU, FLASH_CPU_BACKWARD, FLASH, FLASH_BACKWARD, EFFICIENT, EFFICIENT_BACKWARD)
+
+ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from the others that exist."""
+    return getattr(storage, "_cdata", id(storage))
+
+
+def compiler_is_loaded() -> bool:
+    """Whether this process has paid for the compiler's import, which takes seconds."""
+    return "torch._dynamo" in sys.modules
