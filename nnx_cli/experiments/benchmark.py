@@ -279,8 +279,8 @@ def decoding(case: Case, device: torch.device, limits: Limits, seconds: float) -
 
 
 def bytes_read(case: Case, positions: int) -> int:
-    """Bytes that one more token of every row needs: the weights in the width of the precision, but of a table of
-    embeddings that is not the head's the rows' own lines only, and each row's cache of `positions` tokens."""
+    """Bytes that one more token of every sequence needs: the weights in the width of the precision, but of a table of
+    embeddings that is not the head's the tokens' own rows only, and each sequence's cache of `positions` tokens."""
     model = cost.meta_model(case.model, case.config)
     head = {id(p) for p in model.head.parameters()}
     tables = sum(p.numel() for p in model.embedding.parameters() if id(p) not in head)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated keys and values, (L, B, G, S, K) each; rows may hold different numbers of positions.
+    """Preallocated keys and values, (L, B, G, S, K) each; sequences may have different numbers of positions.
 
     One forward pass of T new positions: `positions(T)`, then `update` once in every layer, then `advance(T)`. Once
     `static`, a pass of one position does the same operations on the same memory whatever was stored before, so that it
@@ -19,7 +19,7 @@ class KVCache:
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """`shape` is (L, B, G, S, K): layers, rows, key-value heads, positions at most, width of a head."""
+        """`shape` is (L, B, G, S, K): layers, sequences, key-value heads, positions at most, width of a head."""
         _, batch_size, _, max_seq_len, _ = shape
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -27,10 +27,10 @@ class KVCache:
         self.max_seq_len = max_seq_len
         self.static = False
         self._longest = 0  # the largest of `lengths`, kept on the host so that no step has to ask the device
-        self._even = True  # whether all rows have that length
+        self._even = True  # whether all sequences have that length
 
     def positions(self, n_new: int) -> Tensor:
-        """Positions (B, T) of the next `n_new` tokens of every row."""
+        """Positions (B, T) of the next `n_new` tokens of every sequence."""
         assert self._longest + n_new <= self.max_seq_len, (self._longest, n_new, self.max_seq_len)
         return self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
 
@@ -53,7 +53,7 @@ class KVCache:
         return self._longest == 0 and n_new > 1
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, T, K) of the new positions; return all up to the longest row, (B, G, S, K) each."""
+        """Store k, v (B, G, T, K) of the new positions; return all up to the longest sequence, (B, G, S, K) each."""
         n_new = k.shape[2]
         end = self._end(n_new)
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
@@ -65,7 +65,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, n_new: int) -> None:
-        """Count `n_new` more positions in every row."""
+        """Count `n_new` more positions in every sequence."""
         self.lengths += n_new
         self.note_advance(n_new)
 
@@ -84,14 +84,14 @@ class KVCache:
         return restore
 
     def truncate(self, lengths: Tensor | int) -> Self:
-        """Forget what lies beyond `lengths`, (B,) or one number for all rows."""
+        """Forget what lies beyond `lengths`, (B,) or one number for all sequences."""
         self.lengths.copy_(torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device)))
         self._longest = int(self.lengths.max())
         self._even = bool((self.lengths == self._longest).all())
         return self
 
     def repeat(self, n: int) -> Self:
-        """Make `n` copies of every row, side by side: row b becomes rows b·n … b·n + n − 1."""
+        """Make `n` copies of every sequence, side by side: b becomes b·n … b·n + n − 1."""
         self.keys = self.keys.repeat_interleave(n, dim=1)
         self.values = self.values.repeat_interleave(n, dim=1)
         self.lengths = self.lengths.repeat_interleave(n)

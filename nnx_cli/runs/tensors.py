@@ -108,7 +108,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Raise CheckpointError where a tensor holds a number that is not finite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{source} is damaged: {name} holds numbers that are not finite")
+            raise CheckpointError(f"{source} is damaged: {name} has elements that are not finite")
 
 
 def load_weights(model: LanguageModel, state: Mapping[str, Tensor], source: Path, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong: a loss that jumps, numbers that are no longer finite."""
+"""Signs that a run goes wrong: a loss that jumps, elements that are no longer finite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class LossSpikeDetector:
     """Tells a jump of the loss from its usual ups and downs, by running averages of loss and squared distance."""
 
     def __init__(self) -> None:
-        self.n_seen, self.mean, self.variance = 0, 0.0, 0.0
+        self.n_seen = 0
+        self.mean = 0.0
+        self.variance = 0.0
 
     def update(self, loss: float) -> bool:
         """Take note of a loss in nats; returns whether it is a spike. A spike does not count as usual."""
@@ -37,15 +39,15 @@ class LossSpikeDetector:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number in floating-point tensors is finite."""
+    """Whether every element of floating-point tensors is finite."""
     return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def first_overflow(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> str:
-    """Where the first number that is not finite comes from, in words: a weight, a layer's output, or a gradient."""
+    """Where the first element that is not finite comes from, in words: a weight, a layer's output, or a gradient."""
     for name, parameter in model.named_parameters():
         if not all_finite([parameter]):
-            return f"{name} holds numbers that are not finite"
+            return f"{name} has elements that are not finite"
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -70,4 +72,4 @@ def first_overflow(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> 
     model.zero_grad(set_to_none=True)
     if found:
         return f"the output of {found[0]} is the first that is not finite"
-    return f"the gradient of {bad[-1]} is the first that is not finite" if bad else "now its numbers are finite"
+    return f"the gradient of {bad[-1]} is the first that is not finite" if bad else "now everything is finite"

@@ -41,6 +41,7 @@ from nnx_cli.system.files import relative
 from nnx_cli.system.machine import keep_freed_memory
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import Sampling
+from nnx_cli.training.state import restore_checkpoint
 from nnx_cli.training.stepper import divide_step
 from nnx_cli.training.trainer import Trainer
 
@@ -186,7 +187,7 @@ def resume(
         config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
     model = load_model_of(run, checkpoint, config, device, file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
-    trainer.restore(checkpoint)
+    restore_checkpoint(trainer.stepper.step, trainer.state, checkpoint)
     config = trainer.choose_execution(config.compile)
     longer = any(overrides.get(length) is not None for length in ("max_steps", "max_time", "epochs"))
     if longer and trainer.progress() >= 1.0:
@@ -230,7 +231,7 @@ def load_model_of(
 
 
 def differences(run: Run, old: TrainConfig, trainer: Trainer) -> list[str]:
-    """What is no longer as it was and changes the rounding of numbers, though not the data order or the schedule."""
+    """What is no longer as it was and changes rounding, though not the data order or the schedule."""
     began_with, now, before = run.config["versions"]["torch"], describe(trainer.device), run.config.get("machine")
     config = trainer.config
     found = []

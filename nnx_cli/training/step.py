@@ -35,21 +35,21 @@ class StepNumbers:
 
 
 class StepStats:
-    """What steps tell of themselves, float32 () on the device each; only reading them synchronizes."""
+    """What steps tell of themselves: `values` (5,) float32 on the device, and by name; only `read` synchronizes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._values = torch.zeros(5, device=device)
-        self.loss, self.grad_norm, self.highest_loss, self.skipped_steps, self.bad_steps = self._values.unbind()
+        self.values = torch.zeros(5, device=device)
+        self.loss, self.grad_norm, self.highest_loss, self.skipped_steps, self.bad_steps = self.values.unbind()
 
     def update(self, loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
         """Count a step; `bad` is 1.0 where it was skipped."""
         highest = torch.maximum(self.highest_loss, loss.nan_to_num(0.0, 0.0, 0.0))
         values = (loss, grad_norm, highest, self.skipped_steps + bad, (self.bad_steps + 1) * bad)
-        self._values.copy_(torch.stack(values))
+        self.values.copy_(torch.stack(values))
 
     def read(self) -> StepNumbers:
         """The numbers, by one synchronization; the highest loss begins anew."""
-        loss, grad_norm, highest_loss, skipped, bad = self._values.tolist()
+        loss, grad_norm, highest_loss, skipped, bad = self.values.tolist()
         self.highest_loss.zero_()
         return StepNumbers(loss, grad_norm, highest_loss, int(skipped), int(bad))
 
@@ -57,14 +57,6 @@ class StepStats:
         """Go on counting from there."""
         self.skipped_steps.fill_(skipped_steps)
         self.bad_steps.fill_(bad_steps)
-
-    def state(self) -> Tensor:
-        """A copy of all values (5,), in the order of `StepNumbers`."""
-        return self._values.clone()
-
-    def restore(self, state: Tensor) -> None:
-        """Undo what happened since `state` was taken."""
-        self._values.copy_(state)
 
 
 class Step:
@@ -169,7 +161,7 @@ class Step:
         touched = type(self.model).post_optim_step is not LanguageModel.post_optim_step
         state = self.model.state_without_ties() if touched else {}
         before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        stats, scale = self.stats.state(), self.scaler.state_dict()
+        stats, scale = self.stats.values.clone(), self.scaler.state_dict()
         self.frozen.fill_(1.0)
         try:
             yield
@@ -178,7 +170,7 @@ class Step:
             self.frozen.zero_()
             for name, tensor in state.items():
                 tensor.copy_(before[name])
-            self.stats.restore(stats)
+            self.stats.values.copy_(stats)
             if scale:
                 self.scaler.load_state_dict(scale)
 

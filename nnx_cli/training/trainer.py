@@ -29,7 +29,7 @@ from nnx_cli.training.observer import Observer
 from nnx_cli.training.recovery import Recovery
 from nnx_cli.training.sampling import Sampling, draw_sample
 from nnx_cli.training.schedule import lr_at
-from nnx_cli.training.state import TrainState, make_checkpoint, restore_checkpoint
+from nnx_cli.training.state import TrainState, make_checkpoint
 from nnx_cli.training.step import StepNumbers
 from nnx_cli.training.stepper import Execution, Stepper, divide_step
 from nnx_cli.training.validation import BestWeights, Validation
@@ -71,7 +71,7 @@ class Trainer:
     def train(self, run: Run, should_stop: Callable[[], bool]) -> str:
         """Train to the end of the length, or until `should_stop`; returns finished or interrupted.
 
-        Raises QualityError when gradients stay without finite numbers even after going back to the last checkpoint with
+        Raises QualityError when gradients are not finite even after going back to the last checkpoint with
         a lower learning rate; DoesNotFit when one sequence at a time is too much for the memory.
         """
         state, journal = self.state, self.journal
@@ -154,12 +154,8 @@ class Trainer:
         return self.config.patience is not None and self.state.worse_validations >= self.config.patience
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that `restore` needs."""
+        """Everything that `restore_checkpoint` needs."""
         return make_checkpoint(self.stepper.step, self.state, self.config.seed)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint whose weights the model has. Raises CheckpointError where it is another's."""
-        restore_checkpoint(self.stepper.step, self.state, checkpoint)
 
     # steps
 

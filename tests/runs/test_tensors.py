@@ -19,7 +19,7 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, value):
     model = tiny()
     state = {key: tensor.clone() for key, tensor in model.state_without_ties().items()}
     state["norm.weight"][3] = value
-    with pytest.raises(CheckpointError, match="norm.weight holds numbers that are not finite"):
+    with pytest.raises(CheckpointError, match="norm.weight has elements that are not finite"):
         load_weights(model, state, tmp_path, torch.device("cpu"))
     assert model.norm.weight.isfinite().all(), "nothing was taken over"
 

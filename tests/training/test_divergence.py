@@ -53,7 +53,7 @@ IDS = torch.arange(16)[None]
 
 def test_a_weight_that_is_not_finite_is_named(model):
     model.blocks[1].mlp.down.weight.data[0, 0] = math.nan
-    assert first_overflow(model, IDS, IDS) == "blocks.1.mlp.down.weight holds numbers that are not finite"
+    assert first_overflow(model, IDS, IDS) == "blocks.1.mlp.down.weight has elements that are not finite"
 
 
 def test_the_first_layer_that_overflows_is_named(model):
@@ -70,4 +70,4 @@ def test_a_gradient_that_is_not_finite_is_named(model):
 
 
 def test_a_sound_model_has_nothing_to_name(model):
-    assert first_overflow(model, IDS, IDS) == "now its numbers are finite"
+    assert first_overflow(model, IDS, IDS) == "now everything is finite"

@@ -37,7 +37,7 @@ def snapshot(step):
         for key, value in fields.items()
         if isinstance(value, torch.Tensor)
     }
-    return {name: tensor.clone() for name, tensor in tensors.items()} | {"stats": step.stats.state()}
+    return {name: tensor.clone() for name, tensor in tensors.items()} | {"stats": step.stats.values.clone()}
 
 
 def equal(a, b):
@@ -121,7 +121,7 @@ def test_steps_in_the_backward_pass_are_the_same_steps(name, optimizer):
         plain(*batch(seed), 4)
         step(*batch(seed), 4)
     assert all(p.grad is None for p in step.parameters)
-    torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.stats.values, plain.stats.values, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(step.parameters, plain.parameters, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -168,7 +168,7 @@ def test_a_captured_step_is_the_step(name):
         samples = batch(i, device="cuda")
         plain(*samples, 2)
         captured(*samples)
-        torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.stats.values, plain.stats.values, rtol=1e-5, atol=1e-5)
 
 
 @needs_cuda
@@ -195,7 +195,7 @@ def test_recorded_micro_batches_under_a_loss_scale_are_the_step(name):
         samples = batch(i, device="cuda")
         plain(*samples, 1)
         captured(*samples)
-        torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.stats.values, plain.stats.values, rtol=1e-5, atol=1e-5)
     assert step.scaler.get_scale() == plain.scaler.get_scale() == 2.0**12
 
 
@@ -307,4 +307,4 @@ def test_an_optimizer_that_is_not_capturable_steps_after_recorded_micro_batches(
         samples = batch(i, device="cuda")
         plain(*samples, batch_size)
         captured(*samples)
-        torch.testing.assert_close(step.stats.state(), plain.stats.state(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.stats.values, plain.stats.values, rtol=1e-5, atol=1e-5)
