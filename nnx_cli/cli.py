@@ -123,7 +123,7 @@ def _explain(error: Exception) -> NnxError:
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
 
 
-def _report(error: NnxError | TyperException, group: Group, debug: bool = False) -> int:
+def _report(error: NnxError | TyperException, group: Group, debug: bool) -> int:
     """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
     message = error.format_message() if isinstance(error, TyperException) else str(error)
     possibilities = getattr(error, "possibilities", None)

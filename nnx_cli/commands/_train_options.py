@@ -137,7 +137,7 @@ class ResumeRequest:
     dry_run: bool
 
 
-def _all_fields(model: str | None = None) -> list[Field]:
+def _all_fields(model: str | None) -> list[Field]:
     """Every setting that a command line or a file may give; `model` may be a file with fields of its own."""
     return [*model_fields(model).values(), *TRAINING, *PREPARING]
 

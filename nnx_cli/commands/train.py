@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -79,6 +78,7 @@ def _new_run(output: Output, request: Request) -> None:
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.data.tokenizers.build import build_tokenizer
+    from nnx_cli.runs.run import refuse_taken
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan, prepare_tokens, take_back
     from nnx_cli.training.sampling import choose_sampling
@@ -87,7 +87,8 @@ def _new_run(output: Output, request: Request) -> None:
         output.note(request.note)
     base, shape, sources = _chosen_shape(request)
     device, precision = session.configure_device(request.train)
-    _refuse_taken(request.out)
+    if request.out is not None:
+        refuse_taken(request.out)
     made: list[Path] = []
     if (folder := request.data) is None:
         folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output))
@@ -157,12 +158,6 @@ def _imported(model: str, checkpoint: str) -> str:
     return str(folder)
 
 
-def _refuse_taken(out: Path | None) -> None:
-    """Raise OutputError where the run folder that was named exists."""
-    if out is not None and os.path.lexists(out):
-        raise OutputError(f"{out} exists already", fix="name another folder with --out, or resume it with --resume")
-
-
 def _start(
     plan: Plan,
     tokens: TokenFolder,
@@ -225,7 +220,7 @@ def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{error}; its numbers come from the checkpoint"]
 
 
-def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, named: str = "") -> None:
+def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, named: str) -> None:
     """Train a locked run to the end, record how it ended, and say so. Raises Interrupted where it was stopped.
 
     `named` stands beside the run in the commands that may follow.
@@ -264,7 +259,7 @@ def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     )
 
 
-def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int, named: str = "") -> list[str]:
+def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int, named: str) -> list[str]:
     """What happened, and what to do next."""
     state, bits, best_step = trainer.state, status["best_val_bits_per_byte"], status["best_step"] or 0
     quality = (

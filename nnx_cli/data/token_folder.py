@@ -60,11 +60,11 @@ def write_meta(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None
     files.write_synced(folder / "meta.json", files.to_json(head | meta))
 
 
-def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, verify: bool = True) -> TokenFolder:
-    """Open a folder of ours or of nanoGPT.
+def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None) -> TokenFolder:
+    """Open a folder of ours or of nanoGPT. Reads all tokens once and compares them with their SHA-256.
 
-    `tokenizer` is what the folder must have been made with; a nanoGPT folder has none of its own. `verify` reads all
-    tokens once and compares them with their SHA-256. DataError where anything is missing, damaged or does not agree.
+    `tokenizer` is what the folder must have been made with; a nanoGPT folder has none of its own. DataError where
+    anything is missing, damaged or does not agree.
     """
     path = Path(path)
     mend = f"nnx prepare FILE --out {path}"
@@ -81,7 +81,7 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, veri
     except DataError as error:
         raise DataError(str(error), fix=f"remove the folder, then: {mend}") from error
     try:
-        return _open_ours(path, meta, tokenizer, verify)
+        return _open_ours(path, meta, tokenizer)
     except _Damaged as error:
         raise DataError(f"the token folder {path} is damaged: {error}", fix=f"remove it, then: {mend}") from error
 
@@ -90,7 +90,7 @@ class _Damaged(Exception):
     """Says in a few words what is wrong with a token folder."""
 
 
-def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None, verify: bool) -> TokenFolder:
+def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) -> TokenFolder:
     version = meta.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise DataError(f"{path} has token format {repr(version)[:20]}; this version of nnx reads 1 to {FORMAT}")
@@ -109,8 +109,7 @@ def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None, ve
     if version > 1:
         documents = {split: _documents(path / f"{split}.documents", len(ids[split])) for split in SPLITS}
         mask = _mask(path / MASK, len(ids["train"]), MASK in digests)
-    if verify:
-        _verify(path, digests, own)
+    _verify(path, digests, own)
     known = digests if mask is None or MASK in digests else digests | {MASK: files.sha256_file(path / MASK)}
     return TokenFolder(
         path=path,

@@ -22,21 +22,17 @@ def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig |
 
     Raises DataError where there is no such text, or where it belongs to another tokenizer.
     """
-    tokenizer = ref.tokenizer
+    tokenizer, fix = ref.tokenizer, "name a text: --filepath FILE"
     if not paths:
         data = ref.config.get("data")
         if data is None:
-            raise DataError(f"{ref.label} names no text of its own", fix="name a text: --filepath FILE")
+            raise DataError(f"{ref.label} names no text of its own", fix)
         folder = ref.folder / data["folder"]
         if not folder.is_dir():
-            raise DataError(
-                f"the text that {ref.label} was trained on is gone: no {folder}", fix="name a text: --filepath FILE"
-            )
+            raise DataError(f"the text that {ref.label} was trained on is gone: no {folder}", fix)
         tokens = open_token_folder(folder, tokenizer=tokenizer)
         if tokens.fingerprint != data["fingerprint"]:
-            raise DataError(
-                f"{folder} is not the text that {ref.label} was trained on", fix="name a text: --filepath FILE"
-            )
+            raise DataError(f"{folder} is not the text that {ref.label} was trained on", fix)
         yield tokens.val
         return
     if tokenizer is None:

@@ -34,6 +34,7 @@ from nnx_cli.system.files import (
     open_regular,
     plain_opener,
     read_json,
+    refuse_existing,
     refused_output,
     replace_file,
     require_space,
@@ -84,10 +85,7 @@ class Run:
 
         Raises OutputError where the folder exists or cannot be written.
         """
-        if os.path.lexists(folder):
-            raise OutputError(
-                f"{folder} exists already", fix="name another folder with --out, or resume it with --resume"
-            )
+        refuse_taken(folder)
         with new_folder(folder) as temporary:
             (temporary / "checkpoints").mkdir()
             write_model_folder(temporary, config, tokenizer, None, file)
@@ -187,6 +185,11 @@ class Run:
             except CheckpointError as error:
                 notes.append(f"{error}; going back to the checkpoint before it")
         raise CheckpointError(f"{self.folder} has no intact checkpoint" + "".join(f"; {note}" for note in notes[:1]))
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise OutputError where the folder of a new run exists."""
+    refuse_existing(folder, "resume it with --resume")
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -114,10 +114,10 @@ def replace_file(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
-def refuse_existing(path: Path) -> None:
-    """Raise OutputError where `path` exists already, be it a link to nothing."""
+def refuse_existing(path: Path, otherwise: str = "remove it") -> None:
+    """Raise OutputError where `path` exists already, be it a link to nothing; `otherwise` is what else may be done."""
     if os.path.lexists(path):
-        raise OutputError(f"{path} exists already", fix="name another folder with --out, or remove it")
+        raise OutputError(f"{path} exists already", fix=f"name another folder with --out, or {otherwise}")
 
 
 @contextlib.contextmanager

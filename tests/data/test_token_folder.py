@@ -40,7 +40,7 @@ def test_reads_what_was_written(folder):
     assert (data.vocab_size, data.tokenizer.kind, data.train.dtype) == (256, "byte", np.uint8)
     assert data.text_bytes == len(TEXT.encode()) == sum(data.meta["text_bytes"].values())
     assert data.meta["format"] == 2 and data.meta["tokens"] == {"train": len(data.train), "val": len(data.val)}
-    assert open_token_folder(folder, build_tokenizer("byte"), verify=False).fingerprint == data.fingerprint
+    assert open_token_folder(folder, build_tokenizer("byte")).fingerprint == data.fingerprint
 
 
 def test_fingerprint_follows_data_and_tokenizer(folder, tmp_path):
@@ -77,10 +77,9 @@ def test_damaged_tokens_are_refused(folder, name, damage):
         {"tokenizer": 1},
     ],
 )
-@pytest.mark.parametrize("verify", [True, False])
-def test_damaged_meta_is_refused(folder, changes, verify):
+def test_damaged_meta_is_refused(folder, changes):
     change_meta(folder, **changes)
-    refusal(folder, verify=verify)
+    refusal(folder)
 
 
 def as_format_1(folder):
@@ -126,7 +125,7 @@ def test_damaged_documents_are_refused(folder, name, starts):
 def test_half_or_no_documents_are_refused(folder, name):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data + b"\0")
-    assert name in str(refusal(folder, verify=False))
+    assert name in str(refusal(folder))
     (folder / name).unlink()
     assert name in str(refusal(folder))
 
@@ -155,7 +154,7 @@ def test_damaged_masks_are_refused(folder):
     n = len(open_token_folder(folder).train)
     for n_bits in (n - 8, n + 8, 0):
         put_mask(folder, np.ones(n_bits, bool))
-        assert "train.mask" in str(refusal(folder, verify=False))
+        assert "train.mask" in str(refusal(folder))
     put_mask(folder, np.ones(n, bool))
     np.packbits(np.zeros(n, bool)).tofile(folder / "train.mask")
     assert "train.mask" in str(refusal(folder))
