@@ -83,17 +83,18 @@ def run(
         f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
-    samples = [{"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples]
-    output.show_json(
-        {
-            "model": ref.label,
-            "prompt": text,
-            "samples": samples,
-            "prefill_tokens_per_s": result.prefill_tokens_per_s,
-            "decode_tokens_per_s": result.decode_tokens_per_s,
-            "peak_memory_bytes": peak_memory_bytes(where),
-        }
-    )
+    output.show_json(_samples_as_json(ref.label, text, result) | {"peak_memory_bytes": peak_memory_bytes(where)})
+
+
+def _samples_as_json(label: str, prompt: str, result: Any) -> dict[str, Any]:
+    """What --json prints of the samples of a model."""
+    return {
+        "model": label,
+        "prompt": prompt,
+        "samples": [{"text": s.text, "tokens": len(s.tokens), "stop_reason": s.stop_reason} for s in result.samples],
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+    }
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -61,6 +61,7 @@ STATUS_TYPES = {
     "skipped_steps": NUMBER,
     "events": list,
 }
+BLANK_STATUS: dict[str, Any] = {"format": FORMAT, **{name: None for name in STATUS_TYPES if name != "events"}}
 
 
 class Run:
@@ -123,11 +124,10 @@ class Run:
 
     def set_status(self, **values: Any) -> dict[str, Any]:
         """Change some values of run.json, whatever it holds; returns all."""
-        blank = {"format": FORMAT, **dict.fromkeys(STATUS_TYPES.keys() - {"events"})}
         try:
-            status = blank | self.status() | values
+            status = BLANK_STATUS | self.status() | values
         except CheckpointError:  # it decides nothing
-            status = blank | values
+            status = BLANK_STATUS | values
         replace_file(self.folder / "run.json", to_json(status))
         return status
 

@@ -21,11 +21,11 @@ from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters
 from nnx_cli.planning.plan import Plan, steps_in
-from nnx_cli.runs.checkpoint import FORMAT, Checkpoint, step_folder
+from nnx_cli.runs.checkpoint import Checkpoint, step_folder
 from nnx_cli.runs.find import WEIGHTS, find_runs
 from nnx_cli.runs.load import ModelRef, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
-from nnx_cli.runs.run import Run, live_status
+from nnx_cli.runs.run import BLANK_STATUS, Run, live_status
 from nnx_cli.runs.tensors import load_weights
 from nnx_cli.system.device import (
     DTYPES,
@@ -115,8 +115,7 @@ def start(
 
 def first_status(config: TrainConfig, device: torch.device, command: str) -> dict[str, Any]:
     """The first run.json of a run."""
-    return {
-        "format": FORMAT,
+    return BLANK_STATUS | {
         "status": "running",
         "command": command,
         "device": device.type,
@@ -126,12 +125,6 @@ def first_status(config: TrainConfig, device: torch.device, command: str) -> dic
         "max_time_s": config.max_time_s,
         "time_s": 0.0,
         "tokens": 0,
-        "train_loss": None,
-        "val_loss": None,
-        "val_bits_per_byte": None,
-        "best_step": None,
-        "best_val_loss": None,
-        "best_val_bits_per_byte": None,
         "skipped_steps": 0,
     }
 

@@ -175,6 +175,12 @@ def test_a_full_disk_leaves_the_old_status(run, monkeypatch):
     assert run.status() == before | {"step": 99}
 
 
+def test_run_json_keeps_the_order_of_its_keys(run):
+    before = list(run.status())
+    run.set_status(step=99)
+    assert sorted(run.status()) == sorted(before) and list(run.status())[:3] == ["format", "status", "step"]
+
+
 # damage
 
 
