@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.cuda_graph import CudaGraph
 
@@ -40,7 +40,7 @@ class Context:
             self.history[number, : len(sequence)] = torch.tensor(sequence)
         self.history = self.history.to(model.device)
         self.starts = self._starts()
-        self.cache: Any = None
+        self.cache: Cache | None = None
         self.graph: CudaGraph | None = None
         self.records = use_cache and capacity >= GRAPH_FROM and model.device.type == "cuda"
         self.records = self.records and not model.syncs_in_eval
@@ -102,7 +102,7 @@ class Context:
         return logits
 
 
-def decoding_graph(model: LanguageModel, cache: Any, input_ids: Tensor) -> CudaGraph:
+def decoding_graph(model: LanguageModel, cache: Cache, input_ids: Tensor) -> CudaGraph:
     """One more token (R, 1) of every sequence, through a model and its cache, to logits (R, V).
 
     The cache becomes static, has to stay the same, and is told of every replay by `note_advance`.

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+
+class Cache(Protocol):
+    """What sampling asks of a model's cache, or recurrent state; the methods mean what they do in KVCache."""
+
+    static: bool  # replayed as a CUDA graph
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes it holds."""
+
+    def note_advance(self, n_new: int) -> None:
+        """Count positions that a CUDA graph has stored."""
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that restores the present state."""
+
+    def truncate(self, lengths: Tensor | int) -> Self:
+        """Forget what lies beyond `lengths`."""
+
+    def repeat(self, n: int) -> Self:
+        """Make `n` copies of every row."""
+
+    def reset(self) -> Self:
+        """Forget everything."""
 
 
 class KVCache:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.layers.linear import Linear
 
 MAX_WIDTH, MAX_LAYERS = 2**24, 1024  # beyond them not even the parameters can be counted
@@ -100,7 +101,7 @@ class LanguageModel(nn.Module):
         """Token ids (B, T) to what the head reads, (B, T, D)."""
         raise TypeError(f"{self.architecture} defines no trunk")
 
-    def make_cache(self, batch_size: int, max_seq_len: int) -> Any:
+    def make_cache(self, batch_size: int, max_seq_len: int) -> Cache:
         """An empty cache, or recurrent state, for `batch_size` rows of up to `max_seq_len` positions.
 
         One that has `snapshot` (a KVCache does) may be captured in a CUDA graph: it writes into the tensors it keeps.
