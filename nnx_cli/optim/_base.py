@@ -17,6 +17,15 @@ BETAS = (0.9, 0.99)  # decay of the first and second moments, in AdamW and Lion
 
 
 @dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What an optimizer learns best with: `DEFAULTS` of its file, or these, AdamW's."""
+
+    lr_share: float = 1.0  # of the learning rate that the width suggests
+    lr: float | None = None  # a learning rate for every width instead
+    weight_decay: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Settings that every optimizer is built with."""
 

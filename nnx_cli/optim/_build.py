@@ -7,12 +7,17 @@ import importlib
 from torch import nn
 
 from nnx_cli.config import TrainConfig, module_names
-from nnx_cli.optim._base import BETAS, DeviceOptimizer, OptimizerConfig
+from nnx_cli.optim._base import BETAS, Defaults, DeviceOptimizer, OptimizerConfig
 
 
 def names() -> tuple[str, ...]:
     """Optimizers, in alphabetical order."""
     return module_names("optim")
+
+
+def defaults(name: str) -> Defaults:
+    """What an optimizer learns best with."""
+    return getattr(importlib.import_module(f"nnx_cli.optim.{name}"), "DEFAULTS", Defaults())
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> DeviceOptimizer:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from nnx_cli.kernels.gemm import onednn_linear, prefers_onednn
 from nnx_cli.kernels.stochastic_rounding import random_bits, random_stream, stochastic_round
-from nnx_cli.optim._base import DeviceOptimizer, Group, OptimizerConfig, StateSpec
+from nnx_cli.optim._base import Defaults, DeviceOptimizer, Group, OptimizerConfig, StateSpec
 from nnx_cli.optim._groups import hidden_matrices, parameter_groups, split_group
 from nnx_cli.optim.adamw import AdamW
 from nnx_cli.system.hardware import of
+
+DEFAULTS = Defaults(lr_share=2.5)
 
 STACK_BYTES = 32 * 2**20  # of float32 matrices that are worked on together; about five times that is needed for it
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): the best odd quintic for each of five steps, as

@@ -10,6 +10,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim._build import defaults
 from nnx_cli.planning.flops import count_parameters
 from nnx_cli.planning.settings import Derived
 
@@ -47,8 +48,7 @@ def training_recipe(
     recipe, optimizer = models.recipe(name), train.optimizer
     factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
     lr = train.lr or default_lr(optimizer, dim, factor)
-    decays = optimizer in ("adamw", "adamw8bit", "muon")
-    decay = Derived(recipe.weight_decay if decays else 0.0, "optimizer and model")
+    decay = Derived(recipe.weight_decay if defaults(optimizer).weight_decay else 0.0, "optimizer and model")
     if decay.value and train.lora_rank is None and train.tokens_per_step:
         epochs = expected_steps * train.tokens_per_step / train_tokens
         value = default_weight_decay(decay.value, optimizer, lr, expected_steps, epochs, dim)
@@ -79,15 +79,10 @@ def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
 
 
 def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
-    """Peak learning rate: falls with the width from 128 on, times an architecture's factor; Lion takes a tenth of it,
-    Muon two and a half.
-
-    Wolf has the rate its author gives.
-    """
-    if optimizer == "wolf":
-        return 0.3678
-    share = {"lion": 0.1, "muon": 2.5}.get(optimizer, 1.0)
-    return float(f"{4e-3 * 128 / max(dim, 128) * share * factor:.2g}")
+    """Peak learning rate: the optimizer's share of one that falls with the width from 128 on, times an architecture's
+    factor; or the optimizer's own."""
+    own = defaults(optimizer)
+    return own.lr or float(f"{4e-3 * 128 / max(dim, 128) * own.lr_share * factor:.2g}")
 
 
 def default_dropout(epochs: float, params_per_token: float) -> float:
