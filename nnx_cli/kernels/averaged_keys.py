@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nnx_cli.kernels.custom_op import operator
-from nnx_cli.system.hardware import of
+from nnx_cli.kernels.custom_op import keep_inputs, operator
+from nnx_cli.system.hardware import of, takes_triton
 
 
 def plain_averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
@@ -32,12 +31,7 @@ def averaged_keys(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
     k (B, T, G, K), share (B, T, G) float32, counts (T, 1): the positions. A Triton kernel reads keys and writes
     averages, and the sums, which take twice the memory of keys of 16 bits, are never written.
     """
-    return averaged_keys_op(k, share, counts) if prefers_fused(k) else plain_averaged_keys(k, share, counts)
-
-
-def prefers_fused(k: Tensor) -> bool:
-    """Whether one kernel takes k."""
-    return of(k).triton and k.dtype != torch.float64
+    return averaged_keys_op(k, share, counts) if takes_triton(k) else plain_averaged_keys(k, share, counts)
 
 
 def _forward(k: Tensor, share: Tensor, counts: Tensor) -> Tensor:
@@ -66,13 +60,9 @@ def _backward_shapes(grad: Tensor, k: Tensor, share: Tensor, counts: Tensor) -> 
     return k.new_empty(k.shape), share.new_empty(share.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *averaged_keys_backward(grad, *ctx.saved_tensors), None
 
 
 averaged_keys_backward = operator("averaged_keys_backward", _backward, _backward_shapes)
-averaged_keys_op = operator("averaged_keys", _forward, _shapes, keep=_keep, gradients=_gradients)
+averaged_keys_op = operator("averaged_keys", _forward, _shapes, keep=keep_inputs, gradients=_gradients)

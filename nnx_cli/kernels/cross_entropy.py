@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.kernels.student_t import MIN_DISTANCE, StudentT
-from nnx_cli.system.hardware import of
+from nnx_cli.system.hardware import takes_triton
 
 
 def cross_entropy_rows(
@@ -24,7 +24,7 @@ def cross_entropy_rows(
     `logits`, x·w of every row and token, are used up, with what their rows have beyond V: the gradient may lie in
     their place. Statistics are taken in float32 or wider.
     """
-    if of(logits).triton and logits.dtype != torch.float64:
+    if takes_triton(logits):
         if logits.is_meta:
             return logits.new_empty(len(logits), dtype=torch.float32), logits if gradient else None
         from nnx_cli.kernels import cross_entropy_triton

@@ -36,5 +36,10 @@ def operator(
     return getattr(torch.ops.nnx, name).default
 
 
+def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep all arguments, tensors, for the backward pass: a `keep` of `operator`."""
+    ctx.save_for_backward(*inputs)
+
+
 def _no_gradients(name: str, *_: Any) -> None:
     raise RuntimeError(f"nnx::{name} has no gradients")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.kernels.custom_op import operator
+from nnx_cli.kernels.custom_op import keep_inputs, operator
 from nnx_cli.system.hardware import of
 from nnx_cli.system.torch_private import ONEDNN_LINEAR
 
@@ -53,10 +53,6 @@ def _shapes(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad
@@ -81,4 +77,4 @@ def transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 # an operator, for the compiler stumbles over that of oneDNN
-onednn_linear = operator("linear", _forward, _shapes, keep=_keep, gradients=_gradients, device="cpu")
+onednn_linear = operator("linear", _forward, _shapes, keep=keep_inputs, gradients=_gradients, device="cpu")

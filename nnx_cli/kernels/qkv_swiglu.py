@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.kernels.custom_op import operator
+from nnx_cli.kernels.custom_op import keep_inputs, operator
 from nnx_cli.system.hardware import of
 
 
@@ -31,11 +31,6 @@ def plain_swiglu(packed: Tensor) -> Tensor:
     """`swiglu` by operations of torch."""
     gate, up = packed.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def prefers_fused(x: Tensor) -> bool:
-    """Whether one kernel takes what is projected from x."""
-    return of(x).triton and x.dtype != torch.float64
 
 
 def qkv_rope_swiglu(
@@ -158,10 +153,6 @@ def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return qkv_rope_swiglu_backward(*grads, *ctx.saved_tensors), None, None, None, None, None, None
 
 
-def _keep_packed(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return swiglu_backward(grad, *ctx.saved_tensors)
 
@@ -169,4 +160,4 @@ def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
 qkv_rope_swiglu_backward = operator("qkv_rope_swiglu_backward", _backward, _backward_shapes)
 qkv_rope_swiglu_op = operator("qkv_rope_swiglu", _forward, _forward_shapes, keep=_keep, gradients=_gradients)
 swiglu_backward = operator("swiglu_backward", _swiglu_backward, _swiglu_backward_shapes)
-swiglu_op = operator("swiglu", _swiglu_forward, _swiglu_shapes, keep=_keep_packed, gradients=_swiglu_gradient)
+swiglu_op = operator("swiglu", _swiglu_forward, _swiglu_shapes, keep=keep_inputs, gradients=_swiglu_gradient)

@@ -13,23 +13,18 @@ import torch
 from torch import Tensor
 
 from nnx_cli.kernels.precision import in_type, widened
-from nnx_cli.system.hardware import of
+from nnx_cli.system.hardware import takes_triton
 
 CACHED = 2**16  # elements that a CPU's cache still holds when the next operation comes to them
 
 
-def activation(x: Tensor, repeats: int = 1) -> Tensor:
-    """The odd, saturating activation, slope 1 at 0 and limits ±0.2014, or its `repeats`-fold composition; at least
-    float32.
+def activation_and_slope(x: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
+    """The odd, saturating activation, slope 1 at 0 and limits ±0.2014, or its `repeats`-fold composition, and its
+    derivative, which needs the same logarithms and roots; at least float32.
 
     With s = 2 tanh(x/2), l = ±ln(1 + |s|), p = l / sqrt(1 + 24 l²) it is 2 atanh(p/2). Applied again, s is the p of
     before.
     """
-    return activation_and_slope(x, repeats)[0]
-
-
-def activation_and_slope(x: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
-    """`activation` and its derivative, which need the same logarithms and roots."""
     x = widened(x)
     below = torch.expm1(-x.abs())  # exp(-|x|) - 1
     s = -2 * below / (2 + below)  # 2 tanh(|x|/2), by a function that takes a third of tanh's time
@@ -46,14 +41,14 @@ def activation_and_slope(x: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
 
 
 class Activation(torch.autograd.Function):
-    """`activation` that keeps its slope alone for the backward pass, in place of a dozen intermediate results.
+    """The activation, which keeps its slope alone for the backward pass, in place of a dozen intermediate results.
 
     A CPU takes all operations on one piece before the next, or its memory would set the pace.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """`activation(x)`."""
+        """`activation_and_slope(x)[0]`."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             y, slope = (in_type(part, x.dtype) for part in activation_and_slope(x))
         else:
@@ -89,7 +84,7 @@ def cell(sums: Tensor, state: Tensor) -> None:
 
 def fastest_cell(x: Tensor) -> Callable[[Tensor, Tensor], None]:
     """`cell`, or one kernel that does the same where `x` lies and Triton runs."""
-    if x.dtype == torch.float64 or not of(x).triton:
+    if not takes_triton(x):
         return cell
     from nnx_cli.kernels import soft_xor_triton
 

@@ -69,9 +69,9 @@ def compile_blocks(model: HasBlocks) -> None:
         block.compile(dynamic=False)
 
 
-def eagerly(compiled: str) -> AbstractContextManager:
+def eagerly(compiled: bool) -> AbstractContextManager:
     """Run compiled blocks eagerly for a while: other shapes, or passes without gradients, would be compiled anew."""
-    return torch.compiler.set_stance("force_eager") if compiled == "on" else nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def undo_compile(model: HasBlocks) -> None:

@@ -53,6 +53,11 @@ def of(x: Tensor) -> Hardware:
     return _planned.get() if device.type == "meta" else of_device(device)
 
 
+def takes_triton(x: Tensor) -> bool:
+    """Whether Triton kernels take a tensor: they compute in float32 at most."""
+    return x.dtype != torch.float64 and of(x).triton
+
+
 def of_device(device: torch.device) -> Hardware:
     """The hardware of a real device. The first question about a GPU takes the time of compiling a Triton kernel."""
     if device.type != "cuda":

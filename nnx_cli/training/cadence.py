@@ -53,7 +53,6 @@ class Cadence:
         self.config = config
         self.saving = TimeBudget()
         self.sampling = TimeBudget()
-        self.saved_at = time.monotonic()
 
     def due(self, step: int, before: float, done: float, must_save: bool) -> Due:
         """What is due after `step` steps, of which the last one led from progress `before` to `done`."""
@@ -68,11 +67,7 @@ class Cadence:
 
     def is_overdue(self) -> bool:
         """Whether the last checkpoint is too old."""
-        return self.config.save_every is None and time.monotonic() - self.saved_at > SAVE_SECONDS
-
-    def saved(self) -> None:
-        """Take note of a checkpoint."""
-        self.saved_at = time.monotonic()
+        return self.config.save_every is None and time.monotonic() - self.saving.ended_at > SAVE_SECONDS
 
     def _is_due(
         self, every: int | None, step: int, before: float, done: float, budget: TimeBudget | None = None

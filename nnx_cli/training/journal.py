@@ -76,7 +76,7 @@ class Journal:
         self.pending_lines = [(name, record) for name, record in self.pending_lines if record["step"] <= step]
         run.cut_logs(step)
 
-    def try_write(self, write: Callable[[], object]) -> bool:
+    def try_write(self, write: Callable[[], object]) -> None:
         """Write something that the run can do without for now: where the disk refuses, say so once and go on."""
         try:
             write()
@@ -84,8 +84,6 @@ class Journal:
             if self.refused_at is None:
                 self.observer.note(f"{error}; training goes on, and tries again every {RETRY_SECONDS} s")
             self.refused_at = time.monotonic()
-            return False
-        return True
 
     def should_retry(self) -> bool:
         """Whether the disk refused something a while ago."""

@@ -81,7 +81,7 @@ class Recovery:
     def _give_up(self, config: TrainConfig) -> None:
         state, stepper = self.state, self.stepper
         assert config.lr is not None
-        with eagerly(stepper.execution.name):
+        with eagerly(stepper.execution.compiled):
             first = state.step * stepper.samples_per_step
             where = first_overflow(stepper.step.model, *stepper.loader.batch(first, stepper.batch_size))
         raise QualityError(

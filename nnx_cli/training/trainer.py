@@ -145,9 +145,7 @@ class Trainer:
 
     def is_overdue(self) -> bool:
         """Whether a checkpoint is due by the clock: the last one is old, or was refused a while ago."""
-        if self.journal.refused_at is not None:
-            return self.journal.should_retry()
-        return self.cadence.is_overdue()
+        return self.cadence.is_overdue() if self.journal.refused_at is None else self.journal.should_retry()
 
     def is_out_of_patience(self) -> bool:
         """Whether so many validations in a row were no better that the run is to end."""
@@ -251,7 +249,7 @@ class Trainer:
         """Draw a sample, show it and log it."""
         step, seed = self.state.step, self.config.seed + self.state.step
         draw = partial(draw_sample, self.model, self.data.tokenizer, self.sampling, seed)
-        with eagerly(self.stepper.execution.name):
+        with eagerly(self.stepper.execution.compiled):
             prompt, text = self.recovery.retry_on_oom(draw)
         self.journal.log(run, "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
         self.observer.sampled(step, prompt + text)
@@ -274,5 +272,4 @@ class Trainer:
                 f"{error}; the newest checkpoint is of step {newest}",
                 fix=f"free some space, then: nnx train --resume {run.folder}",
             ) from error
-        self.cadence.saved()
         self.journal.saved(self.state.step)

@@ -54,7 +54,7 @@ class Validation:
         """Losses of the model as it is. Raises torch.OutOfMemoryError."""
         assert config.batch_size is not None
         n_windows = None if config.val_batches is None else config.val_batches * config.batch_size
-        with eagerly(self.stepper.execution.name):
+        with eagerly(self.stepper.execution.compiled):
             return self.recovery.retry_on_oom(lambda: self._evaluate(n_windows), self.halve_eval_batch)
 
     def _evaluate(self, n_windows: int | None) -> Evaluation:

@@ -238,7 +238,7 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
         trainer.state.step += 1
     model.eval()
     model.compute_dtype = torch.float32
-    with eagerly(config.compile):
+    with eagerly(config.compile == "on"):
         loss = job.judge(model)
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     return {"loss": loss, "parameters": parameters, "lr": config.lr, "optimizer": config.optimizer}

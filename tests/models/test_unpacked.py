@@ -1,4 +1,4 @@
-"""Models whose heads and gates leave a packed product in one kernel on a card: the same way taken here, by the
+"""Models whose heads and gates leave a packed projection in one kernel on a GPU: the same way taken here, by the
 operators' plain side, beside the usual one."""
 
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.kernels import qkv_swiglu
+from nnx_cli.layers import qkv_swiglu as layers
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.loss import LossModule
@@ -23,8 +24,8 @@ CASES = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the operators ran, once `prefers_fused` says yes."""
-    monkeypatch.setattr(qkv_swiglu, "prefers_fused", lambda x: True)
+    """How often the operators ran, once `takes_triton` says yes."""
+    monkeypatch.setattr(layers, "takes_triton", lambda x: True)
     counted = []
     for name in ("qkv_rope_swiglu_op", "swiglu_op"):
         operator = getattr(qkv_swiglu, name)
@@ -55,7 +56,7 @@ def test_loss_and_gradients_stay_the_same(case, how, calls, monkeypatch):
             if name.endswith("lora_b"):
                 torch.nn.init.normal_(parameter)
     with monkeypatch.context() as patch:
-        patch.setattr(qkv_swiglu, "prefers_fused", lambda x: False)
+        patch.setattr(layers, "takes_triton", lambda x: False)
         wanted = loss_and_gradients(model)
     assert not calls
     if how == "checkpointed":
