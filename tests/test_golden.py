@@ -1,4 +1,4 @@
-"""Numbers of small runs, as they were recorded: to the last digit on the same kind of processor and torch."""
+"""Numbers of small runs, as they were recorded: to the last digit on the same kind of CPU and torch."""
 
 import json
 from pathlib import Path

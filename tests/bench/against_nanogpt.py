@@ -1,4 +1,4 @@
-"""nnx beside nanoGPT: time to a loss, and training speed, on the same card, the same text and in the same run.
+"""nnx beside nanoGPT: time to a loss, and training speed, on the same GPU, the same text and in the same run.
 
     python tests/bench/against_nanogpt.py --nanogpt FOLDER --text tinyshakespeare.txt [--parts cpu ...]
                                           [--side both|nanogpt|nnx] [--results FILE] [--markdown FILE]

@@ -1,11 +1,11 @@
-"""What a card of 8 GB trains: whether the planner's batch fits and a larger one not, a billion parameters, and more.
+"""What a GPU of 8 GB trains: whether the planner's batch fits and a larger one not, a billion parameters, and more.
 
     python tests/bench/fits.py promise [--models nyx ...]     # 50 steps with the planner's batch, then a fifth more
     python tests/bench/fits.py billion --text FILE            # `nnx train` with a billion parameters, 200 steps
     python tests/bench/fits.py sizes --text FILE [--sizes xl] # `nnx train`, a few steps of every named size
     python tests/bench/fits.py largest [--nanogpt FOLDER]     # the most blocks of the widest size that still train
 
-Needs a CUDA card, whose allocator is held to what --vram leaves (8GB: 7.25 GiB), so that a larger card will do.
+Needs a GPU, whose allocator is held to what --vram leaves (8GB: 7.25 GiB), so that a larger GPU will do.
 
 promise: each architecture at its default size on a GPU (`small`), micro-batches as large as the planner takes, two to
     a step, optimizer and all else its defaults: op by op, and captured as a CUDA graph (where a graph does not fit,
@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("fits.jsonl"))
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("this needs a CUDA card")
+        parser.error("this needs a GPU")
     device = pick_device("cuda")
     if options.part in ("promise", "largest"):
         limit_memory(device, parse_bytes(options.vram))

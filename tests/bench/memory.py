@@ -1,4 +1,4 @@
-"""Predicted and real memory of training, on a CUDA card: every architecture, at several sizes and ways to save memory,
+"""Predicted and real memory of training, on a GPU: every architecture, at several sizes and ways to save memory,
 and the configurations that the originals' authors trained.
 
     python tests/bench/memory.py --quick                      # eager, plain and checkpointed, nano to small
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table there")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("this needs a CUDA card", file=sys.stderr)
+        print("this needs a GPU", file=sys.stderr)
         return 2
     device = pick_device("cuda")
     piece, pieces = map(int, arguments.part.split("/"))

@@ -54,7 +54,7 @@ from nnx_cli.training.schedule import lr_at
 
 SEQ_LEN = 256
 MARGIN = 0.02  # nats that ours may be above the original
-BATCH = 32  # sequences at once where an original's step does not fit in a card otherwise
+BATCH = 32  # sequences at once where an original's step does not fit in a GPU otherwise
 
 
 def constant(progress: float) -> float:

@@ -6,7 +6,7 @@
 A run has --tokens training tokens at the size's context (tiny: 256); its loss is the mean over the whole validation
 split, of the weights at the end. --set overrides settings of the recipe and of the model. Prints the mean over the
 seeds and their spread, processor seconds of the last run's steps (what to compare on a CPU that does other work too,
-with OMP_NUM_THREADS=1), tokens a second (on a card with the step captured as a CUDA graph) and the peak of memory; and
+with OMP_NUM_THREADS=1), tokens a second (on a GPU with the step captured as a CUDA graph) and the peak of memory; and
 for `--lora RANK` the peak of adapter training beside full training.
 """
 

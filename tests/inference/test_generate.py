@@ -96,7 +96,7 @@ def test_training_mode_is_as_before(tiny):
         assert run(model, [[1]], max_new_tokens=5).samples[0].tokens == first, "dropout is off"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", models.names())
 def test_recorded_decoding_draws_what_plain_decoding_draws(tiny, name, monkeypatch):
     """Past the end of the context several times, so that caches are read anew under the same graph."""

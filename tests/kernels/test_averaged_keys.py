@@ -1,4 +1,4 @@
-"""Averaged keys: the definition, and one kernel in its place, on a card or under TRITON_INTERPRET=1."""
+"""Averaged keys: the definition, and one kernel in its place, on a GPU or under TRITON_INTERPRET=1."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get
 
 
 def case(B=2, T=130, G=3, K=40, dtype=torch.float32, device="cpu"):
-    """Keys as a part of a packed product, shares of positions, and the positions."""
+    """Keys as a part of a packed projection, shares of positions, and the positions."""
     torch.manual_seed(0)
     packed = torch.randn(B, T, 3 * G * K + 8, dtype=dtype, device=device)
     counts = torch.arange(1, T + 1, device=device).float().unsqueeze(-1)
@@ -35,7 +35,7 @@ def test_is_a_mean_in_which_position_m_counts_m_times():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_equals_plain_operations(monkeypatch, shape, dtype, kernel):
     if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):
-        pytest.skip("needs Triton and a card, or TRITON_INTERPRET=1")
+        pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
     monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
     k, share, counts = case(**shape, dtype=dtype, device=KERNEL_DEVICE if kernel == "triton" else "cpu")
     plain = layer.plain_averaged_keys(k, share, counts)

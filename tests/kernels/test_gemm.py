@@ -9,7 +9,7 @@ from nnx_cli.system import hardware
 
 @pytest.fixture
 def always(monkeypatch):
-    """Every product goes to the operator, however small."""
+    """Every GEMM goes to the operator, however small."""
     monkeypatch.setattr(gemm, "MIN_ROWS", 1)
     monkeypatch.setattr(gemm, "MIN_MULTIPLICATIONS", 1)
 

@@ -1,4 +1,4 @@
-"""The kernels against the rules in torch: on a GPU, or on a processor with Triton's interpreter, where there is one."""
+"""The kernels against the rules in torch: on a GPU, or on a CPU with Triton's interpreter, where there is one."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Heads and gates taken out of a packed product in one kernel, beside plain operations: on a card, or under
+"""Heads and gates taken out of a packed projection in one kernel, beside plain operations: on a GPU, or under
 TRITON_INTERPRET=1."""
 
 import importlib.util
@@ -17,7 +17,7 @@ SHAPES = [{}, dict(H=12, G=1, K=64, n_hidden=1100), dict(H=3, G=3, K=24, n_hidde
 
 
 def case(B=2, T=5, H=6, G=2, K=16, n_hidden=40, dtype=torch.float32, device="cpu"):
-    """A product, and tables with a decay of their own for keys, as xPos has."""
+    """A packed projection, and tables with a decay of their own for keys, as xPos has."""
     torch.manual_seed(0)
     packed = torch.randn(B, T, (H + 2 * G) * K + 2 * n_hidden, dtype=dtype, device=device).requires_grad_()
     tables = rotary_tables(torch.arange(T, device=device), K)
@@ -30,7 +30,7 @@ def plainly(packed, tables, H, G):
 
 def device_for(kernel, monkeypatch):
     if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):
-        pytest.skip("needs Triton and a card, or TRITON_INTERPRET=1")
+        pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
     monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
     return KERNEL_DEVICE if kernel == "triton" else "cpu"
 

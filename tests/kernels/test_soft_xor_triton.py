@@ -1,4 +1,4 @@
-"""The recurrence's step as one kernel: on a card, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The recurrence's step as one kernel: on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
 
 import os
 
@@ -9,7 +9,7 @@ from nnx_cli.kernels import soft_xor
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a card")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

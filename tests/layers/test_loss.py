@@ -180,12 +180,12 @@ def test_the_kernel_equals_the_plain_rows(n_tokens, kind):
     x, weight = torch.randn(6, 32, device=KERNEL_DEVICE), torch.randn(n_tokens, 32, device=KERNEL_DEVICE)
     targets = torch.randint(n_tokens, (6,), device=KERNEL_DEVICE)
     targets[2] = -100
-    products = torch.empty(6, n_tokens + 5, dtype=dtype, device=KERNEL_DEVICE)[:, :n_tokens].copy_(x @ weight.t())
+    logits = torch.empty(6, n_tokens + 5, dtype=dtype, device=KERNEL_DEVICE)[:, :n_tokens].copy_(x @ weight.t())
     student_t = StudentT(2.7, 32, x.square().sum(1), weight.square().sum(1)) if kind == "student-t" else None
-    losses, gradient = plain_cross_entropy_rows(products.clone(), targets, -100, student_t, 1.5, True)
-    alone, _ = cross_entropy_triton.cross_entropy_rows(products.clone(), targets, -100, student_t, 1.5, False)
-    fused, in_place = cross_entropy_triton.cross_entropy_rows(products, targets, -100, student_t, 1.5, True)
-    assert in_place is products
+    losses, gradient = plain_cross_entropy_rows(logits.clone(), targets, -100, student_t, 1.5, True)
+    alone, _ = cross_entropy_triton.cross_entropy_rows(logits.clone(), targets, -100, student_t, 1.5, False)
+    fused, in_place = cross_entropy_triton.cross_entropy_rows(logits, targets, -100, student_t, 1.5, True)
+    assert in_place is logits
     torch.testing.assert_close(fused, alone, rtol=1e-6, atol=1e-6)  # rows of other widths are summed in another order
     torch.testing.assert_close(fused, losses, rtol=2e-6, atol=1e-5)
     rtol = {torch.float32: 5e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
@@ -293,7 +293,7 @@ def test_gradients_taken_in_place_are_the_same_and_taken_once():
 @pytest.mark.parametrize("shape", [(64, 200), (200, 64)])  # D, V
 @pytest.mark.parametrize("known", [True, False])
 def test_the_gradient_of_a_large_head_is_that_of_autograd(shape, known, monkeypatch):
-    """Where products are oneDNN's it is summed transposed, chunk by chunk."""
+    """Where GEMMs are oneDNN's it is summed transposed, chunk by chunk."""
     known = known and torch.backends.mkldnn.is_available()
     monkeypatch.setattr(hardware, "has_onednn", lambda: known)
     monkeypatch.setattr(gemm, "MIN_ROWS", 1)

@@ -39,7 +39,7 @@ def test_matrices_one_by_one_are_as_in_a_stack(monkeypatch, shape):
     monkeypatch.setattr(hardware, "has_onednn", lambda: True)
     monkeypatch.setattr(muon, "onednn_linear", lambda x, weight: seen.append(x) or x @ weight.t())
     torch.testing.assert_close(orthogonalize(matrices, torch.float32), stacked, rtol=1e-4, atol=1e-5)
-    assert len(seen) == 3 * 3 * 5, "products of a matrix, matrices, steps"
+    assert len(seen) == 3 * 3 * 5, "GEMMs of a matrix, matrices, steps"
 
 
 def test_arithmetic_on_a_processor_is_float32():

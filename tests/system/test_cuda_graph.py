@@ -3,7 +3,7 @@ import torch
 
 from nnx_cli.system.cuda_graph import CudaGraph
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
 @needs_cuda

@@ -11,7 +11,7 @@ from nnx_cli.system.cuda_graph import capture_stream
 from nnx_cli.system.device import set_seed
 from nnx_cli.training.step import Step, StepGraphs
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA card")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, seq_len=16)
 
 
@@ -218,7 +218,7 @@ def test_recorded_micro_batches_draw_their_own_dropout():
 
 
 class FakeGraphs:
-    """Stands for CUDA graphs on a processor: what is recorded is run once, and replays are written down."""
+    """Stands for CUDA graphs on a CPU: what is recorded is run once, and replays are written down."""
 
     def __init__(self, monkeypatch):
         self.made, self.replayed = [], []
