@@ -102,7 +102,7 @@ class Stepper:
         return self.samples_per_step // self.batch_size
 
     def take(self, number: int, lr: float) -> int:
-        """Step `number` of the run; returns its number of targets. A GPU may still be at work on it.
+        """Step `number` of the run; returns its number of tokens, masked ones too. A GPU may still be at work on it.
 
         Where memory runs out, the same samples are taken in smaller micro-batches from here on. Raises DoesNotFit.
         """

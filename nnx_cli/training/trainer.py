@@ -158,11 +158,11 @@ class Trainer:
     # steps
 
     def take_step(self, lr: float) -> int:
-        """One optimizer step; returns its number of targets. A GPU may still be at work on it. Where memory runs out,
+        """One optimizer step; returns its number of tokens. A GPU may still be at work on it. Where memory runs out,
         it is taken in smaller micro-batches from here on."""
-        n_targets = self.stepper.take(self.state.step, lr)
+        n_tokens = self.stepper.take(self.state.step, lr)
         self.config = divide_step(self.config, self.stepper.batch_size)
-        return n_targets
+        return n_tokens
 
     def choose_execution(self, requested: str, postpone: bool = True) -> TrainConfig:
         """Let steps run as `requested` and as the machine allows; returns the settings for the run's files.
