@@ -37,6 +37,13 @@ SETTINGS = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def deterministic_meanwhile():
+    """Commands that run in this process may ask torch for deterministic algorithms, for good; the next test did not."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def tiny():
     """Builds a two-layer model of an architecture: tiny(name, **fields)."""

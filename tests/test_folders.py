@@ -6,7 +6,6 @@ from pathlib import Path
 
 import golden
 import pytest
-import torch
 
 FOLDERS = Path(__file__).with_name("folders")
 EXPECTED = json.loads((FOLDERS / "expected.json").read_text())
@@ -17,8 +16,6 @@ def copies(tmp_path, monkeypatch):
     for name in ("data", "weights"):
         shutil.copytree(FOLDERS / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.use_deterministic_algorithms(False)  # runs ask for it in this process
 
 
 def check(name, found):

@@ -5,15 +5,8 @@ from pathlib import Path
 
 import golden
 import pytest
-import torch
 
 RECORDED = json.loads(Path(__file__).with_name("golden.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deterministic_meanwhile():
-    yield
-    torch.use_deterministic_algorithms(False)  # the runs ask for it in this process
 
 
 @pytest.fixture(scope="module")
