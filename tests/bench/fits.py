@@ -87,13 +87,9 @@ class Session:
         ids = torch.randint(self.config.vocab_size, shape, device=self.device)
         ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         take = StepGraphs(self.step, ids, targets, rows) if captured else self.step
-        try:
-            for _ in range(n_steps):
-                take(ids, targets) if captured else take(ids, targets, rows)
-            return self.step.stats.loss.item()
-        finally:
-            if self.step.in_backward:
-                self.step.in_backward.detach()  # hooks of parameters would keep the model alive
+        for _ in range(n_steps):
+            take(ids, targets) if captured else take(ids, targets, rows)
+        return self.step.stats.loss.item()
 
 
 def attempt(make: Callable[[], float]) -> tuple[float | None, int]:

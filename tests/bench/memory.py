@@ -128,8 +128,6 @@ def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
         torch.cuda.reset_peak_memory_stats()
         step(input_ids, targets, rows)
     torch.cuda.synchronize()
-    if step.in_backward:
-        step.in_backward.detach()  # hooks of parameters would keep the model alive
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
