@@ -100,7 +100,9 @@ def test_standard_input(monkeypatch):
 
 
 def zstd(data: bytes) -> bytes:
-    module = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    module = pytest.importorskip(
+        "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", reason="needs the extra nnx-cli[zstd]"
+    )
     return module.compress(data)
 
 

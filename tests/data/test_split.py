@@ -28,7 +28,7 @@ def write(folder, kind):
         with open(path, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["id", "text"], *enumerate(texts)])
     elif kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
+        pyarrow = pytest.importorskip("pyarrow", reason="needs the extra nnx-cli[parquet]")
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": texts}), path)
     else:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
