@@ -6,7 +6,8 @@ Each side runs `nnx train` of its checkout until its steps are as fast as they g
 sides take turns, `--rounds` times a block of steps each, while the other waits. A step is told by the batch it asks its
 loader for. A ratio is the old side's seconds over the new side's, above 1 where the new one is faster; on a CPU
 the seconds are processor time, user and system. `first step` is how long after the start of the process the second
-batch was asked for.
+batch was asked for. Before the rows, in turn: `import torch`, and `import torch, torch._dynamo`, medians of --imports
+processes each after one that warms the disk's cache.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ ROWS = {  # name: (options of `nnx train`, steps before the first block, steps o
 }
 EVERY_ROW = "--lr 0.001 --weight-decay 0.1 --warmup-steps 10 --max-steps 1000000 --val-every 1000000 --sample-every 0"
 EVERY_ROW += " --save-every 1000000"
+IMPORTS = ("import torch", "import torch, torch._dynamo")
 
 
 def worker(checkout: str, text: str, out: str, words: list[str]) -> None:
@@ -179,6 +181,18 @@ def measure(name: str, checkouts: list[Path], text: Path, folder: Path, rounds: 
     }
 
 
+def import_seconds(rounds: int) -> list[float]:
+    """Median wall time of a process that does each of IMPORTS."""
+    times: list[list[float]] = [[] for _ in IMPORTS]
+    for round_ in range(rounds + 1):
+        for kept, line in zip(times, IMPORTS, strict=True):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", line], check=True)
+            if round_:
+                kept.append(time.perf_counter() - started)
+    return [median(kept) for kept in times]
+
+
 def table(found: list[dict[str, Any]]) -> list[str]:
     """The rows as Markdown."""
     lines = ["| row | old ms a step | new | ratio (lowest to highest) | old peak MiB | new | first step old s | new |"]
@@ -198,6 +212,7 @@ def main() -> None:
     parser.add_argument("new", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", nargs="*", default=[], choices=ROWS)
+    parser.add_argument("--imports", type=int, default=3)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     import torch
@@ -206,6 +221,9 @@ def main() -> None:
     names = args.rows or [name for name in ROWS if ("cpu" in name) != on_gpu]
     machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
     head = f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"
+    if args.imports:
+        seconds = zip(IMPORTS, import_seconds(args.imports), strict=True)
+        head += "; " + ", ".join(f"`{line}` {spent:.1f} s" for line, spent in seconds)
     print(head, flush=True)
     found = []
     with tempfile.TemporaryDirectory() as folder:
