@@ -7,6 +7,10 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 
+GREEDY_BELOW = 1e-20  # a temperature under which logits that differ at all leave the likeliest token alone
+MAX_PENALISED = 1e15  # what a penalty near 0 makes of a logit at most: over any temperature still a finite number
+MIN_TOP_P = 2.0**-126  # the smallest normal number: what is less would be 0, and leave no token
+
 
 def next_probabilities(logits: Tensor, config: SampleConfig, history: Tensor, seen: Tensor) -> Tensor:
     """Probabilities (R, V) to draw from, after penalty, temperature, top-k, top-p and min-p, in that order.
@@ -19,8 +23,8 @@ def next_probabilities(logits: Tensor, config: SampleConfig, history: Tensor, se
     if config.repetition_penalty != 1.0:
         repeated = torch.zeros_like(logits).scatter_add_(1, history, seen.float()) > 0
         penalised = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
-        logits = torch.where(repeated, penalised, logits)
-    if config.greedy or config.temperature == 0:
+        logits = torch.where(repeated, penalised.clamp(-MAX_PENALISED, MAX_PENALISED), logits)
+    if config.greedy or config.temperature < GREEDY_BELOW:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     logits = logits / config.temperature
     if config.top_k is not None and config.top_k < logits.shape[1]:
@@ -28,7 +32,7 @@ def next_probabilities(logits: Tensor, config: SampleConfig, history: Tensor, se
     probabilities = logits.softmax(1)
     if config.top_p is not None:
         ordered, index = probabilities.sort(descending=True, dim=1)
-        beyond = ordered.cumsum(1) - ordered >= config.top_p  # the mass before a token already suffices
+        beyond = ordered.cumsum(1) - ordered >= max(config.top_p, MIN_TOP_P)  # the mass before a token already suffices
         probabilities = torch.zeros_like(ordered).scatter_(1, index, ordered.masked_fill(beyond, 0.0))
     if config.min_p is not None:
         likeliest = probabilities.max(1, keepdim=True).values

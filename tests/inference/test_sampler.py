@@ -34,6 +34,28 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first(settings):
     assert probabilities([3.0, 1.0, 3.0], **settings) == [1, 0, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-39, 1e-30, 1e-20, 1e-12, 1e-5])
+def test_a_temperature_near_0_is_greedy(temperature):
+    assert probabilities([1.0, 3.0, -2.0], temperature=temperature) == [0, 1, 0]
+    assert probabilities([1e15, 1.0, -1e15], temperature=temperature) == [1, 0, 0]
+    assert probabilities([-5.0, -4.9, -math.inf], temperature=temperature) == pytest.approx([0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_p": 1e-320}, {"top_p": 1e-50}, {"top_p": 1e-38, "temperature": 1e-19}, {"min_p": 1.0, "temperature": 1e-15}],
+)
+def test_settings_near_0_leave_the_likeliest_token(settings):
+    assert probabilities([1.0, 3.0, 2.0], **settings) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.8, 1e-19, 0.0])
+@pytest.mark.parametrize("penalty", [1e-320, 1e-45, 1e-30])
+def test_a_penalty_near_0_leaves_numbers(penalty, temperature):
+    rows = probabilities([1.0, 3.0, -2.0], history=[0], repetition_penalty=penalty, temperature=temperature)
+    assert rows == [1, 0, 0], "what stands in the text is likeliest by far"
+
+
 @pytest.mark.parametrize(("k", "kept"), [(1, 1), (2, 2), (3, 3), (4, 4), (100, 4)])
 def test_top_k(k, kept):
     values = [0.4, 0.3, 0.2, 0.1]
