@@ -184,7 +184,7 @@ def _kind(ranks: dict[bytes, int], pattern: str) -> str:
     return next((name for name, (sha256, _) in PUBLISHED.items() if sha256 == digest.hexdigest()), "file")
 
 
-def train(pieces: Iterable[str], vocab_size: int) -> BpeTokenizer:
+def train(pieces: Iterable[str], vocab_size: int, pattern: str = OWN_PATTERN) -> BpeTokenizer:
     """A vocabulary of `vocab_size` ids (256 bytes, merges, end-of-text), fewer where the text has too few pairs."""
     if vocab_size <= N_BYTES:
         raise UsageError(f"--vocab-size is {vocab_size}; bpe needs at least {N_BYTES + 1}: the bytes and end-of-text")
@@ -194,11 +194,11 @@ def train(pieces: Iterable[str], vocab_size: int) -> BpeTokenizer:
 
     n_chars = max(SAMPLE_CHARS, min(vocab_size, 2**15) * SAMPLE_CHARS_PER_TOKEN)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(_spread(pieces, n_chars)), vocab_size - 1, buffer_size=64, pattern=OWN_PATTERN)
+    trainer.train_from_iterator(iter(_spread(pieces, n_chars)), vocab_size - 1, buffer_size=64, pattern=pattern)
     # what a longer token is merged into is longer still, so that leaving them out leaves no gap in the merges
     kept = [bytes(token) for token, _ in trainer.get_mergeable_ranks() if len(token) <= MAX_TOKEN_BYTES]
     ranks = {token: rank for rank, token in enumerate(kept)}
-    return BpeTokenizer(ranks, OWN_PATTERN, {END_OF_TEXT: len(ranks)}, len(ranks))
+    return BpeTokenizer(ranks, pattern, {END_OF_TEXT: len(ranks)}, len(ranks))
 
 
 def _spread(pieces: Iterable[str], limit: int) -> list[str]:

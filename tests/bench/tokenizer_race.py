@@ -1,0 +1,323 @@
+"""Which tokenizer: bits per byte of a text after the same training time, by pattern and size of the vocabulary.
+
+    python tests/bench/tokenizer_race.py FILE... [--tokenizers byte bpe:1024 bpe:8192:nanochat ...]
+                                         [--megabytes 1 10 ...] [--seconds 20 | --flops 1e13] [--seeds 3]
+                                         [--model nyx] [--size small] [--gpus 4] [--limit SECONDS]
+                                         [--results FILE] [--markdown FILE]
+
+A tokenizer is `byte`, or `bpe:SIZE` with the pattern of `--tokenizer bpe`, or `bpe:SIZE:PATTERN` (see PATTERNS). A
+text is a file, or its first --megabytes; its last tenth, at most 1 MB, is held out, the same bytes for every
+tokenizer. A run has --seconds of training steps with everything else on `auto`; validation, capturing CUDA graphs and
+all preparing come on top. Where a clock cannot be trusted give --flops instead: then all take the steps that cost as
+many FLOPs. Weights are judged on all that is held out, at LOOKS: the table has the best of these, and the last ("end").
+
+Jobs are handed to --gpus processes, each of which sees one GPU (0: one process on the CPU, one thread), seeds
+outermost. Finished ones are rows in --results and are not done again; none is begun that would end after --limit. On
+four GPUs, eight minutes each:
+
+    ... prose.txt code.txt hindi.txt table.csv --tokenizers bpe:8192:today bpe:8192:llama-bpe bpe:8192:qwen35 \\
+        bpe:8192:nanochat --seconds 20 --gpus 4 --limit 480
+    ... large.txt --megabytes 0.1 0.5 2 10 50 --tokenizers byte bpe:1024 bpe:4096 bpe:16384 --seconds 20 --gpus 4 \\
+        --seeds 2 --limit 480
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from zoo import free, make_trainer
+
+from nnx_cli import models
+from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.data.prepare import prepare
+from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.data.tokenizers import bpe
+from nnx_cli.data.tokenizers.hf_json import save_tokenizer
+from nnx_cli.errors import NnxError
+from nnx_cli.evaluation.losses import evaluate
+from nnx_cli.planning.flops import flops_per_token, meta_model
+from nnx_cli.system.device import describe, pick_device, synchronize
+from nnx_cli.training.schedule import lr_at
+
+CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LETTERS_AND_MARKS = r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+PATTERNS = {  # those that llama.cpp runs too stand under its names (src/llama-vocab.cpp)
+    "gpt-2": bpe.GPT2_PATTERN,
+    "today": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s",  # digits in pairs
+    "llama-bpe": CONTRACTIONS + LETTERS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + SPACES,
+    "qwen2": CONTRACTIONS + LETTERS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + SPACES,
+    "qwen35": CONTRACTIONS + LETTERS_AND_MARKS + r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,
+    "nanochat": r"'(?i:[sdmt]|ll|ve|re)" + LETTERS + r"|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "marks": CONTRACTIONS + LETTERS_AND_MARKS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,  # nobody's
+}
+LOOKS = (0.4, 0.6, 0.8, 0.9, 1.0)  # parts of a run after which its weights are judged
+HELD_OUT, MOST_HELD_OUT = 0.1, 10**6
+MEGABYTE = 10**6
+SYNC_STEPS = 10  # between two looks at the clock
+KEYS = ("text", "megabytes", "tokenizer", "seed", "model", "size", "seconds", "flops")  # that make two jobs the same
+
+
+def cut_text(path: Path, megabytes: float | None, folder: Path) -> Path:
+    """A folder with train.txt and val.txt: the beginning of a text and what is held out of that, both whole lines."""
+    with open(path, "rb") as file:
+        text = file.read(-1 if megabytes is None else int(megabytes * MEGABYTE))
+    n_val = min(int(len(text) * HELD_OUT), MOST_HELD_OUT)
+    cut = text.rfind(b"\n", 0, len(text) - n_val) + 1 or len(text) - n_val
+    folder.mkdir(parents=True)
+    (folder / "train.txt").write_bytes(text[:cut])
+    (folder / "val.txt").write_bytes(text[cut:])
+    return folder
+
+
+def make_tokens(texts: Path, tokenizer: str, out: Path) -> None:
+    """The token folder `out` of a cut text."""
+    named = tokenizer
+    if tokenizer != "byte":
+        _, size, *pattern = tokenizer.split(":")
+        text = (texts / "train.txt").read_text(encoding="utf-8", errors="replace")
+        named = str(out.with_suffix(".json"))
+        trained = bpe.train(iter([text]), int(size), *(PATTERNS[name] for name in pattern))
+        save_tokenizer(trained, Path(named))
+    prepare([texts / "train.txt"], out, PrepareConfig(tokenizer=named), [texts / "val.txt"])
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Train one model and judge it. `job["data"]` is its token folder."""
+    device = pick_device("cpu" if job["cpu"] else "cuda")
+    free(device)
+    data = open_token_folder(job["data"])
+    if job["flops"]:
+        shape = make_trainer(job["model"], job["size"], data, TrainConfig(max_steps=1), device)
+        flops = flops_per_token(meta_model(job["model"], shape.model.config))["train"]
+        cost = flops * shape.config.tokens_per_step
+        config = TrainConfig(max_steps=max(10, round(job["flops"] / cost)), seed=job["seed"])
+    else:
+        config = TrainConfig(max_time=f"{job['seconds']}s", seed=job["seed"])
+    trainer = make_trainer(job["model"], job["size"], data, config, device)
+    trainer.model.train()
+    trainer.choose_execution("graph")
+    seen = train(trainer, config)
+    lengths = data.tokenizer.token_bytes()
+    return {key: job[key] for key in KEYS} | {
+        "best": min(seen.values()),
+        "end": seen[1.0],
+        "looks": list(seen.values()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "vocab_size": data.vocab_size,
+        "bytes_per_token": float(lengths[data.val].sum() / len(data.val)),
+        "steps": trainer.state.step,
+        "tokens": trainer.state.tokens,
+        "epochs": trainer.state.tokens / len(data.train),
+        "optimizer": trainer.config.optimizer,
+        "dropout": trainer.model.config.dropout,
+        "device": describe(device),
+        "torch": torch.__version__,
+    }
+
+
+def train(trainer: Any, config: TrainConfig) -> dict[float, float]:
+    """Bits per byte at LOOKS of a run that ends by the clock or after its steps."""
+    state, seen = trainer.state, {}
+    recipe = trainer.config
+    synchronize(trainer.device)
+    started = time.perf_counter()
+    while len(seen) < len(LOOKS):
+        done = state.step / config.max_steps if config.max_steps else state.time_s / config.max_time_s
+        lr = lr_at(
+            state.step,
+            min(done, 1.0),
+            schedule=recipe.schedule,
+            lr=recipe.lr,
+            min_lr=recipe.min_lr,
+            warmup_steps=recipe.warmup_steps,
+        )
+        if done < 1.0:
+            state.tokens += trainer.take_step(lr)
+            state.step += 1
+        if state.step % SYNC_STEPS == 0 or done >= 1.0:
+            synchronize(trainer.device)
+        if config.max_steps:
+            done = state.step / config.max_steps
+        else:
+            state.time_s += time.perf_counter() - started
+            done, started = state.time_s / config.max_time_s, time.perf_counter()
+        if done >= LOOKS[len(seen)]:
+            seen[LOOKS[len(seen)]] = judge(trainer)
+            started = time.perf_counter()
+    return seen
+
+
+def judge(trainer: Any) -> float:
+    """Bits per byte of all that is held out."""
+    result = evaluate(
+        trainer.model,
+        trainer.data.val,
+        seq_len=trainer.model.config.seq_len,
+        batch_size=16,
+        token_bytes=trainer.validation.token_bytes,
+    )
+    synchronize(trainer.device)
+    assert result.bits_per_byte is not None
+    return result.bits_per_byte
+
+
+def work() -> None:
+    """Jobs from standard input, a line each; results to standard output."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = run_job(job)
+        except NnxError as error:  # the text is too short, the model too large
+            answer = job | {"failed": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def feed(
+    gpu: int | None, jobs: queue.Queue[dict[str, Any]], done: list[dict[str, Any]], options: Any, end: float
+) -> None:
+    """Hand jobs to a process of its own that sees one GPU, until there are none or the time is up."""
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    command = [sys.executable, __file__, "--worker"]
+    longest = 0.0
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        while time.monotonic() + longest < end:
+            try:
+                job = jobs.get_nowait()
+            except queue.Empty:
+                break
+            started = time.monotonic()
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            longest = max(longest, time.monotonic() - started)
+            row = json.loads(answer or '{"failed": "its process died"}')
+            name = f"{job['text']} {job['megabytes'] or 'all'} {job['tokenizer']} {job['seed']}"
+            print(f"{name}: {row['failed'] if 'failed' in row else row['best']}", flush=True)
+            if not answer:
+                break
+            if "failed" not in row:
+                done.append(row)
+                with open(options.results, "a", encoding="utf-8") as file:
+                    file.write(answer)
+        process.stdin.close()
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each text and tokenizer, the best of a text in bold."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["text"], row["megabytes"], row["tokenizer"]), []).append(row)
+    best = {}
+    for (text, megabytes, _), found in groups.items():
+        mean = statistics.mean(row["best"] for row in found)
+        best[text, megabytes] = min(mean, best.get((text, megabytes), mean))
+    lines = [
+        "| text | MB | tokenizer | ids | bytes a token | parameters | epochs | bits per byte | ± | end | seeds |",
+        "|" + " --- |" * 11,
+    ]
+    for (text, megabytes, tokenizer), found in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        bits = [row["best"] for row in found]
+        mean, row = statistics.mean(bits), found[0]
+        error = f"{statistics.stdev(bits) / len(bits) ** 0.5:.4f}" if len(bits) > 1 else "–"
+        shown = f"**{mean:.4f}**" if mean == best[text, megabytes] else f"{mean:.4f}"
+        lines.append(
+            f"| {text} | {megabytes or 'all'} | {tokenizer} | {row['vocab_size']:,} | {row['bytes_per_token']:.2f} "
+            f"| {row['parameters'] / 1e6:.2f} M | {row['epochs']:.1f} | {shown} | {error} "
+            f"| {statistics.mean(row['end'] for row in found):.4f} | {len(found)} |"
+        )
+    return lines
+
+
+def race(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Prepare what is needed, run what is missing, and return all rows of these jobs."""
+    end = time.monotonic() + options.limit
+    known = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    finished = {tuple(row[key] for key in KEYS): row for row in known}
+    jobs, seconds = [], None if options.flops else options.seconds
+    for seed, path, megabytes, tokenizer in product(
+        range(options.seeds), options.text, options.megabytes, options.tokenizers
+    ):
+        named = f"{path.stem}-{megabytes or 'all'}"
+        data = scratch / named / tokenizer.replace(":", "-")
+        settings = {"model": options.model, "size": options.size, "seconds": seconds, "flops": options.flops}
+        job = {"text": path.stem, "megabytes": megabytes, "tokenizer": tokenizer, "seed": seed, **settings}
+        jobs.append(job | {"data": str(data), "cpu": not options.gpus})
+    todo = [job for job in jobs if tuple(job[key] for key in KEYS) not in finished]
+    waiting: queue.Queue[dict[str, Any]] = queue.Queue()
+    with ProcessPoolExecutor(max_workers=options.workers) as pool:
+        for path, megabytes in product(options.text, options.megabytes):
+            cut_text(path, megabytes, scratch / f"{path.stem}-{megabytes or 'all'}")
+        made = {}
+        for job in todo:
+            data = Path(job["data"])
+            if data not in made:
+                made[data] = pool.submit(make_tokens, data.parent, job["tokenizer"], data)
+        for preparing in made.values():
+            preparing.result()
+    for job in todo:
+        waiting.put(job)
+    done: list[dict[str, Any]] = []
+    gpus: list[int | None] = list(range(options.gpus)) or [None]
+    threads = [threading.Thread(target=feed, args=(gpu, waiting, done, options, end)) for gpu in gpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    finished |= {tuple(row[key] for key in KEYS): row for row in done}
+    if not waiting.empty():
+        print(f"{waiting.qsize()} jobs left: call again with the same --results", file=sys.stderr)
+    return [finished[key] for job in jobs if (key := tuple(job[name] for name in KEYS)) in finished]
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--worker"]:
+        work()
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--tokenizers", nargs="+", default=["byte", "bpe:1024", "bpe:4096", "bpe:16384"])
+    parser.add_argument("--megabytes", nargs="+", type=float, default=[None])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--flops", type=float)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default="nyx", choices=models.names())
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--workers", type=int, default=None, help="processes that prepare")
+    parser.add_argument("--limit", type=float, default=1e9)
+    parser.add_argument("--results", type=Path, default=Path("tokenizer_race.jsonl"))
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = race(options, Path(scratch))
+    budget = f"{options.flops:.2g} FLOPs" if options.flops else f"{options.seconds:g} s of training"
+    head = f"{options.model} {options.size}, {budget} a run"
+    machine = f"{rows[0]['device']}, torch {rows[0]['torch']}" if rows else "nothing ran"
+    output = "\n".join([f"{head}; {machine}, {datetime.date.today().isoformat()}.", "", *table(rows), ""])
+    print(output)
+    if options.markdown:
+        options.markdown.write_text(output, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
