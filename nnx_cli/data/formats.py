@@ -1,9 +1,10 @@
-"""Tables and JSON lines: one document a row."""
+"""Formats of text files: told by their suffixes; tables and JSON lines give one document a row."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
@@ -11,7 +12,20 @@ from nnx_cli.data.compression import brief
 from nnx_cli.data.tokenizers.base import well_formed
 from nnx_cli.errors import DataError, MissingFeature
 
+FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 PARQUET_ROWS = 256  # decoded at a time
+
+
+def format_of(name: str) -> str | None:
+    """The known suffix of a file name below those of compression; ".zip" for an archive of whatever; or None."""
+    stem, suffix = os.path.splitext(name.lower())
+    while suffix in COMPRESSIONS:
+        inner = os.path.splitext(stem)[1]
+        if suffix == ".zip" and inner not in FORMATS + COMPRESSIONS:
+            return suffix
+        stem, suffix = os.path.splitext(stem)
+    return suffix if suffix in FORMATS else None
 
 
 class BadRow(str):

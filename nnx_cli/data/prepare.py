@@ -17,17 +17,9 @@ import numpy as np
 
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.compression import BLOCK_BYTES
-from nnx_cli.data.sources import (
-    COMPRESSIONS,
-    FORMATS,
-    Piece,
-    Reader,
-    Report,
-    Source,
-    builtin_corpus,
-    find_sources,
-    format_of,
-)
+from nnx_cli.data.find import find_sources
+from nnx_cli.data.formats import COMPRESSIONS, FORMATS, format_of
+from nnx_cli.data.sources import Piece, Reader, Report, Source, builtin_corpus
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_file import count_bytes
 from nnx_cli.data.token_folder import write_meta

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import stat
 import sys
 import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from nnx_cli.data import formats
+from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import TextReader
-from nnx_cli.data.compression import BLOCK_BYTES, Stream, brief, unpack
+from nnx_cli.data.compression import BLOCK_BYTES, Stream, unpack
+from nnx_cli.data.formats import format_of
 from nnx_cli.data.tokenizers.base import well_formed
-from nnx_cli.errors import DataError, UsageError
+from nnx_cli.errors import DataError
 
-FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 ROW_CHARS = 16 * 2**20  # longest row of a table or JSON lines
-STDIN = "-"
 MAX_NOTES = 20
 
 
@@ -126,7 +120,9 @@ class Reader:
         stream = unpack(stored)
         head = stream.peek(4)
         if head == b"PK\x03\x04" and not inside_archive:
-            yield from self._members(stream, report)
+            with self._seekable(stream) as file:
+                for member in archives.zip_members(file, name):
+                    yield from self._documents(member, member.name, report, inside_archive=True)
         elif head == b"PAR1":
             with self._seekable(stream) as file:
                 yield from self._rows(formats.parquet_rows(file, self.text_key, name), name, "row", report)
@@ -168,27 +164,6 @@ class Reader:
             report.n_skipped_rows += skipped
             report.note(f"{name}: {skipped:,} rows skipped, the first at {first}")
 
-    def _members(self, stream: Stream, report: Report) -> Iterator[Piece]:
-        """The text files of a zip archive."""
-        with self._seekable(stream) as file:
-            try:
-                archive = zipfile.ZipFile(file)
-                members = [member for member in archive.infolist() if format_of(member.filename)]
-            except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-                raise DataError(f"{stream.name} is damaged: {brief(error)}") from error
-            if not members:
-                raise DataError(f"{stream.name} holds no {' '.join(FORMATS)} file")
-            for member in members:
-                name = f"{stream.name}/{member.filename}"
-                try:
-                    raw = archive.open(member)
-                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
-                    raise DataError(f"{name} cannot be read: {brief(error)}") from error
-                with raw:
-                    inner = Stream(raw, name, (zipfile.BadZipFile, EOFError, zlib.error))
-                    inner.n_stored = partial(getattr, member, "compress_size")
-                    yield from self._documents(inner, name, report, inside_archive=True)
-
     @contextmanager
     def _seekable(self, stream: Stream) -> Iterator[BinaryIO]:
         """The stream as a file to jump around in; a temporary one where it is not stored so."""
@@ -201,52 +176,6 @@ class Reader:
                 file.write(block)
             file.seek(0)
             yield file
-
-
-def find_sources(paths: Sequence[str | Path]) -> list[Source]:
-    """The files behind paths, folders (all text files in them, sorted), globs, and `-` for standard input.
-
-    DataError where a path leads to nothing.
-    """
-    found: dict[str, Source] = {}
-    for path in map(str, paths):
-        if path == STDIN:
-            found[STDIN] = Source("standard input")
-            continue
-        files = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        if not files:
-            raise DataError(f"there is no {path}")
-        for name in files:
-            for file in _text_files(name) if os.path.isdir(name) else [name]:
-                found.setdefault(os.path.abspath(file), Source(file, Path(file)))
-    if not found:
-        raise UsageError("no text was named", fix="nnx prepare FILE")
-    return list(found.values())
-
-
-def _text_files(folder: str) -> list[str]:
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    files = []
-    for here, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        texts = (name for name in sorted(names) if format_of(name) and not name.startswith("."))
-        files += [os.path.join(here, name) for name in texts if os.path.isfile(os.path.join(here, name))]
-    if not files:
-        raise DataError(f"{folder} holds no {' '.join(FORMATS)} file, compressed or not")
-    return files
-
-
-def format_of(name: str) -> str | None:
-    """The known suffix of a file name below those of compression; ".zip" for an archive of whatever; or None."""
-    stem, suffix = os.path.splitext(name.lower())
-    while suffix in COMPRESSIONS:
-        inner = os.path.splitext(stem)[1]
-        if suffix == ".zip" and inner not in FORMATS + COMPRESSIONS:
-            return suffix
-        stem, suffix = os.path.splitext(stem)
-    return suffix if suffix in FORMATS else None
 
 
 def _state(source: Source) -> tuple[int, int] | None:

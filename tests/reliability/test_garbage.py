@@ -26,7 +26,8 @@ from hypothesis.configuration import storage_directory
 from nnx_cli.config import TrainConfig, coerce, own_fields, parse_bytes, parse_duration, read_toml
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import Stream
-from nnx_cli.data.sources import Reader, Report, Source, format_of
+from nnx_cli.data.formats import format_of
+from nnx_cli.data.sources import Reader, Report, Source
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import hf_json as tokenizer_json
 from nnx_cli.data.tokenizers.build import build_tokenizer
