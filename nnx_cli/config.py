@@ -289,6 +289,11 @@ def parse_bytes(text: str | None) -> int | None:
     return int(n_bytes)
 
 
+def unescape(text: str) -> str:
+    r"""`text` of the command line with \n, \t and \\ as what they stand for; any other backslash is one."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings from a TOML file; dashes and underscores are the same, `[train]`-like tables are merged into one level.
 

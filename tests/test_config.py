@@ -17,6 +17,7 @@ from nnx_cli.config import (
     parse_duration,
     read_fields,
     read_toml,
+    unescape,
 )
 from nnx_cli.errors import DataError, NnxError, UsageError
 
@@ -69,6 +70,24 @@ def test_amounts_of_memory(text, n_bytes):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(UsageError, match="is no amount of memory"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb", "a\tb"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        (r"C:\dir\x", r"C:\dir\x"),
+        ("\\", "\\"),
+        ("\n", "\n"),
+        ("小猫\\n", "小猫\n"),
+        ("", ""),
+    ],
+)
+def test_escapes_of_the_command_line(typed, meant):
+    assert unescape(typed) == meant
 
 
 POSITIVE = [

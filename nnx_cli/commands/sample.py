@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, hidden, settings
-from nnx_cli.config import SampleConfig, TrainConfig, own_fields
+from nnx_cli.config import SampleConfig, TrainConfig, own_fields, unescape
 from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, DataError, UsageError
 
@@ -24,6 +24,10 @@ OPTIONS = [
     hidden("generate_length", int),
     *(hidden(name, int) for name in SHAPE),
 ]
+Stops = Annotated[
+    list[str] | None,
+    typer.Option(help=r"End a sample before this text (\n, \t, \\: as in code); may be repeated."),
+]
 
 
 @command(*OPTIONS)
@@ -33,7 +37,7 @@ def run(
     file: ModelFile = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text to continue.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End a sample before this text; may be repeated.")] = None,
+    stop: Stops = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Read everything again for every token: slow, same text.")
     ] = False,
@@ -74,7 +78,8 @@ def run(
 
     if not several:
         output.stream(text)
-    result = generate(network, tokenizer, [ids], config, stops=stop or (), use_cache=not no_cache, on_text=show)
+    stops = [unescape(text) for text in stop or ()]
+    result = generate(network, tokenizer, [ids], config, stops=stops, use_cache=not no_cache, on_text=show)
     if several:
         for number, sample in enumerate(result.samples):
             output.stream(("" if number == 0 else "\n---\n") + text + sample.text)

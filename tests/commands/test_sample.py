@@ -76,6 +76,15 @@ def test_a_stop_string_ends_the_text(nnx, run):
     assert sample["stop_reason"] == "stop" and " " not in sample["text"]
 
 
+@pytest.mark.parametrize(("typed", "meant"), [(r"\n", "\n"), (r"\n\n", "\n\n"), (r"e\n", "e\n"), ("\n", "\n")])
+def test_a_stop_string_may_be_a_line_break(nnx, run, typed, meant):
+    words = ["sample", "--max-new-tokens", 300, "--seed", 2, "--prompt", "the cat", "--temperature", 1.5, "--json"]
+    (free,) = json.loads(nnx(*words).stdout)["samples"]
+    (sample,) = json.loads(nnx(*words, "--stop", typed).stdout)["samples"]
+    assert sample["text"] == free["text"].partition(meant)[0]
+    assert sample["stop_reason"] == ("stop" if meant in free["text"] else "length")
+
+
 def test_checkpoints_are_models(nnx, run):
     texts = {
         spec: json.loads(nnx("sample", f"words@{spec}", "--greedy", "--max-new-tokens", 20, "--json").stdout)
