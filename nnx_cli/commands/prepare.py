@@ -26,7 +26,7 @@ def run(
     **options: Any,
 ) -> None:
     """Turn text into a token folder: files, folders, globs, standard input; txt, md, jsonl, csv, parquet, compressed or
-    not."""
+    not, in zip and tar archives too."""
     sources = [*(paths or []), *([filepath] if filepath else [])]
     if not sources:
         raise UsageError("nothing to prepare", fix="name files, folders, globs, or - for standard input")

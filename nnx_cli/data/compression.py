@@ -25,6 +25,10 @@ ZSTD_WINDOW_LOG = 27  # 128 MiB, what the zstd command accepts too
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
+class Bomb(DataError):
+    """A file that unpacks without end."""
+
+
 class Readable(Protocol):
     """What a stream reads from: a file, or an unpacker."""
 
@@ -45,6 +49,7 @@ class Stream(io.RawIOBase):
         self.path = path  # where the same bytes lie in a file
         self.n_read = 0
         self.n_stored: Callable[[], int] | None = None  # bytes that this was unpacked from; None: it was not packed
+        self.failed = False  # whether reading ended with an error
         self.sha256 = hashlib.sha256()
         self._raw = raw
         self._ahead = b""
@@ -71,8 +76,10 @@ class Stream(io.RawIOBase):
             try:
                 part = self._raw.read(missing)
             except self._damage as error:
+                self.failed = True
                 raise DataError(f"{self.name} is damaged: {brief(error)}") from error
             except OSError as error:
+                self.failed = True
                 raise DataError(f"cannot read {self.name}: {error.strerror or error}") from error
             if not part:
                 break
@@ -82,8 +89,8 @@ class Stream(io.RawIOBase):
         self.n_read += len(data)
         if self.n_stored is None:
             self.sha256.update(data)
-        elif self.n_read > BOMB_BYTES and self.n_read > BOMB_RATIO * self.n_stored():
-            raise DataError(f"{self.name} unpacks to more than {BOMB_RATIO} times its size; that is no text")
+        else:
+            refuse_bomb(self.name, self.n_read, self.n_stored())
         return data
 
     def close(self) -> None:
@@ -96,6 +103,12 @@ class Stream(io.RawIOBase):
         """Read to the end, so that size and digest cover the whole file."""
         while self.read(BLOCK_BYTES):
             pass
+
+
+def refuse_bomb(name: str, n_bytes: int, n_stored: int) -> None:
+    """Raise Bomb where `n_bytes` are too many to be text that took `n_stored`."""
+    if n_bytes > BOMB_BYTES and n_bytes > BOMB_RATIO * n_stored:
+        raise Bomb(f"{name} unpacks to more than {BOMB_RATIO} times its size; that is no text")
 
 
 def brief(error: Exception) -> str:

@@ -29,7 +29,7 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
             raise DataError(f"there is no {path}")
         for name in files:
             for file in _text_files(name) if os.path.isdir(name) else [name]:
-                found.setdefault(os.path.abspath(file), Source(file, Path(file)))
+                found.setdefault(os.path.abspath(file), Source(file, Path(file), of_many=file != path))
     if not found:
         raise UsageError("no text was named", fix="nnx prepare FILE")
     return list(found.values())

@@ -14,18 +14,19 @@ from nnx_cli.errors import DataError, MissingFeature
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
+TARS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 PARQUET_ROWS = 256  # decoded at a time
 
 
 def format_of(name: str) -> str | None:
-    """The known suffix of a file name below those of compression; ".zip" for an archive of whatever; or None."""
+    """The known suffix of a file name below those of compression; ".zip", ".tar": an archive of whatever; or None."""
     stem, suffix = os.path.splitext(name.lower())
     while suffix in COMPRESSIONS:
         inner = os.path.splitext(stem)[1]
-        if suffix == ".zip" and inner not in FORMATS + COMPRESSIONS:
+        if suffix == ".zip" and inner not in FORMATS + COMPRESSIONS + TARS:
             return suffix
         stem, suffix = os.path.splitext(stem)
-    return suffix if suffix in FORMATS else None
+    return ".tar" if suffix in TARS else suffix if suffix in FORMATS else None
 
 
 class BadRow(str):

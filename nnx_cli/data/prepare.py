@@ -18,7 +18,7 @@ import numpy as np
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.compression import BLOCK_BYTES
 from nnx_cli.data.find import find_sources
-from nnx_cli.data.formats import COMPRESSIONS, FORMATS, format_of
+from nnx_cli.data.formats import COMPRESSIONS, FORMATS, TARS, format_of
 from nnx_cli.data.sources import Piece, Reader, Report, Source, builtin_corpus
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_file import count_bytes
@@ -94,7 +94,9 @@ def default_folder(
 def _stem(path: str) -> str:
     """A short name for a path: letters, digits and a few marks, without suffixes."""
     name = Path(path).resolve().name or "text"
-    while Path(name).suffix in FORMATS + COMPRESSIONS:
+    while Path(name).suffix in COMPRESSIONS:
+        name = Path(name).stem
+    if Path(name).suffix in FORMATS + TARS:
         name = Path(name).stem
     kept = "".join(char if char.isalnum() or char in "-_." else "-" for char in name).strip("-.")
     return kept[:60] or "text"

@@ -15,13 +15,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import TextReader
-from nnx_cli.data.compression import BLOCK_BYTES, Stream, unpack
-from nnx_cli.data.formats import format_of
+from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
+from nnx_cli.data.formats import FORMATS, format_of
 from nnx_cli.data.tokenizers.base import well_formed
 from nnx_cli.errors import DataError
 
 ROW_CHARS = 16 * 2**20  # longest row of a table or JSON lines
 MAX_NOTES = 20
+CHECKED_BYTES = 4 * 2**20  # of a file in an archive that are unpacked before any of it is used
 
 
 class Piece(NamedTuple):
@@ -38,6 +39,7 @@ class Source:
     name: str  # as the user wrote it, for messages
     path: Path | None = None
     content: bytes | None = None
+    of_many: bool = False  # found in a folder or by a glob: left out where it cannot be read
 
     @property
     def label(self) -> str:
@@ -90,6 +92,19 @@ class Report:
             self.notes.append(text)
 
 
+@dataclass
+class _Many:
+    """Files, not all of which need to be readable."""
+
+    n_read: int = 0
+    first_error: DataError | None = None
+
+    def refuse_none(self, why: str = "") -> None:
+        """Raise DataError where none was read."""
+        if not self.n_read and (self.first_error or why):
+            raise self.first_error or DataError(why)
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads sources as text. `spool` is the folder for what must be unpacked before it can be read."""
@@ -101,11 +116,14 @@ class Reader:
 
     def pieces(self, sources: Iterable[Source], report: Report) -> Iterator[Piece]:
         """All documents, in pieces of at most about 1 MiB (a row of a table: one piece)."""
+        many = _Many()
         for source in sources:
             stream = source.open()
             before = _state(source)
             with stream:
-                for piece in self._documents(stream, source.name, report):
+                for piece in self._one(
+                    self._documents(stream, source.name, report), stream, many, report, source.of_many
+                ):
                     yield piece
                     if self.on_bytes:
                         self.on_bytes(report.n_bytes_read + stream.n_read)
@@ -115,19 +133,63 @@ class Reader:
             report.n_bytes_read += stream.n_read
             digest = stream.sha256.hexdigest()
             report.sources.append({"name": source.label, "bytes": stream.n_read, "sha256": digest})
+        many.refuse_none()
 
     def _documents(self, stored: Stream, name: str, report: Report, inside_archive: bool = False) -> Iterator[Piece]:
         stream = unpack(stored)
-        head = stream.peek(4)
-        if head == b"PK\x03\x04" and not inside_archive:
+        head = stream.peek(CHECKED_BYTES if inside_archive else archives.HEAD_BYTES)
+        kind = archives.kind_of(head[: archives.HEAD_BYTES], name)
+        if kind and inside_archive:
+            raise DataError(f"{name} is an archive inside an archive, which must be unpacked first")
+        if kind == "zip":
             with self._seekable(stream) as file:
-                for member in archives.zip_members(file, name):
-                    yield from self._documents(member, member.name, report, inside_archive=True)
-        elif head == b"PAR1":
+                yield from self._archive(archives.zip_members(file, name), stream, report)
+        elif kind == "tar":
+            yield from self._archive(archives.tar_members(stream), stream, report)
+        elif head.startswith(b"PAR1"):
             with self._seekable(stream) as file:
                 yield from self._rows(formats.parquet_rows(file, self.text_key, name), name, "row", report)
         else:
             yield from self._text(stream, name, report)
+
+    def _archive(self, members: Iterator[archives.Member], stream: Stream, report: Report) -> Iterator[Piece]:
+        """The text files of an archive. DataError where none can be read."""
+        many = _Many()
+        n_left_out, example = 0, ""
+        for name, content in members:
+            if content is None:
+                n_left_out, example = n_left_out + 1, example or name
+            else:
+                yield from self._one(self._member(content, report), stream, many, report)
+        many.refuse_none(f"{stream.name} holds no {' '.join(FORMATS)} file")
+        if n_left_out:
+            report.note(f"{stream.name}: {n_left_out:,} hidden or of no text format, such as {example}; left out")
+
+    def _member(self, content: Stream | DataError, report: Report) -> Iterator[Piece]:
+        if isinstance(content, DataError):
+            raise content
+        with content:
+            yield from self._documents(content, content.name, report, inside_archive=True)
+
+    def _one(
+        self, pieces: Iterator[Piece], outer: Stream, many: _Many, report: Report, optional: bool = True
+    ) -> Iterator[Piece]:
+        """The pieces of one file of many, where it is `optional`: up to where it cannot be read, which is noted."""
+        n_chars, ended = 0, True
+        try:
+            for piece in pieces:
+                yield piece
+                n_chars, ended = n_chars + len(piece.text), piece.ends
+        except DataError as error:
+            if self.strict or not optional or outer.failed or isinstance(error, Bomb):
+                raise
+            report.note(f"{error}; {f'its first {n_chars:,} characters were read' if n_chars else 'left out'}")
+            many.first_error = many.first_error or error
+            if n_chars == 0:
+                return
+            if not ended:
+                yield Piece("", True)
+        many.n_read += 1
 
     def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
         reader = TextReader(stream, strict=self.strict)

@@ -94,29 +94,6 @@ def test_bombs_are_refused_early(tmp_path, monkeypatch, pack):
     assert "unpacks to more than" in refusal(tmp_path / "bomb.zip")
 
 
-def test_zip_archive(tmp_path):
-    path = tmp_path / "pack.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("b.txt", TEXT)
-        archive.writestr("picture.png", b"\x89PNG\r\n\x1a\n")
-        archive.writestr("../a.jsonl.gz", gzip.compress(b'{"text": "row"}\n'))
-    assert read(path)[0] == [TEXT, "row"]
-    (tmp_path / "pack").write_bytes(gzip.compress(path.read_bytes()))
-    assert read(tmp_path / "pack", spool=tmp_path)[0] == [TEXT, "row"]
-    assert sorted(os.listdir(tmp_path)) == ["pack", "pack.zip"]
-    path.write_bytes(path.read_bytes()[:-30])
-    assert "damaged" in refusal(path)
-
-
-@pytest.mark.parametrize("member", ["a.zip", "a.docx"])
-def test_zip_without_text(tmp_path, member):
-    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
-        archive.writestr("a.txt", "text")
-    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
-        archive.write(tmp_path / "inner.zip", member)
-    refusal(tmp_path / "pack.zip")
-
-
 def test_missing_zstd_names_the_extra(tmp_path, monkeypatch):
     path = tmp_path / "a.txt.zst"
     path.write_bytes(b"\x28\xb5\x2f\xfd rest")
@@ -125,6 +102,29 @@ def test_missing_zstd_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(MissingFeature) as error:
         read(path)
     assert error.value.exit_code == 7 and "nnx-cli[zstd]" in error.value.fix
+
+
+# one file of many that cannot be read
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x7fELF\x02\x01" + bytes(100), gzip.compress(b"text" * 99)[:-4], b"PAR1 no table"]
+)
+@pytest.mark.parametrize("paths", [["folder"], ["folder/*"], ["fold*"], ["folder/*", "folder"]])
+def test_a_file_of_a_folder_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, content, paths):
+    pytest.importorskip("pyarrow", reason="needs the extra nnx-cli[parquet]")
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("folder")
+    for name, text in (("a.txt", b"one"), ("b.txt", content), ("c.txt", b"three")):
+        (tmp_path / "folder" / name).write_bytes(text)
+    documents, report = read(*paths)
+    assert documents == ["one", "three"] and report.notes[0].startswith(os.path.join("folder", "b.txt"))
+    assert report.notes[0].endswith("; left out") and len(report.sources) == 3
+    assert "b.txt" in refusal(*paths, strict=True)
+    assert "b.txt" in refusal("folder/a.txt", "folder/b.txt")  # where it was named itself
+    for name in ("a.txt", "c.txt"):
+        os.remove(f"folder/{name}")
+    assert "b.txt" in refusal(*paths)
 
 
 # encodings

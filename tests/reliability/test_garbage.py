@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,6 +216,7 @@ def parsers() -> Iterator[tuple[str, st.SearchStrategy, Callable[[Any], None], t
         ".xz": lzma.compress,
         ".zip": zipped,
         ".zst": zstd,
+        ".tar": tarred,
     }
     for name, content in kinds.items():
         for suffix, pack in packers.items():
@@ -274,6 +276,16 @@ def zipped(content: bytes) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.txt", content)
         archive.writestr("b.jsonl", b'{"text": "x"}\n')
+    return buffer.getvalue()
+
+
+def tarred(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in (("a.txt", content), ("ä" * 120 + ".jsonl", b'{"text": "x"}\n')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 
