@@ -21,7 +21,9 @@ def run(
     paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,
     filepath: Annotated[str | None, typer.Option(help="A further path, as `train` takes it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Token folder to make.", show_default="data/NAME-HASH")] = None,
-    val: Annotated[str | None, typer.Option(help="Text to validate on, instead of a part of the input.")] = None,
+    val: Annotated[
+        str | None, typer.Option(help="Text to validate on, not to train on; else a part of the input.")
+    ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Bound on memory, such as 512MB.", show_default=MEMORY)] = None,
     **options: Any,
 ) -> None:

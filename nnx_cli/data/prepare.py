@@ -17,7 +17,7 @@ import numpy as np
 
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.compression import BLOCK_BYTES
-from nnx_cli.data.find import find_sources
+from nnx_cli.data.find import Note, find_sources, without
 from nnx_cli.data.formats import COMPRESSIONS, FORMATS, TARS, format_of
 from nnx_cli.data.sources import Piece, Reader, Report, Source, builtin_corpus
 from nnx_cli.data.split import SplitWriter
@@ -54,9 +54,9 @@ def prepare(
     or OutputError; then `out` does not exist.
     """
     files.refuse_existing(out)
-    sources = find_sources(paths) if paths else [_builtin_source()]
-    val_sources = find_sources(val_paths) if val_paths else None
-    return _prepare(sources, val_sources, Path(out), config, on_progress or (lambda event: None))
+    tell = on_progress or (lambda event: None)
+    sources, val_sources = _find(paths, val_paths, lambda text: tell({"note": text}))
+    return _prepare(sources, val_sources, Path(out), config, tell)
 
 
 def encode_files(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, config: PrepareConfig) -> np.ndarray:
@@ -76,10 +76,9 @@ def default_folder(
 
     No paths: the built-in corpus. Reads every source once. UsageError for standard input, which cannot be read twice.
     """
-    sources = find_sources(paths) if paths else [_builtin_source()]
-    val_sources = find_sources(val_paths) if val_paths else []
+    sources, val_sources = _find(paths, val_paths)
     digest = hashlib.sha256()
-    for source in [*sources, *val_sources]:
+    for source in [*sources, *(val_sources or [])]:
         if not source.repeatable:
             raise UsageError("text from standard input needs a name for its tokens", fix="add --out data/NAME")
         digest.update(f"{format_of(source.name)} {_sha256(source)}\n".encode())
@@ -108,8 +107,15 @@ def _sha256(source: Source) -> str:
         return stream.sha256.hexdigest()
 
 
-def _builtin_source() -> Source:
-    return Source(BUILTIN, content=builtin_corpus().encode())
+def _find(
+    paths: Sequence[str | Path], val_paths: Sequence[str | Path] | None, note: Note = lambda text: None
+) -> tuple[list[Source], list[Source] | None]:
+    """Text to train on, the built-in corpus without paths, and text to validate on, if it was named."""
+    sources = find_sources(paths, note) if paths else [Source(BUILTIN, content=builtin_corpus().encode())]
+    if not val_paths:
+        return sources, None
+    val_sources = find_sources(val_paths, note)
+    return without(sources, val_sources, note), val_sources
 
 
 def _prepare(

@@ -1,10 +1,31 @@
 import os
 import re
+import tracemalloc
 
 import pytest
 
-from nnx_cli.data.find import find_sources
+from nnx_cli.data.find import find_sources, without
 from nnx_cli.errors import DataError, UsageError
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Three texts in two folders, in the current one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("t/a.txt", "t/b/c.txt", "t/b/d/e.txt", "t/b/d/f.log", "else/g.txt", "t/images/x.png", "t/.git/h.txt"):
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def found(*paths):
+    """The names of the files, with slashes, and the notes."""
+    notes = []
+    names = [source.name.replace(os.sep, "/") for source in find_sources(paths, notes.append)]
+    return names, notes
+
+
+THREE = ["t/a.txt", "t/b/c.txt", "t/b/d/e.txt"]
 
 
 def test_folder_is_read_whole_and_sorted(tmp_path):
@@ -47,3 +68,126 @@ def test_what_is_not_there_is_named(tmp_path, name):
         find_sources([tmp_path / name])
     with pytest.raises(UsageError):
         find_sources([])
+
+
+# every file once
+
+
+@pytest.mark.parametrize("path", ["t", "t/**/*.txt", "**/*.txt", "t/", "t/**/", "?/**/*.t?t", "t/*", "./t"])
+@pytest.mark.parametrize(
+    "links",
+    [
+        {},
+        {"t/loop": "."},
+        {"t/b/up": "..", "t/b/d/top": "../../.."},
+        {"t/l": "b", "t/b/m": "d", "t/b/d/n": "../../b"},
+    ],
+)
+def test_links_in_circles_change_nothing(tree, path, links):
+    (tree / "else/g.txt").unlink()
+    for name, target in links.items():
+        os.symlink(target, name)
+    names, notes = found(path)
+    assert [os.path.normpath(name).replace(os.sep, "/") for name in names] == THREE
+    assert bool(notes) == bool(links)
+    for note in notes:
+        assert "not followed" in note or "read once" in note
+
+
+@pytest.mark.parametrize(
+    "pattern", ["t/**/*.txt", "t/**", "t", "**/b/**/*.txt", "t/**/*", "*/*/*/*/*/*.txt", "t/l0/**/*.txt"]
+)
+def test_many_links_in_circles_end(tree, pattern):
+    for n in range(6):
+        os.symlink(os.pardir if n % 2 else ".", f"t/l{n}")
+        os.symlink(os.path.abspath("t"), f"t/b/l{n}")
+        os.symlink("../..", f"t/b/d/l{n}")
+    tracemalloc.start()
+    names, notes = found(pattern)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len({os.path.realpath(name) for name in names}) == len(names) <= 7
+    assert notes and peak < 5e6
+
+
+def test_links_elsewhere_are_followed_once(tree):
+    os.symlink("../else", "t/linked")
+    os.symlink(tree / "else", "t/b/linked")
+    os.symlink("../else/g.txt", "t/0.txt")
+    names, [again, circle] = found("t")
+    assert names == [*THREE, "t/linked/g.txt"] or names == ["t/a.txt", "t/b/c.txt", "t/b/d/e.txt", "t/linked/g.txt"]
+    assert (
+        again == f"{os.path.join('t', '0.txt')} is the same file as {os.path.join('t', 'linked', 'g.txt')}: read once"
+    )
+    assert circle.endswith("leads to a folder that is read anyway: not followed")
+    os.symlink("../t", "else/back")
+    os.symlink("../..", "else/far")
+    assert found("t")[0] == names
+
+
+def test_a_folder_of_links_is_read_in_the_order_of_their_names(tree):
+    os.mkdir("snapshot")
+    for name, target in (("z.txt", "a.txt"), ("b.txt", "b/c.txt"), ("m.txt", "b/d/e.txt")):
+        os.symlink(tree / "t" / target, f"snapshot/{name}")
+    assert found("snapshot") == (["snapshot/b.txt", "snapshot/m.txt", "snapshot/z.txt"], [])
+
+
+def test_hard_links_and_names_given_twice(tree):
+    os.link("t/a.txt", "t/z.txt")
+    names, [note] = found("t")
+    assert names == THREE and note.endswith("is the same file as " + os.path.join("t", "a.txt") + ": read once")
+    names, [note] = found("t/a.txt", "t/a.txt", "./t/a.txt", "t/*.txt", tree / "t" / "a.txt")
+    assert names == ["t/a.txt"] and note == "t/a.txt is named twice: read once (4 more like it)"
+    assert found("-", "-") == (["standard input"], ["standard input is named twice: read once"])
+
+
+def test_a_file_system_without_inodes(tree, monkeypatch):
+    stat = os.stat
+
+    class NoInode:
+        st_dev = st_ino = 0
+
+        def __init__(self, path, **options):
+            self.st_mode = stat(path, **options).st_mode
+
+    os.symlink(".", "t/loop")
+    os.symlink("a.txt", "t/link.txt")
+    monkeypatch.setattr(os, "stat", NoInode)
+    assert found("t")[0] == found("t/**/*.txt")[0] == THREE
+
+
+def test_globs_pass_over_folders_without_text(tree):
+    assert found("t/*")[0] == THREE
+    assert found("t/b/d/*")[0] == ["t/b/d/e.txt", "t/b/d/f.log"]
+    with pytest.raises(DataError, match="holds no"):
+        find_sources(["t/im*"])
+    with pytest.raises(DataError, match="holds no"):
+        find_sources(["t/images"])
+
+
+def test_a_name_with_marks_of_a_glob_is_a_name(tree):
+    (tree / "t/[a].txt").write_text("text")
+    os.mkdir("t/**")
+    (tree / "t/**/*.txt").write_text("text")
+    assert found("t/[a].txt") == (["t/[a].txt"], [])
+    assert found("t/**") == (["t/**/*.txt"], [])
+
+
+# validation text
+
+
+def test_validation_text_is_not_trained_on(tree):
+    notes = []
+    held_out = find_sources(["t/b"])
+    assert [source.name for source in without(find_sources(["t"]), held_out, notes.append)] == [
+        os.path.join("t", "a.txt")
+    ]
+    assert len(notes) == 1 and "is validation text: left out of training (1 more like it)" in notes[0]
+    os.link("t/a.txt", "hard.txt")
+    os.symlink("t/b", "linked")
+    for named in (["t/b/c.txt"], ["linked"], ["t/b/d", "t/b/c.txt"]):
+        with pytest.raises(UsageError, match="both training and validation"):
+            without(find_sources(named), held_out)
+    with pytest.raises(UsageError):
+        without(find_sources(["t/a.txt"]), find_sources(["hard.txt"]))
+    assert without(find_sources(["else"]), held_out, notes.append) and len(notes) == 1

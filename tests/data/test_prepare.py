@@ -211,6 +211,22 @@ def test_a_file_that_changes_between_two_readings_is_refused(text_file, tmp_path
 # notes
 
 
+def test_validation_text_inside_the_training_folder(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n" * 50)
+    events = []
+    options = {"val_paths": [tmp_path / "b.txt"], "on_progress": events.append}
+    prepare([tmp_path], tmp_path / "made", PrepareConfig(), **options)
+    assert texts(tmp_path / "made") == ("a\n" * 50 + "c\n" * 50, "b\n" * 50)
+    assert [event["note"].split(": ")[-1] for event in events if "note" in event] == ["left out of training"]
+    assert default_folder([tmp_path], PrepareConfig()) != default_folder(
+        [tmp_path], PrepareConfig(), [tmp_path / "b.txt"]
+    )
+    with pytest.raises(UsageError, match="both training and validation"):
+        prepare([tmp_path / "b.txt"], tmp_path / "other", PrepareConfig(), **options)
+    assert not (tmp_path / "other").exists()
+
+
 def test_notes_tell_what_was_replaced_and_skipped(tmp_path):
     (tmp_path / "a.txt").write_bytes("größer\n".encode() * 50 + b"\xff\n")
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\nbroken\n')
