@@ -1,5 +1,20 @@
-"""`python -m nnx_cli`: the command `nnx`."""
+"""The command `nnx`, also as `python -m nnx_cli`."""
 
-from nnx_cli.cli import main
+import _signal as signal  # type: ignore[import-not-found]  # `signal` without its enums: soon, before Python hears Ctrl-C
+import os
 
-main()
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command. What stops it while its modules are imported ends it at once, without a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & ask for
+            signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+    from nnx_cli import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

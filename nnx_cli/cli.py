@@ -17,7 +17,9 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.errors import DataError, DoesNotFit, NnxError, OutputError, nearest
+from nnx_cli.errors import DataError, DoesNotFit, Interrupted, NnxError, OutputError, nearest
+from nnx_cli.system import signals
+from nnx_cli.system.streams import set_up_streams
 
 MAX_LINE_CHARS = 600
 SPINS = "1000"  # before a thread sleeps: 1.3 times as fast as none on idle cores, 0.8 times on two that others use too
@@ -75,9 +77,9 @@ class Group(TyperGroup):
         """Write the help of a copy whose commands have a name and a line: to load them all would take long."""
         from nnx_cli.console import prepare_help
 
-        prepare_help()
         shown = copy.copy(self)
-        shown.commands = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
+        prepare_help(shown)
+        shown.commands = {name: TyperCommand(name, help=line, short_help=line) for name, (_, line) in COMMANDS.items()}
         TyperGroup.format_help(shown, ctx, formatter)
 
     def main(
@@ -94,16 +96,17 @@ class Group(TyperGroup):
         debug = "--debug" in arguments
         try:
             code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
+            sys.stdout.flush()
         except (NnxError, TyperException) as error:
             code = _report(error, self, debug)
         except (typer.Abort, KeyboardInterrupt):
-            code = 130
-        except SystemExit as ended:  # what Typer makes of a closed pipe
+            code = Interrupted.exit_code
+        except SystemExit as ended:  # what Typer and rich make of a closed pipe
             if not isinstance(ended.__context__, BrokenPipeError):
                 raise
             code = 0
         except Exception as error:
-            code = _report(_explain(error), self, debug)
+            code = Interrupted.exit_code if signals.arrived else _report(_explain(error), self, debug)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -176,12 +179,10 @@ def _root(
 
 def main() -> None:
     """The command `nnx`."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before this began
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace", **({"encoding": "utf-8"} if os.name == "nt" else {}))
+    from nnx_cli.console import show_cursor
+
+    set_up_streams()
+    signals.leave_on_signals(show_cursor)
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait stall a busy machine; waking takes time
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import IO, TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from nnx_cli.errors import OutputError
+from nnx_cli.system.text import well_formed
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
 
 BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # what Unicode calls Bidi_Control
+COLUMNS, LINES = 80, 25  # of a screen that does not say how large it is
+PANEL_COLUMNS = 75  # what the panels of help take
+NO_CURSOR = (None, "", "dumb", "unknown")  # what TERM says where lines cannot be redrawn
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
@@ -42,53 +50,63 @@ def styled(text: str, style: str = "") -> Text:
     return Text(text, style)
 
 
-def prepare_help() -> None:
-    """Have Typer draw help without control codes where NO_COLOR asks for that, which rich takes for colours alone, and
-    where it is not read from a terminal."""
+def prepare_help(command: Any) -> None:
+    """Have Typer draw the help of `command` without control codes where NO_COLOR asks for that, which rich takes for
+    colours alone, and where it is not read from a terminal; without panels where they would cut words."""
     from typer import rich_utils
 
     plain = os.environ.get("NO_COLOR") or not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR"))
     rich_utils.COLOR_SYSTEM = None if plain else "auto"
+    for name in ("COLUMNS", "LINES"):
+        if _stated(name) is None:
+            os.environ.pop(name, None)  # Typer and rich read them too, and stumble over what is no number
+    rich_utils.MAX_WIDTH = columns_of(sys.stdout, sys.stderr, sys.stdin) or COLUMNS
+    if rich_utils.MAX_WIDTH < PANEL_COLUMNS:
+        command.rich_markup_mode = None
+        command.epilog = command.epilog and command.epilog.replace("\n\n", "\n\n\b\n")  # examples stay lines
 
 
-class ForgivingStream:
-    """A stream that falls silent when writing fails, because the terminal was closed or nobody reads the pipe: a lost
-    note ends no run. `errnos` are those of the errors that silence it; all without them."""
-
-    def __init__(self, stream: Any, errnos: Sequence[int] = ()) -> None:
-        self.stream = stream
-        self.errnos = errnos
-
-    def write(self, text: str) -> int:
-        """Write; says that all was written where nobody hears it."""
-        with self._listening():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush."""
-        with self._listening():
-            self.stream.flush()
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self.errnos and error.errno not in self.errnos:
-                raise
-            self._silence()
-
-    def _silence(self) -> None:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())  # for what is buffered, and for Python's own last words
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+def columns_of(*streams: IO[str] | None) -> int | None:
+    """The width of the screen: what COLUMNS says, where that is a number of columns, else that of the first terminal
+    among `streams`; None where they are files and pipes."""
+    if (stated := _stated("COLUMNS")) is not None:
+        return stated
+    for stream in filter(None, streams):
+        with suppress(OSError, ValueError):
+            if columns := os.get_terminal_size(stream.fileno()).columns:
+                return columns
+    return None
 
 
-def _forgiving(stream: IO[str], errnos: Sequence[int] = ()) -> IO[str]:
-    return cast("IO[str]", ForgivingStream(stream, errnos))
+def _stated(name: str) -> int | None:
+    """The number of columns or lines that a variable of the environment states, if it does."""
+    value = os.environ.get(name, "")
+    return int(value) if re.fullmatch("0*[1-9][0-9]{0,5}", value) else None
+
+
+def _console(file: IO[str]) -> Console:
+    """A console of rich's on a stream, as wide as `columns_of` says, plain where NO_COLOR asks for that."""
+    from rich.console import Console, ConsoleDimensions
+
+    class Screen(Console):
+        @property  # type: ignore[misc]  # Rich's can be set
+        def size(self) -> ConsoleDimensions:
+            return ConsoleDimensions((columns_of(file) or COLUMNS) - self.legacy_windows, LINES)
+
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Screen(file=file, width=COLUMNS, height=LINES, color_system=colours, highlight=False, soft_wrap=True)
+
+
+def show_cursor() -> None:
+    """Show the cursor again, which moving lines hide, where this process ends without taking them off the screen."""
+    if sys.stderr.isatty() and moves_cursor():
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), b"\x1b[?25h")
+
+
+def moves_cursor() -> bool:
+    """Whether the terminal, if this is one, can redraw lines."""
+    return os.name == "nt" or os.environ.get("TERM") not in NO_CURSOR
 
 
 class Output:
@@ -97,15 +115,18 @@ class Output:
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json = json
         self.quiet = quiet
-        from rich.console import Console
-
-        self.out = Console(highlight=False, soft_wrap=True, file=_forgiving(sys.stdout, [errno.EIO]))
-        self.err = Console(highlight=False, soft_wrap=True, file=_forgiving(sys.stderr))
+        self.made: Path | None = None  # what a command leaves behind, whatever becomes of what it prints
+        self.out, self.err = _console(sys.stdout), _console(sys.stderr)
 
     def note(self, text: str) -> None:
         """A note, on stderr."""
         if not self.quiet:
             self.err.print(styled(printable(text)))
+
+    def note_reading(self, *paths: str | None) -> None:
+        """Say that a person at the keyboard is waited for, where one of `paths` is standard input."""
+        if "-" in paths and sys.stdin is not None and sys.stdin.isatty():
+            self.note(f"reading standard input; end it with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}")
 
     def warn(self, text: str) -> None:
         """A warning, on stderr; --quiet does not silence it."""
@@ -114,21 +135,21 @@ class Output:
     def show(self, *lines: str) -> None:
         """Lines of the product, on stdout; with --json the product is another."""
         if not self.json:
-            for line in lines:
-                self.out.print(styled(printable(line)))
+            with self._writing():
+                for line in lines:
+                    self.out.print(styled(printable(line)))
 
     def stream(self, text: str) -> None:
         """A piece of the product, as it comes."""
         if not self.json:
-            self.out.file.write(printable(text))
-            self.out.file.flush()
+            self._write(printable(text))
 
     def show_json(self, value: Any) -> None:
         """The product as JSON, when --json asks for it."""
         if self.json:
-            text = json.dumps(value, indent=2, allow_nan=False)  # ASCII, and DEL is the one control left in it
-            self.out.file.write(text.replace("\x7f", "\\u007f") + "\n")
-            self.out.file.flush()
+            whole = json.loads(well_formed(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+            text = json.dumps(whole, indent=2)  # ASCII, and DEL is the one control left in it
+            self._write(text.replace("\x7f", "\\u007f") + "\n")
 
     def table(
         self,
@@ -143,22 +164,43 @@ class Output:
         """
         if self.json:
             return
-        rows, shown = list(rows), list(range(len(columns)))
+        rows, shown, limit = list(rows), list(range(len(columns))), columns_of(sys.stdout)
         wide = self.out.options.update(width=10**6)  # to measure what no screen narrows
         for name in (None, *expendable):
             shown = [number for number in shown if columns[number] != name]
             table = _table([columns[n] for n in shown], [[row[n] for n in shown] for row in rows], title)
-            if self.out.measure(table, options=wide).maximum <= self.out.width:
+            needed = self.out.measure(table, options=wide)
+            if limit is None or needed.maximum <= limit:
                 break
-        least = self.out.measure(table, options=wide).minimum
-        if least > self.out.width:
-            table.width = least
-        self.out.print(table, soft_wrap=False, crop=False)
+        table.width = needed.maximum if limit is None else max(needed.minimum, min(needed.maximum, limit))
+        with self._writing():
+            self.out.print(table, soft_wrap=False, crop=False)
+        if hidden := [name for number, name in enumerate(columns) if number not in shown]:
+            self.note(f"not shown on {limit} columns: {', '.join(hidden)}; --json has all")
+
+    def _write(self, text: str) -> None:
+        with self._writing():
+            self.out.file.write(text)
+            self.out.file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say of a result that cannot be written that what was made before is whole."""
+        try:
+            yield
+        except OutputError as error:
+            if self.made is None:
+                raise
+            raise OutputError(f"{error}; {self.made} is complete", fix=error.fix) from error
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal to redraw lines on, and somebody who wants to see them."""
+        return self.err.is_terminal and not self.quiet and moves_cursor()
 
     def spinner(self, text: str) -> AbstractContextManager[object]:
         """A sign of life on stderr while something takes its time; none with --quiet or without a terminal."""
-        live = self.err.is_terminal and not self.quiet
-        return self.err.status(styled(printable(text))) if live else nullcontext()
+        return self.err.status(styled(printable(text))) if self.live else nullcontext()
 
     def progress(self, what: str) -> ByteProgress:
         """Progress over bytes, on stderr."""
@@ -189,12 +231,11 @@ class ByteProgress:
         self.what = what
         self.started = time.monotonic()
         self.last = 0.0
-        self.live = output.err.is_terminal and not output.quiet
 
     def update(self, done_bytes: int, total_bytes: int | None) -> None:
         """Show where it stands; cheap to call often."""
         now = time.monotonic()
-        if self.live and now - self.last > 0.1:
+        if self.output.live and now - self.last > 0.1:
             self.last = now
             of = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
             speed = done_bytes / 1e6 / max(now - self.started, 1e-6)
@@ -202,7 +243,7 @@ class ByteProgress:
 
     def end(self) -> None:
         """Take the line off the screen."""
-        if self.live and self.last:
+        if self.output.live and self.last:
             self.output.err.print(" " * 60, end="\r")
 
 
@@ -213,16 +254,13 @@ class TrainingView:
     """
 
     def __init__(self, output: Output) -> None:
-        self.output, self.live = (
-            output,
-            output.err.is_terminal and not output.quiet and os.environ.get("TERM") != "dumb",
-        )
+        self.output = output
         self.last_line = 0.0
         self.validation = ""
         self.bar: Progress | None = None
 
     def __enter__(self) -> TrainingView:
-        if self.live:
+        if self.output.live:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(

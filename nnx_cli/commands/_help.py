@@ -56,8 +56,8 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of a copy of this command that has only what is to be shown."""
-        prepare_help()
         shown = copy.copy(self)
+        prepare_help(shown)
         fields = fields_of(ctx.meta.get("nnx.model"))
         shown.params = [_as_shown(p, fields) for p in self.params if _is_shown(p, fields)]
         TyperCommand.format_help(shown, ctx, formatter)

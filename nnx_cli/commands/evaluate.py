@@ -42,6 +42,7 @@ def run(
     ref = find_model(model, file)
     network, tokenizer = load_model(ref, where, precision), ref.tokenizer
     seq_len = network.config.seq_len
+    output.note_reading(*(filepath or []))
     with held_out_tokens(ref, filepath or [], preparing) as tokens:
         result = evaluate(
             network,

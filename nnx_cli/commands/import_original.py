@@ -32,5 +32,6 @@ def run(
 
     out = out or free_folder(f"{model}-{file.stem}")
     config = import_checkpoint(model, file, out, tokenizer, variant)
+    output.made = out
     output.show_json({"out": str(out), "model": model, "parameters": config["parameters"]})
     output.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {out}")

@@ -28,6 +28,7 @@ def run(
     where = pick_device(device)
     ref = find_model(model, file)
     result = merge_model(ref, out or WEIGHTS / f"{ref.folder.resolve().name}-merged", where)
+    output.made = Path(result["out"])
     output.show_json(result)
     output.show(
         f"{result['out']}: {result['parameters']:,} parameters; largest difference of a logit "

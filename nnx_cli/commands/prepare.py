@@ -36,9 +36,11 @@ def run(
     config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
     from nnx_cli.data.prepare import default_folder, prepare
 
+    output.note_reading(*sources, val)
     if out is None:
         out = default_folder(sources, config, [val] if val else None)
     result = prepare(sources, out, config, [val] if val else None, preparation_view(output))
+    output.made = out
     output.show_json(result)
     output.show(
         f"{result['out']}: {result['train_tokens']:,} tokens to train on, {result['val_tokens']:,} to validate "

@@ -40,6 +40,7 @@ def run(
     ref = find_model(model, file)
     folder = out or WEIGHTS / f"{ref.folder.resolve().name}-int{config.bits}"
     how = Quantization(bits=config.bits, group_size=config.group_size if config.bits == 4 else None, kept=keep or [])
+    output.note_reading(*(filepath or []))
     receipt, notes = quantize_model(
         ref,
         folder,
@@ -51,6 +52,7 @@ def run(
     )
     for note in notes:
         output.note(note)
+    output.made = folder
     output.show_json(receipt)
     sides = receipt["before"], receipt["after"]
     output.table(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from nnx_cli.commands._options import Device, Model, ModelFile, Precision, comma
 from nnx_cli.config import SampleConfig, TrainConfig, own_fields, unescape
 from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, DataError, UsageError
+from nnx_cli.system.streams import read_standard_input
 
 # The command line of the original NYX: options that choose the newest run of a shape, and ours.
 SHAPE = {"vocab_size": "vocab_size", "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads"}
@@ -63,6 +63,7 @@ def run(
     shape = {ours: options[theirs] for theirs, ours in SHAPE.items() if options.get(theirs) is not None}
     ref = _newest_of_shape(shape, file) if shape and model is None else find_model(model, file)
     tokenizer = ref.tokenizer
+    output.note_reading(prompt)
     text = _read_prompt(prompt, prompt_file)
     if tokenizer is None and text:
         text = " ".join(text.split()) + " "
@@ -111,7 +112,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         except OSError as error:
             raise DataError(f"cannot read --prompt-file {prompt_file}: {error.strerror}") from error
     if prompt == "-":
-        return _decoded(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1))
+        return _decoded(read_standard_input(MAX_PROMPT_BYTES + 1))
     return prompt or ""
 
 

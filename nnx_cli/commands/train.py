@@ -61,13 +61,10 @@ class _PacedView(TrainingView):
 def run(output: Output, **options: Any) -> None:
     """Train a model from scratch: on --filepath, on --data, or on the language documentation that Python ships."""
     request = read_request(options)
-    from nnx_cli.system.signals import signals_as_ctrl_c
-
-    with signals_as_ctrl_c():
-        if isinstance(request, ResumeRequest):
-            _resume_run(output, request)
-        else:
-            _new_run(output, request)
+    if isinstance(request, ResumeRequest):
+        _resume_run(output, request)
+    else:
+        _new_run(output, request)
 
 
 def _new_run(output: Output, request: Request) -> None:
@@ -91,7 +88,7 @@ def _new_run(output: Output, request: Request) -> None:
         refuse_taken(request.out)
     made: list[Path] = []
     if (folder := request.data) is None:
-        folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output))
+        folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output), request.out)
     try:
         named = request.data is not None and "tokenizer" in request.sources
         with output.spinner("planning, for which torch loads its compiler"):
@@ -242,7 +239,7 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
             f"interrupted at step {trainer.state.step}; everything is saved",
             fix=f"resume: nnx train --resume {run.folder}{named}",
         )
-    parameters = run.config["parameters"]
+    parameters, output.made = run.config["parameters"], run.folder
     output.show_json(status | {"out": str(run.folder), "parameters": parameters})
     output.show(*_verdict(run, trainer, status, parameters, named))
 

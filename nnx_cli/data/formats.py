@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from nnx_cli.data.compression import brief
-from nnx_cli.data.tokenizers.base import well_formed
 from nnx_cli.errors import DataError, MissingFeature
+from nnx_cli.system.text import well_formed
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
 from nnx_cli.data.formats import FORMATS, format_of
-from nnx_cli.data.tokenizers.base import well_formed
 from nnx_cli.errors import DataError
+from nnx_cli.system.streams import standard_input
+from nnx_cli.system.text import well_formed
 
 ROW_CHARS = 16 * 2**20  # longest row of a table or JSON lines
 MAX_NOTES = 20
@@ -65,9 +65,7 @@ class Source:
         if self.content is not None:
             return Stream(io.BytesIO(self.content), self.name)
         if self.path is None:
-            if sys.stdin is None or sys.stdin.closed:
-                raise DataError("standard input is closed")
-            return Stream(sys.stdin.buffer, self.name)
+            return Stream(standard_input(), self.name)
         try:
             return Stream(open(self.path, "rb", buffering=0), self.name, path=self.path if self.repeatable else None)
         except OSError as error:

@@ -14,6 +14,8 @@ from nnx_cli.data.prepare import encode_files
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.errors import DataError
 from nnx_cli.runs.load import ModelRef
+from nnx_cli.system.files import follow
+from nnx_cli.system.signals import half_made
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig |
         data = ref.config.get("data")
         if data is None:
             raise DataError(f"{ref.label} names no text of its own", fix)
-        folder = ref.folder / data["folder"]
+        folder = follow(ref.folder, data["folder"])
         if not folder.is_dir():
             raise DataError(f"the text that {ref.label} was trained on is gone: no {folder}", fix)
         tokens = open_token_folder(folder, tokenizer=tokenizer)
@@ -37,5 +39,5 @@ def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig |
         return
     if tokenizer is None:
         raise DataError(f"{ref.label} has no tokenizer: it cannot read text", fix="leave out --filepath")
-    with tempfile.TemporaryDirectory(prefix="nnx-") as folder:
-        yield encode_files(paths, tokenizer, Path(folder), config or PrepareConfig())
+    with half_made(), tempfile.TemporaryDirectory(prefix="nnx-") as spool:
+        yield encode_files(paths, tokenizer, Path(spool), config or PrepareConfig())

@@ -21,7 +21,7 @@ from nnx_cli.runs.checkpoint import check_no_link, step_folder, steps_in
 from nnx_cli.runs.manifest import BEST, SOURCE, allowed_digests, read_digests, read_tokenizer, read_verified_config
 from nnx_cli.runs.tensors import load_weights, read_tensors
 from nnx_cli.system.device import DTYPES
-from nnx_cli.system.files import relative
+from nnx_cli.system.files import follow, relative
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelRef:
         """The config.json of a model made from this one in the folder `out`: the way to the data is another."""
         config = self.config
         if data := config.get("data"):
-            config["data"] = data | {"folder": relative(self.folder / data["folder"], out)}
+            config["data"] = data | {"folder": relative(follow(self.folder, data["folder"]), out)}
         return config
 
     @property

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nnx_cli.errors import CheckpointError, NnxError, OutputError
+from nnx_cli.system.signals import half_made
+from nnx_cli.system.text import well_formed
 
 OURS = {
     "checkpoints",
@@ -37,12 +39,14 @@ OURS = {
     "val.documents",
 }
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}  # the last one: the current folder was deleted
 MAX_JSON_BYTES = 64 * 2**20
 
 
 @contextlib.contextmanager
-def refused_output(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write at `path` into OutputError."""
+def refused_output(path: Path, fix: str | None = None) -> Iterator[None]:
+    """Turn the operating system's refusal to write at `path` into OutputError; `fix` is what helps where this place is
+    not to be written to."""
     try:
         yield
     except OSError as error:
@@ -52,7 +56,12 @@ def refused_output(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
             refuse_existing(path)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", fix=fix) from error
+
+
+def is_forbidden(error: OutputError) -> bool:
+    """Whether a place was refused because this process may not write there at all, be it full or not."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_PLACE
 
 
 def plain_opener(path: str, flags: int) -> int:
@@ -98,11 +107,12 @@ def require_space(folder: Path, n_bytes: int) -> None:
 @contextlib.contextmanager
 def cleared(temporary: Path) -> Iterator[None]:
     """Remove a temporary file where what was to be done with it fails."""
-    try:
-        yield
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with half_made():
+        try:
+            yield
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -128,7 +138,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     missing = [folder for folder in path.parents if not folder.exists()]
-    with refused_output(path):
+    with refused_output(path, "name a folder that can be made: --out FOLDER"), half_made():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path)
@@ -203,11 +213,20 @@ def discard_folder(folder: Path) -> None:
 
 
 def relative(folder: Path, start: Path) -> str:
-    """The way from one folder to another, with forward slashes."""
+    """The way from one folder to another, with forward slashes, as JSON can hold it: `follow` reads it.
+
+    A byte of a name that is no UTF-8 is written as NUL, which no name has, and two hexadecimal digits.
+    """
     try:
-        return Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
+        way = Path(os.path.relpath(folder.resolve(), start.resolve())).as_posix()
     except ValueError:  # another drive: Windows has no way there
-        return folder.resolve().as_posix()
+        way = folder.resolve().as_posix()
+    return re.sub("[\udc80-\udcff]", lambda byte: f"\0{ord(byte[0]) - 0xDC00:02x}", way)
+
+
+def follow(start: Path, way: str) -> Path:
+    """The folder that a way of `relative` leads to."""
+    return start / re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), way)
 
 
 def sha256_file(path: Path) -> str:
@@ -247,8 +266,7 @@ def _check_size(file: BinaryIO, path: Path, max_bytes: int, error: type[NnxError
 
 def to_json(value: Any) -> bytes:
     """JSON for people and programs: indented, UTF-8, a final newline; not-a-number is refused."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode(errors="backslashreplace")  # bytes of a file name that are no UTF-8 become \udc80 and the like
+    return well_formed(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:

@@ -1,12 +1,21 @@
-"""Signals that ask a program to stop: noted while a run is trained, raised before there is anything to save."""
+"""Signals that ask a program to stop: noted while a run is trained, obeyed at once when there is nothing to save."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from nnx_cli.errors import Interrupted
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+arrived: list[int] = []
+"""The signals that `leave_on_signals` has seen: what a library makes of one may be any error."""
+
+_half_made: list[None] = []
 
 
 @contextmanager
@@ -20,7 +29,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
 
     sender, receiver = socket.socketpair()  # Python calls a handler once for signals that come at the same time
-    with sender, receiver, _handled(("SIGINT", "SIGTERM", "SIGHUP"), ask):
+    with sender, receiver, _handled(ask):
         sender.setblocking(False)
         receiver.setblocking(False)
         woken = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -38,12 +47,17 @@ def _arrived(receiver: socket.socket) -> list[int]:
         return []
 
 
+def _heard() -> list[int]:
+    """The signals that ask to stop: those that the system has and that are not ignored, as nohup and a shell's & ask
+    for."""
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextmanager
-def _handled(names: tuple[str, ...], handler: Any) -> Iterator[None]:
-    """Handle those of these signals that the system has and that are not ignored, as nohup and a shell's & ask for."""
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+def _handled(handler: Any) -> Iterator[None]:
+    """Handle the signals that ask to stop."""
+    before = {number: signal.getsignal(number) for number in _heard()}
     try:
         for number in before:
             signal.signal(number, handler)
@@ -53,12 +67,29 @@ def _handled(names: tuple[str, ...], handler: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def leave_on_signals(before: Callable[[], None]) -> None:
+    """From here on SIGINT, SIGTERM and SIGHUP end this process at once, after a call of `before`: an exception in the
+    middle of a library's import or callback may be lost, or crash it.
+
+    While something is `half_made`, they raise KeyboardInterrupt, so that it can be removed first.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        arrived.append(number)
+        if _half_made:
+            raise KeyboardInterrupt
+        before()
+        os._exit(Interrupted.exit_code)
+
+    for number in _heard():
+        signal.signal(number, leave)
+
+
 @contextmanager
-def signals_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does: for the time when there is nothing to save yet."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    with _handled(("SIGTERM", "SIGHUP"), interrupt):
+def half_made() -> Iterator[None]:
+    """Something is made that must not be left behind when a signal comes: an exception handler inside removes it."""
+    _half_made.append(None)
+    try:
         yield
+    finally:
+        _half_made.pop()

@@ -19,7 +19,7 @@ from nnx_cli.errors import CheckpointError, DataError, OutputError, UsageError
 from nnx_cli.planning.plan import Plan, plan_run
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.load import ModelRef, architecture_of
-from nnx_cli.system.files import discard_folder
+from nnx_cli.system.files import discard_folder, is_forbidden
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,43 @@ def prepare_tokens(
     preparing: PrepareConfig,
     base: ModelRef | None,
     tell: Callable[[dict[str, Any]], None],
+    out: Path | None = None,
 ) -> tuple[Path, list[Path]]:
     """The token folder of a text, or of the built-in one, and the folders that were made for it now, innermost first.
 
-    `tell` is told how preparing goes. A folder made earlier, or by another process meanwhile, is used again.
+    `tell` is told how preparing goes. A folder made earlier, or by another process meanwhile, is used again. It is made
+    in data/ here or, where that cannot be written to, in data/ beside the run folder `out`.
     """
     if "-" in filepath:
         raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
     if base is not None and base.tokenizer is not None:
         preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
     folder = prepare.default_folder(filepath, preparing)
+    if not filepath and not (folder / "meta.json").exists():
+        tell({"note": "no --filepath: training on the language documentation that Python ships"})
+    try:
+        return _prepared(folder, filepath, preparing, tell)
+    except OutputError as error:
+        if out is None or out.parent / folder == folder or not is_forbidden(error):
+            raise
+        tell({"note": f"{error}; the prepared text goes beside the run: {out.parent / folder}"})
+    return _prepared(out.parent / folder, filepath, preparing, tell)
+
+
+def _prepared(
+    folder: Path, filepath: list[str], preparing: PrepareConfig, tell: Callable[[dict[str, Any]], None]
+) -> tuple[Path, list[Path]]:
+    """The token folder, made now unless it exists, and the folders that were made for it, innermost first."""
     if (folder / "meta.json").exists():
         return folder, []
-    made = [folder] if folder.parent.exists() else [folder, folder.parent]
+    missing = [parent for parent in folder.parents if not parent.exists()]
     try:
-        if not filepath:
-            tell({"note": "no --filepath: training on the language documentation that Python ships"})
         prepare.prepare(filepath, folder, preparing, None, tell)
     except OutputError:
         if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
             raise
         return folder, []
-    return folder, made
+    return folder, [folder, *missing]
 
 
 def take_back(made: list[Path]) -> None:

@@ -37,7 +37,7 @@ from nnx_cli.system.device import (
     set_seed,
     set_threads,
 )
-from nnx_cli.system.files import relative
+from nnx_cli.system.files import follow, relative
 from nnx_cli.system.machine import keep_freed_memory
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import Sampling
@@ -199,7 +199,7 @@ def resume(
 
 def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
     """The token folder that a run is trained on. Raises DataError where it is gone or another one."""
-    folder = moved_to or run.folder / run.config["data"]["folder"]
+    folder = moved_to or follow(run.folder, run.config["data"]["folder"])
     if moved_to is None and not folder.exists():
         raise DataError(f"the data of {run.folder} is gone: no {folder}", fix="say where it is now: --data FOLDER")
     data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))

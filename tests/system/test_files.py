@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,30 @@ def test_the_slower_of_two_is_told(tmp_path):
     with pytest.raises(OutputError, match="exists already"), files.refused_output(tmp_path / "run"):
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+NAMES = ["data", "späte texte", "a\udcffb", "\udc80\udcfe", "%FF", "x\\0ff", "\udcc3\udcbc"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_way_that_json_can_hold_leads_back(tmp_path, name):
+    """Names that are no UTF-8 among them: every program can read the file, and the folder is found again."""
+    try:
+        (tmp_path / name).mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("a name that this file system refuses")
+    (tmp_path / "run").mkdir()
+    way = json.loads(files.to_json({"folder": files.relative(tmp_path / name, tmp_path / "run")}).decode())["folder"]
+    way.encode()
+    assert files.follow(tmp_path / "run", way).samefile(tmp_path / name)
+    assert files.follow(tmp_path / "run", f"../{name}").samefile(tmp_path / name), "as it was written before"
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800", "\udfffb", "\ud83d\ude42"])
+def test_json_without_lone_surrogates(text):
+    written = files.to_json({"command": text, text: [text]})
+    shown = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert json.loads(written.decode()) == {"command": shown, shown: [shown]}
 
 
 def test_space_that_is_not_there(tmp_path):

@@ -1,10 +1,12 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from nnx_cli.config import PrepareConfig, TrainConfig
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import OutputError, UsageError
 from nnx_cli.training.inputs import Shape, open_and_plan, prepare_tokens, start_from, take_back
 
 
@@ -14,6 +16,41 @@ def test_text_is_prepared_once_and_taken_back(text_file, workspace):
     assert prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print) == (folder, [])
     take_back(made)
     assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_where_data_cannot_be_made_the_tokens_stand_beside_the_run(text_file, workspace, monkeypatch, code):
+    """Here nothing may be written; the run goes elsewhere, and its text with it. Once made, it is used again."""
+    paths, config, told = [str(text_file)], PrepareConfig(workers=1), []
+    real = os.mkdir
+
+    def refuse(path, *mode):
+        if not Path(path).is_absolute():
+            raise OSError(code, os.strerror(code), path)
+        real(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(OutputError, match="cannot write data/") as caught:
+        prepare_tokens(paths, config, None, told.append)
+    assert "--out" in caught.value.fix and told == []
+    with pytest.raises(OutputError, match="cannot write data/"):  # beside the run is here too
+        prepare_tokens(paths, config, None, told.append, Path("run"))
+    out = workspace / "elsewhere" / "run"
+    folder, made = prepare_tokens(paths, config, None, told.append, out)
+    assert folder.parent == workspace / "elsewhere" / "data" and (folder / "meta.json").exists()
+    assert made == [folder, folder.parent, out.parent] and str(folder) in told[-1]["note"]
+    assert prepare_tokens(paths, config, None, told.append, out) == (folder, [])
+    take_back(made)
+    assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="others do not let go of a folder")
+def test_where_the_current_folder_is_gone(text_file, workspace, monkeypatch):
+    (workspace / "here").mkdir()
+    monkeypatch.chdir(workspace / "here")
+    (workspace / "here").rmdir()
+    folder, _ = prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print, workspace / "run")
+    assert folder.parent == workspace / "data" and (folder / "meta.json").exists()
 
 
 def test_what_others_use_is_not_taken_back(workspace):

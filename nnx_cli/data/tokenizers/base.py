@@ -10,6 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
+from nnx_cli.system.text import well_formed
+
 N_BYTES = 256
 
 
@@ -105,8 +107,3 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return well_formed(text).encode()
-
-
-def well_formed(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

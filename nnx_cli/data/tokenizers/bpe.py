@@ -13,9 +13,10 @@ from importlib import resources, util
 import numpy as np
 
 from nnx_cli.data.tokenizers import gigatoken
-from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8, well_formed
+from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8
 from nnx_cli.data.tokenizers.gigatoken import FastEncoder
 from nnx_cli.errors import DataError, MissingFeature, UsageError
+from nnx_cli.system.text import well_formed
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 4096

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, well_formed
+from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer
 from nnx_cli.errors import UsageError
+from nnx_cli.system.text import well_formed
 
 N_CODE_POINTS = 0x110000
 

@@ -1,0 +1,178 @@
+"""What people see, on screens of every width."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from nnx_cli.cli import COMMANDS
+from nnx_cli.console import Output, columns_of
+from nnx_cli.errors import OutputError
+
+NO_WIDTH = ["0", "00", "-5", "abc", "", " ", "80x", "1e3", "²", "9" * 40]
+posix = pytest.mark.skipif(sys.platform == "win32", reason="no pseudoterminals")
+
+
+@pytest.fixture
+def screen(monkeypatch, capsys):
+    """Reads what was written since the last time: screen() returns it as (stdout, stderr)."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return capsys.readouterr
+
+
+def show_table(**options):
+    rows = [["a-long-name-of-a-run", "nyx", 12, "2.3456"], ["b", "llama", 1200, "1.9"]]
+    Output().table(["name", "model", "steps", "bits/byte"], rows, **options)
+
+
+@pytest.mark.parametrize("stated", NO_WIDTH)
+def test_what_is_no_width_is_not_heeded(screen, monkeypatch, stated):
+    show_table()
+    whole = screen()
+    monkeypatch.setenv("COLUMNS", stated)
+    monkeypatch.setenv("LINES", stated)
+    show_table()
+    assert columns_of(sys.stdout) is None and screen() == whole
+    Output().show("a line that is shown")
+    assert screen() == ("a line that is shown\n", "")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 7, 20, 33, 79, 500, 10**5])
+def test_a_table_keeps_all_it_has(screen, monkeypatch, columns):
+    """Too narrow for it, the screen wraps the lines: no cell is cut, no column goes without a word."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    show_table()
+    shown, said = screen()
+    assert {"a-long-name-of-a-run", "nyx", "12", "2.3456", "llama", "1200", "1.9"} < set(shown.split()) and said == ""
+
+
+def test_columns_that_go_are_named(screen, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    show_table(expendable=["steps", "model", "bits/byte"])
+    shown, said = screen()
+    assert "a-long-name-of-a-run" in shown and "2.3456" in shown and "nyx" not in shown and "1200" not in shown
+    assert said == "not shown on 40 columns: model, steps; --json has all\n"
+
+
+def test_a_file_has_no_width(screen):
+    """A pipe or a file gets every column, though a screen that does not say its width counts as 80 wide."""
+    Output().table(["name", "value"], [["x" * 70, "y" * 70]], expendable=["value"])
+    assert "x" * 70 + "   " + "y" * 70 in screen().out
+
+
+@pytest.mark.parametrize("columns", [None, 0, 1, 5, 20, 60])
+@posix
+def test_terminals_of_every_width(columns):
+    """A real one: all commands and their lines are shown, with whole words."""
+    words = " ".join(on_a_terminal(["--help"], columns, NO_COLOR="1").replace("│", " ").split())
+    for name, (_, line) in COMMANDS.items():
+        assert f"{name} {line}" in words, words
+    assert "--install-completion" in words and "--help" in words
+
+
+def on_a_terminal(words, columns, **variables):
+    """What the command writes to a terminal of so many columns."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+    from contextlib import suppress
+
+    ours, theirs = pty.openpty()
+    if columns is not None:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    command = [sys.executable, "-m", "nnx_cli", *words]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=kept | variables) as process:
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # what Linux raises at the end
+            while part := os.read(ours, 4096):
+                text += part
+    os.close(ours)
+    assert process.returncode == 0, text
+    return text.decode()
+
+
+@pytest.mark.parametrize("term", [None, "", "dumb", "unknown"])
+def test_a_terminal_that_moves_no_cursor_gets_plain_lines(screen, monkeypatch, term):
+    if term is None:
+        monkeypatch.delenv("TERM", raising=False)
+    else:
+        monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert Output().live == (os.name == "nt")
+    monkeypatch.setenv("TERM", "xterm")
+    assert Output().live and not Output(quiet=True).live
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800b", "\udfff\ud800", "\ud83d\ude42", "é\x7f\x1b\u202e🙂"])
+def test_json_holds_no_lone_surrogate(screen, text):
+    Output(json=True).show_json({"text": [text], text: 1.5, "nothing": None})
+    written = screen().out
+    assert written.isascii() and "\x7f" not in written and "\x1b" not in written
+    shown = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert json.loads(written) == {"text": [shown], shown: 1.5, "nothing": None}
+    shown.encode()  # as UTF-8 holds it
+
+
+def test_what_was_made_is_named_where_the_result_cannot_be_written(screen, monkeypatch):
+    def refuse(text):
+        raise OutputError("cannot write to standard output: full", fix="make room")
+
+    output = Output()
+    monkeypatch.setattr(sys.stdout, "write", refuse)
+    for show in (lambda: output.show("x"), lambda: output.stream("x"), lambda: output.table(["a"], [["b"]])):
+        output.made = None
+        with pytest.raises(OutputError, match="full$"):
+            show()
+        output.made = "weights/x"
+        with pytest.raises(OutputError, match="full; weights/x is complete$") as caught:
+            show()
+        assert caught.value.fix == "make room"
+
+
+def test_a_person_at_the_keyboard_is_told(screen, monkeypatch):
+    class Keyboard(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    Output().note_reading("book.txt", None)
+    assert screen().err == ""
+    Output().note_reading("book.txt", "-")
+    assert screen().err.startswith("reading standard input; end it with Ctrl-")
+    for stdin in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        Output().note_reading("-")
+    assert screen().err == ""
+
+
+@pytest.mark.parametrize("stated", NO_WIDTH)
+def test_help_on_a_screen_of_no_width(nnx, monkeypatch, stated):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = nnx("list", "--help").stdout
+    monkeypatch.setenv("COLUMNS", stated)
+    monkeypatch.setenv("LINES", stated)
+    assert nnx("list", "--help").stdout == whole
+
+
+@pytest.mark.parametrize("width", [1, 20, 50, 60, 74])
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_on_a_narrow_screen_has_every_word(nnx, monkeypatch, words, width):
+    """Without the panels: all names and texts, none of them cut, and the examples line by line."""
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = nnx(*words, "--help").stdout
+    titles = {word for line in wide.splitlines() if line.startswith("╭") for word in re.findall(r"\w+", line)}
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = nnx(*words, "--help").stdout
+    titles.add("bool")  # which the panels show beside an option without a value
+    assert set(re.findall(r"\w+", wide)) - titles <= set(re.findall(r"\w+", narrow))
+    assert "…" not in narrow and "\x1b" not in narrow
+    assert [line.strip() for line in wide.splitlines() if line.strip().startswith("nnx ")] == [
+        line.strip() for line in narrow.splitlines() if line.strip().startswith("nnx ")
+    ]
