@@ -18,6 +18,8 @@ from nnx_cli.errors import DataError, UsageError, nearest
 
 GIB = 2**30
 MAX_TOML_BYTES = 2**20
+TOKENIZERS = ("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")
+LEAST_IDS, MOST_IDS = {"byte": 256, "char": 256, "bpe": 257}, {"byte": 256}  # of a vocabulary
 # parts of a run after which it is looked at
 MILESTONES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that package's modules
@@ -38,7 +40,9 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_range("val-fraction", self.val_fraction, 0.0, 0.5, low_open=True)
         check_choice("errors", self.errors, ("strict", "replace"))
-        check_range("vocab-size", self.vocab_size, 1, 2**24)
+        check_tokenizer(self.tokenizer)
+        least, most = LEAST_IDS.get(self.tokenizer, 1), MOST_IDS.get(self.tokenizer, 2**24)
+        check_range("vocab-size", self.vocab_size, least, most)
         check_range("workers", self.workers, 1, 1024)
         check_range("max-memory", self.max_memory_bytes, 32 * 2**20, 2**50)
 
@@ -104,6 +108,7 @@ class TrainConfig:
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("beta2", self.beta2, 0.0, 1 - 2**-24, low_open=True)
+        check_device(self.device)
         check_choice("optimizer", self.optimizer, ("auto", *module_names("optim")))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
@@ -264,6 +269,19 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UsageError, with the nearest match, unless `value` is one of `choices`."""
     if value not in choices:
         raise UsageError(f"--{name} has no choice {value!r}{nearest(value, choices)}: {', '.join(choices)}")
+
+
+def check_tokenizer(kind_or_file: str) -> None:
+    """Raise UsageError for a name that is no kind of tokenizer and no file."""
+    if kind_or_file not in TOKENIZERS and not Path(kind_or_file).is_file():
+        kinds = ", ".join(TOKENIZERS)
+        raise UsageError(f"--tokenizer is {kind_or_file!r}; choose from {kinds}, or name a tokenizer.json")
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError for a name that means no device, here or elsewhere."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d{1,4})?", name, re.ASCII):
+        raise UsageError(f"--device has no choice {name!r}: auto, cpu, cuda, cuda:N, mps")
 
 
 def parse_duration(text: str | None) -> float | None:

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from nnx_cli.config import check_choice
-from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError
+from nnx_cli.config import check_choice, check_device
+from nnx_cli.errors import DoesNotFit, MissingFeature
 from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,13 +23,12 @@ def pick_device(name: str) -> torch.device:
 
     Raises UsageError for a name that means nothing, MissingFeature for a device that is not there.
     """
+    check_device(name)
     if name == "auto" and torch.cuda.is_available():
         name = f"cuda:{torch.cuda.current_device()}"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
-        raise UsageError(f"--device has no choice {name!r}: auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
         raise MissingFeature(f"there is no device {name} here", fix="see what is there: nnx doctor")
     if kind == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from nnx_cli.config import check_tokenizer
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
@@ -21,6 +22,7 @@ def build_tokenizer(
     UsageError for a name that is no kind and no file, or a `vocab_size` that the tokenizer cannot have;
     MissingFeature where an extra or a vocabulary is not on this machine; DataError for a damaged file.
     """
+    check_tokenizer(kind_or_file)
     if kind_or_file == "char":
         return CharTokenizer.train(sample or iter(()), vocab_size)
     if kind_or_file == "bpe":
@@ -30,11 +32,8 @@ def build_tokenizer(
         tokenizer = ByteTokenizer()
     elif kind_or_file in bpe.PUBLISHED:
         tokenizer = bpe.published(kind_or_file)
-    elif Path(kind_or_file).is_file():
-        tokenizer = load_tokenizer(Path(kind_or_file))
     else:
-        kinds = ", ".join(["byte", "char", "bpe", *bpe.PUBLISHED])
-        raise UsageError(f"--tokenizer is {kind_or_file!r}; choose from {kinds}, or name a tokenizer.json")
+        tokenizer = load_tokenizer(Path(kind_or_file))
     if vocab_size is not None and vocab_size != tokenizer.vocab_size:
         raise UsageError(f"--vocab-size is {vocab_size}; {kind_or_file} has {tokenizer.vocab_size} tokens")
     return tokenizer
