@@ -186,7 +186,7 @@ def test_libraries_have_their_place(name):
     used = {module.split(".")[0] for module in imports(TREES[name])}
     assert "rich" not in used or name.split("/")[0] in ("console.py", "console")
     assert not {"click", "marshal", "shelve", "joblib", "dill", "cloudpickle"} & used
-    assert "pickle" not in used or name == "convert/import_original.py"
+    assert "pickle" not in used or name == "convert/checkpoint_file.py"
     if name.split("/")[0] in ROOMS:
         assert "typer" not in used
     if name.split("/")[0] in ("models", "layers"):
@@ -204,7 +204,7 @@ def test_nothing_that_runs_code_from_files(name):
             assert called not in ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "os.system")
             if called == "torch.load":
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert name == "convert/import_original.py" and options["weights_only"] == "True"
+                assert name == "convert/checkpoint_file.py" and options["weights_only"] == "True"
             if called.endswith(".load") and called.startswith(("np.", "numpy.")):
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}
             assert not any(keyword.arg == "shell" for keyword in node.keywords)

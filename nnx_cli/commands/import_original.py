@@ -31,7 +31,9 @@ def run(
     from nnx_cli.training.session import free_folder
 
     out = out or free_folder(f"{model}-{file.stem}")
-    config = import_checkpoint(model, file, out, tokenizer, variant)
+    config, notes = import_checkpoint(model, file, out, tokenizer, variant)
     output.made = out
+    for note in notes:
+        output.note(note)
     output.show_json({"out": str(out), "model": model, "parameters": config["parameters"]})
     output.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {out}")

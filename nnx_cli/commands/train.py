@@ -82,7 +82,7 @@ def _new_run(output: Output, request: Request) -> None:
 
     if request.note:
         output.note(request.note)
-    base, shape, sources = _chosen_shape(request)
+    base, shape, sources = _chosen_shape(output, request)
     device, precision = session.configure_device(request.train)
     if request.out is not None:
         refuse_taken(request.out)
@@ -121,7 +121,7 @@ def _new_run(output: Output, request: Request) -> None:
         raise
 
 
-def _chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:
+def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:
     """The model to start from, if any, the shape of the new one, and where each value comes from.
 
     Raises UsageError for a shape or a batch that cannot be, before any text is read.
@@ -131,7 +131,7 @@ def _chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, s
 
     base, sources, spec = None, request.sources, request.init_from
     if request.checkpoint is not None:
-        spec = _imported(request.model or DEFAULT_MODEL, request.checkpoint)
+        spec = _imported(output, request.model or DEFAULT_MODEL, request.checkpoint)
     if spec is not None:
         base, shape = start_from(spec, request.model, request.size, request.fields)
         sources = dict.fromkeys(["model", "size", *shape.fields], f"model: {spec}") | sources
@@ -144,14 +144,15 @@ def _chosen_shape(request: Request) -> tuple[ModelRef | None, Shape, dict[str, s
     return base, shape, sources
 
 
-def _imported(model: str, checkpoint: str) -> str:
+def _imported(output: Output, model: str, checkpoint: str) -> str:
     """The model folder of an original's checkpoint: imported now, or before."""
     from nnx_cli.convert.import_original import import_checkpoint
     from nnx_cli.runs.find import WEIGHTS
 
     folder = WEIGHTS / f"{model}-{Path(checkpoint).stem}"
     if not folder.exists():
-        import_checkpoint(model, Path(checkpoint), folder)
+        for note in import_checkpoint(model, Path(checkpoint), folder)[1]:
+            output.note(note)
     return str(folder)
 
 

@@ -2,123 +2,49 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
-import warnings
-import zipfile
-import zlib
+import re
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from nnx_cli import models
-from nnx_cli.data.tokenizers.build import build_tokenizer
-from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.config import check_tokenizer
+from nnx_cli.convert.checkpoint_file import NONSENSE, CheckpointFile, read_checkpoint
+from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
+from nnx_cli.errors import CheckpointError, NnxError, UsageError
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.manifest import describe_model, write_model_folder
 from nnx_cli.runs.tensors import check_finite
 from nnx_cli.system.files import new_folder, refuse_existing
 
 MAX_REPEATS = 4  # how often a file may use the same elements: tied matrices and views do, bombs do more
-DAMAGE = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    MemoryError,
-    AssertionError,
-    NotImplementedError,
-)
-NONSENSE = (ArithmeticError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)  # well formed, unusable
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts nest the weights
-PREFIXES = ("module.", "_orig_mod.")  # what data-parallel and compiled wrappers put before names
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a safetensors file or a torch checkpoint, the latter by the loader that builds tensors only.
-
-    Raises CheckpointError for anything else.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            if zipfile.is_zipfile(path):
-                _check_archive(path)
-            with warnings.catch_warnings(action="ignore"):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (*DAMAGE, *NONSENSE) as error:
-        raise CheckpointError(f"{path} is no checkpoint of tensors, or is damaged; nothing in it was run") from error
-    for key in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors")
-    for tensor in tensors.values():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise CheckpointError(f"{path} holds tensors of a kind that no original has")
-    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if n_bytes > MAX_REPEATS * path.stat().st_size:
-        raise CheckpointError(f"{path} is damaged: its tensors are larger than the file")
-    check_finite(tensors, path)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _check_archive(path: Path) -> None:
-    """Raise CheckpointError where the zip archive that torch writes would unpack to more than it is, or where what it
-    holds is not what was written (torch itself does not look at the checksums)."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-            raise CheckpointError(f"{path} is damaged: it unpacks to more than its size")
-        if damaged := archive.testzip():
-            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is not the recorded one")
-
-
-def _load_original(name: str, path: Path, weights: dict[str, Tensor], variant: str | None) -> LanguageModel:
-    """The model that an original's weights make, whose shape is read off theirs. Raises CheckpointError where they make
-    none, UsageError for a variant there is not."""
-    if variant is not None:
-        models.make_config(name, variant=variant)
-    try:
-        arguments = models.infer_reference(name, weights)
-    except NONSENSE as error:
-        raise CheckpointError(f"{path} is no checkpoint of {name}: {error}") from error
-    try:
-        shapes = {key: tensor.to("meta") for key, tensor in weights.items()}
-        with torch.device("meta"):  # names and shapes, before they take any memory
-            models.load_reference(name, arguments, shapes, variant=variant)
-        return models.load_reference(name, arguments, weights, variant=variant)
-    except (UsageError, *NONSENSE) as error:
-        raise CheckpointError(f"{path} is no checkpoint of {name}: {error}") from error
+AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher|best", re.IGNORECASE)  # weights, but not the newest ones
+NO_WEIGHTS = re.compile(r"optim|grad|exp_avg|moment", re.IGNORECASE)  # as large as the weights, under their names
 
 
 def import_checkpoint(
     name: str, path: Path, out: Path, tokenizer: str | None = None, variant: str | None = None
-) -> dict[str, Any]:
-    """Write the model folder `out` from an original's checkpoint; returns its config.json.
+) -> tuple[dict[str, Any], list[str]]:
+    """Write the model folder `out` from an original's checkpoint; returns its config.json, and notes on what was taken
+    of the file and what was left.
 
     The original's constructor arguments are read off the shapes of its weights. Without `tokenizer`: bytes where the
-    vocabulary is 256, else bare ids. Raises UsageError for an architecture without an original, CheckpointError,
-    OutputError.
+    vocabulary is 256, else bare ids. Raises UsageError for an architecture without an original, a tokenizer or a
+    variant there is not, CheckpointError, OutputError.
     """
     models.original(name)
+    if variant is not None:
+        models.make_config(name, variant=variant)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+        if needs_training(tokenizer):
+            raise UsageError(f"--tokenizer {tokenizer} is made from a text", fix="name its file: --tokenizer FILE.json")
     refuse_existing(out)
-    weights = read_checkpoint(path)
-    model = _load_original(name, path, weights, variant)
+    model, notes = _load_original(name, read_checkpoint(path), variant)
     chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else None)
     known = build_tokenizer(chosen) if chosen else None
     if known is not None and known.vocab_size != model.config.vocab_size:
@@ -129,4 +55,96 @@ def import_checkpoint(
     config = describe_model(name, None, model.config, n_parameters, known) | {"imported_from": path.name}
     with new_folder(out) as folder:
         write_model_folder(folder, config, known, model.state_without_ties())
-    return config
+    return config, notes
+
+
+def _load_original(name: str, found: CheckpointFile, variant: str | None) -> tuple[LanguageModel, list[str]]:
+    """The model that an original's weights make, whose shape is read off theirs, and what there is to say. They may
+    stand anywhere in the file. Raises CheckpointError where there are none."""
+    places, refusal = _places(name, found.tensors), None
+    for place in places:
+        weights = {key.removeprefix(place): x for key, x in found.tensors.items() if key.startswith(place)}
+        try:
+            arguments, weights = _own_weights(name, weights, variant)
+            _check_weights(weights, found.path)
+            model = models.load_reference(name, arguments, weights, variant=variant)
+        except (NnxError, *NONSENSE) as error:
+            refusal = refusal or CheckpointError(_refusal(found, place, error))
+            continue
+        return model, _notes(found, places, place, weights)
+    raise refusal or _no_weights(name, found)
+
+
+def _places(name: str, tensors: Iterable[str]) -> list[str]:
+    """What stands before an original's names in a file, from wrappers of every kind (`model.module.`): where the
+    weights are, the newest first."""
+    ends = tuple(models.original(name).EMBEDDINGS)
+    before = (tensor.removesuffix(end) for tensor in tensors for end in ends if tensor.endswith(end))
+    places = dict.fromkeys(place for place in before if not place or place.endswith("."))
+    return sorted(places, key=lambda place: (bool(NO_WEIGHTS.search(place)), bool(AVERAGED.search(place))))
+
+
+def _own_weights(
+    name: str, weights: dict[str, Tensor], variant: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The original's constructor arguments and the tensors that are its own: not those of modules that it does not
+    have, nor counters and masks. Raises CheckpointError where the others do not make a model."""
+    arguments = models.infer_reference(name, weights)
+    with torch.device("meta"):  # names and shapes, before they take any memory
+        known = models.reference_names(name, arguments, variant=variant)
+        modules = {key.partition(".")[0] for key in known}
+        own = {
+            key: tensor
+            for key, tensor in weights.items()
+            if key in known or (key.partition(".")[0] in modules and tensor.is_floating_point())
+        }
+        for key, tensor in own.items():
+            if key not in known:
+                raise CheckpointError(f"{key} {tuple(tensor.shape)} has no place in this {name}")
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{key} is of {tensor.dtype}, no floating-point numbers")
+        models.load_reference(name, arguments, {key: x.to("meta") for key, x in own.items()}, variant=variant)
+    return arguments, own
+
+
+def _check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError where tensors have more elements than their file, or such as are not finite."""
+    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > MAX_REPEATS * path.stat().st_size:
+        raise CheckpointError("it is damaged: its tensors are larger than the file")
+    check_finite(weights, path)
+
+
+def _refusal(found: CheckpointFile, place: str, error: BaseException) -> str:
+    """Why the tensors at a place of a file make no model."""
+    missing = next((key for key in found.odd if key.removeprefix(place) in str(error)), None)
+    why = f"{missing} is {found.odd[missing]}" if missing else str(error)
+    text = str(found.path)
+    return why if why.startswith(text) else f"{text}{f', at {place}*' if place else ''}: {why}"
+
+
+def _no_weights(name: str, found: CheckpointFile) -> CheckpointError:
+    """What to say of a file in which no tensor has the name of the original's embedding."""
+    wanted = models.original(name).EMBEDDINGS[0]
+    for key, kind in found.odd.items():
+        if key.endswith(wanted):
+            return CheckpointError(f"{found.path}: {key} is {kind}")
+    first = next(((key, tuple(x.shape)) for key, x in found.tensors.items()), None)
+    has = "it has none that is whole" if first is None else f"the first is {first[0]} {first[1]}"
+    like = (other for other in models.names() if models.has_original(other) and _places(other, found.tensors))
+    fix = next((f"nnx import --model {other} {shlex.quote(str(found.path))}" for other in like), None)
+    return CheckpointError(f"{found.path} is no checkpoint of {name}: no tensor is called {wanted}; {has}", fix=fix)
+
+
+def _notes(found: CheckpointFile, places: list[str], place: str, taken: Mapping[str, Tensor]) -> list[str]:
+    """What was taken where there was a choice, and what was left."""
+    notes = []
+    if len(places) > 1:
+        others = ", ".join(f"{other}*" for other in places if other != place)
+        notes.append(f"{found.path} has weights more than once: those at {place}* are taken, not {others}")
+    left = [key for key in found.tensors if not (key.startswith(place) and key.removeprefix(place) in taken)]
+    kinds = [f"{len(left)} tensors ({left[0]}{', …' if len(left) > 1 else ''})"] if left else []
+    kinds += [f"{key}, which is {kind}" for key, kind in list(found.odd.items())[:1]]
+    kinds += [f"objects of {', '.join(found.objects[:3])}"] if found.objects else []
+    if kinds:
+        notes.append(f"left out of {found.path}: {'; '.join(kinds)}")
+    return notes

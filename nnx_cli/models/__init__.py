@@ -106,9 +106,14 @@ def from_config(name: str, config: ModelConfig) -> LanguageModel:
 def original(name: str) -> ModuleType:
     """The module that reads the checkpoints of an architecture's original. Raises UsageError where it has none."""
     check_name(name)
-    if is_file(name) or not (FOLDER / "originals" / f"{name}.py").is_file():
+    if not has_original(name):
         raise UsageError(f"{stem(name)} has no original to load from")
     return importlib.import_module(f"nnx_cli.models.originals.{name}")
+
+
+def has_original(name: str) -> bool:
+    """Whether checkpoints of an architecture's original can be read."""
+    return not is_file(name) and (FOLDER / "originals" / f"{name}.py").is_file()
 
 
 def load_reference(
@@ -124,17 +129,10 @@ def load_reference(
     `variant` is a value of the `variant` field (default: the architecture's); `noise` replaces random draws of
     architectures that have any. Raises CheckpointError where names or shapes do not match.
     """
-    reader = original(name)
-    from nnx_cli.layers.lora import add_adapters
-
-    arguments = {key: value for key, value in config.items() if key != "lora_rank_applied"}
-    fields = reader.reference_config(**arguments) | ({} if variant is None else {"variant": variant})
-    model = from_config(name, make_config(name, **fields))
+    model = _reference_model(name, config, variant)
     if noise:
         model.set_noise(noise)
-    if rank := config.get("lora_rank_applied"):
-        add_adapters(model, rank)
-    own, tensors = model.state_without_ties(), reader.Tensors(model)
+    own, tensors = model.state_without_ties(), original(name).Tensors(model)
     unknown = sorted(weights.keys() - tensors.save(own).keys() - tensors.unused)
     try:
         state = tensors.load(weights)
@@ -150,13 +148,33 @@ def load_reference(
     return model
 
 
+def _reference_model(name: str, config: dict[str, Any], variant: str | None) -> LanguageModel:
+    """A model of the shape that an original's constructor arguments describe."""
+    from nnx_cli.layers.lora import add_adapters
+
+    arguments = {key: value for key, value in config.items() if key != "lora_rank_applied"}
+    fields = original(name).reference_config(**arguments) | ({} if variant is None else {"variant": variant})
+    model = from_config(name, make_config(name, **fields))
+    if rank := config.get("lora_rank_applied"):
+        add_adapters(model, rank)
+    return model
+
+
+def reference_names(name: str, config: dict[str, Any], *, variant: str | None = None) -> frozenset[str]:
+    """Names of the tensors that an original has for these constructor arguments, unused ones too."""
+    model = _reference_model(name, config, variant)
+    tensors = original(name).Tensors(model)
+    return tensors.unused | tensors.save(model.state_without_ties()).keys()
+
+
 def infer_reference(name: str, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The original's constructor arguments that fit a checkpoint's weights. Raises CheckpointError where none do."""
     reader = original(name)
     try:
         return reader.infer_reference(weights)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"this is no checkpoint of {name}: {error}") from error
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"this is no checkpoint of {name}: {why}") from error
 
 
 def reference_tensors(model: LanguageModel, grads: bool = False) -> dict[str, Tensor]:

@@ -201,3 +201,30 @@ def test_ctrl_c_is_code_130(nnx, monkeypatch):
     monkeypatch.setattr("nnx_cli.runs.find.find_model", stop)
     result = nnx("sample", "words")
     assert result.exit_code == 130 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --filepath nofile --tokenizer nosuch",
+        "train --init-from nofile --tokenizer nosuch",
+        "train --init-from nofile --device nosuch",
+        "train --resume nofile --device cuda:x",
+        "train --resume nofile --max-steps 0",
+        "train --checkpoint_path nofile.pth --tokenizer nosuch",
+        "prepare nofile --tokenizer nosuch",
+        "prepare nofile --tokenizer byte --vocab-size 300",
+        "prepare nofile --tokenizer char --vocab-size 255",
+        "prepare nofile --tokenizer bpe --vocab-size 256",
+        "sample nofile --device nosuch",
+        "sample nofile --top-p 0",
+        "eval nofile --filepath nofile --batch-size 0",
+        "quantize nofile --bits 3",
+        "merge nofile --into x",
+        "summarize nofile --lora-rank 0",
+        "import nofile.pth --model nyx --tokenizer nosuch",
+        "bench --device nosuch",
+    ],
+)
+def test_usage_is_checked_before_files(refused, words):
+    assert "nofile" not in refused(2, "", *words.split()).stderr

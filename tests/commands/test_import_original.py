@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 
@@ -80,3 +81,21 @@ def test_what_cannot_be_imported(refused, seed, workspace):
         refused(2, "has no original", "import", "--model", "llama", path)
     (workspace / "weights" / "there").mkdir(parents=True)
     refused(8, "exists already", "import", "--model", "nyx", "seed.pth", "--out", "weights/there")
+
+
+def test_usage_is_checked_before_the_file(refused):
+    for words, message in (
+        (["--tokenizer", "nosuch"], "--tokenizer is 'nosuch'"),
+        (["--tokenizer", "bpe"], "--tokenizer bpe is made from a text"),
+        (["--variant", "nosuch"], "--variant is 'nosuch'"),
+        (["--model", "nosuch"], "there is no model 'nosuch'"),
+    ):
+        refused(2, message, "import", "--model", "nyx", "nofile.pth", *words)
+
+
+def test_what_was_taken_and_what_was_left_is_said(nnx, seed):
+    weights = models.reference_tensors(seed)
+    torch.save({"ema": weights, "net": weights, "args": argparse.Namespace(), "step": torch.tensor(3)}, "both.pth")
+    result = nnx("import", "--model", "nyx", "both.pth")
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 2
+    assert "those at net.* are taken, not ema.*" in result.stderr and "objects of argparse.Namespace" in result.stderr

@@ -747,7 +747,7 @@ def check_node(node: ast.AST, path: Path) -> None:
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         assert called not in FORBIDDEN, f"{path}:{node.lineno} {called}"
         if called == "torch.load":
-            assert path.name == "import_original.py" and options["weights_only"] == "True", f"{path}:{node.lineno}"
+            assert path.name == "checkpoint_file.py" and options["weights_only"] == "True", f"{path}:{node.lineno}"
         assert options.get("allow_pickle", "False") == "False", f"{path}:{node.lineno}"
         assert options.get("shell", "False") == "False", f"{path}:{node.lineno}"
         if called in ("importlib.import_module", "import_module"):  # names of our own only, checked against the folder
@@ -755,7 +755,7 @@ def check_node(node: ast.AST, path: Path) -> None:
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
         assert not names & {"marshal", "shelve", "dill", "joblib", "cloudpickle"}, f"{path}:{node.lineno}"
-        assert "pickle" not in names or path.name == "import_original.py", f"{path}:{node.lineno}"
+        assert "pickle" not in names or path.name == "checkpoint_file.py", f"{path}:{node.lineno}"
 
 
 def giant(path: Path) -> None:

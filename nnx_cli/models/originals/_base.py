@@ -1,6 +1,7 @@
 """What reading and writing an original's checkpoints has in common.
 
-A file here has `reference_config(**arguments)`, the original's constructor arguments as fields of `Config`;
+A file here has `EMBEDDINGS`, what the original may call its token embedding (a checkpoint is recognised by it);
+`reference_config(**arguments)`, the original's constructor arguments as fields of `Config`;
 `infer_reference(weights)`, those arguments read off a checkpoint's shapes; and `Tensors`, the names and layout.
 """
 

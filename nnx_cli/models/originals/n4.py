@@ -11,6 +11,8 @@ from torch import Tensor
 from nnx_cli.errors import UsageError
 from nnx_cli.models.originals._base import OriginalTensors
 
+EMBEDDINGS = ("n4b.embedding.weight",)
+
 
 def reference_config(
     *, vocab_size: int, hidden_size: int, inter_size: int, heads: int, layers: int, bias: bool = False
@@ -22,7 +24,7 @@ def reference_config(
 def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The original's constructor arguments, read off the shapes of its weights. KeyError or ValueError for other
     weights."""
-    vocab_size, dim = weights["n4b.embedding.weight"].shape
+    vocab_size, dim = weights[EMBEDDINGS[0]].shape
     return dict(
         vocab_size=vocab_size,
         hidden_size=dim,

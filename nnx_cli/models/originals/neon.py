@@ -14,6 +14,7 @@ from nnx_cli.layers.linear import PackedLinear
 from nnx_cli.models.neon import BANKS
 from nnx_cli.models.originals._base import OriginalTensors
 
+EMBEDDINGS = ("model.embed_tokens.weight",)
 NAMES = {
     "embedding": "embed_tokens",
     "norm": "norm",
@@ -103,7 +104,7 @@ def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     The context and the base of the rotary frequencies leave no trace there: the published ones, 2048 and 10,000, stand.
     """
-    layer, embedding = "model.layers.0.", weights["model.embed_tokens.weight"]
+    layer, embedding = "model.layers.0.", weights[EMBEDDINGS[0]]
     q_rows, dim = weights[layer + "self_attn.q_proj.weight"].shape
     pair = 2 * len(weights[layer + "self_attn.lambda_q1"])  # width of both maps of a head
     if q_rows not in (dim, 2 * dim) or q_rows % pair:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nnx_cli.models.originals._base import OriginalTensors
 
 RAW, PLAIN = ".linear.parametrizations.weight.original", ".linear.weight"  # how the original spells a matrix
+EMBEDDINGS = ("token_embed" + RAW, "token_embed" + PLAIN)
 
 
 def reference_config(

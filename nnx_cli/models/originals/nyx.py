@@ -11,6 +11,8 @@ from torch import Tensor
 from nnx_cli.errors import UsageError
 from nnx_cli.models.originals._base import OriginalTensors
 
+EMBEDDINGS = ("token_embedding.weight",)
+
 
 def reference_config(
     *,
@@ -53,7 +55,7 @@ def reference_config(
 def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The original's constructor arguments, read off the shapes of its weights. KeyError or ValueError for other
     weights."""
-    vocab_size, dim = weights["token_embedding.weight"].shape
+    vocab_size, dim = weights[EMBEDDINGS[0]].shape
     rows = weights["layers.0.func.fused_attention_feedforward.weight"].shape[0]
     inner = weights["layers.0.func.attn_output_proj.weight"].shape[1]
     ffn_dim = weights["layers.0.func.feedforward_net.2.weight"].shape[1]

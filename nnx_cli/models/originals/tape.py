@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnx_cli.models.originals._base import OriginalTensors
 
+EMBEDDINGS = ("holistic_embed.weight",)
 SIDES = ("left", "right")
 AFFINE = {"weight": "linear.weight", "bias": "bias"}  # of a layer there and of ours
 IN_PROJ = "cached_attn.attn.in_proj_"
@@ -63,7 +64,7 @@ def infer_reference(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     The length of the context leaves no trace in them: it is the original's 128. So is dropout: it is none.
     """
-    vocab_size, dim = weights["holistic_embed.weight"].shape
+    vocab_size, dim = weights[EMBEDDINGS[0]].shape
     critics = {int(name.split(".")[1]) for name in weights if name.startswith("residualheads.")}
     if critics != set(range(len(critics))) or not critics:
         raise ValueError(f"its critics are {sorted(critics)}")
