@@ -1,17 +1,22 @@
-"""Tokens to the logits of the next one: with a cache, on a GPU as a CUDA graph."""
+"""Sequences that grow token by token; on a GPU a step is a CUDA graph, which the host follows some steps behind."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from nnx_cli.config import SampleConfig
+from nnx_cli.inference.sampler import Rules, Stages, Uniforms, next_tokens
 from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.cuda_graph import CudaGraph, on_capture_stream
 
-GRAPH_FROM = 16  # tokens still to draw, from which on recording a decoding step pays
+GRAPH_FROM = 16  # tokens still to draw, from which on capturing a step pays
+SPAN = 256  # positions that a captured step covers at least; those of the next are twice as many
+ALIGNED = 64  # positions that spans are multiples of
+LAG = 8  # steps that a GPU may be ahead of the host
 
 
 def window_start(length: int, seq_len: int) -> int:
@@ -23,104 +28,215 @@ def window_start(length: int, seq_len: int) -> int:
     return -(-(length - seq_len) // half) * half
 
 
-class Context:
-    """The tokens of R sequences, and the model's logits after the newest one of each.
+class Window:
+    """The newest tokens of R sequences: what the model sees of each.
 
-    Sequences may differ in length. With a cache only new tokens are read; what the model sees of a sequence
-    (`window_start`) depends on nothing but its own length, so that cached, uncached and single decoding see the same.
+    That depends on nothing but the sequence's own length (`window_start`), so that cached, uncached and single decoding
+    see the same. Numbers that the device counts in `lengths` are counted on the host too, which never asks.
     """
 
-    def __init__(self, model: LanguageModel, sequences: list[list[int]], capacity: int, use_cache: bool) -> None:
-        self.model = model
-        self.seq_len = model.config.seq_len
-        self.use_cache = use_cache
-        self.lengths = [len(sequence) for sequence in sequences]
-        self.history = torch.zeros(len(sequences), max(self.lengths) + capacity, dtype=torch.int64)
-        for number, sequence in enumerate(sequences):
-            self.history[number, : len(sequence)] = torch.tensor(sequence)
-        self.history = self.history.to(model.device)
-        self.starts = self._starts()
-        self.cache: Cache | None = None
-        self.graph: CudaGraph | None = None
-        self.records = use_cache and capacity >= GRAPH_FROM and model.device.type == "cuda"
-        self.records = self.records and not model.syncs_in_eval
+    def __init__(self, sequences: Sequence[Sequence[int]], seq_len: int, device: torch.device) -> None:
+        views = [sequence[window_start(len(sequence), seq_len) :] for sequence in sequences]
+        tokens = torch.zeros(len(views), seq_len + 1, dtype=torch.int64)
+        for row, view in zip(tokens, views, strict=True):
+            row[: len(view)] = torch.tensor(view)
+        self.seq_len = seq_len
+        self.tokens = tokens.to(device)  # (R, seq_len + 1)
+        self._take([len(view) for view in views])
 
-    def _starts(self) -> list[int]:
-        return [window_start(length, self.seq_len) for length in self.lengths]
+    def _take(self, counts: list[int]) -> None:
+        """Begin with so many tokens of every sequence."""
+        self._counts, self._appended = counts, 0
+        self.longest = max(counts)  # tokens of the sequence that has most of them
+        self.lengths = torch.tensor(counts, device=self.tokens.device)  # (R,)
+
+    def counts(self) -> list[int]:
+        """Tokens of every sequence."""
+        return [count + self._appended for count in self._counts]
 
     def repeat(self, n: int) -> None:
-        """Make `n` copies of every sequence."""
-        self.history = self.history.repeat_interleave(n, dim=0)
-        self.lengths = [length for length in self.lengths for _ in range(n)]
-        self.starts = self._starts()
-        if self.cache is not None:
-            self.cache.repeat(n)
+        """Make `n` copies of every sequence, side by side."""
+        self.tokens = self.tokens.repeat_interleave(n, dim=0)
+        self._take([count for count in self.counts() for _ in range(n)])
+
+    def newest(self) -> Tensor:
+        """The last token of every sequence, (R, 1)."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1)
 
     def append(self, tokens: Tensor) -> None:
-        """Add a token (R,) to every sequence."""
-        self.history[torch.arange(len(tokens)), self._lengths()] = tokens
-        self.lengths = [length + 1 for length in self.lengths]
+        """Add a token (R, 1) to every sequence; only on the device, for a CUDA graph does not run this again."""
+        self.tokens.scatter_(1, self.lengths[:, None], tokens)
+        self.lengths += 1
 
-    def _lengths(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self.history.device)
+    def note_append(self) -> None:
+        """Count on the host what `append` added."""
+        self._appended += 1
+        self.longest += 1
 
-    def seen(self) -> Tensor:
-        """Where `history` holds real tokens, (R, S)."""
-        return torch.arange(self.history.shape[1], device=self.history.device) < self._lengths()[:, None]
-
-    def read_all(self) -> Tensor:
-        """Logits (R, V) after the last token of every sequence, from a pass over all that the model sees of it."""
-        self.starts = self._starts()
-        views = [length - start for length, start in zip(self.lengths, self.starts, strict=True)]
-        longest = max(views)
-        index = torch.tensor(self.starts, device=self.history.device)[:, None]
-        index = index + torch.arange(longest, device=self.history.device)
-        ids = self.history.gather(1, index.clamp(max=self.history.shape[1] - 1))  # sequences are padded on the right
-        if self.use_cache and self.cache is None:
-            self.cache = self.model.make_cache(len(ids), self.seq_len)
-        elif self.cache is not None:
-            self.cache.reset()
-        ends = torch.tensor(views, device=ids.device)
-        last = self.model.trunk(ids, self.cache)[torch.arange(len(ids)), ends - 1]
-        if self.cache is not None:
-            self.cache.truncate(ends)
-        return self.model.head(last)
-
-    def read_newest(self) -> Tensor:
-        """Logits (R, V) after the last token, the one before it having been read already."""
-        if self.cache is None or self._starts() != self.starts:
-            return self.read_all()
-        newest = self.history.gather(1, self._lengths()[:, None] - 1)
-        if self.records and hasattr(self.cache, "snapshot"):  # somebody's own architecture may have less
-            self.records = False
-            with suppress(RuntimeError):  # out of memory: decoding goes on op by op
-                self.graph = decoding_graph(self.model, self.cache, newest)
-        if self.graph is None:
-            return self.model(newest, cache=self.cache)[:, -1]
-        logits = self.graph(newest)
-        self.cache.note_advance(1)
-        return logits
+    def slide(self) -> list[int]:
+        """Drop the older half of sequences longer than the context; returns their numbers."""
+        if self.longest <= self.seq_len:
+            return []
+        half, counts = max(1, self.seq_len // 2), self.counts()
+        rows = [row for row, count in enumerate(counts) if count > self.seq_len]
+        kept = self.seq_len + 1 - half
+        self.tokens[rows, :kept] = self.tokens[rows, half:]
+        self._counts, self._appended = [kept if n > self.seq_len else n for n in counts], 0
+        self.longest = max(self._counts)
+        self.lengths[rows] = kept
+        return rows
 
 
-def decoding_graph(model: LanguageModel, cache: Cache, input_ids: Tensor) -> CudaGraph:
-    """One more token (R, 1) of every sequence, through a model and its cache, to logits (R, V).
+class Decoder:
+    """Draws the tokens of sequences, one of each at a time: `num_samples` continuations of every prompt.
 
-    The cache becomes static, has to stay the same, and is told of every replay by `note_advance`.
-
-    Raises RuntimeError where something cannot be recorded, torch.OutOfMemoryError where memory does not suffice; the
-    cache is then as it was.
+    A step is a pass over the newest tokens, the rules, the draw, and the token's way into the window. All that it reads
+    and writes is tensors that stay where they are, so that a CUDA graph can hold the whole of it; whatever depends on
+    how much is there happens between steps, on the host.
     """
-    restore = cache.snapshot()
 
-    def warm_up(input_ids: Tensor) -> None:
-        model(input_ids, cache=cache)
-        restore()
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], config: SampleConfig, use_cache: bool = True
+    ) -> None:
+        device, n = model.device, config.num_samples
+        self.model = model
+        self.rules = Rules(config, model.config.vocab_size, device)
+        self.window = Window(prompts, model.config.seq_len, device)
+        self.capacity = min(self.window.seq_len, aligned(self.window.longest + config.max_new_tokens))
+        self.cache: Cache | None = model.make_cache(len(prompts), self.capacity) if use_cache else None
+        spans = device.type == "cuda" and not model.syncs_in_eval and hasattr(self.cache, "span")
+        self.has_spans = spans and config.max_new_tokens >= GRAPH_FROM
+        self.captures = self.has_spans
+        self.graphs: dict[tuple[int, Stages], CudaGraph | None] = {}  # None: a step has run, and may be captured
+        if self.cache is not None:
+            self._read(self.cache, list(range(len(prompts))))
+        if n > 1:
+            self.window.repeat(n)
+        if n > 1 and self.cache is not None:
+            self.cache.repeat(n)
+        self.newest = self.window.newest()  # (R, 1), not read yet
+        self.occurred = occurred(prompts, self.rules).repeat_interleave(n, dim=0)
+        self.uniforms = Uniforms(config.seed, len(self.newest), device)
 
-    cache.static = True
-    try:
-        return CudaGraph(lambda ids: model(ids, cache=cache)[:, -1], (input_ids,), warm_up=warm_up)
-    except RuntimeError:
-        cache.static = False
-        raise
-    finally:
-        restore()
+    def _read(self, cache: Cache, rows: list[int]) -> None:
+        """Have the cache hold what the model sees of sequences `rows`, but for the newest token of each."""
+        counts, tokens = self.window.counts(), self.window.tokens
+        if self.has_spans:
+            cache.span = None  # of more than one token at a time, or exactly one
+        if len(rows) < len(counts) and hasattr(cache, "put"):  # which somebody's own cache may lack
+            ends = [counts[row] - 1 for row in rows]
+            part = self.model.make_cache(len(rows), max(1, *ends))
+            self._fill(part, tokens[rows], ends)
+            cache.put(torch.tensor(rows, device=tokens.device), part)
+        else:
+            self._fill(cache.reset(), tokens, [count - 1 for count in counts])
+
+    def _fill(self, cache: Cache, tokens: Tensor, ends: list[int]) -> None:
+        """Read the first `ends` tokens of sequences into an empty cache."""
+        longest = max(ends)
+        if longest:
+            self.model.trunk(tokens[:, :longest], cache)
+        if min(ends) < longest:
+            cache.truncate(torch.tensor(ends, device=tokens.device))
+
+    def tokens(self, n: int) -> Iterator[list[int]]:
+        """The next `n` tokens of the sequences, R at a time; on a GPU some more are being drawn meanwhile."""
+        if self.newest.device.type != "cuda":
+            for _ in range(n):
+                yield self.step().flatten().tolist()
+            return
+        host = torch.empty(LAG + 1, *self.newest.shape, dtype=torch.int64, pin_memory=True)
+        events = [torch.cuda.Event() for _ in host]
+        n_read = 0
+        for number in range(n):
+            host[number % len(host)].copy_(self.step(), non_blocking=True)
+            events[number % len(host)].record()
+            while n_read <= number:
+                event = events[n_read % len(host)]
+                must = number - n_read == LAG or number in (0, n - 1)
+                if not must and not event.query():
+                    break
+                event.synchronize()
+                yield host[n_read % len(host)].flatten().tolist()
+                n_read += 1
+
+    def step(self) -> Tensor:
+        """Draw the next token of every sequence: (R, 1), good until the next step."""
+        self._make_room()
+        if not self.rules.stages.greedy:
+            self.uniforms.prepare()
+        if not self.captures or not self._replay():
+            self._step()
+        self.window.note_append()
+        if self.has_spans and self.cache is not None:
+            self.cache.note_advance(1)
+        return self.newest
+
+    def _make_room(self) -> None:
+        """Drop what the model does not see any more, and have the cache's span cover what it does see."""
+        rows, cache = self.window.slide(), self.cache
+        if cache is None:
+            return
+        if rows:
+            self._read(cache, rows)
+        if self.has_spans and (cache.span is None or cache.span < self.window.longest):
+            cache.span = span(self.window.longest, self.capacity)
+
+    def _step(self) -> None:
+        """Everything that happens on the device."""
+        logits = self._logits_of_all() if self.cache is None else self.model(self.newest, cache=self.cache)[:, -1]
+        uniform = None if self.rules.stages.greedy else self.uniforms.take()
+        tokens = next_tokens(logits, self.rules, self.occurred, uniform).unsqueeze(1)
+        self.newest.copy_(tokens)
+        self.window.append(tokens)
+        if self.rules.stages.repetition_penalty:
+            self.occurred.scatter_(1, tokens, True)
+
+    def _logits_of_all(self) -> Tensor:
+        """Logits (R, V) after the newest tokens, from a pass over all that the model sees."""
+        states = self.model.trunk(self.window.tokens[:, : self.window.longest])  # padded on the right
+        return self.model.head(states[torch.arange(len(states)), self.window.lengths - 1])
+
+    def _replay(self) -> bool:
+        """Take a step as a CUDA graph. The first with a span runs as it is, for libraries choose kernels and make their
+        workspaces; the second is captured. False where it cannot be, for want of memory: decoding goes on op by op."""
+        assert self.cache is not None and self.cache.span is not None
+        key = self.cache.span, self.rules.stages
+        if key not in self.graphs:
+            on_capture_stream(self._step)
+            self.graphs[key] = None
+            return True
+        graph = self.graphs[key]
+        if graph is None:
+            pool = next((graph.pool() for graph in self.graphs.values() if graph is not None), None)
+            try:
+                graph = self.graphs[key] = CudaGraph(self._step, warm_up=lambda: None, pool=pool)
+            except RuntimeError:
+                self.captures = False
+                return False
+        graph()
+        return True
+
+
+def aligned(n: int) -> int:
+    """The next multiple of ALIGNED."""
+    return -(-n // ALIGNED) * ALIGNED
+
+
+def span(length: int, capacity: int) -> int:
+    """Positions that captured steps cover when `length` are there: the capacity, or half as often as leaves room for
+    some steps more."""
+    covered = capacity
+    while covered >= 2 * SPAN and (half := aligned(-(-covered // 2))) >= length + GRAPH_FROM:
+        covered = half
+    return covered
+
+
+def occurred(sequences: Sequence[Sequence[int]], rules: Rules) -> Tensor:
+    """Which tokens are in every sequence, (R, V), bool; V is 0 where the rules do not ask."""
+    if not rules.stages.repetition_penalty:
+        return torch.zeros(len(sequences), 0, dtype=torch.bool, device=rules.numbers.device)
+    found = torch.zeros(len(sequences), rules.vocab_size, dtype=torch.bool)
+    for row, sequence in zip(found, sequences, strict=True):
+        row[torch.tensor(sequence)] = True
+    return found.to(rules.numbers.device)

@@ -11,11 +11,9 @@ import torch
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import Tokenizer
-from nnx_cli.inference.decoding import Context
-from nnx_cli.inference.sampler import draw, next_probabilities, uniforms
+from nnx_cli.inference.decoding import Decoder
 from nnx_cli.inference.text_stream import TextStream
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.system.device import synchronize
 
 
 @dataclass(frozen=True)
@@ -69,24 +67,16 @@ def generate(
     n_samples = len(prompts) * config.num_samples
     result = Generation(prefill_tokens=sum(min(len(p), model.config.seq_len) for p in prompts))
     streams = [TextStream(tokenizer, stops, partial(on_text, number)) for number in range(n_samples)]
-    random = uniforms(config, n_samples).to(model.device)
     started = time.perf_counter()
-    context = Context(model, [list(prompt) for prompt in prompts], config.max_new_tokens, use_cache)
-    logits = context.read_all().repeat_interleave(config.num_samples, dim=0)
-    context.repeat(config.num_samples)
-    synchronize(model.device)
-    result.prefill_s = time.perf_counter() - started
-    for number in range(config.max_new_tokens):
-        probabilities = next_probabilities(logits, config, context.history, context.seen())
-        tokens = draw(probabilities, random[:, number])
-        for stream, token in zip(streams, tokens.tolist(), strict=True):
+    for tokens in Decoder(model, prompts, config, use_cache).tokens(config.max_new_tokens):
+        if not result.decode_tokens:
+            result.prefill_s = time.perf_counter() - started
+        for stream, token in zip(streams, tokens, strict=True):
             if stream.stop_reason is None:
                 stream.push(token)
                 result.decode_tokens += 1
-        if number + 1 == config.max_new_tokens or all(stream.stop_reason for stream in streams):
+        if all(stream.stop_reason for stream in streams):
             break
-        context.append(tokens)
-        logits = context.read_newest()
     for stream in streams:
         stream.finish("length")
         result.samples.append(Sample(stream.text, stream.tokens, stream.stop_reason or "length"))

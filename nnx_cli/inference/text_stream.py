@@ -16,9 +16,14 @@ class TextStream:
         self.stops = [stop for stop in stops if stop]
         self.on_text = on_text
         self.tokens: list[int] = []
-        self.text = ""
+        self.pieces: list[str] = []
         self.held = ""  # what may be the beginning of a stop string
         self.stop_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What has been let go so far."""
+        return "".join(self.pieces)
 
     def push(self, token: int) -> None:
         """Take the next token; sets `stop_reason` when the sample ends with it."""
@@ -41,8 +46,8 @@ class TextStream:
             self.held, self.stop_reason = self.held[: min(found)], "stop"
         keep = 0 if final or found else max((overlap(self.held, stop) for stop in self.stops), default=0)
         out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        self.text += out
         if out:
+            self.pieces.append(out)
             self.on_text(out)
 
 

@@ -18,7 +18,6 @@ in float32. A window limits attention; the averages still go back to the first p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Self
@@ -100,19 +99,9 @@ class AveragedKeyCache(KVCache):
 
     def _first(self, n_new: int) -> int:
         """The first position that the next one sees, in any row."""
-        if self.window is None or not self._even or self.is_static(n_new):
+        if self.window is None or not self._even or self.has_span(n_new):
             return 0
         return max(0, self._longest + 1 - self.window)
-
-    def snapshot(self) -> Callable[[], None]:
-        """As in KVCache, with the sums."""
-        forget, sums = super().snapshot(), self.sums.clone()
-
-        def restore() -> None:
-            forget()
-            self.sums.copy_(sums)
-
-        return restore
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """As in KVCache; the sums of shorter rows come from the averages stored there."""
@@ -133,6 +122,11 @@ class AveragedKeyCache(KVCache):
         """As in KVCache, with the sums."""
         self.sums.zero_()
         return super().reset()
+
+    def put(self, rows: Tensor, other: Self) -> Self:
+        """As in KVCache, with the sums."""
+        self.sums[:, rows] = other.sums
+        return super().put(rows, other)
 
     @property
     def n_bytes(self) -> int:

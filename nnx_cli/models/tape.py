@@ -27,7 +27,6 @@ centres by the vocabulary's size instead of the width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -293,24 +292,14 @@ class TapeCache:
             store.note_advance(n_new)
 
     @property
-    def static(self) -> bool:
+    def span(self) -> int | None:
         """As in KVCache."""
-        return self.first.static
+        return self.first.span
 
-    @static.setter
-    def static(self, value: bool) -> None:
+    @span.setter
+    def span(self, value: int | None) -> None:
         for store in self.stores:
-            store.static = value
-
-    def snapshot(self) -> Callable[[], None]:
-        """As in KVCache."""
-        snapshots = [store.snapshot() for store in self.stores]
-
-        def restore() -> None:
-            for restore_store in snapshots:
-                restore_store()
-
-        return restore
+            store.span = value
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """Forget what lies beyond `lengths`, (B,) or one number for all rows."""
@@ -328,6 +317,12 @@ class TapeCache:
         """Forget everything."""
         for store in self.stores:
             store.reset()
+        return self
+
+    def put(self, rows: Tensor, other: Self) -> Self:
+        """Replace rows by those of another cache."""
+        for store, new in zip(self.stores, other.stores, strict=True):
+            store.put(rows, new)
         return self
 
 

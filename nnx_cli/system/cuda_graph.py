@@ -16,6 +16,17 @@ def capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+def on_capture_stream(fn: Callable[[], object]) -> None:
+    """Run a function on the stream that graphs are recorded on, between what comes before and after."""
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            fn()
+    finally:  # what is undone after a failure comes after what had begun
+        torch.cuda.current_stream().wait_stream(stream)
+
+
 class CudaGraph:
     """A function recorded once and replayed: one launch for all its kernels, which a host launches slower than a GPU
     runs them.
@@ -38,15 +49,12 @@ class CudaGraph:
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        stream = capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                (warm_up or fn)(*self.inputs)
-        finally:  # what is undone after a failure comes after what had begun
-            torch.cuda.current_stream().wait_stream(stream)
+        on_capture_stream(lambda: (warm_up or fn)(*self.inputs))
         # the outer context: torch.cuda.graph stays on its stream where CUDA refuses to end the recording
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph, stream=stream, pool=pool):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(self.graph, stream=capture_stream(), pool=pool),
+        ):
             self.output = fn(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -1,11 +1,9 @@
 import pytest
 import torch
 
-from nnx_cli import models
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
-from nnx_cli.inference import decoding
-from nnx_cli.inference.decoding import decoding_graph, window_start
+from nnx_cli.inference.decoding import window_start
 from nnx_cli.inference.generate import generate
 
 
@@ -94,20 +92,6 @@ def test_training_mode_is_as_before(tiny):
         first = run(model, [[1]], max_new_tokens=5).samples[0].tokens
         assert model.training is training
         assert run(model, [[1]], max_new_tokens=5).samples[0].tokens == first, "dropout is off"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", models.names())
-def test_recorded_decoding_draws_what_plain_decoding_draws(tiny, name, monkeypatch):
-    """Past the end of the context several times, so that caches are read anew under the same graph."""
-    model = sharp(tiny(name)).to("cuda")
-    settings = dict(max_new_tokens=3 * model.config.seq_len, seed=1)
-    made = []
-    monkeypatch.setattr(decoding, "decoding_graph", lambda *args: made.append(decoding_graph(*args)) or made[-1])
-    recorded = [sample.tokens for sample in run(model, PROMPTS, **settings).samples]
-    assert len(made) == 1
-    model.syncs_in_eval = True  # so that nothing is recorded
-    assert [sample.tokens for sample in run(model, PROMPTS, **settings).samples] == recorded and len(made) == 1
 
 
 class Script(torch.nn.Module):

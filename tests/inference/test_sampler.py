@@ -5,16 +5,20 @@ import torch
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.errors import UsageError
-from nnx_cli.inference.sampler import draw, next_probabilities, uniforms
+from nnx_cli.inference import sampler
+from nnx_cli.inference.sampler import Rules, Uniforms, draw, next_probabilities, next_tokens
 
-NO_HISTORY = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
+CPU = torch.device("cpu")
 
 
-def probabilities(logits, history=None, **settings):
+def probabilities(logits, history=(), **settings):
     """Probabilities of one row of logits under some settings (temperature 1 unless told)."""
-    seen = NO_HISTORY if history is None else (torch.tensor([history]), torch.ones(1, len(history), dtype=torch.bool))
-    config = SampleConfig(**({"temperature": 1.0} | settings))
-    rows = next_probabilities(torch.tensor([logits]), config, *seen)
+    rules = Rules(SampleConfig(**({"temperature": 1.0} | settings)), len(logits), CPU)
+    occurred = torch.zeros(1, len(logits), dtype=torch.bool)
+    occurred[0, list(history)] = True
+    if rules.stages.greedy:
+        return torch.eye(len(logits))[next_tokens(torch.tensor([logits]), rules, occurred, None)].tolist()[0]
+    rows = next_probabilities(torch.tensor([logits]), rules, occurred)
     return (rows / rows.sum()).tolist()[0]
 
 
@@ -97,12 +101,41 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     )
 
 
-def test_padding_of_a_shorter_row_is_no_history():
-    history = torch.tensor([[1, 2, 0, 0], [1, 2, 3, 0]])
-    seen = torch.tensor([[True, True, False, False], [True] * 4])
-    rows = next_probabilities(torch.ones(2, 5), SampleConfig(temperature=1.0, repetition_penalty=2.0), history, seen)
-    assert (rows[0] == rows[0].max()).tolist() == [True, False, False, True, True]
-    assert (rows[1] == rows[1].max()).tolist() == [False, False, False, False, True]
+@pytest.mark.parametrize(
+    ("settings", "changed", "same_code"),
+    [
+        ({"temperature": 0.7}, {"temperature": 1.3, "seed": 4}, True),
+        ({"top_k": 3}, {"top_k": 4}, True),
+        ({"top_k": 4, "top_p": 0.5}, {"top_k": 3, "top_p": 0.9}, True),
+        ({"min_p": 0.1, "repetition_penalty": 1.2}, {"min_p": 0.3, "repetition_penalty": 0.8}, True),
+        ({"top_k": 4}, {"top_k": 5}, False),
+        ({}, {"top_p": 0.5}, False),
+        ({}, {"greedy": True}, False),
+        ({"top_p": 1.0, "min_p": 0.0, "top_k": 9, "repetition_penalty": 1.0}, {}, True),
+        ({"greedy": True, "top_p": 0.5}, {"temperature": 0.0, "top_k": 2}, True),
+    ],
+    ids=str,
+)
+def test_numbers_may_change_and_the_code_stays(settings, changed, same_code):
+    """What runs depends on `stages` alone, as a recorded step must, and follows the numbers that were set last."""
+    torch.manual_seed(0)
+    logits, uniform, occurred = torch.randn(50, 9), torch.rand(50), torch.rand(50, 9) < 0.3
+    rules, wanted = Rules(SampleConfig(**settings), 9, CPU), Rules(SampleConfig(**changed), 9, CPU)
+    before = rules.stages, [x.data_ptr() for x in (rules.temperature, rules.top_k, rules.top_p)]
+    rules.set(SampleConfig(**changed))
+    assert (rules.stages == before[0]) == same_code and rules.stages == wanted.stages
+    assert [x.data_ptr() for x in (rules.temperature, rules.top_k, rules.top_p)] == before[1]
+    drawn = (next_tokens(logits, r, occurred, None if r.stages.greedy else uniform) for r in (rules, wanted))
+    assert torch.equal(*drawn)
+
+
+def test_values_that_change_nothing_are_off():
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(1))
+    off = Rules(SampleConfig(top_k=300, top_p=1.0, min_p=0.0, repetition_penalty=1.0), 300, CPU)
+    default = Rules(SampleConfig(), 300, CPU)
+    assert off.stages == default.stages
+    occurred = torch.ones(20, 0, dtype=torch.bool)
+    assert torch.equal(next_probabilities(logits, off, occurred), next_probabilities(logits, default, occurred))
 
 
 def test_draw_inverts_the_cumulated_probabilities():
@@ -150,9 +183,17 @@ def test_values_out_of_range_are_refused(bad):
         SampleConfig(**bad)
 
 
-def test_random_numbers_do_not_depend_on_the_number_of_sequences():
-    config = SampleConfig(max_new_tokens=20, seed=7)
-    many = uniforms(config, 5)
-    assert torch.equal(uniforms(config, 2), many[:2])
-    assert len({tuple(row.tolist()) for row in many}) == 5
-    assert torch.equal(uniforms(SampleConfig(max_new_tokens=10, seed=7), 5), many[:, :10])
+def test_random_numbers_are_a_stream_for_each_sequence(monkeypatch):
+    """Whatever their number, and however many are made at a time."""
+
+    def take(n_sequences, n_steps):
+        numbers = Uniforms(7, n_sequences, CPU)
+        return torch.stack([(numbers.prepare(), numbers.take())[1] for _ in range(n_steps)], dim=1)
+
+    many = take(5, 600)
+    for row, numbers in enumerate(many):
+        generator = torch.Generator().manual_seed(7 * 1_000_003 + row)
+        assert torch.equal(numbers, torch.rand(600, generator=generator))
+    assert torch.equal(take(2, 600), many[:2]) and len({tuple(row.tolist()) for row in many}) == 5
+    monkeypatch.setattr(sampler, "UNIFORMS_AT_ONCE", 7)
+    assert torch.equal(take(5, 30), many[:, :30])

@@ -158,17 +158,18 @@ def addresses(cache):
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(9, 9), (4, 9)])
-def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(model, name, lengths):
+def test_a_cache_with_a_span_takes_one_token_by_the_same_operations_whatever_it_holds(model, name, lengths):
     ids, seen = draw_ids(2, 24), []
     cache = model.make_cache(2, 32)
     model(ids[:, :9], cache=cache)
     cache.truncate(torch.tensor(lengths))
-    cache.static = True
+    cache.span = 24
     before = addresses(cache)
     for step in range(4):
         new = torch.stack([ids[row, length + step : length + step + 1] for row, length in enumerate(lengths)])
         with Operations() as operations:
             logits = model(new, cache=cache)
+        cache.note_advance(1)
         seen.append(operations.seen)
         for row, length in enumerate(lengths):
             assert same(logits[row, -1], model(ids[row : row + 1, : length + step + 1])[0, -1]), (row, step)
@@ -181,18 +182,17 @@ def test_a_fixed_cache_takes_one_token_by_the_same_operations_whatever_it_holds(
 
 
 @torch.no_grad()
-def test_a_cache_is_restored_from_its_snapshot(model, name):
-    ids = draw_ids(2, 12)
-    cache = model.make_cache(2, 32)
-    model(ids[:, :8], cache=cache)
-    cache.truncate(torch.tensor([5, 8]))
-    restore = cache.snapshot()
-    expected = model(ids[:, 8:9], cache=cache)
-    model(ids[:, 9:12], cache=cache)
-    for _ in range(2):
-        restore()
-        assert cache.lengths.tolist() == [5, 8]
-        assert torch.equal(model(ids[:, 8:9], cache=cache), expected)
+def test_rows_of_a_cache_are_replaced(model, name):
+    ids, others = draw_ids(3, 12), draw_ids(2, 6, seed=2)
+    cache, part = model.make_cache(3, 32), model.make_cache(2, 5)
+    model(ids[:, :9], cache=cache)
+    model(others[:, :5], cache=part)
+    part.truncate(torch.tensor([5, 3]))
+    cache.put(torch.tensor([2, 0]), part)
+    assert cache.lengths.tolist() == [3, 9, 5]
+    logits = model(torch.stack((others[1, 3], ids[1, 9], others[0, 5]))[:, None], cache=cache)
+    for row, known in enumerate((others[1, :4], ids[1, :10], others[0, :6])):
+        assert same(logits[row, -1], model(known[None])[0, -1]), row
 
 
 def test_initial_loss_is_near_that_of_guessing(tiny, name):
