@@ -6,20 +6,30 @@ A field's name is the option's name, its comment the option's help: `read_fields
 from __future__ import annotations
 
 import ast
+import codecs
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from encodings.aliases import aliases
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.errors import DataError, UsageError, nearest
+from nnx_cli.errors import UsageError, nearest
 
 GIB = 2**30
-MAX_TOML_BYTES = 2**20
 TOKENIZERS = ("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")
 LEAST_IDS, MOST_IDS = {"byte": 256, "char": 256, "bpe": 257}, {"byte": 256}  # of a vocabulary
+NO_TEXT = (
+    "base64_codec",
+    "bz2_codec",
+    "hex_codec",
+    "quopri_codec",
+    "rot_13",
+    "uu_codec",
+    "zlib_codec",
+)  # Python's codecs
 # parts of a run after which it is looked at
 MILESTONES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that package's modules
@@ -32,13 +42,15 @@ class PrepareConfig:
     tokenizer: str = "byte"  # kind: byte, char, bpe, gpt2, cl100k_base, o200k_base, or a tokenizer file
     vocab_size: int | None = None  # ids of a trained tokenizer (bpe, char); default: the tokenizer's own
     val_fraction: float = 0.1  # part of the text held out for validation
-    text_key: str = "text"  # field of a JSONL row, column of a table; a path if it lies deeper: messages.content
+    text_key: str = "text"  # field of a JSONL row, column of a table
+    encoding: str | None = None  # encoding of text, such as cp1251 or gb18030; default: found out for every file
     errors: str = "replace"  # invalid bytes, bad rows, files of many: strict refuses, replace counts and reports
     workers: int | None = None  # encoding threads; default: one per core
     max_memory_bytes: int = 256 * 2**20  # bound on what preparing holds at once
 
     def __post_init__(self) -> None:
         check_range("val-fraction", self.val_fraction, 0.0, 0.5, low_open=True)
+        check_encoding(self.encoding)
         check_choice("errors", self.errors, ("strict", "replace"))
         check_tokenizer(self.tokenizer)
         least, most = LEAST_IDS.get(self.tokenizer, 1), MOST_IDS.get(self.tokenizer, 2**24)
@@ -284,6 +296,17 @@ def check_device(name: str) -> None:
         raise UsageError(f"--device has no choice {name!r}: auto, cpu, cuda, cuda:N, mps")
 
 
+def check_encoding(name: str | None) -> None:
+    """Raise UsageError, with the nearest match, unless `name` is None or a text encoding of this Python."""
+    try:
+        if name is not None:
+            " ".encode(name)
+            codecs.getincrementaldecoder(name)
+    except (LookupError, ValueError, TypeError) as error:
+        names = sorted({name for pair in aliases.items() if pair[1] not in NO_TEXT for name in pair})
+        raise UsageError(f"--encoding {name!r} is no encoding of text{nearest(str(name).lower(), names)}") from error
+
+
 def parse_duration(text: str | None) -> float | None:
     """Seconds in "90s", "20m", "8h", "2d" or a bare number of seconds. Raises UsageError for anything else."""
     if text is None:
@@ -312,23 +335,17 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Settings from a TOML file; dashes and underscores are the same, `[train]`-like tables are merged into one level.
+def parse_toml(text: str, origin: str) -> dict[str, Any]:
+    """Settings in a TOML text; dashes and underscores are the same, `[train]`-like tables are merged into one level.
 
-    Raises DataError where the file cannot be read, UsageError where it is no TOML.
+    Raises UsageError where it is no TOML.
     """
     import tomllib
 
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_TOML_BYTES + 1)
-        if len(content) > MAX_TOML_BYTES:
-            raise UsageError(f"--config {path} is no file of settings: it has more than {MAX_TOML_BYTES >> 10} KiB")
-        data = tomllib.loads(content.decode())
-    except OSError as error:
-        raise DataError(f"cannot read --config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # besides what TOML forbids: bytes, numbers and dates out of range
-        raise UsageError(f"--config {path} is not TOML: {error}") from error
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # besides what TOML forbids: numbers and dates out of range
+        raise UsageError(f"{origin} is not TOML: {error}") from error
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= value if isinstance(value, dict) else {key: value}

@@ -15,11 +15,11 @@ from nnx_cli.config import (
     own_fields,
     parse_bytes,
     parse_duration,
+    parse_toml,
     read_fields,
-    read_toml,
     unescape,
 )
-from nnx_cli.errors import DataError, NnxError, UsageError
+from nnx_cli.errors import NnxError, UsageError
 
 CONFIGS = [PrepareConfig, TrainConfig, SampleConfig]
 
@@ -171,38 +171,29 @@ def test_one_length_at_most():
         check_one_length({"max_steps": 5, "epochs": 1.0})
 
 
-@pytest.fixture
-def toml(tmp_path):
-    def write(content):
-        path = tmp_path / "settings.toml"
-        path.write_text(content) if isinstance(content, str) else path.write_bytes(content)
-        return path
-
-    return write
+def test_toml_is_one_level_with_underscores():
+    text = 'model = "nyx"\n[train]\nmax-steps = 5\nlr = 1e-3\n[model_shape]\ndim = 64\n'
+    assert parse_toml(text, "x.toml") == {"model": "nyx", "max_steps": 5, "lr": 1e-3, "dim": 64}
 
 
-def test_toml_is_one_level_with_underscores(toml):
-    path = toml('model = "nyx"\n[train]\nmax-steps = 5\nlr = 1e-3\n[model_shape]\ndim = 64\n')
-    assert read_toml(path) == {"model": "nyx", "max_steps": 5, "lr": 1e-3, "dim": 64}
-
-
-@pytest.mark.parametrize("content", ["lr = ", "[train", "lr = 1\nlr = 2", b"\xff\xfe", "a = " + "[" * 5000])
-def test_what_is_no_toml_is_refused(toml, content):
-    with pytest.raises(UsageError, match="is not TOML"):
-        read_toml(toml(content))
-
-
-def test_an_unknown_key_gives_the_nearest(toml):
+def test_an_unknown_key_gives_the_nearest():
     with pytest.raises(UsageError, match="no setting 'max_step'; did you mean max_steps"):
-        coerce(FIELDS, read_toml(toml("max_step = 5")), "x.toml")
+        coerce(FIELDS, parse_toml("max_step = 5", "x.toml"), "x.toml")
     with pytest.raises(UsageError, match="__class__"):
-        coerce(FIELDS, read_toml(toml("__class__ = 5")), "x.toml")
+        coerce(FIELDS, parse_toml("__class__ = 5", "x.toml"), "x.toml")
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(DataError, match="cannot read --config"):
-            read_toml(path)
+@pytest.mark.parametrize("name", ["gbkk", "utf8x", "rot13", "hex", "zlib", "undefined", "", "a\0b"])
+def test_what_is_no_encoding_of_text_is_refused(name):
+    with pytest.raises(UsageError, match="--encoding"):
+        PrepareConfig(encoding=name)
+
+
+def test_encodings_have_many_names():
+    for name in ("cp1251", "Windows-1251", "GBK", "latin1", "UTF-16", "shift_jis", "KOI8-R", "mac-roman", "cp037"):
+        assert PrepareConfig(encoding=name).encoding == name
+    with pytest.raises(UsageError, match=r"did you mean \w*1251"):
+        PrepareConfig(encoding="win1251x")
 
 
 FIELDS = [

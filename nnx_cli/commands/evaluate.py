@@ -7,29 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import (
-    Branch,
-    Device,
-    Model,
-    ModelFile,
-    Precision,
-    command,
-    given,
-    may_have_rows,
-    settings,
-)
+from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, settings
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console import Output
 
-OPTIONS = settings(PrepareConfig, only=("text_key", "errors"))
-BRANCHES = (
-    Branch({"text_key", "errors"}, lambda v: v["filepath"], "without --filepath: the validation split is read already"),
-    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
-)
+OPTIONS = settings(PrepareConfig, only=("text_key", "encoding", "errors"))
 TOKENS_PER_BATCH = 8192
 
 
-@command(*OPTIONS, branches=BRANCHES)
+@command(*OPTIONS)
 def run(
     output: Output,
     model: Model = None,
@@ -45,6 +31,7 @@ def run(
     """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""
     check_range("batch-size", batch_size, 1, 2**20)
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
+    from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.evaluation.held_out import held_out_tokens
     from nnx_cli.evaluation.losses import evaluate
     from nnx_cli.runs.find import find_model
@@ -57,7 +44,7 @@ def run(
     network, tokenizer = load_model(ref, where, precision), ref.tokenizer
     seq_len = network.config.seq_len
     output.note_reading(*(filepath or []))
-    with held_out_tokens(ref, filepath or [], preparing) as tokens:
+    with held_out_tokens(ref, filepath or [], preparing, preparation_view(output)) as tokens:
         result = evaluate(
             network,
             tokens,

@@ -7,21 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Branch, Device, Model, ModelFile, command, given, naming, settings
-from nnx_cli.config import QuantizeConfig, TrainConfig, own_fields
+from nnx_cli.commands._options import Device, Model, ModelFile, command, given, naming, settings
+from nnx_cli.config import PrepareConfig, QuantizeConfig, TrainConfig, own_fields
 from nnx_cli.console import Output, size
 
-BRANCHES = (
-    Branch(
-        {"group_size"},
-        lambda v: v["bits"] == 4,
-        "with 8 bits, which have one scale a row",
-        "leave it out, or add --bits 4",
-    ),
-)
+READING = ("text_key", "encoding", "errors")
 
 
-@command(*settings(QuantizeConfig), branches=BRANCHES)
+@command(*settings(QuantizeConfig), *settings(PrepareConfig, only=READING))
 def run(
     output: Output,
     model: Model = None,
@@ -38,6 +31,9 @@ def run(
 ) -> None:
     """Make a smaller, faster copy of a model and measure what that costs."""
     config = QuantizeConfig(**given(options, own_fields(QuantizeConfig)))
+    preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
+    if config.bits == 8 and options["group_size"] is not None:
+        output.note("--group-size is for 4 bits; with 8 there is one scale a row")
     from nnx_cli.convert.quantize import quantize_model
     from nnx_cli.layers.quantized import Quantization
     from nnx_cli.runs.find import WEIGHTS, find_model
@@ -53,6 +49,7 @@ def run(
         folder,
         how,
         paths=filepath or (),
+        preparing=preparing,
         max_drop=config.max_drop,
         device=where,
         precision=pick_precision("auto", where),

@@ -7,31 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import (
-    ALIASES,
-    Branch,
-    Device,
-    Model,
-    ModelFile,
-    Precision,
-    command,
-    given,
-    hidden,
-    settings,
-)
-from nnx_cli.config import SampleConfig, TrainConfig, own_fields, unescape
+from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, hidden, settings
+from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, check_encoding, own_fields, unescape
 from nnx_cli.console import Output
-from nnx_cli.errors import CheckpointError, DataError, UsageError
-from nnx_cli.system.streams import read_standard_input
+from nnx_cli.errors import CheckpointError, UsageError
 
-# Options of the original NYX that choose the newest run of a shape, and our names of these values.
-SHAPE = {name: ALIASES.get(name, name) for name in ("vocab_size", "model_dim", "layer_depth", "num_attention_heads")}
+# The command line of the original NYX: options that choose the newest run of a shape, and ours.
+SHAPE = {"vocab_size": "vocab_size", "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads"}
 
-LIKELIEST = "the likeliest token is taken every time"
 MAX_PROMPT_BYTES = 64 * 2**20
 
 OPTIONS = [
     *settings(SampleConfig),
+    *settings(PrepareConfig, only=("encoding",)),
     hidden("sample_prompt", str),
     hidden("generate_length", int),
     *(hidden(name, int) for name in SHAPE),
@@ -40,21 +28,9 @@ Stops = Annotated[
     list[str] | None,
     typer.Option(help=r"End a sample before this text (\n, \t, \\: as in code); may be repeated."),
 ]
-BRANCHES = (
-    Branch({"stop"}, lambda v: all(v["stop"]), "without text"),
-    Branch(SHAPE, lambda v: v["model"] is None, "beside MODEL: it chooses the newest run of that shape"),
-    Branch({"sample_prompt"}, lambda v: v["prompt"] is None, "beside --prompt, which is another spelling of it"),
-    Branch({"generate_length"}, lambda v: v["max_new_tokens"] is None, "beside --max-new-tokens: it is the same"),
-    Branch({"temperature"}, lambda v: not v["greedy"] or v["temperature"] == 0, f"with --greedy: {LIKELIEST}"),
-    Branch(
-        {"top_k", "top_p", "min_p", "seed"},
-        lambda v: not v["greedy"] and v["temperature"] != 0,
-        f"with --greedy or --temperature 0: {LIKELIEST}",
-    ),
-)
 
 
-@command(*OPTIONS, branches=BRANCHES)
+@command(*OPTIONS)
 def run(
     output: Output,
     model: Model = None,
@@ -73,9 +49,10 @@ def run(
     prompt = prompt if prompt is not None else options.get("sample_prompt")
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file: give one")
+    check_encoding(options["encoding"])
     values = given(options, own_fields(SampleConfig))
     if options.get("generate_length") is not None:
-        values.setdefault("max_new_tokens", options["generate_length"])
+        values["max_new_tokens"] = options["generate_length"]
     config = SampleConfig(**values)
     from nnx_cli.inference.generate import generate
     from nnx_cli.runs.find import find_model
@@ -88,7 +65,7 @@ def run(
     ref = _newest_of_shape(shape, file) if shape and model is None else find_model(model, file)
     tokenizer = ref.tokenizer
     output.note_reading(prompt)
-    text = _read_prompt(prompt, prompt_file)
+    text = _read_prompt(output, prompt, prompt_file, options["encoding"])
     if tokenizer is None and text:
         text = " ".join(text.split()) + " "
     network = load_model(ref, where, precision)
@@ -127,24 +104,19 @@ def _samples_as_json(label: str, prompt: str, result: Any) -> dict[str, Any]:
     }
 
 
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from the option, a file, or standard input."""
-    if prompt_file is not None:
-        try:
-            with open(prompt_file, "rb") as file:
-                return _decoded(file.read(MAX_PROMPT_BYTES + 1))
-        except OSError as error:
-            raise DataError(f"cannot read --prompt-file {prompt_file}: {error.strerror}") from error
-    if prompt == "-":
-        return _decoded(read_standard_input(MAX_PROMPT_BYTES + 1))
-    return prompt or ""
+def _read_prompt(output: Output, prompt: str | None, prompt_file: Path | None, encoding: str | None) -> str:
+    """The prompt from the option, or from a file or standard input, which are read as training text is."""
+    from nnx_cli.data.charset import read_text
+    from nnx_cli.data.sources import Source
 
-
-def _decoded(data: bytes) -> str:
-    """A prompt as text. Raises DataError where it is more than anybody would write (or has no end, as /dev/zero)."""
-    if len(data) > MAX_PROMPT_BYTES:
-        raise DataError(f"the prompt has more than {MAX_PROMPT_BYTES >> 20} MiB")
-    return data.decode("utf-8", "replace")
+    if prompt_file is None and prompt != "-":
+        return prompt or ""
+    source = Source("standard input") if prompt_file is None else Source(f"--prompt-file {prompt_file}", prompt_file)
+    with source.open() as stream:
+        text, notes = read_text(stream, MAX_PROMPT_BYTES, encoding)
+    for note in notes:
+        output.note(note)
+    return text
 
 
 def _prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:

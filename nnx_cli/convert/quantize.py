@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnx_cli.config import SampleConfig
+from nnx_cli.config import PrepareConfig, SampleConfig
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.evaluation.held_out import held_out_tokens
@@ -55,15 +55,16 @@ def quantize_model(
     quantization: Quantization,
     *,
     paths: Sequence[str] = (),
+    preparing: PrepareConfig | None = None,
     max_drop: float | None = None,
     device: torch.device,
     precision: str = "fp32",
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the folder `out` with the model of `ref`, quantized; returns the receipt, and lines on how it was measured.
 
-    `max_drop` is in bits per byte (default: RELATIVE_DROP of what the model has). Measures on the text in `paths`, or
-    the run's validation split. Raises OutputError where `out` exists, DataError without text, and QualityError, leaving
-    nothing behind, where the model lost more than it may.
+    `max_drop` is in bits per byte (default: RELATIVE_DROP of what the model has). Measures on the text in `paths`, read
+    as `preparing` says, or the run's validation split. Raises OutputError where `out` exists, DataError without text,
+    and QualityError, leaving nothing behind, where the model lost more than it may.
     """
     _check_source(ref)
     refuse_existing(out)
@@ -73,7 +74,8 @@ def quantize_model(
     before = load_model(ref, device, precision)
     _check_kept(before, quantization.kept)
     config = ref.config_at(out) | {"quantization": asdict(quantization), "quantized_from": ref.label}
-    with held_out_tokens(ref, paths) as tokens:
+    read: list[str] = []
+    with held_out_tokens(ref, paths, preparing, lambda event: read.append(event["note"])) as tokens:
         if len(tokens) < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         with new_folder(out) as folder:
@@ -86,7 +88,7 @@ def quantize_model(
             sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
             receipt = _write_receipt(folder, out, quantization, found, sizes, speeds, kernel_name(device))
         notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
-    return receipt, [*notes, f"matmuls on this machine: {receipt['kernel']}"]
+    return receipt, [*read, *notes, f"matmuls on this machine: {receipt['kernel']}"]
 
 
 def _check_source(ref: ModelRef) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import io
 from collections.abc import Iterator
+from typing import NoReturn
 
-from nnx_cli.data.compression import BLOCK_BYTES, Stream
+from nnx_cli.data.charset_guess import Guess, guess_encoding, guess_wide
+from nnx_cli.data.compression import BLOCK_BYTES, Stream, unpack
 from nnx_cli.errors import DataError
 
 PROBE_BYTES = 2**16
+BEFORE_BYTES = 64  # of plain ASCII before what is guessed
+ENOUGH_BYTES, GUESS_BYTES = 1000, 2**22  # a block with fewer bytes beyond ASCII is guessed by so much more of the text
+MIN_CONFIDENCE = 0.5  # of a guess that is taken
 MAX_NUL_SHARE = 0.001
 MAX_CONTROL_SHARE = 0.05
 CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\b\x1b")
@@ -34,27 +40,44 @@ BOMS = {  # the longer ones first: UTF-32 begins like UTF-16
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+ESCAPES = b"\x1b$", b"\x1b(J", b"\x1b(I"  # what ISO-2022 switches character sets with
+ESCAPED = "iso2022_jp_ext", "iso2022_jp_2", "iso2022_jp_3", "iso2022_kr"
+ASCII, BEYOND_ASCII = bytes(range(128)), bytes(range(128, 256))
+MARKED = "nnx.marked"
+INVALID, MORE_INVALID = "\udcff", "\udcfe"  # stand for a run of invalid bytes: its first one, each further one
 
 
 class TextReader:
     """Text of one file in blocks of at most 1 MiB of bytes. After the last: `encoding`, `n_replaced` (bytes)."""
 
-    def __init__(self, stream: Stream, *, strict: bool) -> None:
-        self.encoding = "utf-8"
-        self.guessed = False  # neither UTF-8 nor marked: cp1252, or UTF-16 told by its zero bytes
+    def __init__(self, stream: Stream, *, strict: bool, encoding: str | None = None) -> None:
+        """`encoding` is what the user says that unmarked text is in; without it that is found out."""
+        self.encoding = encoding or "utf-8"
+        self.guess: Guess | None = None
         self.n_replaced = 0
+        self._known = encoding is not None
         self._stream = stream
         self._strict = strict
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, once all is read."""
+        notes = []
+        if self.n_replaced:
+            notes.append(f"{self._stream.name}: {self.n_replaced:,} invalid bytes became U+FFFD")
+        if self.guess is not None:
+            notes.append(f"{self._stream.name}: read as {_described(self.guess)}; --encoding NAME chooses another")
+        return notes
 
     def __iter__(self) -> Iterator[str]:
         self._detect()
         decoder = None
         while True:
             data = self._stream.read(BLOCK_BYTES)
-            if decoder is None and self.encoding == "utf-8" and not data.isascii():
-                self._confirm_utf8(data)
-            if decoder is None and (not data.isascii() or self.encoding != "utf-8"):
-                decoder = codecs.getincrementaldecoder(self.encoding)("strict" if self._strict else "replace")
+            if decoder is None and not self._known:
+                self._decide(data)
+            if decoder is None and self._known:
+                decoder = codecs.getincrementaldecoder(self.encoding)("strict" if self._strict else MARKED)
             text = data.decode("ascii") if decoder is None else self._decode(decoder, data)
             if text:
                 yield text
@@ -62,70 +85,140 @@ class TextReader:
                 return
 
     def _detect(self) -> None:
+        """Look at the beginning: a mark, binary data, UTF-16 and UTF-32 by what no other text has."""
         head = self._stream.peek(PROBE_BYTES)
         for bom, encoding in BOMS.items():
             if head.startswith(bom):
-                self.encoding = encoding
+                self.encoding, self._known = encoding, True
                 self._stream.read(len(bom))
                 return
-        _refuse_binary(head, self._stream.name)
-        if guess := _utf16_without_bom(head):
-            self.encoding, self.guessed = guess, True
+        for magic, what in BINARY_MAGIC.items():
+            if head.startswith(magic):
+                raise DataError(f"{self._stream.name} is not text but {what}")
+        if self._known or not _has_controls(head) or _escaped(head):
+            return
+        wide = _latin_utf16(head) or guess_wide(head)
+        if wide.confidence < MIN_CONFIDENCE:
+            raise DataError(
+                f"{self._stream.name} is binary, not text", fix="if it is text, name its encoding: --encoding NAME"
+            )
+        self._take(wide)
 
-    def _confirm_utf8(self, data: bytes) -> None:
-        """Called with the first block that is not ASCII: everything before it reads alike in both encodings."""
+    def _decide(self, data: bytes) -> None:
+        """Settle the encoding with the first block that is not plain ASCII: before it all of them read alike."""
+        if data.isascii():
+            if encoding := _escaped(data):
+                self._take(Guess(encoding, 0.99))
+            return
+        self._known = True
         try:
             codecs.getincrementaldecoder("utf-8")().decode(data)
         except UnicodeDecodeError as error:
-            if self._strict:
-                self._refuse(error, self._stream.n_read - len(data))
+            offset = self._stream.n_read - len(data)
             text = data.decode("utf-8", "replace")
             n_bad = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
             n_good = sum(not char.isascii() for char in text) - text.count("\ufffd")
-            if n_good < n_bad:
-                self.encoding, self.guessed = "cp1252", True
+            guess = self._guess(data) if n_good < n_bad else None
+            if self._strict:
+                self._refuse(error, offset, guess)
+            if guess is not None:
+                self._take(guess)
+
+    def _guess(self, data: bytes) -> Guess:
+        """The likeliest encoding of text that is not UTF-8."""
+        wide = guess_wide(data) if self._stream.n_read == len(data) else None
+        n_beyond = len(data) - len(data.translate(None, BEYOND_ASCII))
+        data = data[max(0, len(data) - len(data.lstrip(ASCII)) - BEFORE_BYTES) :]
+        guess = guess_encoding(data if n_beyond >= ENOUGH_BYTES else data + self._stream.peek(GUESS_BYTES))
+        return guess if wide is None or wide.confidence < max(guess.confidence, MIN_CONFIDENCE) else wide
+
+    def _take(self, guess: Guess) -> None:
+        if guess.confidence < MIN_CONFIDENCE:
+            raise DataError(
+                f"{self._stream.name} is not UTF-8, and its encoding cannot be told: at best {_described(guess)}",
+                fix="name it: --encoding NAME, such as cp1252, gb18030 or utf-16",
+            )
+        self.encoding, self.guess, self._known = guess.encoding, guess, True
 
     def _decode(self, decoder: codecs.IncrementalDecoder, data: bytes) -> str:
-        held = decoder.getstate()[0]
+        held = decoder.getstate()[0] if self._strict else b""
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             self._refuse(error, self._stream.n_read - len(data) - len(held))
-        if "\ufffd" in text and not self._strict:
-            raw = (held + data)[: len(held) + len(data) - len(decoder.getstate()[0])]
-            n_marks = text.count("\ufffd") - raw.decode(self.encoding, "ignore").count("\ufffd")
-            mark_bytes = len("\ufffd".encode(self.encoding, "ignore"))  # 0 where it cannot be written
-            self.n_replaced += len(raw) - len(text.encode(self.encoding, "ignore")) + n_marks * mark_bytes
+        if INVALID in text:
+            self.n_replaced += text.count(INVALID) + text.count(MORE_INVALID)
+            text = text.replace(MORE_INVALID, "").replace(INVALID, "\ufffd")
         return text
 
-    def _refuse(self, error: UnicodeDecodeError, offset: int) -> None:
-        name = "UTF-16" if self.encoding.startswith("utf-16") else self.encoding.upper()
+    def _refuse(self, error: UnicodeDecodeError, offset: int, guess: Guess | None = None) -> NoReturn:
+        likely = guess is not None and guess.confidence >= MIN_CONFIDENCE
         raise DataError(
-            f"{self._stream.name} is not {name}: invalid byte 0x{error.object[error.start]:02x} "
-            f"at offset {offset + error.start}",
-            fix="convert the file, or take --errors replace",
+            f"{self._stream.name} is not {_shown(self.encoding)}: invalid byte 0x{error.object[error.start]:02x} "
+            f"at offset {offset + error.start}" + (f"; it reads like {_described(guess)}" if guess and likely else ""),
+            fix=f"take --encoding {guess.encoding if guess and likely else 'NAME'}, or --errors replace",
         ) from error
 
 
-def _refuse_binary(head: bytes, name: str) -> None:
-    """Raise DataError where the beginning of a file shows that it holds no text."""
-    for magic, what in BINARY_MAGIC.items():
-        if head.startswith(magic):
-            raise DataError(f"{name} is not text but {what}")
-    if not head or _utf16_without_bom(head):
-        return
+def read_text(stream: Stream, limit: int, encoding: str | None = None) -> tuple[str, list[str]]:
+    """All text of a small file, which is read as training text is, and what the user should know of that.
+
+    Raises DataError where it is no text, or has more than `limit` bytes (or no end, as /dev/zero).
+    """
+    content = unpack(stream)
+    data = content.read(limit + 1)
+    if len(data) > limit:
+        raise DataError(f"{stream.name} has more than {limit >> 10:,} KiB")
+    reader = TextReader(Stream(io.BytesIO(data), stream.name), strict=False, encoding=encoding)
+    return "".join(reader), reader.notes
+
+
+def _described(guess: Guess) -> str:
+    return f"{_shown(guess.encoding)} (confidence {100 * guess.confidence:.0f} %)"
+
+
+def _shown(encoding: str) -> str:
+    """The name of an encoding as people write it, and as --encoding takes it."""
+    return encoding if encoding.startswith(("cp", "mac")) else encoding.upper().replace("_", "-")
+
+
+def _mark_invalid(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: marks that can be counted, and never stand in what was decoded."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return INVALID + MORE_INVALID * (error.end - error.start - 1), error.end
+
+
+codecs.register_error(MARKED, _mark_invalid)
+
+
+def _has_controls(head: bytes) -> bool:
+    """Whether the beginning of a file has more control characters than text in one byte a character has."""
     n_nul, n_control = head.count(0), len(head) - len(head.translate(None, CONTROLS))
-    if n_nul > MAX_NUL_SHARE * len(head) or n_control > MAX_CONTROL_SHARE * len(head):
-        raise DataError(f"{name} is binary, not text")
+    return n_nul > MAX_NUL_SHARE * len(head) or n_control > MAX_CONTROL_SHARE * len(head)
 
 
-def _utf16_without_bom(head: bytes) -> str | None:
-    """The byte order of UTF-16 whose text is mostly Latin: then every other byte is zero."""
+def _escaped(data: bytes) -> str | None:
+    """The ISO-2022 encoding whose escape sequences are in a text of ASCII bytes, if any."""
+    if not any(escape in data for escape in ESCAPES):
+        return None
+    whole = data[: data.rfind(b"\n") + 1] or data
+    for encoding in ESCAPED:
+        try:
+            if not whole.decode(encoding).isascii():
+                return encoding
+        except UnicodeDecodeError:
+            continue
+    return None
+
+
+def _latin_utf16(head: bytes) -> Guess | None:
+    """UTF-16 of mostly Latin text: every other byte is zero."""
     even, odd = head[0::2], head[1::2]
     if len(head) < 4 or b"\x00\x00" * 2 in head:
         return None
     if odd.count(0) > 0.4 * len(odd) and even.count(0) < 0.01 * len(even) + 1:
-        return "utf-16-le"
+        return Guess("utf-16-le", 0.99)
     if even.count(0) > 0.4 * len(even) and odd.count(0) < 0.01 * len(odd) + 1:
-        return "utf-16-be"
+        return Guess("utf-16-be", 0.99)
     return None

@@ -33,6 +33,7 @@ from nnx_cli.system.machine import n_cores, peak_rss_bytes
 JOB_CHARS = 2**20  # encoded at a time by one thread
 JOB_BYTES = 12 * 2**20  # what that takes at most, text and ids together
 JOB_PIECES = 4096
+READING = 2  # goes up when the same files are read as another text: folders made before are not used again
 SPOOL = "stdin"  # inside the unfinished folder
 BUILTIN = "python-docs"
 
@@ -59,13 +60,23 @@ def prepare(
     return _prepare(sources, val_sources, Path(out), config, tell)
 
 
-def encode_files(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, config: PrepareConfig) -> np.ndarray:
-    """Ids (N,) of all text in `paths`, mapped from a file in the existing `folder`. Raises DataError."""
+def encode_files(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    folder: Path,
+    config: PrepareConfig,
+    on_progress: Progress | None = None,
+) -> np.ndarray:
+    """Ids (N,) of all text in `paths`, mapped from a file in the existing `folder`. Raises DataError.
+
+    `on_progress` gets the notes.
+    """
     sources = find_sources(paths)
-    reader = Reader(config.text_key, config.errors == "strict", folder)
+    reader = _reader(config, folder)
     with SplitWriter(folder, tokenizer, None) as writer:
         _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
         writer.finish()
+    _tell_notes(report, on_progress or (lambda event: None))
     return np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
 
 
@@ -84,6 +95,7 @@ def default_folder(
         digest.update(f"{format_of(source.name)} {_sha256(source)}\n".encode())
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
+    settings |= {"encoding": config.encoding, "reading": READING}
     tokenizer = Path(config.tokenizer)
     settings["tokenizer"] = files.sha256_file(tokenizer) if tokenizer.is_file() else config.tokenizer
     digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -123,7 +135,7 @@ def _prepare(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(out) as folder:
-        reader = Reader(config.text_key, config.errors == "strict", folder)
+        reader = _reader(config, folder)
         if needs_training(config.tokenizer):
             sources = [source if source.repeatable else _spooled(source, folder) for source in sources]
         tokenizer = _build(config, sources, reader, first := Report(), tell)
@@ -142,10 +154,7 @@ def _prepare(
         meta = _describe(writer, n_bytes, tokenizer, report, config)
         (folder / SPOOL).unlink(missing_ok=True)
         write_meta(folder, tokenizer, meta)
-    for note in report.notes:
-        tell({"note": note})
-    if report.n_notes > len(report.notes):
-        tell({"note": f"and {report.n_notes - len(report.notes):,} more notes like these"})
+    _tell_notes(report, tell)
     seconds = time.perf_counter() - started
     n_bytes = sum(meta["text_bytes"].values())
     return {
@@ -162,6 +171,17 @@ def _prepare(
         "peak_rss_bytes": peak_rss_bytes(),
         "sha256": meta["sha256"],
     }
+
+
+def _reader(config: PrepareConfig, spool: Path) -> Reader:
+    return Reader(config.text_key, config.errors == "strict", spool, encoding=config.encoding)
+
+
+def _tell_notes(report: Report, tell: Progress) -> None:
+    for note in report.notes:
+        tell({"note": note})
+    if report.n_notes > len(report.notes):
+        tell({"note": f"and {report.n_notes - len(report.notes):,} more notes like these"})
 
 
 def _build(config: PrepareConfig, sources: list[Source], reader: Reader, report: Report, tell: Progress) -> Tokenizer:
@@ -269,6 +289,7 @@ def _describe(
         "val_fraction": writer.val_fraction,
         "text_key": config.text_key,
         "errors": config.errors,
+        "encoding": config.encoding,
         "replaced_bytes": report.n_replaced_bytes,
         "skipped_rows": report.n_skipped_rows,
         "sources": report.sources,

@@ -16,7 +16,6 @@ from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
 from nnx_cli.data.formats import FORMATS, format_of
-from nnx_cli.data.parquet import ParquetText
 from nnx_cli.errors import DataError
 from nnx_cli.system.streams import standard_input
 from nnx_cli.system.text import well_formed
@@ -112,6 +111,7 @@ class Reader:
     strict: bool = False
     spool: Path | None = None
     on_bytes: Callable[[int], None] | None = None  # called with the bytes read so far
+    encoding: str | None = None  # of text without a mark; None: found out
 
     def pieces(self, sources: Iterable[Source], report: Report) -> Iterator[Piece]:
         """All documents, in pieces of at most about 1 MiB (a row of a table: one piece)."""
@@ -147,7 +147,7 @@ class Reader:
             yield from self._archive(archives.tar_members(stream), stream, report)
         elif head.startswith(b"PAR1"):
             with self._seekable(stream) as file:
-                yield from self._parquet(ParquetText(file, self.text_key, name, strict=self.strict), name, report)
+                yield from self._rows(formats.parquet_rows(file, self.text_key, name), name, "row", report)
         else:
             yield from self._text(stream, name, report)
 
@@ -190,14 +190,8 @@ class Reader:
                 yield Piece("", True)
         many.n_read += 1
 
-    def _parquet(self, table: ParquetText, name: str, report: Report) -> Iterator[Piece]:
-        yield from self._rows(table.rows(), name, "row", report)
-        report.n_replaced_bytes += table.n_replaced
-        if table.n_replaced:
-            report.note(f"{name}: {table.n_replaced:,} invalid bytes became U+FFFD")
-
     def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
-        reader = TextReader(stream, strict=self.strict)
+        reader = TextReader(stream, strict=self.strict, encoding=self.encoding)
         kind = format_of(name)
         if kind == ".parquet":
             raise DataError(f"{name} is damaged: it does not begin like a parquet table")
@@ -210,10 +204,8 @@ class Reader:
                 yield Piece(text, False)
             yield Piece("", True)
         report.n_replaced_bytes += reader.n_replaced
-        if reader.n_replaced:
-            report.note(f"{name}: {reader.n_replaced:,} invalid bytes became U+FFFD")
-        if reader.guessed:
-            report.note(f"{name}: not UTF-8, read as {reader.encoding}")
+        for note in reader.notes:
+            report.note(note)
 
     def _rows(
         self, numbered: Iterator[tuple[int, str | formats.BadRow]], name: str, unit: str, report: Report

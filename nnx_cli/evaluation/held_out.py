@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nnx_cli.config import PrepareConfig
-from nnx_cli.data.prepare import encode_files
+from nnx_cli.data.prepare import Progress, encode_files
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.errors import DataError
 from nnx_cli.runs.load import ModelRef
@@ -19,9 +19,12 @@ from nnx_cli.system.signals import half_made
 
 
 @contextmanager
-def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig | None = None) -> Iterator[np.ndarray]:
+def held_out_tokens(
+    ref: ModelRef, paths: Sequence[str], config: PrepareConfig | None = None, on_progress: Progress | None = None
+) -> Iterator[np.ndarray]:
     """Token ids (N,): of text in `paths`, or of the validation split beside which the model was trained.
 
+    `on_progress` is told what the user should know of how the text was read.
     Raises DataError where there is no such text, or where it belongs to another tokenizer.
     """
     tokenizer, fix = ref.tokenizer, "name a text: --filepath FILE"
@@ -40,4 +43,4 @@ def held_out_tokens(ref: ModelRef, paths: Sequence[str], config: PrepareConfig |
     if tokenizer is None:
         raise DataError(f"{ref.label} has no tokenizer: it cannot read text", fix="leave out --filepath")
     with half_made(), tempfile.TemporaryDirectory(prefix="nnx-") as spool:
-        yield encode_files(paths, tokenizer, Path(spool), config or PrepareConfig())
+        yield encode_files(paths, tokenizer, Path(spool), config or PrepareConfig(), on_progress)

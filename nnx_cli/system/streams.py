@@ -94,11 +94,3 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None or sys.stdin.closed:
         raise DataError("standard input is closed", fix="name a file, or pipe the text into this command")
     return sys.stdin.buffer
-
-
-def read_standard_input(n_bytes: int) -> bytes:
-    """At most so many bytes of standard input. Raises DataError where it cannot be read."""
-    try:
-        return standard_input().read(n_bytes)
-    except OSError as error:
-        raise DataError(f"cannot read standard input: {error.strerror or error}") from error

@@ -29,6 +29,18 @@ def test_a_file_is_read_with_the_tokenizer_of_the_run(nnx, run, workspace):
     assert "bits per byte" in nnx("eval", "--filepath", "other.txt").stdout
 
 
+def test_text_in_any_encoding_and_said(nnx, run, workspace):
+    text = "Жила-была кошка, и жила она у реки.\n"
+    wanted = len(text.encode()) * 30 - 1
+    for encoding, options in (("cp1251", []), ("utf-16", []), ("koi8-r", []), ("cp500", ["--encoding", "cp500"])):
+        text = text if encoding != "cp500" else "Une rivière, là-bas.\n"
+        (workspace / "other.txt").write_bytes((text * 30).encode(encoding))
+        result = nnx("eval", "--filepath", "other.txt", *options)
+        assert result.exit_code == 0 and ("read as" in result.stderr) is (encoding in ("cp1251", "koi8-r"))
+        tokens = json.loads(nnx("eval", "--filepath", "other.txt", *options, "--json").stdout)["tokens"]
+        assert tokens == (wanted if encoding != "cp500" else len(text.encode()) * 30 - 1)
+
+
 def test_batches_do_not_matter(nnx, run):
     losses = [json.loads(nnx("eval", "--batch-size", n, "--json").stdout)["loss"] for n in (1, 7)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -60,6 +60,19 @@ def test_paths_options_and_standard_input(nnx, text_file, text, workspace):
     assert folder.tokenizer.decode(folder.val) == "held out\n" * 9
 
 
+def test_the_encoding_is_said_and_may_be_chosen(nnx, workspace):
+    text = "Жила-была кошка, и жила она у реки.\n" * 50
+    (workspace / "ru.txt").write_bytes(text.encode("koi8-r"))
+    result = nnx("prepare", "ru.txt", "--out", "guessed")
+    assert result.exit_code == 0 and "ru.txt: read as KOI8-R (confidence 9" in result.stderr
+    assert "--encoding NAME chooses another" in result.stderr
+    result = nnx("prepare", "ru.txt", "--encoding", "KOI8-R", "--errors", "strict", "--out", "named")
+    assert result.exit_code == 0 and "read as" not in result.stderr
+    for name in ("guessed", "named"):
+        folder = open_token_folder(name)
+        assert folder.tokenizer.decode(folder.train) + folder.tokenizer.decode(folder.val) == text
+
+
 @pytest.mark.parametrize(
     ("code", "message", "words"),
     [
@@ -78,6 +91,11 @@ def test_paths_options_and_standard_input(nnx, text_file, text, workspace):
         (2, "is no amount of memory", ["good.txt", "--max-memory", "much"]),
         (2, "--workers is 0", ["good.txt", "--workers", 0]),
         (2, "--tokenizer", ["good.txt", "--tokeniser", "byte"]),
+        (2, "--encoding 'gbkk' is no encoding of text; did you mean gbk?", ["good.txt", "--encoding", "gbkk"]),
+        (2, "--encoding 'hex' is no encoding of text", ["good.txt", "--encoding", "hex"]),
+        (3, "its encoding cannot be told: at best", ["ebcdic.txt"]),
+        (3, "it reads like cp1251 (confidence 9", ["cp1251.txt", "--errors", "strict"]),
+        (3, "is not ASCII", ["cp1251.txt", "--errors", "strict", "--encoding", "ascii"]),
         (8, "exists already", ["good.txt", "--out", "nothing"]),
         (8, "good.txt", ["good.txt", "--out", "good.txt/tokens"]),
         (2, "standard input", ["-"]),
@@ -92,5 +110,7 @@ def test_what_it_refuses(refused, workspace, code, message, words):
     (workspace / "broken.txt").write_bytes(
         "good 小猫\n".encode() * 99 + b"\xe5\xb0 bad\n" + "good 小猫\n".encode() * 99
     )
+    (workspace / "ebcdic.txt").write_bytes(("Der alte Fluß.\n" * 99).encode("cp500"))
+    (workspace / "cp1251.txt").write_bytes(("Жила-была кошка.\n" * 99).encode("cp1251"))
     (workspace / "nothing").mkdir()
     refused(code, message, "prepare", *words)

@@ -70,6 +70,15 @@ def test_text_of_ones_own(run, nnx, text_file):
     assert json.loads(result.stdout)["after"]["bits_per_byte"] > 0
 
 
+def test_text_of_ones_own_in_another_encoding(run, nnx, workspace):
+    (workspace / "ru.txt").write_bytes(("Жила-была кошка у реки.\n" * 40).encode("cp1251"))
+    result = nnx("quantize", "words", "--filepath", "ru.txt", "--max-drop", 9)
+    assert result.exit_code == 0 and "ru.txt: read as cp1251" in result.stderr
+    (workspace / "e.txt").write_bytes(("Une rivière.\n" * 40).encode("cp037"))
+    result = nnx("quantize", "words", "--filepath", "e.txt", "--encoding", "cp037", "--max-drop", 9, "--out", "b")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_data_that_is_gone(run, refused):
     shutil.rmtree("data")
     result = refused(3, "is gone", "quantize", "words")

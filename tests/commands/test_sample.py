@@ -55,6 +55,31 @@ def test_the_prompt_from_a_file_and_from_standard_input(nnx, run, workspace):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "encoding", "options"),
+    [
+        ("The river", "utf-8-sig", []),
+        ("The river", "utf-16", []),
+        ("Река и мост", "utf-16-le", []),
+        ("café résumé", "latin-1", []),
+        ("Жила-была кошка", "cp1251", []),
+        ("猫は水の中にいる", "shift_jis", []),
+        ("naïve", "cp037", ["--encoding", "cp037"]),
+        ("Größe", "mac-roman", ["--encoding", "macroman"]),
+    ],
+)
+def test_a_prompt_is_read_like_training_text(nnx, run, workspace, prompt, encoding, options):
+    data = prompt.encode(encoding)
+    (workspace / "prompt.txt").write_bytes(data)
+    words = ["--max-new-tokens", 1, "--json", *options]
+    for result in (
+        nnx("sample", "--prompt-file", "prompt.txt", *words),
+        nnx("sample", "--prompt", "-", *words, input=data),
+    ):
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
     "prompt", ["", "\x1b]52;c;x\x07", "[/bold]", "<|endoftext|>", "\u202egnp.exe", "\ud800", "👩‍🚀"]
 )
 def test_any_prompt_will_do_and_drives_no_terminal(nnx, run, prompt):
@@ -131,6 +156,8 @@ def test_the_newest_run_of_a_shape(nnx, refused, run, workspace):
         (2, "give one", ["--prompt", "a", "--prompt-file", "b"]),
         (3, "cannot read --prompt-file", ["--prompt-file", "nowhere.txt"]),
         (3, "cannot read --prompt-file", ["--prompt-file", "."]),
+        (2, "no encoding of text", ["--encoding", "rot13"]),
+        (3, "--prompt-file noise.txt is not UTF-8, and its encoding cannot be told", ["--prompt-file", "noise.txt"]),
         (2, "'gpu'", ["--device", "gpu"]),
         (7, "needs a GPU", ["--device", "cpu", "--precision", "bf16"]),
         (2, "--temperature", ["--temprature", 1]),
@@ -138,7 +165,8 @@ def test_the_newest_run_of_a_shape(nnx, refused, run, workspace):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_what_it_refuses(refused, run, code, message, words):
+def test_what_it_refuses(refused, run, workspace, code, message, words):
+    (workspace / "noise.txt").write_bytes(bytes(range(160, 255)))
     refused(code, message, "sample", *words)
 
 

@@ -342,8 +342,9 @@ def test_default_folder_follows_content_and_settings(text_file, tmp_path, monkey
         PrepareConfig(tokenizer="char"),
         PrepareConfig(tokenizer="bpe", vocab_size=300),
         PrepareConfig(val_fraction=0.2),
+        PrepareConfig(encoding="cp1251"),
     ]
-    assert len({folder.name, *(default_folder([text_file], config).name for config in others)}) == 4
+    assert len({folder.name, *(default_folder([text_file], config).name for config in others)}) == 5
     assert default_folder([text_file], PrepareConfig(workers=3)) == folder
     text_file.write_bytes(b"changed")
     assert default_folder([text_file], PrepareConfig()) != folder

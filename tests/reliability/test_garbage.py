@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import storage_directory
 
-from nnx_cli.config import TrainConfig, coerce, own_fields, parse_bytes, parse_duration, read_toml
+from nnx_cli.commands._config_file import read_toml
+from nnx_cli.config import TrainConfig, coerce, own_fields, parse_bytes, parse_duration
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import Stream
 from nnx_cli.data.formats import format_of

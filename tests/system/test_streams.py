@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from nnx_cli.commands.sample import _read_prompt
+from nnx_cli.console import Output
 from nnx_cli.errors import DataError, OutputError
-from nnx_cli.system import streams
 from nnx_cli.system.streams import ForgivingStream, ProductStream
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="redirected by a POSIX shell")
@@ -128,9 +128,7 @@ def test_a_product_that_is_lost_is_an_error(tmp_path, code, terminal, kind):
             stream.write("words")
 
 
-@pytest.mark.parametrize(
-    "words", ["prepare - --out x", "prepare - --tokenizer char --out x", "prepare - --val - --out x"]
-)
+@pytest.mark.parametrize("words", ["prepare - --out x", "prepare - --tokenizer char --out x"])
 def test_standard_input_that_is_closed_is_code_3(tmp_path, words):
     code, _, said = shell(f"$NNX {words} <&-", tmp_path)
     assert code == 3 and said.splitlines()[0] == "nnx: standard input is closed" and len(said.splitlines()) == 2
@@ -143,7 +141,7 @@ def test_a_prompt_from_standard_input_that_is_closed(monkeypatch, stdin):
         stdin.close()
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(DataError, match="standard input is closed"):
-        _read_prompt("-", None)
+        _read_prompt(Output(quiet=True), "-", None, None)
 
 
 def test_standard_input_that_cannot_be_read(monkeypatch, tmp_path):
@@ -157,4 +155,4 @@ def test_standard_input_that_cannot_be_read(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "stdin", Unreadable())
     with pytest.raises(DataError, match="cannot read standard input: Bad file descriptor"):
-        streams.read_standard_input(9)
+        _read_prompt(Output(quiet=True), "-", None, None)

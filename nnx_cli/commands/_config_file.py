@@ -1,0 +1,31 @@
+"""A file of settings, as `--config` names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.config import parse_toml
+from nnx_cli.errors import DataError, UsageError
+
+MAX_BYTES = 2**20
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file in any encoding that text may have, as `parse_toml` gives them.
+
+    Raises DataError where the file cannot be read, UsageError where it is no TOML.
+    """
+    from nnx_cli.data.charset import read_text
+    from nnx_cli.data.compression import Stream
+
+    try:
+        with Stream(open(path, "rb", buffering=0), f"--config {path}") as stream:
+            text, _ = read_text(stream, MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"cannot read --config {path}: {error.strerror}") from error
+    except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise UsageError(f"--config {path} is not TOML: {error}") from error
+    return parse_toml(text, f"--config {path}")
