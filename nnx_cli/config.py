@@ -42,7 +42,7 @@ class PrepareConfig:
     tokenizer: str = "byte"  # kind: byte, char, bpe, gpt2, cl100k_base, o200k_base, or a tokenizer file
     vocab_size: int | None = None  # ids of a trained tokenizer (bpe, char); default: the tokenizer's own
     val_fraction: float = 0.1  # part of the text held out for validation
-    text_key: str = "text"  # field of a JSONL row, column of a table
+    text_key: str = "text"  # field of a JSONL row, column of a table; a path if it lies deeper: messages.content
     encoding: str | None = None  # encoding of text, such as cp1251 or gb18030; default: found out for every file
     errors: str = "replace"  # invalid bytes, bad rows, files of many: strict refuses, replace counts and reports
     workers: int | None = None  # encoding threads; default: one per core

@@ -82,7 +82,7 @@ def prepare(nnx: NNX, folder: Path) -> Path:
 def train(nnx: NNX, data: Path, out: Path, model: str, optimizer: str, shape: tuple, steps: int) -> list[dict]:
     """What a run logs of each of its steps, without times."""
     words = ("train", "--model", model, "--data", data, "--out", out, *shape, "--dropout", 0.1, *ALONE)
-    words += ("--optimizer", optimizer, "--lr", LR[optimizer], "--weight-decay", 0.1, "--beta2", 0.99)
+    words += ("--optimizer", optimizer, "--lr", LR[optimizer], "--weight-decay", 0.1)
     words += ("--schedule", "linear", "--warmup-steps", 5, "--max-steps", steps, "--save-every", steps)
     nnx(*words, "--val-every", 1, "--val-batches", 2, "--quiet")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

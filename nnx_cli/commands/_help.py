@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperOption
 
 from nnx_cli import models
 from nnx_cli.commands._config_file import read_toml
-from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, option, shown_default
+from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, at_home, option, shown_default
 from nnx_cli.config import Field
 from nnx_cli.console import prepare_help
 from nnx_cli.errors import NnxError
@@ -78,7 +78,7 @@ def _value_of(option: str, args: Sequence[str]) -> str | None:
     for number, word in enumerate(args):
         name, _, value = word.partition("=")
         if name == option:
-            return value or "".join(args[number + 1 : number + 2])
+            return at_home(value or "".join(args[number + 1 : number + 2]))
     return None
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nnx_cli import models
 from nnx_cli.config import Field, TrainConfig, own_fields
 from nnx_cli.console import Output
+from nnx_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from nnx_cli.models._base import ModelConfig
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
@@ -22,6 +28,20 @@ OUTPUT_PANEL = "Output"
 SIZES = ", ".join(models.sizes(models.names()[0]))
 ARCHITECTURE_HELP = f"Architecture: {', '.join(models.names())}, or a file of yours: my.py."
 SIZE_HELP = f"Named size: {SIZES}."
+COMMAND_LINE = "command line"  # where a value comes from, in --dry-run
+TEXTS = {"prompt", "sample_prompt", "stop", "separator"}  # options that hold text; of all others a leading ~ is a home
+
+# The command line of the original NYX: its spelling of each option, and ours.
+ALIASES = {
+    "model_dim": "dim",
+    "layer_depth": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_batches": "max_steps",
+    "gradient_accumulate_every": "grad_accum",
+    "learning_rate": "lr",
+    "validate_every": "val_every",
+    "generate_every": "sample_every",
+}
 
 TRAINING = {field.name: field for field in own_fields(TrainConfig)}
 Model = Annotated[
@@ -103,15 +123,88 @@ def given(values: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
     return {field.name: values[field.name] for field in fields if values.get(field.name) is not None}
 
 
+class AllBut:
+    """Every option but these."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __contains__(self, name: object) -> bool:
+        return name not in self.names
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of a command: options that nothing else in it reads, and whether it is `taken` with the values of all
+    options. `otherwise` says why they do nothing where it is not, `fix` what to do then. An option in several branches
+    is read where all of them are taken, one in none always."""
+
+    reads: Container[str]
+    taken: Callable[[Mapping[str, Any]], Any]
+    otherwise: str
+    fix: str = "leave it out"
+
+
+def field_branches(config: ModelConfig) -> list[Branch]:
+    """The branches of a model: fields of its configuration that change nothing beside its other values."""
+    return [Branch({name}, lambda v: False, f"without {option}") for name, option in config.unread().items()]
+
+
+def check_read(
+    branches: Iterable[Branch],
+    values: Mapping[str, Any],
+    sources: Mapping[str, str],
+    aliases: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Raise UsageError where an option of the command line is read by no branch that is taken with these values.
+
+    `sources` says of every option that was given where it comes from, `aliases` of some how they were spelled. A file
+    may serve several commands: of its values that are not read, returns why.
+    """
+    unread: dict[str, str] = {}
+    for branch in branches:
+        names = [name for name in sources if name in branch.reads and name not in unread]
+        if not names or branch.taken(values):
+            continue
+        why = f"nothing {branch.otherwise.format_map(values)}"
+        if typed := [spelled((aliases or {}).get(name, name)) for name in names if sources[name] == COMMAND_LINE]:
+            raise UsageError(f"{' and '.join(typed)} {'does' if len(typed) == 1 else 'do'} {why}", fix=branch.fix)
+        unread |= {name: f"{sources[name]}: {name} does {why}" for name in names}
+    return unread
+
+
+def spelled(name: str) -> str:
+    """An option as its users type it."""
+    return f"--{name if name in ALIASES else name.replace('_', '-')}"
+
+
+def may_have_rows(paths: Iterable[str]) -> bool:
+    """Whether one of these paths may lead to a table or to JSON lines, by its name."""
+    from nnx_cli.data.sources import format_of
+
+    return any(format_of(path) not in (".txt", ".md") for path in paths)
+
+
+def at_home(value: Any, name: str = "") -> Any:
+    """The value of an option, of a list each: a path that begins with ~ or ~user in that home."""
+    if isinstance(value, list):
+        return [at_home(each, name) for each in value]
+    if name in TEXTS or not isinstance(value, (str, Path)):
+        return value
+    return type(value)(os.path.expanduser(value))
+
+
 def naming(architecture: str | Path | None) -> str:
     """What commands on a run need besides its name: the file of its architecture, where that is the user's."""
     name = str(architecture)
     return f" --model {shlex.quote(name)}" if models.is_file(name) else ""
 
 
-def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *extra: inspect.Parameter, branches: Sequence[Branch] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A Typer command of `function(output, ...)`: its own parameters, those in `extra` (passed as keywords), and the
-    common ones."""
+    common ones. Raises UsageError for an option that none of the `branches` reads which are taken."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -130,10 +223,15 @@ def command(*extra: inspect.Parameter) -> Callable[[Callable[..., None]], Callab
             )
         ]
 
-        def run(*args: Any, json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-            function(Output(json=json, quiet=quiet or json), *args, **options)
-
         parameters = [p.replace(kind=KEYWORD) for p in [*own, *extra, *common]]
+        defaults = {p.name: p.default for p in parameters}
+
+        def run(*, json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+            options = {name: at_home(value, name) for name, value in options.items()}
+            given = [name for name, value in options.items() if value not in (None, [], defaults.get(name))]
+            check_read(branches, options, dict.fromkeys(given, COMMAND_LINE))
+            function(Output(json=json, quiet=quiet or json), **options)
+
         run.__doc__ = function.__doc__
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what Typer reads
         run.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,34 @@ from typing import Any
 from nnx_cli import models
 from nnx_cli.commands._config_file import read_toml
 from nnx_cli.commands._options import (
+    ALIASES,
     ARCHITECTURE_HELP,
+    COMMAND_LINE,
     DEFAULT_MODEL,
     SIZE_HELP,
+    AllBut,
+    Branch,
+    at_home,
+    check_read,
     extra,
     given,
     hidden,
+    may_have_rows,
     model_fields,
     model_options,
     settings,
 )
-from nnx_cli.config import Field, PrepareConfig, TrainConfig, check_one_length, coerce, own_fields
+from nnx_cli.config import (
+    MILESTONES,
+    Field,
+    PrepareConfig,
+    TrainConfig,
+    check_choice,
+    check_one_length,
+    coerce,
+    module_names,
+    own_fields,
+)
 from nnx_cli.errors import UsageError
 
 MAIN = "Main options"
@@ -60,17 +78,7 @@ PANELS = {  # of the settings that training and preparing have
     "Data": ("tokenizer", "val_fraction", "text_key", "encoding", "errors"),
 }
 
-# The command line of the original NYX: its spelling of each option, and ours.
-ALIASES = {
-    "model_dim": "dim",
-    "layer_depth": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_batches": "max_steps",
-    "gradient_accumulate_every": "grad_accum",
-    "learning_rate": "lr",
-    "validate_every": "val_every",
-    "generate_every": "sample_every",
-}
+# The recipe of the original NYX, whose spelling of options is ALIASES.
 NYX_RECIPE = {
     "optimizer": "lion",
     "lr": 1e-4,
@@ -80,10 +88,9 @@ NYX_RECIPE = {
     "dropout": 0.0,
 }
 LENGTHS = {"max_steps", "max_time", "epochs"}
+SMALLER_PATIENCE = "take a smaller --patience or --val-every"
 RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
 NAMED = (Field("model", "str", None, ""), Field("size", "str", None, ""))  # what a file may give besides settings
-SET_BY_A_RUN = frozenset({"model", "size", "filepath", "out", "init_from", "config"})
-
 TRAINING = own_fields(TrainConfig)
 PREPARING = tuple(field for field in own_fields(PrepareConfig) if field.name in PANELS["Data"])
 OPTIONS = [
@@ -106,6 +113,62 @@ OPTIONS = [
 ]
 
 
+def _resumes(options: Mapping[str, Any]) -> bool:
+    """Whether a run is gone on with."""
+    checkpoint = options["checkpoint_path"]
+    return options["resume"] is not None or (checkpoint is not None and not _is_foreign(checkpoint))
+
+
+def _averages_squares(options: Mapping[str, Any]) -> bool:
+    """Whether the optimizer has a beta2, or is not chosen yet."""
+    name = options["optimizer"] or "auto"
+    check_choice("optimizer", name, ("auto", *module_names("optim")))
+    from nnx_cli.optim._build import defaults
+
+    return name == "auto" or defaults(name).beta2
+
+
+def _can_lose_patience(options: Mapping[str, Any]) -> bool:
+    """Whether so many validations without a better one can come before the last one, as far as that is known."""
+    before = options["patience"] + 1  # the first one is always the best so far
+    if options["val_every"] is None:
+        return before < len(MILESTONES)
+    return before * options["val_every"] < (options["max_steps"] or math.inf)
+
+
+KEPT = "on --resume: a run keeps what it began with"
+BEGIN_ANEW = "leave it out, or start a new run with --init-from MODEL"
+BETA2 = Branch({"beta2"}, _averages_squares, "with --optimizer {optimizer}, which averages no squared gradients")
+BRANCHES = (
+    Branch(
+        AllBut("resume", "checkpoint_path", "filepath", "model", "data", "dry_run", *RESUMABLE),
+        lambda v: not _resumes(v),
+        KEPT,
+        BEGIN_ANEW,
+    ),
+    Branch({"model"}, lambda v: not _resumes(v) or models.is_file(v["model"]), KEPT, BEGIN_ANEW),
+    Branch({"checkpoint_path"}, lambda v: v["resume"] is None, "beside --resume"),
+    # the documented commands name the text every time
+    Branch({"filepath"}, lambda v: v["resume"] is None, KEPT, "leave it out; text that moved: --data FOLDER"),
+    Branch({"init_from"}, lambda v: v["checkpoint_path"] is None, "beside --checkpoint_path"),
+    Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
+    Branch({"text_key", "encoding", "errors"}, lambda v: v["data"] is None, "with --data: the text is read already"),
+    Branch(
+        {"text_key", "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
+    ),
+    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    Branch({"min_lr"}, lambda v: v["schedule"] != "constant", "with --schedule constant: the rate never falls"),
+    BETA2,
+    Branch(
+        {"sample_prompt", "prime_length", "generate_length"},
+        lambda v: v["sample_every"] != 0,
+        "with --sample-every 0: no sample is drawn",
+    ),
+    Branch({"sample_prompt"}, lambda v: not v["prime_length"], "beside --prime_length: samples begin with that"),
+    Branch({"patience"}, _can_lose_patience, "here: the run ends before it has as many validations", SMALLER_PATIENCE),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A run as a command line and its `--config` file ask for it."""
@@ -124,7 +187,7 @@ class Request:
     checkpoint: str | None  # of an original, to be imported and started from
     prime_length: int  # tokens of validation text that samples start with
     generate_length: int | None  # tokens of a sample
-    note: str | None  # what to say about how the command line is understood
+    notes: list[str]  # what to say about how the command line is understood
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,28 +208,20 @@ def _all_fields(model: str | None) -> list[Field]:
 
 def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
     """What the options ask for. Raises UsageError where they disagree, or name what the architecture does not have."""
-    aliases = {ours: options[theirs] for theirs, ours in ALIASES.items() if options[theirs] is not None}
+    aliases = {ours: theirs for theirs, ours in ALIASES.items() if options[theirs] is not None}
     filed = _read_config(options["config"], options["model"]) if options["resume"] is None else {}
     settings = given(options, _all_fields(options["model"] or filed.get("model")))
     if twice := aliases.keys() & settings.keys():
         raise UsageError(f"--{twice.pop().replace('_', '-')} is given twice, in two spellings")
-    settings |= aliases
-    run, checkpoint, fixed = options["resume"], options["checkpoint_path"], SET_BY_A_RUN
-    if run is None and checkpoint is not None and not _is_foreign(checkpoint):
-        run, fixed = checkpoint, fixed - {"filepath"}  # which the documented commands name every time
-    if run is None:
+    settings |= {ours: options[theirs] for ours, theirs in aliases.items()}
+    if not _resumes(options):
         return _new_request(settings, filed, aliases, options)
-    file = options["model"] if options["model"] is not None and models.is_file(options["model"]) else None
-    if any(options[name] is not None for name in (fixed if file is None else fixed - {"model"})):
-        raise UsageError("--resume takes model, text and settings from the run", fix="leave out what is given besides")
-    return _resume_request(run, file, settings, options)
+    check_read(BRANCHES, options, dict.fromkeys((*settings, *_given_besides(options)), COMMAND_LINE), aliases)
+    file = options["model"]  # of its architecture: no other model is read on resuming
+    return _resume_request(options["resume"] or options["checkpoint_path"], file, settings, options)
 
 
 def _resume_request(run: str, file: str | None, settings: dict[str, Any], options: Mapping[str, Any]) -> ResumeRequest:
-    for name in settings.keys() - set(RESUMABLE):
-        raise UsageError(
-            f"--{name.replace('_', '-')} cannot change on --resume", fix="start a new run, maybe with --init-from"
-        )
     TrainConfig(**settings)
     check_one_length(settings)
     return ResumeRequest(
@@ -184,20 +239,21 @@ def _read_config(path: Path | None, model: str | None) -> dict[str, Any]:
         return {}
     values = read_toml(path)
     fields = _all_fields(model or str(values.get("model", "")))
-    return coerce([*fields, *NAMED], values, f"--config {path}")
+    return {name: at_home(value, name) for name, value in coerce([*fields, *NAMED], values, f"--config {path}").items()}
 
 
 def _new_request(
-    settings: dict[str, Any], filed: dict[str, Any], aliases: Iterable[str], options: Mapping[str, Any]
+    settings: dict[str, Any], filed: dict[str, Any], aliases: Mapping[str, str], options: Mapping[str, Any]
 ) -> Request:
     checkpoint = options["checkpoint_path"]
     recipe = NYX_RECIPE if options["model"] is None and (aliases or checkpoint) else {}
-    values, sources = _merge({"recipe: NYX": recipe, f"file: {options['config']}": filed, "command line": settings})
+    values, sources = _merge({"recipe: NYX": recipe, f"file: {options['config']}": filed, COMMAND_LINE: settings})
     named = {"model": options["model"], "size": options["size"], "data": options["data"] or options["filepath"]}
-    sources |= {name: "command line" for name, value in named.items() if value is not None}
-    for field in NAMED:
-        values.pop(field.name, None)
-    fields, train, prepare = _split(values)
+    sources |= {name: COMMAND_LINE for name, value in named.items() if value is not None}
+    besides = dict.fromkeys(_given_besides(options), COMMAND_LINE)
+    unread = check_read(BRANCHES, {**options, **values}, sources | besides, aliases)
+    fields, train, prepare = _split({k: v for k, v in values.items() if k not in {"model", "size", *unread}})
+    sources = {name: origin for name, origin in sources.items() if name not in unread}
     if options["filepath"] and options["data"]:
         raise UsageError("--filepath and --data: give one, text or tokens")
     return Request(
@@ -215,8 +271,14 @@ def _new_request(
         checkpoint=checkpoint,
         prime_length=options["prime_length"] or 0,
         generate_length=options["generate_length"],
-        note=_recipe_note(options) if recipe else None,
+        notes=[*([_recipe_note(options)] if recipe else []), *unread.values()],
     )
+
+
+def _given_besides(options: Mapping[str, Any]) -> list[str]:
+    """Options of the command line that are no settings."""
+    names = {field.name for field in _all_fields(options["model"])} | ALIASES.keys()
+    return [name for name, value in options.items() if name not in names and value not in (None, [])]
 
 
 def _recipe_note(options: Mapping[str, Any]) -> str:

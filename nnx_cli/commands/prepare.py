@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import command, given, settings
+from nnx_cli.commands._options import Branch, command, given, may_have_rows, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console import Output, counted, size
 from nnx_cli.errors import UsageError
 
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
+BRANCHES = (
+    Branch({"val_fraction"}, lambda v: v["val"] is None, "with --val: all of the other text is trained on"),
+    Branch({"text_key"}, lambda v: may_have_rows(_texts(v)), "with plain text: it names a field of rows"),
+)
 
 
-@command(*settings(PrepareConfig, without=["max_memory_bytes"]))
+def _texts(options: Mapping[str, Any]) -> list[str]:
+    """All text to read."""
+    named = (options["filepath"], options["val"])
+    return [*(options["paths"] or []), *(path for path in named if path)]
+
+
+@command(*settings(PrepareConfig, without=["max_memory_bytes"]), branches=BRANCHES)
 def run(
     output: Output,
     paths: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None,

@@ -7,14 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Device, Model, ModelFile, command, given, naming, settings
+from nnx_cli.commands._options import Branch, Device, Model, ModelFile, command, given, may_have_rows, naming, settings
 from nnx_cli.config import PrepareConfig, QuantizeConfig, TrainConfig, own_fields
 from nnx_cli.console import Output, size
 
 READING = ("text_key", "encoding", "errors")
+BRANCHES = (
+    Branch(READING, lambda v: v["filepath"], "without --filepath: the validation split is read already"),
+    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    Branch(
+        {"group_size"},
+        lambda v: v["bits"] == 4,
+        "with 8 bits, which have one scale a row",
+        "leave it out, or add --bits 4",
+    ),
+)
 
 
-@command(*settings(QuantizeConfig), *settings(PrepareConfig, only=READING))
+@command(*settings(QuantizeConfig), *settings(PrepareConfig, only=READING), branches=BRANCHES)
 def run(
     output: Output,
     model: Model = None,
@@ -32,8 +42,6 @@ def run(
     """Make a smaller, faster copy of a model and measure what that costs."""
     config = QuantizeConfig(**given(options, own_fields(QuantizeConfig)))
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
-    if config.bits == 8 and options["group_size"] is not None:
-        output.note("--group-size is for 4 bits; with 8 there is one scale a row")
     from nnx_cli.convert.quantize import quantize_model
     from nnx_cli.layers.quantized import Quantization
     from nnx_cli.runs.find import WEIGHTS, find_model

@@ -7,14 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, hidden, settings
+from nnx_cli.commands._options import (
+    ALIASES,
+    Branch,
+    Device,
+    Model,
+    ModelFile,
+    Precision,
+    command,
+    given,
+    hidden,
+    settings,
+)
 from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, check_encoding, own_fields, unescape
 from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, UsageError
 
-# The command line of the original NYX: options that choose the newest run of a shape, and ours.
-SHAPE = {"vocab_size": "vocab_size", "model_dim": "dim", "layer_depth": "n_layers", "num_attention_heads": "n_heads"}
+# Options of the original NYX that choose the newest run of a shape, and our names of these values.
+SHAPE = {name: ALIASES.get(name, name) for name in ("vocab_size", "model_dim", "layer_depth", "num_attention_heads")}
 
+LIKELIEST = "the likeliest token is taken every time"
 MAX_PROMPT_BYTES = 64 * 2**20
 
 OPTIONS = [
@@ -28,9 +40,22 @@ Stops = Annotated[
     list[str] | None,
     typer.Option(help=r"End a sample before this text (\n, \t, \\: as in code); may be repeated."),
 ]
+BRANCHES = (
+    Branch({"encoding"}, lambda v: v["prompt_file"] or v["prompt"] == "-", "without --prompt-file or --prompt -"),
+    Branch({"stop"}, lambda v: all(v["stop"]), "without text"),
+    Branch(SHAPE, lambda v: v["model"] is None, "beside MODEL: it chooses the newest run of that shape"),
+    Branch({"sample_prompt"}, lambda v: v["prompt"] is None, "beside --prompt, which is another spelling of it"),
+    Branch({"generate_length"}, lambda v: v["max_new_tokens"] is None, "beside --max-new-tokens: it is the same"),
+    Branch({"temperature"}, lambda v: not v["greedy"] or v["temperature"] == 0, f"with --greedy: {LIKELIEST}"),
+    Branch(
+        {"top_k", "top_p", "min_p", "seed"},
+        lambda v: not v["greedy"] and v["temperature"] != 0,
+        f"with --greedy or --temperature 0: {LIKELIEST}",
+    ),
+)
 
 
-@command(*OPTIONS)
+@command(*OPTIONS, branches=BRANCHES)
 def run(
     output: Output,
     model: Model = None,
@@ -52,7 +77,7 @@ def run(
     check_encoding(options["encoding"])
     values = given(options, own_fields(SampleConfig))
     if options.get("generate_length") is not None:
-        values["max_new_tokens"] = options["generate_length"]
+        values.setdefault("max_new_tokens", options["generate_length"])
     config = SampleConfig(**values)
     from nnx_cli.inference.generate import generate
     from nnx_cli.runs.find import find_model

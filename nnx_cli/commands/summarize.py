@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnx_cli import models
-from nnx_cli.commands._options import ARCHITECTURE_HELP, TRAINING, command, given, model_fields, model_options, settings
+from nnx_cli.commands._options import (
+    ARCHITECTURE_HELP,
+    COMMAND_LINE,
+    TRAINING,
+    AllBut,
+    Branch,
+    check_read,
+    command,
+    field_branches,
+    given,
+    model_fields,
+    model_options,
+    settings,
+)
 from nnx_cli.config import TrainConfig, check_choice
 from nnx_cli.console import Output, size
-from nnx_cli.errors import DoesNotFit, UsageError
+from nnx_cli.errors import DoesNotFit
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
@@ -26,10 +39,16 @@ SETTINGS = (
     "optimizer_in_backward",
     "lora_rank",
 )
+OF_A_RUN = "beside a MODEL: it has its own shape"
+BRANCHES = (
+    Branch(AllBut("ref", "model", "precision", *SETTINGS), lambda v: v["ref"] is None, OF_A_RUN),
+    Branch({"model"}, lambda v: v["ref"] is None or models.is_file(v["model"]), OF_A_RUN),
+    Branch({"model"}, lambda v: not v["all"], "with --all, which shows every architecture"),
+)
 WAITING = "counting operations and memory, for which torch loads its compiler"
 
 
-@command(*model_options(), *settings(TrainConfig, only=SETTINGS))
+@command(*model_options(), *settings(TrainConfig, only=SETTINGS), branches=BRANCHES)
 def run(
     output: Output,
     ref: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.")] = None,
@@ -46,8 +65,6 @@ def run(
     train = TrainConfig(precision=precision, **given(options, [TRAINING[name] for name in SETTINGS]))
     fields = given(options, model_fields(model).values())
     file = Path(model) if model is not None and models.is_file(model) else None
-    if ref is not None and ((model and file is None) or size or fields or all):
-        raise UsageError("a run has its own shape: give a run or --model, not both")
     if all or (ref is None and model is None and not fields):
         shapes = {name: models.make_config(name, size=size or DEFAULT_SIZE, **fields) for name in models.names()}
         with output.spinner(WAITING):
@@ -63,6 +80,7 @@ def run(
         name = model or "nyx"
         models.check_name(name)
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
+        check_read(field_branches(config), {}, dict.fromkeys(fields, COMMAND_LINE))
     with output.spinner(WAITING):
         from nnx_cli.planning.summary import summary
 

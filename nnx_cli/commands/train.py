@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.commands._options import DEFAULT_MODEL, command, naming
-from nnx_cli.commands._train_options import LENGTHS, OPTIONS, Request, ResumeRequest, read_request
+from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
+from nnx_cli.commands._train_options import BETA2, LENGTHS, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.console import Output, TrainingView, counted, duration
 from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError
 
@@ -71,17 +71,16 @@ def _new_run(output: Output, request: Request) -> None:
     """Prepare what has to be prepared, plan, and train."""
     if request.model is not None:
         models.check_name(request.model)
-    if request.train.lora_rank is not None and request.init_from is None:
+    if request.train.lora_rank is not None and request.init_from is None and request.checkpoint is None:
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     from nnx_cli.commands.prepare import preparation_view
-    from nnx_cli.data.tokenizers.build import build_tokenizer
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan, prepare_tokens, take_back
     from nnx_cli.training.sampling import choose_sampling
 
-    if request.note:
-        output.note(request.note)
+    for note in request.notes:
+        output.note(note)
     base, shape, sources = _chosen_shape(output, request)
     device, precision = session.configure_device(request.train)
     if request.out is not None:
@@ -90,7 +89,8 @@ def _new_run(output: Output, request: Request) -> None:
     if (folder := request.data) is None:
         folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output), request.out)
     try:
-        named = request.data is not None and "tokenizer" in request.sources
+        brings_none = base is None or base.tokenizer is None
+        named = request.data is not None and brings_none and "tokenizer" in request.sources
         with output.spinner("planning, for which torch loads its compiler"):
             tokens, plan = open_and_plan(
                 folder,
@@ -100,8 +100,10 @@ def _new_run(output: Output, request: Request) -> None:
                 precision=precision,
                 sources=sources,
                 base=base,
-                tokenizer=build_tokenizer(request.prepare.tokenizer) if named else None,
+                tokenizer=request.prepare.tokenizer if named else None,
             )
+        for note in check_read(_planned(tokens), asdict(plan.train), request.sources).values():
+            output.note(note)
         sampling = choose_sampling(
             tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
         )
@@ -127,21 +129,32 @@ def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Sh
     Raises UsageError for a shape or a batch that cannot be, before any text is read.
     """
     from nnx_cli.planning.fit import check_batch_shape
-    from nnx_cli.training.inputs import Shape, start_from
+    from nnx_cli.training.inputs import Shape, brings, start_from
 
     base, sources, spec = None, request.sources, request.init_from
+    branches: list[Branch] = []
     if request.checkpoint is not None:
         spec = _imported(output, request.model or DEFAULT_MODEL, request.checkpoint)
     if spec is not None:
         base, shape = start_from(spec, request.model, request.size, request.fields)
         sources = dict.fromkeys(["model", "size", *shape.fields], f"model: {spec}") | sources
+        is_own = brings(base, request.prepare.tokenizer)
+        branches.append(Branch({"tokenizer"}, lambda v: is_own, "with --init-from: the model brings its own"))
     else:
         shape = Shape(request.model or DEFAULT_MODEL, request.size, request.fields)
     smallest = models.sizes(shape.model)[0]
     config = models.make_config(shape.model, size=smallest if shape.size == "auto" else shape.size, **shape.fields)
     if shape.size != "auto" or "seq_len" in shape.fields:
         check_batch_shape(request.train, config.seq_len)
+    for note in check_read([*branches, *field_branches(config)], {}, request.sources).values():
+        output.note(note)
     return base, shape, sources
+
+
+def _planned(tokens: TokenFolder) -> list[Branch]:
+    """Branches that a plan decides."""
+    speaks = tokens.tokenizer is not None
+    return [BETA2, Branch({"sample_prompt"}, lambda v: speaks, "without a tokenizer", "name it: --tokenizer FILE")]
 
 
 def _imported(output: Output, model: str, checkpoint: str) -> str:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Container, Iterable, Iterator
 
-from nnx_cli.data.compression import brief
-from nnx_cli.errors import DataError, MissingFeature
+from nnx_cli.errors import DataError
 from nnx_cli.system.text import well_formed
 
 FORMATS = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 TARS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
-PARQUET_ROWS = 256  # decoded at a time
 
 
 def format_of(name: str) -> str | None:
@@ -69,8 +66,39 @@ def _json_text(line: str, key: str) -> str | BadRow:
         return BadRow("it is not a JSON object")
     text = row.get(key)
     if not isinstance(text, str):
-        return BadRow(f"its field {key!r} is not text" if key in row else f"it has no field {key!r}: see --text-key")
+        text = text_of(list(leaves(row, key)))
+    if text is None:
+        known = first_name(key, row) is not None
+        return BadRow(f"its field {key!r} is not text" if known else f"it has no field {key!r}: see --text-key")
     return text if text.isascii() else well_formed(text)
+
+
+def leaves(value: object, path: str) -> Iterator[object]:
+    """What stands at a dotted path of a row: in a list, that of every item; nothing where it is missing."""
+    if isinstance(value, list):
+        for item in value:
+            yield from leaves(item, path)
+    elif not path:
+        yield value
+    elif isinstance(value, dict) and (found := first_name(path, value)):
+        name, rest = found
+        yield from leaves(value[name], rest)
+
+
+def first_name(path: str, names: Container[str]) -> tuple[str, str] | None:
+    """The longest of `names` that a dotted path begins with, and the path behind it."""
+    end = len(path)
+    while end > 0:
+        if path[:end] in names:
+            return path[:end], path[end + 1 :]
+        end = path.rfind(".", 0, end)
+    return None
+
+
+def text_of(values: list[object]) -> str | None:
+    """One text of several, joined by newlines; None where there is none, or something else."""
+    texts = [value for value in values if isinstance(value, str)]
+    return "\n".join(texts) if texts and len(texts) == sum(value is not None for value in values) else None
 
 
 def csv_rows(blocks: Iterable[str], key: str, limit: int, name: str) -> Iterator[tuple[int, str | BadRow]]:
@@ -113,28 +141,3 @@ def _cells(header: str, delimiter: str) -> list[str]:
         return next(csv.reader([header], delimiter=delimiter), [])
     except csv.Error:  # no header can look like that
         return []
-
-
-def parquet_rows(file: BinaryIO, key: str, name: str) -> Iterator[tuple[int, str | BadRow]]:
-    """(row number, text) of every row. Only the column `key` is read; DataError where it is missing or no text."""
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingFeature(f"reading {name} needs pyarrow", fix="pip install 'nnx-cli[parquet]'") from error
-    number = 0
-    try:
-        table = parquet.ParquetFile(file)
-        schema = table.schema_arrow
-        if key not in schema.names:
-            found = ", ".join(schema.names[:10])
-            raise DataError(f"{name} has no column {key!r} but {found[:200]}", fix="name one with --text-key")
-        kind = schema.field(key).type
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-            raise DataError(f"the column {key!r} of {name} holds {kind}, not text", fix="name one with --text-key")
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[key], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield number, BadRow(f"its column {key!r} is empty") if text is None else text
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name} is damaged: {brief(error)}") from error

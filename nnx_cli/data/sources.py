@@ -16,6 +16,7 @@ from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
 from nnx_cli.data.formats import FORMATS, format_of
+from nnx_cli.data.parquet import ParquetText
 from nnx_cli.errors import DataError
 from nnx_cli.system.streams import standard_input
 from nnx_cli.system.text import well_formed
@@ -147,7 +148,7 @@ class Reader:
             yield from self._archive(archives.tar_members(stream), stream, report)
         elif head.startswith(b"PAR1"):
             with self._seekable(stream) as file:
-                yield from self._rows(formats.parquet_rows(file, self.text_key, name), name, "row", report)
+                yield from self._parquet(ParquetText(file, self.text_key, name, strict=self.strict), name, report)
         else:
             yield from self._text(stream, name, report)
 
@@ -189,6 +190,12 @@ class Reader:
             if not ended:
                 yield Piece("", True)
         many.n_read += 1
+
+    def _parquet(self, table: ParquetText, name: str, report: Report) -> Iterator[Piece]:
+        yield from self._rows(table.rows(), name, "row", report)
+        report.n_replaced_bytes += table.n_replaced
+        if table.n_replaced:
+            report.note(f"{name}: {table.n_replaced:,} invalid bytes became U+FFFD")
 
     def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
         reader = TextReader(stream, strict=self.strict, encoding=self.encoding)

@@ -55,6 +55,10 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+    def unread(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, each with the option that it needs."""
+        return {}
+
     def check_head_dim(self, *, even: bool = True) -> None:
         """Raise UsageError unless `n_heads` divides `dim`, into even widths where rotary pairs are of a head."""
         if self.dim % self.n_heads or even and self.dim // self.n_heads % 2:

@@ -119,6 +119,20 @@ class Config(ModelConfig):
             if what == used and not any(getattr(self, name) for name in names):
                 raise UsageError(f"--decoder {self.decoder} needs {what}, of the layers or shared by them")
 
+    def unread(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, each with the option that it needs."""
+        found = {}
+        if self.function_anneal_steps is None:
+            found["function_min_temperature"] = "--function-anneal-steps"
+        if self.decoder != "function":
+            names = ("temperature", "min_temperature", "anneal_steps", "balance")
+            found |= {f"function_{name}": "--decoder function" for name in names}
+        if self.diff_attention == "off" and not self.diff_mlp:
+            found["paper_lambda"] = "--diff-attention expressive"
+        if self.normalized:
+            found["norm_eps"] = "--no-normalized"
+        return found
+
     @property
     def n_maps(self) -> int:
         """Softmax maps of a head."""

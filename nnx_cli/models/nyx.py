@@ -57,6 +57,12 @@ class Config(ModelConfig):
         if not self.xpos_scale_base > 0 or not self.qk_norm_scale > 0:
             raise UsageError("--xpos-scale-base and --qk-norm-scale must be above 0")
 
+    def unread(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, each with the option that it needs."""
+        if self.qk_norm and self.variant == "sound":
+            return {}
+        return {"qk_norm_scale": "--variant sound" if self.qk_norm else "--qk-norm"}
+
 
 SIZES: dict[str, dict[str, Any]] = {
     "nano": dict(dim=128, n_layers=4, n_heads=4, ffn_dim=384, seq_len=256),

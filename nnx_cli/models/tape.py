@@ -74,6 +74,10 @@ class Config(ModelConfig):
         if self.coda_layers + self.n_critics * self.n_layers > MAX_LAYERS:
             raise UsageError(f"--coda-layers + --n-critics x --n-layers must be at most {MAX_LAYERS}")
 
+    def unread(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, each with the option that it needs."""
+        return {} if self.variant == "tape" else {"n_critics": "--variant tape"}
+
     @property
     def n_segments(self) -> int:
         """Segments that a level with a hidden state attends to."""

@@ -23,6 +23,7 @@ class Defaults:
     lr_share: float = 1.0  # of the learning rate that the width suggests
     lr: float | None = None  # a learning rate for every width instead
     weight_decay: bool = True
+    beta2: bool = True  # whether it averages squared gradients
 
 
 @dataclass(frozen=True, kw_only=True)

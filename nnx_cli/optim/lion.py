@@ -13,7 +13,7 @@ from nnx_cli.kernels import optimizer_step
 from nnx_cli.optim._base import BETAS, Defaults, DeviceOptimizer, Group, OptimizerConfig, StateSpec
 from nnx_cli.optim._groups import parameter_groups
 
-DEFAULTS = Defaults(lr_share=0.1, weight_decay=False)
+DEFAULTS = Defaults(lr_share=0.1, weight_decay=False, beta2=False)
 
 STACK_BYTES = 32 * 2**20  # of parameters whose momenta are copied at a time
 

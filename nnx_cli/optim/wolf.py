@@ -12,7 +12,7 @@ from nnx_cli.kernels import optimizer_step
 from nnx_cli.optim._base import Defaults, DeviceOptimizer, Group, OptimizerConfig, StateSpec
 from nnx_cli.optim._groups import parameter_groups
 
-DEFAULTS = Defaults(lr=0.3678, weight_decay=False)  # the rate its author gives
+DEFAULTS = Defaults(lr=0.3678, weight_decay=False, beta2=False)  # the rate its author gives
 
 
 class Wolf(DeviceOptimizer):

@@ -14,7 +14,7 @@ from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
 from nnx_cli.errors import CheckpointError, DataError, OutputError, UsageError
 from nnx_cli.planning.plan import Plan, plan_run
 from nnx_cli.runs.find import find_model
@@ -98,6 +98,16 @@ def _prepared(
     return folder, [folder, *missing]
 
 
+def brings(base: ModelRef, tokenizer: str) -> bool:
+    """Whether the tokenizer of that name is the one that a model brings. One to be trained never is."""
+    own = base.tokenizer
+    if own is None:  # it takes any of its size
+        return True
+    if tokenizer == own.kind:
+        return not needs_training(tokenizer)
+    return Path(tokenizer).is_file() and build_tokenizer(tokenizer).fingerprint == own.fingerprint
+
+
 def take_back(made: list[Path]) -> None:
     """Remove the folders, innermost first, that were made for a run that is not to be; others may use an outer one."""
     for number, folder in enumerate(made):
@@ -114,11 +124,18 @@ def open_and_plan(
     precision: str,
     sources: dict[str, str],
     base: ModelRef | None,
-    tokenizer: Tokenizer | None,
+    tokenizer: str | None,
 ) -> tuple[TokenFolder, Plan]:
-    """Open the tokens and fill in every value. Raises DataError or UsageError where vocabularies disagree."""
+    """Open the tokens and fill in every value. `tokenizer` is what the folder is said to be made with.
+
+    Raises DataError or UsageError where vocabularies disagree.
+    """
     fields = dict(shape.fields)
-    tokens = open_token_folder(folder, tokenizer=base.tokenizer if base else tokenizer)
+    trained = tokenizer is not None and needs_training(tokenizer)  # on whatever text it was
+    named = None if tokenizer is None or trained else build_tokenizer(tokenizer)
+    tokens = open_token_folder(folder, tokenizer=(base.tokenizer if base else None) or named)
+    if trained and (tokens.tokenizer is None or tokens.tokenizer.kind != tokenizer):
+        raise DataError(f"{folder} was not made with --tokenizer {tokenizer}", fix="leave it out, or name its file")
     if base is not None and tokens.vocab_size != fields["vocab_size"]:
         raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
     if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:

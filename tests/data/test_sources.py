@@ -210,7 +210,9 @@ def test_jsonl(tmp_path):
         b"5",
         b'{"txt": "a"}',
         b'{"text": null}',
-        b'{"text": ["a"]}',
+        b'{"text": ["a", 5]}',
+        b'{"text": {"text": "a"}}',
+        b'{"text": []}',
         b"[" * 100_000,
         b'{"text": "' + b"x" * 5000 + b'"}',
     ],
@@ -244,32 +246,41 @@ def test_csv(tmp_path):
     assert "no column 'text'" in refusal(path)
 
 
-def test_parquet(tmp_path):
-    arrow = pytest.importorskip("pyarrow", reason="needs the extra nnx-cli[parquet]")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra nnx-cli[parquet]")
-    path = tmp_path / "a.parquet"
-    parquet.write_table(arrow.table({"n": [1, 2, 3], "text": ["one", None, "drei ü"]}), path)
-    documents, report = read(path)
-    assert documents == ["one", "drei ü"] and report.n_skipped_rows == 1
-    assert report.sources[0]["bytes"] == path.stat().st_size
-    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert read(tmp_path / "b.parquet.gz", spool=tmp_path)[0] == documents
-    assert "row 2" in refusal(path, strict=True)
-    assert "no column 'body'" in refusal(path, text_key="body")
-    assert "not text" in refusal(path, text_key="n")
-    path.write_bytes(path.read_bytes()[:-20])
-    assert "damaged" in refusal(path)
-    path.write_bytes(b"no table")
-    assert "damaged" in refusal(path)
-
-
-def test_missing_pyarrow_names_the_extra(tmp_path, monkeypatch):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR1 and more")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingFeature) as error:
-        read(path)
-    assert "nnx-cli[parquet]" in error.value.fix
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("messages.content", ["hi\nho", "hey"]),
+        ("meta.title", ["One", "Two"]),
+        ("a.b", ["dotted", "dots"]),
+        ("a.c", ["c", "C"]),
+        ("lines", ["1\n2", "3"]),
+        ("deep.list.x.y", ["q\nr", "s"]),
+    ],
+)
+def test_jsonl_by_path(tmp_path, key, expected):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "tool"}, {"content": None}, {"content": "ho"}],
+            "meta": {"title": "One"},
+            "a.b": "dotted",
+            "a": {"b": "not this", "c": "c"},
+            "lines": ["1", None, "2"],
+            "deep.list": [[{"x.y": "q"}], [{"x": {"y": "r"}}]],
+        },
+        {
+            "messages": [{"content": "hey"}],
+            "meta": {"title": "Two"},
+            "a.b": "dots",
+            "a": {"c": "C"},
+            "lines": "3",
+            "deep.list": {"x": {"y": "s"}},
+        },
+        {"a": 5, "lines": [7]},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, report = read(path, text_key=key)
+    assert documents == expected and report.n_skipped_rows == 1
 
 
 # the rest
