@@ -209,17 +209,20 @@ class Output:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None) -> Table:
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
 
     table = Table(title=title and styled(printable(title)), box=box.SIMPLE, title_justify="left")
-    for number, column in enumerate(columns):
-        header = styled(printable(column))
+    lines = [[printable("–" if cell is None else str(cell)) for cell in row] for row in rows]
+    for number, column in enumerate(map(printable, columns)):
         if number == 0:
-            table.add_column(header, no_wrap=True, overflow="ignore")
+            table.add_column(styled(column), no_wrap=True, overflow="ignore")
         else:
-            table.add_column(header, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*(styled(printable("–" if cell is None else str(cell))) for cell in row))
+            words = " ".join([column, *(line[number] for line in lines)]).split()
+            longest = max(map(cell_len, words), default=1)
+            table.add_column(styled(column), justify="right", overflow="fold", min_width=longest)
+    for line in lines:
+        table.add_row(*map(styled, line))
     return table
 
 

@@ -50,6 +50,15 @@ def test_a_table_keeps_all_it_has(screen, monkeypatch, columns):
     assert {"a-long-name-of-a-run", "nyx", "12", "2.3456", "llama", "1200", "1.9"} < set(shown.split()) and said == ""
 
 
+@pytest.mark.parametrize("columns", [1, 30, 40, 44, 60])
+def test_a_table_cuts_no_word(screen, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = [["embedding", "PackedEmbedding", "1 x 32 x 256", "10,240 x 12"], ["norm", "小猫小猫", None, ""]]
+    Output().table(["layer", "kind", "output of one sequence", "parameters"], rows)
+    words = "layer kind output of one sequence parameters embedding PackedEmbedding 1 x 32 x 256 10,240 x 12"
+    assert sorted(screen().out.replace("─", "").split()) == sorted(f"{words} norm 小猫小猫 –".split())
+
+
 def test_columns_that_go_are_named(screen, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     show_table(expendable=["steps", "model", "bits/byte"])
