@@ -15,7 +15,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.config import Field, TrainConfig, own_fields
 from nnx_cli.console import Output
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
@@ -200,6 +200,14 @@ def naming(architecture: str | Path | None) -> str:
     return f" --model {shlex.quote(name)}" if models.is_file(name) else ""
 
 
+def _check_current_folder() -> None:
+    """Raise DataError where the current folder was deleted: nothing is found or made there, and torch dies of it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise DataError("the current folder was deleted", fix="cd ~") from error
+
+
 def command(
     *extra: inspect.Parameter, branches: Sequence[Branch] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -230,6 +238,7 @@ def command(
             options = {name: at_home(value, name) for name, value in options.items()}
             given = [name for name, value in options.items() if value not in (None, [], defaults.get(name))]
             check_read(branches, options, dict.fromkeys(given, COMMAND_LINE))
+            _check_current_folder()
             function(Output(json=json, quiet=quiet or json), **options)
 
         run.__doc__ = function.__doc__

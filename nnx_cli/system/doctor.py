@@ -114,7 +114,8 @@ def _memory_and_disk() -> Iterator[Finding]:
             "free some space, or take --keep 1",
         )
     if not os.access(".", os.W_OK):
-        yield Finding("error", "this folder cannot be written: runs go into weights/ in it", "cd to a folder of yours")
+        fix = "cd to a folder of yours, or train elsewhere: nnx train --out FOLDER/NAME"
+        yield Finding("error", "this folder cannot be written: runs go into weights/ in it", fix)
 
 
 def _compilers() -> Iterator[Finding]:

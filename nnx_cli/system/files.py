@@ -39,7 +39,7 @@ OURS = {
     "val.documents",
 }
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}  # the last one: the current folder was deleted
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS}
 MAX_JSON_BYTES = 64 * 2**20
 
 

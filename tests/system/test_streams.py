@@ -65,6 +65,12 @@ def test_an_error_keeps_its_code_where_nobody_hears_it(redirected):
     assert shell(f"$NNX frobnicate {redirected}")[0] == 2
 
 
+@pytest.mark.parametrize("words", ["list", "prepare words.txt", "summarize --all", "sample --prompt x"])
+def test_a_current_folder_that_was_deleted(tmp_path, words):
+    code, out, said = shell(f"mkdir gone; cd gone; rmdir ../gone; $NNX {words} 2>&1 | grep -v getcwd", tmp_path)
+    assert out == "nnx: the current folder was deleted\n     cd ~\n"
+
+
 def test_no_file_gets_the_number_of_a_closed_stream():
     """What others print must not end up in a file of ours."""
     script = "from nnx_cli.system.streams import set_up_streams; set_up_streams(); import os\n"
@@ -128,7 +134,9 @@ def test_a_product_that_is_lost_is_an_error(tmp_path, code, terminal, kind):
             stream.write("words")
 
 
-@pytest.mark.parametrize("words", ["prepare - --out x", "prepare - --tokenizer char --out x"])
+@pytest.mark.parametrize(
+    "words", ["prepare - --out x", "prepare - --tokenizer char --out x", "prepare --filepath - --out x"]
+)
 def test_standard_input_that_is_closed_is_code_3(tmp_path, words):
     code, _, said = shell(f"$NNX {words} <&-", tmp_path)
     assert code == 3 and said.splitlines()[0] == "nnx: standard input is closed" and len(said.splitlines()) == 2

@@ -44,15 +44,6 @@ def test_where_data_cannot_be_made_the_tokens_stand_beside_the_run(text_file, wo
     assert list(workspace.iterdir()) == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="others do not let go of a folder")
-def test_where_the_current_folder_is_gone(text_file, workspace, monkeypatch):
-    (workspace / "here").mkdir()
-    monkeypatch.chdir(workspace / "here")
-    (workspace / "here").rmdir()
-    folder, _ = prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print, workspace / "run")
-    assert folder.parent == workspace / "data" and (folder / "meta.json").exists()
-
-
 def test_what_others_use_is_not_taken_back(workspace):
     (workspace / "data" / "mine").mkdir(parents=True)
     (workspace / "data" / "theirs").mkdir()
