@@ -203,7 +203,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     lengths = LENGTHS & settings.keys()
     status, lost = _read_or_lost(run)
     if status.get("status") == "finished" and not lengths:
-        output.show_json(status | {"out": str(folder), "parameters": run.config["parameters"]})
+        output.show_json(_as_json(run, status))
         output.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
         return
     if request.dry_run:
@@ -242,8 +242,11 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
         try:
             ended = trainer.train(run, should_stop)
         except NnxError as error:
+            diverged = isinstance(error, QualityError)
             with suppress(OutputError):  # a full disk is what the error may be
-                _record(run, trainer, "diverged" if isinstance(error, QualityError) else "interrupted")
+                status = _record(run, trainer, "diverged" if diverged else "interrupted")
+                if diverged:
+                    output.show_json(_as_json(run, status))
             raise
         status = _record(run, trainer, ended)
     view.close()
@@ -253,9 +256,14 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
             f"interrupted at step {trainer.state.step}; everything is saved",
             fix=f"resume: nnx train --resume {run.folder}{named}",
         )
-    parameters, output.made = run.config["parameters"], run.folder
-    output.show_json(status | {"out": str(run.folder), "parameters": parameters})
-    output.show(*_verdict(run, trainer, status, parameters, named))
+    output.made = run.folder
+    output.show_json(_as_json(run, status))
+    output.show(*_verdict(run, trainer, status, named))
+
+
+def _as_json(run: Run, status: dict[str, Any]) -> dict[str, Any]:
+    """What --json prints of a run: run.json, and which it is."""
+    return status | {"out": str(run.folder), "parameters": run.config["parameters"]}
 
 
 def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
@@ -270,7 +278,7 @@ def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     )
 
 
-def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int, named: str) -> list[str]:
+def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> list[str]:
     """What happened, and what to do next."""
     state, bits, best_step = trainer.state, status["best_val_bits_per_byte"], status["best_step"] or 0
     quality = (
@@ -278,13 +286,12 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int
     )
     if bits is not None:
         quality += f", {bits:.3f} bits per byte"
+    parameters = f"{run.config['parameters']:,} parameters"
     lines = [
-        f"{run.folder}: {run.config['model']['name']} with {parameters:,} parameters, {counted(state.step, 'step')}, "
+        f"{run.folder}: {run.config['model']['name']} with {parameters}, {counted(state.step, 'step')}, "
         f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
-    if best_step < 0.9 * state.step:
-        dropout = f"--dropout {min(0.5, trainer.model.config.dropout + 0.1):.1f}"
-        lines.append(f"it was better earlier: more text, a smaller model or {dropout} would help more than more steps")
+    lines += _advice(run, trainer, best_step)
     prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
     longer = max(2 * trainer.state.time_s, 60)
     return [
@@ -294,6 +301,23 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], parameters: int
         f"  nnx eval {run.folder}{named}",
         f"  nnx train --resume {run.folder}{named} --max-time {longer / 60:.0f}m",
     ]
+
+
+def _advice(run: Run, trainer: Trainer, best_step: int) -> list[str]:
+    """What would have helped a run whose losses went up on the way, or at the end."""
+    from nnx_cli.training.recovery import retry_command
+
+    course = trainer.recovery.course(run)
+    if course is not None and course.blew_up:
+        again = retry_command(run, trainer.model, trainer.config)
+        return [f"its loss was {course.peak:,.0f} on the way; a lower learning rate learns more:", f"  {again}"]
+    if best_step >= 0.9 * trainer.state.step:
+        return []
+    dropout = f"--dropout {min(0.5, trainer.model.config.dropout + 0.1):.1f}"
+    help = f"more text, a smaller model or {dropout} would help more than more steps"
+    if course is not None and course.overfitted:
+        return [f"it learns its text by heart: training loss {course.recent:.2f}, validation {course.val:.2f}; {help}"]
+    return [f"it was better earlier: {help}"]
 
 
 def _command_line() -> str:

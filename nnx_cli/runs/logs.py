@@ -84,11 +84,22 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log that are whole. Raises CheckpointError where it is no file."""
+    yield from (record for line in _lines(path) if (record := _record(line)) is not None)
+
+
 def logged_step(line: bytes) -> int | None:
     """The step of a line of a log; None where the line is damaged."""
+    record = _record(line)
+    return None if record is None else record["step"]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of a log; None where it is damaged."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return step if type(step) is int and step >= 0 else None
+    return record if type(step) is int and step >= 0 else None

@@ -64,6 +64,15 @@ def is_forbidden(error: OutputError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_PLACE
 
 
+def free_name(path: Path) -> Path:
+    """`path`, or with -2, -3, … behind it where that exists."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
 def plain_opener(path: str, flags: int) -> int:
     """For `open`, to write to a file of a run: a link leads to somebody else's file, and a pipe may block."""
     flags |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))

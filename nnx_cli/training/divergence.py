@@ -1,8 +1,10 @@
-"""Signs that a run goes wrong: a loss that jumps, elements that are no longer finite."""
+"""Signs that a run goes wrong: a loss that jumps or ends too high, elements that are no longer finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +16,10 @@ MEMORY = 0.9  # share of the past in running averages of the loss
 FAMILIAR = 20  # losses that have to be seen before one can be called unusual
 UNUSUAL = 6.0  # standard deviations above the average
 LEAST_JUMP = 0.2  # nats above the average: less is no spike, however calm the run was
+RISE = 1.0  # nats above its best, or where it began, from which on a loss went wrong
+BLOW_UP = 2.0  # nats above where it began: batches of a text do not differ by that
+SLACK = 0.5  # nats above where it began that a loss may end at by chance, or for want of time
+RECENT = 10  # logged losses, and at most a tenth of all, whose mean is the training loss of a moment
 
 
 class LossSpikeDetector:
@@ -36,6 +42,92 @@ class LossSpikeDetector:
         self.mean += share * distance
         self.variance = (1 - share) * (self.variance + share * distance**2)
         return False
+
+
+@dataclass(frozen=True)
+class LossCourse:
+    """How the losses of a run went, by the lines of its log, in nats per token. `first` is the training loss before any
+    update, `peak` the highest, `recent` that of the end; `since_best` is how far it rose since the best validation."""
+
+    first: float
+    peak: float
+    recent: float
+    since_best: float
+    val: float
+    best_val: float
+    best_step: int
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> LossCourse | None:
+        """That of the lines of metrics.jsonl, the last of which has a validation; None where nothing was logged."""
+        trained = [record for record in records if _is_number(record.get("train_loss"))]
+        if not trained:
+            return None
+        validated = [record for record in records if _is_number(record.get("val_loss"))]
+        never: dict[str, Any] = {"val_loss": math.inf, "step": 0}
+        best = min(validated, key=lambda record: record["val_loss"], default=never)
+        losses = [record["train_loss"] for record in trained]
+        width = max(1, min(RECENT, len(losses) // 10))
+        at_best = max(1, sum(record["step"] <= best["step"] for record in trained))
+        recent = _mean(losses[-width:])
+        val = records[-1].get("val_loss")
+        return cls(
+            first=losses[0],
+            peak=max(losses),
+            recent=recent,
+            since_best=recent - _mean(losses[max(0, at_best - width) : at_best]),
+            val=math.inf if val is None else val,
+            best_val=best["val_loss"],
+            best_step=best["step"],
+        )
+
+    @property
+    def blew_up(self) -> bool:
+        """Whether the loss was far above where it began at some time, as with too high a learning rate."""
+        return self.peak > self.first + BLOW_UP
+
+    @property
+    def has_better(self) -> bool:
+        """Whether there was a better model than the last one, and better than that before any update."""
+        return self.best_val < min(self.first, self.val)
+
+    @property
+    def overfitted(self) -> bool:
+        """Whether the validation loss rose while the training loss did not."""
+        return self.val > self.best_val + RISE and not self._trained_away()
+
+    def _trained_away(self) -> bool:
+        """Whether the validation loss is far above its best, and the training loss went there with it."""
+        rise = self.val - self.best_val
+        return rise > RISE and self.since_best > rise / 2
+
+    def why_diverged(self, vocab_size: int, n_used: Callable[[], int]) -> str | None:
+        """What is wrong with how it ended, in words; None where nothing is, or where there was too little time.
+
+        To guess costs the logarithm of `vocab_size`; after the loss blew up, that of `n_used()`, the ids that the text
+        has.
+        """
+        if not math.isfinite(self.val):
+            return "its validation loss is no finite number"
+        guessing = math.log(max(2, n_used()) if self.blew_up else vocab_size)
+        if self.val > guessing and (self.blew_up or self.val > self.first + SLACK):
+            return f"its validation loss is {self.val:.2f}, and guessing costs {guessing:.2f}"
+        if self._trained_away():
+            return (
+                f"its validation loss rose from {self.best_val:.2f} at step {self.best_step:,} to {self.val:.2f}, and "
+                "the training loss with it"
+            )
+        if self.peak > math.log(vocab_size) and min(self.val, self.recent) > self.first + RISE:
+            return f"its loss began at {self.first:.2f} and ended at {self.val:.2f}"
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

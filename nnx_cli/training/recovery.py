@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.errors import QualityError
+from nnx_cli.errors import CheckpointError, QualityError
 from nnx_cli.layers.blocks import eagerly
+from nnx_cli.models._base import LanguageModel
+from nnx_cli.planning.recipe import default_lr
+from nnx_cli.runs.logs import read_log
 from nnx_cli.runs.run import Run
-from nnx_cli.training.divergence import LossSpikeDetector, all_finite, first_overflow
+from nnx_cli.system.files import free_name
+from nnx_cli.training.divergence import LossCourse, LossSpikeDetector, all_finite, first_overflow
 from nnx_cli.training.journal import Journal
 from nnx_cli.training.state import TrainState, restore_checkpoint
 from nnx_cli.training.step import StepNumbers
@@ -20,6 +27,8 @@ from nnx_cli.training.stepper import Stepper
 T = TypeVar("T")
 MAX_BAD_STEPS = 8  # steps in a row without a finite gradient: more than chance
 ROLLBACK_LR = 0.5  # of the learning rate is what a run goes on with after it went back to a checkpoint
+LOWER = 0.25  # of it is what a new run should begin with
+MOST_COUNTED = 2**26  # tokens of a text that are looked at
 
 
 class Recovery:
@@ -56,7 +65,7 @@ class Recovery:
         """Go back to the last checkpoint and go on with a lower learning rate. Raises QualityError the second time."""
         state, stepper = self.state, self.stepper
         if state.lr_factor < 1.0:
-            self._give_up(config)
+            self._give_up(run, config)
         checkpoint, notes = run.newest_checkpoint()
         had_graphs = stepper.graphs is not None
         stepper.graphs = None  # they know the optimizer's state by its address
@@ -78,16 +87,32 @@ class Recovery:
             f"going on with {ROLLBACK_LR:g} of the learning rate"
         )
 
-    def _give_up(self, config: TrainConfig) -> None:
+    def course(self, run: Run) -> LossCourse | None:
+        """How the losses of a run went, None where it has no log."""
+        return LossCourse.of(list(read_log(run.folder / "metrics.jsonl")))
+
+    def check_end(self, run: Run, config: TrainConfig, tokens: np.ndarray) -> None:
+        """Raise QualityError where the losses of a run that is over say that it went wrong. `tokens` is its text."""
+        model, course = self.stepper.step.model, self.course(run)
+        why = course and course.why_diverged(model.config.vocab_size, lambda: count_used(tokens))
+        if why is not None:
+            kept = (
+                f"; {run.folder} has its weights of step {course.best_step:,}" if course and course.has_better else ""
+            )
+            raise QualityError(
+                f"the run diverged: {why}; the likely cause is its learning rate, {config.lr:g}{kept}",
+                fix=retry_command(run, model, config),
+            )
+
+    def _give_up(self, run: Run, config: TrainConfig) -> None:
         state, stepper = self.state, self.stepper
-        assert config.lr is not None
         with eagerly(stepper.execution.compiled):
             first = state.step * stepper.samples_per_step
             where = first_overflow(stepper.step.model, *stepper.loader.batch(first, stepper.batch_size))
         raise QualityError(
             f"the run diverged: no finite gradient in {MAX_BAD_STEPS} steps up to step {state.step}, also at a "
             f"lower learning rate; {where}",
-            fix=f"try --lr {config.lr * ROLLBACK_LR**2:.2g}, or --precision fp32",
+            fix=retry_command(run, stepper.step.model, config),
         )
 
     def retry_on_oom(self, look: Callable[[], T], use_less: Callable[[], bool] = lambda: False) -> T:
@@ -108,3 +133,30 @@ class Recovery:
                 raise refused
             self.stepper.release_graphs()
             self.journal.event(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")
+
+
+def count_used(tokens: np.ndarray) -> int:
+    """Ids that occur in a text, as far as it is looked at."""
+    return len(np.unique(tokens[:MOST_COUNTED]))
+
+
+def retry_command(run: Run, model: LanguageModel, config: TrainConfig) -> str:
+    """The command line that made a run, with a lower learning rate: a quarter, at most what suits the model."""
+    assert config.lr is not None and config.optimizer is not None
+    factor = model.recipe.muon_lr_factor if config.optimizer == "muon" else model.recipe.lr_factor
+    lr = min(config.lr * LOWER, default_lr(config.optimizer, model.config.dim, factor))
+    words: list[str] = []
+    with suppress(CheckpointError):  # a damaged run.json
+        words = shlex.split(str(run.status().get("command")))
+    if words[:2] != ["nnx", "train"]:
+        return f"start it again with --lr {lr:.2g}"
+    dropped = {"--lr", "--learning-rate", "--out"} | ({"--min-lr"} if config.min_lr > lr else set())
+    kept, skip = [], False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        named = option.replace("_", "-") in dropped
+        if not named and not skip:
+            kept.append(word)
+        skip = named and not equals
+    out = ["--out", str(free_name(run.folder))] if "--out" in {word.partition("=")[0] for word in words} else []
+    return shlex.join([*kept, "--lr", f"{lr:.2g}", *out])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -37,7 +38,7 @@ from nnx_cli.system.device import (
     set_seed,
     set_threads,
 )
-from nnx_cli.system.files import follow, relative
+from nnx_cli.system.files import follow, free_name, relative
 from nnx_cli.system.machine import keep_freed_memory
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import Sampling
@@ -68,11 +69,7 @@ def configure_device(config: TrainConfig, strict: bool = True) -> tuple[torch.de
 
 def free_folder(stem: str) -> Path:
     """weights/STEM, or -2, -3, … where that exists."""
-    folder, number = WEIGHTS / stem, 1
-    while folder.exists():
-        number += 1
-        folder = WEIGHTS / f"{stem}-{number}"
-    return folder
+    return free_name(WEIGHTS / stem)
 
 
 def start(
@@ -147,14 +144,23 @@ def make_trainer(
 
 
 def find_unfinished() -> Path:
-    """The newest run that is not finished. Raises CheckpointError where there is none."""
+    """The newest run that was interrupted. Raises CheckpointError where there is none: one that diverged would do so
+    again."""
+    diverged = None
     for folder in find_runs():
         try:
             status = live_status(folder, Run(folder).status())
         except CheckpointError:
             continue  # a damaged run does not hide the others
-        if status in ("interrupted", "diverged"):
+        if status == "interrupted":
             return folder
+        if status == "diverged" and diverged is None:
+            diverged = folder
+    if diverged is not None:
+        raise CheckpointError(
+            f"there is nothing to resume: {diverged} diverged, and no other run is unfinished",
+            fix=f"nnx train --resume {shlex.quote(str(diverged))}",
+        )
     raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
 
 

@@ -71,8 +71,8 @@ class Trainer:
     def train(self, run: Run, should_stop: Callable[[], bool]) -> str:
         """Train to the end of the length, or until `should_stop`; returns finished or interrupted.
 
-        Raises QualityError when gradients are not finite even after going back to the last checkpoint with
-        a lower learning rate; DoesNotFit when one sequence at a time is too much for the memory.
+        Raises QualityError when gradients are not finite even after going back to the last checkpoint with a lower
+        learning rate, or when the losses went wrong; DoesNotFit when one sequence at a time is too much for the memory.
         """
         state, journal = self.state, self.journal
         self.best.find(run)
@@ -112,9 +112,10 @@ class Trainer:
                 journal.try_write(lambda: self.save(run))
             if gave_up:
                 self.observer.note(f"stopped early: {self.config.patience} validations without a better one")
-                return "finished"
+                break
             if stop and done < 1.0:
                 return "interrupted"
+        self.recovery.check_end(run, self.config, self.data.train)
         return "finished"
 
     # where the run is

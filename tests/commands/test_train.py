@@ -1,4 +1,6 @@
 import json
+import random
+import shlex
 import shutil
 from pathlib import Path
 
@@ -388,6 +390,59 @@ def test_a_run_that_diverges_says_so(nnx, data, workspace, monkeypatch):
     result = nnx("train", "--data", data, *SMALL, "--max-steps", 20, "--out", "run")
     assert result.exit_code == 6 and "diverged" in result.stderr and "Traceback" not in result.stderr
     assert Run(workspace / "run").status()["status"] == "diverged"
+
+
+@pytest.fixture
+def wild(nnx, data, monkeypatch):
+    """A run whose learning rate is far too high, and what its command said."""
+    words = [
+        "train",
+        "--data",
+        str(data),
+        *map(str, SMALL),
+        "--max-steps",
+        "20",
+        "--lr",
+        "30",
+        "--out",
+        "weights/a run",
+    ]
+    monkeypatch.setattr("sys.argv", ["nnx", *words])
+    return nnx(*words, "--json")
+
+
+def test_a_loss_worse_than_guessing_is_divergence(nnx, refused, wild, workspace):
+    assert wild.exit_code == 6 and "the likely cause is its learning rate, 30" in wild.stderr
+    status = json.loads(wild.stdout)
+    assert status["status"] == "diverged" and status["out"] == "weights/a run" and status["val_loss"] > 5.6
+    command = wild.stderr.splitlines()[-1].split()
+    assert command[:2] == ["nnx", "train"] and command[-3:] == ["--out", "'weights/a", "run-2'"]
+    result = nnx(*shlex.split(wild.stderr.splitlines()[-1])[1:], "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["out"] == "weights/a run-2", result.stderr
+    assert nnx("sample", "a run", "--max-new-tokens", 3).exit_code == 0, "its best weights are a model"
+
+
+def test_a_diverged_run_is_not_gone_on_with_unasked(nnx, refused, wild):
+    refused(5, "a run diverged", "train", "--resume", "last")
+    again = nnx("train", "--resume", "a run", "--json")
+    assert again.exit_code == 6 and json.loads(again.stdout)["step"] == 20, "it ends as it did, without a step"
+    assert Run(Path("weights", "a run")).status()["status"] == "diverged"
+
+
+def test_a_loss_that_came_back_is_told(nnx, data):
+    result = nnx("train", "--data", data, *SMALL, "--max-steps", 100, "--lr", 1.0, "--sample-every", 0)
+    assert result.exit_code == 0 and "on the way; a lower learning rate learns more" in result.stdout, result.stderr
+
+
+def test_overfitting_is_told_as_such(nnx, workspace):
+    draw = random.Random(0)
+    (workspace / "noise.txt").write_text("".join(draw.choices("abcdefghijklmnop", k=700)))
+    shape = ["--dim", 64, "--n-layers", 2, "--n-heads", 2, "--seq-len", 16, "--dropout", 0, "--compile", "off"]
+    length = ["--batch-size", 16, "--grad-accum", 1, "--max-steps", 150, "--lr", 1e-2, "--weight-decay", 0]
+    rest = ["--optimizer", "adamw", "--val-fraction", 0.2, "--sample-every", 0]
+    result = nnx("train", "--filepath", "noise.txt", *shape, *length, *rest)
+    assert result.exit_code == 0, result.stderr
+    assert "it learns its text by heart: training loss 1." in result.stdout and "--dropout 0.1" in result.stdout
 
 
 # resuming

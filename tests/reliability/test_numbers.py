@@ -65,7 +65,7 @@ def ends(folder: Path, model: str) -> None:
     """Bad steps that do not cease: exit 6 with one command to try; what was saved is good, and can be gone on with."""
     command, out, code = run(folder, NanAt(tuple(range(14, ENDLESS))), model)
     assert code == 6, command.output
-    assert "no finite gradient in 8 steps" in command.output and "try --lr" in command.output
+    assert "no finite gradient in 8 steps" in command.output and " --lr " in command.output
     assert "Traceback" not in command.output
     status = read_json(out / "run.json")
     assert status["status"] == "diverged" and len(status["events"]) == 1
