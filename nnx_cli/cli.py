@@ -115,7 +115,7 @@ def _explain(error: Exception) -> NnxError:
     text = str(error)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     if out_of_memory or "can't allocate memory" in text:
-        return DoesNotFit("out of memory", fix="take a smaller --batch-size or --size; nnx summarize says what fits")
+        return DoesNotFit("out of memory", fix="take less at once or a smaller model; see what fits: nnx summarize")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return OutputError(f"cannot write: {error.strerror}", fix="make room, then start it again")
     if isinstance(error, OSError) and error.filename is not None and error.errno in BAD_PLACES:
@@ -129,10 +129,8 @@ def _explain(error: Exception) -> NnxError:
 def _report(error: NnxError | TyperException, group: Group, debug: bool) -> int:
     """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
     message = error.format_message() if isinstance(error, TyperException) else str(error)
-    possibilities = getattr(error, "possibilities", None)
-    if possibilities is not None and not possibilities and "option" in message:
-        known = {name for command in group.commands.values() for p in command.params for name in p.opts}
-        message += nearest(getattr(error, "option_name", ""), known)
+    if hasattr(error, "possibilities"):  # an option that is not there; Typer offers what looks little like it
+        message = f"{error.args[0]}{_instead(error, group)}"
     from nnx_cli.console import Output, printable
 
     output = Output()
@@ -145,9 +143,19 @@ def _report(error: NnxError | TyperException, group: Group, debug: bool) -> int:
     return error.exit_code
 
 
+def _instead(error: Any, group: Group) -> str:
+    """What to say of an option that a command does not have: which of its own may be meant, or whose it is."""
+    option, command = error.option_name, error.ctx.command
+    if command is not group and (near := nearest(option, command.spellings(error.ctx))):
+        return near
+    owners = [name for name, other in group.commands.items() if any(option in p.opts for p in other.params)]
+    return f"; it belongs to {', '.join(owners)}" if owners else ""
+
+
 def _shortened(text: str) -> str:
-    """`text` in one line that a screen can hold, whatever a file or an argument brought into it."""
-    line = " ".join(text.split())
+    """`text` in one line that a screen can hold, whatever a file or an argument brought into it; blanks stay, which may
+    be those of a name."""
+    line = " ".join(part.strip() for part in text.splitlines())
     return line if len(line) <= MAX_LINE_CHARS else f"{line[: MAX_LINE_CHARS // 2]} … {line[-MAX_LINE_CHARS // 2 :]}"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import codecs
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ class TrainConfig:
         check_range("weight-decay", self.weight_decay, 0.0, 1e3)
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
         check_range("seed", self.seed, 0, 2**63 - 1)
-        check_range("beta2", self.beta2, 0.0, 1 - 2**-24, low_open=True)
+        check_range("beta2", self.beta2, 0.0, 0.9999999, low_open=True)  # float32 has no more below 1
         check_device(self.device)
         check_choice("optimizer", self.optimizer, ("auto", *module_names("optim")))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
@@ -132,7 +131,7 @@ class TrainConfig:
         if self.optimizer_in_backward and self.precision == "fp16":
             raise UsageError("--optimizer-in-backward has no loss scale, which fp16 needs", fix="take --precision fp32")
         if self.lr is not None and self.min_lr > self.lr:
-            raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
+            raise UsageError(f"--min-lr {typed(self.min_lr)} is above --lr {typed(self.lr)}")
         if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:
             raise UsageError(f"--warmup-steps {self.warmup_steps} is more than --max-steps {self.max_steps}")
         parse_duration(self.max_time)
@@ -260,14 +259,21 @@ def own_fields(config: type) -> tuple[Field, ...]:
 
 def check_range(name: str, value: float | None, low: float, high: float, *, low_open: bool = False) -> None:
     """Raise UsageError unless `value` is None, or finite and low <= value <= high (low < value with `low_open`)."""
-    if value is None:
+    if value is None or (low < value if low_open else low <= value) and value <= high:  # no comparison holds for nan
         return
-    if isinstance(value, int) and abs(value) > 2**63:
-        value = math.inf if value > 0 else -math.inf  # more than a float may hold
-    if not math.isfinite(value) or not (low < value if low_open else low <= value) or value > high:
-        above = f"above {low:g}" if low_open else f"at least {low:g}"
-        option = "--" + name.replace("_", "-")
-        raise UsageError(f"{option} is {value:g}; it must be a number {above} and at most {high:g}")
+    option, above = "--" + name.replace("_", "-"), f"above {number(low)}" if low_open else f"at least {number(low)}"
+    raise UsageError(f"{option} is {typed(value)}; it must be a number {above} and at most {number(high)}")
+
+
+def number(value: float) -> str:
+    """A number as people write it: 1,099,511,627,776 or 0.9."""
+    return f"{int(value):,}" if value == value // 1 and abs(value) < 1e16 or isinstance(value, int) else repr(value)
+
+
+def typed(value: float) -> str:
+    """A number as it was typed, or how long it is."""
+    text = number(value).replace(",", "")
+    return text if len(text) <= 40 else f"a number of {len(text.lstrip('-'))} digits"
 
 
 def check_one_length(values: Mapping[str, Any]) -> None:

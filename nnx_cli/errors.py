@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import shlex
 from collections.abc import Iterable
 
 
@@ -65,6 +68,18 @@ class Interrupted(NnxError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """ "; did you mean X?" with the choice most like `word`, or nothing where none is like it."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.4)
-    return f"; did you mean {found[0]}?" if found else ""
+    """ "; did you mean X?" with the choice most like `word`, or nothing where none can be meant. The dashes of options
+    make none alike."""
+    bare, known = word.lstrip("-"), {choice.lstrip("-"): choice for choice in choices}
+    found = difflib.get_close_matches(bare, list(known), n=1, cutoff=0.6) if len(bare) > 1 else []
+    return f"; did you mean {known[found[0]]}?" if found else ""
+
+
+def quoted(name: object) -> str:
+    """A path or name in a command that can be pasted: one word for the shell, no option and no home of somebody's."""
+    text = str(name)
+    if text.startswith(("-", "~")):
+        text = os.path.join(os.curdir, text)
+    if os.name != "nt":
+        return shlex.quote(text)
+    return text if re.fullmatch(r"[\w.:\\/+=@~-]+", text) else f'"{text}"'  # what cmd and PowerShell both take

@@ -48,6 +48,12 @@ class Command(TyperCommand):
             return name
         return name if name in models.names() else None
 
+    def spellings(self, ctx: Any) -> list[str]:
+        """All options that may be given, beside the architecture that is named."""
+        name = ctx.meta["nnx.model"]
+        shown = self.params if name is None else [p for p in self.params if _is_shown(p, fields_of(name))]
+        return [spelling for p in shown for spelling in (*p.opts, *p.secondary_opts)]
+
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         """`--help`, in the panel of the options that all commands have."""
         option = super().get_help_option(ctx)

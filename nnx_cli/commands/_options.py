@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.config import Field, TrainConfig, own_fields
 from nnx_cli.console import Output
-from nnx_cli.errors import DataError, UsageError
+from nnx_cli.errors import DataError, UsageError, quoted
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
@@ -185,6 +184,13 @@ def may_have_rows(paths: Iterable[str]) -> bool:
     return any(format_of(path) not in (".txt", ".md") for path in paths)
 
 
+READING = ("text_key", "encoding", "errors")  # how text is read that a model is measured on
+READING_BRANCHES = (
+    Branch(READING, lambda v: v["filepath"], "without --filepath: the validation split is read already"),
+    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+)
+
+
 def at_home(value: Any, name: str = "") -> Any:
     """The value of an option, of a list each: a path that begins with ~ or ~user in that home."""
     if isinstance(value, list):
@@ -197,7 +203,7 @@ def at_home(value: Any, name: str = "") -> Any:
 def naming(architecture: str | Path | None) -> str:
     """What commands on a run need besides its name: the file of its architecture, where that is the user's."""
     name = str(architecture)
-    return f" --model {shlex.quote(name)}" if models.is_file(name) else ""
+    return f" --model {quoted(name)}" if models.is_file(name) else ""
 
 
 def _check_current_folder() -> None:

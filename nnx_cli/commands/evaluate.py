@@ -8,32 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from nnx_cli.commands._options import (
-    Branch,
+    READING,
+    READING_BRANCHES,
     Device,
     Model,
     ModelFile,
     Precision,
     command,
     given,
-    may_have_rows,
     settings,
 )
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console import Output
 
-OPTIONS = settings(PrepareConfig, only=("text_key", "encoding", "errors"))
-BRANCHES = (
-    Branch(
-        {"text_key", "encoding", "errors"},
-        lambda v: v["filepath"],
-        "without --filepath: the validation split is read already",
-    ),
-    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
-)
+OPTIONS = settings(PrepareConfig, only=READING)
 TOKENS_PER_BATCH = 8192
 
 
-@command(*OPTIONS, branches=BRANCHES)
+@command(*OPTIONS, branches=READING_BRANCHES)
 def run(
     output: Output,
     model: Model = None,

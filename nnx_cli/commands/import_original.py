@@ -10,6 +10,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.commands._options import command, model_fields
 from nnx_cli.console import Output
+from nnx_cli.errors import quoted
 
 VARIANT = model_fields()["variant"]
 
@@ -36,4 +37,4 @@ def run(
     for note in notes:
         output.note(note)
     output.show_json({"out": str(out), "model": model, "parameters": config["parameters"]})
-    output.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {out}")
+    output.show(f"{out}: {model} with {config['parameters']:,} parameters", f"next: nnx sample {quoted(out)}")

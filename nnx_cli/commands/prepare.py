@@ -11,7 +11,7 @@ import typer
 from nnx_cli.commands._options import Branch, command, given, may_have_rows, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console import Output, counted, size
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import UsageError, quoted
 
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
 BRANCHES = (
@@ -57,7 +57,7 @@ def run(
         f"{result['out']}: {result['train_tokens']:,} tokens to train on, {result['val_tokens']:,} to validate "
         f"({result['tokenizer']}, vocabulary {result['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token)",
         f"{size(result['text_bytes'])} of text, {counted(result['documents'], 'document')}, {result['seconds']:.1f} s",
-        f"next: nnx train --data {result['out']}",
+        f"next: nnx train --data {quoted(result['out'])}",
     )
 
 

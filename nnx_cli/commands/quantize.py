@@ -7,14 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Branch, Device, Model, ModelFile, command, given, may_have_rows, naming, settings
+from nnx_cli.commands._options import (
+    READING,
+    READING_BRANCHES,
+    Branch,
+    Device,
+    Model,
+    ModelFile,
+    command,
+    given,
+    naming,
+    settings,
+)
 from nnx_cli.config import PrepareConfig, QuantizeConfig, TrainConfig, own_fields
 from nnx_cli.console import Output, size
+from nnx_cli.errors import quoted
 
-READING = ("text_key", "encoding", "errors")
 BRANCHES = (
-    Branch(READING, lambda v: v["filepath"], "without --filepath: the validation split is read already"),
-    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    *READING_BRANCHES,
     Branch(
         {"group_size"},
         lambda v: v["bits"] == 4,
@@ -77,7 +87,7 @@ def run(
     )
     output.show(
         f"divergence {receipt['kl_divergence']:.5f} nats per token, same top token {receipt['same_top_token']:.2%}",
-        f"{folder}: try it with: nnx sample {folder}{naming(file)}",
+        f"{folder}: try it with: nnx sample {quoted(folder)}{naming(file)}",
     )
 
 

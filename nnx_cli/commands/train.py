@@ -14,7 +14,7 @@ from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
 from nnx_cli.commands._train_options import BETA2, LENGTHS, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.console import Output, TrainingView, counted, duration
-from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError
+from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -254,7 +254,7 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
         output.note("")
         raise Interrupted(
             f"interrupted at step {trainer.state.step}; everything is saved",
-            fix=f"resume: nnx train --resume {run.folder}{named}",
+            fix=f"resume: nnx train --resume {quoted(run.folder)}{named}",
         )
     output.made = run.folder
     output.show_json(_as_json(run, status))
@@ -297,9 +297,9 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> 
     return [
         *lines,
         "next:",
-        f"  nnx sample {run.folder}{named}{prompt}",
-        f"  nnx eval {run.folder}{named}",
-        f"  nnx train --resume {run.folder}{named} --max-time {longer / 60:.0f}m",
+        f"  nnx sample {quoted(run.folder)}{named}{prompt}",
+        f"  nnx eval {quoted(run.folder)}{named}",
+        f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m",
     ]
 
 

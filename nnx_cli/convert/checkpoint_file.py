@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nnx_cli.errors import CheckpointError
+from nnx_cli.errors import CheckpointError, quoted
 
 LEGACY_PICKLES = 4  # before its storages a file of torch < 1.6 has: a magic number, versions, the machine, the content
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocol 2 calls these modules
@@ -99,7 +99,7 @@ def _check_file(path: Path) -> None:
         inside = sorted(p for suffix in ("pth", "pt", "bin", "safetensors") for p in path.glob(f"*.{suffix}"))
         fix = f"name the file in it, such as {inside[0]}" if inside else SAVE_WEIGHTS
         if (path / "config.json").is_file() and (path / "manifest.json").is_file():
-            fix = f"it is a MODEL of nnx already: nnx sample {path}"
+            fix = f"it is a MODEL of nnx already: nnx sample {quoted(path)}"
         raise CheckpointError(f"{path} is a folder, not the file of a checkpoint", fix=fix)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")

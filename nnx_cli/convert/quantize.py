@@ -97,7 +97,7 @@ def _check_source(ref: ModelRef) -> None:
     if "quantization" in config:
         raise UsageError(f"{ref.label} is quantized already", fix="quantize the run that it was made from")
     if config.get("lora"):
-        raise UsageError(f"{ref.label} carries an adapter", fix=f"merge it first: nnx merge {ref.label}")
+        raise UsageError(f"{ref.label} carries an adapter", fix=f"merge it first: nnx merge {ref.as_argument}")
 
 
 def _write_receipt(

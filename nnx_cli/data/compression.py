@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from nnx_cli.errors import DataError, MissingFeature
+from nnx_cli.errors import DataError, MissingFeature, quoted
 
 BLOCK_BYTES = 2**20
 MESSAGE_CHARS = 100
@@ -151,7 +151,8 @@ def _zstd(stream: Stream) -> Stream:
             from backports import zstd
     except ImportError as error:
         raise MissingFeature(
-            f"{stream.name} is compressed with zstd, which this Python cannot read", fix="pip install 'nnx-cli[zstd]'"
+            f"{stream.name} is compressed with zstd, which this Python cannot read",
+            fix=f"pip install {quoted('nnx-cli[zstd]')}",
         ) from error
     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     return Stream(zstd.ZstdFile(stream, options=options), stream.name, (zstd.ZstdError, EOFError))

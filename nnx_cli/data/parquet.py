@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.compression import Stream, brief
 from nnx_cli.data.formats import BadRow, first_name, leaves, text_of
-from nnx_cli.errors import DataError, MissingFeature
+from nnx_cli.errors import DataError, MissingFeature, quoted
 
 if TYPE_CHECKING:
     from pyarrow import DataType, RecordBatch, Schema, StructType
@@ -36,7 +36,9 @@ class ParquetText:
             import pyarrow as arrow
             import pyarrow.parquet as parquet
         except ImportError as error:
-            raise MissingFeature(f"reading {self._name} needs pyarrow", fix="pip install 'nnx-cli[parquet]'") from error
+            raise MissingFeature(
+                f"reading {self._name} needs pyarrow", fix=f"pip install {quoted('nnx-cli[parquet]')}"
+            ) from error
         number = 0
         try:
             table = parquet.ParquetFile(self._file)

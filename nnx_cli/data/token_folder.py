@@ -17,7 +17,7 @@ import numpy as np
 from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, quoted
 from nnx_cli.system import files
 
 FORMAT = 2
@@ -67,7 +67,7 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None) -> T
     anything is missing, damaged or does not agree.
     """
     path = Path(path)
-    mend = f"nnx prepare FILE --out {path}"
+    mend = f"nnx prepare FILE --out {quoted(path)}"
     for split in SPLITS:
         if not (path / f"{split}.bin").is_file():
             found = f"{path} holds no prepared tokens" if path.is_dir() else f"there is no token folder {path}"
@@ -97,7 +97,9 @@ def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) ->
     own = load_tokenizer(path / "tokenizer.json")
     stated = meta.get("tokenizer")
     if not isinstance(stated, dict) or stated.get("fingerprint") != own.fingerprint:
-        raise DataError(f"{path} was not made with its tokenizer.json", fix=f"nnx prepare FILE --out {path}-new")
+        raise DataError(
+            f"{path} was not made with its tokenizer.json", fix=f"nnx prepare FILE --out {quoted(f'{path}-new')}"
+        )
     if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
         raise DataError(f"{path} was made with another tokenizer: {own.kind} of {own.vocab_size} ids")
     if meta.get("vocab_size") != own.vocab_size or meta.get("dtype") != own.dtype.name:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nnx_cli.config import typed
 from nnx_cli.errors import UsageError
 from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.layers.linear import Linear
@@ -38,14 +39,14 @@ class ModelConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and field.default is not None and value < 1:
-                raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+                raise UsageError(f"--{field.name.replace('_', '-')} is {typed(value)}; it must be at least 1")
             most = MAX_LAYERS if field.name == "n_layers" else MAX_WIDTH
             if isinstance(value, int) and value > most:
-                raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be at most {most}")
+                raise UsageError(f"--{field.name.replace('_', '-')} is {typed(value)}; it must be at most {most:,}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{field.name.replace('_', '-')} is {value:g}; it must be a finite number")
+                raise UsageError(f"--{field.name.replace('_', '-')} is {value}; it must be a finite number")
         if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"--dropout is {self.dropout:g}; it must be at least 0 and below 1")
+            raise UsageError(f"--dropout is {typed(self.dropout)}; it must be at least 0 and below 1")
         if self.variant not in self.VARIANTS:
             raise UsageError(f"--variant is {self.variant!r}; choose from {', '.join(self.VARIANTS)}")
 

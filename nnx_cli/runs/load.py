@@ -13,7 +13,7 @@ from torch import Tensor
 from nnx_cli import models
 from nnx_cli.config import coerce
 from nnx_cli.data.tokenizers.base import Tokenizer
-from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.errors import CheckpointError, UsageError, quoted
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
@@ -36,6 +36,11 @@ class ModelRef:
     def label(self) -> str:
         """How the user would name it."""
         return str(self.folder) if self.which == "best" else f"{self.folder}@{self.which}"
+
+    @property
+    def as_argument(self) -> str:
+        """How a command names it that can be pasted."""
+        return quoted(self.label) + ("" if self.file is None else f" --model {quoted(self.file)}")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,7 +68,7 @@ class ModelRef:
                 return path, read_tensors(path, *best)
             except CheckpointError as error:
                 others = (self.folder / "checkpoints").is_dir()
-                fix = f"try the last checkpoint: {self.folder}@last" if others else None
+                fix = f"try the last checkpoint: {quoted(f'{self.folder}@last')}" if others else None
                 raise CheckpointError(f"{error}", fix=fix) from error
         folder = self.folder / "checkpoints"
         check_no_link(folder)
@@ -91,7 +96,7 @@ def architecture_of(config: Mapping[str, Any], source: Path, file: Path | None =
         if file is None:
             raise CheckpointError(
                 f"the architecture of {source} is in {origin}, and opening a folder runs no code",
-                fix=f"name the file: --model {origin} (its text is in {source / SOURCE})",
+                fix=f"name the file: --model {quoted(origin)} (its text is in {source / SOURCE})",
             )
         if models.sha256_source(str(file)) != described.get("sha256"):
             raise CheckpointError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nnx_cli.errors import quoted
 from nnx_cli.system.device import describe, pick_device, pick_precision
 from nnx_cli.system.machine import machine_memory_bytes
 
@@ -131,7 +132,9 @@ def _extras() -> Iterator[Finding]:
         parent = module.partition(".")[0]
         if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
             yield Finding(
-                "note", f"the extra {extra} is not installed; it is needed {purpose}", f"pip install 'nnx-cli[{extra}]'"
+                "note",
+                f"the extra {extra} is not installed; it is needed {purpose}",
+                f"pip install {quoted(f'nnx-cli[{extra}]')}",
             )
     for package in ("lightning", "pytorch-lightning"):
         try:

@@ -38,10 +38,12 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
     """
     file = None if model is None or not models.is_file(model) else Path(model)
     base = find_model(spec, file)
-    if base.config.get("lora") or base.config.get("quantization"):
+    if base.config.get("lora"):
         raise CheckpointError(
-            f"{spec} is no plain model", fix="take the run it was made from; merge adapters: nnx merge"
+            f"{spec} is no plain model", fix=f"merge its adapters first: nnx merge {base.as_argument}"
         )
+    if base.config.get("quantization"):
+        raise CheckpointError(f"{spec} is no plain model", fix="take the run that it was made from")
     described = dict(base.config["model"])
     architecture = architecture_of(base.config, base.folder, file)
     name, *_ = (described.pop(key, None) for key in ("name", "size", "file", "sha256"))

@@ -14,7 +14,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError
+from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError, quoted
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
@@ -207,11 +207,15 @@ def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
     """The token folder that a run is trained on. Raises DataError where it is gone or another one."""
     folder = moved_to or follow(run.folder, run.config["data"]["folder"])
     if moved_to is None and not folder.exists():
-        raise DataError(f"the data of {run.folder} is gone: no {folder}", fix="say where it is now: --data FOLDER")
+        raise DataError(
+            f"the data of {run.folder} is gone: no {folder}",
+            fix=f"say where it is now: nnx train --resume {quoted(run.folder)} --data FOLDER",
+        )
     data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
     if data.fingerprint != run.config["data"]["fingerprint"]:
         raise DataError(
-            f"{folder} is not the data of this run: its fingerprint differs", fix="start a new run on it: --init-from"
+            f"{folder} is not the data of this run: its fingerprint differs",
+            fix=f"start a new run on it: nnx train --init-from {quoted(run.folder)} --data {quoted(folder)}",
         )
     return data
 

