@@ -18,8 +18,8 @@ from typing import Any
 from nnx_cli.errors import UsageError, nearest
 
 GIB = 2**30
-TOKENIZERS = ("byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")
-LEAST_IDS, MOST_IDS = {"byte": 256, "char": 256, "bpe": 257}, {"byte": 256}  # of a vocabulary
+TOKENIZERS = ("auto", "byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")
+LEAST_IDS, MOST_IDS = {"auto": 256, "byte": 256, "char": 256, "bpe": 257}, {"byte": 256}  # of a vocabulary
 NO_TEXT = (
     "base64_codec",
     "bz2_codec",
@@ -38,8 +38,8 @@ MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that
 class PrepareConfig:
     """Text to token folder."""
 
-    tokenizer: str = "byte"  # kind: byte, char, bpe, gpt2, cl100k_base, o200k_base, or a tokenizer file
-    vocab_size: int | None = None  # ids of a trained tokenizer (bpe, char); default: the tokenizer's own
+    tokenizer: str = "auto"  # kind: auto (byte or bpe), byte, char, bpe, gpt2, cl100k_base, o200k_base, or a file
+    vocab_size: int | None = None  # ids of a trained tokenizer (bpe, char); default: what suits the text
     val_fraction: float = 0.1  # part of the text held out for validation
     text_key: str = "text"  # field of a JSONL row, column of a table; a path if it lies deeper: messages.content
     encoding: str | None = None  # encoding of text, such as cp1251 or gb18030; default: found out for every file

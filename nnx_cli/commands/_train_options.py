@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,10 @@ def _new_request(
     unread = check_read(BRANCHES, {**options, **values}, sources | besides, aliases)
     fields, train, prepare = _split({k: v for k, v in values.items() if k not in {"model", "size", *unread}})
     sources = {name: origin for name, origin in sources.items() if name not in unread}
+    if recipe and "tokenizer" not in values:
+        prepare = replace(prepare, tokenizer="byte")
+    if prepare.tokenizer in ("auto", "bpe"):
+        prepare = replace(prepare, vocab_size=fields.get("vocab_size"))
     if options["filepath"] and options["data"]:
         raise UsageError("--filepath and --data: give one, text or tokens")
     return Request(

@@ -46,11 +46,13 @@ def run(
     limit: dict[str, Any] = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
     config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
     from nnx_cli.data.prepare import default_folder, prepare
+    from nnx_cli.planning.tokenizer import vocabularies_for
 
     output.note_reading(*sources, val)
+    val_sources, suited = [val] if val else None, vocabularies_for()
     if out is None:
-        out = default_folder(sources, config, [val] if val else None)
-    result = prepare(sources, out, config, [val] if val else None, preparation_view(output))
+        out = default_folder(sources, config, val_sources, suited)
+    result = prepare(sources, out, config, val_sources, preparation_view(output), suited)
     output.made = out
     output.show_json(result)
     output.show(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from nnx_cli.data.token_folder import TokenFolder
+    from nnx_cli.data.tokenizers.build import Vocabularies
     from nnx_cli.planning.plan import Plan
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
@@ -35,6 +36,7 @@ EXAMPLES = """Examples:
   nnx train --model ngpt --help    (with the options that only nGPT has)"""
 
 
+PLANNING = "planning, for which torch loads its compiler"
 PACE_SECONDS = 10  # of training after which its speed is known well enough
 
 
@@ -73,10 +75,9 @@ def _new_run(output: Output, request: Request) -> None:
         models.check_name(request.model)
     if request.train.lora_rank is not None and request.init_from is None and request.checkpoint is None:
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
-    from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.training import session
-    from nnx_cli.training.inputs import open_and_plan, prepare_tokens, take_back
+    from nnx_cli.training.inputs import open_and_plan, take_back
     from nnx_cli.training.sampling import choose_sampling
 
     for note in request.notes:
@@ -85,13 +86,11 @@ def _new_run(output: Output, request: Request) -> None:
     device, precision = session.configure_device(request.train)
     if request.out is not None:
         refuse_taken(request.out)
-    made: list[Path] = []
-    if (folder := request.data) is None:
-        folder, made = prepare_tokens(request.filepath, request.prepare, base, preparation_view(output), request.out)
+    folder, made = _token_folder(output, request, base, shape, device, precision)
     try:
         brings_none = base is None or base.tokenizer is None
         named = request.data is not None and brings_none and "tokenizer" in request.sources
-        with output.spinner("planning, for which torch loads its compiler"):
+        with output.spinner(PLANNING):
             tokens, plan = open_and_plan(
                 folder,
                 shape,
@@ -100,7 +99,7 @@ def _new_run(output: Output, request: Request) -> None:
                 precision=precision,
                 sources=sources,
                 base=base,
-                tokenizer=request.prepare.tokenizer if named else None,
+                tokenizer=request.prepare.tokenizer if named and request.prepare.tokenizer != "auto" else None,
             )
         for note in check_read(_planned(tokens), asdict(plan.train), request.sources).values():
             output.note(note)
@@ -121,6 +120,23 @@ def _new_run(output: Output, request: Request) -> None:
     except NnxError:
         take_back(made)
         raise
+
+
+def _token_folder(
+    output: Output, request: Request, base: ModelRef | None, shape: Shape, device: torch.device, precision: str
+) -> tuple[Path, list[Path]]:
+    """The tokens that were named, or prepared from text now or before, and the folders that were made for them now."""
+    from nnx_cli.commands.prepare import preparation_view
+    from nnx_cli.training.inputs import model_vocabularies, prepare_tokens
+
+    if request.data is not None:
+        return request.data, []
+    vocabularies: Vocabularies = ()
+    if base is None and request.prepare.tokenizer in ("auto", "bpe"):
+        with output.spinner(PLANNING):
+            vocabularies = model_vocabularies(shape, request.train, device, precision)
+    view = preparation_view(output)
+    return prepare_tokens(request.filepath, request.prepare, base, view, request.out, vocabularies)
 
 
 def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +24,9 @@ from nnx_cli.data.sources import Piece, Reader, Report, Source, builtin_corpus
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_file import count_bytes
 from nnx_cli.data.token_folder import write_meta
+from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.base import Tokenizer, utf8
-from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
+from nnx_cli.data.tokenizers.build import Vocabularies, build_tokenizer, needs_training, settle_auto, suited_ids
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.errors import DataError, UsageError
 from nnx_cli.system import files
@@ -36,6 +38,8 @@ JOB_PIECES = 4096
 READING = 2  # goes up when the same files are read as another text: folders made before are not used again
 SPOOL = "stdin"  # inside the unfinished folder
 BUILTIN = "python-docs"
+PACKED = (*COMPRESSIONS, *TARS, ".parquet")
+MOST_TEXT = 3  # bytes of UTF-8 for a byte of other files: Thai in its Windows encoding
 
 Progress = Callable[[dict[str, Any]], None]
 """Gets {"phase", "bytes", "total_bytes"} often ("train" reads for the tokenizer, "encode" writes), and {"note"}."""
@@ -47,17 +51,19 @@ def prepare(
     config: PrepareConfig,
     val_paths: Sequence[str | Path] | None = None,
     on_progress: Progress | None = None,
+    vocabularies: Vocabularies = (),
 ) -> dict[str, Any]:
     """Write the token folder `out` from files, folders, globs or "-"; without `paths`, from the documentation that
     Python ships. Returns what `nnx prepare --json` prints.
 
-    `val_paths` are the validation text, else part of the text is held out. Raises UsageError, DataError, MissingFeature
-    or OutputError; then `out` does not exist.
+    `val_paths` are the validation text, else part of the text is held out. With `vocabularies` (`planning.tokenizer`)
+    the text decides what `auto` is and how many ids `bpe` has. Raises UsageError, DataError, MissingFeature or
+    OutputError; then `out` does not exist.
     """
     files.refuse_existing(out)
     tell = on_progress or (lambda event: None)
     sources, val_sources = _find(paths, val_paths, lambda text: tell({"note": text}))
-    return _prepare(sources, val_sources, Path(out), config, tell)
+    return _prepare(sources, val_sources, Path(out), config, _within_reach(vocabularies, sources), tell)
 
 
 def encode_files(
@@ -81,7 +87,10 @@ def encode_files(
 
 
 def default_folder(
-    paths: Sequence[str | Path], config: PrepareConfig, val_paths: Sequence[str | Path] | None = None
+    paths: Sequence[str | Path],
+    config: PrepareConfig,
+    val_paths: Sequence[str | Path] | None = None,
+    vocabularies: Vocabularies = (),
 ) -> Path:
     """data/STEM-HASH8, where the hash covers the content of all sources and every setting that changes the result.
 
@@ -96,10 +105,20 @@ def default_folder(
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
     settings |= {"encoding": config.encoding, "reading": READING}
-    tokenizer = Path(config.tokenizer)
-    settings["tokenizer"] = files.sha256_file(tokenizer) if tokenizer.is_file() else config.tokenizer
+    suited = _within_reach(vocabularies, sources)
+    kind = settle_auto(config.tokenizer, config.vocab_size, suited)
+    settings["tokenizer"] = files.sha256_file(Path(kind)) if Path(kind).is_file() else kind
+    if kind in ("auto", "bpe") and config.vocab_size is None:
+        settings["vocabularies"] = suited
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return Path("data") / f"{_stem(str(paths[0])) if paths else BUILTIN}-{digest.hexdigest()[:8]}"
+
+
+def _within_reach(vocabularies: Vocabularies, sources: Sequence[Source]) -> Vocabularies:
+    """Those for which there may be enough text, by the size of its files: without any, no text is read to choose."""
+    sizes = [None if Path(source.name).suffix in PACKED else source.size for source in sources]
+    most = sum(MOST_TEXT * size if size is not None else math.inf for size in sizes)
+    return [(least, ids) for least, ids in vocabularies if least <= most]
 
 
 def _stem(path: str) -> str:
@@ -131,14 +150,19 @@ def _find(
 
 
 def _prepare(
-    sources: list[Source], val_sources: list[Source] | None, out: Path, config: PrepareConfig, tell: Progress
+    sources: list[Source],
+    val_sources: list[Source] | None,
+    out: Path,
+    config: PrepareConfig,
+    vocabularies: Vocabularies,
+    tell: Progress,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     with files.new_folder(out) as folder:
         reader = _reader(config, folder)
-        if needs_training(config.tokenizer):
+        if _is_read_first(config, vocabularies):
             sources = [source if source.repeatable else _spooled(source, folder) for source in sources]
-        tokenizer = _build(config, sources, reader, first := Report(), tell)
+        tokenizer = _build(config, vocabularies, sources, reader, first := Report(), tell)
         report = Report()
         reading = replace(reader, on_bytes=_progress("encode", sources, tell))
         with SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction) as writer:
@@ -154,6 +178,8 @@ def _prepare(
         meta = _describe(writer, n_bytes, tokenizer, report, config)
         (folder / SPOOL).unlink(missing_ok=True)
         write_meta(folder, tokenizer, meta)
+    for text in _on_auto(config, vocabularies, tokenizer, n_bytes):
+        report.note(text)
     _tell_notes(report, tell)
     seconds = time.perf_counter() - started
     n_bytes = sum(meta["text_bytes"].values())
@@ -184,16 +210,41 @@ def _tell_notes(report: Report, tell: Progress) -> None:
         tell({"note": f"and {report.n_notes - len(report.notes):,} more notes like these"})
 
 
-def _build(config: PrepareConfig, sources: list[Source], reader: Reader, report: Report, tell: Progress) -> Tokenizer:
-    """The tokenizer; `char` and `bpe` read all sources for it first, and `report` then has what they found."""
+def _is_read_first(config: PrepareConfig, vocabularies: Vocabularies) -> bool:
+    """Whether the text is read once for the tokenizer before it is encoded."""
+    return needs_training(settle_auto(config.tokenizer, config.vocab_size, vocabularies))
+
+
+def _build(
+    config: PrepareConfig,
+    vocabularies: Vocabularies,
+    sources: list[Source],
+    reader: Reader,
+    report: Report,
+    tell: Progress,
+) -> Tokenizer:
+    """The tokenizer; `auto`, `char` and `bpe` may read all sources for it first: `report` then has what they found."""
     sample = None
-    if needs_training(config.tokenizer):
+    if _is_read_first(config, vocabularies):
         reading = replace(reader, on_bytes=_progress("train", sources, tell))
         sample = (piece.text for piece in reading.pieces(sources, report))
-    tokenizer = build_tokenizer(config.tokenizer, vocab_size=config.vocab_size, sample=sample)
+    tokenizer = build_tokenizer(
+        config.tokenizer, vocab_size=config.vocab_size, sample=sample, vocabularies=vocabularies
+    )
     if config.vocab_size is not None and tokenizer.vocab_size < config.vocab_size:
         tell({"note": f"the text gives a vocabulary of {tokenizer.vocab_size:,}, not {config.vocab_size:,}"})
     return tokenizer
+
+
+def _on_auto(config: PrepareConfig, vocabularies: Vocabularies, tokenizer: Tokenizer, n_bytes: int) -> Iterator[str]:
+    """What `auto` took for so much text, where that is not plain bytes or should not be."""
+    suited = suited_ids(n_bytes, vocabularies)
+    if config.tokenizer != "auto" or config.vocab_size is not None or suited is None:
+        return
+    if not bpe.is_installed():
+        yield f"a model learns more of so much text in bpe tokens than in bytes: {bpe.INSTALL}, then again"
+    elif tokenizer.kind == "bpe":
+        yield f"bpe tokens, {tokenizer.vocab_size:,} of them, suit {n_bytes / 1e6:,.0f} MB of text (--tokenizer auto)"
 
 
 def _encode(

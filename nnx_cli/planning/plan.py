@@ -117,14 +117,18 @@ def model_shape(
     """The size's name, None where the shape is the user's own, and the configuration. Raises DataError where the text
     is shorter than the context."""
     if size == "auto":
-        flops = (settings.requested.max_time_s or DEFAULT_SECONDS) * rate
-        size = affordable_size(name, flops) if device.type == "cpu" else "small"
+        size = auto_size(name, settings.requested, device, rate)
         settings.note("size", "device and planned time")
     config = models.make_config(name, size=size, **{**fields, "vocab_size": data.vocab_size})
     check_length(data.train_tokens, config.seq_len)
     settings.note("vocab_size", "tokenizer")
     shape = {"dim", "n_layers", "n_heads"} | {f.name for f in models.config_fields(name) if f.default is None}
     return None if shape & fields.keys() else size, config
+
+
+def auto_size(name: str, train: TrainConfig, device: torch.device, rate: float) -> str:
+    """The size that `auto` is on a device whose large matmuls reach `rate` FLOPs a second."""
+    return affordable_size(name, (train.max_time_s or DEFAULT_SECONDS) * rate) if device.type == "cpu" else "small"
 
 
 def affordable_size(name: str, flops: float) -> str:

@@ -14,9 +14,13 @@ from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
+from nnx_cli.data.tokenizers.base import N_BYTES
+from nnx_cli.data.tokenizers.build import Vocabularies, build_tokenizer, needs_training
 from nnx_cli.errors import CheckpointError, DataError, OutputError, UsageError
-from nnx_cli.planning.plan import Plan, plan_run
+from nnx_cli.planning.flops import count_parameters, meta_model
+from nnx_cli.planning.plan import Plan, auto_size, plan_run
+from nnx_cli.planning.rates import nominal_flops
+from nnx_cli.planning.tokenizer import vocabularies_for
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.load import ModelRef, architecture_of
 from nnx_cli.system.files import discard_folder, is_forbidden
@@ -56,43 +60,60 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
     return base, Shape(architecture, None, described | dict(fields))
 
 
+def model_vocabularies(shape: Shape, train: TrainConfig, device: torch.device, precision: str) -> Vocabularies:
+    """What suits a new model: from how many bytes of text on, how many ids."""
+    size = shape.size
+    if size == "auto":
+        size = auto_size(shape.model, train, device, nominal_flops(device, precision))
+    model = meta_model(
+        shape.model, models.make_config(shape.model, size=size, **shape.fields | {"vocab_size": N_BYTES})
+    )
+    return vocabularies_for(count_parameters(model)["total"])
+
+
 def prepare_tokens(
     filepath: list[str],
     preparing: PrepareConfig,
     base: ModelRef | None,
     tell: Callable[[dict[str, Any]], None],
     out: Path | None = None,
+    vocabularies: Vocabularies = (),
 ) -> tuple[Path, list[Path]]:
     """The token folder of a text, or of the built-in one, and the folders that were made for it now, innermost first.
 
     `tell` is told how preparing goes. A folder made earlier, or by another process meanwhile, is used again. It is made
-    in data/ here or, where that cannot be written to, in data/ beside the run folder `out`.
+    in data/ here or, where that cannot be written to, in data/ beside the run folder `out`. `vocabularies` suit a new
+    model; `base` has its own.
     """
     if "-" in filepath:
         raise UsageError("train cannot read standard input", fix="prepare it first: nnx prepare - --out data/NAME")
     if base is not None and base.tokenizer is not None:
         preparing = replace(preparing, tokenizer=str(base.folder / "tokenizer.json"))
-    folder = prepare.default_folder(filepath, preparing)
+    folder = prepare.default_folder(filepath, preparing, None, vocabularies)
     if not filepath and not (folder / "meta.json").exists():
         tell({"note": "no --filepath: training on the language documentation that Python ships"})
     try:
-        return _prepared(folder, filepath, preparing, tell)
+        return _prepared(folder, filepath, preparing, tell, vocabularies)
     except OutputError as error:
         if out is None or out.parent / folder == folder or not is_forbidden(error):
             raise
         tell({"note": f"{error}; the prepared text goes beside the run: {out.parent / folder}"})
-    return _prepared(out.parent / folder, filepath, preparing, tell)
+    return _prepared(out.parent / folder, filepath, preparing, tell, vocabularies)
 
 
 def _prepared(
-    folder: Path, filepath: list[str], preparing: PrepareConfig, tell: Callable[[dict[str, Any]], None]
+    folder: Path,
+    filepath: list[str],
+    preparing: PrepareConfig,
+    tell: Callable[[dict[str, Any]], None],
+    vocabularies: Vocabularies,
 ) -> tuple[Path, list[Path]]:
     """The token folder, made now unless it exists, and the folders that were made for it, innermost first."""
     if (folder / "meta.json").exists():
         return folder, []
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
-        prepare.prepare(filepath, folder, preparing, None, tell)
+        prepare.prepare(filepath, folder, preparing, None, tell, vocabularies)
     except OutputError:
         if not (folder / "meta.json").exists():  # else another process prepared the same text meanwhile
             raise
@@ -103,7 +124,7 @@ def _prepared(
 def brings(base: ModelRef, tokenizer: str) -> bool:
     """Whether the tokenizer of that name is the one that a model brings. One to be trained never is."""
     own = base.tokenizer
-    if own is None:  # it takes any of its size
+    if own is None or tokenizer == "auto":  # it takes any of its size
         return True
     if tokenizer == own.kind:
         return not needs_training(tokenizer)

@@ -85,7 +85,7 @@ def run_tiktoken(text: Path, tokenizer: str) -> dict[str, Any]:
         cut = ours.safe_cut(part)[0] if start + len(part) < len(whole) else len(part)
         parts.append(part[:cut])
         start += cut
-    pattern = {"gpt2": bpe.GPT2_PATTERN, "bpe": bpe.OWN_PATTERN}.get(ours.kind)
+    pattern = {"gpt2": bpe.GPT2_PATTERN, "bpe": ours.pattern}.get(ours.kind)
     theirs = (
         tiktoken.Encoding("peer", pat_str=pattern, mergeable_ranks=ours.ranks, special_tokens={})
         if pattern

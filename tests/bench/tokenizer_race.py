@@ -3,13 +3,14 @@
     python tests/bench/tokenizer_race.py FILE... [--tokenizers byte bpe:1024 bpe:8192:nanochat ...]
                                          [--megabytes 1 10 ...] [--seconds 20 | --flops 1e13] [--seeds 3]
                                          [--model nyx] [--size small] [--gpus 4] [--limit SECONDS]
-                                         [--results FILE] [--markdown FILE]
+                                         [--results FILE] [--markdown FILE] [--count]
 
 A tokenizer is `byte`, or `bpe:SIZE` with the pattern of `--tokenizer bpe`, or `bpe:SIZE:PATTERN` (see PATTERNS). A
 text is a file, or its first --megabytes; its last tenth, at most 1 MB, is held out, the same bytes for every
 tokenizer. A run has --seconds of training steps with everything else on `auto`; validation, capturing CUDA graphs and
 all preparing come on top. Where a clock cannot be trusted give --flops instead: then all take the steps that cost as
 many FLOPs. Weights are judged on all that is held out, at LOOKS: the table has the best of these, and the last ("end").
+--count trains nothing and shows bytes a token of what is held out.
 
 Jobs are handed to --gpus processes, each of which sees one GPU (0: one process on the CPU, one thread), seeds
 outermost. Finished ones are rows in --results and are not done again; none is begun that would end after --limit. On
@@ -248,6 +249,21 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def counts(options: argparse.Namespace, scratch: Path) -> list[str]:
+    """Bytes a token of what is held out: a line for each text, a column for each tokenizer."""
+    lines = ["| text | " + " | ".join(options.tokenizers) + " |", "|" + " --- |" * (1 + len(options.tokenizers))]
+    for path, megabytes in product(options.text, options.megabytes):
+        texts = cut_text(path, megabytes, scratch / f"{path.stem}-{megabytes}")
+        cells = []
+        for tokenizer in options.tokenizers:
+            make_tokens(texts, tokenizer, out := texts / tokenizer.replace(":", "-"))
+            data = open_token_folder(out)
+            cells.append(f"{data.tokenizer.token_bytes()[data.val].sum() / len(data.val):.2f}")
+        lines.append(f"| {path.stem} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def race(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """Prepare what is needed, run what is missing, and return all rows of these jobs."""
     end = time.monotonic() + options.limit
@@ -307,8 +323,12 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1e9)
     parser.add_argument("--results", type=Path, default=Path("tokenizer_race.jsonl"))
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--count", action="store_true", help="bytes a token, without training")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
+        if options.count:
+            print("\n".join(counts(options, Path(scratch))))
+            return
         rows = race(options, Path(scratch))
     budget = f"{options.flops:.2g} FLOPs" if options.flops else f"{options.seconds:g} s of training"
     head = f"{options.model} {options.size}, {budget} a run"

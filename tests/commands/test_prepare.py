@@ -3,6 +3,8 @@ import json
 import pytest
 
 from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.data.tokenizers import bpe
+from nnx_cli.planning import tokenizer
 
 KEYS = [
     "out",
@@ -71,6 +73,40 @@ def test_the_encoding_is_said_and_may_be_chosen(nnx, workspace):
     for name in ("guessed", "named"):
         folder = open_token_folder(name)
         assert folder.tokenizer.decode(folder.train) + folder.tokenizer.decode(folder.val) == text
+
+
+@pytest.fixture
+def short_rungs(monkeypatch):
+    """Byte pairs for texts that a test can write."""
+    monkeypatch.setattr(tokenizer, "BPE_FROM_BYTES", 5_000)
+    monkeypatch.setattr(tokenizer, "IDS_BY_BYTES", ((0, 300), (100_000, 400)))
+
+
+def test_auto_takes_what_suits_the_text(nnx, text_file, workspace, short_rungs):
+    def tokens(*words, **given):
+        product = json.loads(nnx("prepare", *words, "--json", **given).stdout)
+        return product["tokenizer"], product["vocab_size"]
+
+    (workspace / "short.txt").write_text("good text\n" * 99)
+    (workspace / "long.txt").write_text(text_file.read_text(encoding="utf-8") * 14, encoding="utf-8")
+    assert tokens("short.txt") == ("byte", 256)
+    assert tokens(text_file) == ("bpe", 300)
+    kind, ids = tokens("long.txt")
+    assert kind == "bpe" and 300 < ids <= 400
+    assert tokens("long.txt", "--tokenizer", "byte") == ("byte", 256)
+    assert tokens("-", "--out", "data/in", input=text_file.read_bytes()) == ("bpe", 300)
+    assert "--tokenizer auto" in nnx("prepare", text_file, "--out", "data/again").stderr
+    assert "--tokenizer auto" not in nnx("prepare", "short.txt", "--out", "data/short").stderr
+
+
+def test_without_the_extra_one_line_says_what_would_be_better(nnx, text_file, monkeypatch, short_rungs):
+    monkeypatch.setattr(bpe, "is_installed", lambda: False)
+    result = nnx("prepare", text_file, "--out", "data/words")
+    assert "(byte, vocabulary 256" in result.stdout
+    assert len([line for line in result.stderr.splitlines() if "nnx-cli[bpe]" in line]) == 1
+    assert "nnx-cli" not in nnx("prepare", text_file, "--out", "data/bytes", "--tokenizer", "byte").stderr
+    monkeypatch.undo()
+    assert "nnx-cli" not in nnx("prepare", text_file, "--out", "data/short").stderr
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nnx_cli.layers.loss import LossModule
+from nnx_cli.planning import tokenizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.run import Run
@@ -227,6 +228,30 @@ def test_a_spelling_of_the_original_that_brings_its_recipe_says_so(nnx, data):
 
 def test_an_alias_beside_the_name_is_refused(refused, data):
     refused(2, "twice", "train", "--data", data, "--dim", 32, "--model_dim", 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"),
+    [
+        ([], 300),
+        (["--vocab_size", 256], 256),
+        (["--num_batches", 1], 256),
+        (["--model_dim", 64, "--vocab_size", 256], 256),
+        (["--num_batches", 1, "--tokenizer", "auto"], 300),
+        (["--tokenizer", "byte"], 256),
+        (["--vocab-size", 280], 280),
+        (["--tokenizer", "bpe", "--vocab-size", 280], 280),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_the_text_decides_its_tokens_but_what_is_asked_for_holds(nnx, text_file, workspace, monkeypatch, words, ids):
+    monkeypatch.setattr(tokenizer, "BPE_FROM_BYTES", 5_000)
+    monkeypatch.setattr(tokenizer, "IDS_BY_BYTES", ((0, 300),))
+    result = nnx("train", "--filepath", text_file, "--seq-len", 16, "--size", "nano", *words, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = {row["setting"]: row["value"] for row in json.loads(result.stdout)}
+    assert rows["vocab_size"] == ids
+    assert not (workspace / "data").exists()
 
 
 def test_a_vocabulary_that_disagrees_is_refused(refused, data):

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -351,6 +352,27 @@ def test_default_folder_follows_content_and_settings(text_file, tmp_path, monkey
     assert default_folder([], PrepareConfig()).name.startswith("python-docs-")
     with pytest.raises(UsageError):
         default_folder(["-"], PrepareConfig())
+
+
+RUNGS = ((20_000, 300), (40_000, 400))
+
+
+def test_a_text_that_is_short_for_certain_is_bytes_whoever_asks(tmp_path, monkeypatch):
+    """So it is not read to choose, and all share one folder: with and without `auto`, whatever the model's size."""
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("short line\n" * 500)  # 5,500 bytes: the first rung is out of reach
+    Path("long.txt").write_text("a long text\n" * 2000)
+    Path("short.txt.gz").write_bytes(gzip.compress(Path("short.txt").read_bytes()))
+    auto, byte = PrepareConfig(), PrepareConfig(tokenizer="byte")
+    assert default_folder(["short.txt"], auto, None, RUNGS) == default_folder(["short.txt"], byte)
+    assert default_folder(["short.txt.gz"], auto, None, RUNGS) != default_folder(["short.txt.gz"], byte)
+    assert default_folder(["long.txt"], auto, None, RUNGS) != default_folder(["long.txt"], byte)
+    assert default_folder(["long.txt"], auto, None, RUNGS) != default_folder(["long.txt"], auto, None, RUNGS[:1])
+    for name, kind in (("short.txt", "byte"), ("short.txt.gz", "byte"), ("long.txt", "bpe")):
+        events = []
+        made = prepare([name], tmp_path / f"{name}-made", auto, None, events.append, RUNGS)
+        assert made["tokenizer"] == kind
+        assert ("suit" in str([event for event in events if "note" in event])) == (kind == "bpe")
 
 
 def test_default_folder_has_a_plain_name(tmp_path):

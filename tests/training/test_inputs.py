@@ -7,7 +7,8 @@ import torch
 
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.errors import OutputError, UsageError
-from nnx_cli.training.inputs import Shape, open_and_plan, prepare_tokens, start_from, take_back
+from nnx_cli.planning.tokenizer import vocabularies_for
+from nnx_cli.training.inputs import Shape, model_vocabularies, open_and_plan, prepare_tokens, start_from, take_back
 
 
 def test_text_is_prepared_once_and_taken_back(text_file, workspace):
@@ -42,6 +43,20 @@ def test_where_data_cannot_be_made_the_tokens_stand_beside_the_run(text_file, wo
     assert prepare_tokens(paths, config, None, told.append, out) == (folder, [])
     take_back(made)
     assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_parameters"),
+    [
+        (("nyx", "nano", {}), 787_072),
+        (("llama", "base", {"vocab_size": 50_000}), 124_000_000),
+        (("nyx", None, {"dim": 1024, "n_layers": 24}), 300_000_000),
+        (("nyx", "auto", {}), 787_072),
+    ],
+)
+def test_vocabularies_suit_the_model(shape, n_parameters):
+    found = model_vocabularies(Shape(*shape), TrainConfig(max_time="5s"), torch.device("cpu"), "fp32")
+    assert found == vocabularies_for(n_parameters)
 
 
 def test_what_others_use_is_not_taken_back(workspace):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources, util
 
 import numpy as np
@@ -18,16 +18,28 @@ from nnx_cli.data.tokenizers.gigatoken import FastEncoder
 from nnx_cli.errors import DataError, MissingFeature, UsageError, quoted
 from nnx_cli.system.text import well_formed
 
+INSTALL = f"pip install {quoted('nnx-cli[bpe]')}"
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARS = 2**23  # what training holds at most, spread over the whole corpus;
 SAMPLE_CHARS_PER_TOKEN = 2**11  # a large vocabulary needs more
 SAMPLE_BLOCK = 2**16
+PATTERN_BLOCKS = 8  # of these, on which patterns are tried
+CLEARLY_FEWER = 0.95
 MAX_TOKEN_BYTES = 128  # of vocabularies trained here; a run of one letter would give tokens of thousands
 
 # Possessive quantifiers keep the regular expression from backtracking. `plain` gives the form other engines read.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-OWN_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}{1,2}+| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # digits in pairs
+EARLIER_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}++", r"\p{N}{1,2}+")  # of vocabularies that earlier versions trained
+
+# What vocabularies trained here split text by, under the names that llama.cpp has for it (src/llama-vocab.cpp), in its
+# spelling: it, `tokenizers` and tiktoken give the same pieces.
+_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "llama-bpe": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES,
+    "qwen35": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES,
+}
 
 # name: (SHA-256 of the ranks in tiktoken's file format, id of end-of-text), both as tiktoken publishes them
 PUBLISHED = {
@@ -61,7 +73,8 @@ def quick(pattern: str) -> str:
     return f"(?:{head}){lookahead}{rest}" if lookahead and at_top and not flags else pattern
 
 
-_KNOWN = {plain(pattern) for pattern in (GPT2_PATTERN, OWN_PATTERN)}
+_TRAINED_HERE = {plain(pattern) for pattern in (EARLIER_PATTERN, *PATTERNS.values())}
+_KNOWN = _TRAINED_HERE | {plain(GPT2_PATTERN)}
 
 
 class BpeTokenizer(Tokenizer):
@@ -177,7 +190,7 @@ def _encodable(text: str) -> bool:
 
 def _kind(ranks: dict[bytes, int], pattern: str) -> str:
     """`bpe` for a vocabulary trained here, the published name, or `file`."""
-    if pattern == plain(OWN_PATTERN) and all(ranks.get(bytes([b])) == b for b in range(N_BYTES)):
+    if pattern in _TRAINED_HERE and all(ranks.get(bytes([b])) == b for b in range(N_BYTES)):
         return "bpe"
     digest = hashlib.sha256()
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -185,24 +198,49 @@ def _kind(ranks: dict[bytes, int], pattern: str) -> str:
     return next((name for name, (sha256, _) in PUBLISHED.items() if sha256 == digest.hexdigest()), "file")
 
 
-def train(pieces: Iterable[str], vocab_size: int, pattern: str = OWN_PATTERN) -> BpeTokenizer:
-    """A vocabulary of `vocab_size` ids (256 bytes, merges, end-of-text), fewer where the text has too few pairs."""
+def is_installed() -> bool:
+    """Whether the extra `bpe` is, which trains vocabularies."""
+    return util.find_spec("rustbpe") is not None
+
+
+def train(pieces: Iterable[str], vocab_size: int, pattern: str | None = None) -> BpeTokenizer:
+    """A vocabulary of `vocab_size` ids (256 bytes, merges, end-of-text), fewer where the text has too few pairs; split
+    by the one of PATTERNS that suits the text, or by `pattern`."""
     if vocab_size <= N_BYTES:
         raise UsageError(f"--vocab-size is {vocab_size}; bpe needs at least {N_BYTES + 1}: the bytes and end-of-text")
-    if util.find_spec("rustbpe") is None:
-        raise MissingFeature("training a vocabulary needs rustbpe", fix=f"pip install {quoted('nnx-cli[bpe]')}")
+    if not is_installed():
+        raise MissingFeature("training a vocabulary needs rustbpe", fix=INSTALL)
     import rustbpe
 
-    n_chars = max(SAMPLE_CHARS, min(vocab_size, 2**15) * SAMPLE_CHARS_PER_TOKEN)
+    sample = spread(pieces, sample_chars(vocab_size))
+    pattern = pattern or suited_pattern(sample)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(_spread(pieces, n_chars)), vocab_size - 1, buffer_size=64, pattern=pattern)
+    trainer.train_from_iterator(iter(sample), vocab_size - 1, buffer_size=64, pattern=pattern)
     # what a longer token is merged into is longer still, so that leaving them out leaves no gap in the merges
     kept = [bytes(token) for token, _ in trainer.get_mergeable_ranks() if len(token) <= MAX_TOKEN_BYTES]
     ranks = {token: rank for rank, token in enumerate(kept)}
     return BpeTokenizer(ranks, pattern, {END_OF_TEXT: len(ranks)}, len(ranks))
 
 
-def _spread(pieces: Iterable[str], limit: int) -> list[str]:
+def suited_pattern(blocks: Sequence[str]) -> str:
+    """`llama-bpe`, or `qwen35` where it cuts a text into clearly fewer pieces, tried on some of its blocks.
+
+    `llama-bpe` takes three digits at a time but begins a piece at every combining mark, with which Hindi and Thai
+    write vowels; `qwen35` does the reverse.
+    """
+    import regex  # what tiktoken itself depends on
+
+    tried = blocks[:: max(1, len(blocks) // PATTERN_BLOCKS)]
+    counts = {name: sum(1 for block in tried for _ in regex.finditer(PATTERNS[name], block)) for name in PATTERNS}
+    return PATTERNS["qwen35" if counts["qwen35"] < CLEARLY_FEWER * counts["llama-bpe"] else "llama-bpe"]
+
+
+def sample_chars(vocab_size: int) -> int:
+    """How much text a vocabulary is trained on at most."""
+    return max(SAMPLE_CHARS, min(vocab_size, 2**15) * SAMPLE_CHARS_PER_TOKEN)
+
+
+def spread(pieces: Iterable[str], limit: int) -> list[str]:
     """Blocks of text, evenly spread over all of `pieces`, at most `limit` characters of them."""
     kept: list[str] = []
     stride, position, block = 1, 0, []

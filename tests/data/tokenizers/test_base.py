@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 import tokenizers
 from hypothesis import given, settings
@@ -19,7 +20,8 @@ from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from nnx_cli.errors import DataError, MissingFeature, UsageError
 
-KINDS = ("byte", "char", "bpe", "gpt2")
+KINDS = ("byte", "char", "bpe", "qwen35", "earlier", "gpt2")
+OWN_PATTERNS = bpe.PATTERNS | {"earlier": bpe.EARLIER_PATTERN}
 TEXT = (
     "It's the cat's 1st of 2345 mats; we'll see, they've said: \"I'd.\"\r\n\r\n\tfor i in range(10):\n        x += 1\n"
     "Où est l'été? Ça va… 我们今天去北京。你好!  Привет, мир — 12.5 % ½ ٣٤ 👨‍👩‍👧 ne\u0301e \u00a0 end   \n\n"
@@ -82,6 +84,7 @@ QUICK = settings(max_examples=150, derandomize=True, deadline=None)
 @pytest.fixture(scope="module")
 def made() -> dict:
     made = {kind: build_tokenizer(kind, sample=iter([TEXT])) for kind in ("byte", "char", "gpt2")}
+    made |= {name: bpe.train(iter([TEXT]), 400, OWN_PATTERNS[name]) for name in ("qwen35", "earlier")}
     return made | {"bpe": build_tokenizer("bpe", vocab_size=400, sample=iter([TEXT]))}
 
 
@@ -117,7 +120,8 @@ def test_any_string_encodes_and_streams(made, kind, text):
 def test_saved_and_loaded_is_the_same(made, tmp_path, kind):
     save_tokenizer(made[kind], tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (loaded.kind, loaded.vocab_size, loaded.eot_id) == (kind, made[kind].vocab_size, made[kind].eot_id)
+    wanted = "bpe" if kind in OWN_PATTERNS else kind
+    assert (loaded.kind, loaded.vocab_size, loaded.eot_id) == (wanted, made[kind].vocab_size, made[kind].eot_id)
     assert loaded.fingerprint == made[kind].fingerprint
     assert loaded.encode(TEXT).tolist() == made[kind].encode(TEXT).tolist()
     assert build_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint == loaded.fingerprint
@@ -125,7 +129,7 @@ def test_saved_and_loaded_is_the_same(made, tmp_path, kind):
 
 def test_fingerprints_differ(made):
     other = build_tokenizer("bpe", vocab_size=300, sample=iter([TEXT]))
-    assert len({other.fingerprint, *(tokenizer.fingerprint for tokenizer in made.values())}) == 5
+    assert len({other.fingerprint, *(tokenizer.fingerprint for tokenizer in made.values())}) == 1 + len(KINDS)
 
 
 def test_byte_ids_are_the_bytes(made):
@@ -167,10 +171,58 @@ def test_published_patterns_split_alike_everywhere(made, tmp_path, monkeypatch, 
     assert tokenizer.cuts_safely(TEXT[:400])
 
 
-@pytest.mark.parametrize("name", ["own", "gpt2", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("kind", ["bpe", "qwen35", "earlier"])
+@QUICK
+@given(text=ODD_TEXT | st.text(st.characters(exclude_categories=["Cs"])))
+def test_own_vocabularies_have_the_same_ids_in_tiktoken(made, kind, text):
+    reference = tiktoken.Encoding("x", pat_str=made[kind].pattern, mergeable_ranks=made[kind].ranks, special_tokens={})
+    assert made[kind].encode(text).tolist() == reference.encode_ordinary(text)
+
+
+PIECES = {  # as llama.cpp cuts them
+    "llama-bpe": [
+        ("don't DON'T x_y (z)", ["don", "'t", " DON", "'T", " x", "_y", " (", "z", ")"]),
+        ("end.\n\nNext  \n\tif 20261128:", ["end", ".\n\n", "Next", "  \n", "\tif", " ", "202", "611", "28", ":"]),
+        ("हिन्दी", ["ह", "िन", "्द", "ी"]),
+    ],
+    "qwen35": [
+        ("don't DON'T x_y (z)", ["don", "'t", " DON", "'T", " x", "_y", " (", "z", ")"]),
+        ("end.\n\nNext  \n\tif 2026:", ["end", ".\n\n", "Next", "  \n", "\tif", " ", "2", "0", "2", "6", ":"]),
+        ("हिन्दी ไทยน้ำ cafe\u0301", ["हिन्दी", " ไทยน้ำ", " cafe\u0301"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "text", "pieces"), [(name, *case) for name in PIECES for case in PIECES[name]])
+def test_pieces_are_those_of_the_pattern_that_is_named(name, text, pieces):
+    assert regex.findall(bpe.plain(bpe.PATTERNS[name]), text) == pieces
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("the cat sat on the mat\n", "llama-bpe"),
+        ("if (x[0] == 1024) return 65536;\n", "llama-bpe"),
+        ("0.23,Ideal,E,SI2,61.5,55,326,3.95\n", "llama-bpe"),
+        ("我们今天去北京。\n", "llama-bpe"),
+        ("❤️☀️✈️ 👍🏽\n", "llama-bpe"),
+        ("यह हिन्दी में लिखा हुआ है\n", "qwen35"),
+        ("น้ำขึ้นให้รีบตัก\n", "qwen35"),
+        ("தமிழ் மொழி\n", "qwen35"),
+        ("မြန်မာဘာသာ\n", "qwen35"),
+        ("Tie\u0302\u0301ng Vie\u0323\u0302t\n", "qwen35"),
+    ],
+)
+def test_a_vocabulary_is_trained_with_the_pattern_that_suits_its_text(text, name):
+    trained = build_tokenizer("bpe", vocab_size=300, sample=iter([text * 2000] * 9))
+    assert trained.pattern == bpe.plain(bpe.PATTERNS[name]) and trained.kind == "bpe"
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen35", "earlier", "gpt2", "cl100k_base", "o200k_base"])
 def test_the_quick_form_of_a_pattern_splits_alike(made, monkeypatch, name):
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: made["bpe"].ranks)
-    own = {"own": bpe.OWN_PATTERN, "gpt2": openai_public.r50k_pat_str}
+    own = OWN_PATTERNS | {"gpt2": openai_public.r50k_pat_str}
     pattern = own[name] if name in own else openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
     assert bpe.quick(bpe.plain(pattern)).startswith("(?:")
     slow, quick = (
@@ -193,7 +245,7 @@ def test_patterns_that_have_no_quick_form_are_left_alone(pattern):
     assert bpe.quick(pattern) == pattern
 
 
-@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+@pytest.mark.parametrize("kind", ["bpe", "qwen35", "gpt2"])
 @QUICK
 @given(parts=st.lists(st.sampled_from([*ODD, *TEXT.split()]), max_size=40), n=st.integers(0, 200))
 def test_a_safe_cut_changes_no_id(made, kind, parts, n):
@@ -219,7 +271,7 @@ def test_a_million_spaces_neither_panic_nor_lose_anything(made, unit, capfd):
 
 def test_bpe_training_reads_a_bounded_sample_spread_over_the_text():
     blocks = (chr(0x4E00 + i) * 2**16 for i in range(200))
-    kept = bpe._spread(blocks, limit=10 * 2**16)
+    kept = bpe.spread(blocks, limit=10 * 2**16)
     assert len(kept) <= 10
     assert {ord(block[0]) - 0x4E00 for block in kept} >= {0, 96, 192}
 
