@@ -14,7 +14,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.config import Field, TrainConfig, own_fields
 from nnx_cli.console import Output
-from nnx_cli.errors import DataError, UsageError, quoted
+from nnx_cli.errors import DataError, NnxError, UsageError, quoted
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
@@ -178,10 +178,15 @@ def spelled(name: str) -> str:
 
 
 def may_have_rows(paths: Iterable[str]) -> bool:
-    """Whether one of these paths may lead to a table or to JSON lines, by its name."""
-    from nnx_cli.data.sources import format_of
+    """Whether one of the files behind these paths may be a table or JSON lines, by its name."""
+    from nnx_cli.data.find import find_sources
+    from nnx_cli.data.formats import format_of
 
-    return any(format_of(path) not in (".txt", ".md") for path in paths)
+    try:
+        names = [source.name for source in find_sources([*paths])]
+    except NnxError:  # said where it is read
+        return True
+    return any(format_of(name) not in (".txt", ".md") for name in names)
 
 
 READING = ("text_key", "encoding", "errors")  # how text is read that a model is measured on

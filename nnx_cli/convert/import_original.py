@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from nnx_cli import models
 from nnx_cli.config import check_tokenizer
 from nnx_cli.convert.checkpoint_file import NONSENSE, CheckpointFile, read_checkpoint
 from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
-from nnx_cli.errors import CheckpointError, NnxError, UsageError
+from nnx_cli.errors import CheckpointError, NnxError, UsageError, quoted
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.manifest import describe_model, write_model_folder
 from nnx_cli.runs.tensors import check_finite
@@ -131,7 +130,7 @@ def _no_weights(name: str, found: CheckpointFile) -> CheckpointError:
     first = next(((key, tuple(x.shape)) for key, x in found.tensors.items()), None)
     has = "it has none that is whole" if first is None else f"the first is {first[0]} {first[1]}"
     like = (other for other in models.names() if models.has_original(other) and _places(other, found.tensors))
-    fix = next((f"nnx import --model {other} {shlex.quote(str(found.path))}" for other in like), None)
+    fix = next((f"nnx import --model {other} {quoted(found.path)}" for other in like), None)
     return CheckpointError(f"{found.path} is no checkpoint of {name}: no tensor is called {wanted}; {has}", fix=fix)
 
 

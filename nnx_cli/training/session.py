@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -159,7 +158,7 @@ def find_unfinished() -> Path:
     if diverged is not None:
         raise CheckpointError(
             f"there is nothing to resume: {diverged} diverged, and no other run is unfinished",
-            fix=f"nnx train --resume {shlex.quote(str(diverged))}",
+            fix=f"nnx train --resume {quoted(diverged)}",
         )
     raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
 

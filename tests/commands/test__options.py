@@ -31,6 +31,8 @@ def files(run, workspace, text):
     (workspace / "held.txt").write_text(text[::-1], encoding="utf-8")
     rows = [{"text": line, "body": line[::-1]} for line in text.splitlines()]
     (workspace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (workspace / "books").mkdir()
+    (workspace / "books" / "one.md").write_text(text, encoding="utf-8")
     (workspace / "broken.txt").write_bytes(text.encode()[:2000] + b"\xe5\xb0 bad\n" + text.encode())
     return workspace
 
@@ -89,6 +91,8 @@ IDLE = [
         "summarize words --model llama",
         "summarize words --all",
         "summarize --model neon --function-temperature 2",
+        "prepare books --text-key body --out new",
+        "prepare w*.txt words.txt --text-key body --out new",
         "sample words --stop",
     ],
 )
@@ -106,6 +110,7 @@ def test_what_disagrees_with_nothing_is_taken(nnx, files):
         "sample words --greedy --temperature 0 --repetition-penalty 2 --max-new-tokens 2",
         "train --checkpoint_path weights/words --filepath words.txt",
         "summarize words --vram 8GB --precision fp32",
+        "prepare . --text-key text --out new",
     ):
         done = nnx(*line.split())
         assert done.exit_code == 0, done.stderr
