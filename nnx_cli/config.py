@@ -261,8 +261,9 @@ def check_range(name: str, value: float | None, low: float, high: float, *, low_
     """Raise UsageError unless `value` is None, or finite and low <= value <= high (low < value with `low_open`)."""
     if value is None or (low < value if low_open else low <= value) and value <= high:  # no comparison holds for nan
         return
-    option, above = "--" + name.replace("_", "-"), f"above {number(low)}" if low_open else f"at least {number(low)}"
-    raise UsageError(f"{option} is {typed(value)}; it must be a number {above} and at most {number(high)}")
+    option, least = "--" + name.replace("_", "-"), f"above {number(low)}" if low_open else f"at least {number(low)}"
+    allowed = f"a number {least} and at most {number(high)}" if low < high else number(high)
+    raise UsageError(f"{option} is {typed(value)}; it must be {allowed}")
 
 
 def number(value: float) -> str:

@@ -11,6 +11,7 @@ from nnx_cli.config import (
     SampleConfig,
     TrainConfig,
     check_one_length,
+    check_range,
     coerce,
     own_fields,
     parse_bytes,
@@ -88,6 +89,27 @@ def test_what_is_no_amount_of_memory(text):
 )
 def test_escapes_of_the_command_line(typed, meant):
     assert unescape(typed) == meant
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "said"),
+    [
+        (0, 1, 2**40, "--x is 0; it must be a number at least 1 and at most 1,099,511,627,776"),
+        (2**70, 0, 2**63 - 1, "--x is 1180591620717411303424; it must be a number at least 0 and at most 9,223,372,"),
+        (10**400, 0, 10, "--x is a number of 401 digits; it must be"),
+        (-(10**400), 0, 10, "--x is a number of 401 digits; it must be"),
+        (99, 256, 256, "--x is 99; it must be 256"),
+        (1.25, 0.0, 1.0, "--x is 1.25; it must be a number at least 0 and at most 1"),
+        (2e-9, 1e-8, 0.5, "--x is 2e-09; it must be a number at least 1e-08 and at most 0.5"),
+        (1e9, 0.0, 1e3, "--x is 1000000000; it must be a number at least 0 and at most 1,000"),
+        (math.inf, 0, 1e9, "--x is inf; it must be a number at least 0 and at most 1,000,000,000"),
+        (math.nan, 0, 5, "--x is nan"),
+    ],
+)
+def test_numbers_stand_as_people_write_them(value, low, high, said):
+    with pytest.raises(UsageError) as error:
+        check_range("x", value, low, high)
+    assert str(error.value).startswith(said)
 
 
 POSITIVE = [
