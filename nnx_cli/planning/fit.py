@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,20 @@ from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters, meta_model, over_blocks
-from nnx_cli.planning.memory import Memory, hardware_to_plan_for, optimizer_memory, predict
+from nnx_cli.planning.memory import (
+    CPU,
+    Memory,
+    accumulates,
+    hardware_to_plan_for,
+    micro_step,
+    optimizer_states,
+    optimizer_step,
+    training_memory,
+)
 from nnx_cli.planning.recipe import default_tokens_per_step
 from nnx_cli.planning.settings import Derived
-from nnx_cli.system.device import DTYPES, memory_budget
+from nnx_cli.planning.shapes import ShapeCache
+from nnx_cli.system.device import memory_budget
 from nnx_cli.system.hardware import Hardware
 from nnx_cli.system.torch_private import TorchDispatchMode
 
@@ -31,6 +41,8 @@ GRAPH_BYTES = 2**27  # that a step recorded as a CUDA graph takes beside what a 
 KEPT = {"fp32": 0.7, "bf16": 0.38, "fp16": 0.38}  # of all a forward pass computes in 32 bits, at most; seen: 0.57, 0.30
 KEPT_WITH_DROPOUT = 2.0  # but on CUDA, all keep the scores of attention then; seen: 1.26, up to this many positions:
 DROPOUT_POSITIONS = 1024
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,8 @@ class _ComputedBytes(TorchDispatchMode):
 
 @torch.no_grad()
 def computed_bytes(model: LanguageModel) -> int:
-    """Bytes of all that one sequence forward computes, views included, by a model of the meta device."""
+    """Bytes of all that one sequence forward computes in float32, views included, by a model of the meta device."""
+    model.compute_dtype = torch.float32
     ids = torch.zeros(1, model.config.seq_len, dtype=torch.int64, device="meta")
 
     def measure() -> int:
@@ -115,40 +128,30 @@ class Predictor:
         self, name: str, config: ModelConfig, lora_rank: int | None, hardware: Hardware | torch.device
     ) -> None:
         self.seq_len = config.seq_len
+        self.shapes = ShapeCache()
+        with self.shapes:
+            self._model = meta_model(name, config, lora_rank)
+        self._asked = hardware
+        self._results: dict[Any, Any] = {}
         kind = hardware.type if isinstance(hardware, torch.device) else hardware.kind
-
-        @cache
-        def model(weight_precision: str) -> LanguageModel:
-            built = meta_model(name, config, lora_rank)
-            cast_matrices(built, weight_precision)
-            return built
-
-        @cache
-        def known() -> Hardware:
-            return hardware_to_plan_for(hardware) if isinstance(hardware, torch.device) else hardware
-
-        @cache
-        def optimizer(train: TrainConfig) -> tuple[int, int]:
-            return optimizer_memory(model(train.weight_precision), train, known())
-
-        @cache
-        def memory(train: TrainConfig, rows: int) -> Memory:
-            kept = TrainConfig(
-                optimizer=train.optimizer,
-                weight_precision=train.weight_precision,
-                optimizer_in_backward=train.optimizer_in_backward,
-            )
-            return predict(model(train.weight_precision), train, rows, known(), optimizer(kept))
-
-        @cache
-        def size() -> tuple[int, int]:
-            built = model("fp32")
-            built.compute_dtype = torch.float32  # a prediction leaves its own
-            return count_parameters(built)["total"], computed_bytes(built)
-
-        self._memory, self._size, self._adapters = memory, size, lora_rank is not None
         self._keeps_scores = kind != "cuda" and config.dropout > 0
-        self._bounded = not self._adapters and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
+        self._bounded = lora_rank is None and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """What is planned for."""
+        return hardware_to_plan_for(self._asked) if isinstance(self._asked, torch.device) else self._asked
+
+    def model(self, weight_precision: str = "fp32") -> LanguageModel:
+        """The model on the meta device, always the same, its matrices cast to what is asked for."""
+        cast_matrices(self._model, weight_precision)
+        return self._model
+
+    def _once(self, key: Any, compute: Callable[[], T]) -> T:
+        if key not in self._results:
+            with self.shapes:
+                self._results[key] = compute()
+        return self._results[key]
 
     def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:
         """Whether micro-batches of `rows` fit in `budget`. A step is simulated only where that is not plain to see."""
@@ -157,29 +160,36 @@ class Predictor:
         return (self._bounded and self.upper_bound(train, rows) <= budget) or self.peak(train, rows) <= budget
 
     def lower_bound(self, train: TrainConfig) -> int:
-        """Lower bound on peak memory: weights, and their gradients unless each is gone when the next comes or
-        adapters alone have one."""
-        each = DTYPES[train.weight_precision].itemsize
-        return self._size()[0] * each * (1 if train.optimizer_in_backward or self._adapters else 2)
+        """Lower bound on peak memory: what there is between two micro-steps."""
+        weights = train.weight_precision
+        states = self._optimizer_states(train)
+        return self._once(
+            ("bound", weights, train.optimizer_in_backward, states),
+            lambda: training_memory(self.model(weights), train, CPU, states).peak_bytes,
+        )
 
     def upper_bound(self, train: TrainConfig, rows: int) -> int:
         """Upper bound on peak memory, at least 20 % above every prediction: half a GiB, 24 bytes for a
         parameter with all that belongs to it, and more of what a forward pass computes than is kept."""
-        parameters, computed = self._size()
+        parameters = self._once("parameters", lambda: count_parameters(self.model())["total"])
+        computed = self._once("computed bytes", lambda: computed_bytes(self.model()))
         kept = KEPT_WITH_DROPOUT if self._keeps_scores else KEPT[train.precision]
         return GIB // 2 + 24 * parameters + int(rows * computed * kept)
 
     def memory(self, train: TrainConfig, rows: int) -> Memory:
         """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it."""
-        settings = TrainConfig(
-            optimizer=train.optimizer,
-            precision=train.precision,
-            weight_precision=train.weight_precision,
-            activation_checkpointing=train.activation_checkpointing,
-            optimizer_in_backward=train.optimizer_in_backward,
-            grad_accum=train.grad_accum,
+        weights = train.weight_precision
+        how = weights, train.precision, train.activation_checkpointing, accumulates(train), train.optimizer_in_backward
+        step = self._once((how, rows), lambda: micro_step(self.model(weights), train, rows, self.hardware))
+        moment = self._once(
+            ("step", weights, train.optimizer), lambda: optimizer_step(self.model(weights), train, self.hardware)
         )
-        return self._memory(settings, rows)
+        states = self._optimizer_states(train)
+        return training_memory(self.model(weights), train, self.hardware, states, moment, step)
+
+    def _optimizer_states(self, train: TrainConfig) -> int:
+        weights = train.weight_precision
+        return self._once(("states", weights, train.optimizer), lambda: optimizer_states(self.model(weights), train))
 
     def peak(self, train: TrainConfig, rows: int) -> int:
         """Predicted peak in bytes, of any micro-batch."""

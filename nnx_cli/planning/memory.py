@@ -26,6 +26,7 @@ from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import Hardware, of_device, planned
@@ -309,6 +310,9 @@ class Pass:
     blocks: int
 
 
+NO_PASS = Pass(0, 0, 0, 0, 0)
+
+
 @contextmanager
 def _restored(model: LanguageModel) -> Iterator[None]:
     """Leave a model as it is: gradients, modes of its modules, classes of its blocks and how they are called."""
@@ -431,59 +435,76 @@ class Memory:
         return max(self.phases.values())
 
 
-def optimizer_memory(model: LanguageModel, config: TrainConfig, hardware: Hardware) -> tuple[int, int]:
-    """Bytes of the optimizer's state, and what its step allocates besides, with the norm of all gradients."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(model, replace(config, lr=1.0, weight_decay=0.1))
-    states = sum(
-        rounded(shape.numel() * dtype.itemsize)
-        for spec in optimizer.state_specs().values()
-        for shape, dtype in spec.values()
-    )
-    for p in trained:
+def optimizer_states(model: LanguageModel, config: TrainConfig) -> int:
+    """Bytes of the optimizer's state."""
+    specs = _optimizer(model, config).state_specs().values()
+    return sum(rounded(shape.numel() * dtype.itemsize) for spec in specs for shape, dtype in spec.values())
+
+
+def optimizer_step(model: LanguageModel, config: TrainConfig, hardware: Hardware) -> int:
+    """Bytes that a step of the optimizer allocates besides its state, with the norm of all gradients."""
+    optimizer = _optimizer(model, config)
+    specs, kept = optimizer.state_specs(), []
+    for p, spec in specs.items():
         p.grad = torch.empty_like(p)
+        state = {field: torch.empty(shape, dtype=dtype, device="meta") for field, (shape, dtype) in spec.items()}
+        optimizer.state[p] = state
+        kept += [p, p.grad, *state.values()]
     with simulated(hardware), StorageTracker() as tracker:
-        tracker.leave_out([*trained, *(p.grad for p in trained)])
-        optimizer.step()  # its state comes to exist
-        tracker.mark("again")
+        tracker.leave_out(kept)
         optimizer.step()
-    for p in trained:
+    for p in specs:
         p.grad = None
-    return states, tracker.sections[-1].peak + 2 * ROUNDING * len(trained)
+    return tracker.sections[-1].peak + 2 * ROUNDING * len(specs)
 
 
-def predict(
-    model: LanguageModel,
-    config: TrainConfig,
-    batch_size: int,
-    hardware: Hardware,
-    optimizer: tuple[int, int] | None = None,
-) -> Memory:
-    """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
-    has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in.
+def _optimizer(model: LanguageModel, config: TrainConfig) -> DeviceOptimizer:
+    return build_optimizer(model, replace(config, lr=1.0, weight_decay=0.1))
 
-    Blocks count as eager: compiled ones keep less. `optimizer` is what `optimizer_memory` returns, if known."""
+
+def micro_step(model: LanguageModel, config: TrainConfig, batch_size: int, hardware: Hardware) -> Pass:
+    """`simulate` as `config` says."""
     model.compute_dtype = DTYPES[config.precision]
-    in_backward = config.optimizer_in_backward
-    accumulate = (config.grad_accum or 2) > 1 and not in_backward
-    step = simulate(
+    return simulate(
         model,
         batch_size,
         model.config.seq_len,
         hardware=hardware,
         checkpointing=config.activation_checkpointing,
-        accumulate=accumulate,
-        in_backward=in_backward,
+        accumulate=accumulates(config),
+        in_backward=config.optimizer_in_backward,
     )
-    states, moment = optimizer or optimizer_memory(model, config, hardware)
-    stored = {id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}
-    gradients = 0 if in_backward else sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
-    resting = sum(stored.values()) + states + fixed_bytes(hardware)
-    during = resting + (gradients if accumulate else 0)
+
+
+def accumulates(config: TrainConfig) -> bool:
+    """Whether gradients exist before a micro-step."""
+    return (config.grad_accum or 2) > 1 and not config.optimizer_in_backward
+
+
+def predict(model: LanguageModel, config: TrainConfig, batch_size: int, hardware: Hardware) -> Memory:
+    """Memory of training a model of the meta device with micro-batches of `batch_size` rows, as `config` says, which
+    has optimizer, precision, accumulation and checkpointing filled in. Its weights have the type they are stored in.
+
+    Blocks count as eager: compiled ones keep less."""
+    step = micro_step(model, config, batch_size, hardware)
+    states, moment = optimizer_states(model, config), optimizer_step(model, config, hardware)
+    return training_memory(model, config, hardware, states, moment, step)
+
+
+def training_memory(
+    model: LanguageModel, config: TrainConfig, hardware: Hardware, states: int, moment: int = 0, step: Pass = NO_PASS
+) -> Memory:
+    """What `predict` says, of the bytes of optimizer states, those of its step, and a micro-step; without the last two
+    what is there anyway."""
+    stored = sum({id(x): rounded(x.nbytes) for x in (*model.parameters(), *model.buffers())}.values())
+    trained = sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
+    gradients = 0 if config.optimizer_in_backward else trained
+    resting = stored + states + fixed_bytes(hardware)
+    during = resting + (gradients if accumulates(config) else 0)
     phases = {name: during + getattr(step, name) for name in ("forward", "head", "backward")}
-    phases["backward"] += moment if in_backward else 0
+    phases["backward"] += moment if config.optimizer_in_backward else 0
     phases["optimizer"] = resting + gradients + moment
-    return Memory(sum(stored.values()), gradients, states, step.activations, moment, fixed_bytes(hardware), phases)
+    return Memory(stored, gradients, states, step.activations, moment, fixed_bytes(hardware), phases)
 
 
 def saved_tensors(

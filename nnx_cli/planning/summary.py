@@ -10,7 +10,7 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import Predictor, advice, first_that_fits, savings
-from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, meta_model, sampling_bytes
+from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, sampling_bytes
 from nnx_cli.planning.memory import ANY_GPU
 from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
 from nnx_cli.system.device import memory_budget, pick_device
@@ -23,22 +23,25 @@ def summary(
 ) -> dict[str, Any]:
     """Everything there is to say of a model, under the keys of --json. Unless it is to be `whole`, the largest
     micro-batch is None where another was asked for and fits."""
-    model, device = meta_model(name, config, train.lora_rank), pick_device("auto")
+    device = pick_device("auto")
     predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU)
+    with predictor.shapes:
+        model = predictor.model()
+        parameters, flops = count_parameters(model), flops_per_token(model)
+        weights, cache = sampling_bytes(model)
     tokens_per_step = default_tokens_per_step(model, torch.device("cuda"))
     rows_per_step = max(1, tokens_per_step // config.seq_len)
     preferred = preferred_optimizer(name, train.lora_rank)
     chosen, fits = _fitting(predictor, train, preferred, memory_budget(device, train.vram_bytes), rows_per_step, whole)
     memory = predictor.memory(chosen, fits["batch_size"])
-    weights, cache = sampling_bytes(model)
     *_, (smallest, _) = savings(train, preferred)
     return {
         "model": models.stem(name),
         "size": label,
         "seq_len": config.seq_len,
         "vocab_size": config.vocab_size,
-        "parameters": count_parameters(model),
-        "flops_per_token": flops_per_token(model),
+        "parameters": parameters,
+        "flops_per_token": flops,
         "memory": {
             "weights_bytes": memory.weights_bytes,
             "gradients_bytes": memory.gradients_bytes,
