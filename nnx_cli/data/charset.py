@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from nnx_cli.data.charset_guess import Guess, guess_encoding, guess_wide
@@ -50,12 +50,16 @@ INVALID, MORE_INVALID = "\udcff", "\udcfe"  # stand for a run of invalid bytes: 
 class TextReader:
     """Text of one file in blocks of at most 1 MiB of bytes. After the last: `encoding`, `n_replaced` (bytes)."""
 
-    def __init__(self, stream: Stream, *, strict: bool, encoding: str | None = None) -> None:
-        """`encoding` is what the user says that unmarked text is in; without it that is found out."""
+    def __init__(
+        self, stream: Stream, *, strict: bool, encoding: str | None = None, likely: Callable[[], Guess] | None = None
+    ) -> None:
+        """`encoding` is what the user says that unmarked text is in; without it that is found out. What is not UTF-8 is
+        in the `likely` one, where it is known from other text of the same kind."""
         self.encoding = encoding or "utf-8"
         self.guess: Guess | None = None
         self.n_replaced = 0
         self._known = encoding is not None
+        self._likely = likely
         self._stream = stream
         self._strict = strict
 
@@ -66,7 +70,7 @@ class TextReader:
         if self.n_replaced:
             notes.append(f"{self._stream.name}: {self.n_replaced:,} invalid bytes became U+FFFD")
         if self.guess is not None:
-            notes.append(f"{self._stream.name}: read as {_described(self.guess)}; --encoding NAME chooses another")
+            notes.append(guess_note(self._stream.name, self.guess))
         return notes
 
     def __iter__(self) -> Iterator[str]:
@@ -126,6 +130,8 @@ class TextReader:
 
     def _guess(self, data: bytes) -> Guess:
         """The likeliest encoding of text that is not UTF-8."""
+        if self._likely is not None:
+            return self._likely()
         wide = guess_wide(data) if self._stream.n_read == len(data) else None
         n_beyond = len(data) - len(data.translate(None, BEYOND_ASCII))
         data = data[max(0, len(data) - len(data.lstrip(ASCII)) - BEFORE_BYTES) :]
@@ -171,6 +177,11 @@ def read_text(stream: Stream, limit: int, encoding: str | None = None) -> tuple[
         raise DataError(f"{stream.name} has more than {limit >> 10:,} KiB")
     reader = TextReader(Stream(io.BytesIO(data), stream.name), strict=False, encoding=encoding)
     return "".join(reader), reader.notes
+
+
+def guess_note(name: str, guess: Guess) -> str:
+    """What the user should know of text whose encoding was guessed."""
+    return f"{name}: read as {_described(guess)}; --encoding NAME chooses another"
 
 
 def _described(guess: Guess) -> str:

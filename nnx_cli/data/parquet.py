@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nnx_cli.data.charset import TextReader
+from nnx_cli.data.charset_guess import SAMPLE_BYTES, Guess, guess_encoding
 from nnx_cli.data.compression import Stream, brief
 from nnx_cli.data.formats import BadRow, first_name, leaves, text_of
 from nnx_cli.errors import DataError, MissingFeature, quoted
@@ -20,10 +22,13 @@ NAMED = 10  # columns in a message
 
 
 class ParquetText:
-    """The text at the dotted path `key` of every row of a table. After the last row: `n_replaced` (bytes)."""
+    """The text at the dotted path `key` of every row of a table. After the last row: `n_replaced` (bytes), `guess`."""
 
-    def __init__(self, file: BinaryIO, key: str, name: str, *, strict: bool) -> None:
+    def __init__(self, file: BinaryIO, key: str, name: str, *, strict: bool, encoding: str | None = None) -> None:
         self.n_replaced = 0
+        self.guess: Guess | None = None  # of the encoding, where bytes were read that are not UTF-8
+        self._encoding = encoding
+        self._likely: Callable[[], Guess] | None = None  # the encoding of all rows around one that is not UTF-8
         self._file = file
         self._key = key
         self._name = name
@@ -44,7 +49,10 @@ class ParquetText:
             table = parquet.ParquetFile(self._file)
             top, path, columns = self._column(table)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
-                for row in _values(batch, top):
+                rows = _values(batch, top)
+                if self.guess is None:
+                    self._likely = cache(partial(_guess, rows, path))
+                for row in rows:
                     number += 1
                     yield number, self._text(row, path)
         except (arrow.ArrowException, OSError) as error:
@@ -76,19 +84,35 @@ class ParquetText:
     def _decoded(self, value: bytes) -> str | BadRow:
         if self._padded:
             value = value.rstrip(b"\0")
-        try:
-            text = value.decode()
-            if "\0" not in text:
-                return text.removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            pass
-        reader = TextReader(Stream(io.BytesIO(value), f"its column {self._key!r}"), strict=self._strict)
+        if self._encoding is None and _is_utf8(value) and b"\0" not in value:
+            return value.decode("utf-8-sig")
+        reader = TextReader(
+            Stream(io.BytesIO(value), f"its column {self._key!r}"),
+            strict=self._strict,
+            encoding=self._encoding,
+            likely=self._likely,
+        )
         try:
             text = "".join(reader)
         except DataError as error:
             return BadRow(str(error))
         self.n_replaced += reader.n_replaced
+        self.guess = self.guess or reader.guess
         return text
+
+
+def _guess(rows: list[Any], path: str) -> Guess:
+    """The encoding of all values that are not UTF-8: one alone may be short."""
+    values = (value for row in rows for value in leaves(row, path) if isinstance(value, bytes))
+    return guess_encoding(b"\n".join(value[:SAMPLE_BYTES] for value in values if not _is_utf8(value)))
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _values(batch: RecordBatch, column: str) -> list[Any]:

@@ -9,13 +9,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from nnx_cli.data import archives, formats
-from nnx_cli.data.charset import TextReader
+from nnx_cli.data.charset import TextReader, guess_note
 from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
+from nnx_cli.data.delimited import Table
 from nnx_cli.data.formats import FORMATS, format_of
+from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_in
 from nnx_cli.data.parquet import ParquetText
 from nnx_cli.errors import DataError
 from nnx_cli.system.streams import standard_input
@@ -148,7 +151,9 @@ class Reader:
             yield from self._archive(archives.tar_members(stream), stream, report)
         elif head.startswith(b"PAR1"):
             with self._seekable(stream) as file:
-                yield from self._parquet(ParquetText(file, self.text_key, name, strict=self.strict), name, report)
+                yield from self._parquet(
+                    ParquetText(file, self.text_key, name, strict=self.strict, encoding=self.encoding), name, report
+                )
         else:
             yield from self._text(stream, name, report)
 
@@ -196,23 +201,44 @@ class Reader:
         report.n_replaced_bytes += table.n_replaced
         if table.n_replaced:
             report.note(f"{name}: {table.n_replaced:,} invalid bytes became U+FFFD")
+        if table.guess is not None:
+            report.note(guess_note(name, table.guess))
 
     def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
         reader = TextReader(stream, strict=self.strict, encoding=self.encoding)
         kind = format_of(name)
         if kind == ".parquet":
             raise DataError(f"{name} is damaged: it does not begin like a parquet table")
-        if kind == ".jsonl":
-            yield from self._rows(formats.jsonl_rows(reader, self.text_key, ROW_CHARS), name, "line", report)
-        elif kind == ".csv":
-            yield from self._rows(formats.csv_rows(reader, self.text_key, ROW_CHARS, name), name, "line", report)
+        blocks = iter(reader)
+        head = next(blocks, "")
+        blocks = chain([head], blocks)
+        if kind in (".csv", ".tsv"):
+            table = Table(blocks, self.text_key, ROW_CHARS, name, quoted=kind == ".csv")
+            yield from self._rows(table.rows(), name, "line", report)
+        elif (found := self._records(kind, head, name, report)) == "lines":
+            yield from self._rows(jsonl_rows(blocks, self.text_key, ROW_CHARS), name, "line", report)
+        elif found == "records":
+            yield from self._rows(json_rows(blocks, self.text_key, ROW_CHARS, name), name, "record", report)
         else:
-            for text in reader:
+            for text in blocks:
                 yield Piece(text, False)
             yield Piece("", True)
         report.n_replaced_bytes += reader.n_replaced
         for note in reader.notes:
             report.note(note)
+
+    def _records(self, kind: str | None, head: str, name: str, report: Report) -> str | None:
+        """How the records of a JSON file lie in it, "lines" or "records"; None for plain text."""
+        if kind in (".jsonl", ".ndjson"):
+            return "records" if head.lstrip().startswith("[") and not is_lines(head) else "lines"
+        if kind == ".json":
+            return "lines" if is_lines(head) else "records"
+        found = records_in(head, self.text_key)
+        if found and kind is not None:
+            report.note(f"{name}: read as plain text; named .json, the field {self.text_key!r} of its JSON is")
+        elif found:
+            report.note(f"{name}: read as JSON, for its field {self.text_key!r}; named .txt it is plain text")
+        return None if kind else found
 
     def _rows(
         self, numbered: Iterator[tuple[int, str | formats.BadRow]], name: str, unit: str, report: Report

@@ -164,6 +164,15 @@ def test_bytes_are_decoded_like_a_file():
 
 
 @needs_pyarrow
+def test_short_values_tell_their_encoding_together():
+    words = "да нет река мост яблоко дед хлеб Петь соль мы".split() * 60
+    column = arrow.array([word.encode("cp1251") for word in words], type=arrow.binary())
+    documents, report = read(table(text=column))
+    assert documents == words and "read as cp1251 (confidence 9" in report.notes[0] and len(report.notes) == 1
+    assert "row 1" in str(refusal(table(text=column), strict=True))
+
+
+@needs_pyarrow
 def test_bytes_that_are_no_text_are_skipped():
     images = [b"\x89PNG\r\n\x1a\n" + bytes(40), b"\x7fELF" + bytes(40), bytes(100)]
     documents, report = read(table(text=arrow.array([*images, b"text"], type=arrow.binary())))

@@ -283,6 +283,70 @@ def test_jsonl_by_path(tmp_path, key, expected):
     assert documents == expected and report.n_skipped_rows == 1
 
 
+# which of them a file holds
+
+LINES = '{"text": "one"}\n{"text": "zwei, größer"}\n'
+RECORDS = [json.loads(line) for line in LINES.splitlines()]
+ROWS = ["one", "zwei, größer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", LINES),
+        ("a.json", json.dumps(RECORDS)),
+        ("a.json", json.dumps({"data": RECORDS}, indent=1)),
+        ("a.jsonl", json.dumps(RECORDS)),
+        ("a.ndjson", LINES),
+        ("a.NDJSON", json.dumps(RECORDS, indent=2)),
+        ("a", LINES),
+        ("a.log", json.dumps(RECORDS)),
+        ("a.csv", 'id;text\n1;one\n2;"zwei, größer"\n'),
+        ("a.tsv", "id\ttext\n1\tone\n2\tzwei, größer\n"),
+    ],
+)
+def test_records_are_told_by_name_and_content(tmp_path, name, content):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        documents, report = read(tmp_path / name)
+        assert documents == ROWS
+        assert any("read as JSON, for its field 'text'" in note for note in report.notes) is (name in ("a", "a.log"))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert read(tmp_path / f"{name}.gz")[0] == ROWS
+
+
+def test_json_in_a_text_file_is_text_and_said(tmp_path):
+    for name, content in (("a.txt", LINES), ("a.md", json.dumps(RECORDS))):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        documents, report = read(tmp_path / name)
+        assert documents == [content] and "read as plain text" in report.notes[0] and ".json" in report.notes[0]
+        assert not read(tmp_path / name, text_key="body")[1].notes
+
+
+def test_records_from_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINES.encode())))
+    assert read("-")[0] == ROWS
+
+
+def test_settings_beside_texts_are_left_out_and_named(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "config.json").write_text('{"lr": 0.001}')
+    documents, report = read(tmp_path)
+    assert documents == ["words"] and "config.json is JSON without records" in report.notes[0]
+    message = refusal(tmp_path / "config.json")
+    assert "an object of lr" in message
+
+
+def test_a_lone_quote_is_told_with_its_line(tmp_path):
+    rows = [f"{i},hello number {i}" for i in range(300)]
+    rows[100] = '100,"hello number 100'
+    (tmp_path / "a.csv").write_text("\n".join(["id,text", *rows, ""]))
+    documents, report = read(tmp_path / "a.csv")
+    assert documents == [f"hello number {i}" for i in range(300) if i != 100]
+    assert report.n_skipped_rows == 1 and "line 102: its quote is not closed" in report.notes[0]
+    assert "line 102" in refusal(tmp_path / "a.csv", strict=True)
+
+
 # the rest
 
 
