@@ -176,7 +176,7 @@ class Output:
         with self._writing():
             self.out.print(table, soft_wrap=False, crop=False)
         if hidden := [name for number, name in enumerate(columns) if number not in shown]:
-            self.note(f"not shown on {limit} columns: {', '.join(hidden)}; --json has all")
+            self.note(f"not shown on {counted(limit or 0, 'column')}: {', '.join(hidden)}; --json has all")
 
     def _write(self, text: str) -> None:
         with self._writing():
