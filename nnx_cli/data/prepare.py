@@ -18,6 +18,7 @@ import numpy as np
 
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.compression import BLOCK_BYTES
+from nnx_cli.data.duplicates import count_copies
 from nnx_cli.data.find import Note, find_sources, without
 from nnx_cli.data.formats import COMPRESSIONS, FORMATS, TARS, format_of
 from nnx_cli.data.sources import Piece, Reader, Report, Source, builtin_corpus
@@ -192,6 +193,7 @@ def _prepare(
         "text_bytes": n_bytes,
         "bytes_per_token": n_bytes / sum(meta["tokens"].values()),
         "documents": writer.n_documents,
+        "val_documents_in_train": meta["val_documents_in_train"],
         "seconds": seconds,
         "megabytes_per_s": n_bytes / 1e6 / seconds,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -332,11 +334,15 @@ def _describe(
     n_val = count_bytes(writer.val.path, tokenizer)
     paths = [path for file in (writer.train, writer.val) for path in (file.path, file.documents_path)]
     n_bytes += writer.n_separators * int(lengths[tokenizer.separator].sum())
+    n_copies = count_copies(writer.train.path, writer.val.path, tokenizer) if writer.n_documents > 1 else 0
+    if n_copies:
+        report.note(f"{n_copies:,} validation documents stand in the training text too, word for word")
     return {
         "tokens": counts,
         "text_bytes": {"train": n_bytes - n_val, "val": n_val},
         "sha256": {path.name: files.sha256_file(path) for path in paths},
         "documents": writer.n_documents,
+        "val_documents_in_train": n_copies,
         "val_fraction": writer.val_fraction,
         "text_key": config.text_key,
         "errors": config.errors,

@@ -15,6 +15,7 @@ KEYS = [
     "text_bytes",
     "bytes_per_token",
     "documents",
+    "val_documents_in_train",
     "seconds",
     "megabytes_per_s",
     "peak_rss_bytes",

@@ -23,8 +23,8 @@ from nnx_cli.system import files
 LINE = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。\n"
 FILES = ["meta.json", "tokenizer.json", "train.bin", "train.documents", "val.bin", "val.documents"]
 KEYS = (
-    "out, tokenizer, vocab_size, train_tokens, val_tokens, text_bytes, bytes_per_token, documents, seconds, "
-    "megabytes_per_s, peak_rss_bytes, sha256"
+    "out, tokenizer, vocab_size, train_tokens, val_tokens, text_bytes, bytes_per_token, documents, "
+    "val_documents_in_train, seconds, megabytes_per_s, peak_rss_bytes, sha256"
 ).split(", ")
 
 
