@@ -131,9 +131,10 @@ def _averages_squares(options: Mapping[str, Any]) -> bool:
 def _can_lose_patience(options: Mapping[str, Any]) -> bool:
     """Whether so many validations without a better one can come before the last one, as far as that is known."""
     before = options["patience"] + 1  # the first one is always the best so far
+    steps = options["max_steps"] or math.inf
     if options["val_every"] is None:
-        return before < len(MILESTONES)
-    return before * options["val_every"] < (options["max_steps"] or math.inf)
+        return before < min(len(MILESTONES), steps)
+    return before * options["val_every"] < steps
 
 
 KEPT = "on --resume: a run keeps what it began with"

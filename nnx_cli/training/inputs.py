@@ -56,7 +56,9 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
     config = models.make_config(architecture, **described)
     for field in fields.keys() - {"seq_len", "dropout"}:
         if field not in described or replace(config, **{field: fields[field]}) != config:
-            raise UsageError(f"--{field.replace('_', '-')} {fields[field]} is not what {spec} has", fix="leave it out")
+            value, option = fields[field], field.replace("_", "-")
+            said = f"{option} {value}" if not isinstance(value, bool) else option if value else f"no-{option}"
+            raise UsageError(f"--{said} is not what {spec} has", fix="leave it out")
     return base, Shape(architecture, None, described | dict(fields))
 
 

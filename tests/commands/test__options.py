@@ -79,6 +79,7 @@ IDLE = [
     "line",
     [
         f"{ON_TOKENS} --patience 11".replace("--val-every 2 ", ""),
+        f"{ON_TOKENS} --patience 3".replace("--val-every 2 ", ""),
         f"{ON_TOKENS} --qk-norm-scale 2",
         f"{ON_TOKENS} --model tape --variant sound --n-critics 1",
         "train --resume words --checkpoint_path weights/words",
