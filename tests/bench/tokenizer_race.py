@@ -1,8 +1,9 @@
-"""Which tokenizer: bits per byte of a text after the same training time, by pattern and size of the vocabulary.
+"""Which tokenizer, and which windows: bits per byte of a text after the same training time.
 
     python tests/bench/tokenizer_race.py FILE... [--tokenizers byte bpe:1024 bpe:8192:nanochat ...]
                                          [--megabytes 1 10 ...] [--seconds 20 | --flops 1e13] [--seeds 3]
-                                         [--model nyx] [--size small] [--gpus 4] [--limit SECONDS]
+                                         [--windows free aligned] [--model nyx] [--size small]
+                                         [--gpus 4] [--limit SECONDS]
                                          [--results FILE] [--markdown FILE] [--count]
 
 A tokenizer is `byte`, or `bpe:SIZE` with the pattern of `--tokenizer bpe`, or `bpe:SIZE:PATTERN` (see PATTERNS). A
@@ -12,6 +13,10 @@ all preparing come on top. Where a clock cannot be trusted give --flops instead:
 many FLOPs. Weights are judged on all that is held out, at LOOKS: the table has the best of these, and the last ("end").
 --count trains nothing and shows bytes a token of what is held out.
 
+--windows is where sequences begin: `free`, as `nnx train` cuts a text, or `aligned`, at documents (the rows of a JSONL
+or CSV file): at the last one that the sequence before reaches or, inside a long one, where that ends. What is held out
+is judged in windows without overlap and, in the column "aligned", in those, where every byte counts once.
+
 Jobs are handed to --gpus processes, each of which sees one GPU (0: one process on the CPU, one thread), seeds
 outermost. Finished ones are rows in --results and are not done again; none is begun that would end after --limit. On
 four GPUs, eight minutes each:
@@ -20,6 +25,7 @@ four GPUs, eight minutes each:
         bpe:8192:nanochat --seconds 20 --gpus 4 --limit 480
     ... large.txt --megabytes 0.1 0.5 2 10 50 --tokenizers byte bpe:1024 bpe:4096 bpe:16384 --seconds 20 --gpus 4 \\
         --seeds 2 --limit 480
+    ... short.jsonl long.jsonl --tokenizers byte bpe:8192 --windows free aligned --seconds 20 --gpus 4 --limit 480
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import queue
 import statistics
@@ -40,17 +47,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from zoo import free, make_trainer
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.data.find import find_sources
+from nnx_cli.data.formats import FORMATS
+from nnx_cli.data.loader import Loader, permute, windows_at
 from nnx_cli.data.prepare import prepare
+from nnx_cli.data.sources import Reader, Report
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import NnxError
 from nnx_cli.evaluation.losses import evaluate
+from nnx_cli.layers.loss import token_losses
 from nnx_cli.planning.flops import flops_per_token, meta_model
 from nnx_cli.system.device import describe, pick_device, synchronize
 from nnx_cli.training.schedule import lr_at
@@ -72,31 +85,72 @@ LOOKS = (0.4, 0.6, 0.8, 0.9, 1.0)  # parts of a run after which its weights are 
 HELD_OUT, MOST_HELD_OUT = 0.1, 10**6
 MEGABYTE = 10**6
 SYNC_STEPS = 10  # between two looks at the clock
-KEYS = ("text", "megabytes", "tokenizer", "seed", "model", "size", "seconds", "flops")  # that make two jobs the same
+KEYS = (
+    "text",
+    "megabytes",
+    "tokenizer",
+    "windows",
+    "seed",
+    "model",
+    "size",
+    "seconds",
+    "flops",
+)  # that make two jobs the same
+
+
+class AlignedLoader(Loader):
+    """Training batches of windows that begin at documents: an epoch is a permutation of `aligned_starts`."""
+
+    def __init__(self, free: Loader, documents: np.ndarray) -> None:
+        self.__dict__ |= free.__dict__
+        self.places = aligned_starts(documents, len(free.tokens), free.seq_len)
+        self.windows = len(self.places)
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Positions in the stream where samples first … first + count − 1 begin."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.windows)
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            starts[inside] = self.places[permute(places[inside], self.windows, (self.seed << 20) + int(epoch))]
+        return starts
+
+
+def aligned_starts(documents: np.ndarray, n_tokens: int, seq_len: int) -> np.ndarray:
+    """Where windows begin that together have every token but the first as a target: at the separator before the last
+    document that the window before reaches, or where that ends."""
+    begins, last = np.maximum(documents.astype(np.int64) - 1, 0), n_tokens - 1 - seq_len
+    starts = [0]
+    while starts[-1] < last:
+        end = starts[-1] + seq_len
+        reached = int(begins[np.searchsorted(begins, end, side="right") - 1])
+        starts.append(min(reached if reached > starts[-1] else end, last))
+    return np.array(starts)
 
 
 def cut_text(path: Path, megabytes: float | None, folder: Path) -> Path:
-    """A folder with train.txt and val.txt: the beginning of a text and what is held out of that, both whole lines."""
+    """A folder with train and val: the beginning of a text and what is held out of that, both whole lines."""
     with open(path, "rb") as file:
         text = file.read(-1 if megabytes is None else int(megabytes * MEGABYTE))
+    head = text[: text.find(b"\n") + 1] if path.suffix == ".csv" else b""
     n_val = min(int(len(text) * HELD_OUT), MOST_HELD_OUT)
     cut = text.rfind(b"\n", 0, len(text) - n_val) + 1 or len(text) - n_val
     folder.mkdir(parents=True)
-    (folder / "train.txt").write_bytes(text[:cut])
-    (folder / "val.txt").write_bytes(text[cut:])
+    suffix = path.suffix if path.suffix in FORMATS else ".txt"
+    (folder / f"train{suffix}").write_bytes(text[:cut])
+    (folder / f"val{suffix}").write_bytes(head + text[cut:])
     return folder
 
 
 def make_tokens(texts: Path, tokenizer: str, out: Path) -> None:
     """The token folder `out` of a cut text."""
-    named = tokenizer
+    named, (train,), (val,) = tokenizer, texts.glob("train.*"), texts.glob("val.*")
     if tokenizer != "byte":
         _, size, *pattern = tokenizer.split(":")
-        text = (texts / "train.txt").read_text(encoding="utf-8", errors="replace")
+        pieces = (piece.text for piece in Reader().pieces(find_sources([train]), Report()))
         named = str(out.with_suffix(".json"))
-        trained = bpe.train(iter([text]), int(size), *(PATTERNS[name] for name in pattern))
-        save_tokenizer(trained, Path(named))
-    prepare([texts / "train.txt"], out, PrepareConfig(tokenizer=named), [texts / "val.txt"])
+        save_tokenizer(bpe.train(pieces, int(size), *(PATTERNS[name] for name in pattern)), Path(named))
+    prepare([train], out, PrepareConfig(tokenizer=named), [val])
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +166,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     else:
         config = TrainConfig(max_time=f"{job['seconds']}s", seed=job["seed"])
     trainer = make_trainer(job["model"], job["size"], data, config, device)
+    if job["windows"] == "aligned":
+        trainer.stepper.loader = AlignedLoader(trainer.stepper.loader, data.documents["train"])
     trainer.model.train()
     trainer.choose_execution("graph")
     seen = train(trainer, config)
@@ -119,6 +175,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {key: job[key] for key in KEYS} | {
         "best": min(seen.values()),
         "end": seen[1.0],
+        "aligned": judge_aligned(trainer),
         "looks": list(seen.values()),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "vocab_size": data.vocab_size,
@@ -179,6 +236,24 @@ def judge(trainer: Any) -> float:
     return result.bits_per_byte
 
 
+@torch.no_grad()
+def judge_aligned(trainer: Any) -> float:
+    """Bits per byte of all that is held out, read in windows that begin at documents."""
+    model, tokens, lengths = trainer.model, trainer.data.val, trainer.validation.token_bytes
+    seq_len = min(model.config.seq_len, len(tokens) - 1)
+    starts = aligned_starts(trainer.data.documents["val"], len(tokens), seq_len)
+    known = np.concatenate([[0], np.maximum(starts[:-1] + seq_len - starts[1:], 0)])  # targets of the window before
+    nats = n_bytes = 0.0
+    model.eval()
+    for some in range(0, len(starts), 16):
+        input_ids, targets = windows_at(tokens, starts[some : some + 16], seq_len)
+        counts = torch.arange(seq_len) >= torch.from_numpy(known[some : some + 16])[:, None]
+        losses = token_losses(model, input_ids.to(model.device), targets.to(model.device)).cpu()
+        nats += float(losses.double()[counts].sum())
+        n_bytes += int(lengths[targets[counts].numpy()].sum())
+    return nats / math.log(2) / n_bytes
+
+
 def work() -> None:
     """Jobs from standard input, a line each; results to standard output."""
     for line in sys.stdin:
@@ -212,7 +287,7 @@ def feed(
             answer = process.stdout.readline()
             longest = max(longest, time.monotonic() - started)
             row = json.loads(answer or '{"failed": "its process died"}')
-            name = f"{job['text']} {job['megabytes'] or 'all'} {job['tokenizer']} {job['seed']}"
+            name = f"{job['text']} {job['megabytes'] or 'all'} {job['tokenizer']} {job['windows']} {job['seed']}"
             print(f"{name}: {row['failed'] if 'failed' in row else row['best']}", flush=True)
             if not answer:
                 break
@@ -227,24 +302,28 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each text and tokenizer, the best of a text in bold."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["text"], row["megabytes"], row["tokenizer"]), []).append(row)
+        groups.setdefault(tuple(row[key] for key in ("text", "megabytes", "tokenizer", "windows")), []).append(row)
     best = {}
-    for (text, megabytes, _), found in groups.items():
+    for (text, megabytes, *_), found in groups.items():
         mean = statistics.mean(row["best"] for row in found)
         best[text, megabytes] = min(mean, best.get((text, megabytes), mean))
     lines = [
-        "| text | MB | tokenizer | ids | bytes a token | parameters | epochs | bits per byte | ± | end | seeds |",
-        "|" + " --- |" * 11,
+        "| text | MB | tokenizer | windows | ids | bytes a token | parameters | epochs | bits per byte | ± | end "
+        "| aligned | seeds |",
+        "|" + " --- |" * 13,
     ]
-    for (text, megabytes, tokenizer), found in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+    for (text, megabytes, tokenizer, windows), found in sorted(
+        groups.items(), key=lambda item: (item[0][0], item[0][1] or 0)
+    ):
         bits = [row["best"] for row in found]
         mean, row = statistics.mean(bits), found[0]
         error = f"{statistics.stdev(bits) / len(bits) ** 0.5:.4f}" if len(bits) > 1 else "–"
         shown = f"**{mean:.4f}**" if mean == best[text, megabytes] else f"{mean:.4f}"
         lines.append(
-            f"| {text} | {megabytes or 'all'} | {tokenizer} | {row['vocab_size']:,} | {row['bytes_per_token']:.2f} "
-            f"| {row['parameters'] / 1e6:.2f} M | {row['epochs']:.1f} | {shown} | {error} "
-            f"| {statistics.mean(row['end'] for row in found):.4f} | {len(found)} |"
+            f"| {text} | {megabytes or 'all'} | {tokenizer} | {windows} | {row['vocab_size']:,} "
+            f"| {row['bytes_per_token']:.2f} | {row['parameters'] / 1e6:.2f} M | {row['epochs']:.1f} | {shown} "
+            f"| {error} | {statistics.mean(row['end'] for row in found):.4f} "
+            f"| {statistics.mean(row['aligned'] for row in found):.4f} | {len(found)} |"
         )
     return lines
 
@@ -270,14 +349,14 @@ def race(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     known = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     finished = {tuple(row[key] for key in KEYS): row for row in known}
     jobs, seconds = [], None if options.flops else options.seconds
-    for seed, path, megabytes, tokenizer in product(
-        range(options.seeds), options.text, options.megabytes, options.tokenizers
+    for seed, path, megabytes, tokenizer, windows in product(
+        range(options.seeds), options.text, options.megabytes, options.tokenizers, options.windows
     ):
         named = f"{path.stem}-{megabytes or 'all'}"
         data = scratch / named / tokenizer.replace(":", "-")
         settings = {"model": options.model, "size": options.size, "seconds": seconds, "flops": options.flops}
-        job = {"text": path.stem, "megabytes": megabytes, "tokenizer": tokenizer, "seed": seed, **settings}
-        jobs.append(job | {"data": str(data), "cpu": not options.gpus})
+        job = {"text": path.stem, "megabytes": megabytes, "tokenizer": tokenizer, "windows": windows, "seed": seed}
+        jobs.append(job | settings | {"data": str(data), "cpu": not options.gpus})
     todo = [job for job in jobs if tuple(job[key] for key in KEYS) not in finished]
     waiting: queue.Queue[dict[str, Any]] = queue.Queue()
     with ProcessPoolExecutor(max_workers=options.workers) as pool:
@@ -313,6 +392,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--tokenizers", nargs="+", default=["byte", "bpe:1024", "bpe:4096", "bpe:16384"])
     parser.add_argument("--megabytes", nargs="+", type=float, default=[None])
+    parser.add_argument("--windows", nargs="+", choices=["free", "aligned"], default=["free"])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--flops", type=float)
     parser.add_argument("--seeds", type=int, default=3)
