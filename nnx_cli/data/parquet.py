@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shlex
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -63,7 +62,7 @@ class ParquetText:
         schema = table.schema_arrow
         texts = _text_paths(schema)
         hint = f"; text is in {', '.join(texts[:NAMED])}" if texts else "; nothing in it is text"
-        fix = f"add --text-key {shlex.quote(texts[0])}" if texts else None
+        fix = f"add --text-key {quoted(texts[0])}" if texts else None
         kind = _type_at(schema, self._key)
         if kind is None:
             raise DataError(f"{self._name} has no column {self._key!r}{hint[:200]}", fix=fix)

@@ -78,12 +78,13 @@ def encode_files(
 
     `on_progress` gets the notes.
     """
-    sources = find_sources(paths)
+    tell = on_progress or (lambda event: None)
+    sources = find_sources(paths, lambda text: tell({"note": text}))
     reader = _reader(config, folder)
     with SplitWriter(folder, tokenizer, None) as writer:
         _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
         writer.finish()
-    _tell_notes(report, on_progress or (lambda event: None))
+    _tell_notes(report, tell)
     return np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
 
 
