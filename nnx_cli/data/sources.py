@@ -168,7 +168,8 @@ class Reader:
                 yield from self._one(self._member(content, report), stream, many, report)
         many.refuse_none(f"{stream.name} holds no {' '.join(FORMATS)} file")
         if n_left_out:
-            report.note(f"{stream.name}: {n_left_out:,} hidden or of no text format, such as {example}; left out")
+            left_out = f"{n_left_out:,}, such as {example}"
+            report.note(f"{stream.name}: left out for being hidden or of no text format: {left_out}")
 
     def _member(self, content: Stream | DataError, report: Report) -> Iterator[Piece]:
         if isinstance(content, DataError):

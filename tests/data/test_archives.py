@@ -95,7 +95,7 @@ def test_what_a_folder_would_not_read_is_left_out(tmp_path, write):
     for strict in (False, True):
         documents, notes = read(path, strict=strict)
         assert documents == ["book", "c"]
-        assert notes == ["mac: 8 hidden or of no text format, such as picture.png; left out"]
+        assert notes == ["mac: left out for being hidden or of no text format: 8, such as picture.png"]
     only = write(tmp_path / "only", dict.fromkeys(HIDDEN, b"text"))
     assert "only holds no .txt" in refusal(only)
 
@@ -288,7 +288,6 @@ def test_zip_of_one_member_many_times_over(tmp_path, monkeypatch):
     """Members that share their bytes: each of them is small."""
     monkeypatch.setattr(compression, "BOMB_BYTES", 2**20)
     monkeypatch.setattr(compression, "BOMB_RATIO", 100)
-    monkeypatch.setattr(zipfile.ZipInfo, "_end_offset", None, raising=False)
     path = write_zip(tmp_path / "a.zip", {"a.txt": b"a" * 50_000}, compression=zipfile.ZIP_DEFLATED)
     content = path.read_bytes()
     at, end = content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")
@@ -365,7 +364,7 @@ def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
         special("disk.txt", tarfile.BLKTYPE): b"",
     }
     documents, [note] = read(write_tar(tmp_path / "pack", members))
-    assert documents == ["text"] and "4 hidden or of no text format, such as link.txt" in note
+    assert documents == ["text"] and "no text format: 4, such as link.txt" in note
 
 
 def test_sparse_member(tmp_path):
