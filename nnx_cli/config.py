@@ -43,6 +43,7 @@ class PrepareConfig:
     val_fraction: float = 0.1  # part of the text held out for validation
     text_key: str = "text"  # field of a JSONL row, column of a table; a path if it lies deeper: messages.content
     encoding: str | None = None  # encoding of text, such as cp1251 or gb18030; default: found out for every file
+    separator: str | None = None  # text between two documents of a file; default: a line such as <|endoftext|>
     errors: str = "replace"  # invalid bytes, bad rows, files of many: strict refuses, replace counts and reports
     workers: int | None = None  # encoding threads; default: one per core
     max_memory_bytes: int = 256 * 2**20  # bound on what preparing holds at once
@@ -50,6 +51,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_range("val-fraction", self.val_fraction, 0.0, 0.5, low_open=True)
         check_encoding(self.encoding)
+        if self.separator == "":
+            raise UsageError("--separator is empty; it stands between documents", fix="write it like '\\n---\\n'")
         check_choice("errors", self.errors, ("strict", "replace"))
         check_tokenizer(self.tokenizer)
         least, most = LEAST_IDS.get(self.tokenizer, 1), MOST_IDS.get(self.tokenizer, 2**24)

@@ -15,6 +15,7 @@ from nnx_cli.commands._options import (
     ARCHITECTURE_HELP,
     COMMAND_LINE,
     DEFAULT_MODEL,
+    READING,
     SIZE_HELP,
     AllBut,
     Branch,
@@ -75,7 +76,7 @@ PANELS = {  # of the settings that training and preparing have
         "keep",
         "patience",
     ),
-    "Data": ("tokenizer", "val_fraction", "text_key", "encoding", "errors"),
+    "Data": ("tokenizer", "val_fraction", "text_key", "encoding", "separator", "errors"),
 }
 
 # The recipe of the original NYX, whose spelling of options is ALIASES.
@@ -153,7 +154,7 @@ BRANCHES = (
     Branch({"filepath"}, lambda v: v["resume"] is None, KEPT, "leave it out; text that moved: --data FOLDER"),
     Branch({"init_from"}, lambda v: v["checkpoint_path"] is None, "beside --checkpoint_path"),
     Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
-    Branch({"text_key", "encoding", "errors"}, lambda v: v["data"] is None, "with --data: the text is read already"),
+    Branch(READING, lambda v: v["data"] is None, "with --data: the text is read already"),
     Branch(
         {"text_key", "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
     ),

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from nnx_cli.config import PrepareConfig
+from nnx_cli.config import PrepareConfig, unescape
 from nnx_cli.data.compression import BLOCK_BYTES
 from nnx_cli.data.duplicates import count_copies
 from nnx_cli.data.find import Note, find_sources, without
 from nnx_cli.data.formats import COMPRESSIONS, FORMATS, TARS, format_of
-from nnx_cli.data.sources import Piece, Reader, Report, Source, builtin_corpus
+from nnx_cli.data.separators import Piece
+from nnx_cli.data.sources import Reader, Report, Source, builtin_corpus
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_file import count_bytes
 from nnx_cli.data.token_folder import write_meta
@@ -106,7 +107,7 @@ def default_folder(
         digest.update(f"{format_of(source.name)} {_sha256(source)}\n".encode())
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
-    settings |= {"encoding": config.encoding, "reading": READING}
+    settings |= {"encoding": config.encoding, "document_separator": config.separator, "reading": READING}
     suited = _within_reach(vocabularies, sources)
     kind = settle_auto(config.tokenizer, config.vocab_size, suited)
     settings["tokenizer"] = files.sha256_file(Path(kind)) if Path(kind).is_file() else kind
@@ -203,7 +204,8 @@ def _prepare(
 
 
 def _reader(config: PrepareConfig, spool: Path) -> Reader:
-    return Reader(config.text_key, config.errors == "strict", spool, encoding=config.encoding)
+    separator = None if config.separator is None else unescape(config.separator)
+    return Reader(config.text_key, config.errors == "strict", spool, encoding=config.encoding, separator=separator)
 
 
 def _tell_notes(report: Report, tell: Progress) -> None:
@@ -348,6 +350,7 @@ def _describe(
         "text_key": config.text_key,
         "errors": config.errors,
         "encoding": config.encoding,
+        "document_separator": config.separator,
         "replaced_bytes": report.n_replaced_bytes,
         "skipped_rows": report.n_skipped_rows,
         "sources": report.sources,

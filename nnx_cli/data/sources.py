@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import TextReader, guess_note
@@ -20,6 +20,7 @@ from nnx_cli.data.delimited import Table
 from nnx_cli.data.formats import FORMATS, format_of
 from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_in
 from nnx_cli.data.parquet import ParquetText
+from nnx_cli.data.separators import Documents, Piece
 from nnx_cli.errors import DataError
 from nnx_cli.system.streams import standard_input
 from nnx_cli.system.text import well_formed
@@ -27,13 +28,6 @@ from nnx_cli.system.text import well_formed
 ROW_CHARS = 16 * 2**20  # longest row of a table or JSON lines
 MAX_NOTES = 20
 CHECKED_BYTES = 4 * 2**20  # of a file in an archive that are unpacked before any of it is used
-
-
-class Piece(NamedTuple):
-    """A stretch of one document; `ends` with its last one (whose text may be empty)."""
-
-    text: str
-    ends: bool
 
 
 @dataclass(frozen=True)
@@ -116,6 +110,7 @@ class Reader:
     spool: Path | None = None
     on_bytes: Callable[[int], None] | None = None  # called with the bytes read so far
     encoding: str | None = None  # of text without a mark; None: found out
+    separator: str | None = None  # of documents in a text; None: lines with an end-of-text marker
 
     def pieces(self, sources: Iterable[Source], report: Report) -> Iterator[Piece]:
         """All documents, in pieces of at most about 1 MiB (a row of a table: one piece)."""
@@ -198,12 +193,15 @@ class Reader:
         many.n_read += 1
 
     def _parquet(self, table: ParquetText, name: str, report: Report) -> Iterator[Piece]:
-        yield from self._rows(table.rows(), name, "row", report)
+        documents = Documents(self.separator)
+        yield from self._rows(table.rows(), name, "row", documents, report)
         report.n_replaced_bytes += table.n_replaced
         if table.n_replaced:
             report.note(f"{name}: {table.n_replaced:,} invalid bytes became U+FFFD")
         if table.guess is not None:
             report.note(guess_note(name, table.guess))
+        for note in documents.notes(name):
+            report.note(note)
 
     def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
         reader = TextReader(stream, strict=self.strict, encoding=self.encoding)
@@ -213,19 +211,18 @@ class Reader:
         blocks = iter(reader)
         head = next(blocks, "")
         blocks = chain([head], blocks)
+        documents = Documents(self.separator)
         if kind in (".csv", ".tsv"):
             table = Table(blocks, self.text_key, ROW_CHARS, name, quoted=kind == ".csv")
-            yield from self._rows(table.rows(), name, "line", report)
+            yield from self._rows(table.rows(), name, "line", documents, report)
         elif (found := self._records(kind, head, name, report)) == "lines":
-            yield from self._rows(jsonl_rows(blocks, self.text_key, ROW_CHARS), name, "line", report)
+            yield from self._rows(jsonl_rows(blocks, self.text_key, ROW_CHARS), name, "line", documents, report)
         elif found == "records":
-            yield from self._rows(json_rows(blocks, self.text_key, ROW_CHARS, name), name, "record", report)
+            yield from self._rows(json_rows(blocks, self.text_key, ROW_CHARS, name), name, "record", documents, report)
         else:
-            for text in blocks:
-                yield Piece(text, False)
-            yield Piece("", True)
+            yield from documents.pieces(blocks)
         report.n_replaced_bytes += reader.n_replaced
-        for note in reader.notes:
+        for note in (*reader.notes, *documents.notes(name)):
             report.note(note)
 
     def _records(self, kind: str | None, head: str, name: str, report: Report) -> str | None:
@@ -242,12 +239,17 @@ class Reader:
         return None if kind else found
 
     def _rows(
-        self, numbered: Iterator[tuple[int, str | formats.BadRow]], name: str, unit: str, report: Report
+        self,
+        numbered: Iterator[tuple[int, str | formats.BadRow]],
+        name: str,
+        unit: str,
+        documents: Documents,
+        report: Report,
     ) -> Iterator[Piece]:
         skipped, first = 0, ""
         for number, text in numbered:
             if not isinstance(text, formats.BadRow):
-                yield Piece(text, True)
+                yield from documents.row(text)
                 continue
             if self.strict:
                 raise DataError(f"{name}, {unit} {number}: {text}", fix="mend it, or take --errors replace")

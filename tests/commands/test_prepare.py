@@ -63,6 +63,22 @@ def test_paths_options_and_standard_input(nnx, text_file, text, workspace):
     assert folder.tokenizer.decode(folder.val) == "held out\n" * 9
 
 
+def test_documents_in_one_text(nnx, workspace):
+    (workspace / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n\nThree <|endoftext|> of it.\n")
+    result = nnx("prepare", "stories.txt", "--tokenizer", "gpt2", "--out", "marked", "--json")
+    assert json.loads(result.stdout)["documents"] == 3, result.stderr
+    data = open_token_folder("marked")
+    ids = [*data.train, *data.val]
+    assert ids.count(data.tokenizer.eot_id) == 2 and "Three <|endoftext|> of" in data.tokenizer.decode(ids)
+    result = nnx("prepare", "stories.txt", "--out", "said")
+    assert "2 lines <|endoftext|> end documents; --separator TEXT" in result.stderr
+    assert "1 <|endoftext|> beside other words stay text; --separator '<|endoftext|>' lets them" in result.stderr
+    result = nnx("prepare", "stories.txt", "--separator", "<|endoftext|>", "--out", "all", "--json")
+    assert json.loads(result.stdout)["documents"] == 4
+    result = nnx("prepare", "stories.txt", "--separator", r".\n", "--out", "lines", "--json")
+    assert json.loads(result.stdout)["documents"] == 3
+
+
 def test_the_encoding_is_said_and_may_be_chosen(nnx, workspace):
     text = "Жила-была кошка, и жила она у реки.\n" * 50
     (workspace / "ru.txt").write_bytes(text.encode("koi8-r"))
@@ -130,6 +146,7 @@ def test_without_the_extra_one_line_says_what_would_be_better(nnx, text_file, mo
         (2, "--tokenizer", ["good.txt", "--tokeniser", "byte"]),
         (2, "--encoding 'gbkk' is no encoding of text; did you mean gbk?", ["good.txt", "--encoding", "gbkk"]),
         (2, "--encoding 'hex' is no encoding of text", ["good.txt", "--encoding", "hex"]),
+        (2, "--separator is empty", ["good.txt", "--separator", ""]),
         (3, "its encoding cannot be told: at best", ["ebcdic.txt"]),
         (3, "it reads like cp1251 (confidence 9", ["cp1251.txt", "--errors", "strict"]),
         (3, "is not ASCII", ["cp1251.txt", "--errors", "strict", "--encoding", "ascii"]),

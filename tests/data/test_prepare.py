@@ -146,6 +146,40 @@ def test_text_cannot_inject_end_of_text(tmp_path):
     assert "".join(texts(tmp_path / "made")) == "one<|endoftext|>two\n" * 50
 
 
+STORIES = [f"Story {i}: größer.\nIt ends.\n" for i in range(130)]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char", "gpt2"])
+def test_lines_of_end_of_text_end_documents(tmp_path, kind):
+    (tmp_path / "a.txt").write_bytes("<|endoftext|>\n".join(STORIES).encode())
+    events = []
+    config = PrepareConfig(tokenizer=kind, vocab_size=300 if kind == "bpe" else None)
+    summary = prepare([tmp_path / "a.txt"], tmp_path / "made", config, on_progress=events.append)
+    assert summary["documents"] == 130
+    data = open_token_folder(tmp_path / "made")
+    held_out = {i for i in range(130) if i % 10 == 4}
+    for split, ids in (("train", data.train), ("val", data.val)):
+        wanted = [story for i, story in enumerate(STORIES) if (i in held_out) is (split == "val")]
+        starts = [*data.documents[split].tolist(), len(ids)]
+        found = [data.tokenizer.decode(ids[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        assert [text.removesuffix("\n") for text in found] == [text.removesuffix("\n") for text in wanted]
+        if data.tokenizer.eot_id is not None:
+            assert (ids == data.tokenizer.eot_id).sum() == len(wanted) - 1
+    assert "129 lines <|endoftext|> end documents" in str(events)
+
+
+def test_a_separator_of_ones_own(tmp_path):
+    (tmp_path / "a.txt").write_text("\n---\n".join(STORIES), encoding="utf-8", newline="\r\n")
+    write_rows(tmp_path / "b.jsonl", 5, "one {}\n---\ntwo")
+    for separator in ("\\n---\\n", "\n---\n"):
+        summary = prepare([tmp_path], tmp_path / repr(len(separator)), PrepareConfig(separator=separator))
+        assert summary["documents"] == 140
+    assert prepare([tmp_path], tmp_path / "plain", PrepareConfig())["documents"] == 6
+    events = []
+    prepare([tmp_path / "a.txt"], tmp_path / "none", PrepareConfig(separator="@@"), on_progress=events.append)
+    assert "no '@@' in it separates documents" in str(events)
+
+
 # determinism, blocks, memory
 
 
@@ -344,8 +378,9 @@ def test_default_folder_follows_content_and_settings(text_file, tmp_path, monkey
         PrepareConfig(tokenizer="bpe", vocab_size=300),
         PrepareConfig(val_fraction=0.2),
         PrepareConfig(encoding="cp1251"),
+        PrepareConfig(separator="---"),
     ]
-    assert len({folder.name, *(default_folder([text_file], config).name for config in others)}) == 5
+    assert len({folder.name, *(default_folder([text_file], config).name for config in others)}) == 6
     assert default_folder([text_file], PrepareConfig(workers=3)) == folder
     text_file.write_bytes(b"changed")
     assert default_folder([text_file], PrepareConfig()) != folder
