@@ -6,8 +6,8 @@
 
 Every run is a whole one, with the default recipe for its length but for what --set fixes (each combination is a run),
 and ends annealed. Rows hold the loss over the whole validation split at the end and at the best of ten looks on the
-way. Texts are cut after --bytes; the last tenth is for validation. --jobs processes share the work; on a machine with
-several GPUs they take turns among them. Rows are appended to --results, and those that are there are not run again.
+way. Texts are cut after --bytes; the last tenth is for validation. --jobs processes share the work, one for every
+GPU: two on one card die of each other. Rows are appended to --results, and those that are there are not run again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ LOOKS = 10
 
 def work(number: int, jobs: Any, done: Any) -> None:
     """Run jobs until there are none."""
-    n_gpus = int(os.environ.get("NNX_BENCH_GPUS", "0"))
-    if n_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % n_gpus)
+    if gpus := os.environ["NNX_BENCH_GPUS"].split():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     while (job := jobs.get()) is not None:
         try:
             done.put(job | run(job))
@@ -139,7 +138,8 @@ def main() -> None:
     from nnx_cli.data.prepare import prepare
 
     started = time.monotonic()
-    os.environ["NNX_BENCH_GPUS"] = str(torch.cuda.device_count())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    os.environ["NNX_BENCH_GPUS"] = visible.replace(",", " ")
     known = args.results.read_text().splitlines() if args.results and args.results.exists() else []
     rows = [row for line in known if "problem" not in (row := json.loads(line))]
     with tempfile.TemporaryDirectory() as folder:

@@ -372,7 +372,8 @@ def race(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     for job in todo:
         waiting.put(job)
     done: list[dict[str, Any]] = []
-    gpus: list[int | None] = list(range(options.gpus)) or [None]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus: list[Any] = (visible.split(",") if visible else list(range(options.gpus)))[: options.gpus] or [None]
     threads = [threading.Thread(target=feed, args=(gpu, waiting, done, options, end)) for gpu in gpus]
     for thread in threads:
         thread.start()
