@@ -18,6 +18,7 @@ from typing import Any
 from nnx_cli.errors import UsageError, nearest
 
 GIB = 2**30
+LENGTHS = ("max_steps", "max_time", "epochs")  # of a run: one is given, or derived
 TOKENIZERS = ("auto", "byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")
 LEAST_IDS, MOST_IDS = {"auto": 256, "byte": 256, "char": 256, "bpe": 257}, {"byte": 256}  # of a vocabulary
 NO_TEXT = (
@@ -282,7 +283,7 @@ def typed(value: float) -> str:
 
 def check_one_length(values: Mapping[str, Any]) -> None:
     """Raise UsageError where a user gave two lengths. (A derived length may have two ends; the first one counts.)"""
-    lengths = [name for name in ("max_steps", "max_time", "epochs") if values.get(name) is not None]
+    lengths = [name for name in LENGTHS if values.get(name) is not None]
     if len(lengths) > 1:
         raise UsageError(f"two lengths: {' and '.join('--' + name.replace('_', '-') for name in lengths)}; give one")
 

@@ -30,6 +30,7 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import (
+    LENGTHS,
     MILESTONES,
     Field,
     PrepareConfig,
@@ -88,9 +89,8 @@ NYX_RECIPE = {
     "weight_decay": 0.0,
     "dropout": 0.0,
 }
-LENGTHS = {"max_steps", "max_time", "epochs"}
 SMALLER_PATIENCE = "take a smaller --patience or --val-every"
-RESUMABLE = ("max_steps", "max_time", "epochs", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
+RESUMABLE = (*LENGTHS, "warmup_steps", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
 NAMED = (Field("model", "str", None, ""), Field("size", "str", None, ""))  # what a file may give besides settings
 TRAINING = own_fields(TrainConfig)
 PREPARING = tuple(field for field in own_fields(PrepareConfig) if field.name in PANELS["Data"])
@@ -147,6 +147,11 @@ BRANCHES = (
         lambda v: not _resumes(v),
         KEPT,
         BEGIN_ANEW,
+    ),
+    Branch(
+        {"warmup_steps"},
+        lambda v: not _resumes(v) or any(v[name] is not None for name in LENGTHS),
+        "on --resume without a new length",
     ),
     Branch({"model"}, lambda v: not _resumes(v) or models.is_file(v["model"]), KEPT, BEGIN_ANEW),
     Branch({"checkpoint_path"}, lambda v: v["resume"] is None, "beside --resume"),
@@ -305,7 +310,7 @@ def _merge(layers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dic
     sources: dict[str, str] = {}
     for origin, layer in layers.items():
         check_one_length(layer)
-        if LENGTHS & layer.keys():  # a length takes the place of another one
+        if any(name in layer for name in LENGTHS):  # a length takes the place of another one
             values = {name: value for name, value in values.items() if name not in LENGTHS}
         values |= layer
         sources |= dict.fromkeys(layer, origin)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
-from nnx_cli.commands._train_options import BETA2, LENGTHS, OPTIONS, Request, ResumeRequest, read_request
+from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
+from nnx_cli.config import LENGTHS
 from nnx_cli.console import Output, TrainingView, counted, duration
 from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError, quoted
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nnx_cli.runs.run import Run
     from nnx_cli.training.inputs import Shape
     from nnx_cli.training.sampling import Sampling
+    from nnx_cli.training.session import Restart
     from nnx_cli.training.trainer import Trainer
 
 EXAMPLES = """Examples:
@@ -215,28 +217,54 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     from nnx_cli.training import session
 
     folder = session.find_unfinished() if request.run == "last" else find_folder(request.run)
-    run, settings = Run(folder), request.settings
-    lengths = LENGTHS & settings.keys()
+    run = Run(folder)
     status, lost = _read_or_lost(run)
-    if status.get("status") == "finished" and not lengths:
+    if status.get("status") == "finished" and not any(name in request.settings for name in LENGTHS):
         output.show_json(_as_json(run, status))
         output.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
         return
     if request.dry_run:
-        shape = dict(run.config["model"])
-        rows = {"model": shape.pop("name"), **shape, **run.config["training"], **settings}
-        _show_rows(output, rows, {name: "command line" if name in settings else f"run: {folder}" for name in rows})
+        restart = session.plan_restart(run, request.settings, request.data, request.file)
+        _say_over(output, restart, status) if restart.is_over else _show_restart(output, restart)
         return
-    if lengths:
-        settings = dict.fromkeys(LENGTHS) | settings
-    with run.lock(), TrainingView(output) as view:
-        if not compiler_is_loaded():
-            output.note("loading torch's optimizers, and its compiler with them")
-        trainer, notes = session.resume(run, settings, request.data, view, request.file)
-        for note in [*lost, *notes]:
-            output.warn(note)
-        output.note(f"resuming {folder} at step {trainer.state.step}")
-        _finish(output, run, trainer, view, naming(request.file))
+    with run.lock():
+        with output.spinner("planning what is left"):
+            restart = session.plan_restart(run, request.settings, request.data, request.file)
+        if restart.is_over:
+            _say_over(output, restart, status)
+            return
+        with TrainingView(output) as view:
+            if not compiler_is_loaded():
+                output.note("loading torch's optimizers, and its compiler with them")
+            trainer, notes = session.resume(restart, view)
+            del restart  # which holds all weights once more
+            for note in [*lost, *notes]:
+                output.warn(note)
+            output.note(f"resuming {folder} at step {trainer.state.step}")
+            _finish(output, run, trainer, view, naming(request.file))
+
+
+def _show_restart(output: Output, restart: Restart) -> None:
+    """Every value of a run that goes on and where it comes from."""
+    shape = dict(restart.run.config["model"])
+    rows = {"model": shape.pop("name"), **shape, **asdict(restart.config)}
+    kept = f"run: {restart.run.folder}"
+    _show_rows(output, rows, {name: restart.sources.get(name, kept) for name in rows})
+
+
+def _say_over(output: Output, restart: Restart, status: dict[str, Any]) -> None:
+    """Say that a run has the length that it is given. Raises QualityError where it diverged."""
+    run, state = restart.run, restart.checkpoint.state
+    there = f"{run.folder} is at step {state['step']:,} after {duration(state['time_s'])} of training"
+    if status.get("status") == "diverged":
+        raise QualityError(f"{there}, and has diverged", fix="start it again with a lower --lr")
+    if status.get("status") == "running":  # it was killed: nobody else has it
+        status = status | {"status": "interrupted"}
+    named = next(name for name in LENGTHS if restart.sources.get(name) == "command line")
+    given = f"--{named.replace('_', '-')} {getattr(restart.config, named)}"
+    output.made = run.folder
+    output.show_json(_as_json(run, status))
+    output.show(f"{there}: {given} is reached, and nothing is left to do")
 
 
 def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:

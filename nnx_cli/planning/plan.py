@@ -201,6 +201,17 @@ def validation(train: TrainConfig, seq_len: int, data: Data, steps: int) -> dict
     return {"val_batches": Derived(max(1, rows // train.batch_size), "2 % of the run")}
 
 
+def replan(
+    name: str, train: TrainConfig, config: ModelConfig, train_tokens: int, device: torch.device
+) -> dict[str, Derived]:
+    """Warm-up and weight decay of a run that is given another length; `train` has all the other values."""
+    assert train.tokens_per_step is not None
+    data, rate = Data(config.vocab_size, train_tokens, 0), nominal_flops(device, train.precision)
+    steps = expected_steps(train, expected_tokens(train, name, config, data, device, rate), train.tokens_per_step)
+    recipe = training_recipe(name, train, config.dim, expected_steps=steps, train_tokens=train_tokens)
+    return {field: recipe[field] for field in ("warmup_steps", "weight_decay")}
+
+
 def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:
     """Optimizer steps of that many epochs, at least one."""
     return max(1, round(epochs * train_tokens / tokens_per_step))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnx_cli import models
-from nnx_cli.config import TrainConfig, coerce, own_fields
+from nnx_cli.config import LENGTHS, TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError, quoted
 from nnx_cli.layers.blocks import checkpoint_blocks
@@ -20,10 +20,11 @@ from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters
-from nnx_cli.planning.plan import Plan, steps_in
+from nnx_cli.planning.plan import Plan, replan, steps_in
+from nnx_cli.planning.settings import Derived
 from nnx_cli.runs.checkpoint import Checkpoint, step_folder
 from nnx_cli.runs.find import WEIGHTS, find_runs
-from nnx_cli.runs.load import ModelRef, model_from_config
+from nnx_cli.runs.load import ModelRef, architecture_of, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
 from nnx_cli.runs.run import BLANK_STATUS, Run, live_status
 from nnx_cli.runs.tensors import load_weights
@@ -41,7 +42,7 @@ from nnx_cli.system.files import follow, free_name, relative
 from nnx_cli.system.machine import keep_freed_memory
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import Sampling
-from nnx_cli.training.state import restore_checkpoint
+from nnx_cli.training.state import TrainState, restore_checkpoint
 from nnx_cli.training.stepper import divide_step
 from nnx_cli.training.trainer import Trainer
 
@@ -163,41 +164,100 @@ def find_unfinished() -> Path:
     raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
 
 
-def resume(
-    run: Run, overrides: Mapping[str, Any], data_folder: Path | None, observer: Observer, file: Path | None = None
-) -> tuple[Trainer, list[str]]:
-    """Continue a run from its newest intact checkpoint; returns the trainer and what there is to say about it.
+@dataclass(frozen=True)
+class Restart:
+    """Where a run goes on, and with what: settings as they were, and as they are now; `sources` says where those come
+    from that are new, `precision` is what this device computes in. `is_over`: it has the new length already."""
 
-    `overrides` are new values of training settings, `file` is that of the architecture where it is the user's. Raises
-    CheckpointError without an intact checkpoint, DataError where the data is not the run's, UsageError for a length
-    that lies behind.
+    run: Run
+    old: TrainConfig
+    config: TrainConfig
+    sources: dict[str, str]
+    is_over: bool
+    precision: str
+    checkpoint: Checkpoint
+    data: TokenFolder
+    device: torch.device
+    file: Path | None
+    notes: list[str]
+
+
+def plan_restart(
+    run: Run, overrides: Mapping[str, Any], data_folder: Path | None = None, file: Path | None = None
+) -> Restart:
+    """What a run goes on with from its newest intact checkpoint. Changes nothing.
+
+    `overrides` are new values of training settings, `file` is that of the architecture where it is the user's. With
+    another length, what was derived from the length is derived anew. Raises CheckpointError without an intact
+    checkpoint, DataError where the data is not the run's, UsageError for settings that disagree.
     """
     old = settings_of(run)
-    config = same_samples(old, overrides)
+    config, sources = same_samples(old, overrides), dict.fromkeys(overrides, "command line")
     checkpoint, notes = run.newest_checkpoint()
     device, precision = configure_device(config, strict=False)
     if precision != config.precision:
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
-        config = replace(config, precision=precision)
-    data = open_data(run, data_folder)
-    if config.epochs and overrides.get("epochs"):
-        assert config.tokens_per_step is not None
-        config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
-    model = load_model_of(run, checkpoint, config, device, file)
+    data, is_over = open_data(run, data_folder), False
+    if any(name in overrides for name in LENGTHS):
+        if config.epochs:
+            assert config.tokens_per_step is not None
+            config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
+            sources["max_steps"] = "derived: epochs"
+        state = TrainState(step=checkpoint.step, time_s=checkpoint.state["time_s"])
+        is_over = state.progress(config) >= 1.0
+        if not is_over:
+            name, model = architecture_of(run.config, run.folder, file), model_from_config(run.config, run.folder, file)
+            fresh = replan(name, config, model.config, len(data.train), device)
+            config, derived = _derive_anew(run, old, config, overrides, fresh, checkpoint.step)
+            sources |= derived
+    return Restart(run, old, config, sources, is_over, precision, checkpoint, data, device, file, notes)
+
+
+def _derive_anew(
+    run: Run,
+    old: TrainConfig,
+    config: TrainConfig,
+    overrides: Mapping[str, Any],
+    fresh: Mapping[str, Derived],
+    step: int,
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Settings of a run that is given another length at `step`, and where those come from that are derived anew: what
+    was derived before becomes what is `fresh`. A warm-up that is over stays, another one covers the steps so far.
+
+    Raises UsageError where a warm-up of the user's own is longer than the run.
+    """
+    assert old.warmup_steps is not None
+    automatic = run.config.get("automatic", {})
+    warmup = old.warmup_steps if step >= old.warmup_steps else max(step, fresh["warmup_steps"].value)
+    values = {field: new.value for field, new in fresh.items()} | {"warmup_steps": warmup}
+    values = {field: value for field, value in values.items() if field in automatic and field not in overrides}
+    sources = {field: f"derived: {fresh[field].reason}" for field in values}
+    if not {"warmup_steps"} & (values.keys() | overrides.keys()):
+        if config.max_steps and old.warmup_steps > config.max_steps:
+            words = [f"--{name.replace('_', '-')} {value}" for name, value in overrides.items()]
+            raise UsageError(
+                f"{run.folder} has --warmup-steps {old.warmup_steps}, more than --max-steps {config.max_steps}",
+                fix=" ".join(["nnx train --resume", shlex.quote(str(run.folder)), *words, f"--warmup-steps {warmup}"]),
+            )
+        values["warmup_steps"] = old.warmup_steps
+    return replace(config, **values), sources
+
+
+def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
+    """Continue a run; returns the trainer and what there is to say about it."""
+    run, data, device = restart.run, restart.data, restart.device
+    config = replace(restart.config, precision=restart.precision)
+    model = load_model_of(run, restart.checkpoint, config, device, restart.file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
-    restore_checkpoint(trainer.stepper.step, trainer.state, checkpoint)
+    restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
     config = trainer.choose_execution(config.compile)
-    longer = any(overrides.get(length) is not None for length in ("max_steps", "max_time", "epochs"))
-    if longer and trainer.progress() >= 1.0:
-        raise UsageError(
-            f"{run.folder} is at step {trainer.state.step:,} after {trainer.state.time_s:,.0f} s of training already",
-            fix="name a length beyond that",
-        )
-    notes += differences(run, old, trainer)
-    notes += run.cut_logs(trainer.state.step)
+    notes = [*restart.notes, *differences(run, restart.old, trainer), *run.cut_logs(trainer.state.step)]
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}
-    requested = asdict(replace(config, precision=old.precision))  # another device's precision is for this time
-    run.set_config(run.config | {"training": requested, "data": where, "machine": describe(device)})
+    requested = asdict(replace(config, precision=restart.old.precision))  # another device's precision is for this time
+    origins = run.config.get("automatic", {}) | restart.sources
+    automatic = {name: why for name, why in origins.items() if why.startswith("derived")}
+    changed = {"training": requested, "automatic": automatic, "data": where, "machine": describe(device)}
+    run.set_config(run.config | changed)
     run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
 
@@ -259,7 +319,8 @@ def settings_of(run: Run) -> TrainConfig:
 
 def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
     """Settings with a step divided anew where batch size or accumulation is given: its samples stay the same, and so do
-    those of a validation. Raises UsageError where they cannot."""
+    those of a validation. Another length takes the place of the old one, and of the warm-up, which follows from it.
+    Raises UsageError where they cannot."""
     assert old.batch_size is not None and old.grad_accum is not None
     per_step = old.batch_size * old.grad_accum
     batch_size, grad_accum = old.batch_size, old.grad_accum
@@ -271,4 +332,7 @@ def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
             f"a step of this run has {per_step} sequences, not --batch-size {batch_size} x --grad-accum {grad_accum}",
             fix=f"take a --batch-size that divides {per_step}",
         )
-    return replace(divide_step(old, batch_size), **{**overrides, "batch_size": batch_size, "grad_accum": grad_accum})
+    changed: dict[str, Any] = {**overrides, "batch_size": batch_size, "grad_accum": grad_accum}
+    if any(name in overrides for name in LENGTHS):
+        changed = dict.fromkeys(("warmup_steps", *LENGTHS)) | changed
+    return replace(divide_step(old, batch_size), **changed)

@@ -487,6 +487,59 @@ def test_a_finished_run_is_trained_longer(nnx, run):
     assert run.status()["step"] == 43 and run.status()["status"] == "finished"
 
 
+@pytest.mark.parametrize(
+    "length", [("--max-steps", 40), ("--max-steps", 7), ("--max-time", "0.001s"), ("--epochs", 0.01)]
+)
+def test_a_length_that_is_reached_is_no_error(nnx, run, length):
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != "lock"}
+    for words in ([], ["--dry-run"]):
+        result = nnx("train", "--resume", "words", *length, *words)
+        (line,) = result.stdout.splitlines()
+        assert result.exit_code == 0 and f"{length[0]} {length[1]} is reached" in line and "step 40" in line
+    again = json.loads(nnx("train", "--resume", "words", *length, "--json").stdout)
+    assert again["step"] == 40 and again["status"] == "finished" and again["out"] == "weights/words"
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_followed_from_the_length_follows_from_the_new_one(nnx, run, workspace):
+    """The run's own warm-up of 400 steps for 20,000 is not blamed on whoever ends it sooner."""
+    config = run.config
+    config["training"] |= {"max_steps": 20_000, "warmup_steps": 400, "weight_decay": 0.9}
+    config["automatic"] |= {"warmup_steps": "derived: length", "weight_decay": "derived: lr, width, epochs"}
+    with run.lock():
+        run.set_config(config)
+        run.set_status(status="interrupted", max_steps=20_000)
+    result = nnx("train", "--resume", "words", "--max-steps", 46, "--dry-run", "--json")
+    rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
+    assert rows["warmup_steps"] == (40, "derived: length"), "it covers what was taken of it"
+    assert rows["weight_decay"] == (0.1, "derived: lr, width, epochs") and rows["max_steps"] == (46, "command line")
+    assert rows["lr"][1].startswith("run")
+    assert nnx("train", "--resume", "last", "--max-steps", 46).exit_code == 0
+    assert run.status()["step"] == 46
+    after = Run(run.folder).config
+    assert after["training"]["warmup_steps"] == 40 and after["automatic"]["warmup_steps"] == "derived: length"
+    assert nnx("train", "--resume", "words", "--max-time", "1m", "--dry-run").exit_code == 0
+    longer = nnx("train", "--resume", "words", "--epochs", 900, "--dry-run", "--json")
+    rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(longer.stdout)}
+    assert rows["max_steps"][1] == "derived: epochs" and rows["max_steps"][0] > 20_000 // 2
+    assert rows["warmup_steps"][0] == 40, "a warm-up that is over does not begin again"
+
+
+def test_a_warm_up_of_the_users_own_is_blamed_with_what_mends_it(nnx, refused, data):
+    first = ["--max-steps", 500, "--warmup-steps", 400, "--out", "my run", "--val-every", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnx_cli.training.trainer.Trainer.is_out_of_patience", lambda self: self.state.step == 4)
+        assert nnx("train", "--data", data, *SMALL, *first, "--sample-every", 0).exit_code == 0
+    message = "my run has --warmup-steps 400, more than --max-steps 9"
+    result = refused(2, message, "train", "--resume", "my run", "--max-steps", 9)
+    mends = result.stderr.splitlines()[-1].strip()
+    assert mends == "nnx train --resume 'my run' --max-steps 9 --warmup-steps 4"
+    assert nnx(*shlex.split(mends)[1:]).exit_code == 0
+    training = Run(Path("my run")).config["training"]
+    assert training["max_steps"] == 9 and training["warmup_steps"] == 4
+    refused(2, "--warmup-steps does nothing on --resume", "train", "--resume", "my run", "--warmup-steps", 3)
+
+
 def test_a_moved_run_is_told_where_its_data_is(nnx, refused, run, workspace):
     run.folder.rename(workspace / "moved")
     longer = ["train", "--resume", "moved", "--max-steps", 41]

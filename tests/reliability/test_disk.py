@@ -72,7 +72,7 @@ def train_failing(folder: Path, data: Path, number: int, lasting: bool, code: in
     check_intact(out, saved[-1])
     if calls >= number and ended == "finished":
         assert lasting or len(watching.notes) <= 2, watching.notes
-    again = session.resume(Run(out), {}, None, Watching())[0]
+    again = session.resume(session.plan_restart(Run(out), {}), Watching())[0]
     with run.lock():
         assert again.train(run, lambda: False) == "finished"
     run.set_status(status="finished")

@@ -141,7 +141,7 @@ def test_best_weights_of_a_future_that_never_came(tmp_path):
     with pytest.raises(PowerCut), run.lock():
         trainer.train(run, lambda: False)
     weights = (run.folder / "model.safetensors").read_bytes()
-    again, _ = session.resume(Run(run.folder), {}, None, Watching())
+    again, _ = session.resume(session.plan_restart(Run(run.folder), {}), Watching())
     assert again.state.step == 0
     again.config = replace(again.config, lr=1e-9, min_lr=0.0)  # this time it learns nothing
     with run.lock():

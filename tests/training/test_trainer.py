@@ -58,7 +58,7 @@ def train(run, trainer, stop_at=None):
 
 
 def resume(run, **overrides):
-    return session.resume(Run(run.folder), overrides, overrides.pop("data", None), Silent())[0]
+    return session.resume(session.plan_restart(Run(run.folder), overrides, overrides.pop("data", None)), Silent())[0]
 
 
 # a step
@@ -440,7 +440,7 @@ def test_a_run_that_went_back_reaches_the_same_end(start, workspace):
     train(run, trainer, stop_at=7)
     ckpt.save_checkpoint(run.checkpoints, ckpt.Checkpoint(9, {}, {}, {}))
     (run.checkpoints / "step-00000009" / "manifest.json").write_text("{}")
-    again, notes = session.resume(Run(run.folder), {}, None, Silent())
+    again, notes = session.resume(session.plan_restart(Run(run.folder), {}), Silent())
     assert again.state.step == 7 and "going back" in notes[0]
     train(run, again)
     assert everything(run) == everything(whole)
@@ -449,7 +449,7 @@ def test_a_run_that_went_back_reaches_the_same_end(start, workspace):
 def test_a_longer_length_goes_on_from_there(start, workspace):
     run, trainer = start(workspace / "a", max_steps=4)
     train(run, trainer)
-    again = resume(run, max_steps=10, max_time=None, epochs=None)
+    again = resume(run, max_steps=10)
     assert again.progress() == 0.4
     assert train(run, again) == "finished" and again.state.step == 10
     assert Run(run.folder).config["training"]["max_steps"] == 10 and run.status()["max_steps"] == 10
@@ -458,7 +458,7 @@ def test_a_longer_length_goes_on_from_there(start, workspace):
 def test_a_length_in_epochs_has_an_end(start, workspace):
     run, trainer = start(workspace / "a", max_steps=4)
     train(run, trainer)
-    again = resume(run, epochs=0.25, max_steps=None, max_time=None)
+    again = resume(run, epochs=0.25)
     steps = round(0.25 * len(trainer.data.train) / 256)
     assert again.config.max_steps == steps > 4
     train(run, again)
@@ -510,11 +510,10 @@ def test_a_moved_run_is_told_where_its_data_is_once(run, workspace):
     assert moved.status()["step"] == 42
 
 
-def test_a_length_that_lies_behind_is_refused(run):
-    for length in ({"max_steps": 10}, {"max_steps": None, "max_time": "0.001s"}):
-        with pytest.raises(UsageError, match="is at step 40"):
-            resume(run, **length)
-    assert Run(run.folder).config["training"]["max_steps"] == 40
+@pytest.mark.parametrize("length", [{"max_steps": 40}, {"max_steps": 10}, {"max_time": "0.001s"}, {"epochs": 0.01}])
+def test_a_length_that_is_reached_is_known(run, length):
+    assert session.plan_restart(Run(run.folder), length).is_over
+    assert not session.plan_restart(Run(run.folder), {"max_steps": 41}).is_over
 
 
 # processes

@@ -26,7 +26,7 @@ def test_a_resumed_run_ends_with_the_same_bits(start, workspace, name):
     train(whole, trainer, 6)
     run, trainer = start(workspace / "parts", name, **settings)
     train(run, trainer, 3)
-    train(run, session.resume(Run(run.folder), {}, None, Silent())[0], 6)
+    train(run, session.resume(session.plan_restart(Run(run.folder), {}), Silent())[0], 6)
     ends = [r.newest_checkpoint()[0] for r in (whole, run)]
     for kind in ("model", "optimizer"):
         one, other = (getattr(end, kind) for end in ends)
