@@ -234,10 +234,10 @@ def _derive_anew(
     sources = {field: f"derived: {fresh[field].reason}" for field in values}
     if not {"warmup_steps"} & (values.keys() | overrides.keys()):
         if config.max_steps and old.warmup_steps > config.max_steps:
-            words = [f"--{name.replace('_', '-')} {value}" for name, value in overrides.items()]
+            words = [f"--{name.replace('_', '-')} {quoted(value)}" for name, value in overrides.items()]
             raise UsageError(
                 f"{run.folder} has --warmup-steps {old.warmup_steps}, more than --max-steps {config.max_steps}",
-                fix=" ".join(["nnx train --resume", shlex.quote(str(run.folder)), *words, f"--warmup-steps {warmup}"]),
+                fix=" ".join(["nnx train --resume", quoted(run.folder), *words, f"--warmup-steps {warmup}"]),
             )
         values["warmup_steps"] = old.warmup_steps
     return replace(config, **values), sources
