@@ -329,7 +329,7 @@ def test_invalid_bytes_under_strict_are_refused(refused, bad_files):
         (["--optimizer", "adam"], "did you mean adamw?"),
         (["--device", "gpu"], "'gpu'"),
         (["--learnin-rate", 1], "--learning-rate"),
-        (["--lrr", 1], "--lr,"),
+        (["--lrr", 1], "--lr?"),
         (["--seed", -1], "--seed"),
         (["--threads", 0], "--threads"),
         (["--variant", "best"], "--variant"),
