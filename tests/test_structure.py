@@ -271,6 +271,8 @@ def test_the_readme_names_every_room():
 
 PRIVATE_TORCH = {  # each name once, and tested for its presence
     "_compiled_call_impl": "layers/blocks.py",
+    "_forward_hooks": "layers/blocks.py",
+    "_forward_pre_hooks": "layers/blocks.py",
     "_is_vnni_supported": "system/hardware.py",
     "_per_optimizer_states": "training/step.py",
     "torch._dynamo": "system/torch_private.py",

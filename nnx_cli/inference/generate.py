@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import nn
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.inference.decoding import Decoder
 from nnx_cli.inference.text_stream import TextStream
+from nnx_cli.layers.blocks import direct_calls
+from nnx_cli.layers.linear import weights_cast
 from nnx_cli.models._base import LanguageModel
+
+BYTES_FOR_A_THREAD = 2**20  # of a matrix: a tenth of a millisecond's work
 
 
 @dataclass(frozen=True)
@@ -62,24 +68,45 @@ def generate(
     `on_text(number of the sample, piece of text)` is called as text appears. Of a prompt longer than the context the
     model sees the end.
     """
-    was_training = model.training
-    model.eval()
     n_samples = len(prompts) * config.num_samples
     result = Generation(prefill_tokens=sum(min(len(p), model.config.seq_len) for p in prompts))
     streams = [TextStream(tokenizer, stops, partial(on_text, number)) for number in range(n_samples)]
     started = time.perf_counter()
-    for tokens in Decoder(model, prompts, config, use_cache).tokens(config.max_new_tokens):
-        if not result.decode_tokens:
-            result.prefill_s = time.perf_counter() - started
-        for stream, token in zip(streams, tokens, strict=True):
-            if stream.stop_reason is None:
-                stream.push(token)
-                result.decode_tokens += 1
-        if all(stream.stop_reason for stream in streams):
-            break
+    with ready_to_decode(model, n_samples):
+        for tokens in Decoder(model, prompts, config, use_cache).tokens(config.max_new_tokens):
+            if not result.decode_tokens:
+                result.prefill_s = time.perf_counter() - started
+            for stream, token in zip(streams, tokens, strict=True):
+                if stream.stop_reason is None:
+                    stream.push(token)
+                    result.decode_tokens += 1
+            if all(stream.stop_reason for stream in streams):
+                break
     for stream in streams:
         stream.finish("length")
         result.samples.append(Sample(stream.text, stream.tokens, stream.stop_reason or "length"))
     result.decode_s = time.perf_counter() - started - result.prefill_s
-    model.train(was_training)
     return result
+
+
+@contextmanager
+def ready_to_decode(model: LanguageModel, n_sequences: int) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode, with its matrices at hand in the type that it computes in, and a CPU's
+    threads are as many as have something to do."""
+    was_training, threads = model.training, torch.get_num_threads()
+    model.eval()
+    if model.device.type == "cpu":
+        torch.set_num_threads(min(threads, useful_threads(model, n_sequences)))
+    try:
+        with weights_cast(model, model.compute_dtype), direct_calls(model):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        model.train(was_training)
+
+
+def useful_threads(model: nn.Module, n_sequences: int) -> int:
+    """CPU threads that a step of so many sequences has work for: one for every BYTES_FOR_A_THREAD that it reads of a
+    matrix on average, since all wait for each other after every one."""
+    sizes = [p.nbytes for p in {id(p): p for p in (*model.parameters(), *model.buffers())}.values() if p.dim() == 2]
+    return max(1, sum(sizes) * n_sequences // (max(1, len(sizes)) * BYTES_FOR_A_THREAD))

@@ -18,7 +18,9 @@ LEVELS = 2**16  # a probability is a multiple of one in so many
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`x`, in training with each element 0 with probability p, else divided by 1 - p."""
-    return x * noise(x.detach(), p) if training and p and draws_own_mask(x) else F.dropout(x, p, training)
+    if not training:
+        return x
+    return x * noise(x.detach(), p) if p and draws_own_mask(x) else F.dropout(x, p, training)
 
 
 def draws_own_mask(x: Tensor) -> bool:

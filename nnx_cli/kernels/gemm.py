@@ -23,12 +23,14 @@ MIN_MULTIPLICATIONS = 2**22  # below which a call takes longer than is won
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) @ weight.T of weight (M, K), both of one dtype."""
+    if x.numel() < MIN_ROWS * weight.shape[1]:
+        return F.linear(x, weight)
     return onednn_linear(x, weight) if prefers_onednn(x, weight) else F.linear(x, weight)
 
 
 def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `onednn_linear` takes x: a CPU's float32, and a GEMM large enough for a call."""
-    return of(x).kind == "cpu" and x.dtype == torch.float32 and _is_large(x, weight)
+    return _is_large(x, weight) and of(x).kind == "cpu" and x.dtype == torch.float32
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:

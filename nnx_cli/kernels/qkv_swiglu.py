@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels.custom_op import keep_inputs, operator
+from nnx_cli.kernels.precision import in_type
 from nnx_cli.system.hardware import of
 
 
@@ -16,6 +17,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every pair of `x` (B, H, T, K) by its angle, in float32; the result has the dtype of `x`."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` by tables of full width: three operations for all heads of x (..., K), and the same numbers."""
+    wide = in_type(x, torch.float32)
+    return in_type(torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin), x.dtype)
+
+
+def full_width(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables (..., K/2) as (..., K): what a feature and its partner are multiplied by."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def plain_qkv_rope_swiglu(

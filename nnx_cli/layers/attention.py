@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels import dropout as dropping
+from nnx_cli.kernels.qkv_swiglu import turn
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.linear import PackedLinear
+from nnx_cli.layers.qkv_swiglu import qkv_rope
 from nnx_cli.system.hardware import of
 
 
@@ -19,21 +24,69 @@ def causal_attention(
     With a cache, k and v are stored as `layer`'s and attention covers everything stored. `dropout` acts on the
     probabilities.
     """
-    B, H, T, K = q.shape
-    if cache is None and dropout and dropping.draws_own_mask(q):
+    if cache is not None:
+        return cached_attention(q, cache.update(layer, k, v), cache, scale)
+    if dropout and dropping.draws_own_mask(q):
         return attention_with_dropout(q, k, v, scale, dropout)
-    if cache is None:
-        mask, is_causal = None, True
-    else:
-        mask, is_causal = cache.mask(T), cache.is_causal(T)
-        k, v = cache.update(layer, k, v)
+    return fused_attention(q, k, v, None, q.shape[2] > 1, scale, dropout)
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """torch's attention of q (B, H, T, K) over k, v (B, G, S, K), to (B, T, H·K)."""
+    B, H, T, K = q.shape
     grouped = k.shape[1] != H
     if grouped and not groups_are_fused(q):
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     q, k, v = (aligned(x) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal and T > 1, scale=scale, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2).reshape(B, T, H * K)
+
+
+def rotary_attention(
+    projections: PackedLinear,
+    x: Tensor,
+    tables: Sequence[Tensor],
+    cache: KVCache | None,
+    layer: int,
+    *,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Causal attention with rotary positions of x (B, T, D), which is projected to queries, keys and values; returns
+    (B, T, H·K). `tables` are those of `tables_of`, with a cache for queries and keys, and values."""
+    if cache is not None:
+        n_heads = projections.splits[0] // tables[0].shape[-1]
+        return cached_rotary_attention(projections.packed(x), tables, cache, layer, n_heads, scale=scale)
+    return causal_attention(*qkv_rope(projections, x, tables), cache, layer, scale=scale, dropout=dropout)
+
+
+def cached_rotary_attention(
+    qkv: Tensor, tables: Sequence[Tensor], cache: KVCache, layer: int, n_heads: int, *, scale: float
+) -> Tensor:
+    """Attention over everything stored and the new positions, whose queries, keys and values lie side by side in `qkv`
+    (B, T, (H + 2G)·K); returns (B, T, H·K)."""
+    (B, T, _), (cos, sin) = qkv.shape, tables
+    heads = turn(qkv.view(B, T, *cos.shape[-2:]), cos, sin).transpose(1, 2)  # (B, H + 2G, T, K)
+    q, kv = heads.split_with_sizes((n_heads, heads.shape[1] - n_heads), 1)
+    return cached_attention(q, cache.extend(layer, kv), cache, scale)
+
+
+def cached_attention(q: Tensor, stored: Sequence[Tensor], cache: KVCache, scale: float) -> Tensor:
+    """Attention of the new positions, q (B, H, T, K), over keys and values as the cache has them `stored`, (B, G, S, K)
+    each; returns (B, T, H·K).
+
+    Of one position, the query heads of a key-value head are as good as so many positions of it: its keys are read once.
+    """
+    (B, H, T, K), (k, v) = q.shape, stored
+    if T > 1:
+        return fused_attention(q, k, v, cache.mask(T), cache.is_causal(T), scale)
+    q = q.reshape(B, k.shape[1], -1, K)
+    if q.is_cuda:
+        q, k, v = (aligned(x) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, cache.mask(T), scale=scale).reshape(B, T, H * K)
 
 
 def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, p: float) -> Tensor:

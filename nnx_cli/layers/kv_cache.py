@@ -35,7 +35,8 @@ class Cache(Protocol):
 
 
 class KVCache:
-    """Preallocated keys and values, (L, B, G, S, K) each; sequences may have different numbers of positions.
+    """Preallocated keys and values, (L, B, G, S, K) each, parts of one tensor; sequences may have different numbers of
+    positions.
 
     One forward pass of T new positions: `positions(T)`, then `update` once in every layer, then `advance(T)`. With a
     `span` a pass of one position does the same operations on the same memory whatever was stored before, so that it can
@@ -45,9 +46,8 @@ class KVCache:
 
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """`shape` is (L, B, G, S, K): layers, sequences, key-value heads, positions at most, width of a head."""
-        _, batch_size, _, max_seq_len, _ = shape
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        n_layers, batch_size, n_heads, max_seq_len, width = shape
+        self._hold(torch.zeros(n_layers, batch_size, 2 * n_heads, max_seq_len, width, device=device, dtype=dtype))
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_seq_len = max_seq_len
         self.span: int | None = None
@@ -55,6 +55,11 @@ class KVCache:
         self._even = True  # whether all sequences have that length
         self._mask: Tensor | None = None  # of the present pass, which all layers share
         self._tables: dict[Callable[[Tensor], Sequence[Tensor]], list[Tensor]] = {}
+
+    def _hold(self, stored: Tensor) -> None:
+        """Keep keys and values (L, B, 2G, S, K) from now on."""
+        self.stored, self._layers = stored, stored.unbind()
+        self.keys, self.values = stored.chunk(2, dim=2)
 
     def positions(self, n_new: int) -> Tensor:
         """Positions (B, T) of the next `n_new` tokens of every sequence."""
@@ -81,31 +86,37 @@ class KVCache:
         return self.span if self.span is not None and n_new == 1 else self._longest + n_new
 
     def mask(self, n_new: int) -> Tensor | None:
-        """What each new position may see, (B, 1, T, S), or None where plain causal attention says the same."""
+        """What is added to scores, (B, 1, T, S): 0 where a new position may look, else minus infinity; None where plain
+        causal attention says the same."""
         if self._even and (self._longest == 0 or n_new == 1) and not self.has_span(n_new):
             return None
         if self._mask is None:
-            seen = torch.arange(self._end(n_new), device=self.lengths.device)
-            self._mask = (seen <= self.positions(n_new)[..., None])[:, None]
+            hidden = ~self._seen(n_new)
+            self._mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -torch.inf)[:, None]
         return self._mask
+
+    def _seen(self, n_new: int) -> Tensor:
+        """Where each new position may look, (B, T, S), among what `update` returns."""
+        return torch.arange(self._end(n_new), device=self.lengths.device) <= self.positions(n_new)[..., None]
 
     def is_causal(self, n_new: int) -> bool:
         """Whether attention over T new positions needs a causal mask of its own (the first fill does)."""
         return self._longest == 0 and n_new > 1
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Store k, v (B, G, T, K) of the new positions; return all that attention covers, (B, G, S, K) each."""
-        n_new = k.shape[2]
-        end = self._end(n_new)
-        keys, values = self.keys[layer], self.values[layer]
-        if self._even and not self.has_span(n_new):
-            keys.narrow(2, self._longest, n_new).copy_(k)
-            values.narrow(2, self._longest, n_new).copy_(v)
+        return self.extend(layer, torch.cat((k, v), dim=1))
+
+    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, ...]:
+        """`update` of keys and values side by side, (B, 2G, T, K)."""
+        kv = kv.detach() if kv.requires_grad else kv  # a cache has no gradients
+        n_new, stored = kv.shape[2], self._layers[layer]
+        if self._even and (self.span is None or n_new > 1):
+            stored.narrow(2, self._longest, n_new).copy_(kv)
         else:
             index = self.positions(n_new)[:, None, :, None]
-            for store, new in ((keys, k), (values, v)):
-                store.scatter_(2, index.expand_as(new), new.to(store.dtype))
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+            stored.scatter_(2, index.expand_as(kv), kv.to(stored.dtype))
+        return stored.narrow(2, 0, self._end(n_new)).chunk(2, dim=1)
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every sequence."""
@@ -132,8 +143,7 @@ class KVCache:
 
     def repeat(self, n: int) -> Self:
         """Make `n` copies of every sequence, side by side: b becomes b·n … b·n + n − 1."""
-        self.keys = self.keys.repeat_interleave(n, dim=1)
-        self.values = self.values.repeat_interleave(n, dim=1)
+        self._hold(self.stored.repeat_interleave(n, dim=1))
         self.lengths = self.lengths.repeat_interleave(n)
         return self
 
@@ -145,12 +155,11 @@ class KVCache:
 
     def put(self, rows: Tensor, other: Self) -> Self:
         """Replace sequences `rows` (n,) by the n of another cache, which may have room for fewer positions."""
-        self.keys[:, rows, :, : other.max_seq_len] = other.keys
-        self.values[:, rows, :, : other.max_seq_len] = other.values
+        self.stored[:, rows, :, : other.max_seq_len] = other.stored
         self.lengths[rows] = other.lengths
         return self._count()
 
     @property
     def n_bytes(self) -> int:
         """Bytes held by keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return self.stored.nbytes

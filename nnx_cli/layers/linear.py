@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ class Linear(nn.Linear):
     `weight` and its name as they are.
     """
 
+    cast: Tensor | None = None  # the weight in another type, as `weights_cast` holds it
+    has_adapter: bool
     lora_a: nn.Parameter | None  # (rank, in_features)
     lora_b: nn.Parameter  # (out_features, rank); None where lora_a is
 
@@ -29,10 +32,19 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in the dtype of x."""
-        y = linear(x, self.weight.to(x.dtype))
-        if self.lora_a is None:
+        weight = self.weight
+        y = linear(x, weight if weight.dtype == x.dtype else self.matrix(x.dtype))
+        if not self.has_adapter:
             return y
+        assert self.lora_a is not None
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a type."""
+        weight = self.weight
+        if weight.dtype == dtype:
+            return weight
+        return self.cast if self.cast is not None and self.cast.dtype == dtype else weight.to(dtype)
 
     def linear_head(self) -> LinearHead | None:
         """What this layer computes as a head; None with an adapter, or in a subclass that computes something else."""
@@ -45,6 +57,7 @@ class Linear(nn.Linear):
 
     def _adapt(self, rows: int, out_rows: int, rank: int | None = None) -> None:
         device = self.weight.device
+        self.has_adapter = True
         self.lora_a = nn.Parameter(torch.randn(rows, self.in_features, device=device) * self.in_features**-0.5)
         self.lora_b = nn.Parameter(torch.zeros(out_rows, rank or rows, device=device))
 
@@ -55,6 +68,7 @@ class Linear(nn.Linear):
 
     def remove_adapter(self) -> None:
         """Be the plain layer again."""
+        self.has_adapter = False
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
 
@@ -74,12 +88,17 @@ class PackedLinear(Linear):
 
     def packed_output(self, x: Tensor) -> Tensor | None:
         """All projections in one tensor, (..., sum of splits); None where they are not the outcome of one GEMM."""
-        plain = type(self).forward is PackedLinear.forward and self.lora_a is None
-        return linear(x, self.weight.to(x.dtype)) if plain else None
+        plain = type(self).forward is PackedLinear.forward and not self.has_adapter
+        return linear(x, self.matrix(x.dtype)) if plain else None
+
+    def packed(self, x: Tensor) -> Tensor:
+        """All projections in one tensor, (..., sum of splits)."""
+        y = self.packed_output(x)
+        return torch.cat(self(x), dim=-1) if y is None else y
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # more results than its base
         """x (..., in) to one tensor for each projection."""
-        outputs = linear(x, self.weight.to(x.dtype)).split(self.splits, dim=-1)
+        outputs = linear(x, self.matrix(x.dtype)).split(self.splits, dim=-1)
         if self.lora_a is None:
             return outputs
         narrow = F.linear(x, self.lora_a.to(x.dtype)).chunk(len(self.adapted), dim=-1)
@@ -103,3 +122,21 @@ class PackedLinear(Linear):
         ):
             parts[i] = b @ a
         return torch.cat(parts)
+
+
+@contextmanager
+def weights_cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold the matrices of a model's linear layers in `dtype` beside their own, as far as memory allows: casting them
+    would take most of the time of a pass over one token. They must not be changed meanwhile."""
+    layers = [module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != dtype]
+    held: dict[int, Tensor] = {}
+    try:
+        with suppress(torch.OutOfMemoryError):
+            for layer in layers:
+                if id(layer.weight) not in held:
+                    held[id(layer.weight)] = layer.weight.detach().to(dtype)
+                layer.cast = held[id(layer.weight)]
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nnx_cli.kernels.precision import in_type
 
 
 class LayerNorm(nn.Module):
@@ -17,7 +18,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D), normalised over its last axis, in its own dtype."""
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps).to(x.dtype)
+        wide, weight = in_type(x, torch.float32), in_type(self.weight, torch.float32)
+        return in_type(torch.layer_norm(wide, weight.shape, weight, None, self.eps), x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -30,4 +32,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D), divided by its root mean square, in its own dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        wide, weight = in_type(x, torch.float32), in_type(self.weight, torch.float32)
+        return in_type(torch.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)

@@ -226,6 +226,10 @@ class QuantizedPackedLinear(QuantizedLinear):
 
     splits: Sequence[int]
 
+    def packed(self, x: Tensor) -> Tensor:
+        """All projections in one tensor, (..., sum of splits)."""
+        return super().forward(x)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # more results than its base
         """x (..., K) to one tensor for each of `splits`, (..., width)."""
         return super().forward(x).split(self.splits, dim=-1)

@@ -5,14 +5,61 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from nnx_cli.kernels.qkv_swiglu import full_width
+from nnx_cli.layers.kv_cache import KVCache
+
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (float32) of the angles of `positions`: (T,) gives (T, K/2), (B, T) gives (B, 1, T, K/2)."""
+    """Cosines and sines (float32) of the angles of `positions` (T,), (T, K/2)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions.float().unsqueeze(-1) * frequencies
-    if positions.dim() == 2:
-        angles = angles.unsqueeze(1)  # one table for all heads
     return angles.cos(), angles.sin()
+
+
+Make = Callable[[Tensor], Sequence[Tensor]]  # positions (S,) to cosines and sines by turns, (S, K/2) each
+
+
+@dataclass(frozen=True)
+class FullWidth:
+    """What `make` says of positions, at the full width of a head, and side by side for kinds of heads: those of every
+    pair of cosines and sines, and last those that are not turned."""
+
+    make: Make
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables (S, N, K) of positions (S,), for N kinds of heads."""
+        tables = self.make(positions)
+        pairs = [full_width(*pair) for pair in zip(tables[::2], tables[1::2], strict=True)]
+        cos, sin = zip(*pairs, (torch.ones_like(pairs[0][0]), torch.zeros_like(pairs[0][0])), strict=True)
+        return torch.stack(cos, dim=1), torch.stack(sin, dim=1)
+
+
+def tables_of(make: Make, input_ids: Tensor, cache: KVCache | None, *n_heads: int) -> Sequence[Tensor]:
+    """What turns the heads of tokens (B, T). Without a cache it is what `make` says of their positions, for `rotate`.
+
+    With one they are tables for `turn`, out of those of all positions that the cache keeps: for `n_heads` neighbouring
+    heads of each kind in turn (T, H, K) where all sequences have the same positions, else (B, T, H, K); without such
+    numbers (1, T, K) or (B, 1, T, K).
+    """
+    T = input_ids.shape[1]
+    if cache is None:
+        return make(torch.arange(T, device=input_ids.device))
+    found = cache.lookup(FullWidth(make), T)
+    if not n_heads:
+        return [table.narrow(-2, 0, 1).transpose(-3, -2) for table in found]
+    kinds = head_kinds(n_heads, input_ids.device)
+    return [table.index_select(-2, kinds) for table in found]
+
+
+@cache
+@torch.inference_mode(False)
+def head_kinds(n_heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The kind of every head, where there are so many of each."""
+    return torch.tensor([kind for kind, n in enumerate(n_heads) for _ in range(n)], device=device)

@@ -8,20 +8,20 @@ here that the others could not have too. Differs from the paper: head and embedd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.attention import rotary_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import RMSNorm
-from nnx_cli.layers.qkv_swiglu import qkv_rope, swiglu
-from nnx_cli.layers.rope import rotary_tables
+from nnx_cli.layers.qkv_swiglu import swiglu
+from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig
 
 
@@ -66,11 +66,10 @@ class Attention(nn.Module):
         self.qkv = PackedLinear(config.dim, (config.dim, kv_dim, kv_dim))
         self.out = Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same."""
-        q, k, v = qkv_rope(self.qkv, x, tables, cache)
-        dropout = self.dropout if self.training else 0.0
-        return self.out(causal_attention(q, k, v, cache, self.layer, scale=self.head_dim**-0.5, dropout=dropout))
+        how = dict(scale=self.head_dim**-0.5, dropout=self.dropout if self.training else 0.0)
+        return self.out(rotary_attention(self.qkv, x, tables, cache, self.layer, **how))
 
 
 class MLP(nn.Module):
@@ -98,7 +97,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same."""
         x = x + self.attention(self.attention_norm(x), tables, cache)
         return x + self.mlp(self.mlp_norm(x), cache)
@@ -128,15 +127,18 @@ class Model(LanguageModel):
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """As in the base."""
-        T = input_ids.shape[1]
-        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        tables = rotary_tables(positions, self.config.dim // self.config.n_heads, self.config.rope_theta)
+        config = self.config
+        tables = tables_of(self.rotary_tables, input_ids, cache, config.n_heads + config.n_kv_heads, config.n_kv_heads)
         x = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
         for block in self.blocks:
             x = block(x, tables, cache)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
+
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `positions`."""
+        return rotary_tables(positions, self.config.dim // self.config.n_heads, self.config.rope_theta)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""

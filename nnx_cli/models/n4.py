@@ -82,20 +82,18 @@ class AveragedKeyCache(KVCache):
         self.window = config.window
         self.sums = torch.zeros(config.n_layers, batch_size, config.n_kv_heads, head_dim, device=device)
 
-    def mask(self, n_new: int) -> Tensor | None:
-        """As in KVCache, (B, 1, T, S) or None, of what `update` returns; a first fill must window itself."""
-        mask = super().mask(n_new)
-        if mask is None or self.window is None:
-            return mask
-        seen = torch.arange(mask.shape[-1], device=mask.device)
-        mask = mask & (seen > self.positions(n_new)[:, None, :, None] - self.window)
-        return mask[..., self._first(n_new) :]
+    def _seen(self, n_new: int) -> Tensor:
+        """As in KVCache; a first fill must window itself."""
+        seen = super()._seen(n_new)
+        if self.window is None:
+            return seen
+        position = torch.arange(seen.shape[-1], device=seen.device)
+        return (seen & (position > self.positions(n_new)[..., None] - self.window))[..., self._first(n_new) :]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, ...]:
         """As in KVCache; where all rows are equally long, without what lies before the window."""
-        keys, values = super().update(layer, k, v)
-        first = self._first(k.shape[2])
-        return keys[:, :, first:], values[:, :, first:]
+        first = self._first(kv.shape[2])
+        return tuple(stored[:, :, first:] for stored in super().extend(layer, kv))
 
     def _first(self, n_new: int) -> int:
         """The first position that the next one sees, in any row."""
@@ -190,7 +188,7 @@ def grouped_projections(layer: nn.Module, x: Tensor, *counts: int) -> tuple[Tens
         return layer(x)
     splits = iter(layer.splits)
     widths = [list(islice(splits, n)) for n in counts]
-    matrices = layer.weight.to(x.dtype).split([sum(each) for each in widths])
+    matrices = layer.matrix(x.dtype).split([sum(each) for each in widths])
     parts = (linear(x, matrix).split(each, dim=-1) for matrix, each in zip(matrices, widths, strict=True))
     return tuple(chain.from_iterable(parts))
 
@@ -288,6 +286,11 @@ class Block(nn.Module):
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
 
+def positions_from_1(positions: Tensor) -> tuple[Tensor]:
+    """Positions (T,) as the average divides by them: from 1, float32 (T, 1)."""
+    return ((positions + 1).float().unsqueeze(-1),)
+
+
 class Model(LanguageModel):
     """Embedding, blocks, a head of its own."""
 
@@ -316,8 +319,10 @@ class Model(LanguageModel):
     def trunk(self, input_ids: Tensor, cache: AveragedKeyCache | None = None) -> Tensor:
         """As in the base."""
         T = input_ids.shape[1]
-        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        counts = (positions + 1).float().unsqueeze(-1)  # (T, 1) or (B, T, 1): from 1, the divisor of the average
+        if cache is None:
+            counts = positions_from_1(torch.arange(T, device=input_ids.device))[0]  # (T, 1)
+        else:
+            counts = cache.lookup(positions_from_1, T)[0]  # (T, 1) or (B, T, 1)
         x = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
         for block in self.blocks:
             x = block(x, counts, cache)

@@ -22,7 +22,7 @@ in evaluation. Variant `original` keeps the rotation, the pairing and the noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.kernels.qkv_swiglu import rotate
+from nnx_cli.kernels.qkv_swiglu import rotate, turn
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.differential_attention import Lambda, differential_attention, repeat_as_original
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
@@ -41,7 +41,7 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.memory_slots import Memory
 from nnx_cli.layers.norm import RMSNorm
-from nnx_cli.layers.rope import rotary_tables
+from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import Interpolation, ScaledHead, normalize_matrices, unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 
@@ -185,13 +185,14 @@ class Attention(nn.Module):
             self.qk_scale = nn.Parameter(torch.full((config.n_maps * config.head_dim,), config.dim**-0.5))
             self.qk_gain, self.scale = config.dim**0.5, config.head_dim**0.5
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], start: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, tables: Sequence[Tensor], start: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same; `start` is the layer's `lambda_init`, a tensor so that all layers share their
         code."""
         B, T, D = x.shape
         M, K = self.n_maps, self.head_dim
         q, k, v = (y.view(B, T, -1, M * K).transpose(1, 2) for y in self.qkv(x))  # (B, H or G, T, M·K)
-        q, k = (rotate(y.unflatten(-1, (M, K)), *tables) for y in (q, k))  # (B, H or G, T, M, K)
+        turned = rotate if cache is None else turn
+        q, k = (turned(y.unflatten(-1, (M, K)), *tables) for y in (q, k))  # (B, H or G, T, M, K)
         if self.qk_scale is not None:
             gain = self.qk_scale.view(M, K) * self.qk_gain
             q, k = ((unit(y) * gain).to(x.dtype) for y in (q, k))
@@ -267,7 +268,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp, self.mlp_join = norm(config), MLP(config), join(config)
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], start: Tensor, cache: KVCache | None, **shared: Any
+        self, x: Tensor, tables: Sequence[Tensor], start: Tensor, cache: KVCache | None, **shared: Any
     ) -> Tensor:
         """x (B, T, D) to the same; `start` is where the layer's lambda starts; `shared` is what the bank is given
         besides its input."""
@@ -346,27 +347,31 @@ class Model(LanguageModel):
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """As in the base."""
-        config, (B, T) = self.config, input_ids.shape
-        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        angles = positions // 2 if config.variant == "original" else positions
-        cos, sin = rotary_tables(angles, config.head_dim, config.rope_theta)
-        tables = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for both maps
+        config = self.config
+        tables = [table.unsqueeze(-2) for table in tables_of(self.rotary_tables, input_ids, cache)]  # for both maps
         x = self.embedding(input_ids)  # (B, T, D)
         x = (unit(x) if config.normalized else x).to(self.compute_dtype)
         starts = self.config.lambda_init(input_ids.device)
         for layer, block in enumerate(self.blocks):
-            x = block(x, tables, starts[layer], cache, **self.shared(layer, B, positions))
+            x = block(x, tables, starts[layer], cache, **self.shared(layer, input_ids, cache))
         if cache is not None:
-            cache.advance(T)
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
 
-    def shared(self, layer: int, batch_size: int, positions: Tensor) -> dict[str, Any]:
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `positions`."""
+        angles = positions // 2 if self.config.variant == "original" else positions
+        return rotary_tables(angles, self.config.head_dim, self.config.rope_theta)
+
+    def shared(self, layer: int, input_ids: Tensor, cache: KVCache | None) -> dict[str, Any]:
         """What a layer's bank is given besides its input: functions or memories of all layers, and noise."""
         if self.config.decoder == "memory":
             return {"slots": self.memories}
         if self.config.decoder == "function":
             draws = self.training or self.config.variant == "original"
-            noise = self.noise(layer, self.bank_sizes(), batch_size, positions) if draws else None
+            B, T = input_ids.shape
+            positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+            noise = self.noise(layer, self.bank_sizes(), B, positions) if draws else None
             return {"functions": self.functions, "noise": noise, "temperature": self.noise.temperature()}
         return {}
 

@@ -23,7 +23,7 @@ float32; between them the stream has the type of the activations, and each step 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,12 +35,12 @@ from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.gemm import linear
 from nnx_cli.kernels.precision import in_type
-from nnx_cli.kernels.qkv_swiglu import rotate
+from nnx_cli.kernels.qkv_swiglu import rotate, turn
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.layers.rope import rotary_tables
+from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import length, normalize_matrices, tangent, unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         self.s_qk = Scale(inner, *config.scale("s_qk", layer))
 
     def forward(
-        self, x: Tensor, first_v: Tensor | None, tables: tuple[Tensor, Tensor], cache: KVCache | None
+        self, x: Tensor, first_v: Tensor | None, tables: Sequence[Tensor], cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, D), and the first layer's values (B, H, T, K) of the new positions for the layers after it.
 
@@ -217,8 +217,9 @@ class Attention(nn.Module):
             first_v, v = (v, v) if first_v is None else (first_v, (v + first_v) / 2)
         if self.qk_norm:
             q, k = unit(q), unit(k)  # a rotation keeps lengths: the same as after it
-        q = rotate(q.float(), *tables) * self.s_qk().view(-1, 1, self.head_dim)
-        k = rotate(k, *tables)
+        turned = rotate if cache is None else turn
+        q = turned(q.float(), *tables) * self.s_qk().view(-1, 1, self.head_dim)
+        k = turned(k, *tables)
         dropout = self.dropout if self.training else 0.0
         scale = self.head_dim**0.5  # dot products of unit vectors have variance 1 / K
         q, k = q.to(x.dtype), k.to(x.dtype)
@@ -256,7 +257,7 @@ class Block(nn.Module):
         self.alpha_mlp = Scale(config.dim, *config.scale("alpha_mlp", layer))
 
     def forward(
-        self, x: Tensor, first_v: Tensor | None, tables: tuple[Tensor, Tensor], cache: KVCache | None
+        self, x: Tensor, first_v: Tensor | None, tables: Sequence[Tensor], cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) to the same, and the first layer's values."""
         attended, first_v = self.attention(x, first_v, tables, cache)
@@ -318,15 +319,17 @@ class Model(LanguageModel):
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """As in the base."""
-        T = input_ids.shape[1]
-        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        tables = rotary_tables(positions, self.config.head_dim)
+        tables = tables_of(self.rotary_tables, input_ids, cache)
         x, first_v = self.embedding(input_ids).to(self.compute_dtype), None  # (B, T, D)
         for block in self.blocks:
             x, first_v = block(x, first_v, tables, cache)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
+
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `positions`."""
+        return rotary_tables(positions, self.config.head_dim)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""

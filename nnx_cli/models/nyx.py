@@ -14,7 +14,7 @@ both defects); the xPos exponent is centred at the middle of the context, a cons
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.qkv_swiglu import qkv_rope_swiglu, rotate
-from nnx_cli.layers.attention import causal_attention
+from nnx_cli.layers.attention import cached_rotary_attention, causal_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.qkv_swiglu import packed_for_kernel
-from nnx_cli.layers.rope import rotary_tables
+from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig
 
@@ -77,7 +77,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def xpos_tables(
     positions: Tensor, head_dim: int, scale_base: float, centre: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotary tables with the xPos decay: (cos, sin) for queries, (cos, sin) for keys, float32, shaped as in `rope`.
+    """Rotary tables (T, K/2) with the xPos decay: (cos, sin) for queries, (cos, sin) for keys, float32.
 
     The decay is 1 at position `centre`.
     """
@@ -85,8 +85,6 @@ def xpos_tables(
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     zeta = (pair + 0.4 * head_dim) / (1.4 * head_dim)
     decay = zeta ** ((positions.float().unsqueeze(-1) - centre) / scale_base)
-    if positions.dim() == 2:
-        decay = decay.unsqueeze(1)
     return cos * decay, sin * decay, cos / decay, sin / decay
 
 
@@ -111,28 +109,47 @@ class Block(nn.Module):
             if config.variant == "sound":
                 self.scale = config.qk_norm_scale
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same."""
-        dropout = self.dropout if self.training else 0.0
-        q, k, v, hidden = self.inner(self.norm(x), tables, cache)
-        attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
-        return x + self.attn_out(attended) + self.ffn_out(drop(hidden, dropout, self.training))
+        if cache is not None:
+            attended, hidden = self.cached(self.norm(x), tables, cache)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            q, k, v, hidden = self.inner(self.norm(x), tables)
+            attended = causal_attention(q, k, v, None, self.layer, scale=self.scale, dropout=dropout)
+            hidden = drop(hidden, dropout, self.training)
+        return x + self.attn_out(attended) + self.ffn_out(hidden)
 
-    def inner(
-        self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor, Tensor], cache: KVCache | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def cached(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> tuple[Tensor, Tensor]:
+        """What attention over the cache reads, (B, T, H·K), and hidden layer (B, T, F)."""
+        inner, width, _, ffn_dim, _ = self.in_proj.splits
+        qkv, value, gate = self.in_proj.packed(x).split_with_sizes((inner + 2 * width, ffn_dim, ffn_dim), -1)
+        if self.q_norm_weight is not None:
+            q, k, v = qkv.split_with_sizes((inner, width, width), -1)
+            q, k = self.normalised(q.unflatten(-1, (-1, self.head_dim)), k)
+            qkv = torch.cat((q.flatten(-2), k, v), dim=-1)
+        attended = cached_rotary_attention(qkv, tables, cache, self.layer, self.n_heads, scale=self.scale)
+        return attended, F.silu(gate) * value
+
+    def normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (..., K) with qk-norm, if there is one."""
+        if self.q_norm_weight is None or self.k_norm_weight is None:
+            return q, k
+        return (unit(q) * self.q_norm_weight).to(q.dtype), (unit(k) * self.k_norm_weight).to(k.dtype)
+
+    def inner(self, x: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (B, H, T, K), key and value (B, 1, T, K), one head for all queries, and hidden layer (B, T, F)."""
         plain = self.q_norm_weight is None
-        if plain and (packed := packed_for_kernel(self.in_proj, x, cache)) is not None:
-            return qkv_rope_swiglu(packed, *tables, self.n_heads, 1)  # all of the following in one kernel
+        q_cos, q_sin, k_cos, k_sin = tables
+        if plain and (packed := packed_for_kernel(self.in_proj, x, None)) is not None:
+            return qkv_rope_swiglu(
+                packed, q_cos, q_sin, k_cos, k_sin, self.n_heads, 1
+            )  # all of the following in one kernel
         B, T, D = x.shape
         q, k, v, value, gate = self.in_proj(x)
         q = q.view(B, T, -1, self.head_dim).transpose(1, 2)
         k, v = k.unsqueeze(1), v.unsqueeze(1)
-        if self.q_norm_weight is not None and self.k_norm_weight is not None:
-            q = (unit(q) * self.q_norm_weight).to(x.dtype)
-            k = (unit(k) * self.k_norm_weight).to(x.dtype)
-        q_cos, q_sin, k_cos, k_sin = tables
+        q, k = self.normalised(q, k)
         return rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin), v, F.silu(gate) * value
 
 
@@ -154,16 +171,18 @@ class Model(LanguageModel):
 
     def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """As in the base."""
-        T = input_ids.shape[1]
-        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-        config = self.config
-        tables = xpos_tables(positions, config.head_dim, config.xpos_scale_base, config.seq_len // 2)
+        tables = tables_of(self.rotary_tables, input_ids, cache, self.config.n_heads, 1, 1)
         x = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
         for block in self.blocks:
             x = block(x, tables, cache)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
+
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rotary tables of `positions`."""
+        config = self.config
+        return xpos_tables(positions, config.head_dim, config.xpos_scale_base, config.seq_len // 2)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""

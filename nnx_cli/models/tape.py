@@ -275,10 +275,6 @@ class TapeCache:
         """Bytes held by keys, values and states."""
         return sum(store.n_bytes for store in self.stores)
 
-    def positions(self, n_new: int) -> Tensor:
-        """Positions (B, T) of the next `n_new` tokens of every row."""
-        return self.first.positions(n_new)
-
     def prophet_states(self) -> Tensor:
         """The states after the last position of every row, (2, B, P); zero where there is none."""
         rows, last = torch.arange(len(self.lengths), device=self.lengths.device), (self.lengths - 1).clamp(min=0)
@@ -374,8 +370,10 @@ class Model(LanguageModel):
     def trunk(self, input_ids: Tensor, cache: TapeCache | None = None) -> Tensor:
         """As in the base."""
         config, T = self.config, input_ids.shape[1]
-        positions = torch.arange(T, device=input_ids.device)[None] if cache is None else cache.positions(T)
-        cos, sin = (table.squeeze(1) for table in rotary_tables(positions, config.dim))  # (B or 1, T, D/2)
+        if cache is None:
+            cos, sin = self.rotary_tables(torch.arange(T, device=input_ids.device))  # (T, D/2)
+        else:
+            cos, sin = cache.first.lookup(self.rotary_tables, T)  # (T, D/2) or (B, T, D/2)
         embedded = self.embedding(input_ids).to(self.compute_dtype)  # (B, T, D)
         prophecy = None if self.prophet is None else self.prophet(embedded, cache)
         tokens, h, entropies = embed_positions(embedded, cos, sin), None, []
@@ -394,6 +392,10 @@ class Model(LanguageModel):
             cache.advance(T)
         self._entropy = None if entropies[0] is None else torch.stack(entropies).mean()
         return self.norm(h)
+
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `positions`."""
+        return rotary_tables(positions, self.config.dim)
 
     def aux_loss(self) -> Tensor | None:
         """Minus the mean entropy of attention, weighted, where `entropy_weight` asks for it."""

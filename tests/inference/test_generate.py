@@ -4,7 +4,7 @@ import torch
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.inference.decoding import window_start
-from nnx_cli.inference.generate import generate
+from nnx_cli.inference.generate import generate, useful_threads
 
 
 def run(model, prompts, *, tokenizer=None, **settings):
@@ -100,6 +100,7 @@ class Script(torch.nn.Module):
     def __init__(self, model, tokens):
         super().__init__()
         self.config, self.tokens, self.device, self.said = model.config, tokens, torch.device("cpu"), 0
+        self.compute_dtype = torch.float32
 
     def trunk(self, input_ids, cache=None):
         return torch.zeros(*input_ids.shape, 1)
@@ -195,3 +196,13 @@ def test_nothing_is_drawn_once_all_samples_have_ended(tiny):
 def test_without_a_tokenizer_text_is_ids(tiny):
     (sample,) = run(tiny(), [[1]], max_new_tokens=3).samples
     assert sample.text.split() == [str(token) for token in sample.tokens]
+
+
+def test_threads_are_as_many_as_have_something_to_do(tiny, monkeypatch):
+    model, asked = tiny(), []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    run(model, [[1]], max_new_tokens=2)
+    assert asked == [1, 4]
+    assert useful_threads(model, 1) == 1 < useful_threads(model, 2**10) < useful_threads(model, 2**12)
+    assert useful_threads(torch.nn.Linear(1024, 1024), 1) == 4 and useful_threads(torch.nn.Identity(), 1) == 1

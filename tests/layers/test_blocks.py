@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.layers.blocks import checkpoint_blocks
+from nnx_cli.layers.blocks import checkpoint_blocks, direct_calls
 from nnx_cli.layers.loss import LossModule
 
 FURTHER = [
@@ -87,4 +87,27 @@ def test_checkpointed_blocks_compile(tiny, name):
         block.compile(backend="aot_eager", dynamic=False)
     for ours, theirs in zip(loss_and_gradients(model, ids), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_direct_calls_leave_no_trace(tiny):
+    """Of hooks, compiled code, and attributes; meanwhile the same is computed, without what stands in between."""
+    model, ids = tiny("llama").eval(), torch.arange(9)[None]
+    called = []
+    hook = model.blocks[0].register_forward_hook(lambda *args: called.append(args))
+    model.blocks[1].compile(backend="aot_eager")
+    attributes = [list(vars(module)) for module in model.modules()]
+    compiled = model.blocks[1]._compiled_call_impl
+    with torch.no_grad():
+        whole = model(ids)
+        with direct_calls(model):
+            assert vars(model.norm)["weight"] is model.norm.weight
+            assert model.blocks[1]._compiled_call_impl == model.blocks[1].forward
+            assert torch.equal(model(ids), whole) and len(called) == 2
+    assert [list(vars(module)) for module in model.modules()] == attributes
+    assert model.blocks[1]._compiled_call_impl is compiled
+    with pytest.raises(ZeroDivisionError), direct_calls(model):
+        raise ZeroDivisionError
+    assert "weight" not in vars(model.norm)
+    hook.remove()
     torch.compiler.reset()
