@@ -211,7 +211,7 @@ def _has_controls(head: bytes) -> bool:
 
 def _escaped(data: bytes) -> str | None:
     """The ISO-2022 encoding whose escape sequences are in a text of ASCII bytes, if any."""
-    if not any(escape in data for escape in ESCAPES):
+    if b"\x1b" not in data or not any(escape in data for escape in ESCAPES):  # the first is found at memory speed
         return None
     whole = data[: data.rfind(b"\n") + 1] or data
     for encoding in ESCAPED:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 MARKER = re.compile(r"(end[-_]?of[-_]?(text|doc|document|story|file)|eo[stdf])", re.IGNORECASE)  # inside <| and |>
 MAX_LINE_CHARS = 64  # of a line with a marker, blanks and all
-MAX_HOPS = 1000  # from | to | in a block; where there are more, "|>" is searched for, which is slower but for these
+MAX_HOPS = 500  # from | to | in a block; where there are more, "|>" is searched for, which is slower but for these
 
 
 class Piece(NamedTuple):
@@ -41,7 +41,12 @@ class Documents:
         held = ""  # from the last block: what the next one decides on
         for block in chain(blocks, [None]):
             is_last = block is None
-            text = held + (block or "") if held else block or ""
+            text = block or ""
+            if held and self._separator is None and not _may_be_marker(held + text[: self._reach]):  # spares a copy
+                yield Piece(self._opened(held), False)
+                self._at_line_start = False
+            elif held:
+                text = held + text
             at = 0
             for start, end in self._separators(text, is_last):
                 self.n_found += 1
@@ -108,7 +113,7 @@ class Documents:
         if self._separator is not None:
             return len(text) - self._reach - 2
         begin = text.rfind("\n") + 1
-        may_be = len(text) - begin <= self._reach and text[begin:].lstrip(" \t")[:1] in ("", "<")
+        may_be = len(text) - begin <= self._reach and _may_be_marker(text[begin:])
         return begin if may_be and (begin or self._at_line_start) else len(text)
 
 
@@ -117,11 +122,22 @@ def _pattern(separator: str) -> re.Pattern[str]:
     return re.compile(re.escape(separator).replace("\\\n", "\r?\n") + ("" if separator.endswith("\n") else "(\r?\n)?"))
 
 
+def _may_be_marker(line: str) -> bool:
+    """Whether a line that begins like this may hold a marker."""
+    start = line.lstrip(" \t")[:2]
+    return start in ("", "<", "<|")
+
+
 def _closing_marks(text: str) -> Iterator[int]:
-    """Where "|>" is. A single character is found at the speed of memory."""
-    at, hops = text.find("|"), 0
-    while at >= 0:
-        if text.startswith(">", at + 1):
+    """Where "|>" is. A single character is found at the speed of memory, two of them are not."""
+    at = text.find("|")
+    for _ in range(MAX_HOPS):
+        if at < 0:
+            return
+        if text[at + 1 : at + 2] == ">":
             yield at
-        hops += 1
-        at = text.find("|" if hops < MAX_HOPS else "|>", at + 1)
+        at = text.find("|", at + 1)
+    at = text.find("|>", at) if at >= 0 else at
+    while at >= 0:
+        yield at
+        at = text.find("|>", at + 1)
