@@ -91,7 +91,7 @@ class TrainConfig:
     val_every: int | None = None  # steps between validations
     val_batches: int | None = None  # validation windows are taken in this many micro-batches
     sample_every: int | None = None  # steps between samples; 0: none
-    sample_prompt: str | None = None  # what the samples start with; default: a new line
+    sample_prompt: str | None = None  # what the samples start with; default: what a text begins with
     save_every: int | None = None  # steps between checkpoints
     keep: int = 2  # newest checkpoints to keep
     patience: int | None = None  # stop after this many validations without a better one; default: never

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from nnx_cli.commands._options import (
 from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, check_encoding, own_fields, unescape
 from nnx_cli.console import Output
 from nnx_cli.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from nnx_cli.runs.load import ModelRef
 
 # Options of the original NYX that choose the newest run of a shape, and our names of these values.
 SHAPE = {name: ALIASES.get(name, name) for name in ("vocab_size", "model_dim", "layer_depth", "num_attention_heads")}
@@ -91,10 +94,8 @@ def run(
     tokenizer = ref.tokenizer
     output.note_reading(prompt)
     text = _read_prompt(output, prompt, prompt_file, options["encoding"])
-    if tokenizer is None and text:
-        text = " ".join(text.split()) + " "
     network = load_model(ref, where, precision)
-    ids = _prompt_ids(text, tokenizer, network.config.vocab_size)
+    text, ids = _prompt_ids(text, ref, network.config.vocab_size)
     if len(ids) > network.config.seq_len:
         output.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
     several = config.num_samples > 1
@@ -144,21 +145,24 @@ def _read_prompt(output: Output, prompt: str | None, prompt_file: Path | None, e
     return text
 
 
-def _prompt_ids(text: str, tokenizer: Any, vocab_size: int) -> list[int]:
-    """Token ids of a prompt, at least one: an empty prompt is the beginning of a text. Without a tokenizer the prompt
-    is ids."""
+def _prompt_ids(text: str, ref: ModelRef, vocab_size: int) -> tuple[str, list[int]]:
+    """A prompt as it is shown, and its token ids. Without a tokenizer the prompt is ids; without a prompt it is what a
+    text begins with, of which no line break is shown."""
+    tokenizer = ref.tokenizer
+    if not text.strip() and (tokenizer is None or not text):
+        start = ref.start_ids
+        return "" if tokenizer is None else tokenizer.decode(start).lstrip("\n"), start
     if tokenizer is not None:
-        start = [tokenizer.eot_id] if tokenizer.eot_id is not None else tokenizer.encode("\n").tolist()
-        return tokenizer.encode(text).tolist() if text else start
-    words = text.split() or ["0"]
+        return text, tokenizer.encode(text).tolist()
+    words = text.split()
     if not all(word.isdecimal() and int(word) < vocab_size for word in words):
         raise UsageError(
             f"this model has no tokenizer: --prompt takes ids below {vocab_size}, such as --prompt '1 2 3'"
         )
-    return [int(word) for word in words]
+    return " ".join(words) + " ", [int(word) for word in words]
 
 
-def _newest_of_shape(shape: dict[str, int], file: Path | None) -> Any:
+def _newest_of_shape(shape: dict[str, int], file: Path | None) -> ModelRef:
     """The newest run whose model has these values. Raises CheckpointError, saying which runs exist, where there is
     none."""
     from nnx_cli.runs.find import find_runs

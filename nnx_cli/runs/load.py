@@ -59,6 +59,18 @@ class ModelRef:
         """Its tokenizer, or None for a model over bare ids. Raises CheckpointError."""
         return read_tokenizer(self.folder)
 
+    @property
+    def start_ids(self) -> list[int]:
+        """What its text begins with where there is no prompt: tokens that it was trained on, as far as that is known.
+        Raises CheckpointError."""
+        config = self.config
+        known, vocab_size = (config.get("sampling") or {}).get("start_ids"), config["model"].get("vocab_size")
+        if known and isinstance(known, list) and all(type(i) is int and 0 <= i < vocab_size for i in known):
+            return known
+        if (tokenizer := self.tokenizer) is None:
+            return [0]
+        return [tokenizer.eot_id] if tokenizer.eot_id is not None else tokenizer.encode("\n").tolist()
+
     def weights(self) -> tuple[Path, dict[str, Tensor]]:
         """The tensors and where they were read. Without a validated best, `best` is the last checkpoint."""
         best = allowed_digests(self.folder, BEST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from nnx_cli.inference.generate import generate
 from nnx_cli.models._base import LanguageModel
 
 SAMPLE_LENGTH = 200  # tokens of a sample during a run
+MOST_PARTS = 4  # tokens that a character may be divided into
+BLOCK, MOST_READ = 2**20, 2**26  # tokens of a text that are looked at, at once and at most
 
 
 @dataclass(frozen=True)
@@ -21,21 +23,37 @@ class Sampling:
 
     prompt_ids: list[int]
     max_new_tokens: int = SAMPLE_LENGTH
+    start_ids: list[int] = field(default_factory=list)  # what text without a prompt begins with, here and later
 
 
 def choose_sampling(
     tokenizer: Tokenizer | None, data: TokenFolder, prompt: str | None, prime_length: int, length: int | None
 ) -> Sampling:
-    """How the run's samples start: with `prompt`, or `prime_length` tokens of validation text, or a line of its own."""
+    """How the run's samples start: with `prompt`, or `prime_length` tokens of validation text, or as a text does."""
+    ids = start = choose_start(tokenizer, data.train)
     if prime_length:
         ids = data.val[:prime_length].tolist()
-    elif tokenizer is None:
-        ids = data.val[:1].tolist()
-    elif prompt:
+    elif tokenizer is not None and prompt:
         ids = tokenizer.encode(prompt).tolist()
-    else:
-        ids = [tokenizer.eot_id] if tokenizer.eot_id is not None else tokenizer.encode("\n").tolist()
-    return Sampling(ids, length or SAMPLE_LENGTH)
+    return Sampling(ids, length or SAMPLE_LENGTH, start)
+
+
+def choose_start(tokenizer: Tokenizer | None, tokens: np.ndarray) -> list[int]:
+    """What text begins with where there is no prompt: end-of-text or a newline, if the model is trained to go on after
+    it, else the first character of its text, or the first token where there is no tokenizer."""
+    if tokenizer is None:
+        return tokens[:1].tolist()
+    starts = [] if tokenizer.eot_id is None else [[tokenizer.eot_id]]
+    starts.append(tokenizer.encode("\n").tolist())
+    starts += [tokens[:n].tolist() for n in range(1, MOST_PARTS + 1) if "\ufffd" not in tokenizer.decode(tokens[:n])]
+    starts.append(tokens[:1].tolist())
+    return next(ids for ids in starts if all(_is_input(token, tokens) for token in ids))
+
+
+def _is_input(token: int, tokens: np.ndarray) -> bool:
+    """Whether something follows a token anywhere in a text, as far as is looked."""
+    end = min(len(tokens) - 1, MOST_READ)
+    return any((tokens[i : min(i + BLOCK, end)] == token).any() for i in range(0, end, BLOCK))
 
 
 def draw_sample(model: LanguageModel, tokenizer: Tokenizer | None, sampling: Sampling, seed: int) -> tuple[str, str]:
