@@ -1,6 +1,6 @@
 """The command `nnx`, also as `python -m nnx_cli`."""
 
-import _signal as signal  # type: ignore[import-not-found]  # `signal` without its enums: soon, before Python hears Ctrl-C
+import _signal as signal  # type: ignore[import-not-found]  # signal without its enums: soon, before Python hears Ctrl-C
 import os
 
 INTERRUPTED = 130
