@@ -146,7 +146,9 @@ def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Sh
 
     Raises UsageError for a shape or a batch that cannot be, before any text is read.
     """
+    from nnx_cli.layers.lora import check_rank
     from nnx_cli.planning.fit import check_batch_shape
+    from nnx_cli.planning.flops import meta_model
     from nnx_cli.training.inputs import Shape, brings, start_from
 
     base, sources, spec = None, request.sources, request.init_from
@@ -164,6 +166,8 @@ def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Sh
     config = models.make_config(shape.model, size=smallest if shape.size == "auto" else shape.size, **shape.fields)
     if shape.size != "auto" or "seq_len" in shape.fields:
         check_batch_shape(request.train, config.seq_len)
+    if request.train.lora_rank is not None:
+        check_rank(meta_model(shape.model, config), request.train.lora_rank)
     for note in check_read([*branches, *field_branches(config)], {}, request.sources).values():
         output.note(note)
     return base, shape, sources

@@ -51,6 +51,10 @@ class Linear(nn.Linear):
         plain = type(self).forward is Linear.forward and self.lora_a is None
         return LinearHead(weight=self.weight) if plain else None
 
+    def adapted_shapes(self) -> list[tuple[int, int]]:
+        """Shapes of the matrices that `add_adapter` would give an adapter each."""
+        return [(self.out_features, self.in_features)]
+
     def add_adapter(self, rank: int) -> None:
         """Begin with an adapter that changes nothing: lora_a is random with variance 1 / in_features, lora_b zero."""
         self._adapt(rank, self.out_features)
@@ -104,6 +108,11 @@ class PackedLinear(Linear):
         narrow = F.linear(x, self.lora_a.to(x.dtype)).chunk(len(self.adapted), dim=-1)
         wide = dict(zip(self.adapted, map(F.linear, narrow, self._b_of_each(self.lora_b.to(x.dtype))), strict=True))
         return tuple(y + wide[i] if i in wide else y for i, y in enumerate(outputs))
+
+    def adapted_shapes(self, adapted: Sequence[int] | None = None) -> list[tuple[int, int]]:
+        """As in Linear, of the projections `adapted`, by default of all."""
+        rows = self.splits if adapted is None else [self.splits[i] for i in adapted]
+        return [(n, self.in_features) for n in rows if n]
 
     def add_adapter(self, rank: int, adapted: Sequence[int] | None = None) -> None:
         """One adapter for each of the projections `adapted`, by default for all."""

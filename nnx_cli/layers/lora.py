@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nnx_cli.errors import UsageError
 from nnx_cli.layers.linear import Linear
 
 
@@ -19,6 +20,17 @@ class Adaptable(Protocol):
 
     def requires_grad_(self, requires_grad: bool) -> Any:
         """Freeze or train all parameters."""
+
+
+def check_rank(model: Adaptable, rank: int) -> None:
+    """Raise UsageError where no matrix that an adapter goes to has a rank above `rank`."""
+    shapes = [shape for layer, options in model.adapter_layers() for shape in layer.adapted_shapes(**options)]
+    if rank >= max(min(shape) for shape in shapes):
+        most = max(rows * columns // (rows + columns) for rows, columns in shapes)
+        raise UsageError(
+            f"--lora-rank {rank} is no low rank: no matrix here has a higher one",
+            fix=f"take --lora-rank {most} or less: beyond it adapters are larger than their matrices",
+        )
 
 
 def add_adapters(model: Adaptable, rank: int) -> None:

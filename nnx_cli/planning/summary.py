@@ -8,9 +8,10 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
+from nnx_cli.layers.lora import check_rank
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import Predictor, advice, first_that_fits, savings
-from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, sampling_bytes
+from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, meta_model, sampling_bytes
 from nnx_cli.planning.memory import ANY_GPU
 from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
 from nnx_cli.system.device import memory_budget, pick_device
@@ -23,6 +24,8 @@ def summary(
 ) -> dict[str, Any]:
     """Everything there is to say of a model, under the keys of --json. Unless it is to be `whole`, the largest
     micro-batch is None where another was asked for and fits."""
+    if train.lora_rank is not None:
+        check_rank(meta_model(name, config), train.lora_rank)
     device = pick_device("auto")
     predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU)
     with predictor.shapes:

@@ -78,6 +78,9 @@ def test_an_adapter_resumes_with_the_same_bits(nnx, adapted):
 
 def test_what_adapters_refuse(refused, adapted):
     refused(2, "--lora-rank trains adapters of an existing model", "train", "--lora-rank", 4, "--data", "data/words")
+    for rank in (32, 33, 5000):
+        words = ["train", "--init-from", "words", "--data", "nothing", "--lora-rank", rank]
+        assert "--lora-rank 16 or less" in refused(2, f"--lora-rank {rank} is no low rank", *words).stderr
     refused(2, "carries no adapter", "merge", "words")
     refused(2, "carries an adapter", "quantize", "adapted")
     refused(5, "is no plain model", "train", "--init-from", "adapted", "--data", "data/words")

@@ -120,6 +120,7 @@ def test_auto_is_the_optimizer_that_training_would_take(nnx):
         (2, "--optimizer has no choice", ["--optimizer", "sgd"]),
         (2, "--activation-checkpointing has no choice", ["--activation-checkpointing", "most"]),
         (2, "--lora-rank is 0", ["--lora-rank", 0]),
+        (2, "--lora-rank 9999 is no low rank", ["--model", "nyx", "--size", "nano", "--lora-rank", 9999]),
         (5, "there is no run or model", ["nobody"]),
     ],
 )

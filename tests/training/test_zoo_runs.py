@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.layers.lora import add_adapters, merge_adapters, remove_adapters
+from nnx_cli.errors import UsageError
+from nnx_cli.layers.lora import add_adapters, check_rank, merge_adapters, remove_adapters
 from nnx_cli.runs.run import Run
 from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
@@ -55,3 +56,21 @@ def test_adapters_are_added_trained_merged_and_removed(tiny, name):
     remove_adapters(model)
     assert model.state_without_ties().keys() == state.keys() == merged.state_without_ties().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_without_ties().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rank_that_is_not_low_is_refused(tiny, name):
+    model = tiny(name)
+    add_adapters(model, 3)
+    sides = [
+        min(layer.lora_b.shape[0], layer.in_features)
+        for layer in model.modules()
+        if hasattr(layer, "lora_b") and layer.lora_b is not None
+    ]
+    check_rank(model, 3)
+    for rank in (max(sides), 5000):
+        with pytest.raises(UsageError, match=f"--lora-rank {rank} is no low rank"):
+            check_rank(model, rank)
+    with pytest.raises(UsageError) as error:
+        check_rank(model, 5000)
+    check_rank(model, int(error.value.fix.split()[2]))
