@@ -69,6 +69,7 @@ class TrainConfig:
     max_steps: int | None = None  # length of the run in optimizer steps
     max_time: str | None = None  # length of the run in training time, such as 90s, 20m, 8h
     epochs: float | None = None  # length of the run in epochs of the training text
+    stop_early: str = "auto"  # before --max-time is up: auto (where the text has given what it can), off
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
@@ -124,6 +125,7 @@ class TrainConfig:
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("beta2", self.beta2, 0.0, 0.9999999, low_open=True)  # float32 has no more below 1
         check_device(self.device)
+        check_choice("stop-early", self.stop_early, ("auto", "off"))
         check_choice("optimizer", self.optimizer, ("auto", *module_names("optim")))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
         check_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))

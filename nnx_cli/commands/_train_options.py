@@ -45,7 +45,7 @@ from nnx_cli.errors import UsageError
 
 MAIN = "Main options"
 PANELS = {  # of the settings that training and preparing have
-    "Length and batch": ("epochs", "batch_size", "grad_accum", "tokens_per_step"),
+    "Length and batch": ("epochs", "stop_early", "batch_size", "grad_accum", "tokens_per_step"),
     "Optimizer": (
         "optimizer",
         "lr",
@@ -164,6 +164,11 @@ BRANCHES = (
         {"text_key", "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
     ),
     Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    Branch(
+        {"stop_early"},
+        lambda v: v["max_steps"] is None and v["epochs"] is None,
+        "with --max-steps or --epochs: they are trained in full",
+    ),
     Branch({"min_lr"}, lambda v: v["schedule"] != "constant", "with --schedule constant: the rate never falls"),
     BETA2,
     Branch(

@@ -319,6 +319,7 @@ def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
     state = trainer.state
     return run.set_status(
         status=status,
+        ended=None if status == "diverged" else state.ended_by(trainer.config),
         step=state.step,
         tokens=state.tokens,
         time_s=round(state.time_s, 3),
@@ -339,7 +340,8 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> 
         f"{run.folder}: {run.config['model']['name']} with {parameters}, {counted(state.step, 'step')}, "
         f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
-    lines += _advice(run, trainer, best_step)
+    used_up = status["ended"] == "data"
+    lines += [_what_would_use_more(run, trainer)] if used_up else _advice(run, trainer, best_step)
     prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
     longer = max(2 * trainer.state.time_s, 60)
     return [
@@ -347,8 +349,18 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> 
         "next:",
         f"  nnx sample {quoted(run.folder)}{named}{prompt}",
         f"  nnx eval {quoted(run.folder)}{named}",
-        f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m",
+        *([] if used_up else [f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m"]),
     ]
+
+
+def _what_would_use_more(run: Run, trainer: Trainer) -> str:
+    """What to give a run that had time left."""
+    assert trainer.config.max_time_s is not None
+    left = duration(trainer.config.max_time_s - trainer.state.time_s)
+    name, size = run.config["model"]["name"], run.config["model"].get("size")
+    sizes = models.sizes(name) if name in models.names() else []
+    larger = f" or --size {sizes[sizes.index(size) + 1]}" if size in sizes[:-1] else ""
+    return f"this text has given what it has to a model of this size; more text{larger} would use the {left} left"
 
 
 def _advice(run: Run, trainer: Trainer, best_step: int) -> list[str]:

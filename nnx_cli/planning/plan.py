@@ -22,11 +22,11 @@ from nnx_cli.planning.recipe import (
     default_tokens_per_step,
     preferred_optimizer,
     training_recipe,
+    useful_epochs,
 )
 from nnx_cli.planning.settings import Derived, Settings
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
-DEFAULT_EPOCHS = 30  # but no more epochs than this
 TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 LEAST_VALIDATION_ROWS = 8
@@ -86,7 +86,7 @@ def plan_run(
     optimizer = preferred_optimizer(name, train.lora_rank, horizon.overfits)
     fitted = fit_memory(settings.train, config, name, device, optimizer)
     settings.fill_all(fitted.values)
-    settings.fill_all(run_length(train, data, fitted.tokens_per_step))
+    settings.fill_all(run_length(train, data, horizon, fitted.tokens_per_step))
     steps = expected_steps(settings.train, horizon, fitted.tokens_per_step)
     settings.fill_all(
         training_recipe(name, settings.train, config.dim, expected_steps=steps, train_tokens=data.train_tokens)
@@ -149,6 +149,8 @@ def expected_tokens(
 ) -> Horizon:
     """How much the run is going to see, about, on a device whose large matmuls reach `rate` FLOPs a second."""
     model = meta_model(name, config)
+    learner = model if train.lora_rank is None else meta_model(name, config, train.lora_rank)
+    params_per_token = count_parameters(learner)["trainable"] / data.train_tokens
     speed = rate * expected_mfu(device, config.dim) / flops_per_token(model)["train"]  # tokens a second
     tokens = speed * (train.max_time_s or DEFAULT_SECONDS)
     if train.epochs is not None:
@@ -156,22 +158,24 @@ def expected_tokens(
     elif train.max_steps is not None:
         rows = (train.batch_size or 0) * (train.grad_accum or 0) * config.seq_len
         tokens = train.max_steps * (train.tokens_per_step or rows or default_tokens_per_step(model, device))
-    elif train.max_time is None:
-        tokens = min(tokens, DEFAULT_EPOCHS * data.train_tokens)
-    learner = model if train.lora_rank is None else meta_model(name, config, train.lora_rank)
-    trainable = count_parameters(learner)["trainable"]
-    return Horizon(tokens / data.train_tokens, trainable / data.train_tokens, speed)
+    elif train.stop_early == "auto":
+        tokens = min(tokens, useful_epochs(params_per_token, data.train_tokens) * data.train_tokens)
+    return Horizon(tokens / data.train_tokens, params_per_token, speed)
 
 
-def run_length(train: TrainConfig, data: Data, tokens_per_step: int) -> dict[str, Derived]:
-    """Where the run ends, unless steps or a time were given: the default has two ends."""
+def run_length(train: TrainConfig, data: Data, horizon: Horizon, tokens_per_step: int) -> dict[str, Derived]:
+    """Where the run ends, unless steps or epochs were given: after a time, or sooner where the text has given what it
+    can to a model of this size."""
     if train.epochs is not None:
         return {"max_steps": Derived(steps_in(train.epochs, data.train_tokens, tokens_per_step), "epochs")}
-    if train.max_steps is not None or train.max_time is not None:
+    if train.max_steps is not None:
         return {}
-    reason = "default length, whichever ends first"
-    steps = DEFAULT_EPOCHS * max(1, data.train_tokens // tokens_per_step)
-    return {"max_time": Derived(f"{DEFAULT_SECONDS}s", reason), "max_steps": Derived(steps, reason)}
+    ends = {"max_time": Derived(f"{DEFAULT_SECONDS}s", "default length")}
+    if train.stop_early == "auto":
+        epochs = useful_epochs(horizon.params_per_token, data.train_tokens)
+        steps = steps_in(epochs, data.train_tokens, tokens_per_step)
+        ends["max_steps"] = Derived(steps, f"{epochs} epochs, all that a model of this size can use")
+    return ends
 
 
 def expected_steps(train: TrainConfig, horizon: Horizon, tokens_per_step: int) -> int:

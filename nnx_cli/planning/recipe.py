@@ -14,10 +14,13 @@ from nnx_cli.optim._build import defaults
 from nnx_cli.planning.flops import count_parameters
 from nnx_cli.planning.settings import Derived
 
-DROPOUT = ((12, 0.2), (6, 0.1))  # epochs from which on a model needs it: tests/bench/zoo.md
-PARAMS_PER_TOKEN_TO_OVERFIT = 1.5  # of the text, from which on a model can learn it by heart
+DROPOUT = ((20, 0.3), (12, 0.2), (6, 0.1))  # epochs from which on a model needs it: tests/bench/horizon.md, zoo.md
+USEFUL_EPOCHS, USEFUL_EPOCHS_TO_LARGE = 32, 16  # more bring nothing: tests/bench/horizon.md
+LARGE = 5e6  # parameters, from which on the latter holds where there are enough of them a token to overfit
+PARAMS_PER_TOKEN_TO_DROP = 0.5  # of the text, from which on dropout pays: tests/bench/horizon.md
+PARAMS_PER_TOKEN_TO_OVERFIT = 8  # from which on a model can learn the text by heart
 SOONER_FROM = 4  # parameters a token from which on fewer epochs are enough for that: see `default_dropout`
-EPOCHS_TO_OVERFIT = 16  # from which on AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
+EPOCHS_TO_OVERFIT = 16  # beyond which AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 EPOCHS_TO_FORGET, MOST_FORGOTTEN, WIDEST_RACED = 6, 3, 384  # see `default_weight_decay`
 MOST_DECAY = 0.04  # of a weight, in a step
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
@@ -37,7 +40,7 @@ class Horizon:
     @property
     def overfits(self) -> bool:
         """Whether the model learns its text by heart."""
-        return self.epochs >= EPOCHS_TO_OVERFIT and self.params_per_token >= PARAMS_PER_TOKEN_TO_OVERFIT
+        return self.epochs > EPOCHS_TO_OVERFIT and self.params_per_token >= PARAMS_PER_TOKEN_TO_OVERFIT
 
 
 def training_recipe(
@@ -85,10 +88,18 @@ def default_lr(optimizer: str, dim: int, factor: float = 1.0) -> float:
     return own.lr or float(f"{4e-3 * 128 / max(dim, 128) * own.lr_share * factor:.2g}")
 
 
+def useful_epochs(params_per_token: float, train_tokens: int) -> int:
+    """How often a text of so many tokens is worth reading by a model that trains so many parameters a token of it, with
+    the dropout and weight decay that this takes: beyond that validation gets no better. Raced: tests/bench/horizon.md.
+    """
+    overfits = params_per_token >= PARAMS_PER_TOKEN_TO_OVERFIT and params_per_token * train_tokens >= LARGE
+    return USEFUL_EPOCHS_TO_LARGE if overfits else USEFUL_EPOCHS
+
+
 def default_dropout(epochs: float, params_per_token: float) -> float:
     """Dropout for that many epochs of a text of which the model has `params_per_token` parameters a token: none where
-    it is too small to overfit, sooner the larger it is. Raced with 2, 10 and 25: tests/bench/zoo.md."""
-    if params_per_token < PARAMS_PER_TOKEN_TO_OVERFIT:
+    it is too small to overfit, sooner the larger it is. Raced from 0.9 to 33: tests/bench/horizon.md, zoo.md."""
+    if params_per_token < PARAMS_PER_TOKEN_TO_DROP:
         return 0.0
     epochs *= max(1.0, params_per_token / SOONER_FROM) ** (1 / 3)
     return next((dropout for lowest, dropout in DROPOUT if epochs >= lowest), 0.0)

@@ -47,6 +47,7 @@ LOCKED_BYTE = 2**30
 NUMBER = (int, float, type(None))
 STATUS_TYPES = {
     "status": str,
+    "ended": (str, type(None)),
     "step": int,
     "max_steps": (int, type(None)),
     "max_time_s": NUMBER,

@@ -258,7 +258,7 @@ def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
     automatic = {name: why for name, why in origins.items() if why.startswith("derived")}
     changed = {"training": requested, "automatic": automatic, "data": where, "machine": describe(device)}
     run.set_config(run.config | changed)
-    run.set_status(status="running", max_steps=config.max_steps, max_time_s=config.max_time_s)
+    run.set_status(status="running", ended=None, max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
 
 

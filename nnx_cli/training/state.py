@@ -31,6 +31,16 @@ class TrainState:
         by_time = self.time_s / config.max_time_s if config.max_time_s else 0.0
         return min(1.0, max(by_steps, by_time))
 
+    def ended_by(self, config: TrainConfig) -> str:
+        """What the run ended by, as run.json names it: its length in steps, its time, data (it had a time, and before
+        that read its text as often as is of use), patience, or it was interrupted."""
+        if config.max_steps and self.step >= config.max_steps:
+            return "data" if config.max_time else "length"
+        if self.progress(config) >= 1.0:
+            return "time"
+        out_of_patience = config.patience is not None and self.worse_validations >= config.patience
+        return "patience" if out_of_patience else "interrupted"
+
 
 def make_checkpoint(step: Step, state: TrainState, seed: int) -> Checkpoint:
     """Everything that `restore_checkpoint` needs. Random numbers are a function of seed and step, so the step is their

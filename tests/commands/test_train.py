@@ -473,6 +473,19 @@ def test_overfitting_is_told_as_such(nnx, workspace):
 # resuming
 
 
+def test_a_run_ends_when_its_text_has_given_what_it_has(nnx, workspace):
+    """Whatever time is left; with its schedule at its end, and no advice to train longer."""
+    (workspace / "short.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    words = ["train", "--filepath", "short.txt", *SMALL, "--sample-every", 0, "--max-time", "2h", "--seed", 1]
+    shown = nnx(*words, "--size", "nano", "--out", "a").stdout
+    assert "more text would use the 1 h 59 min left" in " ".join(shown.split()) and "--resume" not in shown
+    status = json.loads((workspace / "a/run.json").read_text())
+    assert status["ended"] == "data" and 28 < status["tokens"] / (0.9 * 900) < 33
+    assert json.loads((workspace / "a/metrics.jsonl").read_text().splitlines()[-1])["lr"] < 0.001
+    by_length = json.loads(nnx("train", "--data", next(Path("data").iterdir()), *FIRST, "--json").stdout)
+    assert by_length["ended"] == "length"
+
+
 def test_a_finished_run_is_left_as_it_is(nnx, run):
     before = (run.folder / "run.json").read_bytes()
     result = nnx("train", "--resume", "words")

@@ -9,7 +9,7 @@ from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import Recipe
 from nnx_cli.planning import plan as planner
 from nnx_cli.planning.plan import affordable_size, plan_run, steps_in
-from nnx_cli.planning.recipe import default_dropout, default_lr, default_weight_decay
+from nnx_cli.planning.recipe import default_dropout, default_lr, default_weight_decay, useful_epochs
 
 T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
@@ -149,14 +149,31 @@ def test_epochs_become_steps():
 def test_a_length_that_was_given_is_the_only_one():
     assert plan(max_steps=7).train.max_time is None
     by_time = plan(max_time="20m").train
-    assert by_time.max_steps is None and by_time.max_time_s == 1200
+    assert by_time.max_steps == steps_in(32, 100_000, by_time.tokens_per_step) and by_time.max_time_s == 1200
+    in_full = plan(max_time="20m", stop_early="off").train
+    assert in_full.max_steps is None and in_full.max_time_s == 1200
 
 
 def test_the_default_length_has_two_ends():
     planned = plan(train_tokens=10_000, batch_size=4, grad_accum=2)
     assert planned.train.max_time_s == planner.DEFAULT_SECONDS
-    assert planned.train.max_steps == planner.DEFAULT_EPOCHS * (10_000 // (8 * T))
-    assert planned.sources["max_steps"].startswith("derived: default length")
+    assert planned.train.max_steps == steps_in(32, 10_000, 8 * T)
+    assert planned.sources["max_steps"] == "derived: 32 epochs, all that a model of this size can use"
+    assert plan(train_tokens=10_000, stop_early="off").train.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("per_token", "train_tokens", "epochs"), [(12, 900_000, 16), (33, 900_000, 16), (14.6, 54_000, 32), (1.3, 8e6, 32)]
+)
+def test_large_models_need_a_text_less_often(per_token, train_tokens, epochs):
+    assert useful_epochs(per_token, train_tokens) == epochs
+
+
+def test_a_longer_time_plans_for_no_more_than_the_text_can_give():
+    """So that dropout and decay are those of the epochs that are trained."""
+    day, hour = (plan(FIELDS, train_tokens=20_000, max_time=length) for length in ("24h", "1h"))
+    assert day.model_config == hour.model_config and day.train.weight_decay == hour.train.weight_decay
+    assert day.train.max_steps == hour.train.max_steps
 
 
 def test_every_value_is_filled_in():
@@ -246,8 +263,9 @@ def test_shapes_of_ones_own_have_no_size():
         (5.9, 4, 0.0),
         (6, 4, 0.1),
         (12, 4, 0.2),
-        (40, 4, 0.2),
-        (40, 1, 0.0),
+        (20, 4, 0.3),
+        (40, 0.9, 0.3),
+        (40, 0.4, 0.0),
         (8, 1.9, 0.1),
         (4.3, 10, 0.0),
         (4.5, 10, 0.1),
@@ -255,6 +273,7 @@ def test_shapes_of_ones_own_have_no_size():
         (3.2, 25, 0.0),
         (3.3, 25, 0.1),
         (6.6, 25, 0.2),
+        (16, 12, 0.3),
     ],
 )
 def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
@@ -266,7 +285,7 @@ def test_dropout_where_a_text_is_learnt_by_heart(passes, per_token, dropout):
     [
         ({}, {"epochs": 12.0}, 0.2),
         ({}, {"epochs": 3.0}, 0.0),
-        ({}, {"max_steps": 2000}, 0.2),
+        ({}, {"max_steps": 2000}, 0.3),
         ({}, {"max_steps": 20}, 0.0),
         ({"dropout": 0.0}, {"epochs": 12.0}, 0.0),
     ],
@@ -313,15 +332,15 @@ def test_adapters_are_trained_in_little_memory():
 
 
 def test_muon_where_the_text_is_not_read_too_often():
-    made = [plan(train_tokens=10_000, epochs=epochs) for epochs in (3.0, 12.0, 16.0)]
+    made = [plan(train_tokens=2_000, epochs=epochs) for epochs in (3.0, 16.0, 17.0)]
     assert [p.train.optimizer for p in made] == ["muon", "muon", "adamw"]
     assert [p.train.lr for p in made] == [default_lr(o, 32) for o in ("muon", "muon", "adamw")]
     assert all(p.sources["optimizer"].startswith("derived: model") for p in made)
 
 
-@pytest.mark.parametrize(("dropout", "epochs", "optimizer"), [(0.5, 3.0, "muon"), (0.0, 16.0, "adamw")])
+@pytest.mark.parametrize(("dropout", "epochs", "optimizer"), [(0.5, 3.0, "muon"), (0.0, 17.0, "adamw")])
 def test_dropout_of_ones_own_does_not_change_the_optimizer(dropout, epochs, optimizer):
-    made = plan(FIELDS | {"dropout": dropout}, train_tokens=10_000, epochs=epochs)
+    made = plan(FIELDS | {"dropout": dropout}, train_tokens=2_000, epochs=epochs)
     assert (made.model_config.dropout, made.train.optimizer) == (dropout, optimizer)
 
 
