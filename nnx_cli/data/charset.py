@@ -14,7 +14,7 @@ from nnx_cli.errors import DataError
 PROBE_BYTES = 2**16
 BEFORE_BYTES = 64  # of plain ASCII before what is guessed
 ENOUGH_BYTES, GUESS_BYTES = 1000, 2**22  # a block with fewer bytes beyond ASCII is guessed by so much more of the text
-MIN_CONFIDENCE = 0.5  # of a guess that is taken
+MIN_CONFIDENCE = 0.6  # of a guess that is taken
 MAX_NUL_SHARE = 0.001
 MAX_CONTROL_SHARE = 0.05
 CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\b\x1b")

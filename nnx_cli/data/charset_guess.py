@@ -22,6 +22,7 @@ ALPHABETS = {  # letters outside of ASCII, the most frequent first
     "sr": "аоиенртсјувдкмплзгбчшћжцњхђљфџ",
     "be": "аніелоысркятпдцьвмзубўэчгшйхжюёф",
     "mk": "аоиетнрсвдкплмујзгбчшцжхќњѓфљџѕ",
+    "kk": "аеынтірлдсқмокбуйғпзгшжңөәүұвияхэчцюфһщёьъ",
     "el": "αοιετσνρηπκυλμςόάίέήγδωχθύφβώξζψϊϋΐΰ",
     "he": "יוהלאתרבשמנםחדקפעכסטצגןזךץף\u05b0\u05b4\u05b7\u05b8\u05bc\u05b6\u05b5",
     "ar": "اليمنوتربعدهفسكقحجشطةصخىأذضغئزءإثظؤآ\u064b\u064e\u0651\u0650\u064f\u0652",
@@ -49,6 +50,7 @@ ALPHABETS = {  # letters outside of ASCII, the most frequent first
     "et": "äõüöšž",
     "lv": "āīēšņļūžčķģ",
     "lt": "ėšųžįąūčę",
+    "eo": "ĉŭĝŝĵĥ",
     "vi": "đưàơáâôêăéíóùãạ\u0301\u0300\u0303\u0309\u0323ếạộảềấầủợậìệọúốịớẩứừổẽểờụỉẫựễồẻắặỗữởằẹẵỏửũỹỳỷõ",
 }
 COMMON = {  # the most frequent characters of scripts that have thousands
@@ -76,6 +78,8 @@ CANDIDATES = {  # Python's name (of the larger set where one holds another): lan
     "cp949": ("ko", 4),
     "big5hkscs": ("zh-Hant", 4),
     "cp1250": (CENTRAL, 4),
+    "kz1048": ("kk", 8),
+    "ptcp154": ("kk", 10),
     "cp1253": ("el", 4),
     "cp1254": ("tr", 5),
     "cp1255": ("he", 4),
@@ -86,6 +90,7 @@ CANDIDATES = {  # Python's name (of the larger set where one holds another): lan
     "koi8_r": ("ru", 6),
     "koi8_u": ("uk", 7),
     "iso8859_2": (CENTRAL, 5),
+    "iso8859_3": ("eo", 6),
     "iso8859_4": (BALTIC, 9),
     "iso8859_5": (CYRILLIC, 8),
     "iso8859_6": ("ar", 7),
@@ -130,6 +135,7 @@ AFTER_LETTERS = frozenset("”“’‘»›«‹…–—®™ºª²³،؟؛\xa
 INSIDE_WORDS = frozenset("’–—·\xad\u200c״׳־ـ")
 FULL_WIDTH = frozenset("，。、：；！？（）「」『』《》〈〉【】・～ー\u3000“”‘’…—")
 FULL_WIDTH_BITS, RARE_BITS, FOREIGN_BITS, CONTROL_BITS, ASCII_BITS = 3.0, 9.0, 13.0, 16.0, 5.0
+FRAME_BITS = 2.0  # of lines drawn around text, each part beside its like
 CAPITAL_BITS, ALONE_BITS, TOUCH_BITS, ODD_BITS = 2.0, 3.0, 4.0, 6.0  # more, by where a character stands
 FALL = 0.01  # how frequent the last letter of an alphabet is, relative to the first one
 EVIDENCE = 0.5  # part of the bits that counts: neighbouring letters are no independent witnesses
@@ -138,12 +144,16 @@ EXCESS_BITS, SHORT_EXCESS_BITS = 2.5, 4.0  # n characters may cost so much more 
 IDEOGRAPH_EXCESS_BITS = 3.5  # A, where a character has two bytes
 MAX_MESS = 0.2  # charset-normalizer's own limit
 SAMPLE_BYTES, N_SAMPLES = 4096, 8  # looked at, in parts
-BEFORE_BYTES = 40  # of a part before its first byte beyond ASCII
-QUICK_BYTES, N_QUICK = 800, 8  # on so much all candidates compete, on the whole sample those with the best readings
+BEFORE_BYTES = 24  # of a part before its first byte beyond ASCII
+QUICK_BYTES = 512  # on which all candidates compete
+N_QUICK, N_LANGUAGES = 6, 3  # readings, and languages in each, that compete on the whole sample then
 WHITE_SPACE = re.compile(rb"[ \n]")
 BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
 UNUSUAL = re.compile(r"(?s)(?<=(.))([^\t\n\v\f\r -~])(?=(.))")  # with its neighbours
 MAX_CONFIDENCE = 0.99
+
+
+SAME = "same"  # class of a neighbour that is the same character
 
 
 class Guess(NamedTuple):
@@ -157,6 +167,7 @@ class _Reading(NamedTuple):
     """A sample in one encoding."""
 
     bits: float
+    against: float  # bits of them that the encoding has beforehand
     encoding: str
     language: str
     n: int  # characters that were judged
@@ -169,7 +180,11 @@ def guess_encoding(data: bytes) -> Guess:
     share = max(1, QUICK_BYTES // len(samples))
     quick = sorted(_readings([sample[:share] for sample in samples], CANDIDATES))
     texts = list(dict.fromkeys(reading.text for reading in quick))[:N_QUICK]
-    likely = {reading.encoding: CANDIDATES[reading.encoding] for reading in quick if reading.text in texts}
+    likely: dict[str, tuple[str, float]] = {}
+    for reading in quick:
+        languages, against = likely.get(reading.encoding, ("", CANDIDATES[reading.encoding][1]))
+        if reading.text in texts and languages.count(" ") < N_LANGUAGES:
+            likely[reading.encoding] = f"{languages} {reading.language}", against
     return _judge(sorted(_readings(samples, likely)))
 
 
@@ -199,14 +214,14 @@ def _samples(data: bytes) -> list[bytes]:
 
 
 def _readings(samples: Sequence[bytes], candidates: Mapping[str, tuple[str, float]]) -> Iterator[_Reading]:
-    """The best reading in each encoding."""
+    """The reading in each encoding and language."""
     for encoding, (languages, against) in candidates.items():
-        texts = [sample.decode(encoding, "replace") for sample in samples]
-        seen = sum(map(_in_context, texts), Counter[tuple[str, str, str]]())
+        text = "\n".join(sample.decode(encoding, "replace") for sample in samples)
+        seen = _in_context(text)
         n = seen.total()
-        prior = against + ASCII_BITS * (sum(map(len, texts)) - n)
-        bits, language = min((_cost(seen, language), language) for language in languages.split())
-        yield _Reading(bits + prior, encoding, language, n, "".join(texts))
+        prior = against + ASCII_BITS * (len(text) - n)
+        for language in languages.split():
+            yield _Reading(_cost(seen, language) + prior, against, encoding, language, n, text)
 
 
 def _judge(readings: Sequence[_Reading]) -> Guess:
@@ -221,7 +236,9 @@ def _judge(readings: Sequence[_Reading]) -> Guess:
     plausible = 1 / (1 + 4 ** min(excess, 100))
     if _mess(best.text) > MAX_MESS:
         plausible /= 4
-    return Guess(best.encoding, min(MAX_CONFIDENCE, plausible / (1 + against)))
+    same = (reading for reading in readings if reading.text == best.text)  # in the commonest encoding of them
+    encoding = min(same, key=lambda reading: reading.against).encoding
+    return Guess(encoding, min(MAX_CONFIDENCE, plausible / (1 + against)))
 
 
 def _alike(a: _Reading, b: _Reading) -> bool:
@@ -240,18 +257,21 @@ def _in_context(text: str) -> Counter[tuple[str, str, str]]:
     """How often (class before, character, class after) occurs, of what is not ordinary ASCII."""
     seen: Counter[tuple[str, str, str]] = Counter()
     for (before, char, after), count in Counter(UNUSUAL.findall(f" {text} ")).items():
-        seen[_class_of(before), char, _class_of(after)] += count
+        kinds = (SAME if other == char else _class_of(other) for other in (before, after))
+        seen[next(kinds), char, next(kinds)] += count
     return seen
 
 
 @cache
 def _class_of(char: str) -> str:
-    """space, control, mark, digit, or a letter: ASCII or its script (LATIN, CJK, …) and lower, upper or letter."""
+    """space, control, frame, mark, digit, or a letter: ASCII or its script (LATIN, …) and lower, upper or letter."""
     category = unicodedata.category(char)
     if char in " \t\n\r\f\v":
         return "space"
     if category in ("Cc", "Cn", "Co", "Cs") or char == "\ufffd":
         return "control"
+    if "\u2500" <= char <= "\u259f":
+        return "frame"
     if category[0] not in "LM":
         return "digit" if category == "Nd" else "mark"
     script = "ASCII" if char.isascii() else unicodedata.name(char, "").split(" ")[0].split("-")[0]
@@ -283,6 +303,8 @@ def _letter_cost(bits: Mapping[str, float], language: str, before: str, char: st
     kind = _class_of(char)
     if kind == "control":
         return CONTROL_BITS
+    if kind == "frame":
+        return FRAME_BITS if SAME in (before, after) else RARE_BITS
     own = bits.get(char.lower() if len(char.lower()) == 1 else "i")  # of İ it is two
     if own is None and kind == "mark":
         return MARKS.get(char, FOREIGN_BITS) + TOUCH_BITS * _touches(before, char, after)
@@ -293,10 +315,14 @@ def _letter_cost(bits: Mapping[str, float], language: str, before: str, char: st
     inside_small = case == "upper" and before.endswith("lower")
     inside_capitals = case == "lower" and before.endswith("upper") and after.endswith("upper")
     own += ODD_BITS if inside_small or inside_capitals else CAPITAL_BITS if case == "upper" else 0.0
-    neighbours = [other.partition(" ")[0] for other in (before, after) if other not in ("space", "mark", "control")]
+    neighbours = [
+        other.partition(" ")[0] for other in (before, after) if other not in ("space", "mark", "frame", "control")
+    ]
     if script != "COMBINING":
-        at_home = (script, "COMBINING", "ASCII" if script == "LATIN" else "")
+        at_home = (script, SAME, "COMBINING", "ASCII" if script == "LATIN" else "")
         own += sum(TOUCH_BITS if other == "digit" else ODD_BITS for other in neighbours if other not in at_home)
+    if before == after == SAME:  # no word has a letter three times
+        own += ODD_BITS
     alone = script == "LATIN" and (not neighbours or before.startswith("LATIN"))  # not among plain letters
     return own + ALONE_BITS if alone else own
 

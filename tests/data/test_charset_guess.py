@@ -47,7 +47,15 @@ TEXTS = {
     "zh": "河水慢慢地流着，古老的桥映在水里。苹果树的花一直开到五月，孩子们在家门口玩，老人坐在树下说话。",
     "zh-Hant": "河水慢慢地流著，古老的橋映在水裡。蘋果樹的花一直開到五月，孩子們在家門口玩，老人坐在樹下說話。",
 }
+TEXTS["kk"] = (
+    "Өзен баяу ағып, ескі көпір суға шағылысты. Алма ағаштары мамырға дейін гүлдеді, балалар үйдің жанында ойнады."
+)
+TEXTS["eo"] = (
+    "La rivero fluis malrapide, kaj la ponto speguliĝis en la akvo. Ĉiuj infanoj ĝoje ludis ĉe la domo ĝis ĵaŭdo."
+)
 ENCODINGS = {
+    "kk": "kz1048",
+    "eo": "iso8859-3",
     "ru": "cp1251 koi8-r cp866 iso8859-5 mac-cyrillic cp855",
     "uk": "cp1251 koi8-u",
     "bg": "cp1251 iso8859-5",
@@ -151,6 +159,12 @@ def test_the_sample_is_small_and_from_everywhere():
     assert len(samples) == charset_guess.N_SAMPLES and sum(map(len, samples)) <= charset_guess.SAMPLE_BYTES
     places = [int(sample.split(b"\n")[1].split()[0]) for sample in samples]
     assert all(abs(place - i * 100_000 / len(samples)) < 2000 for i, place in enumerate(places))
+
+
+def test_frames_of_dos_are_no_thai():
+    text = "╔══════════════╗\n║ Release notes ║\n╚══════════════╝\nplain words about it\n" * 5
+    guess = guess_encoding(text.encode("cp437"))
+    assert text.encode("cp437").decode(guess.encoding) == text and guess.confidence > 0.6
 
 
 def test_every_candidate_is_one_of_pythons():
