@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from nnx_cli.runs.tensors import check_finite
 from nnx_cli.system.files import new_folder, refuse_existing
 
 MAX_REPEATS = 4  # how often a file may use the same elements: tied matrices and views do, bombs do more
+MOST_COMPARED = 1000  # names of tensors, in search of a misnomer
 AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher|best", re.IGNORECASE)  # weights, but not the newest ones
 NO_WEIGHTS = re.compile(r"optim|grad|exp_avg|moment", re.IGNORECASE)  # as large as the weights, under their names
 
@@ -115,8 +117,15 @@ def _check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 def _refusal(found: CheckpointFile, place: str, error: BaseException) -> str:
     """Why the tensors at a place of a file make no model."""
-    missing = next((key for key in found.odd if key.removeprefix(place) in str(error)), None)
-    why = f"{missing} is {found.odd[missing]}" if missing else str(error)
+    odd = next((key for key in found.odd if key.removeprefix(place) in str(error)), None)
+    why = f"{odd} is {found.odd[odd]}" if odd else str(error)
+    if (missing := re.search(r"'(\S+)' is missing$", why)) is not None:
+        wanted, digits = place + missing[1], re.compile(r"\d+")  # that of another layer is no misnomer
+        names = [
+            key for key in found.tensors if key.startswith(place) and digits.sub("", key) != digits.sub("", wanted)
+        ]
+        alike = difflib.get_close_matches(wanted, names[:MOST_COMPARED], n=1) or names[:1]
+        why += "".join(f"; the most like it is {name} {tuple(found.tensors[name].shape)}" for name in alike)
     text = str(found.path)
     return why if why.startswith(text) else f"{text}{f', at {place}*' if place else ''}: {why}"
 

@@ -227,6 +227,8 @@ def _derive_anew(
     Raises UsageError where a warm-up of the user's own is longer than the run.
     """
     assert old.warmup_steps is not None
+    if all(getattr(config, name) == getattr(old, name) for name in LENGTHS):  # the same length once more
+        return replace(config, warmup_steps=overrides.get("warmup_steps", old.warmup_steps)), {}
     automatic = run.config.get("automatic", {})
     warmup = old.warmup_steps if step >= old.warmup_steps else max(step, fresh["warmup_steps"].value)
     values = {field: new.value for field, new in fresh.items()} | {"warmup_steps": warmup}

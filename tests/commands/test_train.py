@@ -538,6 +538,18 @@ def test_what_followed_from_the_length_follows_from_the_new_one(nnx, run, worksp
     assert rows["warmup_steps"][0] == 40, "a warm-up that is over does not begin again"
 
 
+def test_the_same_length_once_more_changes_nothing(nnx, run):
+    with run.lock():
+        training = run.config["training"] | {"max_steps": 50, "warmup_steps": 45, "weight_decay": 0.7}
+        run.set_config(run.config | {"training": training})
+        run.set_status(status="interrupted")
+    words = ["train", "--resume", "words", "--max-steps", 50, "--dry-run", "--json"]
+    rows = {row["setting"]: row["value"] for row in json.loads(nnx(*words).stdout)}
+    assert rows | training == rows
+    rows = {row["setting"]: row["value"] for row in json.loads(nnx(*words, "--warmup-steps", 44).stdout)}
+    assert rows["warmup_steps"] == 44 and rows["weight_decay"] == 0.7
+
+
 def test_a_warm_up_of_the_users_own_is_blamed_with_what_mends_it(nnx, refused, data):
     first = ["--max-steps", 500, "--warmup-steps", 400, "--out", "my run", "--val-every", 4]
     with pytest.MonkeyPatch.context() as patch:

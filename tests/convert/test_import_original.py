@@ -147,6 +147,12 @@ def test_what_cannot_be_mapped_is_named_with_file_tensor_and_shape(original):
     lacks = {k: v for k, v in weights.items() if k != "layers.1.func.norm_layer.gamma"}
     assert "x.pth, at net.*: " in str(refusal({"net": lacks}))
     assert "'layers.1.func.norm_layer.gamma' is missing" in str(refusal(lacks))
+    output = "layers.0.func.attn_output_proj.weight"
+    renamed = {("layers.0.func.attn_out.weight" if k == output else k): v for k, v in weights.items()}
+    assert str(refusal(under("net.", renamed))) == (
+        f"x.pth, at net.*: this is no checkpoint of nyx: '{output}' is missing; the most like it is "
+        "net.layers.0.func.attn_out.weight (32, 32)"
+    )
     shape = weights | {"norm_layer.gamma": torch.zeros(5)}
     assert "(5,)" in str(refusal(shape)) and "(32,)" in str(refusal(shape))
     whole = weights | {"norm_layer.gamma": torch.zeros(32, dtype=torch.int8)}
