@@ -51,15 +51,23 @@ class TextReader:
     """Text of one file in blocks of at most 1 MiB of bytes. After the last: `encoding`, `n_replaced` (bytes)."""
 
     def __init__(
-        self, stream: Stream, *, strict: bool, encoding: str | None = None, likely: Callable[[], Guess] | None = None
+        self,
+        stream: Stream,
+        *,
+        strict: bool,
+        encoding: str | None = None,
+        likely: Callable[[], Guess] | None = None,
+        controls: bool = False,
     ) -> None:
         """`encoding` is what the user says that unmarked text is in; without it that is found out. What is not UTF-8 is
-        in the `likely` one, where it is known from other text of the same kind."""
+        in the `likely` one, where it is known from other text of the same kind. Text with many control characters is
+        taken for binary data, but where `controls` are allowed."""
         self.encoding = encoding or "utf-8"
         self.guess: Guess | None = None
         self.n_replaced = 0
         self._known = encoding is not None
         self._likely = likely
+        self._controls = controls
         self._stream = stream
         self._strict = strict
 
@@ -102,6 +110,8 @@ class TextReader:
         if self._known or not _has_controls(head) or _escaped(head):
             return
         wide = _latin_utf16(head) or guess_wide(head)
+        if wide.confidence < MIN_CONFIDENCE and self._controls:
+            return
         if wide.confidence < MIN_CONFIDENCE:
             raise DataError(
                 f"{self._stream.name} is binary, not text", fix="if it is text, name its encoding: --encoding NAME"
@@ -175,7 +185,7 @@ def read_text(stream: Stream, limit: int, encoding: str | None = None) -> tuple[
     data = content.read(limit + 1)
     if len(data) > limit:
         raise DataError(f"{stream.name} has more than {limit >> 10:,} KiB")
-    reader = TextReader(Stream(io.BytesIO(data), stream.name), strict=False, encoding=encoding)
+    reader = TextReader(Stream(io.BytesIO(data), stream.name), strict=False, encoding=encoding, controls=True)
     return "".join(reader), reader.notes
 
 

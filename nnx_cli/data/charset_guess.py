@@ -190,6 +190,8 @@ def guess_encoding(data: bytes) -> Guess:
 
 def guess_wide(head: bytes) -> Guess:
     """The byte order and width of UTF-16 or UTF-32 by the beginning of a file that has no mark."""
+    if len(head) < 4 or len(head) % 2:
+        return Guess("utf-16-le", 0.0)
     head = head[: min(len(head) // 4 * 4, SAMPLE_BYTES)]
     orders = (dict.fromkeys(pair, (ALL_LANGUAGES, 0.0)) for pair in WIDE_CANDIDATES)
     return max((_judge(sorted(_readings([head], pair))) for pair in orders), key=lambda guess: guess.confidence)

@@ -184,6 +184,9 @@ def test_small_files_are_read_alike():
     assert text_of(b"caf\xe9 r\xe9sum\xe9")[0] == "café résumé"
     assert text_of(RUSSIAN.encode("koi8-r"), encoding="koi8-r") == (RUSSIAN, [])
     assert text_of(b"") == ("", [])
+    for controls in (b"\x1b]52;c;?\x07", bytes(range(1, 32)), b"a\x00b", b"\x07" * 5):
+        assert text_of(controls) == (controls.decode(), [])
+    assert text_of("Жили-были".encode("utf-16-be"))[0] == "Жили-были"
     with pytest.raises(DataError, match="has more than"):
         text_of(b"x" * 1001)
     with pytest.raises(DataError, match="PNG"):
