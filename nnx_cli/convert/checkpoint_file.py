@@ -236,6 +236,6 @@ def _why_refused(path: Path, error: BaseException) -> str:
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return f"{path} holds {named[1]}, which the safe loader refuses; nothing in it was run"
     what = f"{path} is no checkpoint of tensors, or is damaged; nothing in it was run"
-    if operand := re.search(r"Unsupported operand (\d+)", str(error)):
+    if zipfile.is_zipfile(path) and (operand := re.search(r"Unsupported operand (\d+)", str(error))):
         return f"{what} (instruction {operand[1]} is none of pickle protocol 2, which torch.save writes)"
     return what

@@ -149,8 +149,10 @@ def _notes(found: CheckpointFile, places: list[str], place: str, taken: Mapping[
     if len(places) > 1:
         others = ", ".join(f"{other}*" for other in places if other != place)
         notes.append(f"{found.path} has weights more than once: those at {place}* are taken, not {others}")
+    said = tuple(other for other in places if other not in (place, ""))
     left = [key for key in found.tensors if not (key.startswith(place) and key.removeprefix(place) in taken)]
-    kinds = [f"{len(left)} tensors ({left[0]}{', …' if len(left) > 1 else ''})"] if left else []
+    left = [key for key in left if not key.startswith(said)]
+    kinds = [f"{len(left)} tensors ({left[0]}, …)" if len(left) > 1 else f"the tensor {key}" for key in left[:1]]
     kinds += [f"{key}, which is {kind}" for key, kind in list(found.odd.items())[:1]]
     kinds += [f"objects of {', '.join(found.objects[:3])}"] if found.objects else []
     if kinds:

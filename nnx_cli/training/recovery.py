@@ -89,7 +89,11 @@ class Recovery:
 
     def course(self, run: Run) -> LossCourse | None:
         """How the losses of a run went, None where it has no log."""
-        return LossCourse.of(list(read_log(run.folder / "metrics.jsonl")))
+        losses = ("step", "train_loss", "val_loss")
+        with suppress(CheckpointError):
+            records = read_log(run.folder / "metrics.jsonl")
+            return LossCourse.of([{name: record.get(name) for name in losses} for record in records])
+        return None
 
     def check_end(self, run: Run, config: TrainConfig, tokens: np.ndarray) -> None:
         """Raise QualityError where the losses of a run that is over say that it went wrong. `tokens` is its text."""

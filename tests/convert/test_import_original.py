@@ -106,7 +106,7 @@ def test_of_several_weights_the_newest_are_taken_and_that_is_said(original, take
     for content in ({taken: weights, other: zeros}, {other: under("module.", zeros), taken: weights}):
         notes, found = imported(content)
         assert (found(IDS) - model(IDS)).abs().max() < 1e-5
-        assert f"those at {taken}.* are taken, not {other}." in notes[0]
+        assert f"those at {taken}.* are taken, not {other}." in notes[0] and len(notes) == 1
 
 
 def test_weights_that_are_not_all_there_give_way_to_others(original):
@@ -119,7 +119,7 @@ def test_weights_that_are_not_all_there_give_way_to_others(original):
 @pytest.mark.parametrize(
     ("beside", "note"),
     [
-        ({"n_averaged": torch.tensor(3)}, "1 tensors (n_averaged)"),
+        ({"n_averaged": torch.tensor(3)}, "left out of x.pth: the tensor n_averaged"),
         ({"lm_head.weight": torch.zeros(64, 32), "criterion.weight": torch.ones(3)}, "2 tensors (lm_head.weight, …)"),
         ({"layers.0.func.mask": torch.ones(8, 8, dtype=torch.bool)}, "layers.0.func.mask"),
         ({"odd": torch.eye(3).to_sparse()}, "odd, which is of layout sparse_coo"),
@@ -137,7 +137,7 @@ def test_so_are_those_of_a_safetensors_file(original):
     _, weights = original
     save_file(under("model.", weights) | {"step": torch.tensor(3)}, "x.safetensors")
     _, notes = import_checkpoint("nyx", Path("x.safetensors"), Path("out"))
-    assert notes == ["left out of x.safetensors: 1 tensors (step)"]
+    assert notes == ["left out of x.safetensors: the tensor step"]
 
 
 def test_what_cannot_be_mapped_is_named_with_file_tensor_and_shape(original):
