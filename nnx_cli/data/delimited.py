@@ -17,6 +17,7 @@ DELIMITERS = ",;\t|"
 NEVER = "\x1f"  # the delimiter of a table of one column
 NAMED = 10  # columns in a message
 LIKE_ROWS, LIKE_ROWS_WITH_NUMBERS = 10, 3  # so many lines in one field, each like a row: its quote is a mistake
+FIRST_ROWS = 50  # that tell which columns hold numbers
 
 
 class Table:
@@ -27,93 +28,106 @@ class Table:
         self._limit = limit
         self._quoted = quoted
         self._lines = _numbered(blocks, limit)
-        self._again: deque[tuple[int, str | None]] = deque()  # lines that were taken for the rest of a row
-        self._blanks = False  # behind delimiters
-        self._delimiter, self._columns = self._header(key, name)
+        self._again: deque[tuple[int, str]] = deque()  # lines that were taken for the rest of a row
+        self._taken: list[tuple[int, str]] = []  # the lines of the row that is read
+        self._too_long: list[int] = []
+        self._how: dict[str, Any] = {}  # delimiter and blanks behind it, for the reader of rows
+        self._columns = self._header(key, name)
         self._column = self._columns.index(key.strip()) if self._columns else 0
-        self._numbers: set[int] | None = None  # columns that hold a number in every row so far
+        self._n_rows = 0
+        self._numbers: set[int] = set()  # columns with a number in each of the first rows
 
     def rows(self) -> Iterator[tuple[int, str | BadRow]]:
         """(line number, text)."""
-        while (line := self._next()) is not None:
-            number, text = line
+        taken, column, n = self._taken, self._column, len(self._columns)
+        rows = csv.reader(self._feed(), strict=True, **self._how)
+        while True:
+            taken.clear()
+            try:
+                cells = next(rows, None)
+                swallowed = len(taken) > LIKE_ROWS_WITH_NUMBERS and self._swallowed()
+            except csv.Error:
+                cells, swallowed = [], True
+            if swallowed:
+                rows = csv.reader(self._feed(), strict=True, **self._how)
+                self._again.extendleft(reversed(taken[1:]))
+                yield taken[0][0], self._alone(taken[0][1])
+            elif cells is None:
+                break
+            elif len(cells) == n and self._n_rows == FIRST_ROWS:
+                yield taken[0][0], cells[column]
+            elif len(cells) > 1 or any(map(str.strip, cells)):
+                yield taken[0][0], self._text_of(cells)
+        yield from ((number, BadRow(f"it has more than {self._limit >> 20} MiB")) for number in self._too_long)
+
+    def _feed(self) -> Iterator[str]:
+        """Lines for a reader of rows, which takes more than one where quotes are open; ends where it takes too many."""
+        taken, again = self._taken, self._again
+        size = 0
+        while True:
+            number, text = again.popleft() if again else next(self._lines, (0, ""))
+            if not number:
+                return
             if text is None:
-                yield number, BadRow(f"it has more than {self._limit >> 20} MiB")
-            elif text and not text.isspace():
-                cells = self._cells(text) if '"' in text else self._split(text)
-                yield number, cells if isinstance(cells, BadRow) else self._text_of(cells)
+                self._too_long.append(number)
+                continue
+            taken.append((number, text))
+            yield text + "\n"
+            if not taken:  # the row was whole
+                size = 0
+                continue
+            size += len(text)
+            checked = len(taken) - 1 == (LIKE_ROWS_WITH_NUMBERS if self._numbers else LIKE_ROWS)
+            if size > self._limit or (checked and self._swallowed()):
+                return
 
-    def _next(self) -> tuple[int, str | None] | None:
-        return self._again.popleft() if self._again else next(self._lines, None)
-
-    def _header(self, key: str, name: str) -> tuple[str, list[str]]:
-        """Delimiter and names of columns; none where the table is empty. DataError where no column is named `key`."""
+    def _header(self, key: str, name: str) -> list[str]:
+        """The names of the columns; none where the table is empty. DataError where no column is named `key`."""
         line = next((text for _, text in self._lines if text is None or text.strip()), "")
         stated = re.fullmatch(r'"?sep=(.)"?\s*', line or "", re.IGNORECASE)  # what Excel writes and reads
         if stated is not None:
             line = next((text for _, text in self._lines if text is None or text.strip()), "")
         if line is None or not line:
-            return NEVER, []
+            return []
         key = key.strip()
         found = {delimiter: _names(line, delimiter) for delimiter in (stated[1] if stated else DELIMITERS)}
         delimiter, names = max(found.items(), key=lambda item: (key in item[1], len(item[1])))
         if key not in names:
             raise _no_column(line, names, key, name)
-        self._blanks = f"{delimiter} " in line
-        return (delimiter, names) if len(names) > 1 else (NEVER, names)
+        self._how = {"delimiter": delimiter if len(names) > 1 else NEVER, "skipinitialspace": f"{delimiter} " in line}
+        return names
 
     def _text_of(self, cells: list[str]) -> str | BadRow:
         n = len(self._columns)
         if len(cells) <= self._column:
             return BadRow("it has too few columns")
-        if any(map(str.strip, cells[n:])):
+        if len(cells) > n and any(map(str.strip, cells[n:])):
             return BadRow(f"it has {len(cells)} columns, the header {n}")
-        numbers = {i for i, cell in enumerate(cells[:n]) if i != self._column and cell.strip().isdecimal()}
-        self._numbers = numbers if self._numbers is None else self._numbers & numbers
+        if self._n_rows < FIRST_ROWS:
+            numbers = {i for i, cell in enumerate(cells[:n]) if i != self._column and cell.strip().isdecimal()}
+            self._numbers = self._numbers & numbers if self._n_rows else numbers
+            self._n_rows += 1
         return cells[self._column]
 
-    def _split(self, line: str) -> list[str]:
-        cells = line.rstrip("\r").split(self._delimiter)
-        return [cell.lstrip(" ") for cell in cells] if self._blanks else cells
-
-    def _cells(self, first: str) -> list[str] | BadRow:
-        """The cells of a row with quotes, which may go on for several lines."""
-        taken: list[tuple[int, str | None]] = []
-        how: dict[str, Any] = {"delimiter": self._delimiter, "skipinitialspace": self._blanks}
-        rows = csv.reader(chain([first + "\n"], self._more(taken)), strict=True, **how)
+    def _alone(self, line: str) -> str | BadRow:
+        """The text of a row whose quotes make no sense, by its first line alone."""
+        if not self._quoted:
+            return self._text_of(line.rstrip("\r").split(self._how["delimiter"]))
+        rows = csv.reader([line, ""], **self._how)
         try:
             cells = next(rows)
-            if not self._swallowed([text or "" for _, text in taken]):
-                return cells
-        except csv.Error:
-            pass
-        self._again.extendleft(reversed(taken))
-        if not self._quoted:
-            return self._split(first)
-        rows = csv.reader([first, ""], **how)
-        cells = next(rows)
-        return cells if rows.line_num == 1 else BadRow("its quote is not closed before other rows begin")
+        except csv.Error as error:
+            return BadRow(str(error))
+        return self._text_of(cells) if rows.line_num == 1 else BadRow("its quote is not closed before other rows begin")
 
-    def _more(self, taken: list[tuple[int, str | None]]) -> Iterator[str]:
-        """The lines that follow, for as long as they may belong to one row."""
-        size = 0
-        while (line := self._next()) is not None:
-            taken.append(line)
-            size += len(line[1] or "") + 1
-            if line[1] is None or size > self._limit:
-                return
-            yield line[1] + "\n"
-            if len(taken) <= LIKE_ROWS and self._swallowed([text or "" for _, text in taken]):
-                return
-
-    def _swallowed(self, texts: list[str]) -> bool:
-        """Whether lines that one field goes on for are rows of their own."""
+    def _swallowed(self) -> bool:
+        """Whether the lines that one row goes on for are rows of their own."""
+        texts = [text for _, text in self._taken[1:]]
         n = len(self._columns)
         if n < 2 or len(texts) < (LIKE_ROWS_WITH_NUMBERS if self._numbers else LIKE_ROWS):
             return False
-        rows = [text.split(self._delimiter) for text in texts]
-        numbers = self._numbers or ()
-        return all(len(cells) == n and all(cells[i].strip().isdecimal() for i in numbers) for cells in rows)
+        rows = (text.split(self._how["delimiter"]) for text in texts)
+        return all(len(cells) == n and all(cells[i].strip().isdecimal() for i in self._numbers) for cells in rows)
 
 
 def _numbered(blocks: Iterable[str], limit: int) -> Iterator[tuple[int, str | None]]:

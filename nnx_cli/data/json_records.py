@@ -136,17 +136,16 @@ def is_lines(head: str) -> bool:
 
 def _line_text(line: str, key: str) -> str | BadRow:
     try:
-        return _record_text(json.loads(line), key)
+        record = json.loads(line)
     except (ValueError, RecursionError):
         return BadRow("it is not JSON")
+    return _record_text(record, key)
 
 
 def _record_text(record: object, key: str, plain: bool = True) -> str | BadRow:
     """The text of a record: its field `key`, or the record itself where that is a text."""
-    if isinstance(record, str) and plain:
-        return well_formed(record)
     if not isinstance(record, dict):
-        return BadRow("it is not a JSON object")
+        return well_formed(record) if isinstance(record, str) and plain else BadRow("it is not a JSON object")
     text = record.get(key)
     if not isinstance(text, str):
         text = text_of(list(leaves(record, key)))

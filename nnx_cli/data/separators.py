@@ -29,6 +29,7 @@ class Documents:
     def __init__(self, separator: str | None) -> None:
         self.n_found = self.n_inside = 0
         self.marker = ""  # as it is written, the first time
+        self.by_markers = separator is None
         self._text = separator
         self._separator = None if separator is None else _pattern(separator)
         self._reach = MAX_LINE_CHARS if separator is None else len(separator) + separator.count("\n") + 2
@@ -59,16 +60,9 @@ class Documents:
             self._at_line_start = text[keep - 1] == "\n" if keep else self._at_line_start
         yield Piece("", True)
 
-    def row(self, text: str) -> Iterator[Piece]:
-        """The documents of a text that is one by itself."""
-        if self._text is None and "|" not in text:
-            yield Piece(text, True)
-        else:
-            yield from self.pieces([text])
-
     def notes(self, name: str) -> list[str]:
         """What the user should know of the file `name`, once all is read."""
-        if self._text is not None:
+        if not self.by_markers:
             return [] if self.n_found else [f"{name}: no {self._text!r} in it separates documents"]
         notes = []
         if self.n_found:

@@ -249,7 +249,10 @@ class Reader:
         skipped, first = 0, ""
         for number, text in numbered:
             if not isinstance(text, formats.BadRow):
-                yield from documents.row(text)
+                if documents.by_markers and "|" not in text:
+                    yield Piece(text, True)
+                else:
+                    yield from documents.pieces([text])
                 continue
             if self.strict:
                 raise DataError(f"{name}, {unit} {number}: {text}", fix="mend it, or take --errors replace")
