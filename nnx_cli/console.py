@@ -81,7 +81,7 @@ def columns_of(*streams: IO[str] | None) -> int | None:
 def _stated(name: str) -> int | None:
     """The number of columns or lines that a variable of the environment states, if it does."""
     value = os.environ.get(name, "")
-    return int(value) if re.fullmatch("0*[1-9][0-9]{0,5}", value) else None
+    return int(value) if re.fullmatch("0*[1-9][0-9]{0,3}", value) else None
 
 
 def _console(file: IO[str]) -> Console:

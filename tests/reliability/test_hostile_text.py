@@ -251,7 +251,7 @@ def model_output(full: bool) -> Result:
                     said(outcome, case, "--json" in way)
                     assert outcome.code == 0, outcome.err
                     if "--json" in way and name != "long":
-                        assert json.loads(outcome.out)["prompt"] == text
+                        assert json.loads(outcome.out)["prompt"] == well_formed(text)
     return tally.result(9, "hostile model output and prompts")
 
 
