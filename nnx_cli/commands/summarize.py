@@ -118,10 +118,12 @@ def show_layers(output: Output, name: str, config: ModelConfig) -> None:
     import torchinfo
 
     from nnx_cli.planning import flops as cost
+    from nnx_cli.planning.shapes import ShapeCache
 
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
-    layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
+    with ShapeCache():
+        layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
     alike = copies(model)
     hidden = {id(part) for block, n in alike.items() if n == 0 for part in block.modules()}
     seen: set[int] = set()

@@ -3,6 +3,7 @@ would."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +34,7 @@ from nnx_cli.planning.settings import Derived
 from nnx_cli.planning.shapes import ShapeCache
 from nnx_cli.system.device import memory_budget
 from nnx_cli.system.hardware import Hardware
-from nnx_cli.system.torch_private import TorchDispatchMode
+from nnx_cli.system.torch_private import DispatchMode
 
 SIMULATED_TOKENS = 2**18  # larger micro-batches are on the line through this many and half of them
 GIB = 2**30
@@ -94,7 +95,7 @@ class _FusedAttention(TorchFunctionMode):
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-class _ComputedBytes(TorchDispatchMode):
+class _ComputedBytes(DispatchMode):
     """Adds up the bytes of every result."""
 
     n_bytes = 0
@@ -127,15 +128,15 @@ class Predictor:
     def __init__(
         self, name: str, config: ModelConfig, lora_rank: int | None, hardware: Hardware | torch.device
     ) -> None:
-        self.seq_len = config.seq_len
+        self._simulated_rows = max(2, SIMULATED_TOKENS // config.seq_len)
         self.shapes = ShapeCache()
         with self.shapes:
             self._model = meta_model(name, config, lora_rank)
-        self._asked = hardware
+        self._weights, self._asked = "fp32", hardware
         self._results: dict[Any, Any] = {}
         kind = hardware.type if isinstance(hardware, torch.device) else hardware.kind
         self._keeps_scores = kind != "cuda" and config.dropout > 0
-        self._bounded = lora_rank is None and not (self._keeps_scores and self.seq_len > DROPOUT_POSITIONS)
+        self._bounded = lora_rank is None and not (self._keeps_scores and config.seq_len > DROPOUT_POSITIONS)
 
     @cached_property
     def hardware(self) -> Hardware:
@@ -144,20 +145,29 @@ class Predictor:
 
     def model(self, weight_precision: str = "fp32") -> LanguageModel:
         """The model on the meta device, always the same, its matrices cast to what is asked for."""
-        cast_matrices(self._model, weight_precision)
+        if self._weights != weight_precision:
+            cast_matrices(self._model, weight_precision)
+            self._weights = weight_precision
         return self._model
 
     def _once(self, key: Any, compute: Callable[[], T]) -> T:
         if key not in self._results:
-            with self.shapes:
-                self._results[key] = compute()
+            self._results[key] = compute()
         return self._results[key]
 
     def fits(self, train: TrainConfig, rows: int, budget: int) -> bool:
         """Whether micro-batches of `rows` fit in `budget`. A step is simulated only where that is not plain to see."""
         if self.lower_bound(train) > budget:
             return False
-        return (self._bounded and self.upper_bound(train, rows) <= budget) or self.peak(train, rows) <= budget
+        if self.clearly_fits(train, rows, budget):
+            return True
+        if rows <= self._simulated_rows and self.memory(train, rows, optimizer_step=False).peak_bytes > budget:
+            return False
+        return self.peak(train, rows) <= budget
+
+    def clearly_fits(self, train: TrainConfig, rows: int, budget: int) -> bool:
+        """Whether even the upper bound is within `budget`."""
+        return self._bounded and self.upper_bound(train, rows) <= budget
 
     def lower_bound(self, train: TrainConfig) -> int:
         """Lower bound on peak memory: what there is between two micro-steps."""
@@ -172,28 +182,40 @@ class Predictor:
         """Upper bound on peak memory, at least 20 % above every prediction: half a GiB, 24 bytes for a
         parameter with all that belongs to it, and more of what a forward pass computes than is kept."""
         parameters = self._once("parameters", lambda: count_parameters(self.model())["total"])
-        computed = self._once("computed bytes", lambda: computed_bytes(self.model()))
         kept = KEPT_WITH_DROPOUT if self._keeps_scores else KEPT[train.precision]
-        return GIB // 2 + 24 * parameters + int(rows * computed * kept)
+        return GIB // 2 + 24 * parameters + int(rows * self._once("computed", self._computed_bytes) * kept)
 
-    def memory(self, train: TrainConfig, rows: int) -> Memory:
-        """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it."""
+    def _computed_bytes(self) -> int:
+        with self.shapes:
+            return computed_bytes(self.model())
+
+    def memory(self, train: TrainConfig, rows: int, optimizer_step: bool = True) -> Memory:
+        """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it. It may be too low
+        where the optimizer's step is left out."""
         weights = train.weight_precision
         how = weights, train.precision, train.activation_checkpointing, accumulates(train), train.optimizer_in_backward
-        step = self._once((how, rows), lambda: micro_step(self.model(weights), train, rows, self.hardware))
-        moment = self._once(
-            ("step", weights, train.optimizer), lambda: optimizer_step(self.model(weights), train, self.hardware)
-        )
-        states = self._optimizer_states(train)
-        return training_memory(self.model(weights), train, self.hardware, states, moment, step)
+
+        def predicted() -> Memory:
+            model, states = self.model(weights), self._optimizer_states(train)
+            step = self._once(("micro-step", how, rows), lambda: micro_step(model, train, rows, self.hardware))
+            moment = self._optimizer_step(train) if optimizer_step else 0
+            return training_memory(model, train, self.hardware, states, moment, step)
+
+        return self._once(("memory", how, train.optimizer, rows, optimizer_step), predicted)
 
     def _optimizer_states(self, train: TrainConfig) -> int:
         weights = train.weight_precision
         return self._once(("states", weights, train.optimizer), lambda: optimizer_states(self.model(weights), train))
 
+    def _optimizer_step(self, train: TrainConfig) -> int:
+        weights = train.weight_precision
+        return self._once(
+            ("step", weights, train.optimizer), lambda: optimizer_step(self.model(weights), train, self.hardware)
+        )
+
     def peak(self, train: TrainConfig, rows: int) -> int:
         """Predicted peak in bytes, of any micro-batch."""
-        most = max(2, SIMULATED_TOKENS // self.seq_len)
+        most = self._simulated_rows
         if rows <= most:
             return self.memory(train, rows).peak_bytes
         half, whole = (self.memory(train, n).peak_bytes for n in (most // 2, most))
@@ -202,22 +224,30 @@ class Predictor:
     def largest(self, train: TrainConfig, budget: int, most: int, fitting: int = 0) -> int:
         """The largest micro-batch within `budget`, up to `most`, where one of `fitting` rows is known to fit; 0 where
         there is none."""
-        if self.fits(train, most, budget):
+        least = self.lower_bound(train)
+        if least > budget:
+            return 0
+        if self.clearly_fits(train, fitting or 1, budget) and self.fits(train, most, budget):
             return most
-        return largest_batch(lambda rows: self.peak(train, rows), budget, most, fitting)
+        return largest_batch(lambda rows: self.peak(train, rows), budget, most, fitting, least)
 
 
-def largest_batch(peak: Callable[[int], int], budget: int, most: int, fitting: int = 0) -> int:
-    """The most rows, up to `most`, whose peak is within `budget`, as that of `fitting` is: 0 where not even one is."""
-    low, high = fitting or 1, most  # what fits, and what does not
-    if peak(low) > budget:
+def largest_batch(peak: Callable[[int], int], budget: int, most: int, fitting: int = 0, least: int = 0) -> int:
+    """The most rows, up to `most`, whose peak is within `budget`, as that of `fitting` is: 0 where not even one is.
+
+    Peaks lie close to a line from `least`, which no rows would take; a guess is where that through the last two meets
+    the budget.
+    """
+    low, high = fitting or 1, most + 1  # what fits, and what does not
+    before, last = (0, least), (low, peak(low))
+    if last[1] > budget:
         return 0
-    if peak(high) <= budget:
-        return high
     while high - low > 1:
-        share = (budget - peak(low)) / (peak(high) - peak(low))
-        guess = min(max(low + int((high - low) * share), low + 1), high - 1)
-        if peak(guess) <= budget:
+        slope = (last[1] - before[1]) / (last[0] - before[0])
+        guess = int(last[0] + (budget - last[1]) / slope) if slope > 0 else most
+        guess = min(max(guess, low + 1), high - 1)
+        before, last = last, (guess, peak(guess))
+        if last[1] <= budget:
             low = guess
         else:
             high = guess
@@ -227,12 +257,12 @@ def largest_batch(peak: Callable[[int], int], budget: int, most: int, fitting: i
 def first_that_fits(
     predictor: Predictor, train: TrainConfig, rows: int, budget: int, optimizer: str = "adamw"
 ) -> tuple[TrainConfig, tuple[MemorySaver, ...], bool]:
-    """The first settings of `savings` with which micro-batches of `rows` fit, the savers among them, and whether they
-    do; the last settings where none do."""
-    for chosen, taken in savings(train, optimizer):
-        if predictor.fits(chosen, rows, budget):
-            return chosen, taken, True
-    return chosen, taken, False
+    """The first settings of `savings`, each of which takes less memory than those before it, with which micro-batches
+    of `rows` fit, the savers among them, and whether they do; the last settings where none do."""
+    steps = [*savings(train, optimizer)]
+    n = bisect_left(steps, True, key=lambda step: predictor.fits(step[0], rows, budget))
+    chosen, taken = steps[min(n, len(steps) - 1)]
+    return chosen, taken, n < len(steps)
 
 
 def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) -> str:

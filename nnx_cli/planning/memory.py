@@ -28,6 +28,7 @@ from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._build import build_optimizer
+from nnx_cli.planning.shapes import ShapeCache
 from nnx_cli.system.device import DTYPES
 from nnx_cli.system.hardware import Hardware, of_device, planned
 from nnx_cli.system.torch_private import (
@@ -37,7 +38,6 @@ from nnx_cli.system.torch_private import (
     FLASH_BACKWARD,
     FLASH_CPU,
     HAS_ATTENTION,
-    TorchDispatchMode,
     storage_key,
 )
 
@@ -216,7 +216,7 @@ class Section:
     delta: int = 0
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(ShapeCache):
     """Counts the bytes of all storages that come to exist, until each is freed."""
 
     def __init__(self, hardware: Hardware = CPU) -> None:
@@ -239,7 +239,7 @@ class StorageTracker(TorchDispatchMode):
         self.sections.append(Section((name, number)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self.run(func, args, kwargs or {})
         workspace = WORKSPACES.get(func) if self.on_gpu else None
         self.count(out if isinstance(out, (tuple, list)) else (out,), workspace(*args) if workspace else 0)
         return out

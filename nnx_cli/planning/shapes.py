@@ -5,6 +5,7 @@ torch works out in Python what most of them return there, in 0.1 ms; a model ask
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli.system.torch_private import TorchDispatchMode, storage_key
+from nnx_cli.system.torch_private import DispatchMode, storage_key
 
 VALUES = int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
-IN_PLACE = object()  # the answer of an operator that returns what it writes to
+UNKNOWN, IN_PLACE = object(), object()  # answers; IN_PLACE: the argument that was written to
 
 
-class ShapeCache(TorchDispatchMode):
+class ShapeCache(DispatchMode):
     """Answers operators on meta tensors as it answered them for arguments just like these before.
 
     Without elements, an answer depends on shapes, strides and types, and on the arguments that are no tensors.
@@ -27,47 +28,31 @@ class ShapeCache(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._answers: dict[Any, Any] = {}
-        self._always_run: set[Any] = set()
+        self._answers: dict[Any, dict[Any, Any] | None] = defaultdict(dict)  # by operator; None: run it every time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`func(*args, **kwargs)`."""
-        if func in self._always_run:
+        answers = self._answers[func]
+        if answers is None:
             return func(*args, **kwargs)
-        key = func, _described(args), *kwargs, _described(kwargs.values())
-        if key in self._answers:
-            answer = self._answers[key]
+        key = _described(args), *kwargs, _described(kwargs.values())
+        answer = answers.get(key, UNKNOWN)
+        if answer is not UNKNOWN:
             return _written(args, kwargs) if answer is IN_PLACE else _made(answer)
         out = func(*args, **kwargs)
-        if key == (func, _described(args), *kwargs, _described(kwargs.values())):  # else it reshaped an argument
-            self._remember(key, out, args, kwargs)
-        return out
-
-    def _remember(self, key: tuple[Any, ...], out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given, returned = [*_leaves((args, kwargs.values()))], [*_leaves((out,))]
-        if not all(isinstance(x, (Tensor, *VALUES)) for x in (*given, *returned)):
-            self._always_run.add(key[0])
-        elif any(isinstance(x, Tensor) and not x.is_meta for x in (*given, *returned)):
-            return
-        elif isinstance(out, Tensor) and out is _written(args, kwargs):
-            self._answers[key] = IN_PLACE
-        elif _own_their_memory(returned, given):
-            self._answers[key] = _recipe(out)
+        if key != (_described(args), *kwargs, _described(kwargs.values())) or _has_elements((*given, *returned)):
+            return out  # it reshaped an argument, or there is something to compute
+        if isinstance(out, Tensor) and out is _written(args, kwargs):
+            answers[key] = IN_PLACE
+        elif _are_new(returned, given) and all(isinstance(x, (Tensor, *VALUES)) for x in (*given, *returned)):
+            answers[key] = _recipe(out)
         else:
-            self._always_run.add(key[0])
-
-
-def _own_their_memory(returned: list[Any], given: list[Any]) -> bool:
-    """Whether all tensors that were returned have storages of their own, no larger than they."""
-    tensors = [x for x in returned if isinstance(x, Tensor)]
-    storages = {storage_key(x.untyped_storage()) for x in (*tensors, *given) if isinstance(x, Tensor)}
-    before = {storage_key(x.untyped_storage()) for x in given if isinstance(x, Tensor)}
-    return len(storages) == len(tensors) + len(before) and all(
-        x.untyped_storage().nbytes() == _made(_recipe(x)).untyped_storage().nbytes() for x in tensors
-    )
+            self._answers[func] = None
+        return out
 
 
 def _described(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -91,6 +76,21 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
             yield from _leaves(x)
         else:
             yield x
+
+
+def _has_elements(values: Iterable[Any]) -> bool:
+    """Whether there is a tensor of another device among some values."""
+    return any(isinstance(x, Tensor) and not x.is_meta for x in values)
+
+
+def _are_new(returned: list[Any], given: list[Any]) -> bool:
+    """Whether every tensor that was returned has a storage of its own, no larger than it is."""
+    tensors = [x for x in returned if isinstance(x, Tensor)]
+    old = {storage_key(x.untyped_storage()) for x in given if isinstance(x, Tensor)}
+    new = {storage_key(x.untyped_storage()) for x in tensors} - old
+    return len(new) == len(tensors) and all(
+        x.untyped_storage().nbytes() == _made(_recipe(x)).untyped_storage().nbytes() for x in tensors
+    )
 
 
 def _written(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten: Any = torch.ops.aten
 FLASH_CPU: Any = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -18,6 +18,15 @@ EFFICIENT_BACKWARD: Any = getattr(aten, "_scaled_dot_product_efficient_attention
 HAS_ATTENTION = None not in (FLASH_CPU, FLASH_CPU_BACKWARD, FLASH, FLASH_BACKWARD, EFFICIENT, EFFICIENT_BACKWARD)
 
 ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+class DispatchMode(TorchDispatchMode):
+    """A `TorchDispatchMode` for code that is not compiled: torch need not hide it from the compiler at every call,
+    which takes as long as the rest of it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -94,6 +94,52 @@ def test_the_largest_batch_within_a_budget(budget, wanted):
     assert largest_batch(lambda rows: 50 + 50 * rows, budget, 50, fitting=wanted) == wanted
 
 
+PEAKS = {  # of batches of some rows
+    "line": lambda rows: 70 + 9 * rows,
+    "flat at first": lambda rows: max(400, 20 * rows),
+    "flat from some rows on": lambda rows: min(40 * rows, 800) + rows // 50,
+    "steps": lambda rows: 30 * (rows // 7) + 40,
+    "less for more rows here and there": lambda rows: 100 + 10 * rows + 15 * (rows % 2),
+}
+
+
+@pytest.mark.parametrize("shape", PEAKS)
+@pytest.mark.parametrize("least", [0, 40])
+def test_the_largest_batch_is_found_on_any_curve(shape, least):
+    peak = PEAKS[shape]
+    for budget in (30, 41, 95, 400, 401, 640, 1000, 10**5):
+        for most in (1, 2, 20, 300):
+            found = largest_batch(peak, budget, most, least=least)
+            assert 0 <= found <= most and (found == 0 or peak(found) <= budget)
+            assert found == most or peak(found + 1) > budget
+
+
+def test_a_line_is_searched_in_few_steps():
+    asked = []
+
+    def peak(rows):
+        asked.append(rows)
+        return 1000 + 64 * rows
+
+    assert largest_batch(peak, 1000 + 64 * 500 + 3, 10**6, least=900) == 500
+    assert len(asked) <= 5 and asked[-1] == 501
+    asked.clear()
+    assert largest_batch(peak, 10**9, 4096, least=1000) == 4096 and asked == [1, 4096]
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_the_first_settings_that_fit_are_found(first):
+    steps = [settings for settings, _ in savings(train(), "muon")]
+
+    class Fitting:
+        def fits(self, settings, rows, budget):
+            return steps.index(settings) >= first
+
+    settings, taken, fits = first_that_fits(Fitting(), train(), 1, 0, "muon")
+    assert (settings, fits) == (steps[min(first, 4)], first < 5)
+    assert len(taken) == (0, 1, 1, 2, 3, 3)[first]
+
+
 def test_a_batch_too_large_to_simulate_lies_on_a_line():
     found = predictor(size="nano")
     settings = next(savings(train()))[0]
