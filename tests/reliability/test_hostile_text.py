@@ -249,7 +249,8 @@ def model_output(full: bool) -> Result:
                     stdin = text.encode(errors="surrogatepass")
                     outcome = nnx("sample", RUN, "--max-new-tokens", 2, *way, stdin=stdin)
                     said(outcome, case, "--json" in way)
-                    assert outcome.code == 0, outcome.err
+                    unknown = way[-1] == "-" and outcome.code == 3 and b"its encoding cannot be told" in outcome.err
+                    assert outcome.code == 0 or unknown, outcome.err
                     if "--json" in way and name != "long":
                         assert json.loads(outcome.out)["prompt"] == well_formed(text)
     return tally.result(9, "hostile model output and prompts")
