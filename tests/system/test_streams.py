@@ -48,6 +48,12 @@ def test_streams_that_are_closed(words):
         assert shell(f"$NNX {words} {closed}") == (0, "", ""), closed
 
 
+@needs_full
+def test_a_full_disk_below_help_without_panels():
+    code, _, said = shell("$NNX list --help > /dev/full", COLUMNS="40")
+    assert code == 8 and "No space left on device" in said
+
+
 def test_what_cannot_be_written_to_is_code_8():
     code, _, said = shell("$NNX --version 1< /dev/null")
     assert code == 8 and said.startswith("nnx: cannot write to standard output: Bad file descriptor")
