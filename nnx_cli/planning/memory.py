@@ -89,7 +89,7 @@ class PlannedOperations(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **kwargs)
         if self.hardware.kind == "cuda":
-            if func is F.rms_norm:
+            if func in (F.rms_norm, torch.rms_norm):
                 return rms_norm(*args, **kwargs)
             if func is F.dropout:
                 return dropout(*args, **kwargs)

@@ -2,11 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.loss import LossModule
+from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import count_parameters, meta_model
@@ -64,6 +66,39 @@ def test_what_blocks_keep_is_known_to_the_byte(name, fields, dtype):
         real = kept_for_real(block, args, kwargs)
         told = memory.saved_tensors(to_meta[id(block)], *tree_map(meta, args), **tree_map(meta, kwargs))
         assert told == real, block
+
+
+KEPT = {  # bytes from a forward pass to its backward pass, of size nano, 8 sequences, bf16: on a GPU and on a CPU
+    "llama": (41_168_896, 62_136_320),
+    "n4": (47_490_048, 47_490_048),
+    "neon": (69_583_872, 83_212_288),
+    "ngpt": (64_423_936, 64_419_840),
+    "nyx": (36_950_016, 44_810_240),
+    "tape": (70_865_920, 70_864_896),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_forward_pass_keeps_is_that_recorded(name):
+    model = meta_model(name, models.make_config(name, size="nano"))
+    model.compute_dtype = torch.bfloat16
+    told = [simulate(model, 8, 256, hardware=hardware).activations for hardware in (ANY_GPU, memory.CPU)]
+    assert told == pytest.approx(KEPT[name], rel=0.001)
+
+
+@pytest.mark.parametrize("norm", [F.rms_norm, torch.rms_norm, torch.nn.RMSNorm(64, device="meta"), RMSNorm(64)])
+def test_rms_norm_is_one_kernel_on_a_gpu(norm):
+    """Its input and a number a row are all it keeps, however it is called."""
+    x = torch.empty(2, 40, 64, device="meta", requires_grad=True)
+
+    class Normed(torch.nn.Module):
+        weight = torch.nn.Parameter(torch.empty(64, device="meta"))
+
+        def forward(self, x):
+            return norm.to("meta")(x) if isinstance(norm, torch.nn.Module) else norm(x, (64,), self.weight)
+
+    kept = [shape for shape, _, _ in memory.saved_tensors(Normed(), x, hardware=ANY_GPU)]
+    assert [shape for shape in kept if shape != (64,)] == [(2, 40, 64), (2, 40, 1)]
 
 
 @pytest.mark.parametrize("mode", ["off", "half", "on"])
