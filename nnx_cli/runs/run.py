@@ -47,7 +47,6 @@ LOCKED_BYTE = 2**30
 NUMBER = (int, float, type(None))
 STATUS_TYPES = {
     "status": str,
-    "ended": (str, type(None)),
     "step": int,
     "max_steps": (int, type(None)),
     "max_time_s": NUMBER,
@@ -60,6 +59,7 @@ STATUS_TYPES = {
     "best_val_loss": NUMBER,
     "best_val_bits_per_byte": NUMBER,
     "skipped_steps": NUMBER,
+    "ended": (str, type(None)),
     "events": list,
 }
 BLANK_STATUS: dict[str, Any] = {"format": FORMAT, **{name: None for name in STATUS_TYPES if name != "events"}}

@@ -681,7 +681,8 @@ def test_inputs_that_train_cannot_take(refused, text_file):
 
 def test_a_length_on_the_command_line_replaces_one_of_the_file(nnx, data, workspace):
     (workspace / "run.toml").write_text("max_steps = 100\n")
-    words = ["--data", data, *SMALL, "--config", "run.toml", "--max-time", "5s", "--dry-run", "--json"]
+    words = ["--data", data, *SMALL, "--config", "run.toml", "--max-time", "5s", "--stop-early", "off"]
+    words += ["--dry-run", "--json"]
     rows = {row["setting"]: row["value"] for row in json.loads(nnx("train", *words).stdout)}
     assert rows["max_time"] == "5s" and rows["max_steps"] is None
 
