@@ -123,6 +123,7 @@ def main() -> None:
     text = options.text.resolve()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         parts = {
             "`nnx train --model nyx`": first_run(folder),
             f"`nnx train --filepath {text.name} --max-time 60s`": one_minute(folder, text),
