@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from nnx_cli.errors import OutputError
+from nnx_cli.errors import OutputError, counted
 from nnx_cli.system.text import well_formed
 
 if TYPE_CHECKING:
@@ -335,11 +335,6 @@ def duration(seconds: float) -> str:
             rest = seconds % size // unit
             return f"{seconds // size} {big}" + (f" {rest} {small}" if rest else "")
     return f"{seconds} s"
-
-
-def counted(n: int, noun: str) -> str:
-    """A number of things: 1 step, 3,780 steps."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def size(n_bytes: float | None) -> str:

@@ -75,6 +75,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {known[found[0]]}?" if found else ""
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things: 1 step, 3,780 steps."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def quoted(name: object) -> str:
     """A path or name in a command that can be pasted: one word for the shell, no option and no home of somebody's."""
     text = str(name)

@@ -2,11 +2,13 @@
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import nnx_cli
+from nnx_cli.errors import counted
 
 PACKAGE = Path(nnx_cli.__file__).parent
 FILES = [(path.stem, ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(PACKAGE.rglob("*.py"))]
@@ -43,3 +45,25 @@ TOLD = [plain(text) for text in told()]
 @pytest.mark.parametrize("concept", " ".join(CONCEPTS.split()).split(", "))
 def test_a_concept_is_found_by_its_word(concept):
     assert any(plain(concept) in text for text in TOLD)
+
+
+@pytest.mark.parametrize(
+    ("n", "noun", "text"),
+    [(0, "row", "0 rows"), (1, "row", "1 row"), (2, "invalid byte", "2 invalid bytes"), (3780, "step", "3,780 steps")],
+)
+def test_one_thing_is_no_plural(n, noun, text):
+    assert counted(n, noun) == text
+
+
+def test_numbers_of_things_that_may_be_one_are_counted():
+    always_many = "parameters", "tokens"  # of models and texts
+    for name, tree in FILES:
+        for text in (node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)):
+            for number, behind in pairwise(text.values):
+                if (
+                    ast.unparse(getattr(number, "format_spec", None) or text) != "f','"
+                    or ast.unparse(number.value).isupper()
+                ):
+                    continue
+                plural = re.match(r" (?:[\w-]+ )?([a-z]{3,}s)\b(?!/)", getattr(behind, "value", ""))
+                assert not plural or plural[1] in always_many, (name, ast.unparse(text))

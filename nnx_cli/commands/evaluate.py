@@ -20,6 +20,7 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console import Output
+from nnx_cli.errors import counted
 
 OPTIONS = settings(PrepareConfig, only=READING)
 TOKENS_PER_BATCH = 8192
@@ -68,5 +69,5 @@ def run(
     source = ", ".join(filepath) if filepath else "the validation split"
     output.show(
         f"{ref.label} on {source}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}",
-        f"{result.tokens:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
+        f"{counted(result.tokens, 'token')}, {result.tokens_per_s:,.0f} tokens/s",
     )

@@ -21,7 +21,7 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, check_encoding, own_fields, unescape
 from nnx_cli.console import Output
-from nnx_cli.errors import CheckpointError, UsageError
+from nnx_cli.errors import CheckpointError, UsageError, counted
 
 if TYPE_CHECKING:
     from nnx_cli.runs.load import ModelRef
@@ -113,7 +113,7 @@ def run(
             output.stream(("" if number == 0 else "\n---\n") + text + sample.text)
     output.stream("\n")
     output.note(
-        f"{ref.label}: {result.decode_tokens:,} tokens, {result.decode_tokens_per_s:,.0f} tokens/s "
+        f"{ref.label}: {counted(result.decode_tokens, 'token')}, {result.decode_tokens_per_s:,.0f} tokens/s "
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
     output.show_json(_samples_as_json(ref.label, text, result) | {"peak_memory_bytes": peak_memory_bytes(where)})

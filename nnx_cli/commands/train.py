@@ -14,8 +14,17 @@ from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
-from nnx_cli.console import Output, TrainingView, counted, duration
-from nnx_cli.errors import CheckpointError, Interrupted, NnxError, OutputError, QualityError, UsageError, quoted
+from nnx_cli.console import Output, TrainingView, duration
+from nnx_cli.errors import (
+    CheckpointError,
+    Interrupted,
+    NnxError,
+    OutputError,
+    QualityError,
+    UsageError,
+    counted,
+    quoted,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from nnx_cli.data.charset_guess import Guess, guess_encoding, guess_wide
 from nnx_cli.data.compression import BLOCK_BYTES, Stream, unpack
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, counted
 
 PROBE_BYTES = 2**16
 BEFORE_BYTES = 64  # of plain ASCII before what is guessed
@@ -76,7 +76,7 @@ class TextReader:
         """What the user should know, once all is read."""
         notes = []
         if self.n_replaced:
-            notes.append(f"{self._stream.name}: {self.n_replaced:,} invalid bytes became U+FFFD")
+            notes.append(f"{self._stream.name}: {counted(self.n_replaced, 'invalid byte')} became U+FFFD")
         if self.guess is not None:
             notes.append(guess_note(self._stream.name, self.guess))
         return notes

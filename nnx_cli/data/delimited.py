@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from nnx_cli.data.formats import BadRow, lines
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, counted
 
 DELIMITERS = ",;\t|"
 NEVER = "\x1f"  # the delimiter of a table of one column
@@ -102,7 +102,7 @@ class Table:
         if len(cells) <= self._column:
             return BadRow("it has too few columns")
         if len(cells) > n and any(map(str.strip, cells[n:])):
-            return BadRow(f"it has {len(cells)} columns, the header {n}")
+            return BadRow(f"it has {counted(len(cells), 'column')}, the header {n}")
         if self._n_rows < FIRST_ROWS:
             numbers = {i for i, cell in enumerate(cells[:n]) if i != self._column and cell.strip().isdecimal()}
             self._numbers = self._numbers & numbers if self._n_rows else numbers

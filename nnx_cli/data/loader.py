@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, counted
 
 RESIDENT_TYPES = {1: np.uint8, 2: np.int32, 4: np.int32}  # of ids on a GPU, by the bytes they have on the disk
 
@@ -41,7 +41,7 @@ def check_length(n_tokens: int, seq_len: int) -> None:
     """Raise DataError unless a stream holds one sequence and the target after its last token."""
     if n_tokens < seq_len + 1:
         raise DataError(
-            f"the training text has {n_tokens:,} tokens; one sequence needs {seq_len + 1:,}",
+            f"the training text has {counted(n_tokens, 'token')}; one sequence needs {seq_len + 1:,}",
             fix=f"give more text, or take --seq-len {max(1, n_tokens // 4)}",
         )
 

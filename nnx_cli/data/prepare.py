@@ -30,7 +30,7 @@ from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.base import Tokenizer, utf8
 from nnx_cli.data.tokenizers.build import Vocabularies, build_tokenizer, needs_training, settle_auto, suited_ids
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
-from nnx_cli.errors import DataError, UsageError
+from nnx_cli.errors import DataError, UsageError, counted
 from nnx_cli.system import files
 from nnx_cli.system.machine import n_cores, peak_rss_bytes
 
@@ -212,7 +212,7 @@ def _tell_notes(report: Report, tell: Progress) -> None:
     for note in report.notes:
         tell({"note": note})
     if report.n_notes > len(report.notes):
-        tell({"note": f"and {report.n_notes - len(report.notes):,} more notes like these"})
+        tell({"note": f"and {counted(report.n_notes - len(report.notes), 'more note')} like these"})
 
 
 def _is_read_first(config: PrepareConfig, vocabularies: Vocabularies) -> bool:
@@ -284,7 +284,7 @@ def _encode(
     if tokenizer.warning and tokenizer.warning not in report.notes:
         report.note(tokenizer.warning)
     if jobs.n_forced:
-        report.note(f"{jobs.n_forced:,} very long runs without a break were split for the tokenizer")
+        report.note(f"split for the tokenizer: {counted(jobs.n_forced, 'very long run')} without a break")
     return n_bytes
 
 
@@ -332,14 +332,14 @@ def _describe(
     """What meta.json says of the written files. DataError where one of them is empty."""
     counts = {"train": writer.train.n_tokens, "val": writer.val.n_tokens}
     if not all(counts.values()):
-        raise DataError(f"the text is too short: {sum(counts.values())} tokens for training and validation")
+        raise DataError(f"the text is too short: {counted(sum(counts.values()), 'token')} for training and validation")
     lengths = tokenizer.token_bytes()
     n_val = count_bytes(writer.val.path, tokenizer)
     paths = [path for file in (writer.train, writer.val) for path in (file.path, file.documents_path)]
     n_bytes += writer.n_separators * int(lengths[tokenizer.separator].sum())
     n_copies = count_copies(writer.train.path, writer.val.path, tokenizer) if writer.n_documents > 1 else 0
     if n_copies:
-        report.note(f"{n_copies:,} validation documents stand in the training text too, word for word")
+        report.note(f"in the training text too, word for word: {counted(n_copies, 'validation document')}")
     return {
         "tokens": counts,
         "text_bytes": {"train": n_bytes - n_val, "val": n_val},

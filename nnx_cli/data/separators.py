@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
+
+from nnx_cli.errors import counted, quoted
 
 MARKER = re.compile(r"(end[-_]?of[-_]?(text|doc|document|story|file)|eo[stdf])", re.IGNORECASE)  # inside <| and |>
 MAX_LINE_CHARS = 64  # of a line with a marker, blanks and all
@@ -66,10 +67,14 @@ class Documents:
             return [] if self.n_found else [f"{name}: no {self._text!r} in it separates documents"]
         notes = []
         if self.n_found:
-            notes.append(f"{name}: {self.n_found:,} lines {self.marker} end documents; --separator TEXT: another")
+            notes.append(
+                f"{name}: documents end at {counted(self.n_found, 'line')} {self.marker}; --separator TEXT: another"
+            )
         if self.n_inside:
-            how = f"--separator {shlex.quote(self.marker)} lets them end documents"
-            notes.append(f"{name}: {self.n_inside:,} {self.marker} beside other words stay text; {how}")
+            how = f"--separator {quoted(self.marker)} lets it end documents"
+            notes.append(
+                f"{name}: {self.marker} beside other words stays text, {counted(self.n_inside, 'time')}; {how}"
+            )
         return notes
 
     def _opened(self, text: str) -> str:

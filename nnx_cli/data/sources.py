@@ -21,7 +21,7 @@ from nnx_cli.data.formats import FORMATS, format_of
 from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_in
 from nnx_cli.data.parquet import ParquetText
 from nnx_cli.data.separators import Documents, Piece
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, counted
 from nnx_cli.system.streams import standard_input
 from nnx_cli.system.text import well_formed
 
@@ -163,7 +163,7 @@ class Reader:
                 yield from self._one(self._member(content, report), stream, many, report)
         many.refuse_none(f"{stream.name} holds no {' '.join(FORMATS)} file")
         if n_left_out:
-            left_out = f"{n_left_out:,}, such as {example}"
+            left_out = f"{n_left_out:,}, such as {example}" if n_left_out > 1 else example
             report.note(f"{stream.name}: left out for being hidden or of no text format: {left_out}")
 
     def _member(self, content: Stream | DataError, report: Report) -> Iterator[Piece]:
@@ -184,7 +184,8 @@ class Reader:
         except DataError as error:
             if self.strict or not optional or outer.failed or isinstance(error, Bomb):
                 raise
-            report.note(f"{error}; {f'its first {n_chars:,} characters were read' if n_chars else 'left out'}")
+            read = f"read as far as it goes: {counted(n_chars, 'character')}" if n_chars else "left out"
+            report.note(f"{error}; {read}")
             many.first_error = many.first_error or error
             if n_chars == 0:
                 return
@@ -197,7 +198,7 @@ class Reader:
         yield from self._rows(table.rows(), name, "row", documents, report)
         report.n_replaced_bytes += table.n_replaced
         if table.n_replaced:
-            report.note(f"{name}: {table.n_replaced:,} invalid bytes became U+FFFD")
+            report.note(f"{name}: {counted(table.n_replaced, 'invalid byte')} became U+FFFD")
         if table.guess is not None:
             report.note(guess_note(name, table.guess))
         for note in documents.notes(name):
@@ -260,7 +261,8 @@ class Reader:
             first = first or f"{unit} {number}: {text}"
         if skipped:
             report.n_skipped_rows += skipped
-            report.note(f"{name}: {skipped:,} rows skipped, the first at {first}")
+            where = "the first at" if skipped > 1 else "at"
+            report.note(f"{name}: {counted(skipped, 'row')} skipped, {where} {first}")
 
     @contextmanager
     def _seekable(self, stream: Stream) -> Iterator[BinaryIO]:

@@ -17,7 +17,7 @@ import numpy as np
 from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
-from nnx_cli.errors import DataError, quoted
+from nnx_cli.errors import DataError, counted, quoted
 from nnx_cli.system import files
 
 FORMAT = 2
@@ -152,14 +152,14 @@ def _verify(path: Path, digests: Mapping[str, str], tokenizer: Tokenizer) -> Non
 def _ids(file: Path, n_tokens: int, dtype: np.dtype) -> np.ndarray:
     size = file.stat().st_size
     if not n_tokens or size != n_tokens * dtype.itemsize:
-        raise _Damaged(f"{file.name} has {size:,} bytes, not {n_tokens:,} tokens of {dtype.itemsize}")
+        raise _Damaged(f"{file.name} has {counted(size, 'byte')}, not {counted(n_tokens, 'token')} of {dtype.itemsize}")
     return np.memmap(file, dtype, mode="r")
 
 
 def _documents(file: Path, n_tokens: int) -> np.ndarray:
     size = file.stat().st_size if file.is_file() else 0
     if not size or size % START_DTYPE.itemsize:
-        raise _Damaged(f"{file.name} has {size:,} bytes, not a number of 8 for each document")
+        raise _Damaged(f"{file.name} has {counted(size, 'byte')}, not a number of 8 for each document")
     last = -1
     for starts in read_ids(file, START_DTYPE):
         steps = np.diff(starts.astype(np.int64), prepend=last)
@@ -175,7 +175,7 @@ def _mask(file: Path, n_tokens: int, listed: bool) -> np.ndarray | None:
         return None
     size, needed = file.stat().st_size if file.is_file() else 0, -(-n_tokens // 8)
     if size != needed:
-        raise _Damaged(f"{file.name} has {size:,} bytes; {n_tokens:,} tokens need {needed:,}")
+        raise _Damaged(f"{file.name} has {counted(size, 'byte')}, not {needed:,} for {counted(n_tokens, 'token')}")
     return np.memmap(file, np.uint8, mode="r")
 
 
@@ -191,7 +191,7 @@ def _open_nanogpt(path: Path, tokenizer: Tokenizer | None) -> TokenFolder:
         file = path / f"{split}.bin"
         size = file.stat().st_size
         if not size or size % dtype.itemsize:
-            raise DataError(f"{file} holds {size} bytes; a nanoGPT folder holds {dtype.name} ids")
+            raise DataError(f"{file} holds {counted(size, 'byte')}; a nanoGPT folder holds {dtype.name} ids")
         digests[f"{split}.bin"], last = digest_ids(file, dtype)
         largest = max(largest, last)
     if tokenizer is not None and largest >= tokenizer.vocab_size:

@@ -20,7 +20,7 @@ import torch
 from nnx_cli import __version__, models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import DoesNotFit
+from nnx_cli.errors import DoesNotFit, counted
 from nnx_cli.inference.generate import generate
 from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import ModelConfig
@@ -238,7 +238,9 @@ def training(
     assert trainer.config.tokens_per_step is not None and trainer.config.batch_size is not None
     tokens_per_s = trainer.config.tokens_per_step * steps_per_s
     if trainer.config.batch_size < case.batch_size:
-        raise DoesNotFit(f"out of memory: the trainer went on with {trainer.config.batch_size} sequences at a time")
+        raise DoesNotFit(
+            f"out of memory: the trainer went on with {counted(trainer.config.batch_size, 'sequence')} at a time"
+        )
     flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]
     return case.row(
         "training",

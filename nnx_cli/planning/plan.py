@@ -11,7 +11,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import MILESTONES, TrainConfig
 from nnx_cli.data.loader import check_length
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, counted
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
@@ -81,7 +81,7 @@ def plan_run(
     horizon = expected_tokens(train, name, config, data, device, rate)
     if "dropout" not in fields and (dropout := default_dropout(horizon.epochs, horizon.params_per_token)):
         config = replace(config, dropout=dropout)
-        settings.note("dropout", f"the text is read {horizon.epochs:.0f} times")
+        settings.note("dropout", f"the text is read {counted(round(horizon.epochs), 'time')}")
     settings.fill_all({"precision": Derived(precision, "device")})
     optimizer = preferred_optimizer(name, train.lora_rank, horizon.overfits)
     fitted = fit_memory(settings.train, config, name, device, optimizer)

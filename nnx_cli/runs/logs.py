@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.errors import CheckpointError
+from nnx_cli.errors import CheckpointError, counted
 from nnx_cli.system.files import cleared, open_regular, plain_opener, refused_output, sync_file, sync_folder
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -58,7 +58,7 @@ def cut_log(path: Path, step: int) -> list[str]:
     damaged = [number for number, logged in enumerate(steps, 1) if logged is None]
     if not damaged:
         return []
-    more = f", and {len(damaged) - 1:,} more lines" if len(damaged) > 1 else ""
+    more = f", and {counted(len(damaged) - 1, 'more line')}" if len(damaged) > 1 else ""
     return [f"{path}: line {damaged[0]:,} is damaged{more}; left out"]
 
 

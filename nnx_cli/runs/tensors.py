@@ -119,7 +119,8 @@ def load_weights(model: LanguageModel, state: Mapping[str, Tensor], source: Path
     expected = model.state_without_ties()
     if expected.keys() != state.keys():
         odd = sorted(expected.keys() ^ state.keys())
-        raise CheckpointError(f"{source} belongs to another model: {odd[0]} and {len(odd) - 1} more do not match")
+        more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
+        raise CheckpointError(f"{source} belongs to another model: no match for {odd[0]}{more}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"

@@ -7,7 +7,7 @@ import os
 import torch
 
 from nnx_cli.config import check_choice, check_device
-from nnx_cli.errors import DoesNotFit, MissingFeature
+from nnx_cli.errors import DoesNotFit, MissingFeature, counted
 from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,4 +127,4 @@ def describe(device: torch.device) -> str:
         return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
     if device.type == "mps":
         return "Apple GPU"
-    return f"CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({cpu_model()}, {counted(torch.get_num_threads(), 'thread')})"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nnx_cli.errors import quoted
+from nnx_cli.errors import counted, quoted
 from nnx_cli.system.device import describe, pick_device, pick_precision
 from nnx_cli.system.machine import machine_memory_bytes
 
@@ -78,7 +78,7 @@ def _devices() -> Iterator[Finding]:
     yield Finding("ok", describe(pick_device("cpu")))
     cores = os.cpu_count() or 1
     if torch.get_num_threads() > cores:
-        what = f"torch uses {torch.get_num_threads()} threads on {cores} cores"
+        what = f"torch uses {counted(torch.get_num_threads(), 'thread')} on {counted(cores, 'core')}"
         yield Finding("warning", what, f"nnx train --threads {cores}")
 
 

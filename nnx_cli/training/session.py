@@ -13,7 +13,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import LENGTHS, TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
-from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError, quoted
+from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError, counted, quoted
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
@@ -304,7 +304,7 @@ def differences(run: Run, old: TrainConfig, trainer: Trainer) -> list[str]:
     if before not in (None, now):
         found.append(f"this is {now}, the run was on {before}")
     if config.batch_size != old.batch_size:
-        found.append(f"{config.batch_size} sequences at a time, {old.batch_size} before")
+        found.append(f"{counted(config.batch_size, 'sequence')} at a time, {old.batch_size} before")
     return [f"{what}: the same run, not the same bits" for what in found]
 
 
@@ -331,7 +331,8 @@ def same_samples(old: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
         grad_accum = overrides.get("grad_accum") or max(1, per_step // batch_size)
     if batch_size * grad_accum != per_step:
         raise UsageError(
-            f"a step of this run has {per_step} sequences, not --batch-size {batch_size} x --grad-accum {grad_accum}",
+            f"a step of this run has {counted(per_step, 'sequence')}, not --batch-size {batch_size} x "
+            f"--grad-accum {grad_accum}",
             fix=f"take a --batch-size that divides {per_step}",
         )
     changed: dict[str, Any] = {**overrides, "batch_size": batch_size, "grad_accum": grad_accum}

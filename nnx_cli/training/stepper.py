@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
-from nnx_cli.errors import DoesNotFit
+from nnx_cli.errors import DoesNotFit, counted
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import set_lr
 from nnx_cli.optim._build import build_optimizer
@@ -146,7 +146,7 @@ class Stepper:
         self.step.optimizer.zero_grad(set_to_none=True)
         if self.batch_size == 1 or self.step.in_backward or self.step.updating:
             raise DoesNotFit(
-                f"out of memory at step {number + 1}, {self.batch_size} sequences at a time",
+                f"out of memory at step {number + 1}, {counted(self.batch_size, 'sequence')} at a time",
                 fix="the last checkpoint is intact; take a smaller --size or --seq-len, or more --vram",
             )
         self.step.forget()
@@ -156,8 +156,8 @@ class Stepper:
         self.batch_size = max(divisor for divisor in range(1, size // 2 + 1) if n % divisor == 0)
         self.on_release()
         self.report(
-            f"out of memory at step {number + 1}: {self.batch_size} sequences at a time instead of {size}, "
-            f"{self.grad_accum} times a step; the samples stay the same"
+            f"out of memory at step {number + 1}: {counted(self.batch_size, 'sequence')} at a time instead of {size}, "
+            f"{counted(self.grad_accum, 'time')} a step; the samples stay the same"
         )
 
     def record_graphs(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import OutputError, quoted
+from nnx_cli.errors import OutputError, counted, quoted
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
@@ -111,7 +111,7 @@ class Trainer:
             elif due.save and not state.bad_steps:  # what a run goes back to is from before its trouble
                 journal.try_write(lambda: self.save(run))
             if gave_up:
-                self.observer.note(f"stopped early: {self.config.patience} validations without a better one")
+                self.observer.note(f"stopped early: {counted(self.config.patience, 'validation')} without a better one")
                 break
             if stop and done < 1.0:
                 return "interrupted"

@@ -71,8 +71,8 @@ def test_documents_in_one_text(nnx, workspace):
     ids = [*data.train, *data.val]
     assert ids.count(data.tokenizer.eot_id) == 2 and "Three <|endoftext|> of" in data.tokenizer.decode(ids)
     result = nnx("prepare", "stories.txt", "--out", "said")
-    assert "2 lines <|endoftext|> end documents; --separator TEXT" in result.stderr
-    assert "1 <|endoftext|> beside other words stay text; --separator '<|endoftext|>' lets them" in result.stderr
+    assert "documents end at 2 lines <|endoftext|>; --separator TEXT" in result.stderr
+    assert "<|endoftext|> beside other words stays text, 1 time; --separator '<|endoftext|>' lets it" in result.stderr
     result = nnx("prepare", "stories.txt", "--separator", "<|endoftext|>", "--out", "all", "--json")
     assert json.loads(result.stdout)["documents"] == 4
     result = nnx("prepare", "stories.txt", "--separator", r".\n", "--out", "lines", "--json")

@@ -229,7 +229,7 @@ def test_what_was_read_of_a_long_member_stays(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "pack", {"a.txt": b"x" * 20_000 + b"as it was", "b.txt": b"too"})
     documents, [note] = read(spoil(path, b"as it was", b"as it is!"))
     assert documents[1:] == ["too"] and 10_000 < documents[0].count("x") == len(documents[0]) <= 20_000
-    assert "Bad CRC-32" in note and note.endswith(f"its first {len(documents[0]):,} characters were read")
+    assert "Bad CRC-32" in note and note.endswith(f"read as far as it goes: {len(documents[0]):,} characters")
     rows = b'{"text": "row"}\n' * 1000
     path = write_zip(tmp_path / "rows", {"a.jsonl": rows + b'{"text": "as it was"}\n', "b.txt": b"too"})
     documents, [note] = read(spoil(path, b"as it was", b"as it is!"))
@@ -281,7 +281,7 @@ def test_zip64_and_links(tmp_path):
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "a.txt")
     documents, [note] = read(tmp_path / "a.zip")
-    assert documents == ["text"] and "such as link.txt" in note
+    assert documents == ["text"] and note.endswith("format: link.txt")
 
 
 def test_zip_of_one_member_many_times_over(tmp_path, monkeypatch):

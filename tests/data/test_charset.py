@@ -114,7 +114,7 @@ def test_a_named_encoding_is_strict_where_all_is():
     data = RUSSIAN.encode("cp1251") + b"\x98"
     assert "is not cp1251: invalid byte 0x98 at offset 53" in refused(data, strict=True, encoding="cp1251")
     found, reader = read(data, encoding="cp1251")
-    assert found == RUSSIAN + "\ufffd" and reader.notes == ["a.txt: 1 invalid bytes became U+FFFD"]
+    assert found == RUSSIAN + "\ufffd" and reader.notes == ["a.txt: 1 invalid byte became U+FFFD"]
 
 
 @pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16", "utf-32"])

@@ -51,7 +51,7 @@ def test_copies_are_counted(tmp_path, tokenizer, kinds):
     assert n == expected(texts)
     assert bool(notes) is bool(n)
     if n:
-        assert notes == [f"{n:,} validation documents stand in the training text too, word for word"]
+        assert notes == [f"in the training text too, word for word: {n:,} validation documents"]
 
 
 @pytest.mark.parametrize(("batch", "tokens", "held"), [(1, 5, 8), (7, 40, 21), (64, 2**20, 2**21), (2000, 1, 2000)])

@@ -159,7 +159,7 @@ def test_bytes_are_decoded_like_a_file():
     ]
     documents, report = read(table(text=arrow.array(values, type=arrow.binary())))
     assert documents == ["marked", "groß\n" * 20, "groß " * 50 + "\ufffd", "naïve"]
-    assert report.n_replaced_bytes == 1 and "1 invalid bytes" in report.notes[0]
+    assert report.n_replaced_bytes == 1 and "1 invalid byte" in report.notes[0]
     assert "row 3" in str(refusal(table(text=arrow.array(values, type=arrow.binary())), strict=True))
 
 

@@ -165,7 +165,7 @@ def test_lines_of_end_of_text_end_documents(tmp_path, kind):
         assert [text.removesuffix("\n") for text in found] == [text.removesuffix("\n") for text in wanted]
         if data.tokenizer.eot_id is not None:
             assert (ids == data.tokenizer.eot_id).sum() == len(wanted) - 1
-    assert "129 lines <|endoftext|> end documents" in str(events)
+    assert "documents end at 129 lines <|endoftext|>" in str(events)
 
 
 def test_a_separator_of_ones_own(tmp_path):
@@ -268,7 +268,7 @@ def test_notes_tell_what_was_replaced_and_skipped(tmp_path):
     events = []
     prepare([tmp_path], tmp_path / "made", PrepareConfig(), on_progress=events.append)
     notes = [event["note"] for event in events if "note" in event]
-    assert len(notes) == 2 and "1 invalid bytes" in notes[0] and "1 rows skipped" in notes[1]
+    assert len(notes) == 2 and "1 invalid byte" in notes[0] and "1 row skipped, at" in notes[1]
     meta = open_token_folder(tmp_path / "made").meta
     assert (meta["replaced_bytes"], meta["skipped_rows"]) == (1, 1)
 

@@ -117,5 +117,5 @@ def test_a_trainer_that_had_to_take_less_at_once_is_no_measurement(monkeypatch):
         trainer.config = replace(trainer.config, batch_size=1, grad_accum=2)
 
     monkeypatch.setattr(bench.session.Trainer, "take_step", shrink)
-    with pytest.raises(DoesNotFit, match="1 sequences at a time"):
+    with pytest.raises(DoesNotFit, match="1 sequence at a time"):
         bench.training(case(), CONFIG, CPU, LIMITS, 0.01, lambda line: None)

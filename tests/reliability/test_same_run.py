@@ -108,9 +108,9 @@ def moved(folder: Path, model: str, options: tuple, pretended: dict, says: str, 
 
 
 CHANGES = {
-    "threads": (("--threads", 2), {}, r"this is CPU \(.*, 2 threads\), the run was on CPU \(.*, 1 threads\)", 1e-3),
+    "threads": (("--threads", 2), {}, r"this is CPU \(.*, 2 threads\), the run was on CPU \(.*, 1 thread\)", 1e-3),
     "batch": (("--batch-size", 2), {}, "2 sequences at a time, 4 before", 1e-3),
-    "accumulation": (("--grad-accum", 4), {}, "1 sequences at a time, 4 before", 1e-3),
+    "accumulation": (("--grad-accum", 4), {}, "1 sequence at a time, 4 before", 1e-3),
     "torch": (
         (),
         {"versions": {"nnx": "0.0.1", "torch": "2.99.0+cu999", "python": "3.20.1"}},

@@ -223,7 +223,7 @@ def test_out_of_memory_heals_without_a_seam(start, workspace, monkeypatch):
 def test_memory_for_not_even_one_sequence(start, workspace, monkeypatch):
     run, trainer = start(workspace / "a", batch_size=2, grad_accum=2, max_steps=6)
     out_of_memory(trainer, monkeypatch, at=3, above=0)
-    with pytest.raises(DoesNotFit, match="out of memory at step 4, 1 sequences at a time"):
+    with pytest.raises(DoesNotFit, match="out of memory at step 4, 1 sequence at a time"):
         train(run, trainer)
 
 
