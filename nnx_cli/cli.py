@@ -22,8 +22,10 @@ from nnx_cli.system import signals
 from nnx_cli.system.streams import set_up_streams
 
 MAX_LINE_CHARS = 600
+OPEN_FILES = 1024  # of a process are enough, and what most systems allow
 SPINS = "1000"  # before a thread sleeps: 1.3 times as fast as none on idle cores, 0.8 times on two that others use too
-BAD_PLACES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EILSEQ}
+NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}  # of this process, of all of them
+NO_MEMORY = "can't allocate memory", "std::bad_alloc"  # in errors of torch and of what it is built on
 COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --help`)
     "prepare": ("prepare", "Turn text into a token folder."),
     "train": ("train", "Train a model from scratch."),
@@ -97,8 +99,10 @@ class Group(TyperGroup):
         try:
             code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
             sys.stdout.flush()
-        except (NnxError, TyperException) as error:
+        except TyperException as error:
             code = _report(error, self, debug)
+        except NnxError as error:
+            code = _report(_explain(error), self, debug)
         except (typer.Abort, KeyboardInterrupt):
             code = Interrupted.exit_code
         except SystemExit as ended:  # what Typer and rich make of a closed pipe
@@ -111,19 +115,41 @@ class Group(TyperGroup):
 
 
 def _explain(error: Exception) -> NnxError:
-    """An error that nobody foresaw, as one line."""
+    """An error as one line: what it says itself, unless what it comes from says better what to do."""
+    if (refused := _no_more_files(error)) is not None:
+        why = str(error) if isinstance(error, NnxError) else "cannot open what it needs: too many open files"
+        limit = "" if os.name == "nt" else f": ulimit -n {OPEN_FILES}"
+        others = refused.errno == errno.ENFILE
+        return OutputError(why, fix="end other programs, then start it again" if others else f"allow more{limit}")
+    if isinstance(error, NnxError):
+        return error
     text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    if out_of_memory or "can't allocate memory" in text:
+    if out_of_memory or number == errno.ENOMEM or any(words in text for words in NO_MEMORY):
         return DoesNotFit("out of memory", fix="take less at once or a smaller model; see what fits: nnx summarize")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return DoesNotFit("the system allows no more threads", fix="allow more, or take less: --threads 1, --workers 1")
+    if isinstance(error, OSError) and number == errno.ENOSPC:
         return OutputError(f"cannot write: {error.strerror}", fix="make room, then start it again")
-    if isinstance(error, OSError) and error.filename is not None and error.errno in BAD_PLACES:
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
         return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     if type(error).__name__ == "AcceleratorError" and "captur" not in text:  # torch's; the latter is a mistake of ours
         why = text.partition("\n")[0]
         return NnxError(f"the GPU failed: {why}", fix="start it again; a run goes on with: nnx train --resume last")
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
+
+
+def _no_more_files(error: BaseException) -> OSError | None:
+    """What an error comes from, where that is the system's refusal to open one more file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in NO_MORE_FILES:
+            return seen
+        if isinstance(seen, ImportError) and os.strerror(errno.EMFILE) in str(seen):  # of a shared library
+            return OSError(errno.EMFILE, str(seen))
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _report(error: NnxError | TyperException, group: Group, debug: bool) -> int:

@@ -15,6 +15,7 @@ from nnx_cli import __version__, commands, models
 from nnx_cli.cli import COMMANDS
 from nnx_cli.commands._train_options import PANELS, PREPARING
 from nnx_cli.config import TrainConfig, own_fields
+from nnx_cli.errors import DataError
 
 
 def test_version(nnx):
@@ -178,20 +179,43 @@ def test_a_gpu_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
     assert "Search" not in result.stderr and "nnx train --resume last" in result.stderr
 
 
-def test_running_out_of_memory_is_code_4(refused, monkeypatch):
+def os_error(number, *rest):
+    return OSError(number, os.strerror(number), *rest)
+
+
+def refused_for(cause):
+    """An error of ours that another one led to."""
+    error = DataError("cannot read book.txt")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 4, "out of memory"),
+        (os_error(errno.ENOMEM), 4, "out of memory"),
+        (RuntimeError("std::bad_alloc"), 4, "out of memory"),
+        (RuntimeError("can't start new thread"), 4, "no more threads"),
+        (os_error(errno.ENOSPC), 8, "No space left on device"),
+        (os_error(errno.EMFILE), 8, "too many open files"),
+        (os_error(errno.ENFILE, "book.txt"), 8, "too many open files"),
+        (ImportError("lib.so: cannot open shared object file: Too many open files"), 8, "too many open files"),
+        (refused_for(os_error(errno.EMFILE, "book.txt")), 8, "cannot read book.txt"),
+        (refused_for(os_error(errno.EIO, "book.txt")), 3, "cannot read book.txt"),
+        (os_error(errno.EIO, "book.txt"), 3, "cannot use book.txt: Input/output error"),
+        (os_error(errno.ESTALE, b"book.txt"), 3, "cannot use book.txt"),
+        (os_error(errno.EACCES, "book.txt"), 3, "cannot use book.txt: Permission denied"),
+    ],
+    ids=repr,
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="it has other words")
+def test_what_the_system_refuses_has_its_code(refused, monkeypatch, error, code, message):
     def crash(*_):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
-    refused(4, "out of memory", "sample", "words")
-
-
-def test_a_full_disk_is_code_8(refused, monkeypatch):
-    def crash(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
-    refused(8, "No space left on device", "sample", "words")
+    assert "internal" not in refused(code, message, "sample", "words").stderr
 
 
 def test_ctrl_c_is_code_130(nnx, monkeypatch):
