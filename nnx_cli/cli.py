@@ -6,6 +6,7 @@ import copy
 import errno
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.errors import DataError, DoesNotFit, Interrupted, NnxError, OutputError, nearest
+from nnx_cli.errors import DataError, DoesNotFit, Interrupted, NnxError, OutputError, UsageError, nearest, quoted
 from nnx_cli.system import signals
 from nnx_cli.system.streams import set_up_streams
 
@@ -100,9 +101,9 @@ class Group(TyperGroup):
             code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
             sys.stdout.flush()
         except TyperException as error:
-            code = _report(error, self, debug)
+            code = _report(_with_choice(error, self, arguments), debug)
         except NnxError as error:
-            code = _report(_explain(error), self, debug)
+            code = _report(_explain(error), debug)
         except (typer.Abort, KeyboardInterrupt):
             code = Interrupted.exit_code
         except SystemExit as ended:  # what Typer and rich make of a closed pipe
@@ -110,7 +111,7 @@ class Group(TyperGroup):
                 raise
             code = 0
         except Exception as error:
-            code = Interrupted.exit_code if signals.arrived else _report(_explain(error), self, debug)
+            code = Interrupted.exit_code if signals.arrived else _report(_explain(error), debug)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -152,16 +153,13 @@ def _no_more_files(error: BaseException) -> OSError | None:
     return None
 
 
-def _report(error: NnxError | TyperException, group: Group, debug: bool) -> int:
+def _report(error: NnxError, debug: bool) -> int:
     """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
-    message = error.format_message() if isinstance(error, TyperException) else str(error)
-    if hasattr(error, "possibilities"):  # an option that is not there; Typer offers what looks little like it
-        message = f"{error.args[0]}{_instead(error, group)}"
     from nnx_cli.console import Output, printable
 
     output = Output()
     lines = traceback.format_exc().splitlines() if debug else []
-    lines.append(f"nnx: {_shortened(message)}")
+    lines.append(f"nnx: {_shortened(str(error))}")
     if fix := getattr(error, "fix", None):
         lines.append(f"     {_shortened(fix)}")
     for line in lines:
@@ -169,13 +167,35 @@ def _report(error: NnxError | TyperException, group: Group, debug: bool) -> int:
     return error.exit_code
 
 
-def _instead(error: Any, group: Group) -> str:
-    """What to say of an option that a command does not have: which of its own may be meant, or whose it is."""
+def _with_choice(error: Any, group: Group, arguments: Sequence[str]) -> NnxError:
+    """What Typer refuses, as an error of ours that says what may be meant."""
+    if hasattr(error, "possibilities"):
+        return _no_such_option(error, group, arguments)
+    message, ctx = error.format_message(), getattr(error, "ctx", None)
+    refused = NnxError(message)
+    refused.exit_code = error.exit_code
+    surplus = re.search(r"unexpected extra argument.*\((.*)\)", message)
+    if surplus and any(param.name == "filepath" for param in ctx.command.params):
+        refused.fix = f"a text is named with --filepath: nnx {ctx.info_name} --filepath {quoted(surplus[1])}"
+    elif surplus:
+        refused.fix = 'words of one text stand in quotes: "AI is a power!"'
+    return refused
+
+
+def _no_such_option(error: Any, group: Group, arguments: Sequence[str]) -> NnxError:
+    """An option that a command does not have: which of its own may be meant, or whose it is."""
     option, command = error.option_name, error.ctx.command
-    if command is not group and (near := nearest(option, command.spellings(error.ctx))):
-        return near
-    owners = [name for name, other in group.commands.items() if any(option in p.opts for p in other.params)]
-    return f"; it belongs to {', '.join(owners)}" if owners else ""
+    if not option.startswith("--"):  # of -lr, Typer names the first letter that is no option
+        words = (word.partition("=")[0] for word in arguments if re.match(r"-\w\w", word) and option[1:] in word)
+        option = next(words, option).replace("_", "-")
+    own = [name for param in command.get_params(error.ctx) for name in param.opts]
+    near = nearest(option, own if command is group else [*command.spellings(error.ctx), "--help"])
+    bare = f"--{option.lstrip('-')}"
+    owners = [name for name, other in group.commands.items() if any(bare in p.opts for p in other.params)]
+    if not near and owners:
+        near = f"; it belongs to {', '.join(owners)}" if len(owners) < len(COMMANDS) else "; it stands behind a command"
+    shown = "nnx --help" if command is group else f"nnx {error.ctx.info_name} --help"
+    return UsageError(f"No such option: {option}{near}", fix=None if near else f"see: {shown}")
 
 
 def _shortened(text: str) -> str:

@@ -15,7 +15,7 @@ from nnx_cli import __version__, commands, models
 from nnx_cli.cli import COMMANDS
 from nnx_cli.commands._train_options import PANELS, PREPARING
 from nnx_cli.config import TrainConfig, own_fields
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, quoted
 
 
 def test_version(nnx):
@@ -148,12 +148,38 @@ def test_a_command_is_one_file_and_one_line(nnx, tmp_path, monkeypatch):
         (["train", "--max-steps", "many"], "--max-steps"),
         (["train", "surplus"], "surplus"),
         (["--lr", 3], "--lr"),
+        (["train", "-lr", 3], "option: -lr; did you mean --lr?"),
+        (["train", "--size", "nano", "-lr=3"], "option: -lr; did you mean --lr?"),
+        (["train", "-max_steps", 5], "option: -max-steps; did you mean --max-steps?"),
+        (["sample", "-prompt", "-x"], "option: -prompt; did you mean --prompt?"),
+        (["quantize", "-bits", 4], "option: -bits; did you mean --bits?"),
+        (["prepare", "a.txt", "-vocab_sze=300"], "option: -vocab-sze; did you mean --vocab-size?"),
+        (["list", "-jsn"], "option: -jsn; did you mean --json?"),
+        (["train", "-help"], "option: -help; did you mean --help?"),
+        (["-version"], "option: -version; did you mean --version?"),
+        (["-lr", 3], "option: -lr; it belongs to train"),
+        (["-json", "list"], "option: -json; it stands behind a command"),
     ],
     ids=str,
 )
 def test_words_that_mean_nothing(refused, words, message):
     result = refused(2, message, *words)
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["prepare", "-o", "x"], "see: nnx prepare --help"),
+        (["-x"], "see: nnx --help"),
+        (["train", "my book.txt"], f"nnx train --filepath {quoted('my book.txt')}"),
+        (["eval", "run", "book.txt"], "nnx eval --filepath book.txt"),
+        (["sample", "run", "Once", "upon"], 'in quotes: "AI is a power!"'),
+    ],
+    ids=str,
+)
+def test_words_that_mean_nothing_come_with_what_helps(refused, words, fix):
+    assert refused(2, "", *words).stderr.endswith(f"{fix}\n")
 
 
 def test_debug_shows_the_traceback(workspace, nnx):
