@@ -81,56 +81,65 @@ def run(output: Output, **options: Any) -> None:
 
 
 def _new_run(output: Output, request: Request) -> None:
-    """Prepare what has to be prepared, plan, and train."""
+    """A new run. Where there is none in the end, what was made for it goes."""
+    made: list[list[Path]] = []
+    try:
+        _prepare_and_train(output, request, made)
+    finally:
+        if made:
+            from nnx_cli.training.inputs import take_back
+
+            take_back(made)
+
+
+def _prepare_and_train(output: Output, request: Request, made: list[list[Path]]) -> None:
+    """Prepare what has to be prepared, plan, and train. `made` has the folders that were made for a run that does not
+    exist yet."""
     if request.model is not None:
         models.check_name(request.model)
     if request.train.lora_rank is not None and request.init_from is None and request.checkpoint is None:
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.training import session
-    from nnx_cli.training.inputs import open_and_plan, take_back
+    from nnx_cli.training.inputs import open_and_plan
     from nnx_cli.training.sampling import choose_sampling
 
     for note in request.notes:
         output.note(note)
-    base, shape, sources = _chosen_shape(output, request)
+    base, shape, sources = _chosen_shape(output, request, made)
     device, precision = session.configure_device(request.train)
     if request.out is not None:
         refuse_taken(request.out)
-    folder, made = _token_folder(output, request, base, shape, device, precision)
-    try:
-        brings_none = base is None or base.tokenizer is None
-        named = request.data is not None and brings_none and "tokenizer" in request.sources
-        with output.spinner(PLANNING):
-            tokens, plan = open_and_plan(
-                folder,
-                shape,
-                request.train,
-                device=device,
-                precision=precision,
-                sources=sources,
-                base=base,
-                tokenizer=request.prepare.tokenizer if named and request.prepare.tokenizer != "auto" else None,
-            )
-        for note in check_read(_planned(tokens), asdict(plan.train), request.sources).values():
-            output.note(note)
-        sampling = choose_sampling(
-            tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
+    folder, prepared = _token_folder(output, request, base, shape, device, precision)
+    made.append(prepared)
+    brings_none = base is None or base.tokenizer is None
+    named = request.data is not None and brings_none and "tokenizer" in request.sources
+    with output.spinner(PLANNING):
+        tokens, plan = open_and_plan(
+            folder,
+            shape,
+            request.train,
+            device=device,
+            precision=precision,
+            sources=sources,
+            base=base,
+            tokenizer=request.prepare.tokenizer if named and request.prepare.tokenizer != "auto" else None,
         )
-        if request.dry_run:
-            _show_plan(output, plan, folder)
-            take_back(made)
-            return
-        _tell_plan(output, plan, tokens, device)
-        with _PacedView(output, plan) as view:
-            stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
-            started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
-            made = []
-            with started.lock():
-                _finish(output, started, trainer, view, naming(plan.model))
-    except NnxError:
-        take_back(made)
-        raise
+    for note in check_read(_planned(tokens), asdict(plan.train), request.sources).values():
+        output.note(note)
+    sampling = choose_sampling(
+        tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
+    )
+    if request.dry_run:
+        _show_plan(output, plan, folder)
+        return
+    _tell_plan(output, plan, tokens, device)
+    with _PacedView(output, plan) as view:
+        stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
+        started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
+        made.clear()
+        with started.lock():
+            _finish(output, started, trainer, view, naming(plan.model))
 
 
 def _token_folder(
@@ -150,10 +159,13 @@ def _token_folder(
     return prepare_tokens(request.filepath, request.prepare, base, view, request.out, vocabularies)
 
 
-def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Shape, dict[str, str]]:
+def _chosen_shape(
+    output: Output, request: Request, made: list[list[Path]]
+) -> tuple[ModelRef | None, Shape, dict[str, str]]:
     """The model to start from, if any, the shape of the new one, and where each value comes from.
 
-    Raises UsageError for a shape or a batch that cannot be, before any text is read.
+    `made` gets the folders of a model that is imported now. Raises UsageError for a shape or a batch that cannot be,
+    before any text is read.
     """
     from nnx_cli.layers.lora import check_rank
     from nnx_cli.planning.fit import check_batch_shape
@@ -163,7 +175,8 @@ def _chosen_shape(output: Output, request: Request) -> tuple[ModelRef | None, Sh
     base, sources, spec = None, request.sources, request.init_from
     branches: list[Branch] = []
     if request.checkpoint is not None:
-        spec = _imported(output, request.model or DEFAULT_MODEL, request.checkpoint)
+        spec, imported = _imported(output, request.model or DEFAULT_MODEL, request.checkpoint)
+        made.append(imported)
     if spec is not None:
         base, shape = start_from(spec, request.model, request.size, request.fields)
         sources = dict.fromkeys(["model", "size", *shape.fields], f"model: {spec}") | sources
@@ -188,16 +201,18 @@ def _planned(tokens: TokenFolder) -> list[Branch]:
     return [BETA2, Branch({"sample_prompt"}, lambda v: speaks, "without a tokenizer", "name it: --tokenizer FILE")]
 
 
-def _imported(output: Output, model: str, checkpoint: str) -> str:
-    """The model folder of an original's checkpoint: imported now, or before."""
-    from nnx_cli.convert.import_original import import_checkpoint
+def _imported(output: Output, model: str, checkpoint: str) -> tuple[str, list[Path]]:
+    """The model folder of an original's checkpoint, imported now or before, and the folders that were made for it now,
+    innermost first."""
+    from nnx_cli.convert.import_original import import_checkpoint, place_of_import
     from nnx_cli.runs.find import WEIGHTS
 
-    folder = WEIGHTS / f"{model}-{Path(checkpoint).stem}"
-    if not folder.exists():
+    folder = place_of_import(Path(checkpoint), WEIGHTS / f"{model}-{Path(checkpoint).stem}")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if made:
         for note in import_checkpoint(model, Path(checkpoint), folder)[1]:
             output.note(note)
-    return str(folder)
+    return str(folder), made
 
 
 def _start(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from nnx_cli.convert.checkpoint_file import NONSENSE, CheckpointFile, read_check
 from nnx_cli.data.tokenizers.build import build_tokenizer, needs_training
 from nnx_cli.errors import CheckpointError, NnxError, UsageError, quoted
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.runs.manifest import describe_model, write_model_folder
+from nnx_cli.runs.manifest import describe_model, read_verified_config, write_model_folder
 from nnx_cli.runs.tensors import check_finite
-from nnx_cli.system.files import new_folder, refuse_existing
+from nnx_cli.system.files import new_folder, refuse_existing, sha256_file
 
 MAX_REPEATS = 4  # how often a file may use the same elements: tied matrices and views do, bombs do more
 MOST_COMPARED = 1000  # names of tensors, in search of a misnomer
@@ -53,10 +55,23 @@ def import_checkpoint(
             f"{path} has a vocabulary of {model.config.vocab_size:,}, {chosen} of {known.vocab_size:,}"
         )
     n_parameters = sum(p.numel() for p in model.parameters())
-    config = describe_model(name, None, model.config, n_parameters, known) | {"imported_from": path.name}
+    origin = {"imported_from": path.name, "imported_sha256": sha256_file(path)}
+    config = describe_model(name, None, model.config, n_parameters, known) | origin
     with new_folder(out) as folder:
         write_model_folder(folder, config, known, model.state_without_ties())
     return config, notes
+
+
+def place_of_import(path: Path, folder: Path) -> Path:
+    """`folder`, or with -2, -3, … behind it: the first that this file was imported to, or that is free."""
+    place, number = folder, 1
+    while os.path.lexists(place):
+        with suppress(CheckpointError, OSError):  # of something else
+            if read_verified_config(place).get("imported_sha256") == sha256_file(path):
+                break
+        number += 1
+        place = folder.with_name(f"{folder.name}-{number}")
+    return place
 
 
 def _load_original(name: str, found: CheckpointFile, variant: str | None) -> tuple[LanguageModel, list[str]]:

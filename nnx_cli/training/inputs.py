@@ -133,11 +133,13 @@ def brings(base: ModelRef, tokenizer: str) -> bool:
     return Path(tokenizer).is_file() and build_tokenizer(tokenizer).fingerprint == own.fingerprint
 
 
-def take_back(made: list[Path]) -> None:
-    """Remove the folders, innermost first, that were made for a run that is not to be; others may use an outer one."""
-    for number, folder in enumerate(made):
-        with suppress(OSError):
-            discard_folder(folder) if number == 0 else folder.rmdir()
+def take_back(made: list[list[Path]]) -> None:
+    """Remove what was made for a run that is not to be: lists of folders, innermost first; others may use an outer
+    one."""
+    for folders in made:
+        for number, folder in enumerate(folders):
+            with suppress(OSError):
+                discard_folder(folder) if number == 0 else folder.rmdir()
 
 
 def open_and_plan(

@@ -57,6 +57,50 @@ def test_an_original_is_trained_on(nnx, seed, text_file):
     assert config["init_from"].endswith("nyx-seed")
 
 
+SMALL = ("--num_batches", 2, "--seq_len", 16, "--batch_size", 2, "--gradient_accumulate_every", 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (3, ["--data", "nowhere"]),
+        (3, ["--filepath", "nowhere.txt"]),
+        (3, ["--filepath", "empty.txt"]),
+        (2, ["--filepath", "words.txt", "--dim", 64]),
+        (2, ["--filepath", "words.txt", "--lora-rank", 5000]),
+        (2, ["--filepath", "words.txt", "--tokenizer", "char"]),
+        (4, ["--filepath", "words.txt", "--vram", "1.0001GB"]),
+        (8, ["--filepath", "words.txt", "--out", "seed.pth"]),
+        (0, ["--filepath", "words.txt", "--dry-run"]),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_not_to_be_leaves_no_import(nnx, seed, text_file, workspace, code, words):
+    (workspace / "words.txt").write_bytes(text_file.read_bytes())
+    (workspace / "empty.txt").touch()
+    before = sorted(workspace.rglob("*"))
+    result = nnx("train", "--checkpoint_path", "seed.pth", *SMALL, *words)
+    assert result.exit_code == code, result.stderr
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_a_checkpoint_is_known_by_its_content_not_its_name(nnx, seed, tiny, text_file, workspace):
+    """What stands under the name that an import would have is another checkpoint's, a run on a text, or damaged."""
+    begin = ("train", "--filepath", text_file, *SMALL, "--json", "--checkpoint_path")
+
+    def started_from(path):
+        result = nnx(*begin, path)
+        assert result.exit_code == 0, result.stderr
+        return find_model(json.loads(result.stdout)["out"]).config["init_from"]
+
+    assert [started_from("seed.pth") for _ in range(2)] == ["weights/nyx-seed"] * 2
+    (workspace / "other").mkdir()
+    torch.save(models.reference_tensors(tiny("nyx", vocab_size=256, ffn_dim=64, dropout=0.0)), "other/seed.pth")
+    assert [started_from("other/seed.pth") for _ in range(2)] == ["weights/nyx-seed-2"] * 2
+    (workspace / "weights" / "nyx-seed" / "config.json").write_text("{}")
+    assert started_from("seed.pth") == "weights/nyx-seed-3"
+
+
 class Bomb:
     def __reduce__(self):
         return open, ("bomb-went-off", "w")

@@ -15,7 +15,7 @@ def test_text_is_prepared_once_and_taken_back(text_file, workspace):
     folder, made = prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print)
     assert made == [folder, Path("data")] and (folder / "meta.json").exists()
     assert prepare_tokens([str(text_file)], PrepareConfig(workers=1), None, print) == (folder, [])
-    take_back(made)
+    take_back([made])
     assert not Path("data").exists()
 
 
@@ -41,7 +41,7 @@ def test_where_data_cannot_be_made_the_tokens_stand_beside_the_run(text_file, wo
     assert folder.parent == workspace / "elsewhere" / "data" and (folder / "meta.json").exists()
     assert made == [folder, folder.parent, out.parent] and str(folder) in told[-1]["note"]
     assert prepare_tokens(paths, config, None, told.append, out) == (folder, [])
-    take_back(made)
+    take_back([made])
     assert list(workspace.iterdir()) == []
 
 
@@ -62,7 +62,7 @@ def test_vocabularies_suit_the_model(shape, n_parameters):
 def test_what_others_use_is_not_taken_back(workspace):
     (workspace / "data" / "mine").mkdir(parents=True)
     (workspace / "data" / "theirs").mkdir()
-    take_back([workspace / "data" / "mine", workspace / "data"])
+    take_back([[workspace / "data" / "mine", workspace / "data"]])
     assert [path.name for path in (workspace / "data").iterdir()] == ["theirs"]
 
 
