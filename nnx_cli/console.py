@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -178,6 +179,11 @@ class Output:
         if hidden := [name for number, name in enumerate(columns) if number not in shown]:
             self.note(f"not shown on {counted(limit or 0, 'column')}: {', '.join(hidden)}; --json has all")
 
+    def aligned(self, rows: Sequence[tuple[str, str, str]], *, product: bool = False) -> None:
+        """Rows of a name, a value and a remark in columns: the product, or a note."""
+        lines = aligned(rows, columns_of(sys.stdout if product else sys.stderr))
+        self.show(*lines) if product else self.note("\n".join(lines))
+
     def _write(self, text: str) -> None:
         with self._writing():
             self.out.file.write(text)
@@ -224,6 +230,22 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | N
     for line in lines:
         table.add_row(*map(styled, line))
     return table
+
+
+def aligned(rows: Sequence[tuple[str, str, str]], limit: int | None) -> list[str]:
+    """Lines of rows of a name, a value and a remark in columns; within a `limit` too narrow for them remarks stand in
+    brackets behind values, and go on below those."""
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"{name:<{first}}  {value:<{second}}  {remark}".rstrip() for name, value, remark in rows]
+    if limit is None or max(map(len, lines)) <= limit:
+        return lines
+    indent = " " * (first + 2 if limit >= 2 * first else 2)
+    whole = [f"{name:<{first}}  {value}" + (f" ({remark})" if remark else "") for name, value, remark in rows]
+    return [
+        line
+        for text in whole
+        for line in textwrap.wrap(text, max(limit, 10), subsequent_indent=indent, break_on_hyphens=False)
+    ]
 
 
 class ByteProgress:

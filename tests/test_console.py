@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from nnx_cli.cli import COMMANDS
-from nnx_cli.console import Output, columns_of
+from nnx_cli.console import Output, aligned, columns_of
 from nnx_cli.errors import OutputError
 
 NO_WIDTH = ["0", "00", "-5", "abc", "", " ", "80x", "1e3", "²", "9" * 40]
@@ -185,3 +185,23 @@ def test_help_on_a_narrow_screen_has_every_word(nnx, monkeypatch, words, width):
     assert [line.strip() for line in wide.splitlines() if line.strip().startswith("nnx ")] == [
         line.strip() for line in narrow.splitlines() if line.strip().startswith("nnx ")
     ]
+
+
+def test_columns_give_way_on_a_narrow_screen():
+    rows = [("size", "small", "why not"), ("learning rate", "0.01, linear", ""), ("x", "1", "a remark")]
+    assert (
+        aligned(rows, None)
+        == aligned(rows, 80)
+        == [
+            "size           small         why not",
+            "learning rate  0.01, linear",
+            "x              1             a remark",
+        ]
+    )
+    assert aligned(rows, 30) == [
+        "size           small (why not)",
+        "learning rate  0.01, linear",
+        "x              1 (a remark)",
+    ]
+    narrow = aligned(rows, 20)
+    assert max(map(len, narrow)) <= 20 and narrow[-1] == "  remark)"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
+from nnx_cli.commands._plan_table import PlanTable, show_settings, why_tokenizer
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
 from nnx_cli.console import Output, TrainingView, duration
@@ -130,10 +131,11 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     sampling = choose_sampling(
         tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
     )
+    shown = PlanTable(plan, tokens, device, why_tokenizer(request, base, tokens))
     if request.dry_run:
-        _show_plan(output, plan, folder)
+        shown.show(output)
         return
-    _tell_plan(output, plan, tokens, device)
+    shown.tell(output)
     with _PacedView(output, plan) as view:
         stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
         started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
@@ -277,7 +279,7 @@ def _show_restart(output: Output, restart: Restart) -> None:
     shape = dict(restart.run.config["model"])
     rows = {"model": shape.pop("name"), **shape, **asdict(restart.config)}
     kept = f"run: {restart.run.folder}"
-    _show_rows(output, rows, {name: restart.sources.get(name, kept) for name in rows})
+    show_settings(output, rows, {name: restart.sources.get(name, kept) for name in rows})
 
 
 def _say_over(output: Output, restart: Restart, status: dict[str, Any]) -> None:
@@ -407,42 +409,3 @@ def _advice(run: Run, trainer: Trainer, best_step: int) -> list[str]:
 def _command_line() -> str:
     """This command as it was typed."""
     return shlex.join(["nnx", *sys.argv[1:]])
-
-
-def _tell_plan(output: Output, plan: Plan, tokens: TokenFolder, device: torch.device) -> None:
-    """What is about to happen, in two lines."""
-    from nnx_cli.planning import flops as cost
-    from nnx_cli.system.device import describe
-
-    train, config = plan.train, plan.model_config
-    total = cost.count_parameters(cost.meta_model(plan.model, config))["total"]
-    ends = [counted(train.max_steps, "step")] if train.max_steps else []
-    ends += [duration(train.max_time_s)] if train.max_time_s else []
-    output.note(
-        f"{models.stem(plan.model)} {plan.size or 'of your shape'}: {total:,} parameters, on {describe(device)}, "
-        f"{train.precision}"
-    )
-    for saver in plan.savers:
-        output.note(f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {saver.text}")
-    output.note(
-        f"{len(tokens.train):,} tokens to train on; {train.batch_size} x {train.grad_accum} x {config.seq_len} tokens "
-        f"a step, {train.optimizer}, learning rate {train.lr:g}, for {' or '.join(ends)}"
-    )
-
-
-def _show_plan(output: Output, plan: Plan, folder: Path) -> None:
-    """Every value of a planned run and where it comes from."""
-    values = {"model": plan.model, "size": plan.size, "data": str(folder)}
-    values |= models.config_dict(plan.model_config) | asdict(plan.train)
-    sources = {
-        name: plan.sources.get(name, "size" if name in plan.model_config.__dataclass_fields__ else "default")
-        for name in values
-    }
-    _show_rows(output, values, sources)
-
-
-def _show_rows(output: Output, values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Settings, their values and where each came from."""
-    rows = [{"setting": name, "value": value, "source": sources[name]} for name, value in values.items()]
-    output.show_json(rows)
-    output.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])

@@ -11,7 +11,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import MILESTONES, TrainConfig
 from nnx_cli.data.loader import check_length
-from nnx_cli.errors import DataError, counted
+from nnx_cli.errors import DataError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
@@ -79,9 +79,10 @@ def plan_run(
     rate = nominal_flops(device, precision)
     label, config = model_shape(settings, name, size, fields, data, device, rate)
     horizon = expected_tokens(train, name, config, data, device, rate)
-    if "dropout" not in fields and (dropout := default_dropout(horizon.epochs, horizon.params_per_token)):
-        config = replace(config, dropout=dropout)
-        settings.note("dropout", f"the text is read {counted(round(horizon.epochs), 'time')}")
+    if "dropout" not in fields:
+        dropout = default_dropout(horizon.epochs, horizon.params_per_token)
+        config = replace(config, dropout=dropout or config.dropout)
+        settings.note("dropout", f"{horizon.epochs:.1f} epochs, {horizon.params_per_token:.1f} parameters a token")
     settings.fill_all({"precision": Derived(precision, "device")})
     optimizer = preferred_optimizer(name, train.lora_rank, horizon.overfits)
     fitted = fit_memory(settings.train, config, name, device, optimizer)

@@ -124,7 +124,88 @@ def test_dry_run_says_where_every_value_comes_from(nnx, data, workspace):
     assert rows["model"] == ("nyx", "default") and rows["data"][1] == "command line"
     assert not (workspace / "weights").exists()
     table = nnx("train", "--data", data, "--dry-run")
-    assert table.exit_code == 0 and "learning" not in table.stdout and "warmup_steps" in table.stdout
+    assert table.exit_code == 0 and "learning" not in table.stderr
+    assert table.stdout.index("learning rate") < table.stdout.index("warmup_steps")
+
+
+PLANNED = ["size", "tokenizer", "optimizer", "learning rate", "dropout", "weight decay", "length", "will read"]
+
+
+def plan_of(shown):
+    """The lines of the plan in what is on the screen."""
+    lines = shown.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("size  "))
+    end = next(number for number, line in enumerate(lines) if "setting" in line or "step 1" in line)
+    return [line for line in lines[start:end] if line.strip()]
+
+
+def names_in(plan):
+    """What stands in the first column."""
+    known = [*PLANNED, "first sample", "run folder"]
+    return [name for line in plan for name in known if line == name or line.startswith(f"{name}  ")]
+
+
+def test_the_plan_stands_above_a_run_and_above_all_settings(nnx, data):
+    words = ["train", "--data", data, *FIRST, "--lr", 0.02]
+    plan = plan_of(nnx(*words, "--dry-run").stdout)
+    assert plan_of(nnx(*words).stderr) == plan and names_in(plan) == [*PLANNED, "run folder"]
+    lines = dict(zip(names_in(plan), plan, strict=True))
+    assert "0.02, linear" in lines["learning rate"] and lines["learning rate"].endswith("command line")
+    assert "256 ids" in lines["tokenizer"] and lines["tokenizer"].endswith("token folder")
+    sampling = plan_of(nnx(*words, "--sample-every", 1, "--dry-run").stdout)
+    assert names_in(sampling) == [*PLANNED, "first sample", "run folder"]
+
+
+def test_a_quiet_run_shows_no_plan_and_a_quiet_dry_run_nothing_else(nnx, data):
+    assert nnx("train", "--data", data, *FIRST, "--quiet").stderr == ""
+    shown = nnx("train", "--data", data, *FIRST, "--quiet", "--dry-run")
+    assert shown.stderr == "" and names_in(plan_of(shown.stdout)) == [*PLANNED, "run folder"]
+
+
+def test_the_plan_as_json_stands_behind_the_settings(nnx, data):
+    rows = json.loads(nnx("train", "--data", data, *FIRST, "--sample-every", 1, "--dry-run", "--json").stdout)
+    expected = {row["setting"]: row["value"] for row in rows if row["source"] == "outlook"}
+    settings = {row["setting"]: row["value"] for row in rows if row["source"] != "outlook"}
+    assert expected["expected_tokens"] == settings["max_steps"] * settings["tokens_per_step"]
+    assert expected["parameters"] > 0 and expected["run_folder_bytes"] > 12 * expected["parameters"]
+    assert expected["first_sample_s"] > 0 and expected["such_runs_bits_per_byte"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [(["--size", "nano", "--epochs", 8], "documentation to plays"), (["--epochs", 12, "--size", "tiny"], "to plays")],
+)
+def test_the_plan_says_what_such_runs_reached(nnx, workspace, words, texts):
+    from nnx_cli.data.sources import builtin_corpus
+
+    (workspace / "docs.txt").write_text(builtin_corpus(), encoding="utf-8")
+    planned = nnx("train", "--filepath", "docs.txt", *words, "--device", "cpu", "--dry-run").stdout
+    line = next(line for line in plan_of(planned) if line.startswith("reached"))
+    assert "1.59 to 2." in line and " bits per byte by such runs" in line and line.endswith(texts)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "text below 10 MB"),
+        (["--tokenizer", "char"], "command line"),
+        (["--num_batches", 3], "recipe: NYX"),
+        (["--config", "my.toml"], "file: my.toml"),
+    ],
+)
+def test_the_plan_says_why_that_tokenizer(nnx, text_file, workspace, words, reason):
+    (workspace / "my.toml").write_text('tokenizer = "char"\n')
+    plan = plan_of(nnx("train", "--filepath", text_file, "--seq-len", 16, *words, "--dry-run").stdout)
+    assert plan[1].startswith("tokenizer") and plan[1].endswith(reason)
+
+
+@pytest.mark.parametrize("columns", [24, 33, 40, 60, 80, 200])
+def test_the_plan_on_screens_of_any_width(nnx, data, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    plan = plan_of(nnx("train", "--data", data, *FIRST, "--dry-run").stdout)
+    assert max(map(len, plan)) <= columns and names_in(plan) == [*PLANNED, "run folder"]
+    whole = " ".join(" ".join(plan).split())
+    assert "256 ids" in whole and "optimizer, width and model" in whole and "the best weights" in whole
 
 
 def test_dry_run_says_who_named_model_and_size(nnx, run, workspace):

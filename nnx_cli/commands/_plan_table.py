@@ -1,0 +1,155 @@
+"""What `nnx train` shows of a run before it begins: what was decided and why, and what that is going to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from nnx_cli import models
+from nnx_cli.console import Output, duration, size
+from nnx_cli.errors import counted
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnx_cli.commands._train_options import Request
+    from nnx_cli.data.token_folder import TokenFolder
+    from nnx_cli.planning.outlook import Outlook
+    from nnx_cli.planning.plan import Plan
+    from nnx_cli.runs.load import ModelRef
+
+OUTLOOK = "outlook"  # where expected values come from
+
+
+class PlanTable:
+    """A planned run on a token folder and a device, in words. `why_tokenizer` says where the tokenizer comes from."""
+
+    def __init__(self, plan: Plan, tokens: TokenFolder, device: torch.device, why_tokenizer: str) -> None:
+        from nnx_cli.planning.flops import count_parameters, meta_model
+        from nnx_cli.planning.outlook import outlook
+        from nnx_cli.system.device import describe
+
+        self.plan = plan
+        self.tokens = tokens
+        self.why_tokenizer = why_tokenizer
+        self.device = describe(device)
+        self.n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
+        self.outlook: Outlook = outlook(plan, tokens, device)
+
+    def tell(self, output: Output) -> None:
+        """The plan in a few lines of notes."""
+        output.note(self._head())
+        output.aligned(self._rows())
+        for line in self._given_up():
+            output.note(line)
+
+    def show(self, output: Output) -> None:
+        """The plan, then every value and where it comes from, as the product."""
+        output.show(self._head())
+        output.aligned(self._rows(), product=True)
+        output.show(*self._given_up())
+        plan, expected = self.plan, self.outlook
+        values = {"model": plan.model, "size": plan.size, "data": str(self.tokens.path)}
+        values |= models.config_dict(plan.model_config) | asdict(plan.train)
+        sources = {name: self._source(name) for name in values}
+        reached = expected.reached and [round(run.bits_per_byte, 3) for run in expected.reached]
+        extra = {
+            "parameters": self.n_parameters,
+            "expected_tokens": expected.tokens,
+            "expected_epochs": round(expected.epochs, 2),
+            "first_sample_s": expected.first_sample_s and round(expected.first_sample_s, 1),
+            "run_folder_bytes": expected.folder_bytes,
+            "such_runs_bits_per_byte": reached,
+        }
+        show_settings(output, values, sources, extra)
+
+    def _source(self, name: str) -> str:
+        """Where a value comes from."""
+        is_of_model = name in self.plan.model_config.__dataclass_fields__
+        return self.plan.sources.get(name, "size" if is_of_model else "default")
+
+    def _reason(self, name: str) -> str:
+        return self._source(name).removeprefix("derived: ")
+
+    def _head(self) -> str:
+        plan = self.plan
+        return (
+            f"{models.stem(plan.model)} on {self.device}, {plan.train.precision}; "
+            f"{len(self.tokens.train):,} tokens to train on"
+        )
+
+    def _given_up(self) -> list[str]:
+        plan = self.plan
+        return [f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {saver.text}" for saver in plan.savers]
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """What was decided, and why; then what that takes."""
+        plan, train, reason = self.plan, self.plan.train, self._reason
+        ends = [duration(train.max_time_s)] if train.max_time_s else []
+        ends += [f"{counted(train.max_steps, 'step')} of {train.tokens_per_step:,} tokens"] if train.max_steps else []
+        lengths = [reason(name) for name in ("max_time", "max_steps") if getattr(train, name)]
+        kind = "unknown" if self.tokens.tokenizer is None else self.tokens.tokenizer.kind
+        warmup = f" after {counted(train.warmup_steps, 'step')}" if train.warmup_steps else ""
+        return [
+            ("size", f"{plan.size or 'of your own'}, {self.n_parameters:,} parameters", self._shape_reason()),
+            ("tokenizer", f"{kind}, {self.tokens.vocab_size:,} ids", self.why_tokenizer),
+            ("optimizer", str(train.optimizer), reason("optimizer")),
+            ("learning rate", f"{train.lr:g}, {train.schedule}{warmup}", reason("lr")),
+            ("dropout", f"{plan.model_config.dropout:g}", reason("dropout")),
+            ("weight decay", f"{train.weight_decay:g}", reason("weight_decay")),
+            ("length", " or ".join(ends), "; ".join(dict.fromkeys(lengths))),
+            *self._outlook_rows(),
+        ]
+
+    def _shape_reason(self) -> str:
+        if self.plan.size is not None:
+            return self._reason("size")
+        shape = self.plan.model_config.__dataclass_fields__.keys() - {"vocab_size", "seq_len", "dropout"}
+        return next((self.plan.sources[name] for name in sorted(shape) if name in self.plan.sources), "your model")
+
+    def _outlook_rows(self) -> list[tuple[str, str, str]]:
+        expected = self.outlook
+        by_clock = "at this device's nominal speed" if self.plan.train.max_time else ""
+        epochs = f"{expected.epochs:.{1 if expected.epochs >= 1 else 2}f} epochs"
+        rows = [("will read", f"{expected.tokens:,} tokens, {epochs}", by_clock)]
+        if expected.first_sample_s is not None:
+            rows.append(("first sample", f"after about {duration(expected.first_sample_s)}", ""))
+        kept = counted(self.plan.train.keep, "checkpoint")
+        rows.append(("run folder", f"about {size(expected.folder_bytes)}", f"{kept}, the best weights"))
+        if expected.reached is not None:
+            low, high = expected.reached
+            bits = f"{low.bits_per_byte:.2f} to {high.bits_per_byte:.2f} bits per byte by such runs"
+            texts = low.text if low.text == high.text else f"{low.text} to {high.text}"
+            rows.append(("reached", bits, texts))
+        return rows
+
+
+def why_tokenizer(request: Request, base: ModelRef | None, tokens: TokenFolder) -> str:
+    """Where the tokenizer of a run comes from."""
+    from nnx_cli.planning.tokenizer import BPE_FROM_BYTES
+
+    if base is not None and base.tokenizer is not None:
+        return f"model: {base.label}"
+    if request.data is not None:
+        return "token folder"
+    for name in ("tokenizer", "vocab_size"):
+        if name in request.sources:
+            return request.sources[name]
+    if request.prepare.tokenizer != "auto":
+        return "recipe: NYX"
+    assert tokens.tokenizer is not None and tokens.text_bytes is not None, "it was prepared now"
+    is_long = tokens.text_bytes >= BPE_FROM_BYTES
+    if is_long and tokens.tokenizer.kind == "byte":
+        return "bpe is not installed"
+    return f"text {'from' if is_long else 'below'} {BPE_FROM_BYTES / 1e6:.0f} MB"
+
+
+def show_settings(
+    output: Output, values: Mapping[str, Any], sources: Mapping[str, str], expected: Mapping[str, Any] | None = None
+) -> None:
+    """Settings, their values and where each came from; with --json also what is `expected`."""
+    rows = [{"setting": name, "value": value, "source": sources[name]} for name, value in values.items()]
+    more = [{"setting": name, "value": value, "source": OUTLOOK} for name, value in (expected or {}).items()]
+    output.show_json(rows + more)
+    output.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])
