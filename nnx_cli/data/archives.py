@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from nnx_cli.data.compression import Stream, brief, refuse_bomb
 from nnx_cli.data.formats import format_of
+from nnx_cli.data.zip_directory import LegibleZip
 from nnx_cli.errors import DataError
 
 HEAD_BYTES = tarfile.BLOCKSIZE  # that tell an archive
@@ -52,10 +53,7 @@ def kind_of(head: bytes, name: str) -> str | None:
 
 def zip_members(file: BinaryIO, name: str) -> Iterator[Member]:
     """The files of the zip archive `name`. DataError where it is damaged as a whole."""
-    try:
-        archive = zipfile.ZipFile(file)
-    except (*ZIP_DAMAGE, OSError) as error:
-        raise DataError(f"{name} is damaged: {brief(error)}") from error
+    archive = _open_zip(file, name)
     n_read, n_stored = 0, file.seek(0, 2)
     for info in archive.infolist():
         if info.filename.endswith(("/", "\\")):
@@ -77,6 +75,18 @@ def zip_members(file: BinaryIO, name: str) -> Iterator[Member]:
         yield Member(info.filename, stream)
         n_read += stream.n_read
         refuse_bomb(name, n_read, n_stored)  # members may share their bytes
+
+
+def _open_zip(file: BinaryIO, name: str) -> zipfile.ZipFile:
+    """A zip archive, whatever single entries of its directory are like."""
+    try:
+        return zipfile.ZipFile(file)
+    except (*ZIP_DAMAGE, OSError) as error:
+        refusal = error
+    try:
+        return zipfile.ZipFile(LegibleZip(file))
+    except (*ZIP_DAMAGE, OSError):
+        raise DataError(f"{name} is damaged: {brief(refusal)}") from refusal
 
 
 def tar_members(stream: Stream) -> Iterator[Member]:

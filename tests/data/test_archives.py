@@ -214,6 +214,62 @@ def test_a_member_that_cannot_be_read_is_left_out(tmp_path, kind):
     assert why in refusal(path, strict=True)
 
 
+def patched_entry(path, field, new):
+    """Write over bytes of the directory's entry of the member b.txt, `field` bytes behind its beginning."""
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"b.txt"))
+    data[entry + field : entry + field + len(new)] = new
+    path.write_bytes(data)
+
+
+def name_in(encoding, name):
+    """Marked as UTF-8 and in another encoding: in the directory and before the member."""
+
+    def spoiled(path):
+        write_zip(path, {"a.txt": TEXT, "éé.txt": TEXT, "c.txt": TEXT})
+        path.write_bytes(path.read_bytes().replace("éé".encode(), name.encode(encoding)))
+
+    return spoiled
+
+
+def version_to_come(path):
+    write_zip(path, {"a.txt": TEXT, "b.txt": TEXT, "c.txt": TEXT})
+    patched_entry(path, 6, b"\xff")
+
+
+def extra_too_long(path):
+    info = zipfile.ZipInfo("b.txt")
+    info.extra = struct.pack("<2H4x", 1, 4)
+    write_zip(path, {"a.txt": TEXT, info: TEXT, "c.txt": TEXT})
+    patched_entry(path, 46 + len("b.txt"), struct.pack("<2H", 1, 999))
+
+
+def wrong_name_before(path):
+    write_zip(path, {"a.txt": TEXT, "b.txt": TEXT, "c.txt": TEXT})
+    patched_entry(path, 46, b"d")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "n"),
+    [
+        (name_in("latin-1", "étés"), 3),
+        (name_in("gbk", "中文"), 3),
+        (name_in("cp1251", "тест"), 3),
+        (version_to_come, 3),
+        (extra_too_long, 3),
+        (wrong_name_before, 2),
+    ],
+    ids=["latin-1", "gbk", "cp1251", "version", "extra", "name"],
+)
+@pytest.mark.parametrize("before", [b"", b"PK\x03\x04" * 99], ids=["", "behind others"])
+def test_an_entry_of_a_zip_that_is_wrong_spoils_no_other(tmp_path, spoil, n, before):
+    path = tmp_path / "a.zip"
+    spoil(path)
+    path.write_bytes(before + path.read_bytes())
+    documents, notes = read(path)
+    assert documents == [TEXT] * n and len(notes) == (n < 3), notes
+
+
 @pytest.mark.parametrize("write", [write_zip, write_tar])
 def test_refused_when_nothing_is_left(tmp_path, write):
     path = write(tmp_path / "pack", {"a.txt": BINARY, "b.txt": b"text\0" * 50, "c.png": b"x"})
