@@ -135,7 +135,7 @@ def _explain(error: Exception) -> NnxError:
     if out_of_memory or number == errno.ENOMEM or any(words in text for words in NO_MEMORY):
         return DoesNotFit("out of memory", fix="take less at once or a smaller model; see what fits: nnx summarize")
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
-        return DoesNotFit("the system allows no more threads", fix="allow more, or take less: --threads 1, --workers 1")
+        return DoesNotFit("the system allows no more threads", fix="allow it more (ulimit -u, pids of a container)")
     if isinstance(error, OSError) and number == errno.ENOSPC:
         return OutputError(f"cannot write: {error.strerror}", fix="make room, then start it again")
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):

@@ -24,7 +24,7 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import TrainConfig, check_choice
 from nnx_cli.console import Output, size
-from nnx_cli.errors import DoesNotFit
+from nnx_cli.errors import DoesNotFit, quoted
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
@@ -82,6 +82,7 @@ def run(
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
         check_read(field_branches(config), {}, dict.fromkeys(fields, COMMAND_LINE))
     with output.spinner(WAITING):
+        from nnx_cli.planning.fit import SMALLER
         from nnx_cli.planning.summary import summary
 
         facts = summary(name, label, config, train, whole=output.json)
@@ -94,8 +95,13 @@ def run(
         raise DoesNotFit(
             f"a batch of {fits['batch_size']} takes {fits['predicted_peak_bytes'] / 2**30:.2f} GiB "
             f"and does not fit in {fits['budget_bytes'] / 2**30:.2f} GiB; {enough}",
-            fix=fits["advice"],
+            fix=see_all(train) if ref is not None and fits["advice"] == SMALLER else fits["advice"],
         )
+
+
+def see_all(train: TrainConfig) -> str:
+    """What shows which models fit, to somebody whose own does not."""
+    return "see what fits: nnx summarize --all" + (f" --vram {quoted(train.vram)}" if train.vram else "")
 
 
 def of_run(spec: str, file: Path | None = None) -> tuple[str, str | None, ModelConfig]:

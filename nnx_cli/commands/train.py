@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from nnx_cli.config import LENGTHS
 from nnx_cli.console import Output, TrainingView, duration
 from nnx_cli.errors import (
     CheckpointError,
+    DoesNotFit,
     Interrupted,
     NnxError,
     OutputError,
@@ -84,13 +85,28 @@ def run(output: Output, **options: Any) -> None:
 def _new_run(output: Output, request: Request) -> None:
     """A new run. Where there is none in the end, what was made for it goes."""
     made: list[list[Path]] = []
+    begins_anew = request.init_from is None and request.checkpoint is None
     try:
-        _prepare_and_train(output, request, made)
+        with nullcontext() if begins_anew else _advising("take a smaller --seq-len, or start from a smaller model"):
+            _prepare_and_train(output, request, made)
     finally:
         if made:
             from nnx_cli.training.inputs import take_back
 
             take_back(made)
+
+
+@contextmanager
+def _advising(instead: str) -> Iterator[None]:
+    """Have a run that does not fit say what is to be done `instead` of taking another size, which it cannot."""
+    from nnx_cli.planning.fit import SMALLER
+
+    try:
+        yield
+    except DoesNotFit as error:
+        if error.fix == SMALLER:
+            error.fix = instead
+        raise
 
 
 def _prepare_and_train(output: Output, request: Request, made: list[list[Path]]) -> None:
@@ -257,7 +273,10 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
         restart = session.plan_restart(run, request.settings, request.data, request.file)
         _say_over(output, restart, status) if restart.is_over else _show_restart(output, restart)
         return
-    with run.lock():
+    elsewhere = (
+        f"go on where there is more memory: nnx train --resume {quoted(folder)}{naming(request.file)} --device cpu"
+    )
+    with _advising(elsewhere), run.lock():
         with output.spinner("planning what is left"):
             restart = session.plan_restart(run, request.settings, request.data, request.file)
         if restart.is_over:

@@ -265,6 +265,9 @@ def first_that_fits(
     return chosen, taken, n < len(steps)
 
 
+SMALLER = "take a smaller --size or --seq-len"  # where they are options
+
+
 def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) -> str:
     """What would help training that does not fit, in a few words that can be typed."""
     if largest:
@@ -278,7 +281,7 @@ def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) 
     last = replace([*savings(freed)][-1][0], optimizer_in_backward=True, grad_accum=1, batch_size=None)
     if not train.optimizer_in_backward and predictor.peak(last, 1) <= budget:
         return "add --optimizer-in-backward, which has no accumulation and no clipping by the norm of all gradients"
-    return "take a smaller --size or --seq-len"
+    return SMALLER
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from nnx_cli.errors import DoesNotFit, counted
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import set_lr
 from nnx_cli.optim._build import build_optimizer
+from nnx_cli.planning.fit import SMALLER
 from nnx_cli.system.device import set_seed
 from nnx_cli.training.step import Step, StepGraphs
 
@@ -146,8 +147,9 @@ class Stepper:
         self.step.optimizer.zero_grad(set_to_none=True)
         if self.batch_size == 1 or self.step.in_backward or self.step.updating:
             raise DoesNotFit(
-                f"out of memory at step {number + 1}, {counted(self.batch_size, 'sequence')} at a time",
-                fix="the last checkpoint is intact; take a smaller --size or --seq-len, or more --vram",
+                f"out of memory at step {number + 1}, {counted(self.batch_size, 'sequence')} at a time; the last "
+                "checkpoint is intact",
+                fix=SMALLER,
             )
         self.step.forget()
         if self.device.type == "cuda":

@@ -835,3 +835,27 @@ def test_a_run_says_once_that_it_is_not_as_fast_as_planned(nnx, workspace, text_
     done = nnx(*words.split(), *f"--grad-accum 1 --device cpu --threads 1 --compile off --out run {length}".split())
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("as planned") == (1 if said else 0) and said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["train", "--data", "data/words", *FIRST], "take a smaller --size or --seq-len"),
+        (["train", "--data", "data/words", *FIRST, "--vram", "1.001GB"], "take a smaller --size or --seq-len"),
+        (["train", "--init-from", "words", "--data", "data/words", "--max-steps", 3], "a smaller --seq-len, or start"),
+        (
+            ["train", "--init-from", "words", "--data", "data/words", "--vram", "1.001GB"],
+            "a smaller --seq-len, or start",
+        ),
+        (["train", "--resume", "words", "--max-steps", 60], "nnx train --resume weights/words --device cpu"),
+        (["summarize", "words", "--vram", "1.001GB"], "nnx summarize --all --vram 1.001GB"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_names_only_options_that_the_command_takes(run, nnx, monkeypatch, words, fix):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("nnx_cli.training.stepper.Stepper.run", run_out)
+    result = nnx(*words)
+    assert result.exit_code == 4 and fix in result.stderr.splitlines()[-1], result.stderr
