@@ -267,7 +267,7 @@ def _encode(
     n_waiting = max(2, min(2 * workers, config.max_memory_bytes // JOB_BYTES))
     n_bytes = 0
     waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with _Pool(workers) as pool:
         for job in chain(jobs.of(pieces), repeat(None)):
             if job:
                 waiting.append(pool.submit(_encode_job, tokenizer, job))
@@ -286,6 +286,13 @@ def _encode(
     if jobs.n_forced:
         report.note(f"split for the tokenizer: {counted(jobs.n_forced, 'very long run')} without a break")
     return n_bytes
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that begin nothing more once an error or Ctrl-C has come."""
+
+    def __exit__(self, *error: Any) -> None:
+        self.shutdown(cancel_futures=error[0] is not None)
 
 
 class _Jobs:

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from nnx_cli.data import compression
 from nnx_cli.data import prepare as module
 from nnx_cli.data import token_file as tokens
 from nnx_cli.data.prepare import default_folder, prepare
+from nnx_cli.data.separators import Piece
+from nnx_cli.data.sources import Reader
 from nnx_cli.data.split import SplitWriter
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import bpe
@@ -343,6 +346,30 @@ def test_failures_leave_nothing_behind(text_file, tmp_path, monkeypatch, at):
     with pytest.raises(expected):
         prepare([text_file], tmp_path / "new" / "made", PrepareConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), DataError("damaged"), OSError(28, "No space left on device")])
+def test_what_waits_for_a_thread_is_not_begun_after_a_failure(text_file, tmp_path, monkeypatch, failure):
+    begun, release = [], threading.Event()
+
+    def encode(tokenizer, job):
+        begun.append(job)
+        release.wait(10)
+        return []
+
+    def fail_at_last(*_):
+        for number in range(6):
+            yield Piece("word ", True)
+            if number == 5:
+                threading.Timer(0.2, release.set).start()
+                raise failure
+
+    monkeypatch.setattr(module, "JOB_PIECES", 1)
+    monkeypatch.setattr(module, "_encode_job", encode)
+    monkeypatch.setattr(Reader, "pieces", fail_at_last)
+    with pytest.raises(type(failure) if not isinstance(failure, OSError) else OutputError):
+        prepare([text_file], tmp_path / "made", PrepareConfig(workers=4))
+    assert len(begun) == 4 and not (tmp_path / "made").exists()
 
 
 def test_every_kind_of_refusal_has_one_line(tmp_path, text_file, monkeypatch):
