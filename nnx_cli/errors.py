@@ -83,8 +83,17 @@ def counted(n: int, noun: str) -> str:
 def quoted(name: object) -> str:
     """A path or name in a command that can be pasted: one word for the shell, no option and no home of somebody's."""
     text = str(name)
-    if text.startswith(("-", "~")):
-        text = os.path.join(os.curdir, text)
+    return pasteable([os.path.join(os.curdir, text) if text.startswith(("-", "~")) else text])
+
+
+def pasteable(words: Iterable[str]) -> str:
+    """A command line of these words for the shell of this system."""
     if os.name != "nt":
-        return shlex.quote(text)
-    return text if re.fullmatch(r"[\w.:\\/+=@~-]+", text) else f'"{text}"'  # what cmd and PowerShell both take
+        return shlex.join(words)
+    return " ".join(word if re.fullmatch(r"[\w.:\\/+=@~-]+", word) else _in_quotes(word) for word in words)
+
+
+def _in_quotes(word: str) -> str:
+    """A word as cmd, PowerShell and what Windows programs are begun with all take it."""
+    inner = re.sub(r'(\\*)"', r'\1\1\\"', word)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", inner) + '"'

@@ -426,5 +426,5 @@ def _advice(run: Run, trainer: Trainer, best_step: int) -> list[str]:
 
 
 def _command_line() -> str:
-    """This command as it was typed."""
+    """This command as it was typed, in words that `shlex.split` finds again on every system."""
     return shlex.join(["nnx", *sys.argv[1:]])

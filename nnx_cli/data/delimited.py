@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
-import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 from nnx_cli.data.formats import BadRow, lines
-from nnx_cli.errors import DataError, counted
+from nnx_cli.errors import DataError, counted, quoted
 
 DELIMITERS = ",;\t|"
 NEVER = "\x1f"  # the delimiter of a table of one column
@@ -163,5 +162,5 @@ def _no_column(header: str, names: list[str], key: str, name: str) -> DataError:
         )
     found = ", ".join(names[:NAMED])
     likely = next((each for each in names if each.casefold() == key.casefold()), None)
-    fix = f"add --text-key {shlex.quote(likely)}" if likely else "name one with --text-key"
+    fix = f"add --text-key {quoted(likely)}" if likely else "name one with --text-key"
     return DataError(f"{name} has no column {key!r} but {found[:200]}", fix=fix)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.errors import CheckpointError, QualityError
+from nnx_cli.errors import CheckpointError, QualityError, pasteable
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.recipe import default_lr
@@ -150,7 +150,7 @@ def retry_command(run: Run, model: LanguageModel, config: TrainConfig) -> str:
     factor = model.recipe.muon_lr_factor if config.optimizer == "muon" else model.recipe.lr_factor
     lr = min(config.lr * LOWER, default_lr(config.optimizer, model.config.dim, factor))
     words: list[str] = []
-    with suppress(CheckpointError):  # a damaged run.json
+    with suppress(CheckpointError, ValueError):  # a damaged run.json
         words = shlex.split(str(run.status().get("command")))
     if words[:2] != ["nnx", "train"]:
         return f"start it again with --lr {lr:.2g}"
@@ -163,4 +163,4 @@ def retry_command(run: Run, model: LanguageModel, config: TrainConfig) -> str:
             kept.append(word)
         skip = named and not equals
     out = ["--out", str(free_name(run.folder))] if "--out" in {word.partition("=")[0] for word in words} else []
-    return shlex.join([*kept, "--lr", f"{lr:.2g}", *out])
+    return pasteable([*kept, "--lr", f"{lr:.2g}", *out])

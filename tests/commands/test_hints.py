@@ -1,6 +1,7 @@
 """What a command says to type next can be pasted, whatever things are called; a leading ~ is a home."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ import torch
 
 from nnx_cli import errors, models
 from nnx_cli.cli import _load
-from nnx_cli.errors import nearest, quoted
+from nnx_cli.errors import nearest, pasteable, quoted
 from nnx_cli.runs.load import ModelRef
+from nnx_cli.training.recovery import retry_command
+
+PACKAGE = Path(errors.__file__).parent
 
 NAMES = [
     "plain",
@@ -105,13 +109,36 @@ def test_blanks_of_a_name_stay(nnx, workspace):
         ("-x", r".\-x"),
     ],
 )
-def test_windows_takes_double_quotes(monkeypatch, name, typed):
+def test_windows_takes_double_quotes(windows, name, typed):
+    assert quoted(name) == typed
+
+
+@pytest.fixture
+def windows(monkeypatch):
     class Windows:
         name, curdir = "nt", "."
         path = __import__("ntpath")
 
     monkeypatch.setattr(errors, "os", Windows)
-    assert quoted(name) == typed
+
+
+@pytest.mark.parametrize("word", ["a b", 'say "hi" now', "C:\\my runs\\", 'a \\" b', "два слова", " \\\\", ""])
+def test_windows_programs_get_the_words_that_were_meant(windows, word):
+    assert pasteable([word]) == subprocess.list2cmdline([word])  # the inverse of how they read their command line
+
+
+def test_a_command_of_several_words_is_quoted_for_the_system(windows, start, workspace):
+    run, trainer = start(workspace / "a")
+    run.set_status(
+        command=shlex.join(["nnx", "train", "--filepath", "C:\\my texts\\a.txt", "--sample-prompt", "it's 5%"])
+    )
+    again = retry_command(run, trainer.model, trainer.config)
+    assert again == r"""nnx train --filepath "C:\my texts\a.txt" --sample-prompt "it's 5%" --lr 0.00075"""
+
+
+def test_one_place_quotes_for_the_shell():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert {name for name, text in texts.items() if re.search(r"shlex\.quote|list2cmdline", text)} <= {"errors.py"}
 
 
 # homes
