@@ -180,7 +180,7 @@ def _with_choice(error: Any, group: Group, arguments: Sequence[str]) -> NnxError
     refused = NnxError(message)
     refused.exit_code = error.exit_code
     surplus = re.search(r"unexpected extra argument.*\((.*)\)", message)
-    if surplus and any(param.name == "filepath" for param in ctx.command.params):
+    if surplus and ctx is not None and any(param.name == "filepath" for param in ctx.command.params):
         refused.fix = f"a text is named with --filepath: nnx {ctx.info_name} --filepath {quoted(surplus[1])}"
     elif surplus:
         refused.fix = 'words of one text stand in quotes: "AI is a power!"'

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import SampleConfig
-from nnx_cli.inference.sampler import Rules, Stages, Uniforms, next_tokens
+from nnx_cli.inference.sampler import Rules, Uniforms
+from nnx_cli.kernels.next_token import Stages, State, append_next
 from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.cuda_graph import CudaGraph, on_capture_stream
@@ -63,13 +64,8 @@ class Window:
         """The last token of every sequence, (R, 1)."""
         return self.tokens.gather(1, self.lengths[:, None] - 1)
 
-    def append(self, tokens: Tensor) -> None:
-        """Add a token (R, 1) to every sequence; only on the device, for a CUDA graph does not run this again."""
-        self.tokens.scatter_(1, self.lengths[:, None], tokens)
-        self.lengths += 1
-
     def note_append(self) -> None:
-        """Count on the host what `append` added."""
+        """Count on the host a token more of every sequence, which the device has put there."""
         self._appended += 1
         self.longest += 1
 
@@ -115,8 +111,15 @@ class Decoder:
         if n > 1 and self.cache is not None:
             self.cache.repeat(n)
         self.newest = self.window.newest()  # (R, 1), not read yet
-        self.occurred = occurred(prompts, self.rules).repeat_interleave(n, dim=0)
         self.uniforms = Uniforms(config.seed, len(self.newest), device)
+        self.state = State(
+            tokens=self.window.tokens,
+            lengths=self.window.lengths,
+            newest=self.newest,
+            occurred=occurred(prompts, self.rules).repeat_interleave(n, dim=0),
+            uniforms=self.uniforms.table,
+            step=self.uniforms.step,
+        )
 
     def _read(self, cache: Cache, rows: list[int]) -> None:
         """Have the cache hold what the model sees of sequences `rows`, but for the newest token of each."""
@@ -185,12 +188,7 @@ class Decoder:
     def _step(self) -> None:
         """Everything that happens on the device."""
         logits = self._logits_of_all() if self.cache is None else self.model(self.newest, cache=self.cache)[:, -1]
-        uniform = None if self.rules.stages.greedy else self.uniforms.take()
-        tokens = next_tokens(logits, self.rules, self.occurred, uniform).unsqueeze(1)
-        self.newest.copy_(tokens)
-        self.window.append(tokens)
-        if self.rules.stages.repetition_penalty:
-            self.occurred.scatter_(1, tokens, True)
+        append_next(logits, self.rules.stages, self.rules.numbers, self.state)
 
     def _logits_of_all(self) -> Tensor:
         """Logits (R, V) after the newest tokens, from a pass over all that the model sees."""
@@ -235,8 +233,8 @@ def span(length: int, capacity: int) -> int:
 def occurred(sequences: Sequence[Sequence[int]], rules: Rules) -> Tensor:
     """Which tokens are in every sequence, (R, V), bool; V is 0 where the rules do not ask."""
     if not rules.stages.repetition_penalty:
-        return torch.zeros(len(sequences), 0, dtype=torch.bool, device=rules.numbers.device)
+        return torch.zeros(len(sequences), 0, dtype=torch.bool, device=rules.numbers.values.device)
     found = torch.zeros(len(sequences), rules.vocab_size, dtype=torch.bool)
     for row, sequence in zip(found, sequences, strict=True):
         row[torch.tensor(sequence)] = True
-    return found.to(rules.numbers.device)
+    return found.to(rules.numbers.values.device)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels import dropout as dropping
+from nnx_cli.kernels.one_token import attend, attend_stored
 from nnx_cli.kernels.qkv_swiglu import turn
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import PackedLinear
@@ -68,6 +69,9 @@ def cached_rotary_attention(
 ) -> Tensor:
     """Attention over everything stored and the new positions, whose queries, keys and values lie side by side in `qkv`
     (B, T, (H + 2G)·K); returns (B, T, H·K)."""
+    if len(tables) == 1:
+        assert cache.span is not None
+        return attend(qkv, tables[0], cache.layer(layer), cache.lengths, cache.span, n_heads, scale)
     (B, T, _), (cos, sin) = qkv.shape, tables
     heads = turn(qkv.view(B, T, *cos.shape[-2:]), cos, sin).transpose(1, 2)  # (B, H + 2G, T, K)
     q, kv = heads.split_with_sizes((n_heads, heads.shape[1] - n_heads), 1)
@@ -83,6 +87,8 @@ def cached_attention(q: Tensor, stored: Sequence[Tensor], cache: KVCache, scale:
     (B, H, T, K), (k, v) = q.shape, stored
     if T > 1:
         return fused_attention(q, k, v, cache.mask(T), cache.is_causal(T), scale)
+    if q.is_cuda and cache.span is not None and cache.window is None:
+        return attend_stored(q, k, v, cache.lengths, scale)
     q = q.reshape(B, k.shape[1], -1, K)
     if q.is_cuda:
         q, k, v = (aligned(x) for x in (q, k, v))

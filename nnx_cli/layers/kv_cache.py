@@ -44,6 +44,8 @@ class KVCache:
     to the caller, who calls `note_advance` after every such pass, replayed or not.
     """
 
+    window: int | None = None  # newest positions that attention reaches; None: all
+
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """`shape` is (L, B, G, S, K): layers, sequences, key-value heads, positions at most, width of a head."""
         n_layers, batch_size, n_heads, max_seq_len, width = shape
@@ -106,6 +108,10 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Store k, v (B, G, T, K) of the new positions; return all that attention covers, (B, G, S, K) each."""
         return self.extend(layer, torch.cat((k, v), dim=1))
+
+    def layer(self, layer: int) -> Tensor:
+        """Keys and values (B, 2G, S, K) of a layer."""
+        return self._layers[layer]
 
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, ...]:
         """`update` of keys and values side by side, (B, 2G, T, K)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nnx_cli.kernels.one_token import Norm
 from nnx_cli.kernels.precision import in_type
 
 
@@ -21,6 +22,10 @@ class LayerNorm(nn.Module):
         wide, weight = in_type(x, torch.float32), in_type(self.weight, torch.float32)
         return in_type(torch.layer_norm(wide, weight.shape, weight, None, self.eps), x.dtype)
 
+    def parts(self) -> Norm:
+        """What the norm computes."""
+        return Norm(self.weight, self.eps, centred=True)
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation with a gain. Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467."""
@@ -34,3 +39,7 @@ class RMSNorm(nn.Module):
         """x (..., D), divided by its root mean square, in its own dtype."""
         wide, weight = in_type(x, torch.float32), in_type(self.weight, torch.float32)
         return in_type(torch.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
+
+    def parts(self) -> Norm:
+        """What the norm computes."""
+        return Norm(self.weight, self.eps, centred=False)

@@ -33,12 +33,12 @@ class FullWidth:
 
     make: Make
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables (S, N, K) of positions (S,), for N kinds of heads."""
+    def __call__(self, positions: Tensor) -> tuple[Tensor]:
+        """Cosines and sines (S, 2, N, K) of positions (S,), for N kinds of heads."""
         tables = self.make(positions)
-        pairs = [full_width(*pair) for pair in zip(tables[::2], tables[1::2], strict=True)]
-        cos, sin = zip(*pairs, (torch.ones_like(pairs[0][0]), torch.zeros_like(pairs[0][0])), strict=True)
-        return torch.stack(cos, dim=1), torch.stack(sin, dim=1)
+        pairs = [torch.stack(full_width(*pair), dim=1) for pair in zip(tables[::2], tables[1::2], strict=True)]
+        nothing = torch.stack((torch.ones_like(pairs[0][:, 0]), torch.zeros_like(pairs[0][:, 0])), dim=1)
+        return (torch.stack((*pairs, nothing), dim=2),)
 
 
 def tables_of(make: Make, input_ids: Tensor, cache: KVCache | None, *n_heads: int) -> Sequence[Tensor]:
@@ -46,16 +46,20 @@ def tables_of(make: Make, input_ids: Tensor, cache: KVCache | None, *n_heads: in
 
     With one they are tables for `turn`, out of those of all positions that the cache keeps: for `n_heads` neighbouring
     heads of each kind in turn (T, H, K) where all sequences have the same positions, else (B, T, H, K); without such
-    numbers (1, T, K) or (B, 1, T, K).
+    numbers (1, T, K) or (B, 1, T, K). Where the cache has a span, one token of every sequence gets a single table of
+    all kinds, (B, 1, 2, N, K), if there are numbers.
     """
     T = input_ids.shape[1]
     if cache is None:
         return make(torch.arange(T, device=input_ids.device))
     found = cache.lookup(FullWidth(make), T)
+    cos, sin = found[0].unbind(-3)
     if not n_heads:
-        return [table.narrow(-2, 0, 1).transpose(-3, -2) for table in found]
+        return cos.narrow(-2, 0, 1).transpose(-3, -2), sin.narrow(-2, 0, 1).transpose(-3, -2)
+    if cache.has_span(T):
+        return found
     kinds = head_kinds(n_heads, input_ids.device)
-    return [table.index_select(-2, kinds) for table in found]
+    return cos.index_select(-2, kinds), sin.index_select(-2, kinds)
 
 
 @cache

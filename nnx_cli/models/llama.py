@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
-from nnx_cli.layers.attention import rotary_attention
+from nnx_cli.kernels.one_token import Gate
+from nnx_cli.layers.attention import cached_rotary_attention, rotary_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import RMSNorm
+from nnx_cli.layers.one_token import add_linear, norm_gated, norm_linear
 from nnx_cli.layers.qkv_swiglu import swiglu
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig
@@ -79,6 +81,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = PackedLinear(config.dim, (config.ffn_dim, config.ffn_dim))
         self.down = Linear(config.ffn_dim, config.dim)
+        self.gate = Gate(config.ffn_dim, first=True)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
@@ -99,8 +102,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same."""
+        if cache is not None and x.shape[1] == 1:
+            return self.step(x, tables, cache)
         x = x + self.attention(self.attention_norm(x), tables, cache)
         return x + self.mlp(self.mlp_norm(x), cache)
+
+    def step(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """`forward` of one token of every sequence."""
+        attention, mlp = self.attention, self.mlp
+        qkv = norm_linear(self.attention_norm, attention.qkv, x)
+        n_heads, scale = x.shape[-1] // attention.head_dim, attention.head_dim**-0.5
+        attended = cached_rotary_attention(qkv, tables, cache, attention.layer, n_heads, scale=scale)
+        x = add_linear(x, (attention.out, attended))
+        _, hidden = norm_gated(self.mlp_norm, mlp.gate_up, x, mlp.gate)
+        return add_linear(x, (mlp.down, hidden))
 
 
 class Model(LanguageModel):

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
+from nnx_cli.kernels.one_token import Gate
 from nnx_cli.kernels.qkv_swiglu import qkv_rope_swiglu, rotate
 from nnx_cli.layers.attention import cached_rotary_attention, causal_attention
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
+from nnx_cli.layers.one_token import add_linear, norm_gated
 from nnx_cli.layers.qkv_swiglu import packed_for_kernel
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import unit
@@ -112,24 +114,22 @@ class Block(nn.Module):
     def forward(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same."""
         if cache is not None:
-            attended, hidden = self.cached(self.norm(x), tables, cache)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            q, k, v, hidden = self.inner(self.norm(x), tables)
-            attended = causal_attention(q, k, v, None, self.layer, scale=self.scale, dropout=dropout)
-            hidden = drop(hidden, dropout, self.training)
-        return x + self.attn_out(attended) + self.ffn_out(hidden)
+            return self.cached(x, tables, cache)
+        dropout = self.dropout if self.training else 0.0
+        q, k, v, hidden = self.inner(self.norm(x), tables)
+        attended = causal_attention(q, k, v, None, self.layer, scale=self.scale, dropout=dropout)
+        return x + self.attn_out(attended) + self.ffn_out(drop(hidden, dropout, self.training))
 
-    def cached(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> tuple[Tensor, Tensor]:
-        """What attention over the cache reads, (B, T, H·K), and hidden layer (B, T, F)."""
+    def cached(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """`forward` with a cache; of one token of every sequence in few operations."""
         inner, width, _, ffn_dim, _ = self.in_proj.splits
-        qkv, value, gate = self.in_proj.packed(x).split_with_sizes((inner + 2 * width, ffn_dim, ffn_dim), -1)
+        qkv, hidden = norm_gated(self.norm, self.in_proj, x, Gate(ffn_dim, first=False))
         if self.q_norm_weight is not None:
             q, k, v = qkv.split_with_sizes((inner, width, width), -1)
             q, k = self.normalised(q.unflatten(-1, (-1, self.head_dim)), k)
             qkv = torch.cat((q.flatten(-2), k, v), dim=-1)
         attended = cached_rotary_attention(qkv, tables, cache, self.layer, self.n_heads, scale=self.scale)
-        return attended, F.silu(gate) * value
+        return add_linear(x, (self.attn_out, attended), (self.ffn_out, hidden))
 
     def normalised(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (..., K) with qk-norm, if there is one."""

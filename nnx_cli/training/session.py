@@ -304,7 +304,7 @@ def differences(run: Run, old: TrainConfig, trainer: Trainer) -> list[str]:
     if before not in (None, now):
         found.append(f"this is {now}, the run was on {before}")
     if config.batch_size != old.batch_size:
-        found.append(f"{counted(config.batch_size, 'sequence')} at a time, {old.batch_size} before")
+        found.append(f"{counted(config.batch_size or 0, 'sequence')} at a time, {old.batch_size} before")
     return [f"{what}: the same run, not the same bits" for what in found]
 
 

@@ -111,7 +111,8 @@ class Trainer:
             elif due.save and not state.bad_steps:  # what a run goes back to is from before its trouble
                 journal.try_write(lambda: self.save(run))
             if gave_up:
-                self.observer.note(f"stopped early: {counted(self.config.patience, 'validation')} without a better one")
+                tried = counted(self.config.patience or 0, "validation")
+                self.observer.note(f"stopped early: {tried} without a better one")
                 break
             if stop and done < 1.0:
                 return "interrupted"

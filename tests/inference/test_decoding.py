@@ -7,7 +7,8 @@ from nnx_cli import models
 from nnx_cli.config import SampleConfig
 from nnx_cli.inference import decoding
 from nnx_cli.inference.decoding import Decoder, Window, span, window_start
-from nnx_cli.inference.sampler import Rules, next_probabilities, next_tokens
+from nnx_cli.inference.sampler import Rules
+from nnx_cli.kernels.next_token import next_probabilities
 
 SEQ_LEN = 32
 N_TOKENS = 300  # many times past the context
@@ -98,7 +99,8 @@ def alone(model, row, seed, n, **settings):
 def distance_to_boundary(model, known, row, seed, n_drawn, **settings):
     """How far the number that decides the next token lies from where the token would be another, as a probability."""
     rules = Rules(SampleConfig(**settings), model.config.vocab_size, torch.device("cpu"))
-    rows = next_probabilities(full_pass(model, known)[None], rules, torch.ones(1, 0, dtype=torch.bool))
+    nothing = torch.ones(1, 0, dtype=torch.bool)
+    rows = next_probabilities(full_pass(model, known)[None], rules.stages, rules.numbers, nothing)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + row)
     number = torch.rand(n_drawn + 1, generator=generator)[-1]
     cumulated = rows[0].cumsum(0)
@@ -168,8 +170,7 @@ def test_memory_does_not_grow_with_the_tokens_asked_for(tiny):
     made = decoder(tiny("llama"), PROMPTS, max_new_tokens=10**7, num_samples=4, repetition_penalty=1.1)
 
     def n_bytes():
-        held = [made.newest, made.occurred, made.uniforms.table, made.window.tokens, made.window.lengths]
-        return sum(x.nbytes for x in held) + made.cache.n_bytes
+        return sum(x.nbytes for x in made.state) + made.cache.n_bytes
 
     before = n_bytes()
     assert before < 2**21
@@ -197,7 +198,8 @@ def test_the_window_holds_what_the_model_sees():
             assert window.tokens[row, : len(seen)].tolist() == seen
         assert window.longest == max(window.counts())
         assert window.newest().flatten().tolist() == [sequence[-1] for sequence in sequences]
-        window.append(torch.full((4, 1), step))
+        window.tokens.scatter_(1, window.lengths[:, None], torch.full((4, 1), step))
+        window.lengths += 1
         window.note_append()
         sequences = [[*sequence, step] for sequence in sequences]
 
@@ -257,8 +259,3 @@ def test_rules_that_need_no_numbers_draw_none(tiny):
         state = made.uniforms.generators[0].get_state()
         list(made.tokens(5))
         assert torch.equal(made.uniforms.generators[0].get_state(), state)
-
-
-def test_next_tokens_of_equals_are_the_first():
-    rules = Rules(SampleConfig(greedy=True), 3, torch.device("cpu"))
-    assert next_tokens(torch.tensor([[1.0, 2.0, 2.0]]), rules, torch.ones(1, 0, dtype=torch.bool), None).tolist() == [1]

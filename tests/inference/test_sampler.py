@@ -6,7 +6,8 @@ import torch
 from nnx_cli.config import SampleConfig
 from nnx_cli.errors import UsageError
 from nnx_cli.inference import sampler
-from nnx_cli.inference.sampler import Rules, Uniforms, draw, next_probabilities, next_tokens
+from nnx_cli.inference.sampler import Rules, Uniforms
+from nnx_cli.kernels.next_token import State, draw, next_probabilities, plain_append_next
 
 CPU = torch.device("cpu")
 
@@ -17,9 +18,19 @@ def probabilities(logits, history=(), **settings):
     occurred = torch.zeros(1, len(logits), dtype=torch.bool)
     occurred[0, list(history)] = True
     if rules.stages.greedy:
-        return torch.eye(len(logits))[next_tokens(torch.tensor([logits]), rules, occurred, None)].tolist()[0]
-    rows = next_probabilities(torch.tensor([logits]), rules, occurred)
+        return torch.eye(len(logits))[chosen(torch.tensor([logits]), rules, occurred, torch.zeros(1))].tolist()[0]
+    rows = next_probabilities(torch.tensor([logits]), rules.stages, rules.numbers, occurred)
     return (rows / rows.sum()).tolist()[0]
+
+
+def chosen(logits, rules, occurred, uniform):
+    """The token (R,) that is appended to sequences that hold nothing yet."""
+    n = len(logits)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    state = State(zeros.new_zeros(n, 2), zeros.clone(), zeros.new_zeros(n, 1), occurred, uniform[None], zeros.clone())
+    plain_append_next(logits, rules.stages, rules.numbers, state)
+    assert torch.equal(state.tokens[:, :1], state.newest) and state.lengths.tolist() == [1] * n
+    return state.newest[:, 0]
 
 
 def logs(*values):
@@ -121,12 +132,11 @@ def test_numbers_may_change_and_the_code_stays(settings, changed, same_code):
     torch.manual_seed(0)
     logits, uniform, occurred = torch.randn(50, 9), torch.rand(50), torch.rand(50, 9) < 0.3
     rules, wanted = Rules(SampleConfig(**settings), 9, CPU), Rules(SampleConfig(**changed), 9, CPU)
-    before = rules.stages, [x.data_ptr() for x in (rules.temperature, rules.top_k, rules.top_p)]
+    before = rules.stages, [x.data_ptr() for x in rules.numbers]
     rules.set(SampleConfig(**changed))
     assert (rules.stages == before[0]) == same_code and rules.stages == wanted.stages
-    assert [x.data_ptr() for x in (rules.temperature, rules.top_k, rules.top_p)] == before[1]
-    drawn = (next_tokens(logits, r, occurred, None if r.stages.greedy else uniform) for r in (rules, wanted))
-    assert torch.equal(*drawn)
+    assert [x.data_ptr() for x in rules.numbers] == before[1]
+    assert torch.equal(*(chosen(logits, r, occurred, uniform) for r in (rules, wanted)))
 
 
 def test_values_that_change_nothing_are_off():
@@ -135,7 +145,7 @@ def test_values_that_change_nothing_are_off():
     default = Rules(SampleConfig(), 300, CPU)
     assert off.stages == default.stages
     occurred = torch.ones(20, 0, dtype=torch.bool)
-    assert torch.equal(next_probabilities(logits, off, occurred), next_probabilities(logits, default, occurred))
+    assert torch.equal(*(next_probabilities(logits, r.stages, r.numbers, occurred) for r in (off, default)))
 
 
 def test_draw_inverts_the_cumulated_probabilities():
@@ -187,8 +197,12 @@ def test_random_numbers_are_a_stream_for_each_sequence(monkeypatch):
     """Whatever their number, and however many are made at a time."""
 
     def take(n_sequences, n_steps):
-        numbers = Uniforms(7, n_sequences, CPU)
-        return torch.stack([(numbers.prepare(), numbers.take())[1] for _ in range(n_steps)], dim=1)
+        numbers, taken = Uniforms(7, n_sequences, CPU), []
+        for _ in range(n_steps):
+            numbers.prepare()
+            taken.append(numbers.table.gather(0, numbers.step[None])[0])
+            numbers.step += 1
+        return torch.stack(taken, dim=1)
 
     many = take(5, 600)
     for row, numbers in enumerate(many):
