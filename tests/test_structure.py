@@ -271,6 +271,7 @@ def test_the_readme_names_every_room():
 
 PRIVATE_TORCH = {  # each name once, and tested for its presence
     "_compiled_call_impl": "layers/blocks.py",
+    "_convert_weight_to_int4pack_for_cpu": "kernels/quantized_matmul.py",
     "_forward_hooks": "layers/blocks.py",
     "_forward_pre_hooks": "layers/blocks.py",
     "_is_vnni_supported": "system/hardware.py",
@@ -285,6 +286,7 @@ PRIVATE_TORCH = {  # each name once, and tested for its presence
     "_scaled_dot_product_flash_attention_backward": "system/torch_private.py",
     "_scaled_dot_product_flash_attention_for_cpu": "system/torch_private.py",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "system/torch_private.py",
+    "_weight_int4pack_mm_for_cpu": "kernels/quantized_matmul.py",
 }
 PRIVATE = re.compile(r"_[a-z]\w+$|torch(\.\w+)*\._\w+")
 

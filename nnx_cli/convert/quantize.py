@@ -19,8 +19,9 @@ from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.evaluation.held_out import held_out_tokens
 from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.inference.generate import generate
+from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.loss import chunk_rows
-from nnx_cli.layers.quantized import Quantization, kernel_name, quantizable, quantize
+from nnx_cli.layers.quantized import Quantization, kernels_in_words, quantizable, quantize
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.runs.manifest import BEST, write_model_folder
@@ -86,7 +87,8 @@ def quantize_model(
             prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()
             speeds = _decoding_speeds((before, after), prompt)
             sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
-            receipt = _write_receipt(folder, out, quantization, found, sizes, speeds, kernel_name(device))
+            kernel = kernels_in_words(after, _n_linear(before, quantization.kept), after.compute_dtype)
+            receipt = _write_receipt(folder, out, quantization, found, sizes, speeds, kernel)
         notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
     return receipt, [*read, *notes, f"matmuls on this machine: {receipt['kernel']}"]
 
@@ -137,6 +139,11 @@ def _check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
                 f"--keep {name}: this model has no such layer{nearest(name, layers)}",
                 fix=f"its layers are {', '.join(layers[:6])}" + (", …" if len(layers) > 6 else ""),
             )
+
+
+def _n_linear(model: LanguageModel, kept: Sequence[str]) -> int:
+    """How many linear layers of a float model are quantized."""
+    return sum(isinstance(layer, Linear) for layer in quantizable(model, kept).values())
 
 
 def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[str, Tensor]:

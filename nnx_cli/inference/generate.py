@@ -107,6 +107,8 @@ def ready_to_decode(model: LanguageModel, n_sequences: int) -> Iterator[None]:
 
 def useful_threads(model: nn.Module, n_sequences: int) -> int:
     """CPU threads that a step of so many sequences has work for: one for every BYTES_FOR_A_THREAD that it reads of a
-    matrix on average, since all wait for each other after every one."""
-    sizes = [p.nbytes for p in {id(p): p for p in (*model.parameters(), *model.buffers())}.values() if p.dim() == 2]
-    return max(1, sum(sizes) * n_sequences // (max(1, len(sizes)) * BYTES_FOR_A_THREAD))
+    matrix on average, since all wait for each other after every one. Two weights in a byte are the work of two."""
+    named = [pair for pair in (*model.named_parameters(), *model.named_buffers()) if not pair[0].endswith("scale")]
+    matrices = {id(p): p for _, p in named if p.dim() == 2}.values()
+    n_bytes = sum(p.nbytes * (2 if p.dtype == torch.uint8 else 1) for p in matrices)
+    return max(1, n_bytes * n_sequences // (max(1, len(matrices)) * BYTES_FOR_A_THREAD))

@@ -1,4 +1,4 @@
-"""Layers whose matrix is stored in 8 or 4 bits, and the matmuls that this machine has for them.
+"""Layers whose matrix is stored in 8 or 4 bits, and multiplied with as it is where that pays.
 
 In place of its float matrix a quantized layer has two buffers: `weight`, the codes, and `scale`, fp16.
 
@@ -7,15 +7,15 @@ In place of its float matrix a quantized layer has two buffers: `weight`, the co
   number of columns is paired with code 0. One scale for every `group_size` neighbouring columns (N, ⌈K/group_size⌉);
   the last group may be shorter. A scale may be negative, so that the largest weight of a group can be the one at -8.
 
-A weight is code × scale: there are no zero points.
+A weight is code × scale: there are no zero points. What was a unit vector is made one again.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnx_cli.errors import CheckpointError
+from nnx_cli.kernels import quantized_matmul as kernels
+from nnx_cli.kernels.quantized_matmul import KERNELS, Matmul
 from nnx_cli.layers.linear import Linear, PackedLinear
-from nnx_cli.system.hardware import cpu_int8_activation_bits
+from nnx_cli.layers.unit_norm import length, unit
 
 FORMAT = 1
 FP16_MAX, FP16_MIN = 65504.0, 2.0**-24  # largest finite and smallest positive number
@@ -32,15 +34,6 @@ CLIP_SEARCH = torch.arange(28, 45) / -4  # the largest weight of a group becomes
 ROWS_AT_ONCE = 2048  # of a matrix, in that search
 
 SMALL_MATRIX = 2**17  # up to so many weights (512 KiB of float32, which a core keeps in its cache) float is as fast
-TOLERANCE = 0.05  # relative error of a matmul; 7-bit activations have 0.03, sums that saturate 0.3 and more
-PROBE_SHAPE = 1024, 1024
-KERNELS = {
-    8: "int8 weights and activations",
-    7: "int8 weights, 7-bit activations",
-    0: "weights unpacked to floating point",
-}  # what multiplies with quantized matrices, by the bits of activations
-
-Matmul = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,69 +101,20 @@ def dequantize(codes: Tensor, scale: Tensor, n_columns: int, group_size: int | N
     return (nibbles.float() - 8) * scale.float().repeat_interleave(group_size, -1)[..., :n_columns]
 
 
-def int8_matmul(weight: Tensor, scale: Tensor, activation_bits: int) -> Matmul:
-    """Matmul on a CPU with int8 weights and activations that are quantized on the fly, to 8 bits or 7.
-
-    `weight` (N, K) is float32, -127 … 127 times `scale` (N,). Without VNNI the 8-bit matmul adds pairs in 16 bits,
-    where full-range activations saturate. The kernel has one scale for all rows of x, so each row is brought to the
-    same peak first: a row does not depend on its neighbours.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # deprecated in torch 2.13
-        codes = torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)).long(), 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(codes, None)
-    reduce_range = activation_bits == 7
-
-    def matmul(x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:
-            return torch.ops.quantized.linear_dynamic(x, packed, reduce_range)
-        peak = x.abs().amax(-1, keepdim=True).clamp_min_(1e-30)
-        return torch.ops.quantized.linear_dynamic(x / peak, packed, reduce_range) * peak
-
-    return matmul
-
-
-@cache
-def activation_bits() -> int:
-    """Bits of activations in this CPU's matmuls with int8 weights, a key of KERNELS, as its instruction set asks for; 0
-    also where they would come out wrong."""
-    bits = cpu_int8_activation_bits()
-    return bits if bits and is_right(partial(int8_matmul, activation_bits=bits)) else 0
-
-
-def kernel_name(device: torch.device) -> str:
-    """What multiplies with quantized matrices on a device, in words."""
-    return KERNELS[activation_bits() if device.type == "cpu" else 0]
-
-
-def is_right(make: Callable[[Tensor, Tensor], Matmul]) -> bool:
-    """Whether the matmul that is made for weights (N, K) and their scales (N,) is there, and within TOLERANCE of that
-    in floating point: for one row and for several, and for ones that meet weights of 127, the largest sums."""
-    generator = torch.Generator().manual_seed(0)
-    N, K = PROBE_SHAPE
-    codes = torch.randint(-127, 128, (N, K), generator=generator)
-    codes[::2] = 127
-    scale = torch.rand(N, generator=generator) + 0.5
-    weight, several = codes * scale[:, None], torch.randn(5, K, generator=generator)
-    inputs = torch.ones(1, K), several[:1], several
-    try:
-        matmul = make(weight, scale)
-        found = [matmul(x) for x in inputs]
-    except (AttributeError, RuntimeError):  # this build of torch, or this CPU, has no such operator
-        return False
-    wanted = [F.linear(x, weight) for x in inputs]
-    return all((y - z).norm() <= TOLERANCE * z.norm() for y, z in zip(found, wanted, strict=True))
-
-
 class QuantizedMatrix(nn.Module):
-    """The matrix (N, K) of a layer in codes and scales, zero until they are loaded."""
+    """The matrix (N, K) of a layer in codes and scales, zero until they are loaded.
+
+    `unit_axis` is the axis along which it has norm 1, where the architecture demands that; what rounding made of it is
+    divided by its norm again.
+    """
 
     weight: Tensor
     scale: Tensor
+    unit_axis: int | None = None
 
     def __init__(self, n_rows: int, n_columns: int, quantization: Quantization, device: torch.device) -> None:
         super().__init__()
-        self.n_columns, self.group_size = n_columns, quantization.group_size
+        self.n_rows, self.n_columns, self.group_size = n_rows, n_columns, quantization.group_size
         if self.group_size is None:
             codes = torch.zeros(n_rows, n_columns, dtype=torch.int8, device=device)
             scale = torch.zeros(n_rows, dtype=torch.float16, device=device)
@@ -180,13 +124,38 @@ class QuantizedMatrix(nn.Module):
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
 
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Scales with which rows have norm 1, and factors of the columns (K,), with which those have it; float32."""
+        scale = self.scale.float()
+        if self.unit_axis is None:
+            return scale, None
+        norm = length(dequantize(self.weight, scale, self.n_columns, self.group_size), self.unit_axis)
+        if self.unit_axis == 0:
+            return scale, 1 / norm[0]
+        return scale / (norm[:, 0] if self.group_size is None else norm), None
+
+    def matrix(self) -> Tensor:
+        """The weights, float32 (N, K)."""
+        scale, factors = self.parts()
+        weight = dequantize(self.weight, scale, self.n_columns, self.group_size)
+        return weight if factors is None else weight.mul_(factors)
+
+    def unpacked(self) -> nn.Module:
+        """The floating-point layer that this one stands for, without its matrix."""
+        raise NotImplementedError
+
 
 class QuantizedEmbedding(QuantizedMatrix):
     """Looks rows up and dequantizes those alone."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Float32 rows (..., K) of token ids."""
-        return dequantize(self.weight[input_ids], self.scale[input_ids], self.n_columns, self.group_size)
+        rows = dequantize(self.weight[input_ids], self.scale[input_ids], self.n_columns, self.group_size)
+        return rows if self.unit_axis is None else unit(rows)
+
+    def unpacked(self) -> nn.Module:
+        """As in the base."""
+        return nn.Embedding(self.n_rows, self.n_columns)
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -205,20 +174,41 @@ class QuantizedLinear(QuantizedMatrix):
             self._make_matmul(x.dtype)
         return self.matmul(x)
 
+    def kernel(self, dtype: torch.dtype) -> int:
+        """What multiplies with this matrix for inputs of `dtype`, a key of KERNELS; 0: nothing is faster than float."""
+        if dtype != torch.float32 or self.weight.device.type != "cpu" or self.n_rows * self.n_columns <= SMALL_MATRIX:
+            return 0
+        bits = kernels.activation_bits()
+        return 16 if bits and kernels.takes_int4(self.n_rows, self.n_columns, self.group_size) else bits
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def _make_matmul(self, dtype: torch.dtype) -> None:
         """Choose and prepare `matmul` for the present codes and inputs of `dtype`."""
-        weight = dequantize(self.weight, self.scale, self.n_columns, self.group_size)
-        bits = 0
-        if dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > SMALL_MATRIX:
-            bits = activation_bits()
-        if bits:
-            scale = self.scale if self.group_size is None else quantize_rows(weight)[1]
-            self.matmul = int8_matmul(weight, scale.float(), bits)
-        else:
-            self.matmul = partial(F.linear, weight=weight.to(dtype))
+        kernel = self.kernel(dtype)
         self.made_for = self.weight, dtype
+        if not kernel:
+            self.matmul = partial(F.linear, weight=self.matrix().to(dtype))
+            return
+        scale, factors = self.parts()
+        matmul = self._int4_matmul(scale) if kernel == 16 else self._int8_matmul(scale)
+        self.matmul = matmul if factors is None else lambda x: matmul(x * factors)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _int8_matmul(self, scale: Tensor) -> Matmul:
+        weight = dequantize(self.weight, scale, self.n_columns, self.group_size)
+        scale = scale if self.group_size is None else quantize_rows(weight)[1].float()
+        return kernels.int8_matmul(weight, scale, kernels.activation_bits())
+
+    def _int4_matmul(self, scale: Tensor) -> Matmul:
+        codes = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(-2).int()
+        few = kernels.int4_matmul(codes, scale)
+        return kernels.few_or_many(few, kernels.INT4_ROWS, partial(self._int8_matmul, scale))
+
+    def unpacked(self) -> nn.Module:
+        """As in the base."""
+        return Linear(self.n_columns, self.n_rows)
 
 
 class QuantizedPackedLinear(QuantizedLinear):
@@ -233,6 +223,10 @@ class QuantizedPackedLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # more results than its base
         """x (..., K) to one tensor for each of `splits`, (..., width)."""
         return super().forward(x).split(self.splits, dim=-1)
+
+    def unpacked(self) -> nn.Module:
+        """As in the base."""
+        return PackedLinear(self.n_columns, self.splits)
 
 
 REPLACEMENTS: dict[type[nn.Module], type[QuantizedMatrix]] = {
@@ -262,16 +256,46 @@ def quantizable(model: nn.Module, kept: Iterable[str] = ()) -> dict[str, Linear 
 def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
     """Replace the layers of a float model by quantized ones that wait for their tensors; tied matrices stay tied."""
     first: dict[int, QuantizedMatrix] = {}
+    axes = {id(model.get_parameter(name)): axis for name, axis in getattr(model, "unit_axes", tuple)()}
     for name, old in quantizable(model, quantization.kept).items():
         n_rows, n_columns = old.weight.shape
         new = REPLACEMENTS[type(old)](n_rows, n_columns, quantization, old.weight.device)
         if isinstance(old, PackedLinear) and isinstance(new, QuantizedPackedLinear):
             new.splits = old.splits
         tied = first.setdefault(id(old.weight), new)
-        new.weight, new.scale = tied.weight, tied.scale
+        new.weight, new.scale, new.unit_axis = tied.weight, tied.scale, axes.get(id(old.weight))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     model.requires_grad_(False)
+
+
+@torch.no_grad()
+def unpack_slow_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put floating-point layers in place of the quantized ones that this device computes no faster for inputs of
+    `dtype`; a matrix that is only looked up in stays as it is unless it is small."""
+    found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedMatrix)]
+    multiplied = {id(m.weight): m.kernel(dtype) for _, m in found if isinstance(m, QuantizedLinear)}
+    floats: dict[int, nn.Parameter] = {}
+    for name, old in found:
+        if multiplied.get(id(old.weight), old.n_rows * old.n_columns > SMALL_MATRIX):
+            continue
+        key = id(old.weight)
+        if key not in floats:
+            floats[key] = nn.Parameter(old.matrix().to(dtype), requires_grad=False)
+        with torch.device("meta"):
+            new = old.unpacked()
+        new.weight = floats[key]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
+def kernels_in_words(model: nn.Module, n_layers: int, dtype: torch.dtype) -> str:
+    """What multiplies with the matrices of `n_layers` quantized layers of a model, whose slow ones are unpacked."""
+    used = Counter(layer.kernel(dtype) for layer in model.modules() if isinstance(layer, QuantizedLinear))
+    used[0] += n_layers - used.total()
+    if not used[0] or used.total() == used[0]:
+        return "; ".join(KERNELS[kernel] for kernel in used if used[kernel])
+    return "; ".join(f"{KERNELS[kernel]} ({n} of {used.total()} layers)" for kernel, n in used.items() if n)
 
 
 def widen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from nnx_cli.config import coerce
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.errors import CheckpointError, UsageError, quoted
 from nnx_cli.layers.lora import add_adapters
-from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
+from nnx_cli.layers.quantized import Quantization, quantize_layers, unpack_slow_layers, widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.checkpoint import check_no_link, step_folder, steps_in
 from nnx_cli.runs.manifest import BEST, SOURCE, allowed_digests, read_digests, read_tokenizer, read_verified_config
@@ -151,6 +151,8 @@ def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> 
         state = widen(state)
     load_weights(model, state, path, device)
     model.compute_dtype = DTYPES[precision]
+    if "quantization" in config:
+        unpack_slow_layers(model, model.compute_dtype)
     return model.eval()
 
 

@@ -129,3 +129,9 @@ def cpu_int8_activation_bits() -> int:
         return 0
     has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
     return 8 if has_vnni() else 7
+
+
+def cpu_int4_kernel() -> bool:
+    """Whether torch has a matmul with 4-bit weights that pays on this CPU: with AVX-512, where it is a third faster
+    than that with int8 weights."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"

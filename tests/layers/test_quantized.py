@@ -1,4 +1,4 @@
-import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,23 +8,23 @@ from torch import nn
 
 from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.errors import CheckpointError
+from nnx_cli.kernels import quantized_matmul as kernels
+from nnx_cli.kernels.quantized_matmul import KERNELS
 from nnx_cli.layers import quantized
-from nnx_cli.layers.linear import Linear
+from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.quantized import (
-    KERNELS,
     Quantization,
     QuantizedEmbedding,
     QuantizedLinear,
     dequantize,
-    int8_matmul,
-    is_right,
+    kernels_in_words,
     quantizable,
     quantize,
     quantize_layers,
+    unpack_slow_layers,
     widen,
 )
 from nnx_cli.runs.tensors import load_weights
-from nnx_cli.system import hardware
 
 INT8 = Quantization(bits=8, group_size=None, kept=[])
 INT4 = Quantization(bits=4, group_size=32, kept=[])
@@ -32,6 +32,11 @@ INT4 = Quantization(bits=4, group_size=32, kept=[])
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def has_kernel(bits):
+    """Whether this machine multiplies with activations of so many bits."""
+    return bits in (0, 16) or kernels.is_right(partial(kernels.int8_matmul, activation_bits=bits))
 
 
 def restored(weight, how):
@@ -97,16 +102,33 @@ def test_embedding_looks_rows_up(how):
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
 @pytest.mark.parametrize("bits", KERNELS)
+@pytest.mark.parametrize("unit_axis", [None, 0, 1])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1,)])
-def test_linear_multiplies_with_the_stored_weights(how, bits, shape, monkeypatch):
-    if bits and not is_right(partial(int8_matmul, activation_bits=bits)):
+def test_linear_multiplies_with_the_stored_weights(how, bits, unit_axis, shape, monkeypatch):
+    if bits == 16 and not (how is INT4 and kernels.has_int4_matmul()) or not has_kernel(bits):
         pytest.skip("this machine has no such matmul")
     monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
-    monkeypatch.setattr(quantized, "activation_bits", lambda: bits)
-    weight, x = draw(48, 80), draw(*shape, 80, seed=1)
-    y, wanted = layer(QuantizedLinear, weight, how)(x), F.linear(x, restored(weight, how))
+    monkeypatch.setattr(kernels, "activation_bits", lambda: 8 if bits == 16 else bits)
+    monkeypatch.setattr(kernels, "has_int4_matmul", lambda: bits == 16)
+    weight, x = draw(48, 96), draw(*shape, 96, seed=1)
+    made = layer(QuantizedLinear, weight, how)
+    made.unit_axis = unit_axis
+    stored = restored(weight, how)
+    y, wanted = made(x), F.linear(x, stored if unit_axis is None else F.normalize(stored, dim=unit_axis))
+    assert made.kernel(torch.float32) == bits
     assert y.shape == wanted.shape and y.dtype == torch.float32
-    assert (y - wanted).norm() <= (0.04 if bits else 1e-6) * wanted.norm()
+    few_in_int4 = bits == 16 and shape != (2, 5)
+    assert (y - wanted).norm() <= (0.005 if few_in_int4 else 0.04 if bits else 1e-6) * wanted.norm()
+
+
+@pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("columns, group_size", [(95, 32), (96, 24), (96, 32), (100, 32)])
+def test_odd_shapes_have_a_matmul_too(how, columns, group_size, monkeypatch):
+    monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
+    how = replace(how, group_size=how.group_size and group_size)
+    weight, x = draw(33, columns), draw(1, columns, seed=1)
+    y, wanted = layer(QuantizedLinear, weight, how)(x), F.linear(x, restored(weight, how))
+    assert (y - wanted).norm() <= 0.04 * wanted.norm()
 
 
 def test_linear_follows_new_tensors_and_types():
@@ -118,63 +140,6 @@ def test_linear_follows_new_tensors_and_types():
     assert made(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("bits", [8, 7])
-def test_a_row_does_not_depend_on_its_neighbours(bits):
-    make = partial(int8_matmul, activation_bits=bits)
-    if not is_right(make):
-        pytest.skip("this machine has no such matmul")
-    codes = torch.randint(-127, 128, (40, 64), generator=torch.Generator().manual_seed(0))
-    matmul = make(codes * 0.01, torch.full((40,), 0.01))
-    quiet = draw(1, 64)
-    alone, beside = matmul(quiet), matmul(torch.cat((quiet, 1000 * draw(1, 64, seed=1), torch.zeros(1, 64))))
-    assert (alone - beside[:1]).norm() <= 0.04 * alone.norm()
-    assert not beside[2].any() or beside[2].abs().max() < 1e-6
-
-
-def test_the_deprecation_of_torch_is_not_the_users_concern():
-    quantized.activation_bits.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert quantized.activation_bits() in KERNELS
-
-
-def missing(weight, scale, activation_bits):
-    return torch.ops.quantized.no_such_operator(weight)
-
-
-def refusing(weight, scale, activation_bits):
-    raise NotImplementedError("could not run on this backend")
-
-
-def saturating(weight, scale, activation_bits):
-    return lambda x: F.linear(x, weight).clamp(-32767, 32767)
-
-
-@pytest.mark.parametrize("broken", [missing, refusing, saturating])
-def test_matmuls_that_do_not_work_are_passed_over(broken, monkeypatch):
-    monkeypatch.setattr(quantized, "cpu_int8_activation_bits", lambda: 8)
-    monkeypatch.setattr(quantized, "int8_matmul", broken)
-    assert quantized.activation_bits.__wrapped__() == 0
-
-
-@pytest.mark.parametrize(
-    ("machine", "capability", "vnni", "bits"),
-    [
-        ("x86_64", "AVX512", True, 8),
-        ("x86_64", "AVX512", False, 7),
-        ("AMD64", "AVX2", False, 7),
-        ("x86_64", "DEFAULT", False, 0),
-        ("arm64", "DEFAULT", False, 8),
-    ],
-)
-def test_the_instruction_set_decides_which_kernel_is_taken(machine, capability, vnni, bits, monkeypatch):
-    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni, raising=False)
-    monkeypatch.setattr(quantized, "is_right", lambda make: True)
-    assert quantized.activation_bits.__wrapped__() == bits
-
-
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
 def test_tied_matrices_stay_tied(tiny, tmp_path, how):
     model, float_model = tiny("nyx"), tiny("nyx")
@@ -184,6 +149,65 @@ def test_tied_matrices_stay_tied(tiny, tmp_path, how):
     load_weights(model, widen(state), tmp_path, torch.device("cpu"))
     assert model.head.weight is model.embedding.weight and model.head.scale is model.embedding.scale
     assert torch.equal(model.embedding.weight, state["embedding.weight"])
+
+
+def loaded(tiny, tmp_path, name, how):
+    """A model of the zoo, and the same quantized as it is when it has been loaded."""
+    float_model, model = tiny(name).eval(), tiny(name).eval()
+    quantize_layers(model, how)
+    load_weights(model, widen(quantized_state(float_model, how)), tmp_path, torch.device("cpu"))
+    return float_model, model
+
+
+@pytest.mark.parametrize("name", ["llama", "ngpt", "nyx"])
+def test_layers_that_gain_nothing_are_unpacked_once(tiny, tmp_path, name):
+    """They are those of the float model again, tied where it is; they compute what the quantized ones do."""
+    float_model, model = loaded(tiny, tmp_path, name, INT4)
+    ids = torch.arange(20)[None]
+    wanted = model(ids)
+    unpack_slow_layers(model, torch.float32)
+    assert not [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    assert torch.allclose(model(ids), wanted, atol=1e-5)
+    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in float_model.named_modules()}
+    assert model.state_without_ties().keys() == float_model.state_without_ties().keys()
+    assert not any(p.requires_grad for p in model.parameters())
+    assert kernels_in_words(model, 9, torch.float32) == KERNELS[0]
+
+
+def test_layers_that_gain_stay_as_they_are(tiny, tmp_path, monkeypatch):
+    if not kernels.activation_bits():
+        pytest.skip("this machine has no such matmul")
+    _, model = loaded(tiny, tmp_path, "nyx", INT8)
+    monkeypatch.setattr(quantized, "SMALL_MATRIX", model.blocks[0].attn_out.weight.numel())
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    large = sum(m.weight.numel() > quantized.SMALL_MATRIX for m in layers)
+    unpack_slow_layers(model, torch.float32)
+    assert type(model.blocks[0].attn_out) is Linear and 0 < large < len(layers)
+    words, name = kernels_in_words(model, len(layers), torch.float32), KERNELS[kernels.activation_bits()]
+    assert f"{name} ({large} of {len(layers)} layers)" in words and KERNELS[0] in words
+
+
+def test_packed_layers_are_unpacked_with_their_splits(tiny, tmp_path):
+    _, model = loaded(tiny, tmp_path, "nyx", INT8)
+    unpack_slow_layers(model, torch.bfloat16)
+    layer = model.blocks[0].in_proj
+    assert type(layer) is PackedLinear and layer.weight.dtype == torch.bfloat16
+    assert [y.shape[-1] for y in layer(torch.zeros(1, layer.in_features).bfloat16())] == list(layer.splits)
+
+
+@pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
+def test_unit_vectors_are_unit_vectors_again(tiny, tmp_path, how):
+    _, model = loaded(tiny, tmp_path, "ngpt", how)
+    axes = dict(tiny("ngpt").unit_axes()) | {"head.proj.weight": 1}  # tied to the embedding
+    found = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, quantized.QuantizedMatrix)}
+    assert found.keys() == axes.keys() and len(found) > 5
+    for name, module in found.items():
+        norms = module.matrix().norm(dim=axes[name])
+        assert torch.allclose(norms, torch.ones_like(norms), atol=1e-6)
+        raw = dequantize(module.weight, module.scale, module.n_columns, module.group_size).norm(dim=axes[name])
+        assert (raw - 1).abs().max() > 1e-6
+    rows = model.embedding(torch.arange(10)).norm(dim=-1)
+    assert torch.allclose(rows, torch.ones_like(rows), atol=1e-6)
 
 
 @pytest.mark.parametrize(
