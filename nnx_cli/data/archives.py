@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import re
 import stat
 import struct
 import tarfile
@@ -27,6 +28,9 @@ HEAD_BYTES = tarfile.BLOCKSIZE  # that tell an archive
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")  # with files, without, once in several parts
 ZIP_DAMAGE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error)
 ENCRYPTED = 1  # in the flags of a member of a zip
+NO_CHECKSUM = re.compile(
+    rb"(?s).{148}[^\0\x80-\xff]{0,7}[a-np-zA-NP-Z]"
+)  # in the header of a tar that is an octal number
 READ_AHEAD = 2**18  # bytes of an archive that may be read before the member they belong to
 LONG_NAMES = (b"L", b"K", b"x", b"X", b"g")  # types of tar headers that describe the next one
 LONG_NAME_BYTES = 2**20
@@ -43,6 +47,8 @@ def kind_of(head: bytes, name: str) -> str | None:
     """ "zip", "tar" or None, by the first `HEAD_BYTES` of a file."""
     if head.startswith(ZIP_MAGIC):
         return "zip"
+    if len(head) < HEAD_BYTES or NO_CHECKSUM.match(head):
+        return None
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "replace")
     except tarfile.HeaderError:

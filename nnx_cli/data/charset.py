@@ -40,6 +40,7 @@ BOMS = {  # the longer ones first: UTF-32 begins like UTF-16
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+MARKS = (*BOMS, *BINARY_MAGIC)
 ESCAPES = b"\x1b$", b"\x1b(J", b"\x1b(I"  # what ISO-2022 switches character sets with
 ESCAPED = "iso2022_jp_ext", "iso2022_jp_2", "iso2022_jp_3", "iso2022_kr"
 ASCII, BEYOND_ASCII = bytes(range(128)), bytes(range(128, 256))
@@ -99,14 +100,13 @@ class TextReader:
     def _detect(self) -> None:
         """Look at the beginning: a mark, binary data, UTF-16 and UTF-32 by what no other text has."""
         head = self._stream.peek(PROBE_BYTES)
-        for bom, encoding in BOMS.items():
-            if head.startswith(bom):
-                self.encoding, self._known = encoding, True
-                self._stream.read(len(bom))
-                return
-        for magic, what in BINARY_MAGIC.items():
-            if head.startswith(magic):
-                raise DataError(f"{self._stream.name} is not text but {what}")
+        begins = next(filter(head.startswith, MARKS), None) if head.startswith(MARKS) else None
+        if begins in BOMS:
+            self.encoding, self._known = BOMS[begins], True
+            self._stream.read(len(begins))
+            return
+        if begins in BINARY_MAGIC:
+            raise DataError(f"{self._stream.name} is not text but {BINARY_MAGIC[begins]}")
         if self._known or not _has_controls(head) or _escaped(head):
             return
         wide = _latin_utf16(head) or guess_wide(head)

@@ -16,6 +16,7 @@ from typing import Protocol
 from nnx_cli.errors import DataError, MissingFeature, quoted
 
 BLOCK_BYTES = 2**20
+AHEAD_BYTES = 2**16  # read at least, where the beginning of a file is looked at
 MESSAGE_CHARS = 100
 MAX_LAYERS = 3  # of compression around one text
 BOMB_BYTES = 64 * 2**20  # output that a file may have
@@ -53,6 +54,7 @@ class Stream(io.RawIOBase):
         self.sha256 = hashlib.sha256()
         self._raw = raw
         self._ahead = b""
+        self._ended = False
         self._damage = damage
 
     def readable(self) -> bool:
@@ -62,7 +64,7 @@ class Stream(io.RawIOBase):
     def peek(self, n: int) -> bytes:
         """The next n bytes (fewer at the end), which `read` will return again."""
         if len(self._ahead) < n:
-            self._ahead += self._fetch(n - len(self._ahead))
+            self._ahead += self._fetch(max(n, AHEAD_BYTES) - len(self._ahead))
         return self._ahead[:n]
 
     def read(self, n: int = -1) -> bytes:
@@ -72,7 +74,7 @@ class Stream(io.RawIOBase):
 
     def _fetch(self, n: int) -> bytes:
         parts, missing = [], n
-        while missing:
+        while missing and not self._ended:
             try:
                 part = self._raw.read(missing)
             except self._damage as error:
@@ -82,10 +84,11 @@ class Stream(io.RawIOBase):
                 self.failed = True
                 raise DataError(f"cannot read {self.name}: {error.strerror or error}") from error
             if not part:
+                self._ended = True
                 break
             parts.append(part)
             missing -= len(part)
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = b"".join(parts)  # no copy, where there is one
         self.n_read += len(data)
         if self.n_stored is None:
             self.sha256.update(data)
@@ -123,9 +126,9 @@ def unpack(stream: Stream) -> Stream:
     packed = stream
     for _ in range(MAX_LAYERS):
         head = stream.peek(8)
-        kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-        if kind is None:
+        if not head.startswith(tuple(MAGIC)):
             return stream
+        kind = next(kind for magic, kind in MAGIC.items() if head.startswith(magic))
         stream = UNPACKERS[kind](stream)
         stream.n_stored = n_stored
     raise DataError(f"{stream.name} is compressed more than {MAX_LAYERS - 1} times over")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,14 +32,14 @@ def find_sources(paths: Sequence[str | Path], note: Note = lambda text: None) ->
     again, circles = _Examples(), _Examples()
     for path in map(str, paths):
         found = [Source("standard input")] if path == STDIN else _files(path, circles)
-        identities = [_identity(source) for source in found]
+        known = [(*_identity(source), source) for source in found]
         chosen = dict(sources)
-        for identity, source in sorted(zip(identities, found, strict=True), key=_is_link):
+        for identity, _, source in sorted(known, key=_is_link):
             first = chosen.setdefault(identity, source)
             if first is not source:
                 named = "named twice" if first.name == source.name else f"the same file as {first.name}"
                 again.add(f"{source.name} is {named}: read once")
-        sources |= {i: source for i, source in zip(identities, found, strict=True) if chosen[i] is source}
+        sources |= {identity: source for identity, _, source in known if chosen[identity] is source}
     if not sources:
         raise UsageError("no text was named", fix="nnx prepare FILE")
     for examples in (again, circles):
@@ -48,15 +49,17 @@ def find_sources(paths: Sequence[str | Path], note: Note = lambda text: None) ->
 
 def without(sources: list[Source], held_out: list[Source], note: Note = lambda text: None) -> list[Source]:
     """The training text without the validation text, which `note` is told of. UsageError where nothing remains."""
-    identities = {_identity(source) for source in held_out}
-    both = _Examples()
+    identities = {_identity(source)[0] for source in held_out}
+    both, kept = _Examples(), []
     for source in sources:
-        if _identity(source) in identities:
+        if _identity(source)[0] in identities:
             both.add(f"{source.name} is validation text: left out of training")
-    if both.n == len(sources):
+        else:
+            kept.append(source)
+    if not kept:
         raise UsageError(f"{sources[0].name} is both training and validation text", fix="leave out --val")
     both.tell(note)
-    return [source for source in sources if _identity(source) not in identities]
+    return kept
 
 
 @dataclass
@@ -75,22 +78,26 @@ class _Examples:
             note(self.first + (f" ({self.n - 1:,} more like it)" if self.n > 1 else ""))
 
 
-def _identity(source: Source) -> Identity:
-    """What all names of a file have in common."""
+def _identity(source: Source) -> tuple[Identity, bool]:
+    """What all names of a file have in common, and whether this one is a link to it."""
     if source.path is None:
-        return source.name
+        return source.name, False
+    is_link = False
     try:
-        status = os.stat(source.path)
+        status = os.lstat(source.path)
+        is_link = stat.S_ISLNK(status.st_mode)
+        if is_link:
+            status = os.stat(source.path)
+        if status.st_ino:
+            return (status.st_dev, status.st_ino), is_link
     except OSError:  # opening it will say why
-        status = None
-    if status is None or not status.st_ino:
-        return os.path.normcase(os.path.realpath(source.path))
-    return status.st_dev, status.st_ino
+        pass
+    return os.path.normcase(os.path.realpath(source.path)), is_link
 
 
-def _is_link(found: tuple[Identity, Source]) -> bool:
+def _is_link(found: tuple[Identity, bool, Source]) -> bool:
     """A key that sorts a file's own name before those of links to it."""
-    return os.path.islink(found[1].path or "")
+    return found[1]
 
 
 def _files(path: str, circles: _Examples) -> list[Source]:
@@ -126,7 +133,12 @@ def _matches(pattern: str, circles: _Examples) -> list[str]:
 def _texts_below(folder: str, circles: _Examples) -> list[str]:
     """All text files in a folder and those below, in the order of names: files before folders."""
     names = [os.path.join(here, name) for here, files in _folders(folder, circles) for name in files if format_of(name)]
-    return sorted(names, key=lambda name: [(1, part) for part in Path(name).parts[:-1]] + [(0, os.path.basename(name))])
+    return sorted(names, key=_folders_last)
+
+
+def _folders_last(path: str) -> list[tuple[int, str]]:
+    *folders, name = path.split(os.sep)
+    return [*((1, part) for part in folders), (0, name)]
 
 
 def _folders(top: str, circles: _Examples) -> Iterator[tuple[str, list[str]]]:
@@ -139,25 +151,33 @@ def _folders(top: str, circles: _Examples) -> Iterator[tuple[str, list[str]]]:
     waiting, links = [top], deque[str]()
     while waiting or links:
         here = waiting.pop() if waiting else links.popleft()
-        identity = _identity(Source(here, Path(here)))
-        if here != top and (identity in seen or _leads_up(here, home)):
+        identity, is_link = _identity(Source(here, Path(here)))
+        if here != top and (identity in seen or (is_link and _leads_up(here, home))):
             where = "to a folder that is read anyway" if identity in seen else "upwards"
             circles.add(f"{here} leads {where}: not followed")
             continue
         seen.add(identity)
         try:
-            names = sorted(name for name in os.listdir(here or os.curdir) if not name.startswith("."))
+            with os.scandir(here or os.curdir) as found:
+                entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(f"cannot read {here}: {error.strerror}") from error
-        paths = [os.path.join(here, name) for name in names]
-        folders = [path for path in paths if os.path.isdir(path)]
-        waiting += [path for path in reversed(folders) if not os.path.islink(path)]
-        links += [path for path in folders if os.path.islink(path)]
-        yield here, [name for name, path in zip(names, paths, strict=True) if os.path.isfile(path)]
+        folders, files = [], []
+        for entry in entries:
+            path = os.path.join(here, entry.name)
+            if entry.is_symlink():
+                links += [path] if os.path.isdir(path) else []
+                files += [entry.name] if os.path.isfile(path) else []
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_file(follow_symlinks=False):
+                files.append(entry.name)
+        waiting += reversed(folders)
+        yield here, files
 
 
-def _leads_up(path: str, home: str) -> bool:
+def _leads_up(link: str, home: str) -> bool:
     """Whether a link leads to a folder that it lies in, or that `home` lies in."""
-    target = os.path.realpath(path)
-    place = os.path.realpath(os.path.dirname(path))
-    return os.path.islink(path) and any(Path(inner).is_relative_to(target) for inner in (place, home))
+    target = os.path.realpath(link)
+    place = os.path.realpath(os.path.dirname(link))
+    return any(Path(inner).is_relative_to(target) for inner in (place, home))

@@ -119,7 +119,7 @@ def default_folder(
 
 def _within_reach(vocabularies: Vocabularies, sources: Sequence[Source]) -> Vocabularies:
     """Those for which there may be enough text, by the size of its files: without any, no text is read to choose."""
-    sizes = [None if Path(source.name).suffix in PACKED else source.size for source in sources]
+    sizes = (None if source.name.endswith(PACKED) else source.size for source in sources)
     most = sum(MOST_TEXT * size if size is not None else math.inf for size in sizes)
     return [(least, ids) for least, ids in vocabularies if least <= most]
 
@@ -373,7 +373,7 @@ def _spooled(source: Source, folder: Path) -> Source:
 
 
 def _progress(phase: str, sources: list[Source], tell: Progress) -> Callable[[int], None]:
-    known = [source.size for source in sources if source.size is not None]
+    known = [size for size in (source.size for source in sources) if size is not None]
     total = sum(known) if len(known) == len(sources) else None
     told = 0
 

@@ -11,7 +11,7 @@ from nnx_cli.errors import counted, quoted
 
 MARKER = re.compile(r"(end[-_]?of[-_]?(text|doc|document|story|file)|eo[stdf])", re.IGNORECASE)  # inside <| and |>
 MAX_LINE_CHARS = 64  # of a line with a marker, blanks and all
-MAX_HOPS = 500  # from | to | in a block; where there are more, "|>" is searched for, which is slower but for these
+MAX_HOPS = 500  # from | to |, and then from > to >, in a block; where there are more of both, "|>" is searched for
 
 
 class Piece(NamedTuple):
@@ -129,14 +129,15 @@ def _may_be_marker(line: str) -> bool:
 
 def _closing_marks(text: str) -> Iterator[int]:
     """Where "|>" is. A single character is found at the speed of memory, two of them are not."""
-    at = text.find("|")
-    for _ in range(MAX_HOPS):
-        if at < 0:
-            return
-        if text[at + 1 : at + 2] == ">":
-            yield at
-        at = text.find("|", at + 1)
-    at = text.find("|>", at) if at >= 0 else at
-    while at >= 0:
+    start = 0
+    for char, place in (("|", 0), (">", 1)):
+        for _ in range(MAX_HOPS):
+            at = text.find(char, start + place) - place
+            if at < 0:
+                return
+            if text.startswith("|>", at):
+                yield at
+            start = at + 1
+    while (at := text.find("|>", start)) >= 0:
         yield at
-        at = text.find("|>", at + 1)
+        start = at + 1

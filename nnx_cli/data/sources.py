@@ -42,21 +42,23 @@ class Source:
     @property
     def label(self) -> str:
         """How meta.json names it: without the folders of this machine."""
-        if self.path is not None and (self.path.is_absolute() or ".." in self.path.parts):
-            return well_formed(self.path.name)
+        path = os.fspath(self.path or "")
+        if os.path.isabs(path) or os.pardir in path.split(os.sep):
+            return well_formed(os.path.basename(path))
         return well_formed(self.name)
 
     @property
     def repeatable(self) -> bool:
         """Whether it can be read twice."""
-        return self.content is not None or (self.path is not None and os.path.isfile(self.path))
+        return self.content is not None or _status(self.path) is not None
 
     @property
     def size(self) -> int | None:
         """Bytes as stored; None where only reading tells."""
         if self.content is not None:
             return len(self.content)
-        return os.stat(self.path).st_size if self.path is not None and self.repeatable else None
+        status = _status(self.path)
+        return None if status is None else status.st_size
 
     def open(self) -> Stream:
         """Its bytes as stored. DataError where it cannot be opened."""
@@ -117,14 +119,15 @@ class Reader:
         many = _Many()
         for source in sources:
             stream = source.open()
-            before = _state(source)
+            before, told = _state(source), -1
             with stream:
                 for piece in self._one(
                     self._documents(stream, source.name, report), stream, many, report, source.of_many
                 ):
                     yield piece
-                    if self.on_bytes:
-                        self.on_bytes(report.n_bytes_read + stream.n_read)
+                    if self.on_bytes and stream.n_read != told:
+                        told = stream.n_read
+                        self.on_bytes(report.n_bytes_read + told)
                 stream.drain()
             if _state(source) != before:
                 raise DataError(f"{source.name} changed while it was read", fix="run the command again")
@@ -176,11 +179,11 @@ class Reader:
         self, pieces: Iterator[Piece], outer: Stream, many: _Many, report: Report, optional: bool = True
     ) -> Iterator[Piece]:
         """The pieces of one file of many, where it is `optional`: up to where it cannot be read, which is noted."""
-        n_chars, ended = 0, True
+        n_chars, piece = 0, Piece("", True)
         try:
             for piece in pieces:
                 yield piece
-                n_chars, ended = n_chars + len(piece.text), piece.ends
+                n_chars += len(piece.text)
         except DataError as error:
             if self.strict or not optional or outer.failed or isinstance(error, Bomb):
                 raise
@@ -189,7 +192,7 @@ class Reader:
             many.first_error = many.first_error or error
             if n_chars == 0:
                 return
-            if not ended:
+            if not piece.ends:
                 yield Piece("", True)
         many.n_read += 1
 
@@ -278,12 +281,21 @@ class Reader:
             yield file
 
 
+def _status(path: Path | None) -> os.stat_result | None:
+    """Of a regular file; None for what is none, or is not there."""
+    try:
+        status = None if path is None else os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
 def _state(source: Source) -> tuple[int, int] | None:
     """What changes when a file is written to; None for what is no regular file."""
     if source.path is None:
         return None
     try:
-        status = source.path.stat()
+        status = os.stat(source.path)
     except OSError as error:
         raise DataError(f"cannot read {source.name}: {error.strerror}") from error
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

@@ -95,9 +95,10 @@ def test_a_tail_cut_off_many_documents_takes_their_beginnings(tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "JOB_PIECES", 64)
-    monkeypatch.setattr("nnx_cli.data.charset.BLOCK_BYTES", 2**12)
+    for name in ("charset.BLOCK_BYTES", "token_file.BLOCK_BYTES", "token_file.WRITE_BYTES", "duplicates.BATCH_TOKENS"):
+        monkeypatch.setattr(f"nnx_cli.data.{name}", 2**12)
     peaks = []
-    for n in (3_000, 12_000):
+    for n in (6_000, 15_000):
         path = tmp_path / f"{n}.jsonl"
         path.write_text('{"text": "x"}\n' * n)
         tracemalloc.start()
