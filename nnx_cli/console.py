@@ -202,7 +202,7 @@ class Output:
     @property
     def live(self) -> bool:
         """Whether there is a terminal to redraw lines on, and somebody who wants to see them."""
-        return self.err.is_terminal and not self.quiet and moves_cursor()
+        return self.err.file.isatty() and not self.quiet and moves_cursor()  # whatever colours are asked for
 
     def spinner(self, text: str) -> AbstractContextManager[object]:
         """A sign of life on stderr while something takes its time; none with --quiet or without a terminal."""

@@ -117,6 +117,9 @@ def test_a_terminal_that_moves_no_cursor_gets_plain_lines(screen, monkeypatch, t
     assert Output().live == (os.name == "nt")
     monkeypatch.setenv("TERM", "xterm")
     assert Output().live and not Output(quiet=True).live
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not Output().live
 
 
 @pytest.mark.parametrize("text", ["\udcff", "a\ud800b", "\udfff\ud800", "\ud83d\ude42", "é\x7f\x1b\u202e🙂"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from nnx_cli.config import parse_toml
 from nnx_cli.errors import DataError, UsageError
+from nnx_cli.system.files import why_not_opened
 
 MAX_BYTES = 2**20
 
@@ -22,8 +23,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         with Stream(open(path, "rb", buffering=0), f"--config {path}") as stream:
             text, _ = read_text(stream, MAX_BYTES)
-    except OSError as error:
-        raise DataError(f"cannot read --config {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read --config {path}: {why_not_opened(error)}") from error
     except DataError as error:
         if isinstance(error.__cause__, OSError):
             raise

@@ -76,7 +76,7 @@ def zip_members(file: BinaryIO, name: str) -> Iterator[Member]:
         except (*ZIP_DAMAGE, OSError) as error:
             yield Member(info.filename, DataError(f"{label} cannot be read: {brief(error)}"))
             continue
-        stream = Stream(raw, label, (*ZIP_DAMAGE, zlib.error, lzma.LZMAError))
+        stream = Stream(raw, label, (*ZIP_DAMAGE, zlib.error, lzma.LZMAError, MemoryError))
         stream.n_stored = partial(min, info.compress_size, n_stored)
         yield Member(info.filename, stream)
         n_read += stream.n_read

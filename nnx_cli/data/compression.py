@@ -117,6 +117,8 @@ def refuse_bomb(name: str, n_bytes: int, n_stored: int) -> None:
 def brief(error: Exception) -> str:
     """A library's message in one short line: some of them quote the file."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = "unpacking it takes more memory than there is"
     return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + "..."
 
 
@@ -143,7 +145,7 @@ def _bzip2(stream: Stream) -> Stream:
 
 
 def _xz(stream: Stream) -> Stream:
-    return Stream(lzma.LZMAFile(stream), stream.name, (lzma.LZMAError, EOFError))  # type: ignore[arg-type]  # needs `read`
+    return Stream(lzma.LZMAFile(stream), stream.name, (lzma.LZMAError, EOFError, MemoryError))  # type: ignore[arg-type]  # needs `read`
 
 
 def _zstd(stream: Stream) -> Stream:

@@ -22,6 +22,7 @@ from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_i
 from nnx_cli.data.parquet import ParquetText
 from nnx_cli.data.separators import Documents, Piece
 from nnx_cli.errors import DataError, counted
+from nnx_cli.system.files import why_not_opened
 from nnx_cli.system.streams import standard_input
 from nnx_cli.system.text import well_formed
 
@@ -68,8 +69,8 @@ class Source:
             return Stream(standard_input(), self.name)
         try:
             return Stream(open(self.path, "rb", buffering=0), self.name, path=self.path if self.repeatable else None)
-        except OSError as error:
-            raise DataError(f"cannot read {self.name}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {self.name}: {why_not_opened(error)}") from error
 
 
 @dataclass

@@ -273,6 +273,11 @@ def _check_size(file: BinaryIO, path: Path, max_bytes: int, error: type[NnxError
         raise error(f"{path} is damaged: it has more than {max_bytes >> 20} MiB")
 
 
+def why_not_opened(error: OSError | ValueError) -> str:
+    """The system's words; or what Python does not ask it: a name with a NUL, or letters that it has no bytes for."""
+    return error.strerror or str(error) if isinstance(error, OSError) else "no file has such a name"
+
+
 def to_json(value: Any) -> bytes:
     """JSON for people and programs: indented, UTF-8, a final newline; not-a-number is refused."""
     return well_formed(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

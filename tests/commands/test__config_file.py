@@ -45,6 +45,6 @@ def test_what_is_no_toml_is_refused(toml, content):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    for path in (tmp_path / "none.toml", tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path, tmp_path / "a\0b", tmp_path / "\ud800", tmp_path / ("x" * 5000)):
         with pytest.raises(DataError, match="cannot read --config"):
             read_toml(path)

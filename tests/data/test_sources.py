@@ -76,6 +76,16 @@ def test_compression_is_told_by_content(tmp_path, pack):
         assert "damaged" in refusal(path)
 
 
+def test_a_dictionary_larger_than_memory_is_damage(tmp_path, monkeypatch):
+    def read_in_no_memory(self, size=-1):
+        raise MemoryError
+
+    monkeypatch.setattr(lzma.LZMAFile, "read", read_in_no_memory)
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"text"))
+    assert refusal(path).endswith("a.txt.xz is damaged: unpacking it takes more memory than there is")
+
+
 def test_gzip_in_gzip_in_gzip_is_refused(tmp_path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(gzip.compress(gzip.compress(b"text"))))

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic  # noqa: F401
 import safetensors.torch
 import torch
+import typer.rich_utils  # noqa: F401  # as pydantic, it looks for other modules where it is imported first
 
 from nnx_cli import models
 from nnx_cli.cli import app
