@@ -185,7 +185,7 @@ class QuantizeConfig:
 
     bits: int = 8  # bits of a weight: 8 or 4
     group_size: int = 32  # with 4 bits: neighbouring weights that share a scale
-    max_drop: float | None = None  # bits per byte that it may cost, else exit 6; default: 1 % of the model's
+    max_drop: float | None = None  # bits per byte it may cost, else layers stay in 16 bits; default: 1 % of the model's
 
     def __post_init__(self) -> None:
         check_choice("bits", str(self.bits), ("8", "4"))

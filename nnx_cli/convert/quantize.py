@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import PrepareConfig, SampleConfig
+from nnx_cli.convert.sensitivity import rank_layers, unique_matrices
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
 from nnx_cli.evaluation.held_out import held_out_tokens
@@ -21,9 +22,9 @@ from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.inference.generate import generate
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.loss import chunk_rows
-from nnx_cli.layers.quantized import Quantization, kernels_in_words, quantizable, quantize
+from nnx_cli.layers.quantized import Quantization, kernels_in_words, quantizable, quantize, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.runs.load import ModelRef, load_model
+from nnx_cli.runs.load import ModelRef, fill_model, load_model, model_from_config
 from nnx_cli.runs.manifest import BEST, write_model_folder
 from nnx_cli.system.files import new_folder, refuse_existing, to_json, write_synced
 
@@ -31,7 +32,59 @@ RELATIVE_DROP = 0.01  # of the loss: what quantizing may cost unless told otherw
 MEASURED_FLOPS = 5e11  # spent on text by each of the two models: a few seconds of a small computer
 MEASURED_TOKENS = (4096, 32_768)  # at least and at most
 TOKENS_PER_BATCH = 4096
+KEPT_SHARE = 0.5  # of the weights, that may stay in 16 bits for the sake of quality: with more, little is saved
+NAMED = 4  # layers in an error
 DECODED_TOKENS, DECODING_ROUNDS, DECODING_SECONDS = 64, 5, 10.0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The model to quantize, and the text that tells what that costs."""
+
+    ref: ModelRef
+    model: LanguageModel
+    tokens: np.ndarray
+    token_bytes: np.ndarray | None
+    max_drop: float | None
+    precision: str
+
+    def attempt(self, quantization: Quantization) -> Attempt:
+        """Quantize in memory, and compare."""
+        state = quantized_state(self.model, quantization)
+        model = model_from_config(self.ref.config, self.ref.folder, self.ref.file)
+        quantize_layers(model, quantization)
+        fill_model(model, widen(state), self.ref.folder, self.model.device, self.precision)
+        return Attempt(quantization, state, model, compare(self.model, model, self.tokens, self.token_bytes))
+
+    def first_within(self, quantization: Quantization) -> Attempt:
+        """As asked where that costs no more than it may; else with the fewest of the most sensitive layers kept that
+        suffice, of half of the weights at most. Raises QualityError where those do not."""
+        asked = self.attempt(quantization)
+        if asked.found.excess(self.max_drop) <= 0:
+            return asked
+        most = sensitive_layers(self.model, quantization, self.tokens)
+        best = self.attempt(with_kept(quantization, most)) if most else asked
+        if not best.found.excess(self.max_drop) <= 0:
+            raise _too_large_a_drop(asked.found, best.found, self.max_drop, most)
+        too_few, enough = 0, len(most)
+        while enough - too_few > 1:
+            n = (too_few + enough) // 2
+            tried = self.attempt(with_kept(quantization, most[:n]))
+            if tried.found.excess(self.max_drop) <= 0:
+                best, enough = tried, n
+            else:
+                too_few = n
+        return best
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A model quantized in one way: its tensors as they are stored, itself, and what it costs."""
+
+    quantization: Quantization
+    state: dict[str, Tensor]
+    model: LanguageModel
+    found: Comparison
 
 
 @dataclass(frozen=True)
@@ -49,6 +102,22 @@ class Comparison:
         """One of the losses per byte of text, or None where its bytes are not known."""
         return loss * self.n_tokens / math.log(2) / self.n_bytes if self.n_bytes else None
 
+    def in_units(self) -> tuple[float, float, str]:
+        """Both losses, in bits per byte where that is known, and what they are in."""
+        before, after = self.bits_per_byte(self.loss_before), self.bits_per_byte(self.loss_after)
+        if before is None or after is None:
+            return self.loss_before, self.loss_after, "nats per token"
+        return before, after, "bits per byte"
+
+    def allowed(self, max_drop: float | None) -> float:
+        """How much worse the second may be."""
+        return RELATIVE_DROP * self.in_units()[0] if max_drop is None else max_drop
+
+    def excess(self, max_drop: float | None) -> float:
+        """By how much the second is worse than it may be; infinite where its loss is not finite."""
+        before, after, _ = self.in_units()
+        return after - before - self.allowed(max_drop) if math.isfinite(after) else math.inf
+
 
 def quantize_model(
     ref: ModelRef,
@@ -64,8 +133,9 @@ def quantize_model(
     """Write the folder `out` with the model of `ref`, quantized; returns the receipt, and lines on how it was measured.
 
     `max_drop` is in bits per byte (default: RELATIVE_DROP of what the model has). Measures on the text in `paths`, read
-    as `preparing` says, or the run's validation split. Raises OutputError where `out` exists, DataError without text,
-    and QualityError, leaving nothing behind, where the model lost more than it may.
+    as `preparing` says, or the run's validation split. Where the model loses more than it may, its most sensitive
+    layers stay in 16 bits. Raises OutputError where `out` exists, DataError without text, and QualityError, leaving
+    nothing behind, where that does not suffice.
     """
     _check_source(ref)
     refuse_existing(out)
@@ -74,23 +144,24 @@ def quantize_model(
         raise UsageError(f"--max-drop is in bits per byte; {ref.label} has no tokenizer, so its bytes are not known")
     before = load_model(ref, device, precision)
     _check_kept(before, quantization.kept)
-    config = ref.config_at(out) | {"quantization": asdict(quantization), "quantized_from": ref.label}
     read: list[str] = []
     with held_out_tokens(ref, paths, preparing, lambda event: read.append(event["note"])) as tokens:
-        if len(tokens) < 2:
+        n_tokens = len(tokens)
+        if n_tokens < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
+        token_bytes = None if tokenizer is None else tokenizer.token_bytes()
+        best = Judge(ref, before, tokens, token_bytes, max_drop, precision).first_within(quantization)
         with new_folder(out) as folder:
-            write_model_folder(folder, config, tokenizer, quantized_state(before, quantization), ref.file)
-            after = load_model(ModelRef(folder, file=ref.file), device, precision)
-            found = compare(before, after, tokens, None if tokenizer is None else tokenizer.token_bytes())
-            check_drop(found, max_drop)
+            config = ref.config_at(out) | {"quantization": asdict(best.quantization), "quantized_from": ref.label}
+            write_model_folder(folder, config, tokenizer, best.state, ref.file)
             prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()
-            speeds = _decoding_speeds((before, after), prompt)
+            speeds = _decoding_speeds((before, best.model), prompt)
             sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
-            kernel = kernels_in_words(after, _n_linear(before, quantization.kept), after.compute_dtype)
-            receipt = _write_receipt(folder, out, quantization, found, sizes, speeds, kernel)
-        notes = [f"measured on {found.n_tokens:,} of {len(tokens) - 1:,} tokens, evenly spread"]
-    return receipt, [*read, *notes, f"matmuls on this machine: {receipt['kernel']}"]
+            receipt = _write_receipt(folder, out, best, sizes, speeds, _kernels(before, best))
+    notes = [*read, f"measured on {best.found.n_tokens:,} of {n_tokens - 1:,} tokens, evenly spread"]
+    if added := best.quantization.kept[len(quantization.kept) :]:
+        notes.append(f"kept in 16 bits, as --max-drop asks for: {', '.join(added)}")
+    return receipt, [*notes, f"matmuls on this machine: {receipt['kernel']}"]
 
 
 def _check_source(ref: ModelRef) -> None:
@@ -105,13 +176,13 @@ def _check_source(ref: ModelRef) -> None:
 def _write_receipt(
     folder: Path,
     out: Path,
-    quantization: Quantization,
-    found: Comparison,
+    done: Attempt,
     file_bytes: Sequence[int],
     speeds: Sequence[float],
     kernel: str,
 ) -> dict[str, Any]:
     """Write receipt.json: what quantizing saves and costs. `file_bytes` and `speeds` are of before and after."""
+    quantization, found = done.quantization, done.found
     before, after = (
         {"file_bytes": size, "bits_per_byte": found.bits_per_byte(loss), "decode_tokens_per_s": speed}
         for size, loss, speed in zip(file_bytes, (found.loss_before, found.loss_after), speeds, strict=True)
@@ -141,9 +212,27 @@ def _check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
             )
 
 
-def _n_linear(model: LanguageModel, kept: Sequence[str]) -> int:
-    """How many linear layers of a float model are quantized."""
-    return sum(isinstance(layer, Linear) for layer in quantizable(model, kept).values())
+def _kernels(before: LanguageModel, done: Attempt) -> str:
+    """What multiplies with the quantized matrices, in words."""
+    layers = quantizable(before, done.quantization.kept).values()
+    return kernels_in_words(done.model, sum(isinstance(layer, Linear) for layer in layers), done.model.compute_dtype)
+
+
+def sensitive_layers(model: LanguageModel, quantization: Quantization, tokens: np.ndarray) -> list[str]:
+    """The layers that suffer most, from the worst on, as many as have no more than KEPT_SHARE of the weights."""
+    layers = unique_matrices(model, quantization)
+    budget = KEPT_SHARE * sum(layer.weight.numel() for layer in layers.values())
+    found = []
+    for name in rank_layers(model, quantization, tokens):
+        if layers[name].weight.numel() <= budget:
+            budget -= layers[name].weight.numel()
+            found.append(name)
+    return found
+
+
+def with_kept(quantization: Quantization, names: Sequence[str]) -> Quantization:
+    """The same with more layers kept."""
+    return replace(quantization, kept=[*quantization.kept, *names])
 
 
 def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[str, Tensor]:
@@ -197,19 +286,20 @@ def compare(
     return Comparison(count, n_bytes or None, *means)
 
 
-def check_drop(found: Comparison, max_drop: float | None) -> None:
-    """Raise QualityError where the quantized model is worse than it may be, or its loss is not finite."""
-    before, after = found.bits_per_byte(found.loss_before), found.bits_per_byte(found.loss_after)
-    unit = "bits per byte"
-    if before is None or after is None:
-        before, after, unit = found.loss_before, found.loss_after, "nats per token"
-    allowed = RELATIVE_DROP * before if max_drop is None else max_drop
-    if not after - before <= allowed:  # not a number is too much as well
-        raise QualityError(
-            f"quantized, the model has {after:.4f} {unit} instead of {before:.4f}: {after - before:.4f} worse, "
-            f"and --max-drop is {allowed:.4f}",
-            fix="allow more with --max-drop, take --bits 8 or a smaller --group-size, or --keep a layer",
-        )
+def _too_large_a_drop(
+    asked: Comparison, kept: Comparison, max_drop: float | None, layers: Sequence[str]
+) -> QualityError:
+    """What to say where a model lost more than it may, even with `layers` kept."""
+    before, after, unit = asked.in_units()
+    again = ""
+    if layers:
+        names = ", ".join(layers[:NAMED]) + (", …" if len(layers) > NAMED else "")
+        again = f"; {kept.in_units()[1]:.4f} with {names} in 16 bits"
+    return QualityError(
+        f"quantized, the model has {after:.4f} {unit} instead of {before:.4f}: {after - before:.4f} worse, "
+        f"and --max-drop is {asked.allowed(max_drop):.4f}{again}",
+        fix="allow more with --max-drop, take --bits 8 or a smaller --group-size, or --keep a layer",
+    )
 
 
 def _decoding_speeds(models: Sequence[LanguageModel], prompt: list[int]) -> list[float]:

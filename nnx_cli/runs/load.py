@@ -149,10 +149,16 @@ def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> 
     training = config.get("training") or {}
     if "quantization" in config or training.get("weight_precision") == "bf16":
         state = widen(state)
-    load_weights(model, state, path, device)
+    return fill_model(model, state, path, device, precision)
+
+
+def fill_model(
+    model: LanguageModel, state: Mapping[str, Tensor], source: Path, device: torch.device, precision: str
+) -> LanguageModel:
+    """`model` with the tensors of `state`, in evaluation mode. Raises CheckpointError where they are another's."""
+    load_weights(model, state, source, device)
     model.compute_dtype = DTYPES[precision]
-    if "quantization" in config:
-        unpack_slow_layers(model, model.compute_dtype)
+    unpack_slow_layers(model, model.compute_dtype)
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from nnx_cli import models
 from nnx_cli.convert import quantize as quantizer
+from nnx_cli.convert.sensitivity import rank_layers
 from nnx_cli.errors import QualityError
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.kernels.quantized_matmul import KERNELS
@@ -92,13 +94,55 @@ def test_short_texts_are_measured_whole(tiny, n):
 
 @pytest.mark.parametrize("after, max_drop", [(1.02, None), (1.05, 0.01), (math.nan, 1.0), (math.inf, 1.0)])
 def test_too_large_a_drop(after, max_drop):
-    with pytest.raises(QualityError, match="bits per byte"):
-        quantizer.check_drop(quantizer.Comparison(100, 100, 1.0, after, 0.0, 1.0), max_drop)
+    assert quantizer.Comparison(100, 100, 1.0, after, 0.0, 1.0).excess(max_drop) > 0
 
 
 @pytest.mark.parametrize("after, max_drop", [(1.009, None), (1.005, 0.01), (0.5, 0.0)])
 def test_a_drop_that_may_be(after, max_drop):
-    quantizer.check_drop(quantizer.Comparison(100, 100, 1.0, after, 0.0, 1.0), max_drop)
+    assert quantizer.Comparison(100, 100, 1.0, after, 0.0, 1.0).excess(max_drop) <= 0
+
+
+def make_sensitive(folder, *names):
+    """Give layers of a run one huge column each, beside which the steps of their codes leave nothing of the others."""
+    ref = ModelRef(folder)
+    state = ref.weights()[1]
+    for name in names:
+        state[f"{name}.weight"][:, 0] = 300 * state[f"{name}.weight"].abs().max()
+    made = folder.with_name("sensitive")
+    made.mkdir()
+    write_model_folder(made, ref.config, ref.tokenizer, state)
+    return ModelRef(made)
+
+
+@pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
+def test_sensitive_layers_are_kept(run, how):
+    layers = ["blocks.1.attn_out", "blocks.0.ffn_out"]
+    ref, out = make_sensitive(run.folder, *layers), Path("weights/small")
+    ranked = rank_layers(load_model(ref, CPU), how, np.arange(500) % 256)
+    assert set(ranked[:2]) == set(layers) and len(ranked) == 7  # three of each block, and one of embedding and head
+    worse = quantizer.quantize_model(ref, Path("weights/all"), how, max_drop=50.0, device=CPU)[0]
+    drop = worse["after"]["bits_per_byte"] - worse["before"]["bits_per_byte"]
+    receipt, notes = quantizer.quantize_model(ref, out, how, max_drop=drop / 4, device=CPU)
+    assert worse["kept"] == [] and set(receipt["kept"]) <= set(layers) and receipt["kept"]
+    assert receipt["after"]["bits_per_byte"] - receipt["before"]["bits_per_byte"] <= drop / 4
+    assert any("kept in 16 bits" in note and receipt["kept"][0] in note for note in notes)
+    assert ModelRef(out).config["quantization"]["kept"] == receipt["kept"]
+    assert ModelRef(out).weights()[1][f"{receipt['kept'][0]}.weight"].dtype in (torch.float16, torch.bfloat16)
+
+
+def test_what_the_user_keeps_comes_first(run):
+    ref = make_sensitive(run.folder, "blocks.1.attn_out")
+    how = replace(INT4, kept=["blocks.0"])
+    receipt, _ = quantizer.quantize_model(ref, Path("weights/small"), how, max_drop=0.05, device=CPU)
+    assert receipt["kept"] == ["blocks.0", "blocks.1.attn_out"]
+
+
+def test_where_keeping_layers_does_not_suffice_nothing_is_written(run, monkeypatch):
+    monkeypatch.setattr(quantizer, "KEPT_SHARE", 0.1)
+    ref = make_sensitive(run.folder, "blocks.1.attn_out", "blocks.0.ffn_out")
+    with pytest.raises(QualityError, match=r"worse, and --max-drop is 0.0000; 5.\d+ with blocks.* in 16 bits"):
+        quantizer.quantize_model(ref, Path("weights/deep/small"), INT4, max_drop=0.0, device=CPU)
+    assert not Path("weights/deep").exists()
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
