@@ -35,6 +35,7 @@ ALPHABETS = {  # letters outside of ASCII, the most frequent first
     "pt": "ãçáéíõóêàúâôü",
     "it": "èàòùìéî",
     "nl": "ëïéèöüá",
+    "af": "êëôéûïîöáèü",
     "sv": "äöåé",
     "da": "øæåéöäü",
     "fi": "äöåšž",
@@ -51,6 +52,7 @@ ALPHABETS = {  # letters outside of ASCII, the most frequent first
     "lv": "āīēšņļūžčķģ",
     "lt": "ėšųžįąūčę",
     "eo": "ĉŭĝŝĵĥ",
+    "mt": "ħżġċàùòìè",
     "vi": "đưàơáâôêăéíóùãạ\u0301\u0300\u0303\u0309\u0323ếạộảềấầủợậìệọúốịớẩứừổẽểờụỉẫựễồẻắặỗữởằẹẵỏửũỹỳỷõ",
 }
 COMMON = {  # the most frequent characters of scripts that have thousands
@@ -65,7 +67,7 @@ COMMON = {  # the most frequent characters of scripts that have thousands
     "ko": "이다는에의을고가하지은로를한사기도리서어자나인아있들으만시수대그해보정일라면게과부스여니했것주전장요"
     "제없안우상소공동문",
 }
-WESTERN = "en de fr es pt it nl sv da fi is ca et"
+WESTERN = "en de fr es pt it nl af sv da fi is ca et"
 CENTRAL = "pl cs sk hu hr ro de"
 BALTIC = "et lv lt"
 CYRILLIC = "ru uk bg sr be mk"
@@ -90,7 +92,7 @@ CANDIDATES = {  # Python's name (of the larger set where one holds another): lan
     "koi8_r": ("ru", 6),
     "koi8_u": ("uk", 7),
     "iso8859_2": (CENTRAL, 5),
-    "iso8859_3": ("eo", 6),
+    "iso8859_3": ("eo mt", 6),
     "iso8859_4": (BALTIC, 9),
     "iso8859_5": (CYRILLIC, 8),
     "iso8859_6": ("ar", 7),
@@ -127,16 +129,17 @@ MARKS = {  # bits
     **dict.fromkeys("’“”–—…«»،", 3.0),
     **dict.fromkeys("‘„\xa0؟\u200c", 5.0),
     **dict.fromkeys("•°€£№¿־؛״ـ", 6.0),
-    **dict.fromkeys("¡º·§©®´‚‹›׳\xad\u200e\u200f", 8.0),
-    **dict.fromkeys("ª™½±×µ−²¢¥¼¾³÷†‰", 10.0),
+    **dict.fromkeys("¡º·§©®±×µ²´‚‹›׳\xad\u200e\u200f", 8.0),
+    **dict.fromkeys("ª™½−¢¥¼¾³÷†‰", 10.0),
 }
-BEFORE_LETTERS = frozenset("“‘„‚«‹¿¡»›\xa0\u200e\u200f")  # marks that may touch the word after them
+BEFORE_LETTERS = frozenset("“‘„‚«‹¿¡»›°µ•\xa0\u200e\u200f")  # marks that may touch the word after them
 AFTER_LETTERS = frozenset("”“’‘»›«‹…–—®™ºª²³،؟؛\xa0\u200e\u200f")
 INSIDE_WORDS = frozenset("’–—·\xad\u200c״׳־ـ")
 FULL_WIDTH = frozenset("，。、：；！？（）「」『』《》〈〉【】・～ー\u3000“”‘’…—")
 FULL_WIDTH_BITS, RARE_BITS, FOREIGN_BITS, CONTROL_BITS, ASCII_BITS = 3.0, 9.0, 13.0, 16.0, 5.0
 FRAME_BITS = 2.0  # of lines drawn around text, each part beside its like
 CAPITAL_BITS, ALONE_BITS, TOUCH_BITS, ODD_BITS = 2.0, 3.0, 4.0, 6.0  # more, by where a character stands
+AMONG_CAPITALS_BITS = 0.25
 FALL = 0.01  # how frequent the last letter of an alphabet is, relative to the first one
 EVIDENCE = 0.5  # part of the bits that counts: neighbouring letters are no independent witnesses
 ALIKE = 0.02  # part of the characters in which two readings may differ before one speaks against the other
@@ -306,7 +309,9 @@ def _letter_cost(bits: Mapping[str, float], language: str, before: str, char: st
     if kind == "control":
         return CONTROL_BITS
     if kind == "frame":
-        return FRAME_BITS if SAME in (before, after) else RARE_BITS
+        if SAME in (before, after):
+            return FRAME_BITS
+        return RARE_BITS + TOUCH_BITS * sum(" " in other or other == "digit" for other in (before, after))
     own = bits.get(char.lower() if len(char.lower()) == 1 else "i")  # of İ it is two
     if own is None and kind == "mark":
         return MARKS.get(char, FOREIGN_BITS) + TOUCH_BITS * _touches(before, char, after)
@@ -316,13 +321,18 @@ def _letter_cost(bits: Mapping[str, float], language: str, before: str, char: st
         return RARE_BITS if fits else FOREIGN_BITS
     inside_small = case == "upper" and before.endswith("lower")
     inside_capitals = case == "lower" and before.endswith("upper") and after.endswith("upper")
-    own += ODD_BITS if inside_small or inside_capitals else CAPITAL_BITS if case == "upper" else 0.0
+    if inside_small or inside_capitals:
+        own += ODD_BITS
+    elif case == "upper":
+        own += AMONG_CAPITALS_BITS if before.endswith("upper") or after.endswith("upper") else CAPITAL_BITS
     neighbours = [
         other.partition(" ")[0] for other in (before, after) if other not in ("space", "mark", "frame", "control")
     ]
     if script != "COMBINING":
         at_home = (script, SAME, "COMBINING", "ASCII" if script == "LATIN" else "")
         own += sum(TOUCH_BITS if other == "digit" else ODD_BITS for other in neighbours if other not in at_home)
+    if char == "ς" and " " in after:  # it ends words
+        own += ODD_BITS
     if before == after == SAME:  # no word has a letter three times
         own += ODD_BITS
     alone = script == "LATIN" and (not neighbours or before.startswith("LATIN"))  # not among plain letters

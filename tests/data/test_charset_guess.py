@@ -91,6 +91,37 @@ def test_a_paragraph_is_read_as_it_was_written(language, encoding):
         assert guess.confidence > 0.6
 
 
+CAPITALS = [case for case in CASES if case[0] in ("ru", "uk", "bg", "kk", "el", "pl", "de", "fr", "sv")]
+
+
+@pytest.mark.parametrize(("language", "encoding"), CAPITALS)
+def test_capitals_are_read_as_they_were_written(language, encoding):
+    """Headlines, old computers, shouting: in other encodings the same bytes are small letters."""
+    text = TEXTS[language].upper().encode(encoding, "ignore").decode(encoding).replace("Ά", "Α")
+    guess = guess_encoding(text.encode(encoding))
+    assert text.encode(encoding).decode(guess.encoding) == text
+
+
+OTHERS = {  # languages that have no paragraph above
+    "af": "Die rivier het stadig gevloei en die brug is in die water weerspieël. Sê vir my hoekom die môre so koel is; "
+    "ons gaan nêrens heen nie, én hulle wêreld is groot.",
+    "sq": "Lumi rridhte ngadalë dhe ura e vjetër pasqyrohej në ujë. Mollët çelën deri në mes të pranverës.",
+    "sl": "Reka je tekla počasi in stari most se je zrcalil v vodi. Otroci so se igrali pri hiši; žuželke brenčijo.",
+    "ga": "Bhí an abhainn ag sileadh go mall. D’fhás na crainn úll go dtí mí na Bealtaine, agus d'imir na páistí.",
+    "lb": "De Floss ass lues gelaf. D'Äppelbeem hunn bis de Mee gebléit; d'Kanner hunn gespillt, ëmmer schéin.",
+    "mt": "Ix-xmara kienet għaddejja bil-mod u l-pont l-antik kien jidher fl-ilma. Iż-żgħażagħ ħarġu u ċċaqilqu.",
+    "mk": "Реката течеше бавно, а стариот мост се гледаше во водата. Ѓорѓи и Љубица ќе дојдат, децата си играа.",
+    "be": "Рака цякла павольна, і стары мост адлюстроўваўся ў вадзе. Яблыні цвілі да мая, дзеці гулялі каля хаты.",
+}
+WRITTEN_IN = {"sl": "cp1250", "mt": "iso8859-3", "mk": "cp1251", "be": "cp1251"}
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_relatives_of_those_languages(language):
+    data = OTHERS[language].encode(WRITTEN_IN.get(language, "cp1252"))
+    assert data.decode(guess_encoding(data).encoding) == OTHERS[language]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("language", TEXTS)
 def test_wide_characters_without_a_mark(language, encoding):
