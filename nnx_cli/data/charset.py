@@ -14,6 +14,7 @@ from nnx_cli.errors import DataError, counted
 PROBE_BYTES = 2**16
 BEFORE_BYTES = 64  # of plain ASCII before what is guessed
 ENOUGH_BYTES, GUESS_BYTES = 1000, 2**22  # a block with fewer bytes beyond ASCII is guessed by so much more of the text
+MANY_CHARS = 12  # of UTF-8, beyond ASCII, in a row
 MIN_CONFIDENCE = 0.6  # of a guess that is taken
 MAX_NUL_SHARE = 0.001
 MAX_CONTROL_SHARE = 0.05
@@ -129,10 +130,7 @@ class TextReader:
             codecs.getincrementaldecoder("utf-8")().decode(data)
         except UnicodeDecodeError as error:
             offset = self._stream.n_read - len(data)
-            text = data.decode("utf-8", "replace")
-            n_bad = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
-            n_good = sum(not char.isascii() for char in text) - text.count("\ufffd")
-            guess = self._guess(data) if n_good < n_bad else None
+            guess = None if _is_mostly_utf8(data, error.start) else self._guess(data)
             if self._strict:
                 self._refuse(error, offset, guess)
             if guess is not None:
@@ -211,6 +209,18 @@ def _mark_invalid(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(MARKED, _mark_invalid)
+
+
+def _is_mostly_utf8(data: bytes, first_error: int) -> bool:
+    """Whether text that is not UTF-8 from `first_error` on is so by mistake: damaged, or joined from several files. In
+    other encodings hardly a sequence of bytes passes for UTF-8 by chance, and no dozen at the beginning."""
+    before = data[:first_error].decode()
+    if len(before) - len(data[:first_error].translate(None, BEYOND_ASCII)) >= MANY_CHARS:
+        return True
+    text = data.decode("utf-8", "replace")
+    n_bad = text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
+    n_good = sum(not char.isascii() for char in text) - text.count("\ufffd")
+    return n_good >= n_bad
 
 
 def _has_controls(head: bytes) -> bool:

@@ -6,17 +6,20 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from nnx_cli.data.formats import BadRow, lines
 from nnx_cli.errors import DataError, counted, quoted
 
 DELIMITERS = ",;\t|"
+COMMENT = "#"  # begins lines above the header
 NEVER = "\x1f"  # the delimiter of a table of one column
 NAMED = 10  # columns in a message
 LIKE_ROWS, LIKE_ROWS_WITH_NUMBERS = 10, 3  # so many lines in one field, each like a row: its quote is a mistake
-FIRST_ROWS = 50  # that tell which columns hold numbers
+FIRST_ROWS = 50  # that tell which columns hold numbers, and how quotes are written
+DOUBLED = partial(re.compile(r"\\(.)").sub, lambda pair: '""' if pair[1] == '"' else pair[0])
 
 
 class Table:
@@ -26,7 +29,7 @@ class Table:
         csv.field_size_limit(limit)
         self._limit = limit
         self._quoted = quoted
-        self._lines = _numbered(blocks, limit)
+        self._lines: Iterator[tuple[int, str | None]] = _numbered(blocks, limit)
         self._again: deque[tuple[int, str]] = deque()  # lines that were taken for the rest of a row
         self._taken: list[tuple[int, str]] = []  # the lines of the row that is read
         self._too_long: list[int] = []
@@ -82,19 +85,31 @@ class Table:
 
     def _header(self, key: str, name: str) -> list[str]:
         """The names of the columns; none where the table is empty. DataError where no column is named `key`."""
-        line = next((text for _, text in self._lines if text is None or text.strip()), "")
-        stated = re.fullmatch(r'"?sep=(.)"?\s*', line or "", re.IGNORECASE)  # what Excel writes and reads
-        if stated is not None:
-            line = next((text for _, text in self._lines if text is None or text.strip()), "")
-        if line is None or not line:
+        key, stated = key.strip(), None
+        while (line := next((text for _, text in self._lines if text is None or text.strip()), None)) is not None:
+            said = re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE)  # what Excel writes and reads
+            stated = stated or said
+            found = {delimiter: _names(line, delimiter) for delimiter in (stated[1] if stated else DELIMITERS)}
+            delimiter, names = max(found.items(), key=lambda item: (key in item[1], len(item[1])))
+            if said is None and (key in names or not line.lstrip().startswith(COMMENT)):
+                break
+        if line is None:
             return []
-        key = key.strip()
-        found = {delimiter: _names(line, delimiter) for delimiter in (stated[1] if stated else DELIMITERS)}
-        delimiter, names = max(found.items(), key=lambda item: (key in item[1], len(item[1])))
         if key not in names:
             raise _no_column(line, names, key, name)
         self._how = {"delimiter": delimiter if len(names) > 1 else NEVER, "skipinitialspace": f"{delimiter} " in line}
+        if self._quoted:
+            self._double_quotes(delimiter)
         return names
+
+    def _double_quotes(self, delimiter: str) -> None:
+        """Where the first rows have a backslash before the quotes inside of a cell, read them as the doubled quotes
+        that others write."""
+        inside = re.compile(rf'[^\\]\\"(?!"|\s*(?:{re.escape(delimiter)}|$))')
+        ahead = list(islice(self._lines, FIRST_ROWS))
+        self._lines = chain(ahead, self._lines)
+        if any(text is not None and inside.search(text) for _, text in ahead):
+            self._lines = ((number, text and DOUBLED(text)) for number, text in self._lines)
 
     def _text_of(self, cells: list[str]) -> str | BadRow:
         n = len(self._columns)
@@ -161,6 +176,11 @@ def _no_column(header: str, names: list[str], key: str, name: str) -> DataError:
             f"the columns of {name} are separated by {mark!r}, not by a comma, semicolon, tab or |", fix=fix
         )
     found = ", ".join(names[:NAMED])
+    if any(cell.replace(".", "", 1).isdecimal() for cell in names):
+        return DataError(
+            f"{name} has no column {key!r}: its first line is no header but {found[:200]}",
+            fix="write the names of its columns in a line above",
+        )
     likely = next((each for each in names if each.casefold() == key.casefold()), None)
     fix = f"add --text-key {quoted(likely)}" if likely else "name one with --text-key"
     return DataError(f"{name} has no column {key!r} but {found[:200]}", fix=fix)

@@ -89,6 +89,15 @@ def test_a_few_bad_bytes_do_not_make_text_foreign():
     assert reader.encoding == "utf-8" and reader.guess is None and found.count("\ufffd") == reader.n_replaced == 2
 
 
+@pytest.mark.parametrize("first", [CHINESE, RUSSIAN, JAPANESE, GERMAN])
+@pytest.mark.parametrize(("second", "encoding"), [(RUSSIAN, "cp1251"), (CHINESE, "gbk"), (GERMAN, "cp1252")])
+def test_files_joined_into_one_stay_what_the_first_one_is(first, second, encoding):
+    """However much follows in another encoding: that is marked, counted and said."""
+    found, reader = read((first * 20).encode() + (second * 200).encode(encoding))
+    assert found.startswith(first * 20) and reader.encoding == "utf-8" and reader.guess is None
+    assert "invalid bytes became U+FFFD" in reader.notes[0]
+
+
 # what the user says
 
 

@@ -184,3 +184,36 @@ def test_memory_stays_flat_behind_a_lone_quote(monkeypatch):
 def _with_header(blocks):
     yield "id,text\n"
     yield from blocks
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (r'"he said \"hi\", then left"', 'he said "hi", then left'),
+        (r'"a \"word\" in it"', 'a "word" in it'),
+        (r'"\"begun\" so, and C:\new stays"', r'"begun" so, and C:\new stays'),
+        (r'"it ends \"so\""', 'it ends "so"'),
+        ('"as ""others"" do, with a path C:\\"', 'as "others" do, with a path C:\\'),
+    ],
+)
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_quotes_behind_a_backslash(cell, text, mark):
+    """As MySQL and pandas with an escapechar write them."""
+    lines = [mark.join(("id", "text", "n")), *(mark.join((str(i), cell, "3")) for i in range(30)), ""]
+    assert read("\n".join(lines)) == ([text] * 30, [])
+
+
+@pytest.mark.parametrize(
+    "above", ["# exported\n", "# by, a tool\n#\n\n", "#sep\n# text: what was said\n", "sep=,\n# 2024\n"]
+)
+def test_comments_above_the_header(above):
+    assert read(above + "id,text\n1,one\n2,# two\n") == (["one", "# two"], [])
+
+
+def test_a_header_may_begin_like_a_comment():
+    assert read("#,text\n1,one\n") == (["one"], []) and read("#text\nx\n", key="#text") == (["x"], [])
+
+
+@pytest.mark.parametrize("first", ["0,line 0", "1.5,a,b", "line;7", '"12","x"'])
+def test_a_table_without_a_header_is_told(first):
+    assert "its first line is no header" in refused(f"{first}\n{first}\n") and "in a line above" in refused(first)
