@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 
 FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
+MAX_FIELDS = 1000  # of a row that are looked at in search of its text
 TARS = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 
 
@@ -22,7 +24,9 @@ def format_of(name: str) -> str | None:
 
 
 class BadRow(str):
-    """Why a row gives no document."""
+    """Why a row gives no document; `row` is what it holds, where it may have text in another field."""
+
+    row: object = None
 
 
 def lines(blocks: Iterable[str], limit: int, end: str = "\n") -> Iterator[str | None]:
@@ -63,6 +67,23 @@ def first_name(path: str, names: Container[str]) -> tuple[str, str] | None:
             return path[:end], path[end + 1 :]
         end = path.rfind(".", 0, end)
     return None
+
+
+def likely_key(row: object) -> str | None:
+    """The dotted path to most of the text in a row; None where there is none."""
+    n_chars: Counter[str] = Counter()
+    waiting = [("", row)]
+    for _ in range(MAX_FIELDS):
+        if not waiting:
+            break
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            n_chars[path] += len(value)
+        elif isinstance(value, list):
+            waiting += [(path, item) for item in value]
+        elif isinstance(value, dict):
+            waiting += [(f"{path}.{name}" if path else name, inner) for name, inner in value.items()]
+    return max(n_chars, key=lambda path: n_chars[path], default=None)
 
 
 def text_of(values: list[object]) -> str | None:

@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nnx_cli.data.formats import BadRow, first_name, leaves, lines, text_of
-from nnx_cli.errors import DataError
+from nnx_cli.data.formats import BadRow, first_name, leaves, likely_key, lines, text_of
+from nnx_cli.errors import DataError, quoted
 from nnx_cli.system.text import well_formed
 
 SPACE = re.compile(r"[ \t\r\n]*")
 BETWEEN_RECORDS = re.compile(r"\}\s*,?\s*(?=\{)")
 CUT_SHORT = 16  # characters before the end of what is there: an error so near may be mended by more
 OBJECT_CHARS = 2**20  # a longer object is read field by field
+DECODER = json.JSONDecoder(strict=False)  # a line break or tab in a text is a mistake that many make
 NAMED = 10  # fields in a message
 
 
@@ -74,8 +75,9 @@ def _records(
 
 
 def _members(scanner: _Scanner, key: str, name: str) -> Iterator[tuple[int, str | BadRow]]:
-    """The records in one object: in the field that `key` begins with, else in any list with text at `key`."""
-    number, fields = 0, []
+    """The records in one object: in the field that `key` begins with, else in any list with text at `key`, and in any
+    object with text there."""
+    number, fields, likely = 0, [], None
     try:
         scanner.take("{")
         while scanner.peek() not in ("", "}"):
@@ -84,14 +86,18 @@ def _members(scanner: _Scanner, key: str, name: str) -> Iterator[tuple[int, str 
             named = first_name(key, fields[-1:])
             below = key if named is None else named[1]
             is_list = scanner.take("[")
+            is_record = False
             if is_list:
                 records = _records(scanner, below, closing="]", plain=named is not None)
             else:
-                records = _texts_of(scanner.value(), below)
+                value = scanner.value()
+                records, is_record = _texts_of(value, below), isinstance(value, dict) and _is_record(value, key)
             for _, text in records:
-                if named is not None or (is_list and not isinstance(text, BadRow)):
+                if named is not None or ((is_list or is_record) and not isinstance(text, BadRow)):
                     number += 1
                     yield number, text
+                elif isinstance(text, BadRow) and likely is None and (inner := likely_key(text.row)):
+                    likely = f"{fields[-1]}.{inner}"
             scanner.take(",")
     except _Unreadable as error:
         raise DataError(f"{name} is damaged: in its field {fields[-1:]!r}, {error}") from error
@@ -99,7 +105,7 @@ def _members(scanner: _Scanner, key: str, name: str) -> Iterator[tuple[int, str 
         found = ", ".join(fields[:NAMED])[:200]
         raise DataError(
             f"{name} is JSON without records: an object of {found}, no list with a field {key!r}",
-            fix="name the field with the text: --text-key NAME, or LIST.NAME",
+            fix=f"add --text-key {quoted(likely)}" if likely else "name the field with the text: --text-key LIST.NAME",
         )
     scanner.take("}")
     yield from _records(scanner, key, number + 1)
@@ -136,10 +142,19 @@ def is_lines(head: str) -> bool:
 
 def _line_text(line: str, key: str) -> str | BadRow:
     try:
-        record = json.loads(line)
+        record = _json_of(line)
     except (ValueError, RecursionError):
         return BadRow("it is not JSON")
     return _record_text(record, key)
+
+
+def _json_of(line: str) -> Any:
+    """The value in a line, with the control characters in its texts; marks of the beginning and of the end of a record
+    do not matter. ValueError where it is not JSON."""
+    try:
+        return DECODER.decode(line)
+    except ValueError:
+        return DECODER.decode(line.strip("\x1e\ufeff, \t\r"))
 
 
 def _record_text(record: object, key: str, plain: bool = True) -> str | BadRow:
@@ -151,7 +166,9 @@ def _record_text(record: object, key: str, plain: bool = True) -> str | BadRow:
         text = text_of(list(leaves(record, key)))
     if text is None:
         known = first_name(key, record) is not None
-        return BadRow(f"its field {key!r} is not text" if known else f"it has no field {key!r}: see --text-key")
+        bad = BadRow(f"its field {key!r} is not text" if known else f"it has no field {key!r}: see --text-key")
+        bad.row = None if known else record
+        return bad
     return text if text.isascii() else well_formed(text)
 
 
@@ -185,7 +202,6 @@ class _Scanner:
         self._limit = limit
         self._text = ""
         self._at = 0
-        self._decoder = json.JSONDecoder()
 
     def _more(self) -> bool:
         """Append the next block; False at the end."""
@@ -214,7 +230,7 @@ class _Scanner:
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
             except RecursionError as error:
                 raise _Unreadable("it is nested too deeply") from error
             except json.JSONDecodeError as error:

@@ -37,7 +37,7 @@ from nnx_cli.system.machine import n_cores, peak_rss_bytes
 JOB_CHARS = 2**20  # encoded at a time by one thread
 JOB_BYTES = 12 * 2**20  # what that takes at most, text and ids together
 JOB_PIECES = 4096
-READING = 2  # goes up when the same files are read as another text: folders made before are not used again
+READING = 3  # goes up when the same files are read as another text: folders made before are not used again
 SPOOL = "stdin"  # inside the unfinished folder
 BUILTIN = "python-docs"
 PACKED = (*COMPRESSIONS, *TARS, ".parquet")
@@ -279,8 +279,8 @@ def _encode(
                     add(ids, ends)
     if not jobs.has_text:
         names = ", ".join(source.name for source in sources[:3])
-        why = report.notes[0] if report.n_skipped_rows else "nothing but white space in it" if n_bytes else "empty"
-        raise DataError(f"no text in {names}: {why}")
+        why = f"{names}: nothing but white space in it" if n_bytes else f"{names}: empty"
+        raise DataError(f"no text in {report.first_skipped or why}", fix=report.fix)
     if tokenizer.warning and tokenizer.warning not in report.notes:
         report.note(tokenizer.warning)
     if jobs.n_forced:

@@ -21,7 +21,7 @@ from nnx_cli.data.formats import FORMATS, format_of
 from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_in
 from nnx_cli.data.parquet import ParquetText
 from nnx_cli.data.separators import Documents, Piece
-from nnx_cli.errors import DataError, counted
+from nnx_cli.errors import DataError, counted, quoted
 from nnx_cli.system.files import why_not_opened
 from nnx_cli.system.streams import standard_input
 from nnx_cli.system.text import well_formed
@@ -80,6 +80,8 @@ class Report:
     sources: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
     n_replaced_bytes: int = 0
     n_skipped_rows: int = 0
+    first_skipped: str = ""  # which rows, and why
+    fix: str | None = None  # what would have them read
     n_bytes_read: int = 0  # of the files as stored
     notes: list[str] = field(default_factory=list)  # the first of them
     n_notes: int = 0
@@ -259,14 +261,18 @@ class Reader:
                 else:
                     yield from documents.pieces([text])
                 continue
+            if report.fix is None and (key := formats.likely_key(text.row)):
+                report.fix = f"add --text-key {quoted(key)}"
             if self.strict:
-                raise DataError(f"{name}, {unit} {number}: {text}", fix="mend it, or take --errors replace")
+                raise DataError(f"{name}, {unit} {number}: {text}", report.fix or "mend it, or take --errors replace")
             skipped += 1
             first = first or f"{unit} {number}: {text}"
         if skipped:
             report.n_skipped_rows += skipped
             where = "the first at" if skipped > 1 else "at"
-            report.note(f"{name}: {counted(skipped, 'row')} skipped, {where} {first}")
+            note = f"{name}: {counted(skipped, 'row')} skipped, {where} {first}"
+            report.first_skipped = report.first_skipped or note
+            report.note(note)
 
     @contextmanager
     def _seekable(self, stream: Stream) -> Iterator[BinaryIO]:

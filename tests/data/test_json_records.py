@@ -5,9 +5,11 @@ import tracemalloc
 
 import pytest
 
+from nnx_cli.config import PrepareConfig
 from nnx_cli.data import json_records
-from nnx_cli.data.formats import BadRow
+from nnx_cli.data.formats import BadRow, likely_key
 from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_in
+from nnx_cli.data.prepare import prepare
 from nnx_cli.errors import DataError
 
 TEXTS = ["one", 'two\n{["', "drei größer ]}", "", "四"]
@@ -73,7 +75,8 @@ def test_a_long_object_is_read_field_by_field(monkeypatch):
 @pytest.mark.parametrize(
     ("broken", "why"),
     [
-        ('{"text": "x\ny"}', "it is not JSON"),
+        (r'{"text": "x\q"}', "it is not JSON"),
+        ('{"text": "x\n}', "it is not JSON"),
         ('{"text": }', "it is not JSON"),
         ("{'text': 'x'}", "it is not JSON"),
         ('{"body": "x"}', "it has no field 'text'"),
@@ -160,3 +163,47 @@ def test_memory_stays_flat(form):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 2**20
+
+
+@pytest.mark.parametrize("text", ["a tab\there", "two\nlines", "bell \x07", "\x00"])
+def test_control_characters_in_a_text_are_text(text):
+    assert read(f'[{{"text": "{text}"}}, {{"text": "b"}}]') == ([text, "b"], [])
+    if "\n" not in text:
+        assert [found for _, found in jsonl_rows([f'{{"text": "{text}"}}\n'], "text", 2**20)] == [text]
+
+
+@pytest.mark.parametrize("mark", ["{},", "\x1e{}", "\ufeff{}", "  {} ,\r", "{}\r"])
+def test_what_stands_around_the_record_of_a_line(mark):
+    lines = [mark.replace("{}", json.dumps({"text": text})) for text in ("a", "b")]
+    assert [text for _, text in jsonl_rows(["\n".join(lines)], "text", 2**20)] == ["a", "b"]
+
+
+def test_records_by_their_name_in_an_object():
+    """As pandas writes a table by its index."""
+    named = {f"row {i}": record for i, record in enumerate(RECORDS)}
+    assert read(json.dumps(named)) == (TEXTS, []) and read(json.dumps({"n": 1} | named)) == (TEXTS, [])
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"instruction": "do it", "output": "it is done well"}, "output"),
+        ({"meta": {"author": "me"}, "body": {"content": "a long story"}}, "body.content"),
+        ({"turns": [{"by": "me", "said": "how are you?"}, {"by": "you", "said": "fine"}]}, "turns.said"),
+        ({"id": 3, "parts": ["some", "words"]}, "parts"),
+        ({"id": 3, "ok": True}, None),
+    ],
+)
+def test_the_field_with_most_of_the_text_is_found(row, key, tmp_path):
+    assert likely_key(row) == key
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    with pytest.raises(DataError, match="no text in .*a.jsonl: 3 rows skipped, the first at line 1") as error:
+        prepare([tmp_path / "a.jsonl"], tmp_path / "made", PrepareConfig())
+    assert error.value.fix == (key and f"add --text-key {key}")
+
+
+@pytest.mark.parametrize("top", ["data", "rows", "cells"])
+def test_the_list_with_the_text_is_named(top):
+    with pytest.raises(DataError) as error:
+        read(json.dumps({"n": 1, top: [{"id": 1, "said": "some words"}]}))
+    assert error.value.fix == f"add --text-key {top}.said"
