@@ -18,7 +18,6 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.commands._values import take_plain_values
 from nnx_cli.errors import DataError, DoesNotFit, Interrupted, NnxError, OutputError, UsageError, nearest, quoted
 from nnx_cli.system import signals
 from nnx_cli.system.streams import set_up_streams
@@ -72,10 +71,6 @@ class Group(TyperGroup):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**(options | {"commands": Commands()}))
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters, `--help` among them."""
-        return take_plain_values(super().get_params(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in the order of help."""

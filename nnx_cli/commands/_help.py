@@ -16,7 +16,6 @@ from typer.core import TyperCommand, TyperOption
 from nnx_cli import models
 from nnx_cli.commands._config_file import read_toml
 from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, at_home, option, shown_default
-from nnx_cli.commands._values import take_plain_values
 from nnx_cli.config import Field
 from nnx_cli.console import prepare_help
 from nnx_cli.errors import NnxError
@@ -48,10 +47,6 @@ class Command(TyperCommand):
             models.check_name(name)
             return name
         return name if name in models.names() else None
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters, `--help` among them."""
-        return take_plain_values(super().get_params(ctx))
 
     def spellings(self, ctx: Any) -> list[str]:
         """All options that may be given, beside the architecture that is named."""
