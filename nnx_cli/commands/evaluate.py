@@ -63,7 +63,8 @@ def run(
             batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
             token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
         )
-    output.show_json({"model": ref.label, "loss": result.loss, "perplexity": result.perplexity} | asdict(result))
+    numbers = {name: value for name, value in asdict(result).items() if name != "window_losses"}
+    output.show_json({"model": ref.label, "loss": result.loss, "perplexity": result.perplexity} | numbers)
     error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
     source = ", ".join(filepath) if filepath else "the validation split"

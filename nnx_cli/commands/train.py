@@ -403,7 +403,7 @@ def _what_would_use_more(run: Run, trainer: Trainer) -> str:
     assert trainer.config.max_time_s is not None
     left = duration(trainer.config.max_time_s - trainer.state.time_s)
     name, size = run.config["model"]["name"], run.config["model"].get("size")
-    sizes = models.sizes(name) if name in models.names() else []
+    sizes = models.sizes(name) if name in models.names() and trainer.state.turned_at is None else []
     larger = f" or --size {sizes[sizes.index(size) + 1]}" if size in sizes[:-1] else ""
     return f"this text has given what it has to a model of this size; more text{larger} would use the {left} left"
 

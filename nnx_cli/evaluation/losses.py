@@ -31,6 +31,7 @@ class Evaluation:
     tokens: int
     text_bytes: int | None
     tokens_per_s: float
+    window_losses: tuple[float, ...] = ()  # nats per token of every window, in their order
 
     @property
     def perplexity(self) -> float:
@@ -88,21 +89,30 @@ def evaluate(
     if tail and (n_windows is None or not batches):
         batches.append((np.array([len(tokens) - 1 - tail]), tail))
     wide = torch.float32 if model.device.type == "mps" else torch.float64
-    nats, n_bytes, n_tokens = [], [], 0
+    nats, n_bytes, lengths = [], [], []
     for begin, length in batches:
         input_ids, targets = windows_at(tokens, begin, length)
         losses = losses_of(model, input_ids.to(model.device), targets.to(model.device))  # (B, T)
         nats.append(losses.to(wide).sum(1))
-        n_tokens += targets.numel()
+        lengths.append(np.full(len(begin), length))
         if token_bytes is not None:
             n_bytes.append(token_bytes[targets.numpy()].sum(1))
     model.train(was_training)
     nats_by_window = torch.cat(nats).cpu().numpy()
-    total = float(nats_by_window.sum())
+    total, tokens_by_window = float(nats_by_window.sum()), np.concatenate(lengths)
+    n_tokens = int(tokens_by_window.sum())
     bits = stderr = text_bytes = None
     if token_bytes is not None and (text_bytes := int(sum(b.sum() for b in n_bytes))):
         bits, stderr = ratio_with_error(nats_by_window / math.log(2), np.concatenate(n_bytes))
-    return Evaluation(total / n_tokens, bits, stderr, n_tokens, text_bytes, n_tokens / (time.perf_counter() - started))
+    return Evaluation(
+        total / n_tokens,
+        bits,
+        stderr,
+        n_tokens,
+        text_bytes,
+        n_tokens / (time.perf_counter() - started),
+        tuple((nats_by_window / tokens_by_window).tolist()),
+    )
 
 
 def ratio_with_error(amounts: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:

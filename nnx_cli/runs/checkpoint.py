@@ -28,10 +28,11 @@ from nnx_cli.system.files import (
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 STATE_TYPES = {  # of what state.json holds
     **dict.fromkeys(("step", "tokens", "best_step", "worse_validations", "skipped_steps", "bad_steps"), int),
-    **dict.fromkeys(("time_s", "lr_factor"), (int, float)),
+    **dict.fromkeys(("time_s", "lr_factor", "turned_to"), (int, float)),
     "scaler": {},
+    "best_losses": list,
     "random": {},
-    **dict.fromkeys(("best_val_loss", "best_val_bits_per_byte"), (int, float, type(None))),
+    **dict.fromkeys(("best_val_loss", "best_val_bits_per_byte", "turned_at"), (int, float, type(None))),
 }
 
 

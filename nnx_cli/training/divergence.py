@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import stdev
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ LEAST_JUMP = 0.2  # nats above the average: less is no spike, however calm the r
 RISE = 1.0  # nats above its best, or where it began, from which on a loss went wrong
 BLOW_UP = 2.0  # nats above where it began: batches of a text do not differ by that
 SLACK = 0.5  # nats above where it began that a loss may end at by chance, or for want of time
+TURN_SHARE = 0.15  # of a run that its best validation has to lie back for it to have turned
+TURN_RISE, TURN_SIGMAS = 0.02, 3  # nats above its best, and standard errors of that rise, that are no chance
+MOST_PARTS = 64  # of the validation text, whose losses are compared
 RECENT = 10  # logged losses, and at most a tenth of all, whose mean is the training loss of a moment
 
 
@@ -120,6 +125,27 @@ class LossCourse:
         if self.peak > math.log(vocab_size) and min(self.val, self.recent) > self.first + RISE:
             return f"its loss began at {self.first:.2f} and ended at {self.val:.2f}"
         return None
+
+
+def has_turned(rise: float, stderr: float, since_best: float) -> bool:
+    """Whether the validation loss went up for good: it is `rise` nats above its best, of which chance may be `stderr`,
+    and that part of the run was trained since then."""
+    return since_best >= TURN_SHARE and max(TURN_RISE, TURN_SIGMAS * stderr) < rise < math.inf
+
+
+def part_losses(window_losses: Sequence[float]) -> list[float]:
+    """Mean losses of MOST_PARTS stretches of windows at most."""
+    n = len(window_losses)
+    bounds = [n * part // MOST_PARTS for part in range(MOST_PARTS + 1)]
+    return [_mean(window_losses[a:b]) for a, b in pairwise(sorted(set(bounds)))]
+
+
+def error_of_rise(before: Sequence[float], after: Sequence[float]) -> float:
+    """Standard error of the mean difference between losses of the same parts of a text; infinite for fewer than two."""
+    differences = [b - a for a, b in zip(before, after, strict=False)]
+    if len(before) != len(after) or len(differences) < 2:
+        return math.inf
+    return stdev(differences) / math.sqrt(len(differences))
 
 
 def _is_number(value: Any) -> bool:

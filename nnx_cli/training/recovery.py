@@ -1,4 +1,4 @@
-"""What a run does when numbers go bad or memory runs out."""
+"""What a run does when numbers go bad, validation turns or memory runs out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import CheckpointError, QualityError, pasteable
+from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.recipe import default_lr
+from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.logs import read_log
 from nnx_cli.runs.run import Run
 from nnx_cli.system.files import free_name
-from nnx_cli.training.divergence import LossCourse, LossSpikeDetector, all_finite, first_overflow
+from nnx_cli.training.divergence import (
+    LossCourse,
+    LossSpikeDetector,
+    all_finite,
+    error_of_rise,
+    first_overflow,
+    has_turned,
+    part_losses,
+)
 from nnx_cli.training.journal import Journal
 from nnx_cli.training.state import TrainState, restore_checkpoint
 from nnx_cli.training.step import StepNumbers
@@ -32,7 +42,7 @@ MOST_COUNTED = 2**26  # tokens of a text that are looked at
 
 
 class Recovery:
-    """Watches a run's numbers, and brings it back to its last checkpoint."""
+    """Watches a run's numbers, and brings it back to its last checkpoint, or to its best weights."""
 
     def __init__(self, stepper: Stepper, state: TrainState, journal: Journal) -> None:
         self.stepper = stepper
@@ -86,6 +96,39 @@ class Recovery:
             f"no finite gradient in {MAX_BAD_STEPS} steps up to step {failed_at}: back to step {state.step}, "
             f"going on with {ROLLBACK_LR:g} of the learning rate"
         )
+
+    def turn_back(self, run: Run, config: TrainConfig, progress: float, result: Evaluation) -> bool:
+        """Where the validation that was just logged says that a run whose length is a time has turned: go back to the
+        best weights, to anneal those over a short stretch and be done. Moments stay as they are, which matters for a
+        few steps. Returns whether it did; it does not without the best weights, and once only."""
+        state = self.state
+        may = config.max_time is not None and config.stop_early == "auto" and config.schedule != "constant"
+        may = may and state.turned_at is None and progress < 1.0 and not state.bad_steps
+        if not may or not state.best_step or state.best_val_loss is None:
+            return False
+        rise, error = (
+            result.loss - state.best_val_loss,
+            error_of_rise(state.best_losses, part_losses(result.window_losses)),
+        )
+        if not has_turned(rise, error, progress * (1 - state.best_step / state.step)):
+            return False
+        course = self.course(run)
+        if course is None or course.since_best > rise / 2:  # its training loss went there with it
+            return False
+        found = run.best_found()
+        if not found or found.get("best_step") != state.best_step:  # the disk refused them
+            return False
+        _, best = ModelRef(run.folder).weights()
+        for name, tensor in self.stepper.step.model.state_without_ties().items():
+            tensor.copy_(best[name])
+        state.turned_at, state.turned_to = progress, progress * state.best_step / state.step
+        state.worse_validations = 0
+        self.spikes = LossSpikeDetector()
+        self.journal.event(
+            f"validation turned: {state.best_val_loss:.3f} at step {state.best_step}, {result.loss:.3f} at step "
+            f"{state.step}; back to the weights of step {state.best_step}, to anneal those"
+        )
+        return True
 
     def course(self, run: Run) -> LossCourse | None:
         """How the losses of a run went, None where it has no log."""

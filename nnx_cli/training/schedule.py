@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 COOLDOWN = 0.4  # part of a run, at its end, in which `wsd` lowers the learning rate
+ANNEALING = 0.2  # of what a run had done at its best, in which it does the rest of its schedule once it went back there
 
 
 def lr_at(step: int, progress: float, *, schedule: str, lr: float, min_lr: float, warmup_steps: int) -> float:
@@ -24,3 +25,10 @@ def lr_at(step: int, progress: float, *, schedule: str, lr: float, min_lr: float
     else:
         left = 1 - progress if schedule == "linear" else min(1.0, (1 - progress) / COOLDOWN)
     return (min_lr + (lr - min_lr) * left) * warm
+
+
+def after_turn(progress: float, turned_at: float, turned_to: float) -> float:
+    """Where a run is in its schedule that at `turned_at` went back to where it was at `turned_to`: from there it does
+    what is left of the schedule in ANNEALING of what it had done, or in what was left of the run."""
+    stretch = max(min(1 - turned_at, ANNEALING * turned_to), 1e-9)
+    return turned_to + (1 - turned_to) * (progress - turned_at) / stretch

@@ -252,6 +252,8 @@ def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
     model = load_model_of(run, restart.checkpoint, config, device, restart.file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
+    if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
+        trainer.state.turned_at = None  # it follows the schedule of another length
     config = trainer.choose_execution(config.compile)
     notes = [*restart.notes, *differences(run, restart.old, trainer), *run.cut_logs(trainer.state.step)]
     where = run.config["data"] | {"folder": relative(data.path, run.folder)}

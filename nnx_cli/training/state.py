@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.optim._state import load_optimizer_state, optimizer_state
 from nnx_cli.runs.checkpoint import FORMAT, Checkpoint
+from nnx_cli.training.schedule import after_turn
 from nnx_cli.training.step import Step
 
 
@@ -20,24 +21,28 @@ class TrainState:
     best_val_loss: float | None = None
     best_val_bits_per_byte: float | None = None
     best_step: int = 0
+    best_losses: list[float] = field(default_factory=list)  # then, of parts of the validation text
     worse_validations: int = 0  # since the best one
     skipped_steps: int = 0
     bad_steps: int = 0  # skipped ones in a row
     lr_factor: float = 1.0  # on the schedule's learning rate; below 1 after a rollback
+    turned_at: float | None = None  # progress at which it went back to its best weights, for validation had turned
+    turned_to: float = 0.0  # progress that it had there
 
     def progress(self, config: TrainConfig) -> float:
         """The part of the run that is done, 0 to 1."""
         by_steps = self.step / config.max_steps if config.max_steps else 0.0
         by_time = self.time_s / config.max_time_s if config.max_time_s else 0.0
-        return min(1.0, max(by_steps, by_time))
+        done = max(by_steps, by_time)
+        return min(1.0, done if self.turned_at is None else after_turn(done, self.turned_at, self.turned_to))
 
     def ended_by(self, config: TrainConfig) -> str:
         """What the run ended by, as run.json names it: its length in steps, its time, data (it had a time, and before
-        that read its text as often as is of use), patience, or it was interrupted."""
+        that read its text as often as is of use, or saw validation turn), patience, or it was interrupted."""
         if config.max_steps and self.step >= config.max_steps:
             return "data" if config.max_time else "length"
         if self.progress(config) >= 1.0:
-            return "time"
+            return "time" if self.turned_at is None else "data"
         out_of_patience = config.patience is not None and self.worse_validations >= config.patience
         return "patience" if out_of_patience else "interrupted"
 

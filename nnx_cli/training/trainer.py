@@ -106,9 +106,10 @@ class Trainer:
                 with self.cadence.sampling.timed():
                     self.sample(run)
             gave_up = due.validate and self.is_out_of_patience()
+            turned = due.validate and not gave_up and self.turn_back(run, done, result)
             if stop or gave_up or done >= 1.0:
                 self.save(run)
-            elif due.save and not state.bad_steps:  # what a run goes back to is from before its trouble
+            elif (due.save or turned) and not state.bad_steps:  # what a run goes back to is from before its trouble
                 journal.try_write(lambda: self.save(run))
             if gave_up:
                 tried = counted(self.config.patience or 0, "validation")
@@ -211,6 +212,13 @@ class Trainer:
         self.recovery.roll_back(run, self.config)
         self.journal.mark(self.state)
         self.journal.report_events(run)
+
+    def turn_back(self, run: Run, done: float, result: Evaluation) -> bool:
+        """Where validation turned, go back to the best weights. Returns whether it did: a checkpoint has to follow, for
+        better weights may take the place of those."""
+        turned = self.recovery.turn_back(run, self.config, done, result)
+        self.journal.report_events(run)
+        return turned
 
     # what follows a step
 

@@ -14,6 +14,7 @@ from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.run import Run
+from nnx_cli.training.divergence import part_losses
 from nnx_cli.training.journal import Journal
 from nnx_cli.training.recovery import Recovery
 from nnx_cli.training.state import TrainState
@@ -106,6 +107,7 @@ class BestWeights:
         if improved:
             state.best_val_loss, state.best_val_bits_per_byte = result.loss, result.bits_per_byte
             state.best_step, state.worse_validations = state.step, 0
+            state.best_losses = part_losses(result.window_losses)
         else:
             state.worse_validations += 1
         before = math.inf if self.saved_best is None else self.saved_best["best_val_loss"]
