@@ -19,20 +19,39 @@ MIN_CONFIDENCE = 0.6  # of a guess that is taken
 MAX_NUL_SHARE = 0.001
 MAX_CONTROL_SHARE = 0.05
 CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\b\x1b")
-BINARY_MAGIC = {
-    b"\x7fELF": "an ELF program",
-    b"\x89PNG\r\n\x1a\n": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF8": "a GIF image",
-    b"%PDF-": "a PDF",
-    b"MZ\x90\x00": "a Windows program",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a parquet table",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"\x93NUMPY": "a NumPy array",
-    b"OggS": "an Ogg file",
-    b"\x00asm": "a WebAssembly module",
+AS_TEXT, UNPACK, AS_ROWS = "save it as plain text", "unpack it first", "write its rows as parquet or JSON lines"
+LFS_POINTER = b"version https://git-lfs"
+NO_TEXT = {  # how files begin that are none: what they are, and what makes text of them
+    LFS_POINTER: ("a pointer of Git LFS to it", "get it: git lfs pull"),
+    b"%PDF-": ("a PDF", AS_TEXT),
+    b"%!PS-": ("a PostScript document", AS_TEXT),
+    b"{\\rtf": ("a rich text document", AS_TEXT),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an office document", AS_TEXT),
+    b"PK\x03\x04": ("a zip archive", UNPACK),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACK),
+    b"Rar!\x1a\x07": ("a RAR archive", UNPACK),
+    b"MSCF\0": ("a cabinet archive", UNPACK),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", UNPACK),
+    b"\x5d\0\0\x80": ("compressed by lzma", UNPACK),
+    b"\x1f\x9d": ("compressed by compress", UNPACK),
+    b"PAR1": ("a parquet table", AS_ROWS),
+    b"ARROW1\0": ("an Arrow table", AS_ROWS),
+    b"FEA1": ("a Feather table", AS_ROWS),
+    b"Obj\x01": ("an Avro table", AS_ROWS),
+    b"SQLite format 3\0": ("an SQLite database", AS_ROWS),
+    b"\x7fELF": ("an ELF program", None),
+    b"MZ\x90\0": ("a Windows program", None),
+    b"\xcf\xfa\xed\xfe": ("a macOS program", None),
+    b"\0asm": ("a WebAssembly module", None),
+    b"\x89PNG\r\n\x1a\n": ("a PNG image", None),
+    b"\xff\xd8\xff": ("a JPEG image", None),
+    b"GIF8": ("a GIF image", None),
+    b"OggS": ("an Ogg file", None),
+    b"ID3\x03": ("an MP3 file", None),
+    b"ID3\x04": ("an MP3 file", None),
+    b"\x93NUMPY": ("a NumPy array", None),
+    b"\x89HDF\r\n\x1a\n": ("an HDF5 file", None),
+    b"GGUF\x03": ("a GGUF model", None),
 }
 BOMS = {  # the longer ones first: UTF-32 begins like UTF-16
     codecs.BOM_UTF8: "utf-8",
@@ -41,7 +60,7 @@ BOMS = {  # the longer ones first: UTF-32 begins like UTF-16
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-MARKS = (*BOMS, *BINARY_MAGIC)
+MARKS = (*BOMS, *NO_TEXT)
 ESCAPES = b"\x1b$", b"\x1b(J", b"\x1b(I"  # what ISO-2022 switches character sets with
 ESCAPED = "iso2022_jp_ext", "iso2022_jp_2", "iso2022_jp_3", "iso2022_kr"
 ASCII, BEYOND_ASCII = bytes(range(128)), bytes(range(128, 256))
@@ -106,8 +125,9 @@ class TextReader:
             self.encoding, self._known = BOMS[begins], True
             self._stream.read(len(begins))
             return
-        if begins in BINARY_MAGIC:
-            raise DataError(f"{self._stream.name} is not text but {BINARY_MAGIC[begins]}")
+        if begins in NO_TEXT:
+            what, fix = NO_TEXT[begins]
+            raise DataError(f"{self._stream.name} is not text but {what}", fix=fix)
         if self._known or not _has_controls(head) or _escaped(head):
             return
         wide = _latin_utf16(head) or guess_wide(head)

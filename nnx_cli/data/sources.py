@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nnx_cli.data import archives, formats
-from nnx_cli.data.charset import TextReader, guess_note
+from nnx_cli.data.charset import LFS_POINTER, TextReader, guess_note
 from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
 from nnx_cli.data.delimited import Table
 from nnx_cli.data.formats import FORMATS, format_of
@@ -156,6 +156,13 @@ class Reader:
                     ParquetText(file, self.text_key, name, strict=self.strict, encoding=self.encoding), name, report
                 )
         else:
+            suffix = os.path.splitext(name.lower())[1]
+            if suffix == ".zip" or format_of(name) == ".tar":
+                raise DataError(
+                    f"{name} is no archive, whatever its name says", fix="look into it: a web page, perhaps"
+                )
+            if suffix in formats.COMPRESSIONS and stream is stored:
+                report.note(f"{name} is not compressed, whatever its name says: read as it is")
             yield from self._text(stream, name, report)
 
     def _archive(self, members: Iterator[archives.Member], stream: Stream, report: Report) -> Iterator[Piece]:
@@ -167,7 +174,7 @@ class Reader:
                 n_left_out, example = n_left_out + 1, example or name
             else:
                 yield from self._one(self._member(content, report), stream, many, report)
-        many.refuse_none(f"{stream.name} holds no {' '.join(FORMATS)} file")
+        many.refuse_none(f"{stream.name} holds no {' '.join(FORMATS)} file; documents must be saved as plain text")
         if n_left_out:
             left_out = f"{n_left_out:,}, such as {example}" if n_left_out > 1 else example
             report.note(f"{stream.name}: left out for being hidden or of no text format: {left_out}")
@@ -213,7 +220,7 @@ class Reader:
     def _text(self, stream: Stream, name: str, report: Report) -> Iterator[Piece]:
         reader = TextReader(stream, strict=self.strict, encoding=self.encoding)
         kind = format_of(name)
-        if kind == ".parquet":
+        if kind == ".parquet" and not stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
             raise DataError(f"{name} is damaged: it does not begin like a parquet table")
         blocks = iter(reader)
         head = next(blocks, "")

@@ -1,12 +1,15 @@
 """Bytes to text: which encoding, told how, and what becomes of bytes that do not belong to it."""
 
 import io
+import lzma
 
 import pytest
 
+from nnx_cli.config import PrepareConfig
 from nnx_cli.data import charset
 from nnx_cli.data.charset import TextReader, read_text
 from nnx_cli.data.compression import BLOCK_BYTES, Stream
+from nnx_cli.data.prepare import prepare
 from nnx_cli.errors import DataError
 
 CHINESE = "河水慢慢地流着，古老的桥映在水里。\n苹果树的花一直开到五月。\n"
@@ -152,6 +155,52 @@ def test_what_nobody_can_tell_is_refused(encoding):
 @pytest.mark.parametrize("content", [bytes(1000), bytes(range(256)) * 10, b"text\x00" * 50, b"\x01\x02\x03\x04" * 99])
 def test_binary_is_refused(content):
     assert "binary" in refused(content)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "fix"),
+    [
+        (POINTER, "a pointer of Git LFS", "git lfs pull"),
+        (b"%PDF-1.7\n" + b"text " * 99, "a PDF", "plain text"),
+        (rb"{\rtf1\ansi Once upon a time}", "a rich text document", "plain text"),
+        (b"%!PS-Adobe-3.0\n(Once) show", "a PostScript document", "plain text"),
+        (b"Rar!\x1a\x07\x01\0" + bytes(99), "a RAR archive", "unpack it"),
+        (b"\x04\x22\x4d\x18" + bytes(99), "compressed by lz4", "unpack it"),
+        (lzma.compress(b"text" * 999, lzma.FORMAT_ALONE), "compressed by lzma", "unpack it"),
+        (b"ARROW1\0\0" + bytes(99), "an Arrow table", "JSON lines"),
+        (b"GGUF\x03\0\0\0" + bytes(99), "a GGUF model", None),
+    ],
+)
+def test_what_is_no_text_is_named_with_what_makes_text_of_it(content, what, fix, tmp_path):
+    (tmp_path / "book.txt").write_bytes(content)
+    with pytest.raises(DataError, match=f"book.txt is not text but {what}") as error:
+        prepare([tmp_path / "book.txt"], tmp_path / "made", PrepareConfig())
+    assert (fix is None and error.value.fix is None) or fix in error.value.fix
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv", "a.txt.gz", "a.json"])
+def test_a_pointer_of_git_lfs_is_told_under_every_name(name, tmp_path):
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(DataError, match="pointer of Git LFS"):
+        prepare([tmp_path / name], tmp_path / "made", PrepareConfig())
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tgz", "a.tar.gz", "a.tar.zst"])
+def test_a_page_that_came_instead_of_an_archive_is_told(name, tmp_path):
+    (tmp_path / name).write_text("<html><title>404 Not Found</title></html>\n" * 9)
+    with pytest.raises(DataError, match="is no archive, whatever its name says"):
+        prepare([tmp_path / name], tmp_path / "made", PrepareConfig())
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.md.xz", "a.bz2", "a.csv.zst"])
+def test_text_that_is_not_as_compressed_as_its_name(name, tmp_path):
+    (tmp_path / name).write_text("text\nsome words\nmore words\n")
+    told = []
+    prepare([tmp_path / name], tmp_path / "made", PrepareConfig(), on_progress=told.append)
+    assert any("is not compressed" in event.get("note", "") for event in told)
 
 
 # invalid bytes
