@@ -28,6 +28,7 @@ from nnx_cli.errors import CheckpointError, quoted
 
 LEGACY_PICKLES = 4  # before its storages a file of torch < 1.6 has: a magic number, versions, the machine, the content
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocol 2 calls these modules
+HEADER_SIZE = struct.Struct("<Q")  # of safetensors
 MAX_DEPTH, MAX_NODES = 128, 2**20  # of containers: a file may hold itself, or one list a million times
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")  # where a pickled module keeps its tensors: not part of a name
 SAVE_WEIGHTS = "save the weights alone, where it was made: torch.save(model.state_dict(), FILE)"
@@ -82,7 +83,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     """
     _check_file(path)
     try:
-        found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        found = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (*DAMAGE, *NONSENSE) as error:
@@ -108,6 +109,15 @@ def _check_file(path: Path) -> None:
     with suppress(OSError), open(path, "rb") as file:
         if file.read(64).startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{path} is a pointer of Git LFS, not the file itself", fix="get it: git lfs pull")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors does, whatever its name says: with the size of a header, and its brace."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER_SIZE.size + 1)
+    if len(head) <= HEADER_SIZE.size or head[-1:] != b"{":
+        return path.suffix == ".safetensors" and not zipfile.is_zipfile(path)
+    return HEADER_SIZE.unpack_from(head)[0] <= path.stat().st_size
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
@@ -153,7 +163,10 @@ def _load(path: Path) -> tuple[Any, dict[str, type]]:
                 warnings.catch_warnings(action="ignore"),
                 torch.serialization.safe_globals([(cls, name) for name, cls in stand_ins.items()]),
             ):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive), stand_ins
+                if path.suffix != ".safetensors":
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive), stand_ins
+                with open(path, "rb") as file:  # whose name torch would go by
+                    return torch.load(file, map_location="cpu", weights_only=True), stand_ins
         except pickle.UnpicklingError as error:
             refused = {name for name, cls in stand_ins.items() if repr(cls) in str(error)} - containers
             if not refused:

@@ -134,6 +134,8 @@ def _refusal(found: CheckpointFile, place: str, error: BaseException) -> str:
     """Why the tensors at a place of a file make no model."""
     odd = next((key for key in found.odd if key.removeprefix(place) in str(error)), None)
     why = f"{odd} is {found.odd[odd]}" if odd else str(error)
+    if isinstance(error, UsageError):  # nobody gave these values: they are read off the shapes
+        why = f"the shapes of these tensors fit no model ({why.replace('--', '')})"
     if (missing := re.search(r"'(\S+)' is missing$", why)) is not None:
         wanted, digits = place + missing[1], re.compile(r"\d+")  # that of another layer is no misnomer
         names = [
@@ -152,10 +154,17 @@ def _no_weights(name: str, found: CheckpointFile) -> CheckpointError:
         if key.endswith(wanted):
             return CheckpointError(f"{found.path}: {key} is {kind}")
     first = next(((key, tuple(x.shape)) for key, x in found.tensors.items()), None)
-    has = "it has none that is whole" if first is None else f"the first is {first[0]} {first[1]}"
-    like = (other for other in models.names() if models.has_original(other) and _places(other, found.tensors))
+    has = "it has none that is whole" if first is None else f"the first is {first[0] or 'without a name'} {first[1]}"
+    like = (other for other in models.names() if models.has_original(other) and _is_of(other, found))
     fix = next((f"nnx import --model {other} {quoted(found.path)}" for other in like), None)
     return CheckpointError(f"{found.path} is no checkpoint of {name}: no tensor is called {wanted}; {has}", fix=fix)
+
+
+def _is_of(name: str, found: CheckpointFile) -> bool:
+    """Whether a file has the weights of an original."""
+    with suppress(CheckpointError):
+        return bool(_places(name, found.tensors) and _load_original(name, found, None))
+    return False
 
 
 def _notes(found: CheckpointFile, places: list[str], place: str, taken: Mapping[str, Tensor]) -> list[str]:

@@ -143,3 +143,36 @@ def test_what_was_taken_and_what_was_left_is_said(nnx, seed):
     result = nnx("import", "--model", "nyx", "both.pth")
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 2
     assert "those at net.* are taken, not ema.*" in result.stderr and "objects of argparse.Namespace" in result.stderr
+
+
+def test_a_file_is_what_it_holds_not_what_it_is_called(nnx, seed, workspace):
+    weights = models.reference_tensors(seed)
+    save_file({name: weight.clone() for name, weight in weights.items()}, "model.pth")
+    save_file({name: weight.clone() for name, weight in weights.items()}, "model")
+    torch.save(weights, "model.safetensors")
+    for number, name in enumerate(("model.pth", "model", "model.safetensors")):
+        assert nnx("import", "--model", "nyx", name, "--out", f"weights/{number}").exit_code == 0, name
+
+
+@pytest.mark.parametrize(
+    "key", ["layers.0.func.fused_attention_feedforward.weight", "layers.1.func.attn_output_proj.weight"]
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_read_off_shapes_is_no_fault_of_an_option(refused, seed, key, rows):
+    weights = models.reference_tensors(seed)
+    weights[key] = weights[key][:rows]
+    torch.save(weights, "odd.pth")
+    assert "--" not in refused(5, "odd.pth: ", "import", "--model", "nyx", "odd.pth").stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("names", [("embed_tokens.weight", "lm_head.weight"), ("wte.weight",), ("token_embed.weight",)])
+def test_another_original_is_named_only_where_it_can_be_meant(refused, workspace, names):
+    torch.save({f"model.{name}": torch.ones(300, 32) for name in names}, "theirs.pth")
+    assert "nnx import" not in refused(5, "no checkpoint of nyx", "import", "--model", "nyx", "theirs.pth").stderr
+
+
+@pytest.mark.parametrize("name", ["n4", "neon"])
+def test_another_original_is_named_where_it_is_meant(nnx, refused, tiny, name):
+    torch.save(models.reference_tensors(tiny(name, vocab_size=256)), "theirs.pth")
+    result = refused(5, "no checkpoint of nyx", "import", "--model", "nyx", "theirs.pth")
+    assert f"nnx import --model {name} theirs.pth" in result.stderr
