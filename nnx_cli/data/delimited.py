@@ -6,11 +6,12 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-from nnx_cli.data.formats import BadRow, lines
+from nnx_cli.data.formats import BadRow, line_lists
 from nnx_cli.errors import DataError, counted, quoted
 
 DELIMITERS = ",;\t|"
@@ -29,7 +30,9 @@ class Table:
         csv.field_size_limit(limit)
         self._limit = limit
         self._quoted = quoted
-        self._lines: Iterator[tuple[int, str | None]] = _numbered(blocks, limit)
+        self._lists = _line_lists(blocks, limit)
+        self._n_lines = 0  # in the lists that were begun
+        self._here: Iterator[tuple[int, str | None]] = iter(())  # lines of the list that is read
         self._again: deque[tuple[int, str]] = deque()  # lines that were taken for the rest of a row
         self._taken: list[tuple[int, str]] = []  # the lines of the row that is read
         self._too_long: list[int] = []
@@ -41,6 +44,36 @@ class Table:
 
     def rows(self) -> Iterator[tuple[int, str | BadRow]]:
         """(line number, text)."""
+        while (lines := self._next_list()) is not None:
+            yield from self._plain_rows(lines)
+            yield from self._quoted_rows()
+        yield from ((number, BadRow(f"it has more than {self._limit >> 20} MiB")) for number in self._too_long)
+
+    def _next_list(self) -> list[str | None] | None:
+        """Begin the next lines; None at the end."""
+        lines = next(self._lists, None)
+        if lines is not None:
+            self._here = enumerate(lines, self._n_lines + 1)
+            self._n_lines += len(lines)
+        return lines
+
+    def _plain_rows(self, lines: list[Any]) -> Iterator[tuple[int, str | BadRow]]:
+        """The rows of the lines that were begun, up to one that is no line of its own. Much faster than the others."""
+        column, n, before, done = self._column, len(self._columns), self._n_lines - len(lines), 0
+        rows = csv.reader(lines, strict=True, **self._how)
+        with suppress(csv.Error):
+            for cells in rows:
+                if rows.line_num != done + 1:
+                    break
+                done += 1
+                if len(cells) == n and self._n_rows == FIRST_ROWS:
+                    yield before + done, cells[column]
+                elif len(cells) > 1 or any(map(str.strip, cells)):
+                    yield before + done, self._text_of(cells)
+        self._here = enumerate(lines[done:], before + done + 1)
+
+    def _quoted_rows(self) -> Iterator[tuple[int, str | BadRow]]:
+        """The rows of the other lines, some of which may go on in the next."""
         taken, column, n = self._taken, self._column, len(self._columns)
         rows = csv.reader(self._feed(), strict=True, **self._how)
         while True:
@@ -60,16 +93,18 @@ class Table:
                 yield taken[0][0], cells[column]
             elif len(cells) > 1 or any(map(str.strip, cells)):
                 yield taken[0][0], self._text_of(cells)
-        yield from ((number, BadRow(f"it has more than {self._limit >> 20} MiB")) for number in self._too_long)
 
     def _feed(self) -> Iterator[str]:
-        """Lines for a reader of rows, which takes more than one where quotes are open; ends where it takes too many."""
+        """Lines for a reader of rows, which takes more than one where quotes are open; ends where it takes too many,
+        and with the row in which the lines that are read end."""
         taken, again = self._taken, self._again
         size = 0
         while True:
-            number, text = again.popleft() if again else next(self._lines, (0, ""))
+            number, text = again.popleft() if again else next(self._here, (0, ""))
             if not number:
-                return
+                if not taken or self._next_list() is None:
+                    return
+                continue
             if text is None:
                 self._too_long.append(number)
                 continue
@@ -86,13 +121,16 @@ class Table:
     def _header(self, key: str, name: str) -> list[str]:
         """The names of the columns; none where the table is empty. DataError where no column is named `key`."""
         key, stated = key.strip(), None
-        while (line := next((text for _, text in self._lines if text is None or text.strip()), None)) is not None:
+        while (line := self._first_line()) is not None:
             said = re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE)  # what Excel writes and reads
             stated = stated or said
             found = {delimiter: _names(line, delimiter) for delimiter in (stated[1] if stated else DELIMITERS)}
             delimiter, names = max(found.items(), key=lambda item: (key in item[1], len(item[1])))
             if said is None and (key in names or not line.lstrip().startswith(COMMENT)):
                 break
+        rest = [text for _, text in self._here]
+        self._n_lines -= len(rest)
+        self._lists = chain([rest], self._lists)
         if line is None:
             return []
         if key not in names:
@@ -102,14 +140,25 @@ class Table:
             self._double_quotes(delimiter)
         return names
 
+    def _first_line(self) -> str | None:
+        """The next line that is not blank; None at the end, and where it is too long."""
+        while True:
+            for _, text in self._here:
+                if text is None or text.strip():
+                    return text
+            if self._next_list() is None:
+                return None
+
     def _double_quotes(self, delimiter: str) -> None:
         """Where the first rows have a backslash before the quotes inside of a cell, read them as the doubled quotes
         that others write."""
         inside = re.compile(rf'[^\\]\\"(?!"|\s*(?:{re.escape(delimiter)}|$))')
-        ahead = list(islice(self._lines, FIRST_ROWS))
-        self._lines = chain(ahead, self._lines)
-        if any(text is not None and inside.search(text) for _, text in ahead):
-            self._lines = ((number, text and DOUBLED(text)) for number, text in self._lines)
+        ahead: list[list[str | None]] = []
+        while sum(map(len, ahead)) < FIRST_ROWS and (lines := next(self._lists, None)) is not None:
+            ahead.append(lines)
+        self._lists = chain(ahead, self._lists)
+        if any(text is not None and inside.search(text) for text in islice(chain(*ahead), FIRST_ROWS)):
+            self._lists = ([text and DOUBLED(text) for text in lines] for lines in self._lists)
 
     def _text_of(self, cells: list[str]) -> str | BadRow:
         n = len(self._columns)
@@ -144,8 +193,8 @@ class Table:
         return all(len(cells) == n and all(cells[i].strip().isdecimal() for i in self._numbers) for cells in rows)
 
 
-def _numbered(blocks: Iterable[str], limit: int) -> Iterator[tuple[int, str | None]]:
-    """Lines from 1 on, which end with a line feed, or with a carriage return where there is no line feed at first."""
+def _line_lists(blocks: Iterable[str], limit: int) -> Iterator[list[str | None]]:
+    """Lines, which end with a line feed, or with a carriage return where there is no line feed at first."""
     parts = iter(blocks)
     head = ""
     for block in parts:
@@ -153,7 +202,7 @@ def _numbered(blocks: Iterable[str], limit: int) -> Iterator[tuple[int, str | No
         if "\n" in head or "\r" in head[:-1] or len(head) > limit:
             break
     end = "\r" if "\r" in head and "\n" not in head else "\n"
-    return enumerate(lines(chain([head], parts), limit, end), 1)
+    return line_lists(chain([head], parts), limit, end)
 
 
 def _names(header: str, delimiter: str) -> list[str]:

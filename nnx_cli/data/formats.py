@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
+from itertools import chain
 
 FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -31,6 +32,11 @@ class BadRow(str):
 
 def lines(blocks: Iterable[str], limit: int, end: str = "\n") -> Iterator[str | None]:
     """Lines without their `end`; None for one longer than `limit` characters, which is never held."""
+    return chain.from_iterable(line_lists(blocks, limit, end))
+
+
+def line_lists(blocks: Iterable[str], limit: int, end: str = "\n") -> Iterator[list[str | None]]:
+    """The same lines, those that end in a block at a time."""
     start: list[str] = []
     length = 0
     for block in blocks:
@@ -40,11 +46,13 @@ def lines(blocks: Iterable[str], limit: int, end: str = "\n") -> Iterator[str | 
             start.append(first)
         else:
             start = []
-        for line in rest:
-            yield "".join(start) if length <= limit else None
-            start, length = [line], len(line)
+        if rest:
+            last = rest.pop()
+            whole = rest if len(block) <= limit else [line if len(line) <= limit else None for line in rest]
+            yield ["".join(start) if length <= limit else None, *whole]
+            start, length = [last], len(last)
     if length:
-        yield "".join(start) if length <= limit else None
+        yield ["".join(start) if length <= limit else None]
 
 
 def leaves(value: object, path: str) -> Iterator[object]:

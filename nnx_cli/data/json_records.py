@@ -11,7 +11,8 @@ from nnx_cli.data.formats import BadRow, first_name, leaves, likely_key, lines, 
 from nnx_cli.errors import DataError, quoted
 from nnx_cli.system.text import well_formed
 
-SPACE = re.compile(r"[ \t\r\n]*")
+BLANKS = " \t\r\n"
+SPACE = re.compile(f"[{BLANKS}]*")
 BETWEEN_RECORDS = re.compile(r"\}\s*,?\s*(?=\{)")
 CUT_SHORT = 16  # characters before the end of what is there: an error so near may be mended by more
 OBJECT_CHARS = 2**20  # a longer object is read field by field
@@ -120,7 +121,7 @@ def _texts_of(value: object, path: str) -> Iterator[tuple[int, str | BadRow]]:
 
 def records_in(head: str, key: str) -> str | None:
     """ "records" or "lines" by the beginning of a text, where the first of them has text at `key`; else None."""
-    start = head.lstrip(" \t\r\n")
+    start = head.lstrip(BLANKS)
     if not start.startswith("["):
         line = start.partition("\n")[0]
         return "lines" if line.startswith("{") and not isinstance(_line_text(line, key), BadRow) else None
@@ -133,7 +134,7 @@ def records_in(head: str, key: str) -> str | None:
 
 def is_lines(head: str) -> bool:
     """Whether the first line of a text is a whole object, and more follows."""
-    line, _, rest = head.lstrip(" \t\r\n").partition("\n")
+    line, _, rest = head.lstrip(BLANKS).partition("\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -151,10 +152,12 @@ def _line_text(line: str, key: str) -> str | BadRow:
 def _json_of(line: str) -> Any:
     """The value in a line, with the control characters in its texts; marks of the beginning and of the end of a record
     do not matter. ValueError where it is not JSON."""
+    line = line.strip(BLANKS)
     try:
-        return DECODER.decode(line)
+        value, end = DECODER.raw_decode(line)
     except ValueError:
-        return DECODER.decode(line.strip("\x1e\ufeff, \t\r"))
+        end = -1
+    return value if end == len(line) else DECODER.decode(line.strip("\x1e\ufeff," + BLANKS))
 
 
 def _record_text(record: object, key: str, plain: bool = True) -> str | BadRow:
@@ -252,7 +255,7 @@ class _Scanner:
         self._at += 1
         while (found := BETWEEN_RECORDS.search(self._text, self._at)) is None:
             last = self._text.rfind("}", self._at)
-            is_end = last >= 0 and not self._text[last + 1 :].strip(", \t\r\n")
+            is_end = last >= 0 and not self._text[last + 1 :].strip(", " + BLANKS)
             self._at = last if is_end else len(self._text)
             if not self._more():
                 return False

@@ -306,15 +306,18 @@ class _Jobs:
     def of(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         job: list[Piece] = []
         size, held = 0, ""
-        for text, ends in pieces:
+        for piece in pieces:
+            text, ends = piece
             if not self.has_text and text and not text.isspace():
                 self.has_text = True
-            text, held = held + text if held else text, ""
-            if not ends:
-                cut, forced = self._tokenizer.safe_cut(text)
-                self.n_forced += forced
-                text, held = text[:cut], text[cut:]
-            job.append(Piece(text, ends))
+            if held or not ends:
+                text, held = held + text, ""
+                if not ends:
+                    cut, forced = self._tokenizer.safe_cut(text)
+                    self.n_forced += forced
+                    text, held = text[:cut], text[cut:]
+                piece = Piece(text, ends)
+            job.append(piece)
             size += len(text)
             if size >= JOB_CHARS or len(job) >= JOB_PIECES:
                 yield job
@@ -326,9 +329,9 @@ class _Jobs:
 def _encode_job(tokenizer: Tokenizer, job: list[Piece]) -> list[tuple[np.ndarray, int, bool]]:
     """(ids, bytes of text, whether the document ends) for each piece."""
     encoded = []
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
     for text, ends in job:
         ids = tokenizer.encode(text)
-        is_bytes = isinstance(tokenizer, ByteTokenizer)
         encoded.append((ids, len(ids) if is_bytes else len(text) if text.isascii() else len(utf8(text)), ends))
     return encoded
 

@@ -261,9 +261,10 @@ class Reader:
         report: Report,
     ) -> Iterator[Piece]:
         skipped, first = 0, ""
+        by_markers = documents.by_markers
         for number, text in numbered:
             if not isinstance(text, formats.BadRow):
-                if documents.by_markers and "|" not in text:
+                if by_markers and "|" not in text:
                     yield Piece(text, True)
                 else:
                     yield from documents.pieces([text])

@@ -31,6 +31,8 @@ class SplitWriter:
         self.val = TokenFile(folder / "val.bin", tokenizer.dtype)
         self.val_fraction = val_fraction
         self._tokenizer = tokenizer
+        self._separator = tokenizer.separator
+        self._share = round((val_fraction or 0.0) * MILLION)
         self._spans: list[list[int]] | None = None if val_fraction is None else []  # of the first documents
         self._file: TokenFile | None = None  # that takes the open document
 
@@ -73,18 +75,17 @@ class SplitWriter:
 
     def _begin(self, file: TokenFile) -> TokenFile:
         """Begin a document in `file`, after a separator where one is needed."""
-        separator = self._tokenizer.separator
-        needed = self._tokenizer.eot_id is not None or file.last_id != separator[-1]
+        needed = self._tokenizer.eot_id is not None or not file.ends_with(self._separator.item(-1))
         if file.n_tokens and needed:
-            file.write(separator)
+            file.write(self._separator)
             self.n_separators += 1
         file.begin_document()
         return file
 
     def _held_out(self, index: int) -> bool:
         """Document i is held out where (i + 1/2) x fraction passes an integer; in integers, so that none is missed."""
-        share = round((self.val_fraction or 0.0) * MILLION)
-        return (index * share + MILLION // 2) // MILLION < ((index + 1) * share + MILLION // 2) // MILLION
+        reached = index * self._share + MILLION // 2
+        return reached // MILLION < (reached + self._share) // MILLION
 
     def _sort_in(self) -> None:
         """Distribute the first documents, which went to train.bin, now that there are enough of them."""

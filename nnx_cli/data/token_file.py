@@ -25,7 +25,7 @@ class TokenFile:
         self.path = path
         self.documents_path = path.with_suffix(".documents")
         self.n_tokens = 0
-        self.last_id: int | None = None
+        self._last: np.ndarray | None = None  # written
         self._dtype = dtype
         self._file = _new_file(path)
         self._documents = _new_file(self.documents_path)
@@ -37,11 +37,15 @@ class TokenFile:
 
     def write(self, ids: np.ndarray) -> None:
         """Append ids (N,), which must have the type of the file."""
-        assert ids.dtype == self._dtype, (ids.dtype, self._dtype)
-        if len(ids):
-            self._file.write(ids.data)
-            self.n_tokens += len(ids)
-            self.last_id = int(ids[-1])
+        assert ids.dtype is self._dtype or ids.dtype == self._dtype, (ids.dtype, self._dtype)
+        if n := len(ids):
+            self._file.write(ids)  # type: ignore[call-overload]  # an array is a buffer, which 3.11 cannot type
+            self.n_tokens += n
+            self._last = ids
+
+    def ends_with(self, token: int) -> bool:
+        """Whether that is the last id that was written."""
+        return self._last is not None and self._last.item(-1) == token
 
     def flush(self) -> None:
         """Hand what was written to the system, so that `read_ids` sees it."""

@@ -217,3 +217,23 @@ def test_a_header_may_begin_like_a_comment():
 @pytest.mark.parametrize("first", ["0,line 0", "1.5,a,b", "line;7", '"12","x"'])
 def test_a_table_without_a_header_is_told(first):
     assert "its first line is no header" in refused(f"{first}\n{first}\n") and "in a line above" in refused(first)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_blocks_change_nothing(seed):
+    """Rows that are lines are read at once up to the first that is none: wherever that is, the same is understood."""
+    draw = random.Random(seed)
+    kinds = [
+        "{},plain words",
+        '{},"two\nlines"',
+        '{},"quoted ""words"""',
+        '{},"open',
+        "{},early\rend",
+        "",
+        '{},a"b',
+        "{},x,y",
+    ]
+    lines = ["id,text", *(draw.choices(kinds, [60, 5, 5, 1, 1, 1, 1, 1])[0].format(i) for i in range(300))]
+    content = draw.choice(["\n", "\r\n"]).join(lines) + "\n" * draw.randrange(2)
+    whole = read(content)
+    assert whole[0] and all(read(content, size=size) == whole for size in (1, 13, 100, 1000))
