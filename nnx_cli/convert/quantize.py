@@ -22,7 +22,15 @@ from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.inference.generate import generate
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.loss import chunk_rows
-from nnx_cli.layers.quantized import Quantization, kernels_in_words, quantizable, quantize, quantize_layers, widen
+from nnx_cli.layers.quantized import (
+    Quantization,
+    kernels_in_words,
+    quantizable,
+    quantize,
+    quantize_layers,
+    stored_in_int8,
+    widen,
+)
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.load import ModelRef, fill_model, load_model, model_from_config
 from nnx_cli.runs.manifest import BEST, write_model_folder
@@ -237,7 +245,8 @@ def with_kept(quantization: Quantization, names: Sequence[str]) -> Quantization:
 
 def quantized_state(model: LanguageModel, quantization: Quantization) -> dict[str, Tensor]:
     """The tensors of a float model as `quantize_layers` lets a model expect them; the others in fp16 or bf16."""
-    owners = {f"{name}.weight": name for name in quantizable(model, quantization.kept)}
+    names = (*quantizable(model, quantization.kept), *stored_in_int8(model, quantization))
+    owners = {f"{name}.weight": name for name in names}
     state = {}
     for name, tensor in model.state_without_ties().items():
         if name in owners:

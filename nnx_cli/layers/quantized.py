@@ -8,6 +8,9 @@ In place of its float matrix a quantized layer has two buffers: `weight`, the co
   the last group may be shorter. A scale may be negative, so that the largest weight of a group can be the one at -8.
 
 A weight is code × scale: there are no zero points. What was a unit vector is made one again.
+
+A module that is none of these may say `stores_int8`: an 8-bit file has its `weight` in codes and scales too, and it is
+a float matrix again when it has been loaded.
 """
 
 from __future__ import annotations
@@ -269,6 +272,26 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     model.requires_grad_(False)
+
+
+def stored_in_int8(model: nn.Module, quantization: Quantization) -> list[str]:
+    """Modules whose matrix an 8-bit file has in codes, though they compute with a float one."""
+    kept = tuple(f"{name}." for name in quantization.kept)
+    marked = [name for name, module in model.named_modules() if getattr(module, "stores_int8", False)]
+    return [name for name in marked if quantization.bits == 8 and not f"{name}.".startswith(kept)]
+
+
+def restore_stored(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file with the matrices of `stored_in_int8` in float32; what cannot be one stays as it is."""
+    restored = dict(state)
+    for name, module in model.named_modules():
+        codes, scale = state.get(f"{name}.weight"), state.get(f"{name}.scale")
+        if codes is None or scale is None or not getattr(module, "stores_int8", False):
+            continue
+        if codes.dtype == torch.int8 and scale.is_floating_point() and scale.shape == codes.shape[:1]:
+            restored[f"{name}.weight"] = dequantize(codes, scale, codes.shape[-1], None)
+            del restored[f"{name}.scale"]
+    return restored
 
 
 @torch.no_grad()

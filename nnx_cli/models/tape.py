@@ -201,7 +201,9 @@ class Level(nn.Module):
 
 class ProphetLayer(nn.Module):
     """Left and right cell, stacked. The recurrent matrix is no `Linear`: its errors would feed on themselves, so it is
-    not quantized."""
+    computed with in floating point, and in 8 bits at least where it is stored."""
+
+    stores_int8 = True
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnx_cli import models
 from nnx_cli.kernels.gemm import onednn_linear
 from nnx_cli.layers.lora import add_adapters
-from nnx_cli.layers.quantized import quantizable
+from nnx_cli.layers.quantized import Quantization, quantizable, stored_in_int8
 from nnx_cli.layers.segment_attention import attention_with_lse
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.system.device import DTYPES
@@ -143,9 +143,13 @@ def file_bytes(model: LanguageModel) -> dict[str, int]:
     matrices = {id(module.weight): module.weight.shape for module in quantizable(model).values()}.values()
     quantized = sum(rows * columns for rows, columns in matrices)
     rest = 2 * (total - quantized)
+    int8 = Quantization(bits=8, group_size=None, kept=[])
+    stored = [model.get_parameter(f"{name}.weight").shape for name in stored_in_int8(model, int8)]
     return {
         "fp32": 4 * total,
         "bf16": 2 * total,
-        "int8": rest + sum(rows * columns + 2 * rows for rows, columns in matrices),
+        "int8": rest
+        + sum(rows * columns + 2 * rows for rows, columns in matrices)
+        - sum(rows * columns - 2 * rows for rows, columns in stored),
         "int4": rest + sum(rows * (-(-columns // 2) + 2 * -(-columns // 32)) for rows, columns in matrices),
     }

@@ -15,7 +15,7 @@ from nnx_cli.config import coerce
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.errors import CheckpointError, UsageError, quoted
 from nnx_cli.layers.lora import add_adapters
-from nnx_cli.layers.quantized import Quantization, quantize_layers, unpack_slow_layers, widen
+from nnx_cli.layers.quantized import Quantization, quantize_layers, restore_stored, unpack_slow_layers, widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.checkpoint import check_no_link, step_folder, steps_in
 from nnx_cli.runs.manifest import BEST, SOURCE, allowed_digests, read_digests, read_tokenizer, read_verified_config
@@ -156,7 +156,7 @@ def fill_model(
     model: LanguageModel, state: Mapping[str, Tensor], source: Path, device: torch.device, precision: str
 ) -> LanguageModel:
     """`model` with the tensors of `state`, in evaluation mode. Raises CheckpointError where they are another's."""
-    load_weights(model, state, source, device)
+    load_weights(model, restore_stored(model, state), source, device)
     model.compute_dtype = DTYPES[precision]
     unpack_slow_layers(model, model.compute_dtype)
     return model.eval()

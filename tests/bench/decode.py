@@ -50,7 +50,7 @@ from nnx_cli.experiments.benchmark import calls_per_s
 from nnx_cli.inference.decoding import Decoder
 from nnx_cli.inference.generate import generate, ready_to_decode, useful_threads
 from nnx_cli.kernels import next_token, one_token
-from nnx_cli.layers.quantized import Quantization, quantizable, quantize, quantize_layers
+from nnx_cli.layers.quantized import Quantization, quantizable, quantize, quantize_layers, unpack_slow_layers
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.models.nyx import xpos_tables
 from nnx_cli.planning.flops import count_parameters, meta_model
@@ -109,6 +109,7 @@ def build(name: str, size: str, precision: str, device: torch.device) -> Languag
             module.scale.copy_(scale)
         precision = "bf16" if device.type == "cuda" else "fp32"
     model.compute_dtype = DTYPES[precision]
+    unpack_slow_layers(model, model.compute_dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 from nnx_cli import models
 from nnx_cli.convert import quantize as quantizer
 from nnx_cli.convert.sensitivity import rank_layers
-from nnx_cli.errors import QualityError
+from nnx_cli.errors import CheckpointError, QualityError
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.kernels.quantized_matmul import KERNELS
 from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.planning import flops as cost
-from nnx_cli.runs.load import ModelRef, load_model, model_from_config
+from nnx_cli.runs.load import ModelRef, fill_model, load_model, model_from_config
 from nnx_cli.runs.manifest import write_model_folder
-from nnx_cli.runs.tensors import load_weights
 
 CPU = torch.device("cpu")
 INT8 = Quantization(bits=8, group_size=None, kept=[])
@@ -31,8 +30,7 @@ def requantized(model, how):
     name = type(model).__module__.rpartition(".")[2]
     twin = model_from_config({"model": {"name": name, **models.config_dict(model.config)}}, Path())
     quantize_layers(twin, how)
-    load_weights(twin, widen(quantizer.quantized_state(model, how)), Path(), CPU)
-    return twin.eval()
+    return fill_model(twin, widen(quantizer.quantized_state(model, how)), Path(), CPU, "fp32")
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -61,6 +59,23 @@ def test_files_are_as_large_as_summarize_says(tiny, name, bits, how, tmp_path):
     write_model_folder(tmp_path, {}, None, quantizer.quantized_state(model, how))
     n_bytes = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     assert n_bytes == cost.file_bytes(model)[bits]
+
+
+def test_a_recurrent_matrix_is_stored_in_8_bits_and_computes_in_float(tiny, tmp_path):
+    model = tiny("tape").eval()
+    wanted = model.prophet.first.weight.detach()
+    state = quantizer.quantized_state(model, INT8)
+    assert state["prophet.first.weight"].dtype == torch.int8 and state["prophet.first.scale"].dtype == torch.float16
+    found = requantized(model, INT8).prophet.first.weight
+    assert found.dtype == torch.float32 and 0 < (found - wanted).norm() < 0.01 * wanted.norm()
+    for how in (INT4, replace(INT8, kept=["prophet"]), replace(INT8, kept=["prophet.first"])):
+        assert quantizer.quantized_state(model, how)["prophet.first.weight"].dtype == torch.float16
+    twin = model_from_config({"model": {"name": "tape", **models.config_dict(model.config)}}, tmp_path)
+    quantize_layers(twin, INT8)
+    for broken in ({"prophet.first.scale": torch.ones(3)}, {"prophet.first.scale": None}, {"prophet.x.scale": wanted}):
+        damaged = {name: tensor for name, tensor in (widen(state) | broken).items() if tensor is not None}
+        with pytest.raises(CheckpointError, match="belongs to another model"):
+            fill_model(twin, damaged, tmp_path, CPU, "fp32")
 
 
 def test_other_tensors_are_stored_in_the_closer_of_two_types():
