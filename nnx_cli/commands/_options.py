@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -250,6 +251,9 @@ def command(
             given = [name for name, value in options.items() if value not in (None, [], defaults.get(name))]
             check_read(branches, options, dict.fromkeys(given, COMMAND_LINE))
             _check_current_folder()
+            if not gc.isenabled():  # since the start of the process: what is there by now stays
+                gc.freeze()
+                gc.enable()
             function(Output(json=json, quiet=quiet or json), **options)
 
         run.__doc__ = function.__doc__

@@ -126,8 +126,9 @@ def _stored_since(start: int, n_stored: Callable[[], int]) -> int:
 def _is_visible_text(name: str) -> bool:
     """Whether a folder with this file would have it read."""
     parts = name.replace("\\", "/").split("/")
-    hidden = any(part == "__MACOSX" or part.startswith(".") and part.strip(".") for part in parts)
-    return not hidden and format_of(parts[-1]) is not None
+    if "__MACOSX" in parts or any(part[:1] == "." and part.strip(".") for part in parts):
+        return False
+    return format_of(parts[-1]) is not None
 
 
 class _Header(tarfile.TarInfo):

@@ -63,14 +63,14 @@ class Stream(io.RawIOBase):
 
     def peek(self, n: int) -> bytes:
         """The next n bytes (fewer at the end), which `read` will return again."""
-        if len(self._ahead) < n:
+        if len(self._ahead) < n and not self._ended:
             self._ahead += self._fetch(max(n, AHEAD_BYTES) - len(self._ahead))
         return self._ahead[:n]
 
     def read(self, n: int = -1) -> bytes:
         """Exactly n bytes, fewer only at the end."""
         data, self._ahead = self._ahead[:n], self._ahead[n:]
-        return data + self._fetch(n - len(data)) if len(data) < n else data
+        return data + self._fetch(n - len(data)) if len(data) < n and not self._ended else data
 
     def _fetch(self, n: int) -> bytes:
         parts, missing = [], n

@@ -1,6 +1,7 @@
 """Which options a path of a command reads: what it does not read is refused, what is not refused is read."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
@@ -290,3 +291,19 @@ def test_what_is_not_refused_is_read(nnx, files, monkeypatch, reads, line, confi
     names -= OF_OTHERS if TrainConfig in configs else set()
     unread = {name for name in names if SEEN_OTHERWISE.get(name, name) not in reads}
     assert unread <= {name for name in names if is_refused(name)}
+
+
+def test_garbage_is_collected_as_soon_as_a_command_begins():
+    collects = []
+
+    @_options.command()
+    def run(output):
+        collects.append(gc.isenabled())
+
+    gc.disable()  # as `nnx` does while it starts
+    try:
+        run(json=False, quiet=False, debug=False)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert collects == [True]
