@@ -107,6 +107,9 @@ def _files(path: str, circles: _Examples) -> list[Source]:
         raise DataError(f"there is no {path}")
     files: dict[str, None] = {}  # a set that remembers the order
     for name in names:
+        if name != path and not (os.path.isdir(name) or os.path.isfile(name)):
+            circles.add(f"{name} is no file: left out")
+            continue
         files |= dict.fromkeys(_texts_below(name, circles) if os.path.isdir(name) else [name])
     if not files:
         raise DataError(f"{path} holds no {' '.join(FORMATS)} file, compressed or not")

@@ -136,9 +136,15 @@ def _stem(path: str) -> str:
 
 
 def _sha256(source: Source) -> str:
-    with source.open() as stream:
-        stream.drain()
-        return stream.sha256.hexdigest()
+    """Of its bytes; empty where it is one of many and cannot be read."""
+    try:
+        with source.open() as stream:
+            stream.drain()
+            return stream.sha256.hexdigest()
+    except DataError:
+        if not source.of_many:
+            raise
+        return ""
 
 
 def _find(

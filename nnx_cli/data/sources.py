@@ -68,6 +68,8 @@ class Source:
         if self.path is None:
             return Stream(standard_input(), self.name)
         try:
+            if stat.S_ISCHR(os.stat(self.path).st_mode) and str(self.path) != os.devnull and not _is_input(self.path):
+                raise DataError(f"{self.name} is a device, which has no end")
             return Stream(open(self.path, "rb", buffering=0), self.name, path=self.path if self.repeatable else None)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {self.name}: {why_not_opened(error)}") from error
@@ -121,7 +123,14 @@ class Reader:
         """All documents, in pieces of at most about 1 MiB (a row of a table: one piece)."""
         many = _Many()
         for source in sources:
-            stream = source.open()
+            try:
+                stream = source.open()
+            except DataError as error:
+                if self.strict or not source.of_many:
+                    raise
+                report.note(f"{error}; left out")
+                many.first_error = many.first_error or error
+                continue
             before, told = _state(source), -1
             with stream:
                 for piece in self._one(
@@ -303,6 +312,11 @@ def _status(path: Path | None) -> os.stat_result | None:
     except (OSError, ValueError):
         return None
     return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def _is_input(path: Path) -> bool:
+    """Whether a device is where this process, or a person, types."""
+    return os.path.realpath(path).startswith(("/dev/tty", "/dev/pts/", "/dev/con", "/dev/fd/", "/proc/self/fd/"))
 
 
 def _state(source: Source) -> tuple[int, int] | None:

@@ -4,7 +4,10 @@ import tracemalloc
 
 import pytest
 
+from nnx_cli.config import PrepareConfig
+from nnx_cli.data import sources
 from nnx_cli.data.find import find_sources, without
+from nnx_cli.data.prepare import default_folder, prepare
 from nnx_cli.errors import DataError, UsageError
 
 
@@ -191,3 +194,46 @@ def test_validation_text_is_not_trained_on(tree):
     with pytest.raises(UsageError):
         without(find_sources(["t/a.txt"]), find_sources(["hard.txt"]))
     assert without(find_sources(["else"]), held_out, notes.append) and len(notes) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices")
+@pytest.mark.parametrize("pattern", ["d/*.txt", "d/**/*.txt", "d/*", "d"])
+def test_what_is_no_file_is_left_out_of_a_pattern(workspace, pattern):
+    (workspace / "d").mkdir()
+    (workspace / "d" / "a.txt").write_text("text\n")
+    (workspace / "d" / "broken.txt").symlink_to("nowhere")
+    (workspace / "d" / "circle.txt").symlink_to("circle.txt")
+    os.mkfifo(workspace / "d" / "pipe.txt")
+    told = []
+    assert [source.name for source in find_sources([pattern], told.append)] == ["d/a.txt"]
+    assert pattern == "d" or told == ["d/broken.txt is no file: left out (2 more like it)"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices")
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom", "/dev/full"])
+def test_a_device_without_end_is_not_begun(workspace, device):
+    with pytest.raises(DataError, match=f"{device} is a device"):
+        prepare([device], workspace / "made", PrepareConfig())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_one_of_many_that_cannot_be_opened(workspace, monkeypatch, strict):
+    (workspace / "d").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (workspace / "d" / name).write_text(f"some text of {name}\n")
+    config = PrepareConfig(errors="strict" if strict else "replace")
+    real, told = sources.Source.open, []
+
+    def refuse(source):
+        if source.name.endswith("b.txt"):
+            raise DataError(f"cannot read {source.name}: Permission denied")
+        return real(source)
+
+    monkeypatch.setattr(sources.Source, "open", refuse)
+    if strict:
+        with pytest.raises(DataError, match="Permission denied"):
+            prepare(["d"], workspace / "made", config)
+        return
+    assert default_folder(["d"], config) == default_folder(["d"], config)
+    assert prepare(["d"], workspace / "made", config, on_progress=told.append)["documents"] == 2
+    assert any("Permission denied; left out" in event.get("note", "") for event in told)
