@@ -42,13 +42,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from zoo import free, make_trainer
 
 from nnx_cli import models
@@ -84,6 +87,7 @@ PATTERNS = {  # those that llama.cpp runs too stand under its names (src/llama-v
 LOOKS = (0.4, 0.6, 0.8, 0.9, 1.0)  # parts of a run after which its weights are judged
 HELD_OUT, MOST_HELD_OUT = 0.1, 10**6
 MEGABYTE = 10**6
+JUDGED_TOKENS = 8192  # at once
 SYNC_STEPS = 10  # between two looks at the clock
 KEYS = (
     "text",
@@ -236,21 +240,37 @@ def judge(trainer: Any) -> float:
     return result.bits_per_byte
 
 
-@torch.no_grad()
 def judge_aligned(trainer: Any) -> float:
     """Bits per byte of all that is held out, read in windows that begin at documents."""
-    model, tokens, lengths = trainer.model, trainer.data.val, trainer.validation.token_bytes
+    model, tokens = trainer.model, trainer.data.val
     seq_len = min(model.config.seq_len, len(tokens) - 1)
     starts = aligned_starts(trainer.data.documents["val"], len(tokens), seq_len)
+    model.eval()
+    losses_of = partial(token_losses, model)
+    return bits_per_byte(losses_of, tokens, trainer.validation.token_bytes, starts, seq_len, model.device)
+
+
+@torch.no_grad()
+def bits_per_byte(
+    losses_of: Callable[[Tensor, Tensor], Tensor],
+    tokens: np.ndarray,
+    token_bytes: np.ndarray,
+    starts: np.ndarray,
+    seq_len: int,
+    device: torch.device,
+) -> float:
+    """Bits per byte of a stream read in windows from `starts`, where every target counts in the first window that has
+    it, and those without bytes (end-of-text) never."""
     known = np.concatenate([[0], np.maximum(starts[:-1] + seq_len - starts[1:], 0)])  # targets of the window before
     nats = n_bytes = 0.0
-    model.eval()
-    for some in range(0, len(starts), 16):
-        input_ids, targets = windows_at(tokens, starts[some : some + 16], seq_len)
-        counts = torch.arange(seq_len) >= torch.from_numpy(known[some : some + 16])[:, None]
-        losses = token_losses(model, input_ids.to(model.device), targets.to(model.device)).cpu()
-        nats += float(losses.double()[counts].sum())
-        n_bytes += int(lengths[targets[counts].numpy()].sum())
+    at_once = max(1, JUDGED_TOKENS // seq_len)
+    for some in range(0, len(starts), at_once):
+        input_ids, targets = windows_at(tokens, starts[some : some + at_once], seq_len)
+        lengths = torch.from_numpy(token_bytes[targets.numpy()].astype(np.int64))
+        counts = torch.arange(seq_len) >= torch.from_numpy(known[some : some + at_once])[:, None]
+        losses = losses_of(*(x.contiguous().to(device) for x in (input_ids, targets))).cpu().double()
+        nats += float(losses[counts & (lengths > 0)].sum())
+        n_bytes += int(lengths[counts].sum())
     return nats / math.log(2) / n_bytes
 
 
