@@ -179,9 +179,10 @@ class QuantizedLinear(QuantizedMatrix):
 
     def kernel(self, dtype: torch.dtype) -> int:
         """What multiplies with this matrix for inputs of `dtype`, a key of KERNELS; 0: nothing is faster than float."""
-        if self.n_rows * self.n_columns <= SMALL_MATRIX:
+        if dtype != torch.float32 or self.weight.device.type != "cpu" or self.n_rows * self.n_columns <= SMALL_MATRIX:
             return 0
-        return kernels.kernel(self.weight, self.n_rows, self.n_columns, self.group_size, dtype)
+        bits = kernels.activation_bits()
+        return 16 if bits and kernels.takes_int4(self.n_rows, self.n_columns, self.group_size) else bits
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -193,11 +194,8 @@ class QuantizedLinear(QuantizedMatrix):
             self.matmul = partial(F.linear, weight=self.matrix().to(dtype))
             return
         scale, factors = self.parts()
-        if kernel == 32:
-            matmul = kernels.gpu_int8_matmul(self.weight, scale)
-        else:
-            matmul = self._int4_matmul(scale) if kernel == 16 else self._int8_matmul(scale)
-        self.matmul = matmul if factors is None else lambda x: matmul(x * factors.to(x.dtype))
+        matmul = self._int4_matmul(scale) if kernel == 16 else self._int8_matmul(scale)
+        self.matmul = matmul if factors is None else lambda x: matmul(x * factors)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -138,14 +138,15 @@ def ours(model: LanguageModel, batch: int, n: int) -> tuple[float, float]:
     speed = median(once(n) for _ in range(3))
     with torch.inference_mode(), ready_to_decode(model, batch):
         decoder = Decoder(model, [PROMPT], SampleConfig(max_new_tokens=n, num_samples=batch, **HOW))
-        for _ in range(n // 2 - STEPS // 2):
+        timed = min(STEPS, n // 2)
+        for _ in range((n - timed) // 2):
             decoder.step()
         synchronize(model.device)
         started = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(timed):
             decoder.step()
         synchronize(model.device)
-        return speed, STEPS / (time.perf_counter() - started)
+        return speed, timed / (time.perf_counter() - started)
 
 
 def measure_ours(options: argparse.Namespace, device: torch.device, limit: float) -> Iterator[Row]:
