@@ -104,7 +104,7 @@ OPTIONS = [
     extra("resume", str, "Run to continue: folder, name, or last.", MAIN),
     extra("init_from", str, "MODEL whose shape and weights to start from.", MAIN),
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
-    extra("dry_run", bool, "Show every value and where it comes from, and stop.", MAIN, False, "--dry-run"),
+    extra("dry_run", bool, "Show the plan, every value and where it comes from, and stop.", MAIN, False, "--dry-run"),
     *(p for panel, names in PANELS.items() for p in settings((*TRAINING, *PREPARING), panel, only=names)),
     *model_options(),
     *(hidden(name, float if name == "learning_rate" else int) for name in ALIASES),

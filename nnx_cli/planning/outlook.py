@@ -18,6 +18,7 @@ from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.planning.plan import Plan
 
 START_SECONDS = {"cpu": 4, "cuda": 7}  # from the command to its first step: tests/bench/main_job.md, against_nanogpt.md
+MOST_STARTED = 40e6  # parameters of models that this was measured with
 LIKE_PARAMETERS, LIKE_TEXT, LIKE_READ = 1.5, 3, 2  # factors within which runs are alike
 
 
@@ -68,7 +69,7 @@ MEASURED = (
 @dataclass(frozen=True)
 class Outlook:
     """Tokens and epochs that a run is going to see, seconds from the start of the command to its first sample (None:
-    there is none), bytes of its folder, and the lowest and highest of what such runs reached."""
+    there is none, or nobody knows), bytes of its folder, and the lowest and highest of what such runs reached."""
 
     tokens: int
     epochs: float
@@ -85,17 +86,17 @@ def outlook(plan: Plan, tokens: TokenFolder, device: torch.device) -> Outlook:
     ends = [end for end in (train.max_time_s, train.max_steps and train.max_steps * step_s) if end]
     expected = max(train.tokens_per_step, round(min(ends) * plan.tokens_per_s))
     first = MILESTONES[0] * min(ends) if train.sample_every is None else min(min(ends), train.sample_every * step_s)
-    started = START_SECONDS["cpu" if device.type == "cpu" else "cuda"]
+    n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
+    started = START_SECONDS.get(device.type) if n_parameters <= MOST_STARTED else None
     reached = None
     if tokens.tokenizer is not None and tokens.tokenizer.kind in ("byte", "char") and train.lora_rank is None:
         assert tokens.text_bytes is not None, "a tokenizer tells the bytes"
         text_bytes = n_train * tokens.text_bytes / (n_train + len(tokens.val))
-        n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
         reached = such_runs(models.stem(plan.model), n_parameters, text_bytes, expected / n_train)
     return Outlook(
         expected,
         expected / n_train,
-        None if train.sample_every == 0 else started + first,
+        None if started is None or train.sample_every == 0 else started + first,
         run_folder_bytes(plan),
         reached,
     )

@@ -125,3 +125,12 @@ def test_every_measured_run_is_like_itself():
         for epochs, loss in runs.losses.items():
             low, high = such_runs(runs.model, runs.parameters, runs.text_bytes, epochs)
             assert low.bits_per_byte <= loss / math.log(2) <= high.bits_per_byte
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "known"),
+    [("cpu", {}, True), ("cpu", {"dim": 1024, "n_layers": 8}, False), ("mps", {}, False), ("cuda", {}, True)],
+)
+def test_nothing_is_said_of_a_start_that_was_not_measured(tokens, device, fields, known):
+    found = outlook(planned(tokens, fields, max_steps=4), tokens, torch.device(device))
+    assert (found.first_sample_s is not None) == known
