@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Self
 
@@ -50,10 +50,21 @@ class Quantization:
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Self:
-        """From config.json. Raises CheckpointError for a scheme that this version does not have."""
+        """From config.json. Raises CheckpointError for a scheme that this version does not have, and TypeError and
+        ValueError for what is none."""
+        if not isinstance(described, Mapping):
+            raise TypeError(f"it is {str(described)[:20]}")
         if (described.get("format"), described.get("bits")) not in ((FORMAT, 8), (FORMAT, 4)):
             raise CheckpointError("this version of nnx does not know this quantization", fix="quantize the run again")
-        return cls(**described)
+        if odd := described.keys() ^ {field.name for field in fields(cls)}:
+            raise ValueError(f"no match for {min(odd)}")
+        found = cls(**described)
+        group = found.group_size
+        if not (group is None if found.bits == 8 else type(group) is int and 2 <= group <= 2**16):
+            raise ValueError(f"groups of {str(group)[:20]}")
+        if not isinstance(found.kept, list) or not all(isinstance(name, str) for name in found.kept):
+            raise ValueError(f"it keeps {str(found.kept)[:20]}")
+        return found
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:

@@ -165,10 +165,6 @@ def fill_model(
 def _read_quantization(described: Mapping[str, Any], source: Path) -> Quantization:
     """How the matrices of a model are stored. Raises CheckpointError where that cannot be."""
     try:
-        found = Quantization.read(described)
-    except TypeError as error:
+        return Quantization.read(described)
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source / 'config.json'} describes no quantization: {error}") from error
-    group = found.group_size
-    if not (group is None if found.bits == 8 else type(group) is int and 2 <= group <= 2**16):
-        raise CheckpointError(f"{source / 'config.json'} describes no quantization: groups of {str(group)[:20]}")
-    return found

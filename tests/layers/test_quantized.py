@@ -237,3 +237,28 @@ def test_a_matrix_that_another_module_holds_too_stays():
 def test_unknown_schemes_are_refused(described):
     with pytest.raises(CheckpointError, match="does not know this quantization"):
         Quantization.read(described)
+
+
+SOUND = {"format": 1, "bits": 4, "group_size": 32, "kept": ["head"]}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        None,
+        [],
+        "int8",
+        SOUND | {"group_size": 1},
+        SOUND | {"group_size": True},
+        SOUND | {"group_size": None},
+        SOUND | {"bits": 8},
+        SOUND | {"kept": [1]},
+        SOUND | {"kept": "head"},
+        SOUND | {"more": 1},
+        {name: value for name, value in SOUND.items() if name != "kept"},
+    ],
+)
+def test_what_is_no_quantization_is_told_from_an_unknown_one(described):
+    assert Quantization.read(SOUND).kept == ["head"]
+    with pytest.raises((TypeError, ValueError)):
+        Quantization.read(described)
