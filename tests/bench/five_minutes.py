@@ -8,10 +8,10 @@
                                        [--parts prepare nnx autoresearch nanogpt] [--limit SECONDS]
                                        [--results FILE] [--markdown FILE]
 
-TEXT is a file that `nnx prepare` reads; its last tenth, at most 1 MB, is held out, unless --val names that. Every side
-has --seconds of training steps, on a GPU under the cap of --vram; what else a side does comes on top ("whole"). All are
-judged here: nats of every token with bytes, over the bytes of those tokens, in windows of the side's own context, once
-without overlap and once from the beginnings of documents on ("aligned").
+TEXT is a file that `nnx prepare` reads; its last tenth, at most 1 MB, is held out, unless --val names that, as it has
+to where TEXT is compressed. Every side has --seconds of training steps, on a GPU under the cap of --vram; what else a
+side does comes on top ("whole"). All are judged here: nats of every token with bytes, over the bytes of these, in
+windows of the side's own context, once without overlap and once from the beginnings of documents on ("aligned").
 
 nnx             `nnx train` on what `nnx prepare --tokenizer` made, with --options
 autoresearch    a checkout of https://github.com/karpathy/autoresearch (seen with 228791f): its train.py and prepare.py
@@ -177,6 +177,10 @@ def train_autoresearch(options: argparse.Namespace, place: Place) -> dict[str, A
     environment = place.environment("autoresearch") | {"HOME": str(home), "PYTHONUSERBASE": site.getuserbase()}
     if place.device == "cpu":
         environment["TORCHDYNAMO_DISABLE"] = "1"
+    else:
+        environment["PYTORCH_ALLOC_CONF"] = (
+            "expandable_segments:True"  # train.py sets it, but not before torch is there
+        )
     command = [sys.executable, __file__, "--autoresearch-child", json.dumps(spec)]
     with open(home / "log.txt", "w", encoding="utf-8") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
