@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.errors import CheckpointError, NnxError, UsageError
+from nnx_cli.errors import CheckpointError, NnxError, UsageError, quoted
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import live_status, read_status
@@ -38,6 +38,11 @@ def find_folder(name: str) -> Path:
     for folder in (Path(name), WEIGHTS / name):
         if name and os.path.lexists(folder / "config.json"):
             return folder
+    bare = name.rpartition("@")[0]
+    if bare and any(os.path.lexists(folder / "config.json") for folder in (Path(bare), WEIGHTS / bare)):
+        raise CheckpointError(
+            f"{name!r} is a checkpoint; a run goes on from its newest one", fix=f"nnx train --resume {quoted(bare)}"
+        )
     known = ", ".join(run.name for run in find_runs()[:5])
     raise CheckpointError(
         f"there is no run or model {name!r}" + (f"; the newest are {known}" if known else ""),
