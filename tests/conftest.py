@@ -37,6 +37,14 @@ SETTINGS = dict(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk():
+    """No test cuts the power: what is written is there for every reader, whether or not it is on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def deterministic_meanwhile():
     """Commands that run in this process may ask torch for deterministic algorithms, for good; the next test did not."""

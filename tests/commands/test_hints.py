@@ -18,20 +18,7 @@ from nnx_cli.training.recovery import retry_command
 
 PACKAGE = Path(errors.__file__).parent
 
-NAMES = [
-    "plain",
-    "my run",
-    "it's",
-    "a$HOME",
-    "-dash",
-    "--out",
-    "小猫 ü",
-    "a*b",
-    "~tilde",
-    "two  blanks",
-    "a;b&c",
-    'q"q',
-]
+NAMES = ["plain", "it's  my a$HOME", "-dash;b&c", "--out", "小猫 a*b", '~ü"q']  # between them, all that needs quotes
 SAMPLE = 'sample "$(x)"'
 PATHS = {"data": "--data", "resume": "--resume", "out": "--out", "init_from": "--init-from"}
 

@@ -143,7 +143,7 @@ class Command:
 def preload() -> None:
     """Have the process that all others are forked from import what the command needs."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    warm.set_forkserver_preload(["torch", "torch._dynamo", "nnx_cli.cli", "nnx_cli.training.session", __name__])
+    warm.set_forkserver_preload(["tests.reliability.warm", __name__])
 
 
 def run_command(folder: Path, words: list[str], log: Path, track: Path, setting: Setting) -> None:
@@ -156,6 +156,7 @@ def run_command(folder: Path, words: list[str], log: Path, track: Path, setting:
     for number in setting.ignore:
         signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)
+    os.fsync = os.fstat  # a process may die, but the power stays: what it wrote is there for others, on the disk or not
     speak(setting, log)
     if setting.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.file_limit, setting.file_limit))

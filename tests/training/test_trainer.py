@@ -2,8 +2,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -518,7 +516,7 @@ def test_a_length_that_is_reached_is_known(run, length):
 
 # processes
 
-LENGTH = 400  # more than a second after the checkpoint that is waited for
+LENGTH = 240  # about a second after the checkpoint that is waited for
 COMMAND = [
     "--model",
     "nyx",
@@ -569,26 +567,26 @@ def uninterrupted(token_path, tmp_path_factory):
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_a_stopped_process_resumes_to_the_same_bits(uninterrupted, token_path, workspace, nnx, name):
     out = workspace / "weights" / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nnx_cli", "train", *COMMAND, "--data", token_path, "--out", out],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and max(ckpt.steps_in(out / "checkpoints"), default=0) < 40:
+    from tests.reliability.processes import Command, Setting  # POSIX only
+
+    (workspace / "stdout").touch()
+    setting = Setting(stdout=str(workspace / "stdout"))
+    command = Command(workspace, "train", *COMMAND, "--data", token_path, "--out", out, setting=setting)
+    while command.running() and max(ckpt.steps_in(out / "checkpoints"), default=0) < 40:
         time.sleep(0.002)
-    process.send_signal(getattr(signal, name))
-    stdout, stderr = process.communicate(timeout=60)
+    command.send(getattr(signal, name))
+    code = command.wait(timeout=60)
     run = Run(out)
     stopped_at = run.newest_checkpoint()[0].step
-    assert 40 <= stopped_at < LENGTH, stderr
+    assert 40 <= stopped_at < LENGTH, command.output
     if name == "SIGKILL":
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         assert run.status()["status"] == "running"
     else:
-        assert process.returncode == 130 and run.status()["status"] == "interrupted"
+        assert code == 130 and run.status()["status"] == "interrupted"
+        stderr = command.output
         assert f"interrupted at step {stopped_at}; everything is saved" in stderr and "Traceback" not in stderr
-        assert stdout == "" and f"nnx train --resume {out}" in stderr
+        assert (workspace / "stdout").read_text() == "" and f"nnx train --resume {out}" in stderr
     result = nnx("train", "--resume", "last", "--json")
     assert result.exit_code == 0, result.stderr
     assert f"resuming {os.path.join('weights', 'run')} at step {stopped_at}" not in result.stdout
