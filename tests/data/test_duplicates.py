@@ -44,7 +44,7 @@ def expected(texts):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe", "gpt2"])
-@pytest.mark.parametrize("kinds", [3, 400, 10**6])
+@pytest.mark.parametrize("kinds", [3, 400, 30_000])
 def test_copies_are_counted(tmp_path, tokenizer, kinds):
     texts = some_texts(1000, kinds)
     n, notes = count(tmp_path, texts, tokenizer=tokenizer)
@@ -60,7 +60,7 @@ def test_batches_change_nothing(tmp_path, monkeypatch, batch, tokens, held):
     monkeypatch.setattr(duplicates, "BATCH_TOKENS", tokens)
     monkeypatch.setattr(duplicates, "HELD", held)
     monkeypatch.setattr(duplicates, "MIN_MARKS", 1)
-    texts = some_texts(1500, 700, seed=1)
+    texts = some_texts(600, 280, seed=1)
     assert count(tmp_path, texts)[0] == expected(texts) > 20
 
 
