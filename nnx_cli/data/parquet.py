@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.charset_guess import SAMPLE_BYTES, Guess, guess_encoding
 from nnx_cli.data.compression import Stream, brief
-from nnx_cli.data.formats import BadRow, first_name, leaves, text_of
+from nnx_cli.data.formats import BadRow, first_name, leaves, likely_key, text_of
 from nnx_cli.errors import DataError, MissingFeature, quoted
 
 if TYPE_CHECKING:
     from pyarrow import DataType, RecordBatch, Schema, StructType
 
 BATCH_ROWS = 256  # decoded at a time
+FIRST_ROWS = 16  # that tell where the text is
 NAMED = 10  # columns in a message
 
 
@@ -62,8 +64,8 @@ class ParquetText:
         schema = table.schema_arrow
         texts = _text_paths(schema)
         hint = f"; text is in {', '.join(texts[:NAMED])}" if texts else "; nothing in it is text"
-        fix = f"add --text-key {quoted(texts[0])}" if texts else None
         kind = _type_at(schema, self._key)
+        fix = f"add --text-key {quoted(_fullest(table, texts))}" if texts and not (kind and _is_text(kind)) else None
         if kind is None:
             raise DataError(f"{self._name} has no column {self._key!r}{hint[:200]}", fix=fix)
         if not _is_text(kind):
@@ -98,6 +100,16 @@ class ParquetText:
         self.n_replaced += reader.n_replaced
         self.guess = self.guess or reader.guess
         return text
+
+
+def _fullest(table: Any, texts: list[str]) -> str:
+    """Which of the paths to text has most of it in the first rows, as far as these are strings."""
+    tops = [name for name in table.schema_arrow.names if any(f"{path}.".startswith(f"{name}.") for path in texts)]
+    rows = next(table.iter_batches(batch_size=FIRST_ROWS, columns=tops), None)
+    key = None
+    with suppress(UnicodeDecodeError):
+        key = likely_key(rows.to_pylist()) if rows is not None else None
+    return key if key in texts else texts[0]
 
 
 def _guess(rows: list[Any], path: str) -> Guess:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from nnx_cli.config import PrepareConfig
+from nnx_cli.data.prepare import prepare
 from nnx_cli.data.sources import Reader, Report, Source
 from nnx_cli.errors import DataError, MissingFeature
 
@@ -141,7 +143,7 @@ def test_what_is_no_text_is_refused_with_the_columns_that_are():
     for name in ("id", "price", "when", "uuid", "flag", "none", "vector", "map", "turns", "turns.who"):
         error = refusal(content, name)
         assert "not text" in str(error) and "turns.said it, body" in str(error)
-        assert error.fix == "add --text-key 'turns.said it'"
+        assert error.fix == "add --text-key body"
     for name in ("text", "body.x", "turns.what", "id.x", "Body"):
         assert f"no column {name!r}; text is in turns.said it, body" in str(refusal(content, name))
     assert read(content, "turns.said it")[0] == ["hi"]
@@ -222,3 +224,21 @@ def test_missing_pyarrow_names_the_extra(monkeypatch):
     with pytest.raises(MissingFeature) as error:
         read(b"PAR1 and more")
     assert "nnx-cli[parquet]" in error.value.fix
+
+
+@needs_pyarrow
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"turns": [{"role": "user", "content": "a long question"}, {"role": "me", "content": "no"}]}, "turns.content"),
+        ({"title": "short", "body": "much longer than that"}, "body"),
+        ({"id": "17", "page": {"url": "x.org", "html": "<p>words and words</p>"}}, "page.html"),
+        ({"n": 3, "raw": b"bytes"}, "raw"),
+        ({"title": "short", "said it": "much longer than that"}, "'said it'"),
+    ],
+)
+def test_the_column_with_most_of_the_text_is_named(tmp_path, row, key):
+    parquet.write_table(arrow.Table.from_pylist([row] * 30), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as error:
+        prepare([tmp_path / "a.parquet"], tmp_path / "made", PrepareConfig())
+    assert error.value.fix == f"add --text-key {key}"
