@@ -165,7 +165,7 @@ def run_command(folder: Path, words: list[str], log: Path, track: Path, setting:
     if setting.change is not None:
         setting.change()
     sys.argv = ["nnx", *words]
-    from nnx_cli.cli import main
+    from nnx_cli.__main__ import main
 
     main()
 
