@@ -1,5 +1,6 @@
 """Shared fixtures: a text, its token folder, one small trained run, and ways to make more of them."""
 
+import gc
 import os
 import random
 import shutil
@@ -35,6 +36,12 @@ SETTINGS = dict(
     device="cpu",
     threads=1,
 )
+
+
+def pytest_collection_finish():
+    """Look for garbage among what tests make only: modules and tests stay, and to look through them takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

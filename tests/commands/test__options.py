@@ -305,5 +305,4 @@ def test_garbage_is_collected_as_soon_as_a_command_begins():
         run(json=False, quiet=False, debug=False)
     finally:
         gc.enable()
-        gc.unfreeze()
     assert collects == [True]
