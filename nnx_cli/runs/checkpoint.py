@@ -34,6 +34,7 @@ STATE_TYPES = {  # of what state.json holds
     "random": {},
     **dict.fromkeys(("best_val_loss", "best_val_bits_per_byte", "turned_at"), (int, float, type(None))),
 }
+ALWAYS_THERE = ("tokens", "time_s", "scaler")  # besides the step
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
     state = read_json(path / "state.json")
     check_format(state, path / "state.json")
     check_types(state, STATE_TYPES, path / "state.json")
+    if missing := [key for key in ALWAYS_THERE if key not in state]:
+        raise CheckpointError(f"{path / 'state.json'} is damaged: it lacks {missing[0]!r}")
     if state.get("step") != step:
         raise CheckpointError(f"{path} is damaged: it holds step {str(state.get('step'))[:20]}")
     model = read_tensors(path / "model.safetensors", digests["model.safetensors"])

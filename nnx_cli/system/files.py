@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -299,6 +300,14 @@ def check_types(value: Any, shape: Mapping[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: its {key} is {repr(found)[:40]}")
 
 
+def _finite(text: str) -> float:
+    """A number of JSON, which has no NaN and nothing infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
+
+
 def read_json(
     path: Path, *, error: type[NnxError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES, follow_links: bool = False
 ) -> dict[str, Any]:
@@ -307,7 +316,7 @@ def read_json(
         _check_size(file, path, max_bytes, error)
         data = file.read()
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as nonsense:
         raise error(f"{path} is damaged: it is not JSON") from nonsense
     if not isinstance(value, dict):

@@ -2,6 +2,7 @@ import errno
 import itertools
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from nnx_cli.system import files
 def make(step=5, **tensors):
     model = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)} | tensors
     optimizer = {"a.exp_avg": torch.full((2, 3), 0.5), "a.step": torch.tensor(3.0)}
-    return Checkpoint(step, model, optimizer, {"format": 1, "step": step, "best_val_loss": None})
+    counters = {"step": step, "tokens": 64, "time_s": 1.5, "scaler": {}, "best_val_loss": None}
+    return Checkpoint(step, model, optimizer, {"format": 1} | counters)
 
 
 @pytest.fixture
@@ -112,6 +114,14 @@ def test_a_folder_in_place_of_a_file_is_refused(folder, name):
     path.mkdir()
     with pytest.raises(CheckpointError):
         ckpt.load_checkpoint(folder, 5)
+
+
+@pytest.mark.parametrize("name", ["tokens", "time_s", "scaler"])
+def test_counters_that_lack_one_are_refused(tmp_path, name):
+    whole = make()
+    ckpt.save_checkpoint(tmp_path, replace(whole, state={k: v for k, v in whole.state.items() if k != name}))
+    with pytest.raises(CheckpointError, match=f"state.json is damaged: it lacks '{name}'"):
+        ckpt.load_checkpoint(tmp_path, 5)
 
 
 def test_swapped_files_are_refused(folder):

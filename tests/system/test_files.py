@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nnx_cli.errors import OutputError
+from nnx_cli.errors import CheckpointError, OutputError
 from nnx_cli.system import files
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are asked for by POSIX means")
@@ -86,6 +86,15 @@ def test_json_without_lone_surrogates(text):
     written = files.to_json({"command": text, text: [text]})
     shown = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert json.loads(written.decode()) == {"command": shown, shown: [shown]}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e400"])
+def test_json_has_no_such_number(tmp_path, number):
+    (tmp_path / "a.json").write_text(f'{{"x": [{number}]}}')
+    with pytest.raises(CheckpointError, match="a.json is damaged"):
+        files.read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"x": [1.5, 1e-400, -2]}')
+    assert files.read_json(tmp_path / "a.json") == {"x": [1.5, 0.0, -2]}
 
 
 def test_space_that_is_not_there(tmp_path):
