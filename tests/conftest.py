@@ -148,8 +148,9 @@ def run(finished, token_path, workspace):
 
 
 @pytest.fixture
-def nnx(workspace):
+def nnx(workspace, monkeypatch):
     """Runs a command line: nnx("train", "--dim", 32, ...) returns its exit_code, stdout and stderr."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # as pytest-xdist sets it
 
     def invoke(*words, input=None):
         result = CliRunner().invoke(app, [str(word) for word in words], input=input)
