@@ -36,7 +36,6 @@ from nnx_cli.layers import quantized
 from nnx_cli.layers.quantized import (
     Quantization,
     QuantizedMatrix,
-    kernels_in_words,
     quantizable,
     quantize_layers,
     widen,
@@ -145,8 +144,8 @@ def random_quantized(name: str, size: str, how: Quantization, device: torch.devi
 def speed(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     precision = "bf16" if device.type == "cuda" else "fp32"
     titles = [f"{key}{', batch ' + str(b)}" for b in options.batches for key in (precision, *WAYS)]
-    yield f"| model | parameters | {' | '.join(titles)} | kernel of int8; of int4 |"
-    yield f"| --- | ---: | {'---: | ' * len(titles)}--- |"
+    yield f"| model | parameters | {' | '.join(titles)} |"
+    yield f"| --- | ---: | {'---: | ' * len(titles)}".rstrip()
     for size in options.sizes:
         for name in options.models:
             set_seed(0)
@@ -154,16 +153,14 @@ def speed(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
                 plain = models.build(name, size=size).eval().requires_grad_(False)
             plain.compute_dtype = DTYPES[precision]
             n_parameters = sum(p.numel() for p in {id(p): p for p in plain.parameters()}.values())
-            n_linear = sum(isinstance(layer, quantized.Linear) for layer in quantizable(plain).values())
             zoo = {precision: plain}
             zoo |= {key: random_quantized(name, size, how, device, precision) for key, how in WAYS.items()}
-            kernels = "; ".join(kernels_in_words(zoo[key], n_linear, plain.compute_dtype) for key in WAYS)
             cells = []
             for batch in options.batches:
                 best = race(zoo, batch)
                 cells += [f"{best[precision]:,.0f}"]
                 cells += [f"{best[key]:,.0f} ({best[key] / best[precision]:.2f}×)" for key in WAYS]
-            yield f"| {name} {size} | {n_parameters:,} | {' | '.join(cells)} | {kernels} |"
+            yield f"| {name} {size} | {n_parameters:,} | {' | '.join(cells)} |"
             del zoo, plain
 
 
