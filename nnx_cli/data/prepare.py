@@ -97,13 +97,13 @@ def default_folder(
 ) -> Path:
     """data/STEM-HASH8, where the hash covers the content of all sources and every setting that changes the result.
 
-    No paths: the built-in corpus. Reads every source once. UsageError for standard input, which cannot be read twice.
+    No paths: the built-in corpus. Reads every source once. UsageError for what cannot be read twice, as standard input.
     """
     sources, val_sources = _find(paths, val_paths)
     digest = hashlib.sha256()
     for source in [*sources, *(val_sources or [])]:
         if not source.repeatable:
-            raise UsageError("text from standard input needs a name for its tokens", fix="add --out data/NAME")
+            raise UsageError(f"text from {source.name} needs a name for its tokens", fix="add --out data/NAME")
         digest.update(f"{format_of(source.name)} {_sha256(source)}\n".encode())
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
