@@ -118,7 +118,9 @@ def test_missing_zstd_names_the_extra(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [b"\x7fELF\x02\x01" + bytes(100), gzip.compress(b"text" * 99)[:-4], b"PAR1 no table"]
+    "content",
+    [b"\x7fELF\x02\x01" + bytes(100), gzip.compress(b"text" * 99)[:-4], b"PAR1 no table"],
+    ids=["program", "cut gzip", "no parquet"],
 )
 @pytest.mark.parametrize("paths", [["folder"], ["folder/*"], ["fold*"], ["folder/*", "folder"]])
 def test_a_file_of_a_folder_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, content, paths):
