@@ -155,7 +155,8 @@ def _no_more_files(error: BaseException) -> OSError | None:
 
 def _report(error: NnxError, debug: bool) -> int:
     """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
-    from nnx_cli.console import Output, printable
+    from nnx_cli.console import Output
+    from nnx_cli.system.text import printable
 
     output = Output()
     lines = traceback.format_exc().splitlines() if debug else []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from nnx_cli.errors import OutputError, counted
-from nnx_cli.system.text import well_formed
+from nnx_cli.system.text import printable, well_formed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,26 +22,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # what Unicode calls Bidi_Control
 COLUMNS, LINES = 80, 25  # of a screen that does not say how large it is
 PANEL_COLUMNS = 75  # what the panels of help take
 NO_CURSOR = (None, "", "dumb", "unknown")  # what TERM says where lines cannot be redrawn
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
-
-
-def printable(text: str) -> str:
-    """`text` with everything that could drive a terminal made visible: control characters, bidirectional controls,
-    lone surrogates."""
-    return "".join(char if char in "\n\t" or char.isprintable() or char == " " else escaped(char) for char in text)
-
-
-def escaped(char: str) -> str:
-    """A character as itself where it is harmless (joiners, spaces of other scripts), else as a visible escape."""
-    code = ord(char)
-    harmful = code < 0x20 or 0x7F <= code < 0xA0 or code in BIDI or 0xD800 <= code < 0xE000 or code in (0x2028, 0x2029)
-    if not harmful:
-        return char
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def styled(text: str, style: str = "") -> Text:
@@ -347,23 +331,3 @@ class TrainingView:
     def note(self, text: str) -> None:
         """A line on the way."""
         self.output.note(text)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    seconds = round(seconds)
-    for big, small, size, unit in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
-        if seconds >= size:
-            rest = seconds % size // unit
-            return f"{seconds // size} {big}" + (f" {rest} {small}" if rest else "")
-    return f"{seconds} s"
-
-
-def size(n_bytes: float | None) -> str:
-    """Bytes in the unit that reads best: 512 B, 2.0 KiB, 30.0 MiB, 7.25 GiB."""
-    if n_bytes is None:
-        return "–"
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}" if unit == "GiB" else f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes:.0f} B"

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.console import Output, duration, size
+from nnx_cli.console import Output
 from nnx_cli.errors import counted
+from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
     import torch

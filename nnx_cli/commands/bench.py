@@ -19,8 +19,8 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import TrainConfig, check_choice, check_range, own_fields
 from nnx_cli.console import Output
-from nnx_cli.console import size as size_text
 from nnx_cli.errors import DoesNotFit, UsageError
+from nnx_cli.system.text import size as size_text
 
 if TYPE_CHECKING:
     from nnx_cli.experiments.benchmark import Benchmark

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Output, duration
+from nnx_cli.console import Output
+from nnx_cli.system.text import duration
 
 COLUMNS = ["name", "kind", "model", "size", "status", "steps", "bits/byte", "age"]
 EXPENDABLE = ["size", "steps", "age", "model", "bits/byte", "kind", "status"]  # on a narrow screen, in this order

@@ -10,8 +10,9 @@ import typer
 
 from nnx_cli.commands._options import Branch, command, given, may_have_rows, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
-from nnx_cli.console import Output, size
+from nnx_cli.console import Output
 from nnx_cli.errors import UsageError, counted, quoted
+from nnx_cli.system.text import size
 
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
 BRANCHES = (

@@ -23,8 +23,9 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import TrainConfig, check_choice
-from nnx_cli.console import Output, size
+from nnx_cli.console import Output
 from nnx_cli.errors import DoesNotFit, quoted
+from nnx_cli.system.text import size
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig

@@ -15,7 +15,7 @@ from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command
 from nnx_cli.commands._plan_table import PlanTable, show_settings, why_tokenizer
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
-from nnx_cli.console import Output, TrainingView, duration
+from nnx_cli.console import Output, TrainingView
 from nnx_cli.errors import (
     CheckpointError,
     DoesNotFit,
@@ -27,6 +27,7 @@ from nnx_cli.errors import (
     counted,
     quoted,
 )
+from nnx_cli.system.text import duration
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnx_cli.console import printable
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.runs.load import ModelRef
-from nnx_cli.system.text import well_formed
+from nnx_cli.system.text import printable, well_formed
 from tests.reliability import Result, damage
 from tests.reliability.scene import (
     CODES,
