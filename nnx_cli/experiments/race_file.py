@@ -1,0 +1,182 @@
+"""race.json: a race as it stands. It alone draws the table and the page, and is what `nnx compare --json` prints.
+
+    format                  1; another number is not read. Keys are added, never renamed
+    versions                {nnx, torch, python}
+    settings                what was asked for, with defaults: a race goes on where they are the same
+    device                  in words
+    fingerprint             of the token folder, as in a run's config.json
+    state                   running | finished | interrupted
+    comparisons             how many pairs of competitors were compared
+    equal, budget           time (seconds) | tokens | flops, and how much of it a run may use; null with --runs
+    data, tokenizer         the token folder's path; {kind, vocab_size, fingerprint}
+    train_tokens, seq_len, tokens_per_step
+    parameters_counted      {target, outside}: what is equal, and outside which tables it is counted
+    learning_rate_search    {rates: {MODEL: [{lr, bits_per_byte}]}, tokens_each, time_s}; null bits: it diverged
+    target_bits_per_byte    of --target, or null
+    competitors             as many as there are, best first:
+        model, size         its name; its named size, or null for another shape
+        config              every field of its shape
+        parameters, parameters_without_tables, flops_per_token
+        lr, optimizer, weight_decay, dropout, warmup_steps     of its own recipe, but the rate, which was searched
+        status              waiting | running | interrupted | finished | diverged | out of memory
+        problem             in words, where it has not finished; else null
+        runs                one a seed, those that are done:
+            seed, out       and its run folder, a MODEL as race-NAME/MODEL-SEED
+            status          finished | diverged | out of memory
+            bits_per_byte   of its best weights, on the whole validation text (at most EVAL_TOKENS of it); null unless
+                            finished
+            tokens, time_s, flops, peak_memory_bytes           of training; null: not known
+            curve           [{step, tokens, time_s, flops, train_loss, val_bits_per_byte}], null where not measured
+            sample          text, its prompt included, drawn with the same seed from every competitor
+        bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none
+        tokens_per_s        mean over them
+        to_target           {tokens, time_s, flops} until the target, mean over the seeds; null where one missed it
+        ties_with           [MODEL]: the 95 % interval of the mean difference, paired by seed, holds 0; null: no verdict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.errors import CheckpointError
+from nnx_cli.experiments.statistics import mean_and_error, ties
+from nnx_cli.system.files import check_types, read_json, replace_file, to_json
+
+FORMAT = 1
+NAME = "race.json"
+NUMBER = (int, float, type(None))
+WORDS = (str, type(None))
+AXES = ("tokens", "time_s", "flops")
+RACE_TYPES = {  # of what the table and the page rely on
+    "versions": {},
+    "settings": {},
+    "state": str,
+    "device": WORDS,
+    "fingerprint": WORDS,
+    "comparisons": int,
+    "equal": WORDS,
+    "budget": NUMBER,
+    "data": WORDS,
+    "tokenizer": {"kind": str, "vocab_size": int},
+    "parameters_counted": {"target": NUMBER, "outside": str},
+    "learning_rate_search": {"rates": {}, "tokens_each": NUMBER, "time_s": NUMBER},
+    "target_bits_per_byte": NUMBER,
+    "competitors": list,
+}
+COMPETITOR_TYPES = {
+    "model": str,
+    "size": WORDS,
+    "config": {},
+    "parameters": int,
+    "parameters_without_tables": int,
+    "lr": NUMBER,
+    "optimizer": WORDS,
+    "status": str,
+    "problem": WORDS,
+    "runs": list,
+    "bits_per_byte": {"mean": NUMBER, "stderr": NUMBER},
+    "tokens_per_s": NUMBER,
+    "to_target": dict.fromkeys(AXES, NUMBER),
+    "ties_with": (list, type(None)),
+}
+RUN_TYPES = {
+    "seed": int,
+    "out": str,
+    "status": str,
+    "bits_per_byte": NUMBER,
+    "tokens": NUMBER,
+    "time_s": NUMBER,
+    "flops": NUMBER,
+    "peak_memory_bytes": NUMBER,
+    "curve": list,
+    "sample": WORDS,
+}
+POINT_TYPES = dict.fromkeys(("step", "train_loss", "val_bits_per_byte", *AXES), NUMBER)
+NEEDED = {"state", "competitors"}, {"model", "status", "runs", "parameters", "parameters_without_tables"}, {"seed"}
+
+
+def read_race(path: Path) -> dict[str, Any]:
+    """A race from its file; unknown keys stay, and missing ones are null. Raises CheckpointError for what is none, is
+    damaged or of another format."""
+    race = read_json(path)
+    version = race.get("format")
+    if type(version) is not int or "competitors" not in race:
+        raise CheckpointError(f"{path} is no race: it has no format and no competitors")
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has race format {version}; this version of nnx reads {FORMAT}")
+    _check(race, RACE_TYPES, NEEDED[0], path)
+    for competitor in race["competitors"]:
+        _check(competitor, COMPETITOR_TYPES, NEEDED[1], path)
+        for run in competitor["runs"]:
+            _check(run, RUN_TYPES, NEEDED[2], path)
+            for point in run["curve"] or []:
+                _check(point, POINT_TYPES, set(), path)
+    return race
+
+
+def _check(part: Any, types: Mapping[str, Any], needed: set[str], path: Path) -> None:
+    """Raise CheckpointError for a part that is not of these types or lacks what is needed; let it lack nothing else."""
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{path} is damaged: {repr(part)[:40]} is no object")
+    check_types(part, types, path)
+    if missing := sorted(needed - part.keys()):
+        raise CheckpointError(f"{path} is damaged: it lacks {missing[0]}")
+    for key, kind in types.items():
+        part.setdefault(key, [] if kind is list else None)
+
+
+def write_race(folder: Path, race: Mapping[str, Any]) -> None:
+    """Replace race.json in one step. Raises OutputError; then the old one stands."""
+    replace_file(folder / NAME, to_json(race))
+
+
+def judge(race: dict[str, Any]) -> None:
+    """Fill in what follows from the runs: means, ties, the way to the target, and the order, best first."""
+    competitors = race["competitors"]
+    results = {}
+    for competitor in competitors:
+        finished = [run for run in competitor["runs"] if run["bits_per_byte"] is not None]
+        results[competitor["model"]] = {run["seed"]: run["bits_per_byte"] for run in finished}
+        competitor["bits_per_byte"], competitor["tokens_per_s"] = None, None
+        if finished:
+            mean, error = mean_and_error([run["bits_per_byte"] for run in finished])
+            competitor["bits_per_byte"] = {"mean": mean, "stderr": error}
+            timed = [run["tokens"] / run["time_s"] for run in finished if run["tokens"] and run["time_s"]]
+            competitor["tokens_per_s"] = round(mean_and_error(timed)[0], 1) if timed else None
+        competitor["to_target"] = _to_target(finished, race["target_bits_per_byte"])
+    tied, race["comparisons"] = ties(results)
+    for competitor in competitors:
+        competitor["ties_with"] = tied[competitor["model"]]
+    competitors.sort(key=_rank)
+
+
+def _rank(competitor: Mapping[str, Any]) -> tuple[bool, float, str]:
+    """Those without a figure come last."""
+    bits = competitor["bits_per_byte"]
+    return bits is None, bits["mean"] if bits else 0.0, competitor["model"]
+
+
+def _to_target(runs: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, float] | None:
+    """What runs needed on average until their validation was at the target; None where one never was."""
+    if target is None or not runs:
+        return None
+    reached = [_reached(run["curve"], target) for run in runs]
+    found = [each for each in reached if each is not None]
+    if len(found) < len(runs):
+        return None
+    return {axis: mean_and_error([each[axis] for each in found])[0] for axis in AXES}
+
+
+def _reached(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, float] | None:
+    """Where a curve comes down to a target, on the line between two validations; None where it does not."""
+    points = [point for point in curve if point["val_bits_per_byte"] is not None]
+    for number, point in enumerate(points):
+        if point["val_bits_per_byte"] > target:
+            continue
+        before = points[max(0, number - 1)]
+        drop = before["val_bits_per_byte"] - point["val_bits_per_byte"]
+        share = (before["val_bits_per_byte"] - target) / drop if drop > 0 else 1.0
+        return {axis: before[axis] + share * (point[axis] - before[axis]) for axis in AXES}
+    return None
