@@ -18,7 +18,17 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from nnx_cli import __version__
-from nnx_cli.errors import DataError, DoesNotFit, Interrupted, NnxError, OutputError, UsageError, nearest, quoted
+from nnx_cli.errors import (
+    DataError,
+    DoesNotFit,
+    Interrupted,
+    NnxError,
+    OutputError,
+    UsageError,
+    is_out_of_memory,
+    nearest,
+    quoted,
+)
 from nnx_cli.system import signals
 from nnx_cli.system.streams import set_up_streams
 
@@ -26,7 +36,6 @@ MAX_LINE_CHARS = 600
 OPEN_FILES = 1024  # of a process are enough, and what most systems allow
 SPINS = "1000"  # before a thread sleeps: 1.3 times as fast as none on idle cores, 0.8 times on two that others use too
 NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}  # of this process, of all of them
-NO_MEMORY = "can't allocate memory", "std::bad_alloc"  # in errors of torch and of what it is built on
 COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --help`)
     "prepare": ("prepare", "Turn text into a token folder."),
     "train": ("train", "Train a model from scratch."),
@@ -126,8 +135,7 @@ def _explain(error: Exception) -> NnxError:
         return error
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    if out_of_memory or number == errno.ENOMEM or any(words in text for words in NO_MEMORY):
+    if is_out_of_memory(error):
         return DoesNotFit("out of memory", fix="take less at once or a smaller model; see what fits: nnx summarize")
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return DoesNotFit("the system allows no more threads", fix="allow it more (ulimit -u, pids of a container)")

@@ -32,6 +32,7 @@ NO_TEXT = (
 )  # Python's codecs
 # parts of a run after which it is looked at
 MILESTONES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BUDGETS = {"tokens": "2M", "time": "2m", "flops": "1e14"}  # of a run in a race, by what is equal
 MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that package's modules
 
 
@@ -193,6 +194,49 @@ class QuantizeConfig:
         check_range("max-drop", self.max_drop, 0.0, 100.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RaceConfig:
+    """A race between architectures. None means: derived from the device."""
+
+    models: str = "all"  # architectures, with commas between them: all, {models}, or files of yours
+    size: str | None = None  # named size that all have, by parameters outside embedding and head
+    parameters: str | None = None  # parameters outside embedding and head that all have, such as 10.7M
+    equal: str = "tokens"  # what every run has as much of: tokens, time, flops
+    budget: str | None = None  # how much of it: 20M tokens, 10m of training, 1e15 FLOPs; default 2M, 2m, 1e14
+    seeds: int = 3  # runs of each architecture, with seeds 1, 2, 3, …
+    target: float | None = None  # bits per byte to tell the way to: tokens, time and FLOPs
+    keep: str = "best"  # weights to keep of runs that are done: best, none
+
+    def __post_init__(self) -> None:
+        check_choice("equal", self.equal, tuple(BUDGETS))
+        check_choice("keep", self.keep, ("best", "none"))
+        check_range("seeds", self.seeds, 1, 1000)
+        check_range("target", self.target, 0.0, 1e3, low_open=True)
+        if self.size is not None and self.parameters is not None:
+            raise UsageError("--size and --parameters: give one")
+        parse_count("parameters", self.parameters)
+        self.amount()
+
+    def amount(self) -> float:
+        """The budget of a run: seconds, tokens or FLOPs. Raises UsageError for a unit that does not suit."""
+        text = (self.budget or BUDGETS[self.equal]).strip()
+        if self.equal == "time" and re.fullmatch(r"[\d.]+\s*(s|m|min|h|d)", text, re.ASCII):
+            return parse_duration(text) or 0.0
+        if self.equal == "tokens" and (count := parse_count("budget", text, silent=True)):
+            return count
+        if self.equal == "flops" and re.fullmatch(r"\d+(\.\d+)?(e\+?\d{1,2})?", text, re.ASCII) and float(text) > 0:
+            return float(text)
+        what, example = {
+            "time": ("a length of time", "10m"),
+            "tokens": ("a number of tokens", "20M"),
+            "flops": ("a number of FLOPs", "1e15"),
+        }[self.equal]
+        raise UsageError(
+            f"--budget {text!r} is not {what}, which --equal {self.equal} needs",
+            fix=f"write it like --budget {example}",
+        )
+
+
 @cache
 def module_names(package: str) -> tuple[str, ...]:
     """The public modules of a package of this project in alphabetical order, by its files: nothing is imported."""
@@ -341,6 +385,20 @@ def parse_bytes(text: str | None) -> int | None:
     if not 0 < n_bytes < 2**60:
         raise UsageError(f"{text!r} is no amount of memory", fix="write it like 8GB or 512MB")
     return int(n_bytes)
+
+
+def parse_count(name: str, text: str | None, silent: bool = False) -> int | None:
+    """The number in "10.7M", "800K", "1B" or "500000". Raises UsageError for anything else, or is None if `silent`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMBG]?)", text.strip(), re.ASCII)
+    scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
+    count = round(float(match[1]) * scale[match[2]]) if match and len(text) < 40 else 0
+    if not 0 < count < 2**50:
+        if silent:
+            return None
+        raise UsageError(f"--{name} is {text!r}; it must be a number", fix=f"write it like --{name} 10.7M")
+    return count
 
 
 def unescape(text: str) -> str:

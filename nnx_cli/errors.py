@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import shlex
 from collections.abc import Iterable
+
+NO_MEMORY = "can't allocate memory", "std::bad_alloc"  # in errors of torch and of what it is built on
 
 
 class NnxError(Exception):
@@ -65,6 +68,13 @@ class Interrupted(NnxError):
     """Stopped by a signal, after saving."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    torch_says = type(error).__name__ == "OutOfMemoryError"
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or torch_says or refused or any(words in str(error) for words in NO_MEMORY)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

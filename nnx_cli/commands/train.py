@@ -331,6 +331,7 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
     `named` stands beside the run in the commands that may follow.
     """
     from nnx_cli.system.signals import stop_signals
+    from nnx_cli.training import session
 
     with stop_signals() as should_stop:
         try:
@@ -338,11 +339,11 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
         except NnxError as error:
             diverged = isinstance(error, QualityError)
             with suppress(OutputError):  # a full disk is what the error may be
-                status = _record(run, trainer, "diverged" if diverged else "interrupted")
+                status = session.record_end(run, trainer, "diverged" if diverged else "interrupted")
                 if diverged:
                     output.show_json(_as_json(run, status))
             raise
-        status = _record(run, trainer, ended)
+        status = session.record_end(run, trainer, ended)
     view.close()
     if ended == "interrupted":
         output.note("")
@@ -358,19 +359,6 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
 def _as_json(run: Run, status: dict[str, Any]) -> dict[str, Any]:
     """What --json prints of a run: run.json, and which it is."""
     return status | {"out": str(run.folder), "parameters": run.config["parameters"]}
-
-
-def _record(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
-    """Write how a run stands into run.json."""
-    state = trainer.state
-    return run.set_status(
-        status=status,
-        ended=None if status == "diverged" else state.ended_by(trainer.config),
-        step=state.step,
-        tokens=state.tokens,
-        time_s=round(state.time_s, 3),
-        skipped_steps=state.skipped_steps,
-    )
 
 
 def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> list[str]:

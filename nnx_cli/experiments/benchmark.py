@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnx_cli import __version__, models
+from nnx_cli import models
 from nnx_cli.config import SampleConfig, TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, counted
@@ -26,6 +26,7 @@ from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import plan_run
+from nnx_cli.runs.manifest import versions
 from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_precision, set_seed
 from nnx_cli.system.timing import call_seconds
 from nnx_cli.system.torch_private import compiler_is_loaded
@@ -145,7 +146,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": describe(device),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
 
 

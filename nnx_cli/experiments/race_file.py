@@ -1,37 +1,37 @@
 """race.json: a race as it stands. It alone draws the table and the page, and is what `nnx compare --json` prints.
 
-    format                  1; another number is not read. Keys are added, never renamed
-    versions                {nnx, torch, python}
-    settings                what was asked for, with defaults: a race goes on where they are the same
-    device                  in words
-    fingerprint             of the token folder, as in a run's config.json
-    state                   running | finished | interrupted
-    comparisons             how many pairs of competitors were compared
-    equal, budget           time (seconds) | tokens | flops, and how much of it a run may use; null with --runs
-    data, tokenizer         the token folder's path; {kind, vocab_size, fingerprint}
-    train_tokens, seq_len, tokens_per_step
-    parameters_counted      {target, outside}: what is equal, and outside which tables it is counted
-    learning_rate_search    {rates: {MODEL: [{lr, bits_per_byte}]}, tokens_each, time_s}; null bits: it diverged
-    target_bits_per_byte    of --target, or null
-    competitors             as many as there are, best first:
-        model, size         its name; its named size, or null for another shape
-        config              every field of its shape
-        parameters, parameters_without_tables, flops_per_token
-        lr, optimizer, weight_decay, dropout, warmup_steps     of its own recipe, but the rate, which was searched
-        status              waiting | running | interrupted | finished | diverged | out of memory
-        problem             in words, where it has not finished; else null
-        runs                one a seed, those that are done:
-            seed, out       and its run folder, a MODEL as race-NAME/MODEL-SEED
-            status          finished | diverged | out of memory
-            bits_per_byte   of its best weights, on the whole validation text (at most EVAL_TOKENS of it); null unless
-                            finished
-            tokens, time_s, flops, peak_memory_bytes           of training; null: not known
-            curve           [{step, tokens, time_s, flops, train_loss, val_bits_per_byte}], null where not measured
-            sample          text, its prompt included, drawn with the same seed from every competitor
-        bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none
-        tokens_per_s        mean over them
-        to_target           {tokens, time_s, flops} until the target, mean over the seeds; null where one missed it
-        ties_with           [MODEL]: the 95 % interval of the mean difference, paired by seed, holds 0; null: no verdict
+format                  1; another number is not read. Keys are added, never renamed
+versions                {nnx, torch, python}
+settings                what was asked for, with defaults: a race goes on where they are the same
+device                  in words
+fingerprint             of the token folder, as in a run's config.json
+state                   running | finished | interrupted
+comparisons             how many pairs of competitors were compared
+equal, budget           time (seconds) | tokens | flops, and how much of it a run may use; null with --runs
+data, tokenizer         the token folder's path; {kind, vocab_size, fingerprint}
+train_tokens, seq_len, tokens_per_step
+parameters_counted      {target, outside}: what is equal, and outside which tables it is counted
+learning_rate_search    {rates: {MODEL: [{factor, lr, bits_per_byte}]}, tokens_each, time_s}; null bits: it diverged
+target_bits_per_byte    of --target, or null
+competitors             as many as there are, best first:
+    model, size         its name; its named size, or null for another shape
+    config              every field of its shape
+    parameters, parameters_without_tables, flops_per_token
+    lr, optimizer, weight_decay, dropout, warmup_steps     of its own recipe, but the rate, which was searched
+    status              waiting | running | interrupted | finished | diverged | out of memory
+    problem             in words, where it has not finished; else null
+    runs                one a seed, those that are done:
+        seed, out       and its run folder, a MODEL as race-NAME/MODEL-SEED
+        status          finished | diverged | out of memory
+        bits_per_byte   of its best weights, on the whole validation text (at most EVAL_TOKENS of it); null unless
+                        finished
+        tokens, time_s, flops, peak_memory_bytes           of training; null: not known
+        curve           [{step, tokens, time_s, flops, train_loss, val_bits_per_byte}], null where not measured
+        sample          text, its prompt included, drawn with the same seed from every competitor
+    bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none
+    tokens_per_s        mean over them
+    to_target           {tokens, time_s, flops} until the target, mean over the seeds; null where one missed it
+    ties_with           [MODEL]: the 95 % interval of the mean difference, paired by seed, holds 0; null: no verdict
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def context_for(target: int) -> int:
 
 
 def match_shape(name: str, target: int, *, vocab_size: int, seq_len: int) -> Match:
-    """The shape of an architecture nearest to its own named sizes that has `target` parameters outside the tables, within
-    2 %: depth, width, heads (of a width that is a multiple of 16) and the width of the feed-forward follow.
+    """The shape of an architecture, as near as can be to its own named sizes, that has `target` parameters outside the
+    tables, within 2 %: depth, width, heads (of a width that is a multiple of 16) and the width of the feed-forward.
 
     Raises UsageError where there is none.
     """

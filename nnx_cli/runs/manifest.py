@@ -46,6 +46,11 @@ CONFIG_TYPES = {  # of what config.json may hold, that which something here reli
 }
 
 
+def versions() -> dict[str, str]:
+    """What a file was written with."""
+    return {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
 def describe_model(
     name: str, size: str | None, config: ModelConfig, n_parameters: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def describe_model(
         "model": {**models.describe(name), "size": size, **models.config_dict(config)},
         "parameters": n_parameters,
         "tokenizer": known,
-        "versions": {"nnx": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
 
 

@@ -104,20 +104,11 @@ class Run:
         Raises OutputError, naming the other process, where another one holds it. Reads config.json again, which the one
         before may have changed.
         """
-        path = self.folder / "lock"
-        with _open_lock(path) as file:
-            if not _try_lock(file):
-                file.seek(0)
-                holder = file.read(40).decode("ascii", "replace").strip() or "another process"
-                raise OutputError(f"{self.folder} is in use by process {holder}", fix="wait for it or stop it")
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
-                file.truncate(0)
-                os.write(file.fileno(), str(os.getpid()).encode())
+        with hold_folder(self.folder):
             for leftover in [*self.folder.glob(".tmp-*"), *self.checkpoints.glob(".*-step-*")]:
                 _remove(leftover)
             self.config = read_verified_config(self.folder)
             yield
-            file.truncate(0)
 
     def status(self) -> dict[str, Any]:
         """The contents of run.json. Raises CheckpointError where it is damaged."""
@@ -202,7 +193,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def live_status(folder: Path, status: Mapping[str, Any]) -> str:
-    """A run's status; one that says "running" while nobody holds its lock was killed: "interrupted"."""
+    """A run's status, or a race's; one that says "running" while nobody holds its lock was killed: "interrupted"."""
     stated = str(status.get("status"))
     if stated != "running":
         return stated
@@ -210,6 +201,24 @@ def live_status(folder: Path, status: Mapping[str, Any]) -> str:
         return "interrupted"
     with open(folder / "lock", "rb") as file:
         return "interrupted" if _try_lock(file) else "running"
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; it is free again when the process ends, however it ends.
+
+    Raises OutputError, naming the other process, where another one holds it.
+    """
+    with _open_lock(folder / "lock") as file:
+        if not _try_lock(file):
+            file.seek(0)
+            holder = file.read(40).decode("ascii", "replace").strip() or "another process"
+            raise OutputError(f"{folder} is in use by process {holder}", fix="wait for it or stop it")
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
+        yield
+        file.truncate(0)
 
 
 def _open_lock(path: Path) -> BinaryIO:

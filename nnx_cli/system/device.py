@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
 
 from nnx_cli.config import check_choice, check_device
 from nnx_cli.errors import DoesNotFit, MissingFeature, counted
-from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes
+from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes, reset_peak_rss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESERVE_BYTES = int(0.75 * 2**30)  # of a GPU: context and desktop, left outside the allocator
@@ -110,6 +111,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return peak_rss_bytes()
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let `peak_memory_bytes` begin anew; returns whether that can be."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return device.type == "cuda" or device.type == "cpu" and reset_peak_rss()
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,13 +66,16 @@ def is_forbidden(error: OutputError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_PLACE
 
 
+def numbered(path: Path) -> Iterator[Path]:
+    """`path`, then with -2, -3, … behind it, without an end."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
 def free_name(path: Path) -> Path:
     """`path`, or with -2, -3, … behind it where that exists."""
-    free, number = path, 1
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    return next(name for name in numbered(path) if not os.path.lexists(name))
 
 
 def plain_opener(path: str, flags: int) -> int:

@@ -54,6 +54,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def reset_peak_rss() -> bool:
+    """Hand freed memory back, and let `peak_rss_bytes` begin anew. Returns whether this system can: Linux does, with
+    glibc."""
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        return False
+    libc.malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def cpu_model() -> str:
     """What the CPU calls itself, where the system tells."""
     info = Path("/proc/cpuinfo")

@@ -266,6 +266,19 @@ def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
     return trainer, notes
 
 
+def record_end(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
+    """Write into run.json how a run stands that has ended or was stopped; returns all of it."""
+    state = trainer.state
+    return run.set_status(
+        status=status,
+        ended=None if status == "diverged" else state.ended_by(trainer.config),
+        step=state.step,
+        tokens=state.tokens,
+        time_s=round(state.time_s, 3),
+        skipped_steps=state.skipped_steps,
+    )
+
+
 def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
     """The token folder that a run is trained on. Raises DataError where it is gone or another one."""
     folder = moved_to or follow(run.folder, run.config["data"]["folder"])

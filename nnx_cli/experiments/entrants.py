@@ -1,0 +1,169 @@
+"""Who runs in a race: architectures in shapes of one size, and the plans of their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import RaceConfig, TrainConfig, parse_count
+from nnx_cli.data.token_folder import TokenFolder
+from nnx_cli.errors import DataError, DoesNotFit, UsageError, nearest
+from nnx_cli.planning.fit import check_batch_shape
+from nnx_cli.planning.flops import flops_per_token, meta_model
+from nnx_cli.planning.match import Match, context_for, match_shape, size_target
+from nnx_cli.planning.plan import Plan, plan_run
+from nnx_cli.planning.recipe import default_tokens_per_step
+
+DEFAULT_SIZE = {"cpu": "nano"}
+GPU_SIZE = "tiny"
+VALIDATIONS = 25  # of a run whose steps are known beforehand
+LEAST_STEPS = {"tokens": 10, "time": 10, "flops": 50}  # fewer make no curve; of 50, half a step is 1 % of the FLOPs
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A competitor: its shape, what is asked of its runs, and their plan; without one `problem` says why."""
+
+    model: str  # an architecture, or a file of the user's
+    match: Match
+    flops: int  # of training, a token
+    asked: TrainConfig
+    plan: Plan | None
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return models.stem(self.model)
+
+    @property
+    def file(self) -> Path | None:
+        """Its file, where it is the user's."""
+        return Path(self.model) if models.is_file(self.model) else None
+
+
+@dataclass(frozen=True)
+class Field:
+    """All that the runs of a race share, and who runs."""
+
+    config: RaceConfig
+    target: int  # parameters outside the tables
+    seq_len: int
+    tokens_per_step: int
+    data: TokenFolder
+    device: torch.device
+    precision: str
+    entrants: tuple[Entrant, ...] = ()
+
+    def expected_tokens(self, entrant: Entrant) -> float:
+        """What a run of a competitor sees, on a device of this kind about."""
+        steps = entrant.asked.max_steps
+        if steps or entrant.plan is None:
+            return (steps or 0) * self.tokens_per_step
+        return entrant.plan.tokens_per_s * self.config.amount()
+
+    def plan(self, model: str, match: Match, asked: TrainConfig, dropout: float | None = None) -> Plan:
+        """The plan of a run of that shape, as its architecture's recipe has it. Raises DoesNotFit."""
+        fields = {key: value for key, value in asdict(match.config).items() if key != "dropout"}
+        plan = plan_run(
+            model,
+            None,
+            fields if dropout is None else fields | {"dropout": dropout},
+            asked,
+            vocab_size=self.data.vocab_size,
+            train_tokens=len(self.data.train),
+            val_tokens=len(self.data.val),
+            device=self.device,
+            precision=self.precision,
+            sources={},
+        )
+        return replace(plan, size=match.size)
+
+
+def competitors_of(text: str) -> list[str]:
+    """The architectures that `--models` names. Raises UsageError for one that is none, or is named twice."""
+    words = text.replace(",", " ").split()
+    names = models.names() if words == ["all"] else words
+    for name in names:
+        if name not in models.names() and not models.is_file(name):
+            known = ", ".join(models.names())
+            raise UsageError(
+                f"--models: there is no {name!r}{nearest(name, models.names())}", fix=f"choose from {known}"
+            )
+        models.check_name(name)
+    called = [models.stem(name) for name in names]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise UsageError(f"--models names {twice[0]} twice", fix="a race has every architecture once")
+    if len(names) < 2:
+        raise UsageError("--models names fewer than two: nothing to compare", fix="write it like --models llama,nyx")
+    return names
+
+
+def enter(
+    config: RaceConfig, train: TrainConfig, seq_len: int | None, data: TokenFolder, device: torch.device, precision: str
+) -> Field:
+    """Choose shapes of one size and plan their runs. `train` has what was asked for of all of them.
+
+    Raises UsageError for a size that an architecture cannot have, or a budget that is too small; DataError for a text
+    that is too short, or of which nobody knows how many bytes its tokens are.
+    """
+    if data.tokenizer is None:
+        raise DataError(f"bits per byte of {data.path} need its tokenizer", fix="name it: --tokenizer FILE")
+    names = competitors_of(config.models)
+    size = config.size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
+    target = parse_count("parameters", config.parameters) or size_target(size)
+    seq_len = seq_len or context_for(target)
+    shapes = {name: match_shape(name, target, vocab_size=data.vocab_size, seq_len=seq_len) for name in names}
+    networks = {name: meta_model(name, match.config) for name, match in shapes.items()}
+    tokens_per_step = train.tokens_per_step
+    if tokens_per_step is None:
+        most = max(default_tokens_per_step(network, device) for network in networks.values())
+        tokens_per_step = max(1, most // seq_len) * seq_len
+    train = replace(train, tokens_per_step=tokens_per_step, sample_every=0, stop_early="off")
+    check_batch_shape(train, seq_len)
+    field = Field(config, target, seq_len, tokens_per_step, data, device, precision)
+    costs = {name: flops_per_token(network)["train"] for name, network in networks.items()}
+    return replace(field, entrants=tuple(_entrants(field, shapes, costs, train)))
+
+
+def _entrants(field: Field, shapes: dict[str, Match], costs: dict[str, int], train: TrainConfig) -> Iterable[Entrant]:
+    """Competitors with the plans of their runs, which end where the budget does."""
+    config = field.config
+    for name, match in shapes.items():
+        asked = _with_length(train, config, costs[name])
+        try:
+            plan = field.plan(name, match, asked)
+        except DoesNotFit as error:
+            yield Entrant(name, match, costs[name], asked, None, str(error))
+            continue
+        if config.equal == "time":
+            _check_steps(
+                config, int(config.amount() * plan.tokens_per_s / field.tokens_per_step), field.tokens_per_step
+            )
+        yield Entrant(name, match, costs[name], asked, plan)
+
+
+def _with_length(train: TrainConfig, config: RaceConfig, flops: int) -> TrainConfig:
+    """The settings of a run that ends where its budget does. Raises UsageError where that is too soon."""
+    amount, tokens_per_step = config.amount(), train.tokens_per_step
+    assert tokens_per_step is not None
+    if config.equal == "time":
+        return replace(train, max_time=f"{amount:f}s")
+    steps = int(amount // tokens_per_step) if config.equal == "tokens" else round(amount / (flops * tokens_per_step))
+    _check_steps(config, steps, tokens_per_step)
+    return replace(train, max_steps=steps, val_every=max(1, steps // VALIDATIONS))
+
+
+def _check_steps(config: RaceConfig, steps: int, tokens_per_step: int) -> None:
+    """Raise UsageError for a budget that has too few steps."""
+    least = LEAST_STEPS[config.equal]
+    if steps < least:
+        raise UsageError(
+            f"--budget {config.budget} is too small for an evaluation: {steps:,} steps of {tokens_per_step:,} tokens, "
+            f"where {least} are the least",
+            fix="give a larger --budget, or a smaller --tokens-per-step",
+        )

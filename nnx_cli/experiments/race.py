@@ -1,0 +1,287 @@
+"""Which architecture learns a text better: ordinary runs of each on the same batches, of one size, on one budget.
+
+A race is a folder: MODEL-SEED/ are its runs, race.json says how it stands. What is recorded there is not done again;
+a run that was interrupted goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from nnx_cli import models
+from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.experiments import race_file, rate_search
+from nnx_cli.experiments.entrants import Entrant, Field
+from nnx_cli.experiments.race_run import OUT_OF_MEMORY, Runner, Stopped, drop_weights
+from nnx_cli.planning.plan import Plan
+from nnx_cli.runs.find import WEIGHTS
+from nnx_cli.runs.manifest import versions
+from nnx_cli.system.device import describe
+from nnx_cli.system.files import new_folder, numbered, to_json, write_synced
+from nnx_cli.system.text import duration
+from nnx_cli.training.observer import Observer
+from nnx_cli.training.sampling import choose_sampling
+
+SEARCH = "search"  # the folder of the short runs
+OUTSIDE = "embedding and head"
+SEARCHES = 3.5  # short runs that a competitor takes, about
+ANOTHER = "name another folder with --out"
+
+
+class Spectator(Observer, Protocol):
+    """Watches a race: every one of its runs, and which one it is."""
+
+    def begins(self, what: str, done: float, share: float) -> None:
+        """A run begins, where `done` of the race is over, of which the run is `share`."""
+
+
+def new_record(field: Field, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """race.json of a race that has not begun."""
+    data = field.data
+    assert data.tokenizer is not None
+    known = {"kind": data.tokenizer.kind, "vocab_size": data.vocab_size, "fingerprint": data.tokenizer.fingerprint}
+    record: dict[str, Any] = {
+        "format": race_file.FORMAT,
+        "versions": versions(),
+        "settings": dict(settings),
+        "device": describe(field.device),
+        "fingerprint": data.fingerprint,
+        "state": "running",
+        "comparisons": 0,
+        "equal": field.config.equal,
+        "budget": field.config.amount(),
+        "data": str(data.path),
+        "tokenizer": known,
+        "train_tokens": len(data.train),
+        "seq_len": field.seq_len,
+        "tokens_per_step": field.tokens_per_step,
+        "parameters_counted": {"target": field.target, "outside": OUTSIDE},
+        "learning_rate_search": {"rates": {}, "tokens_each": rate_search.tokens_each(field), "time_s": 0.0},
+        "target_bits_per_byte": field.config.target,
+        "competitors": [_blank(entrant) for entrant in field.entrants],
+    }
+    race_file.judge(record)
+    return record
+
+
+def _blank(entrant: Entrant) -> dict[str, Any]:
+    """A competitor before its first run."""
+    plan = entrant.plan
+    train = None if plan is None else plan.train
+    return {
+        "model": entrant.name,
+        "size": entrant.match.size,
+        "config": models.config_dict(entrant.match.config if plan is None else plan.model_config),
+        "parameters": entrant.match.parameters,
+        "parameters_without_tables": entrant.match.without_tables,
+        "flops_per_token": entrant.flops,
+        "lr": None,
+        "optimizer": train and train.optimizer,
+        "weight_decay": train and train.weight_decay,
+        "dropout": plan and plan.model_config.dropout,
+        "warmup_steps": train and train.warmup_steps,
+        "status": "waiting" if plan else OUT_OF_MEMORY,
+        "problem": entrant.problem,
+        "runs": [],
+    }
+
+
+def find_race(
+    settings: Mapping[str, Any], fingerprint: str, stem: str, out: Path | None
+) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of a race, and what its race.json says where it has begun: the race of these settings on this text in
+    weights/race-STEM, -2, …, or a free name there; or `out`.
+
+    Raises OutputError where `out` is something else.
+    """
+    place = WEIGHTS / f"race-{stem}" if out is None else out
+    for folder in numbered(place):
+        if not os.path.lexists(folder):
+            return folder, None
+        try:
+            record = race_file.read_race(folder / race_file.NAME)
+        except CheckpointError as error:
+            if out is not None:
+                raise OutputError(f"{out} exists already, and is no race: {error}", fix=ANOTHER) from error
+            continue
+        differs = _difference(record, settings, fingerprint)
+        if differs is None:
+            return folder, record
+        if out is not None:
+            raise OutputError(f"{out} exists already, and is another race: {differs}", fix=ANOTHER)
+    raise AssertionError("names are endless")
+
+
+def _difference(record: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str) -> str | None:
+    """What makes a race another one than that of these settings on this text; None where nothing does."""
+    if record["fingerprint"] != fingerprint:
+        return "its text differs"
+    theirs = record["settings"] or {}
+    for name in sorted(theirs.keys() | settings.keys()):
+        if theirs.get(name) != settings.get(name):
+            return f"its {name} is {theirs.get(name)}, not {settings.get(name)}"
+    return None
+
+
+def begin(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make the folder of a race. Raises OutputError."""
+    with new_folder(folder) as temporary:
+        write_synced(temporary / race_file.NAME, to_json(dict(record)))
+
+
+class Race:
+    """A race in its folder. `record` is what race.json says; `changed` is called with it whenever a run is over."""
+
+    def __init__(
+        self,
+        field: Field,
+        folder: Path,
+        record: dict[str, Any],
+        view: Spectator,
+        command: str,
+        should_stop: Callable[[], bool],
+        changed: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.field = field
+        self.folder = folder
+        self.record = record
+        self.view = view
+        self.changed = changed
+        self.seeds = range(1, field.config.seeds + 1)
+        sampling = choose_sampling(field.data.tokenizer, field.data, None, 0, None)
+        self.runner = Runner(field, sampling, view, command, should_stop)
+        self.record["target_bits_per_byte"] = field.config.target
+        self.racing = [entrant for entrant in field.entrants if self._may_race(entrant)]
+        self.plans: dict[str, Plan] = {}
+        self.done_s = 0.0
+        self.total_s = sum(
+            SEARCHES * self._short_s(entrant) + len(self.seeds) * self._run_s(entrant) for entrant in self.racing
+        )
+
+    def run(self) -> None:
+        """Do what is not done yet: search the rates, then run seed after seed. Raises Stopped where it is to stop."""
+        self._set_state("running")
+        try:
+            for entrant in self.racing:
+                self._search(entrant)
+            shutil.rmtree(self.folder / SEARCH, ignore_errors=True)
+            for seed in self.seeds:
+                for entrant in self.racing:
+                    self._race(entrant, seed)
+        except Stopped:
+            self._set_state("interrupted")
+            raise
+        self._set_state("finished")
+        self.changed(self.record)
+
+    def entry(self, entrant: Entrant) -> dict[str, Any]:
+        """What race.json says of a competitor."""
+        return next(each for each in self.record["competitors"] if each["model"] == entrant.name)
+
+    def _may_race(self, entrant: Entrant) -> bool:
+        """Whether there is memory for a competitor. Raises CheckpointError where its shape is not the one recorded."""
+        entry = self.entry(entrant)
+        if entry["parameters"] != entrant.match.parameters or entry["size"] != entrant.match.size:
+            raise CheckpointError(
+                f"{self.folder} was begun by another version of nnx, with another shape of {entrant.name}", fix=ANOTHER
+            )
+        return entrant.plan is not None and entry["status"] != OUT_OF_MEMORY
+
+    # what is recorded
+
+    def _save(self) -> None:
+        race_file.judge(self.record)
+        race_file.write_race(self.folder, self.record)
+
+    def _set_state(self, state: str) -> None:
+        self.record["state"] = state
+        for entry in self.record["competitors"]:
+            self._set_status(entry)
+        self._save()
+
+    def _set_status(self, entry: dict[str, Any]) -> None:
+        """How a competitor stands, by its runs."""
+        ended = [run["status"] for run in entry["runs"]]
+        if entry["status"] == OUT_OF_MEMORY:
+            return
+        begun = self.record["state"] if ended else "waiting"
+        bad = [status for status in (OUT_OF_MEMORY, "diverged") if status in ended]
+        entry["status"] = bad[0] if bad else "finished" if len(ended) == len(self.seeds) else begun
+
+    # what is run
+
+    def _search(self, entrant: Entrant) -> None:
+        """Find a competitor's rate, unless it is known."""
+        entry, search = self.entry(entrant), self.record["learning_rate_search"]
+        tried = search["rates"].setdefault(entrant.name, [])
+        while entry["lr"] is None:
+            factor = rate_search.next_factor(tried)
+            if factor is None:
+                entry["lr"] = rate_search.best_rate(tried)
+                entry["weight_decay"] = self._plan(entrant).train.weight_decay
+                self._save()
+                break
+            rate = rate_search.rate_of(entrant, factor)
+            self._announce(f"{entrant.name}, trying lr {rate:g}", self._short_s(entrant))
+            folder = self.folder / SEARCH / f"{entrant.name}-{factor:g}"
+            bits, time_s = rate_search.try_rate(self.runner, entrant, rate, folder)
+            tried.append({"factor": factor, "lr": rate, "bits_per_byte": bits})
+            search["time_s"] = round(search["time_s"] + time_s, 3)
+            self.done_s += self._short_s(entrant)
+            self._save()
+
+    def _race(self, entrant: Entrant, seed: int) -> None:
+        """One run from its beginning, or from where it was interrupted, unless it is done."""
+        entry, folder = self.entry(entrant), self.folder / f"{entrant.name}-{seed}"
+        if entry["status"] == OUT_OF_MEMORY:
+            return
+        if seed not in {run["seed"] for run in entry["runs"]}:
+            self._announce(f"{entrant.name}, seed {seed}", self._run_s(entrant))
+            plan = self._plan(entrant)
+            plan = replace(plan, train=replace(plan.train, seed=seed))
+            peak_known = self.runner.forget()
+            status, problem = self.runner.train(entrant, plan, self.field.data, folder)
+            result = self.runner.result(entrant, folder, seed, status, peak_known, self.field.data.val)
+            entry["runs"].append(result)
+            entry["problem"] = problem or entry["problem"]
+            self._set_status(entry)
+            self._save()
+            self.changed(self.record)
+            self.view.note(_told(entrant.name, result))
+        self.done_s += self._run_s(entrant)
+        drop_weights(folder, self.field.config.keep)
+
+    def _plan(self, entrant: Entrant) -> Plan:
+        """The plan of a competitor's runs, with the rate that was found."""
+        if entrant.name not in self.plans:
+            asked = replace(entrant.asked, lr=self.entry(entrant)["lr"])
+            self.plans[entrant.name] = self.field.plan(entrant.model, entrant.match, asked)
+        return self.plans[entrant.name]
+
+    # how far it is
+
+    def _announce(self, what: str, seconds: float) -> None:
+        self.view.begins(what, min(1.0, self.done_s / self.total_s), seconds / self.total_s)
+
+    def _run_s(self, entrant: Entrant) -> float:
+        """What a run takes on a device of this kind, about."""
+        assert entrant.plan is not None
+        return self.field.expected_tokens(entrant) / entrant.plan.tokens_per_s
+
+    def _short_s(self, entrant: Entrant) -> float:
+        assert entrant.plan is not None
+        return rate_search.tokens_each(self.field) / entrant.plan.tokens_per_s
+
+
+def _told(name: str, result: Mapping[str, Any]) -> str:
+    """How a run ended, in a line."""
+    bits = "" if result["bits_per_byte"] is None else f" at {result['bits_per_byte']:.4f} bits per byte"
+    return (
+        f"{name}, seed {result['seed']}: {result['status']}{bits}, {result['tokens']:,} tokens in "
+        f"{duration(result['time_s'])} of training"
+    )

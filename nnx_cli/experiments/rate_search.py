@@ -1,0 +1,91 @@
+"""The learning rate of each competitor: short runs with the same few multiples of the one that its recipe has.
+
+They see training text alone: what they are judged by is cut off its end.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.data.loader import check_length
+from nnx_cli.data.token_folder import TokenFolder
+from nnx_cli.experiments.entrants import Entrant, Field
+from nnx_cli.experiments.race_run import Runner
+from nnx_cli.planning.plan import Plan
+
+FACTORS = (0.5, 1.0, 2.0)  # of the recipe's rate; one step further where the best one is at an edge
+SHARE = 0.2  # of the tokens of the competitor that sees fewest
+LEAST_STEPS = 50  # but no more than a run has
+VAL_SHARE = 0.05  # of the training text
+SEED = 1
+
+
+def tokens_each(field: Field) -> int:
+    """Tokens of every short run, the same for all competitors."""
+    sees = [field.expected_tokens(entrant) for entrant in field.entrants if entrant.plan is not None]
+    steps = min(sees, default=0) / field.tokens_per_step
+    return max(1, int(min(steps, max(LEAST_STEPS, SHARE * steps)))) * field.tokens_per_step
+
+
+def training_text(data: TokenFolder, seq_len: int) -> TokenFolder:
+    """The training text alone, divided anew into text to train on and to validate on. Raises DataError where it is too
+    short for that."""
+    n_val = max(seq_len + 1, int(VAL_SHARE * len(data.train)))
+    check_length(len(data.train) - n_val, seq_len)
+    train, val = data.train[:-n_val], data.train[-n_val:]
+    return replace(data, train=train, val=val, fingerprint=f"{data.fingerprint}, its training text")
+
+
+def rate_of(entrant: Entrant, factor: float) -> float:
+    """A multiple of the recipe's rate, to two digits."""
+    assert entrant.plan is not None and entrant.plan.train.lr is not None
+    return float(f"{entrant.plan.train.lr * factor:.2g}")
+
+
+def next_factor(tried: Sequence[dict[str, Any]]) -> float | None:
+    """The factor to try after those, with the bits per byte that they reached (None: diverged); None: no more."""
+    done = {t["factor"]: math.inf if t["bits_per_byte"] is None else t["bits_per_byte"] for t in tried}
+    if left := [factor for factor in FACTORS if factor not in done]:
+        return left[0]
+    if len(done) > len(FACTORS):
+        return None
+    best = min(done, key=lambda factor: (done[factor], factor))
+    if best == FACTORS[0]:
+        return best / 2
+    return best * 2 if best == FACTORS[-1] else None
+
+
+def best_rate(tried: Sequence[dict[str, Any]]) -> float:
+    """The rate that reached the fewest bits per byte; the lowest where all diverged."""
+    known = [each for each in tried if each["bits_per_byte"] is not None]
+    if not known:
+        return min(each["lr"] for each in tried)
+    return min(known, key=lambda each: (each["bits_per_byte"], each["lr"]))["lr"]
+
+
+def try_rate(runner: Runner, entrant: Entrant, rate: float, folder: Path) -> tuple[float | None, float]:
+    """Bits per byte that a short run with a rate reaches on its part of the training text, None where it diverges or
+    memory does not suffice, and the seconds of training that took.
+
+    Raises Stopped; then nothing of it is kept.
+    """
+    field = runner.field
+    data = training_text(field.data, field.seq_len)
+    shutil.rmtree(folder, ignore_errors=True)
+    status, _ = runner.train(entrant, _short_plan(field, entrant, rate), data, folder)
+    result = runner.result(entrant, folder, SEED, status, False, data.val)
+    shutil.rmtree(folder, ignore_errors=True)
+    return result["bits_per_byte"], result["time_s"]
+
+
+def _short_plan(field: Field, entrant: Entrant, rate: float) -> Plan:
+    """The plan of a short run, which drops as much as a whole one."""
+    assert entrant.plan is not None
+    steps = tokens_each(field) // field.tokens_per_step
+    asked = replace(entrant.asked, max_steps=steps, max_time=None, val_every=steps, lr=rate, seed=SEED)
+    return field.plan(entrant.model, entrant.match, asked, entrant.plan.model_config.dropout)
