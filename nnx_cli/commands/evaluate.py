@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nnx_cli.commands._depth import (
+    ByPositionFlag,
+    ContextFactors,
+    MemorisedFlag,
+    check_contexts,
+    context_factors,
+    context_lengths,
+    show_contexts,
+    show_memorised,
+    show_positions,
+)
 from nnx_cli.commands._options import (
     READING,
     READING_BRANCHES,
@@ -22,6 +33,12 @@ from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console import Output
 from nnx_cli.errors import counted
 
+if TYPE_CHECKING:
+    from nnx_cli.evaluation.by_position import ByPosition
+    from nnx_cli.evaluation.held_out import HeldOutText
+    from nnx_cli.models._base import LanguageModel
+    from nnx_cli.runs.load import ModelRef
+
 OPTIONS = settings(PrepareConfig, only=READING)
 TOKENS_PER_BATCH = 8192
 
@@ -34,17 +51,21 @@ def run(
     filepath: Annotated[
         list[str] | None, typer.Option(help="Text to read.", show_default="the validation split of the run")
     ] = None,
+    by_position: ByPositionFlag = False,
+    context: ContextFactors = None,
+    memorised: MemorisedFlag = False,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.", show_default="auto")] = None,
     device: Device = TrainConfig.device,
     precision: Precision = TrainConfig.precision,
     **options: Any,
 ) -> None:
-    """Measure loss, perplexity and bits per byte on held-out text, with the standard error."""
+    """Measure loss, perplexity, accuracy and bits per byte on held-out text, with the standard error."""
     check_range("batch-size", batch_size, 1, 2**20)
+    factors = context_factors(context)
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
     from nnx_cli.commands.prepare import preparation_view
-    from nnx_cli.evaluation.held_out import held_out_tokens
-    from nnx_cli.evaluation.losses import evaluate
+    from nnx_cli.evaluation.by_position import ByPosition
+    from nnx_cli.evaluation.held_out import held_out_text, training_folder
     from nnx_cli.runs.find import find_model
     from nnx_cli.runs.load import load_model
     from nnx_cli.system.device import pick_device, pick_precision
@@ -52,23 +73,62 @@ def run(
     where = pick_device(device)
     precision = pick_precision(precision, where)
     ref = find_model(model, file)
-    network, tokenizer = load_model(ref, where, precision), ref.tokenizer
-    seq_len = network.config.seq_len
+    network = load_model(ref, where, precision)
+    training = training_folder(ref, "leave out --memorised, or put the folder back") if memorised else None
     output.note_reading(*(filepath or []))
-    with held_out_tokens(ref, filepath or [], preparing, preparation_view(output)) as tokens:
-        result = evaluate(
-            network,
-            tokens,
-            seq_len=seq_len,
-            batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
-            token_bytes=None if tokenizer is None else tokenizer.token_bytes(),
-        )
-    numbers = {name: value for name, value in asdict(result).items() if name != "window_losses"}
-    output.show_json({"model": ref.label, "loss": result.loss, "perplexity": result.perplexity} | numbers)
+    with held_out_text(ref, filepath or [], preparing, preparation_view(output)) as text:
+        lengths = context_lengths(network, factors)
+        refused = check_contexts(ref, network, text, lengths)
+        positions = ByPosition(network.config.seq_len) if by_position else None
+        source = ", ".join(filepath) if filepath else "the validation split"
+        product = _losses(output, ref, network, text, batch_size, positions, source)
+        if positions is not None:
+            product |= show_positions(output, network, text, positions)
+        if lengths:
+            product |= show_contexts(output, network, text, lengths, refused)
+        if training is not None:
+            product |= show_memorised(output, ref, network, text, training)
+    output.show_json(product)
+
+
+def _losses(
+    output: Output,
+    ref: ModelRef,
+    network: LanguageModel,
+    text: HeldOutText,
+    batch_size: int | None,
+    positions: ByPosition | None,
+    source: str,
+) -> dict[str, Any]:
+    """Measure losses and accuracy, and show them; `positions` watches. Returns what --json prints of them."""
+    from nnx_cli.evaluation.by_document import ByDocument
+    from nnx_cli.evaluation.losses import Accuracy, evaluate
+
+    token_bytes = None if ref.tokenizer is None else ref.tokenizer.token_bytes()
+    seq_len, accuracy = network.config.seq_len, Accuracy()
+    documents = None if token_bytes is None else ByDocument(text.documents, token_bytes)
+    watchers = [watcher.add for watcher in (accuracy, documents, positions) if watcher is not None]
+    result = evaluate(
+        network,
+        text.tokens,
+        seq_len=seq_len,
+        batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
+        token_bytes=token_bytes,
+        watchers=watchers,
+    )
+    over = "windows"
+    if documents is not None and (stderr := documents.stderr()) is not None:
+        result, over = replace(result, bits_per_byte_stderr=stderr), "documents"
+    shares = accuracy.shares()
     error = "" if result.bits_per_byte_stderr is None else f" ± {result.bits_per_byte_stderr:.4f}"
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f}{error} bits per byte"
-    source = ", ".join(filepath) if filepath else "the validation split"
     output.show(
         f"{ref.label} on {source}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}",
-        f"{counted(result.tokens, 'token')}, {result.tokens_per_s:,.0f} tokens/s",
+        f"the next token is the likeliest {shares['top1_accuracy']:.1%} of the time, among the five likeliest "
+        f"{shares['top5_accuracy']:.1%}",
+        f"{counted(result.tokens, 'token')}, {result.tokens_per_s:,.0f} tokens/s"
+        + (f"; error over {counted(documents.n_documents, 'document')}" if documents and over == "documents" else ""),
     )
+    numbers = {name: value for name, value in asdict(result).items() if name != "window_losses"}
+    measured = {"model": ref.label, "loss": result.loss, "perplexity": result.perplexity} | numbers
+    return measured | shares | {"stderr_over": over if error else None}

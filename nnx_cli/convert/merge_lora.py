@@ -10,7 +10,7 @@ import torch
 
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError
-from nnx_cli.evaluation.held_out import held_out_tokens
+from nnx_cli.evaluation.held_out import held_out_text
 from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.layers.lora import merge_adapters
 from nnx_cli.runs.load import ModelRef, load_model
@@ -49,8 +49,8 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
 def _sample_ids(ref: ModelRef, vocab_size: int, seq_len: int) -> torch.Tensor:
     """Token ids (B, T) to compare two models on."""
     try:
-        with held_out_tokens(ref, ()) as tokens:
-            length = min(seq_len, len(tokens) - 1)
+        with held_out_text(ref, ()) as text:
+            tokens, length = text.tokens, min(seq_len, len(text.tokens) - 1)
             return windows_at(tokens, window_starts(len(tokens), length, COMPARED_WINDOWS), length)[0]
     except DataError:
         return torch.randint(vocab_size, (COMPARED_WINDOWS, seq_len))

@@ -17,7 +17,7 @@ from nnx_cli.config import PrepareConfig, SampleConfig
 from nnx_cli.convert.sensitivity import rank_layers, unique_matrices
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
-from nnx_cli.evaluation.held_out import held_out_tokens
+from nnx_cli.evaluation.held_out import held_out_text
 from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.inference.generate import generate
 from nnx_cli.layers.linear import Linear
@@ -153,8 +153,8 @@ def quantize_model(
     before = load_model(ref, device, precision)
     _check_kept(before, quantization.kept)
     read: list[str] = []
-    with held_out_tokens(ref, paths, preparing, lambda event: read.append(event["note"])) as tokens:
-        n_tokens = len(tokens)
+    with held_out_text(ref, paths, preparing, lambda event: read.append(event["note"])) as text:
+        tokens, n_tokens = text.tokens, len(text.tokens)
         if n_tokens < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         token_bytes = None if tokenizer is None else tokenizer.token_bytes()

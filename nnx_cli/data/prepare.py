@@ -24,7 +24,7 @@ from nnx_cli.data.formats import COMPRESSIONS, FORMATS, TARS, format_of
 from nnx_cli.data.separators import Piece
 from nnx_cli.data.sources import Reader, Report, Source, builtin_corpus
 from nnx_cli.data.split import SplitWriter
-from nnx_cli.data.token_file import count_bytes
+from nnx_cli.data.token_file import START_DTYPE, count_bytes
 from nnx_cli.data.token_folder import write_meta
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.base import Tokenizer, utf8
@@ -74,8 +74,9 @@ def encode_files(
     folder: Path,
     config: PrepareConfig,
     on_progress: Progress | None = None,
-) -> np.ndarray:
-    """Ids (N,) of all text in `paths`, mapped from a file in the existing `folder`. Raises DataError.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) of all text in `paths` and the first token of each document, mapped from files in the existing
+    `folder`. Raises DataError.
 
     `on_progress` gets the notes.
     """
@@ -86,7 +87,8 @@ def encode_files(
         _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
         writer.finish()
     _tell_notes(report, tell)
-    return np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
+    ids = np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
+    return ids, np.memmap(folder / "train.documents", dtype=START_DTYPE, mode="r")
 
 
 def default_folder(

@@ -1,46 +1,72 @@
-"""The text that a model is judged on."""
+"""The text that a model is judged on, and the one it was trained on."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nnx_cli.config import PrepareConfig
 from nnx_cli.data.prepare import Progress, encode_files
-from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import DataError
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.system.files import follow
 from nnx_cli.system.signals import half_made
 
+NAME_A_TEXT = "name a text: --filepath FILE"
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Token ids (N,) and the first token of each document; one document where nothing tells them apart."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
 
 @contextmanager
-def held_out_tokens(
+def held_out_text(
     ref: ModelRef, paths: Sequence[str], config: PrepareConfig | None = None, on_progress: Progress | None = None
-) -> Iterator[np.ndarray]:
-    """Token ids (N,): of text in `paths`, or of the validation split beside which the model was trained.
+) -> Iterator[HeldOutText]:
+    """Text in `paths`, or the validation split beside which the model was trained.
 
     `on_progress` is told what the user should know of how the text was read.
     Raises DataError where there is no such text, or where it belongs to another tokenizer.
     """
-    tokenizer, fix = ref.tokenizer, "name a text: --filepath FILE"
+    tokenizer = ref.tokenizer
     if not paths:
-        data = ref.config.get("data")
-        if data is None:
-            raise DataError(f"{ref.label} names no text of its own", fix)
-        folder = follow(ref.folder, data["folder"])
-        if not folder.is_dir():
-            raise DataError(f"the text that {ref.label} was trained on is gone: no {folder}", fix)
-        tokens = open_token_folder(folder, tokenizer=tokenizer)
-        if tokens.fingerprint != data["fingerprint"]:
-            raise DataError(f"{folder} is not the text that {ref.label} was trained on", fix)
-        yield tokens.val
+        folder = training_folder(ref)
+        yield HeldOutText(folder.val, _documents(folder.val, folder.documents["val"], ref))
         return
     if tokenizer is None:
         raise DataError(f"{ref.label} has no tokenizer: it cannot read text", fix="leave out --filepath")
     with half_made(), tempfile.TemporaryDirectory(prefix="nnx-") as spool:
-        yield encode_files(paths, tokenizer, Path(spool), config or PrepareConfig(), on_progress)
+        ids, documents = encode_files(paths, tokenizer, Path(spool), config or PrepareConfig(), on_progress)
+        yield HeldOutText(ids, _documents(ids, documents, ref))
+
+
+def training_folder(ref: ModelRef, fix: str = NAME_A_TEXT) -> TokenFolder:
+    """The token folder that a model was trained on. Raises DataError, with `fix`, where it is not there any more."""
+    data = ref.config.get("data")
+    if data is None:
+        raise DataError(f"{ref.label} names no text of its own", fix)
+    folder = follow(ref.folder, data["folder"])
+    if not folder.is_dir():
+        raise DataError(f"the text that {ref.label} was trained on is gone: no {folder}", fix)
+    tokens = open_token_folder(folder, tokenizer=ref.tokenizer)
+    if tokens.fingerprint != data["fingerprint"]:
+        raise DataError(f"{folder} is not the text that {ref.label} was trained on", fix)
+    return tokens
+
+
+def _documents(tokens: np.ndarray, documents: np.ndarray, ref: ModelRef) -> np.ndarray:
+    """The first tokens of documents as they are known, or else what follows an end-of-text token."""
+    tokenizer = ref.tokenizer
+    if len(documents) > 1 or tokenizer is None or tokenizer.eot_id is None:
+        return documents
+    return np.concatenate((documents[:1].astype(np.int64), 1 + np.flatnonzero(tokens[:-1] == tokenizer.eot_id)))

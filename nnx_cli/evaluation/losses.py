@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError
-from nnx_cli.layers.loss import token_losses
+from nnx_cli.layers.loss import token_losses, token_scores
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.cuda_graph import CudaGraph
 
@@ -39,6 +40,33 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of the targets of windows (B, T)."""
+
+    starts: np.ndarray  # (B,) where the windows begin: target t of a window is token start + 1 + t
+    targets: np.ndarray  # (B, T)
+    losses: np.ndarray  # (B, T) nats, float64
+    ranks: np.ndarray  # (B, T) tokens that the model finds likelier than the target
+
+
+class Accuracy:
+    """Counts how often the target is the likeliest token, and how often among the five likeliest."""
+
+    def __init__(self) -> None:
+        self.n_tokens, self.n_top1, self.n_top5 = 0, 0, 0
+
+    def add(self, scores: Scores) -> None:
+        """Count the targets of some windows."""
+        self.n_tokens += scores.ranks.size
+        self.n_top1 += int((scores.ranks < 1).sum())
+        self.n_top5 += int((scores.ranks < 5).sum())
+
+    def shares(self) -> dict[str, float]:
+        """Both as shares of the targets."""
+        return {"top1_accuracy": self.n_top1 / self.n_tokens, "top5_accuracy": self.n_top5 / self.n_tokens}
+
+
 def graphed_losses(model: LanguageModel, batch_size: int, seq_len: int) -> LossFunction:
     """`token_losses` of a model in evaluation mode, as a CUDA graph for batches (B, T) of that shape; others are
     computed op by op. A result is good until the next call."""
@@ -61,6 +89,17 @@ def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndar
     return starts
 
 
+@contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
@@ -71,17 +110,17 @@ def evaluate(
     token_bytes: np.ndarray | None,
     n_windows: int | None = None,
     losses_of: LossFunction = token_losses,
+    watchers: Sequence[Callable[[Scores], None]] = (),
 ) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 
     With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly
     spread windows count. `token_bytes` (V,) gives each token's length in bytes; without it there are no bits per byte.
-    Raises DataError where there is no target.
+    `watchers` are handed every batch of windows, scored; `losses_of` is not asked then. Raises DataError where there is
+    no target.
     """
     if len(tokens) < 2:
         raise DataError("the text to evaluate has fewer than two tokens")
-    was_training = model.training
-    model.eval()
     started = time.perf_counter()
     starts = window_starts(len(tokens), seq_len, n_windows)
     batches = [(starts[i : i + batch_size], seq_len) for i in range(0, len(starts), batch_size)]
@@ -90,14 +129,21 @@ def evaluate(
         batches.append((np.array([len(tokens) - 1 - tail]), tail))
     wide = torch.float32 if model.device.type == "mps" else torch.float64
     nats, n_bytes, lengths = [], [], []
-    for begin, length in batches:
-        input_ids, targets = windows_at(tokens, begin, length)
-        losses = losses_of(model, input_ids.to(model.device), targets.to(model.device))  # (B, T)
-        nats.append(losses.to(wide).sum(1))
-        lengths.append(np.full(len(begin), length))
-        if token_bytes is not None:
-            n_bytes.append(token_bytes[targets.numpy()].sum(1))
-    model.train(was_training)
+    with evaluating(model):
+        for begin, length in batches:
+            input_ids, targets = windows_at(tokens, begin, length)
+            on_device = input_ids.to(model.device), targets.to(model.device)
+            if watchers:
+                losses, ranks = token_scores(model, *on_device)
+                scores = Scores(begin, targets.numpy(), losses.cpu().double().numpy(), ranks.cpu().numpy())
+                for watch in watchers:
+                    watch(scores)
+            else:
+                losses = losses_of(model, *on_device)  # (B, T)
+            nats.append(losses.to(wide).sum(1))
+            lengths.append(np.full(len(begin), length))
+            if token_bytes is not None:
+                n_bytes.append(token_bytes[targets.numpy()].sum(1))
     nats_by_window = torch.cat(nats).cpu().numpy()
     total, tokens_by_window = float(nats_by_window.sum()), np.concatenate(lengths)
     n_tokens = int(tokens_by_window.sum())

@@ -305,17 +305,44 @@ class LossModule(nn.Module):
 @torch.no_grad()
 def token_losses(model: TrunkAndHead, input_ids: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of every target, float32 (B, T), without gradients; logits in chunks of rows."""
+    return _scores(model, input_ids, targets, ranked=False)[0]
+
+
+@torch.no_grad()
+def token_scores(model: TrunkAndHead, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and the rank of every target, int64 (B, T): how many tokens the model finds likelier, with those
+    as likely that have a smaller id. A logit that is not finite counts as likelier."""
+    losses, ranks = _scores(model, input_ids, targets, ranked=True)
+    assert ranks is not None
+    return losses, ranks
+
+
+def _scores(model: TrunkAndHead, input_ids: Tensor, targets: Tensor, *, ranked: bool) -> tuple[Tensor, Tensor | None]:
     hidden, flat = model.trunk(input_ids).flatten(0, 1), targets.flatten()
+    losses, ranks = [], []
     if (linear := as_linear_head(model.head)) is None:
         size = chunk_rows(len(hidden), model.config.vocab_size, device_type=of(hidden).kind)
-        pieces = zip(hidden.split(size), flat.split(size), strict=True)
-        losses = [F.cross_entropy(model.head(x).float(), target, reduction="none") for x, target in pieces]
+        for x, target in zip(hidden.split(size), flat.split(size), strict=True):
+            logits = model.head(x).float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            if ranked:
+                ranks.append(_ranks(logits, target))
     else:
         chunks, V = LogitChunks(hidden, linear), len(linear.weight)
-        losses = []
         for rows, x, logits in chunks:
+            student_t = chunks.student_t(x)
+            if ranked:  # before the logits are used up; nearest centres are likeliest
+                near = logits[:, :V] if student_t is None else torch.sub(2 * logits[:, :V], student_t.w_squares)
+                ranks.append(_ranks(near, flat[rows]))
             loss, _ = cross_entropy_rows(
-                logits[:, :V], flat[rows], model.ignore_index, student_t=chunks.student_t(x), gradient=False
+                logits[:, :V], flat[rows], model.ignore_index, student_t=student_t, gradient=False
             )
             losses.append(loss.float())
-    return torch.cat(losses).view(targets.shape)
+    return torch.cat(losses).view(targets.shape), torch.cat(ranks).view(targets.shape) if ranked else None
+
+
+def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many logits (N, V) come before those of the targets (N,)."""
+    wanted = logits.gather(1, targets[:, None])
+    before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    return (~(logits <= wanted) | (logits == wanted) & before).sum(1)

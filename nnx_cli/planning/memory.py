@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
 from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
-from nnx_cli.layers.loss import LossModule
+from nnx_cli.layers.loss import LossModule, token_losses
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import DeviceOptimizer
@@ -391,6 +391,15 @@ def simulate(
         del loss, n_targets
         tracker.mark("end")
     return _pass_of(stretched(tracker.sections, pairs))
+
+
+def evaluation_bytes(model: LanguageModel, batch_size: int, seq_len: int, hardware: Hardware) -> int:
+    """Peak memory of a pass of a model on the meta device that takes losses without gradients, beyond its weights."""
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta")
+    with simulated(hardware), StorageTracker(hardware) as tracker:
+        tracker.leave_out([*model.parameters(), *model.buffers(), ids])
+        token_losses(model.eval(), ids, ids)
+    return max(section.peak for section in tracker.sections) + fixed_bytes(hardware)
 
 
 def _pass_of(sections: list[Section]) -> Pass:

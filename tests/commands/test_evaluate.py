@@ -1,7 +1,12 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
+
+from nnx_cli import models
+from nnx_cli.commands import _depth
+from nnx_cli.evaluation import memorised
 
 
 def test_json_over_the_whole_validation_split(nnx, run, tokens):
@@ -15,7 +20,11 @@ def test_json_over_the_whole_validation_split(nnx, run, tokens):
         "tokens",
         "text_bytes",
         "tokens_per_s",
+        "top1_accuracy",
+        "top5_accuracy",
+        "stderr_over",
     ]
+    assert 0 < product["top1_accuracy"] < product["top5_accuracy"] < 1 and product["stderr_over"] == "windows"
     assert product["tokens"] == product["text_bytes"] == len(tokens.val) - 1
     assert product["bits_per_byte"] == pytest.approx(product["loss"] / math.log(2))
     assert product["perplexity"] == pytest.approx(math.exp(product["loss"]))
@@ -54,3 +63,104 @@ def test_what_cannot_be_evaluated(refused, run, workspace):
     refused(2, "--batch-size is 0", "eval", "--batch-size", 0)
     (workspace / "data" / "words").rename(workspace / "data" / "moved")
     refused(3, "is gone", "eval")
+
+
+def test_errors_are_taken_over_documents_where_there_are_ten(nnx, run, workspace):
+    rows = [json.dumps({"text": f"the cat sees dog {n} and a tree " * (1 + n % 7)}) for n in range(30)]
+    (workspace / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    product = json.loads(nnx("eval", "--filepath", "rows.jsonl", "--json").stdout)
+    (workspace / "text.txt").write_text("\n".join(json.loads(row)["text"] for row in rows), encoding="utf-8")
+    whole = json.loads(nnx("eval", "--filepath", "text.txt", "--json").stdout)
+    assert (product["stderr_over"], whole["stderr_over"]) == ("documents", "windows")
+    assert product["bits_per_byte"] == whole["bits_per_byte"]
+    assert product["bits_per_byte_stderr"] != whole["bits_per_byte_stderr"]
+    assert "error over 30 documents" in nnx("eval", "--filepath", "rows.jsonl").stdout
+
+
+def test_loss_by_position(nnx, run, tokens):
+    product = json.loads(nnx("eval", "--by-position", "--json").stdout)
+    assert [position for position, _ in product["by_position"]] == list(range(1, 33))
+    assert product["context_used"] is None
+    shown = nnx("eval", "--by-position").stdout
+    assert "17 to 32" in shown and "a context of 32 tokens has no positions far beyond 64" in shown
+    plain = json.loads(nnx("eval", "--json").stdout)
+    assert {key: product[key] for key in plain if key != "tokens_per_s"} == {
+        key: plain[key] for key in plain if key != "tokens_per_s"
+    }
+
+
+def test_loss_beyond_the_trained_length(nnx, run):
+    product = json.loads(nnx("eval", "--context", "4x,1.5x", "--json").stdout)
+    assert list(product["context"]) == ["1x", "4x", "1.5x"] and all(product["context"].values())
+    assert list(product["context_from_1x"]) == ["4x", "1.5x"]
+    again = json.loads(nnx("eval", "--context", "4X", "--json").stdout)
+    assert again["context"] == {name: product["context"][name] for name in ("1x", "4x")}, "the same targets"
+    assert "from 1x" in nnx("eval", "--context", "2").stdout
+
+
+PLACES = "        self.places = nn.Embedding(config.seq_len, config.dim)\n        self.blocks ="
+LEARNED = {  # three ways to have a position for every token of the trained length, and none beyond it
+    "IndexError": "x = x + self.places(torch.arange(x.shape[1], device=x.device))",
+    "RuntimeError": "x = x + self.places.weight[: x.shape[1]]",
+    "AssertionError": "assert x.shape[1] <= config.seq_len, 'too long'",
+}
+
+
+@pytest.mark.parametrize(("error", "line"), LEARNED.items())
+def test_a_model_with_learned_positions_says_so(nnx, workspace, text_file, error, line):
+    source = (
+        (models.FOLDER / "llama.py")
+        .read_text(encoding="utf-8")
+        .replace("from torch import", "import torch\nfrom torch import")
+    )
+    source = source.replace("        self.blocks =", PLACES, 1)
+    source = source.replace(
+        "        for block in self.blocks:\n", f"        {line}\n        for block in self.blocks:\n", 1
+    )
+    Path("mine.py").write_text(source, encoding="utf-8")
+    shape = ["--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--max-steps", 1, "--batch-size", 2]
+    assert nnx("train", "--model", "mine.py", "--filepath", text_file, *shape, "--out", "weights/m").exit_code == 0
+    done = nnx("eval", "m", "--model", "mine.py", "--context", "2x,4x", "--json")
+    assert done.exit_code == 0
+    product = json.loads(done.stdout)
+    assert product["context"] == {"1x": pytest.approx(product["loss"], rel=0.2), "2x": None, "4x": None}
+    said = nnx("eval", "m", "--model", "mine.py", "--context", "2x,4x").stderr
+    assert f"mine cannot read 2x its context of 32 tokens: {error}" in said
+
+
+def test_copies_of_the_training_text(nnx, run, tokens, monkeypatch):
+    monkeypatch.setattr(_depth, "N_SAMPLES", 2)
+    monkeypatch.setattr(_depth, "SAMPLE_TOKENS", 60)
+    found = json.loads(nnx("eval", "--memorised", "--json").stdout)["memorised"]
+    assert found["sample_tokens"] == 120 and found["searched_tokens"] == found["training_tokens"] == len(tokens.train)
+    assert 1 <= found["longest_tokens"] < 60 and 0 <= found["share_50_grams"] <= 1
+    assert found["longest_text"].encode() in bytes(tokens.train) or "\ufffd" in found["longest_text"]
+    monkeypatch.setattr(memorised, "SEARCHED_BYTES", 1000)
+    shown = nnx("eval", "--memorised").stdout
+    assert f"the first 1,000 of {len(tokens.train):,} training tokens" in shown and "longest copy: '" in shown
+
+
+def test_in_depth_on_a_model_that_was_made_of_the_run(nnx, run):
+    assert nnx("quantize", "--max-drop", 5, "--out", "weights/small").exit_code == 0
+    product = json.loads(nnx("eval", "small", "--by-position", "--context", "2x", "--json").stdout)
+    assert product["context"]["2x"] > 0 and len(product["by_position"]) == 32
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5x", "1x", "-2x", "nanx", "infx", "1e9x", "2x,", ",", "", "x", "2y", "2x 4x", "1025x", "2x,\x1b[2J"]
+)
+def test_factors_that_are_none(refused, run, value):
+    result = refused(2, "it must be factors above 1", "eval", "--context", value)
+    assert "\x1b" not in result.stderr
+
+
+def test_what_in_depth_lacks(refused, run, workspace, monkeypatch):
+    refused(3, "one window of the longest context has 3,169", "eval", "--context", "99x")
+    (workspace / "short.txt").write_text("the cat sees a dog\n", encoding="utf-8")
+    refused(3, "one window of the longest context has 65", "eval", "--context", "2x", "--filepath", "short.txt")
+    monkeypatch.setattr("nnx_cli.system.device.memory_budget", lambda device, vram: 1000)
+    refused(4, "a context of 2x, 64 tokens, takes about", "eval", "--context", "2x")
+    refused(5, "there is no run", "eval", "nobody", "--memorised")
+    (workspace / "data" / "words").rename(workspace / "data" / "moved")
+    (workspace / "text.txt").write_text("the cat sees a dog\n" * 9, encoding="utf-8")
+    refused(3, "is gone", "eval", "--memorised", "--filepath", "text.txt")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from nnx_cli import models
 from nnx_cli.errors import DataError
-from nnx_cli.evaluation.losses import evaluate, ratio_with_error, window_starts
-from nnx_cli.layers.loss import token_losses
+from nnx_cli.evaluation.losses import Accuracy, evaluate, ratio_with_error, window_starts
+from nnx_cli.layers.loss import _ranks, token_losses, token_scores
 
 T = 16
 
@@ -118,3 +119,34 @@ def test_evaluation_leaves_the_model_as_it_was(tiny, training):
     assert first == second, "dropout is off"
     assert model.training is training
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_ranks_are_those_of_the_logits(tiny, name):
+    model = tiny(name).eval()
+    ids = torch.from_numpy(stream(3 * T + 3).reshape(3, T + 1).astype(np.int64))
+    losses, ranks = token_scores(model, ids[:, :-1], ids[:, 1:])
+    order = model(ids[:, :-1]).argsort(-1, descending=True)
+    assert (ranks == (order == ids[:, 1:, None]).int().argmax(-1)).all()
+    assert losses.equal(token_losses(model, ids[:, :-1], ids[:, 1:])), "to the last digit"
+
+
+def test_equal_logits_rank_by_their_ids_and_what_is_no_number_comes_first():
+    rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, math.nan], [0.0, math.nan, 2.0]])
+    assert _ranks(rows, torch.tensor([0, 2, 1, 1])).tolist() == [0, 2, 1, 3]
+
+
+def test_accuracy_counts_every_target(tiny):
+    model, tokens, accuracy = tiny(), stream(100), Accuracy()
+    plain = evaluate(model, tokens, seq_len=T, batch_size=4, token_bytes=np.ones(64, np.int32))
+    watched = evaluate(
+        model, tokens, seq_len=T, batch_size=4, token_bytes=np.ones(64, np.int32), watchers=[accuracy.add]
+    )
+    assert (watched.loss, watched.bits_per_byte_stderr) == (plain.loss, plain.bits_per_byte_stderr)
+    assert watched.window_losses == plain.window_losses
+    first = fifth = 0
+    for start in range(0, 99, T):
+        ids = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))[None]
+        likeliest = model(ids[:, :-1]).topk(5).indices == ids[:, 1:, None]
+        first, fifth = first + likeliest[..., 0].sum().item(), fifth + likeliest.sum().item()
+    assert accuracy.shares() == {"top1_accuracy": first / 99, "top5_accuracy": fifth / 99} and fifth > first
