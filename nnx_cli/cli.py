@@ -41,6 +41,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "train": ("train", "Train a model from scratch."),
     "sample": ("sample", "Write text with a trained model."),
     "eval": ("evaluate", "Measure loss, perplexity and bits per byte on held-out text."),
+    "report": ("report", "Draw runs as a page: curves, plan, samples; several compared."),
     "summarize": ("summarize", "Show layers, parameters, FLOPs, memory, and whether it fits."),
     "quantize": ("quantize", "Make a smaller, faster copy of a model."),
     "merge": ("merge", "Add the adapters of --lora-rank to the weights."),

@@ -10,12 +10,7 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-needed = pytest.mark.skipif(
-    PROGRAM is None or sys.platform == "win32", reason="no Chromium in PATH (Debian's package is `chromium`)"
-)
 SWITCHES = [
     "--headless=new",
     "--no-sandbox",

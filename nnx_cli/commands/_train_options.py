@@ -76,6 +76,7 @@ PANELS = {  # of the settings that training and preparing have
         "save_every",
         "keep",
         "patience",
+        "report",
     ),
     "Data": ("tokenizer", "val_fraction", "text_key", "encoding", "separator", "errors"),
 }

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
     from nnx_cli.training.inputs import Shape
+    from nnx_cli.training.observer import Observer, Several
     from nnx_cli.training.sampling import Sampling
     from nnx_cli.training.session import Restart
     from nnx_cli.training.trainer import Trainer
@@ -120,6 +121,7 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan
+    from nnx_cli.training.observer import Several
     from nnx_cli.training.sampling import choose_sampling
 
     for note in request.notes:
@@ -155,9 +157,10 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     shown.tell(output)
     with _PacedView(output, plan) as view:
         stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
-        started, trainer = _start(plan, tokens, request.out, stem, device, view, sampling, base)
+        observers = Several(view)
+        started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base)
         made.clear()
-        with started.lock():
+        with started.lock(), _reporting(started, observers, view, plan.train.report):
             _finish(output, started, trainer, view, naming(plan.model))
 
 
@@ -240,7 +243,7 @@ def _start(
     out: Path | None,
     stem: str,
     device: torch.device,
-    view: TrainingView,
+    observer: Observer,
     sampling: Sampling,
     base: ModelRef | None,
 ) -> tuple[Run, Trainer]:
@@ -250,7 +253,7 @@ def _start(
     while True:
         folder = out or session.free_folder(f"{models.stem(plan.model)}-{stem}")
         try:
-            return session.start(plan, tokens, folder, device, view, sampling, _command_line(), base)
+            return session.start(plan, tokens, folder, device, observer, sampling, _command_line(), base)
         except OutputError:
             if out is not None or not folder.exists():  # else another process took the name meanwhile
                 raise
@@ -262,6 +265,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     from nnx_cli.runs.run import Run
     from nnx_cli.system.torch_private import compiler_is_loaded
     from nnx_cli.training import session
+    from nnx_cli.training.observer import Several
 
     folder = session.find_unfinished() if request.run == "last" else find_folder(request.run)
     run = Run(folder)
@@ -286,12 +290,14 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
         with TrainingView(output) as view:
             if not compiler_is_loaded():
                 output.note("loading torch's optimizers, and its compiler with them")
-            trainer, notes = session.resume(restart, view)
+            observers, reports = Several(view), restart.config.report
+            trainer, notes = session.resume(restart, observers)
             del restart  # which holds all weights once more
             for note in [*lost, *notes]:
                 output.warn(note)
             output.note(f"resuming {folder} at step {trainer.state.step}")
-            _finish(output, run, trainer, view, naming(request.file))
+            with _reporting(run, observers, view, reports):
+                _finish(output, run, trainer, view, naming(request.file))
 
 
 def _show_restart(output: Output, restart: Restart) -> None:
@@ -323,6 +329,19 @@ def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
         return run.status(), []
     except CheckpointError as error:
         return {}, [f"{error}; its numbers come from the checkpoint"]
+
+
+@contextmanager
+def _reporting(run: Run, observers: Several, view: TrainingView, wanted: bool) -> Iterator[None]:
+    """Have the page of a run written as it goes and when it ends, where that is `wanted`."""
+    if not wanted:
+        yield
+        return
+    from nnx_cli.reporting.live_report import LiveReport
+
+    with LiveReport(run.folder, view.note) as report:
+        observers.observers.append(report)
+        yield
 
 
 def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, named: str) -> None:
@@ -380,6 +399,7 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> 
     longer = max(2 * trainer.state.time_s, 60)
     return [
         *lines,
+        *([f"how it went: {run.folder / 'report.html'}"] if trainer.config.report else []),
         "next:",
         f"  nnx sample {quoted(run.folder)}{named}{prompt}",
         f"  nnx eval {quoted(run.folder)}{named}",

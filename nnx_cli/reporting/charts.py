@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from nnx_cli.reporting.page import table, text
@@ -29,11 +29,12 @@ SHAPES = (
     "M-5 -2h10v4h-10z",
 )
 N_DASHES = 4
-MARKERS = 4  # of a line
-MOST_POINTS = 240  # of a line that is drawn; what lies between them is its spread
+MARKERS, FEWER_MARKERS = 4, 2  # of a line; of one among more than there are colours
+MOST_POINTS = 120  # of a line that is drawn; what lies between them is its spread
 MOST_ROWS = 24  # of the table of a line
 DESCRIBED = 8  # lines that a description for those who cannot see the chart goes through
 MOST_TICKS = 6
+WIDE_X, WIDE_Y = 40, 3  # from the lowest value to the highest: from there on an axis is better logarithmic
 NOTHING = "Nothing to draw: no such number was recorded."
 
 
@@ -141,6 +142,22 @@ def chart(title: str, about: str, x: Axis, y: Axis, lines: Iterable[Line], refer
     plot = _Plot(_Scale(x, _xs(drawn)), _Scale(y, _ys(drawn, marked)))
     svg = [plot.grid(), plot.curves(drawn), plot.references(marked), plot.markers(drawn), plot.best(drawn)]
     return _figure(title, about, _legend(drawn), svg, _description(drawn, marked, x, y), _numbers(title, drawn, x, y))
+
+
+COURSES = {"tokens": "tokens", "flops": "training FLOPs"}
+
+
+def learning_curves(
+    title: str, about: str, x: str, y: Axis, lines: Sequence[Line], references: Iterable[Reference] = ()
+) -> str:
+    """A chart of lines against tokens, flops or time_s, in a unit that suits. What spans a wide range is drawn on
+    logarithmic axes."""
+    xs = [at for line in lines for at, _ in line.points]
+    unit, scale = time_unit(max(xs, default=0.0)) if x == "time_s" else ("", 1.0)
+    wide = spans(xs, WIDE_X) and not y.from_zero
+    across = Axis(COURSES.get(x, f"training time ({unit})"), log=wide, from_zero=not wide)
+    up = y if y.from_zero else replace(y, log=spans((at for line in lines for _, at in line.points), WIDE_Y))
+    return chart(title, about, across, up, [rescaled(line, scale) for line in lines], references)
 
 
 @dataclass(frozen=True)
@@ -265,7 +282,7 @@ class _Plot:
 
     def __init__(self, x: _Scale, y: _Scale) -> None:
         self.x = x
-        self.y = y.padded(0.1, 0.06)
+        self.y = y.padded(0.16, 0.06)  # below the lowest point is room for what it is
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point lies in the stretched inner picture, whose y points down."""
@@ -311,7 +328,7 @@ class _Plot:
             return ""
         parts = []
         for number, line in enumerate(lines):
-            among = min(MARKERS, len(line.points))
+            among = min(MARKERS if len(lines) <= N_COLOURS else FEWER_MARKERS, len(line.points))
             for nth in range(among):
                 point = line.points[int((nth + number % N_COLOURS / N_COLOURS) * len(line.points) / among)]
                 parts.append(
@@ -330,7 +347,7 @@ class _Plot:
             ring = f'<circle class="ring c{number % N_COLOURS}" r="7"><title>{told}</title></circle>'
             if len(ringed) == 1:
                 side = 'text-anchor="end" x="8"' if x > 500 else 'x="-8"'
-                ring += _words("label", f'{side} y="{-13 if y > 900 else 22}"', value)
+                ring += _words("label", f'{side} y="{-13 if y > 930 else 22}"', value)
             parts.append(self._mark(best, ring))
         return "\n".join(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -23,7 +23,7 @@ def mappings(value: Any) -> list[Mapping[str, Any]]:
     return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
 
 
-def written(value: Any, form: str) -> str | None:
-    """A number in a form, None where it is none."""
+def written(value: Any, form: str | Callable[[float], str]) -> str | None:
+    """A number in a format or as a function writes it, None where it is none."""
     found = number(value)
-    return None if found is None else format(found, form)
+    return None if found is None else format(found, form) if isinstance(form, str) else form(found)

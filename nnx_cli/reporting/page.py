@@ -16,6 +16,8 @@ from nnx_cli import __version__
 from nnx_cli.system.files import replace_file
 from nnx_cli.system.text import printable, well_formed
 
+BEGINNING = '<!doctype html>\n<html lang="en" data-by="nnx">'  # of every page of ours
+
 
 def text(value: Any) -> str:
     """Text from anywhere as HTML shows it, letter by letter: markup, control characters and changes of the reading

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnx_cli.reporting.charts import (
+    WIDE_X,
     Axis,
     Line,
     Point,
     Reference,
     Strip,
     chart,
-    rescaled,
+    learning_curves,
     short,
     spans,
     strips,
-    time_unit,
 )
 from nnx_cli.reporting.foreign import mapping, mappings, number, written
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, write_page
@@ -28,7 +28,6 @@ from nnx_cli.system.text import duration, size
 
 GRID_POINTS = 120  # of a mean over seeds
 GOT_AS_FAR = 0.9  # of the longest curve: what a seed must have of it to count in the mean
-WIDE_X, WIDE_Y = 40, 3  # from the lowest value to the highest: from there on an axis is logarithmic
 CHANCE = 20  # comparisons with 95 % intervals, of which one is expected to be wrong
 MOST_SAMPLE_CHARS = 3000
 
@@ -126,10 +125,6 @@ def _mean_over_runs(competitor: _Competitor, name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _shown(value: float | None, write: Callable[[float], str]) -> str | None:
-    return None if value is None else write(value)
-
-
 def _table(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
     """One row a competitor."""
     target = number(race.get("target_bits_per_byte"))
@@ -145,17 +140,17 @@ def _table(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
             ", ".join(map(str, ties)) if isinstance(ties, list) and ties else None,
             f"{each.measured} of {len(each.runs)}",
             each.facts.get("status"),
-            _shown(number(each.facts.get("parameters")), short),
-            _shown(number(each.facts.get("parameters_without_tables")), short),
-            _shown(number(each.facts.get("lr")), short),
-            _shown(_mean_over_runs(each, "tokens"), short),
-            _shown(_mean_over_runs(each, "time_s"), duration),
-            _shown(_mean_over_runs(each, "flops"), short),
+            written(each.facts.get("parameters"), short),
+            written(each.facts.get("parameters_without_tables"), short),
+            written(each.facts.get("lr"), short),
+            written(_mean_over_runs(each, "tokens"), short),
+            written(_mean_over_runs(each, "time_s"), duration),
+            written(_mean_over_runs(each, "flops"), short),
             written(each.facts.get("tokens_per_s"), ",.0f"),
-            _shown(_mean_over_runs(each, "peak_memory_bytes"), size),
+            written(_mean_over_runs(each, "peak_memory_bytes"), size),
         ]
         if target:
-            row += [_shown(number(reached.get("tokens")), short), _shown(number(reached.get("time_s")), duration)]
+            row += [written(reached.get("tokens"), short), written(reached.get("time_s"), duration)]
         rows.append(row)
     caption = "Bits per byte of validation text: mean over the seeds ± its standard error; fewer are better."
     problems = [paragraph(f"{each.name}: {problem}") for each in competitors if (problem := each.facts.get("problem"))]
@@ -226,12 +221,7 @@ COURSES = {  # what is drawn against what: title, and what the chart shows and w
         "The loss on the text it learns from. Where it falls while bits per byte rise, the text is learned by heart.",
     ),
 }
-AXES = {
-    "tokens": "tokens",
-    "flops": "training FLOPs",
-    "val_bits_per_byte": "bits per byte (validation)",
-    "train_loss": "training loss (nats a token)",
-}
+MEASURED = {"val_bits_per_byte": "bits per byte (validation)", "train_loss": "training loss (nats a token)"}
 
 
 def _courses(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
@@ -244,14 +234,8 @@ def _courses(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str
 
 def _course(race: Mapping[str, Any], competitors: Sequence[_Competitor], x: str, y: str, title: str, about: str) -> str:
     lines = [mean_over_seeds(each.name, each.curves(x, y)) for each in competitors]
-    points = [point for line in lines for point in line.points]
-    unit, scale = time_unit(max((a for a, _ in points), default=0.0)) if x == "time_s" else ("", 1.0)
-    lines = [rescaled(line, scale) for line in lines]
-    wide = spans((a for a, _ in points), WIDE_X)
-    across = Axis(AXES.get(x, f"training time ({unit})"), log=wide, from_zero=not wide)
-    up = Axis(AXES[y], log=spans((b for _, b in points), WIDE_Y))
     target = number(race.get("target_bits_per_byte")) if y == "val_bits_per_byte" else None
-    return chart(title, about, across, up, lines, [Reference("target", target)] if target else [])
+    return learning_curves(title, about, x, Axis(MEASURED[y]), lines, [Reference("target", target)] if target else [])
 
 
 def _recall(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
@@ -289,10 +273,10 @@ def _runs(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
             f"{each.name}, seed {run.get('seed', '?')}",
             run.get("status"),
             written(run.get("bits_per_byte"), ".4f"),
-            _shown(number(run.get("tokens")), short),
-            _shown(number(run.get("time_s")), duration),
-            _shown(number(run.get("flops")), short),
-            _shown(number(run.get("peak_memory_bytes")), size),
+            written(run.get("tokens"), short),
+            written(run.get("time_s"), duration),
+            written(run.get("flops"), short),
+            written(run.get("peak_memory_bytes"), size),
         ]
         for each in competitors
         for run in each.runs
@@ -343,7 +327,7 @@ def _search(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
         pairs = [(number(rate.get("lr")), number(rate.get("bits_per_byte"))) for rate in tried]
         points = [(lr, bits) for lr, bits in pairs if lr is not None and bits is not None]
         lines.append(Line(each.name, points, best=min(points, key=lambda point: point[1], default=None)))
-    tokens, time_s = _shown(number(search.get("tokens_each")), short), _shown(number(search.get("time_s")), duration)
+    tokens, time_s = written(search.get("tokens_each"), short), written(search.get("time_s"), duration)
     if not any(line.points for line in lines):
         return ""
     about = f"Each rate was tried for {tokens or '?'} tokens; {time_s or '?'} in all, which is no part of the budget. "

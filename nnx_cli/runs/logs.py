@@ -89,6 +89,15 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     yield from (record for line in _lines(path) if (record := _record(line)) is not None)
 
 
+def read_intact(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log that are whole, and how many are not; none where there is no log. Raises CheckpointError where
+    it is no file."""
+    if not os.path.lexists(path):
+        return [], 0
+    records = [_record(line) for line in _lines(path)]
+    return [record for record in records if record is not None], records.count(None)
+
+
 def logged_step(line: bytes) -> int | None:
     """The step of a line of a log; None where the line is damaged."""
     record = _record(line)

@@ -21,10 +21,11 @@ class TimeBudget:
 
     ended_at: float = field(default_factory=lambda: time.monotonic())
     seconds: float = FIRST_SECONDS  # that it took the last time
+    share: float = BUDGET_SHARE
 
     def is_affordable(self) -> bool:
         """Whether enough time has passed since the last one."""
-        return time.monotonic() - self.ended_at >= self.seconds / BUDGET_SHARE
+        return time.monotonic() - self.ended_at >= self.seconds / self.share
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -36,3 +36,30 @@ class Silent:
 
     def note(self, text: str) -> None:
         """As in Observer."""
+
+
+class Several:
+    """Tells several observers what it is told; more may join while the run goes on."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = [*observers]
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """As in Observer."""
+        for observer in self.observers:
+            observer.step(record, progress)
+
+    def sampled(self, step: int, text: str) -> None:
+        """As in Observer."""
+        for observer in self.observers:
+            observer.sampled(step, text)
+
+    def saved(self, step: int) -> None:
+        """As in Observer."""
+        for observer in self.observers:
+            observer.saved(step)
+
+    def note(self, text: str) -> None:
+        """As in Observer."""
+        for observer in self.observers:
+            observer.note(text)

@@ -1,0 +1,58 @@
+"""`nnx report`: runs as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnx_cli.commands._options import command
+from nnx_cli.console import Output
+from nnx_cli.errors import CheckpointError, counted
+
+EXAMPLES = """Examples:
+
+  nnx report
+  nnx report book-a book-b book-c
+  nnx report book --csv book.csv"""
+
+
+@command()
+def run(
+    output: Output,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Run folders or their names.", show_default="the newest run"),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="File to write the numbers of metrics.jsonl to, as CSV.")] = None,
+) -> None:
+    """Draw a run as a page that opens anywhere: report.html in its folder. Several runs: a page that compares them."""
+    from nnx_cli.reporting import run_record
+    from nnx_cli.reporting.comparison_page import write_comparison_page
+    from nnx_cli.reporting.page import BEGINNING, write_page
+    from nnx_cli.reporting.run_page import NAME, run_page
+    from nnx_cli.runs.find import WEIGHTS, find_model, find_runs
+
+    folders = [find_model(name).folder for name in runs] if runs else find_runs()[:1]
+    if not folders:
+        raise CheckpointError(f"there is no run in {WEIGHTS}/ yet", fix="train one: nnx train --filepath FILE")
+    records = run_record.read_runs(folders)
+    several = len(records) > 1
+    page = (records[0].folder.parent if several else records[0].folder) / NAME
+    run_record.refuse_foreign(page, [BEGINNING.encode()])
+    if csv is not None:
+        run_record.refuse_foreign(csv, run_record.OWN_CSV, "--csv")
+        run_record.write_csv(records, csv)
+    if several:
+        write_comparison_page(records, page)
+    else:
+        write_page(page, run_page(records[0]))
+    output.made = page
+    for record in records:
+        for name, lines in record.damaged.items():
+            if lines:
+                output.warn(f"{record.folder / name}: {counted(lines, 'damaged line')} left out")
+    output.show_json({"out": str(page), "runs": [str(each.folder) for each in records], "csv": csv and str(csv)})
+    what = f"{counted(len(records), 'run')} compared" if several else f"run {records[0].name}, {records[0].state}"
+    output.show(f"{page}: {what}; open it in a browser", *([f"{csv}: the numbers"] if csv else []))
