@@ -42,12 +42,17 @@ def short(value: float) -> str:
     """A number as an axis has room for it: 0.25, 1,500, 12k, 2.5M, 3e15."""
     size = abs(value)
     if size and not 1e-3 <= size < 1e12:
-        digits, exponent = f"{value:.2e}".split("e")
-        return f"{float(digits):g}e{int(exponent)}"
+        return scientific(value)
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if size >= max(scale, 1e4):
             return f"{value / scale:.4g}{unit}"
     return f"{value:,.5g}" if size >= 1000 else f"{value:.4g}"
+
+
+def scientific(value: float) -> str:
+    """A number as FLOPs are counted: 7.32e10."""
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}" if value else "0"
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ def learning_curves(
     xs = [at for line in lines for at, _ in line.points]
     unit, scale = time_unit(max(xs, default=0.0)) if x == "time_s" else ("", 1.0)
     wide = spans(xs, WIDE_X) and not y.from_zero
-    across = Axis(COURSES.get(x, f"training time ({unit})"), log=wide, from_zero=not wide)
+    write = scientific if x == "flops" else short
+    across = Axis(COURSES.get(x, f"training time ({unit})"), log=wide, from_zero=not wide, write=write)
     up = y if y.from_zero else replace(y, log=spans((at for line in lines for _, at in line.points), WIDE_Y))
     return chart(title, about, across, up, [rescaled(line, scale) for line in lines], references)
 

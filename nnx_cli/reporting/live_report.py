@@ -26,6 +26,7 @@ class LiveReport:
         self.folder = folder
         self.show_note = note
         self.budget = TimeBudget(share=SHARE)
+        self.has_begun = False
         self.has_failed = False
 
     def __enter__(self) -> LiveReport:
@@ -38,18 +39,19 @@ class LiveReport:
 
     def write(self) -> None:
         """Write the page; say once where that cannot be done."""
+        self.has_begun = True
         try:
             with self.budget.timed():
                 write_run_page(self.folder)
-        except NnxError as error:
+        except (NnxError, OSError) as error:
             if not self.has_failed:
                 self.show_note(f"no report: {error}")
             self.has_failed = True
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
-        """As in Observer."""
+        """As in Observer: the first one brings the first page, so that a crash leaves one."""
         waited = time.monotonic() - self.budget.ended_at
-        if waited >= LEAST_SECONDS and self.budget.is_affordable():
+        if not self.has_begun or (waited >= LEAST_SECONDS and self.budget.is_affordable()):
             self.write()
 
     def sampled(self, step: int, text: str) -> None:

@@ -18,6 +18,7 @@ from nnx_cli.reporting.charts import (
     Strip,
     chart,
     learning_curves,
+    scientific,
     short,
     spans,
     strips,
@@ -93,7 +94,7 @@ def _verdict(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str
         return "\n".join([*words, paragraph("No competitor has a result yet.", "lead")])
     first = ranked[0]
     ties = first.facts.get("ties_with")
-    tied = ", ".join(map(str, ties)) if isinstance(ties, list) else ""
+    tied = " and ".join(map(str, ties)) if isinstance(ties, list) else ""
     no_verdict = "ties_with" in first.facts and ties is None
     result = f"{first.name} has the fewest bits per byte, {first.bits:.4f}"
     if max(each.measured for each in ranked) < 2:
@@ -128,7 +129,7 @@ def _mean_over_runs(competitor: _Competitor, name: str) -> float | None:
 def _table(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
     """One row a competitor."""
     target = number(race.get("target_bits_per_byte"))
-    columns = ["architecture", "bits per byte", "ties with", "seeds", "status", "parameters", "outside tables"]
+    columns = ["architecture", "bits per byte", "ties with", "status, seeds", "parameters", "outside tables"]
     columns += ["learning rate", "tokens", "time", "FLOPs", "tokens/s", "peak memory"]
     columns += [f"tokens to {target:.4g}", f"time to {target:.4g}"] if target else []
     rows = []
@@ -138,14 +139,13 @@ def _table(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
             each.name,
             _result(each),
             ", ".join(map(str, ties)) if isinstance(ties, list) and ties else None,
-            f"{each.measured} of {len(each.runs)}",
-            each.facts.get("status"),
+            f"{each.facts.get('status', 'unknown')}, {each.measured} of {len(each.runs)}",
             written(each.facts.get("parameters"), short),
             written(each.facts.get("parameters_without_tables"), short),
             written(each.facts.get("lr"), short),
             written(_mean_over_runs(each, "tokens"), short),
             written(_mean_over_runs(each, "time_s"), duration),
-            written(_mean_over_runs(each, "flops"), short),
+            written(_mean_over_runs(each, "flops"), scientific),
             written(each.facts.get("tokens_per_s"), ",.0f"),
             written(_mean_over_runs(each, "peak_memory_bytes"), size),
         ]
@@ -275,7 +275,7 @@ def _runs(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
             written(run.get("bits_per_byte"), ".4f"),
             written(run.get("tokens"), short),
             written(run.get("time_s"), duration),
-            written(run.get("flops"), short),
+            written(run.get("flops"), scientific),
             written(run.get("peak_memory_bytes"), size),
         ]
         for each in competitors

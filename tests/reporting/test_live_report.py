@@ -37,6 +37,11 @@ def test_pages_take_a_small_share_of_the_time(tmp_path, clock, pages):
     assert 2 * len(pages) <= SHARE * 10_000 * 1.1 and len(pages) > 30
 
 
+def test_the_first_step_brings_a_page(tmp_path, pages):
+    LiveReport(tmp_path, pytest.fail).step({}, 0.0)
+    assert len(pages) == 1
+
+
 def test_the_end_always_writes_a_page(tmp_path, pages):
     with pytest.raises(RuntimeError), LiveReport(tmp_path, pytest.fail):
         raise RuntimeError
