@@ -9,7 +9,7 @@ import typer
 
 from nnx_cli.commands._options import command
 from nnx_cli.console import Output
-from nnx_cli.errors import CheckpointError, counted
+from nnx_cli.errors import CheckpointError, OutputError, counted
 
 EXAMPLES = """Examples:
 
@@ -25,14 +25,17 @@ def run(
         list[str] | None,
         typer.Argument(metavar="RUN", help="Run folders or their names.", show_default="the newest run"),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="File to write the numbers of metrics.jsonl to, as CSV.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="File to write the numbers of metrics.jsonl to, as CSV; - prints them.")
+    ] = None,
 ) -> None:
     """Draw a run as a page that opens anywhere: report.html in its folder. Several runs: a page that compares them."""
     from nnx_cli.reporting import run_record
-    from nnx_cli.reporting.comparison_page import write_comparison_page
+    from nnx_cli.reporting.comparison_page import comparison_page
     from nnx_cli.reporting.page import BEGINNING, write_page
     from nnx_cli.reporting.run_page import NAME, run_page
     from nnx_cli.runs.find import WEIGHTS, find_model, find_runs
+    from nnx_cli.system.files import replace_file
 
     folders = [find_model(name).folder for name in runs] if runs else find_runs()[:1]
     if not folders:
@@ -40,14 +43,20 @@ def run(
     records = run_record.read_runs(folders)
     several = len(records) > 1
     page = (records[0].folder.parent if several else records[0].folder) / NAME
-    run_record.refuse_foreign(page, [BEGINNING.encode()])
-    if csv is not None:
-        run_record.refuse_foreign(csv, run_record.OWN_CSV, "--csv")
-        run_record.write_csv(records, csv)
-    if several:
-        write_comparison_page(records, page)
-    else:
-        write_page(page, run_page(records[0]))
+    run_record.refuse_foreign(page, [BEGINNING.encode()], "move it away")
+    drawn = comparison_page(records) if several else run_page(records[0])
+    numbers = None if csv is None or csv == Path("-") else csv
+    if numbers is not None:
+        run_record.refuse_foreign(numbers, run_record.OWN_CSV, "name another file: --csv FILE")
+    made = numbers is not None and not numbers.exists()
+    try:
+        if numbers is not None:
+            replace_file(numbers, run_record.to_csv(records).encode())
+        write_page(page, drawn)
+    except OutputError:
+        if made and numbers is not None:
+            numbers.unlink(missing_ok=True)
+        raise
     output.made = page
     for record in records:
         for name, lines in record.damaged.items():
@@ -55,4 +64,9 @@ def run(
                 output.warn(f"{record.folder / name}: {counted(lines, 'damaged line')} left out")
     output.show_json({"out": str(page), "runs": [str(each.folder) for each in records], "csv": csv and str(csv)})
     what = f"{counted(len(records), 'run')} compared" if several else f"run {records[0].name}, {records[0].state}"
-    output.show(f"{page}: {what}; open it in a browser", *([f"{csv}: the numbers"] if csv else []))
+    told = f"{page}: {what}; open it in a browser"
+    if csv is not None and numbers is None:
+        output.stream(run_record.to_csv(records))
+        output.note(told)
+    else:
+        output.show(told, *([f"{numbers}: the numbers"] if numbers else []))

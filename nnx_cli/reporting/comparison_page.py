@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from nnx_cli.reporting.charts import Axis, Line, learning_curves, short, thinned
 from nnx_cli.reporting.foreign import mapping, number, written
-from nnx_cli.reporting.page import charts, page, paragraph, sample, section, table, write_page
+from nnx_cli.reporting.page import charts, page, paragraph, sample, section, table
 from nnx_cli.reporting.run_record import RunRecord
 from nnx_cli.system.text import duration
 
@@ -41,11 +40,6 @@ COURSES = {  # what is drawn against what (None: what the runs are ranked by): t
         "How far each step moved the weights. Normal: a short rise, then a fall to the end.",
     ),
 }
-
-
-def write_comparison_page(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write a page that compares runs. Raises OutputError."""
-    write_page(path, comparison_page(runs))
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:

@@ -17,7 +17,8 @@ from nnx_cli.reporting.foreign import number
 from nnx_cli.runs.logs import read_intact
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import live_status, read_status
-from nnx_cli.system.files import open_regular, replace_file
+from nnx_cli.system.files import open_regular
+from nnx_cli.system.text import well_formed
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a text that a spreadsheet would compute
 OWN_CSV = (b"step", b"run,step")
@@ -76,10 +77,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     return [read_run(f, n if names.count(n) == 1 else str(f)) for f, n in zip(once, names, strict=True)]
 
 
-def write_csv(records: Sequence[RunRecord], path: Path) -> None:
-    """Write metrics.jsonl as CSV, of several runs with their names in front. Raises OutputError."""
+def to_csv(records: Sequence[RunRecord]) -> str:
+    """metrics.jsonl as CSV, of several runs with their names in front."""
     several = len(records) > 1
-    columns = list(dict.fromkeys(name for record in records for line in record.metrics for name in line)) or ["step"]
+    columns = list(dict.fromkeys(name for record in records for line in record.metrics for name in line))
     columns = ["step", *(name for name in columns if name != "step")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -87,7 +88,7 @@ def write_csv(records: Sequence[RunRecord], path: Path) -> None:
     for record in records:
         before = [_cell(record.name)] if several else []
         writer.writerows([*before, *(_cell(line.get(name)) for name in columns)] for line in record.metrics)
-    replace_file(path, text.getvalue().encode("utf-8", "replace"))
+    return well_formed(text.getvalue())
 
 
 def _cell(value: Any) -> Any:
@@ -98,12 +99,13 @@ def _cell(value: Any) -> Any:
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
-def refuse_foreign(path: Path, marks: Sequence[bytes], option: str | None = None) -> None:
+def refuse_foreign(path: Path, marks: Sequence[bytes], fix: str) -> None:
     """Raise OutputError where there is a file at `path` that does not begin with one of our `marks`: it is not ours to
-    replace."""
+    replace. `fix` is what to do then."""
     if not os.path.lexists(path):
         return
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, where a file is to be", fix=fix)
     with open_regular(path, OutputError) as file:
         if not file.read(max(map(len, marks))).startswith(tuple(marks)):
-            fix = f"name another file: {option} FILE" if option else "move it away"
             raise OutputError(f"{path} exists already, and was not written by this command", fix=fix)

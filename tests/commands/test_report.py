@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from nnx_cli.errors import OutputError
+
 
 def test_a_run_is_drawn(run, nnx):
     result = nnx("report", "words")
@@ -42,6 +44,14 @@ def test_the_numbers_are_those_of_the_log(run, nnx):
         assert {name: None if text == "" else float(text) for name, text in row.items() if name in line} == line
     assert rows[-1]["'=cmd()"] == "'=1+1" and rows[-1]["note"] == '["a", 1]' and rows[-1]["lr"] == "-0.5"
     assert nnx("report", "words", "--csv", "numbers.csv").exit_code == 0  # its own file again
+
+
+def test_numbers_can_be_printed(run, nnx, workspace):
+    result = nnx("report", "words", "--csv", "-")
+    rows = list(csv.DictReader(result.stdout.splitlines()))
+    logged = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [int(row["step"]) for row in rows] == [json.loads(line)["step"] for line in logged]
+    assert "open it in a browser" in result.stderr and not (workspace / "-").exists()
 
 
 def test_a_damaged_log_is_drawn_and_told(run, nnx):
@@ -95,7 +105,15 @@ def test_files_of_others_stay(run, refused, workspace, content):
 
 def test_a_csv_that_cannot_be_written(run, refused, workspace):
     refused(8, "cannot write", "report", "words", "--csv", "no/folder/numbers.csv")
-    refused(8, "it is no regular file", "report", "words", "--csv", "data")
+    refused(8, "data is a folder", "report", "words", "--csv", "data")
+
+
+def test_a_page_that_cannot_be_written_leaves_no_numbers(run, refused, monkeypatch):
+    def refuse(path, whole):
+        raise OutputError(f"disk full while writing {path}")
+
+    monkeypatch.setattr("nnx_cli.reporting.page.write_page", refuse)
+    refused(8, "disk full while writing", "report", "words", "--csv", "numbers.csv")
 
 
 SHAPE = ["--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--batch-size", 2, "--grad-accum", 1]

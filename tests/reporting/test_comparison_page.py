@@ -7,7 +7,8 @@ import pytest
 from reporting.hostile import OURS, tags
 from reporting.test_run_page import course, log, titles
 
-from nnx_cli.reporting.comparison_page import comparison_page, write_comparison_page
+from nnx_cli.reporting.comparison_page import comparison_page
+from nnx_cli.reporting.page import write_page
 from nnx_cli.reporting.run_record import read_runs
 from nnx_cli.runs.run import Run
 
@@ -80,7 +81,7 @@ def test_one_run_named_twice_is_one_and_equal_names_are_told_apart(school, tmp_p
 
 def test_a_class_of_thirty_opens_in_a_browser(browser, school, tmp_path):
     path = tmp_path / "report.html"
-    write_comparison_page(read_runs(school(30)), path)
+    write_page(path, comparison_page(read_runs(school(30))))
     assert path.stat().st_size < 2_000_000
     for width, scheme in ((375, "dark"), (1400, "light")):
         with browser.open(path, width, scheme=scheme) as page:
