@@ -140,13 +140,14 @@ def chart(title: str, about: str, x: Axis, y: Axis, lines: Iterable[Line], refer
 
     Points that an axis cannot hold (not finite; not above 0 where it is logarithmic) are left out.
     """
-    drawn = [line for line in (_placed(line, x, y) for line in lines) if line.points]
+    placed = [_placed(line, x, y) for line in lines]  # each keeps its colour, though another one be empty
+    drawn = [line for line in placed if line.points]
     if not drawn:
         return f"<figure>\n{_caption(title, about)}\n<p class=empty>{NOTHING}</p>\n</figure>"
     marked = [reference for reference in references if y.takes(reference.value)]
     plot = _Plot(_Scale(x, _xs(drawn)), _Scale(y, _ys(drawn, marked)))
-    svg = [plot.grid(), plot.curves(drawn), plot.references(marked), plot.markers(drawn), plot.best(drawn)]
-    return _figure(title, about, _legend(drawn), svg, _description(drawn, marked, x, y), _numbers(title, drawn, x, y))
+    svg = [plot.grid(), plot.curves(placed), plot.references(marked), plot.markers(placed), plot.best(placed)]
+    return _figure(title, about, _legend(placed), svg, _description(drawn, marked, x, y), _numbers(title, drawn, x, y))
 
 
 COURSES = {"tokens": "tokens", "flops": "training FLOPs"}
@@ -316,7 +317,9 @@ class _Plot:
             places = [self.place(*point) for point in line.points]
             if len(places) == 1:
                 places *= 2  # a dot, of what the ends of a line are
-            parts.append(f'<path class="{_style(number)}" d="M{_path(places)}"><title>{text(line.name)}</title></path>')
+            if places:
+                name = f"<title>{text(line.name)}</title>"
+                parts.append(f'<path class="{_style(number)}" d="M{_path(places)}">{name}</path>')
         return "\n".join([*parts, "</svg>"])
 
     def references(self, references: Sequence[Reference]) -> str:
@@ -406,6 +409,8 @@ def _legend(lines: Sequence[Line]) -> str:
         return ""
     entries = []
     for number, line in enumerate(lines):
+        if not line.points:
+            continue
         mark = f'<path class="mark" transform="translate(18 7)" d="{SHAPES[number % N_COLOURS]}"/>'
         stroke = f'<path class="{_style(number)}" d="M1 7H35"/>'
         swatch = f'<svg width="36" height="14" aria-hidden="true">{stroke}{mark}</svg>'

@@ -47,6 +47,12 @@ class _Competitor:
         return number(mapping(self.facts.get("bits_per_byte")).get("mean"))
 
     @property
+    def label(self) -> str:
+        """Its name, with how it stands where it has not finished."""
+        status = self.facts.get("status")
+        return self.name if status in (None, "finished") else f"{self.name} ({status})"
+
+    @property
     def measured(self) -> int:
         """Runs that have a result."""
         return sum(number(run.get("bits_per_byte")) is not None for run in self.runs)
@@ -130,7 +136,7 @@ def _table(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
     """One row a competitor."""
     target = number(race.get("target_bits_per_byte"))
     columns = ["architecture", "bits per byte", "ties with", "status, seeds", "parameters", "outside tables"]
-    columns += ["learning rate", "tokens", "time", "FLOPs", "tokens/s", "peak memory"]
+    columns += ["learning rate", "tokens", "time", "FLOPs", "tokens/s", "memory"]
     columns += [f"tokens to {target:.4g}", f"time to {target:.4g}"] if target else []
     rows = []
     for each in competitors:
@@ -233,7 +239,7 @@ def _courses(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str
 
 
 def _course(race: Mapping[str, Any], competitors: Sequence[_Competitor], x: str, y: str, title: str, about: str) -> str:
-    lines = [mean_over_seeds(each.name, each.curves(x, y)) for each in competitors]
+    lines = [mean_over_seeds(each.label, each.curves(x, y)) for each in competitors]
     target = number(race.get("target_bits_per_byte")) if y == "val_bits_per_byte" else None
     return learning_curves(title, about, x, Axis(MEASURED[y]), lines, [Reference("target", target)] if target else [])
 

@@ -94,6 +94,12 @@ def test_thirty_lines_differ_by_more_than_colour():
     assert len(entries) == len(looks) == 30
 
 
+def test_a_line_without_points_takes_nobodys_colour_or_name():
+    figure = chart("t", "a", X, Y, [Line("first", []), Line("second", FALLING)])
+    (entry,) = re.findall(r"<li.*?</li>", figure)
+    assert "second" in entry and "c1" in entry and len(drawn(figure)) == 1 and "line c1 d0" in figure
+
+
 def test_the_best_point_the_references_and_the_spread_are_drawn():
     line = Line("validation", FALLING, [(n, y - 0.1, y + 0.1) for n, y in FALLING], best=FALLING[-1])
     figure = chart("t", "a", X, Y, [line], [Reference("a 5-gram model", 2.31)])

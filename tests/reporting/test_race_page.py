@@ -32,7 +32,12 @@ def test_a_race_has_its_result_its_courses_and_its_samples(tmp_path):
     assert figures(page) == ["Where they ended", *LOSSES, "Bits per byte by learning rate"]
     assert "that is a tie with llama" in page and "Comparisons made: 3;" in page
     assert re.search(r"<th scope=row>ngpt</th><td>1.7040 ± 0.0040</td>", page)
-    assert "out of memory" in page and "diverged" in page and "The ngpt said" in page and "n_kv_heads" in page
+    assert (
+        "out of memory" in page
+        and "<span>n4 (diverged)</span>" in page
+        and "The ngpt said" in page
+        and "n_kv_heads" in page
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["race.html"]
 
 
