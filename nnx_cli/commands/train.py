@@ -61,14 +61,21 @@ class _PacedView(TrainingView):
     def __init__(self, output: Output, plan: Plan) -> None:
         super().__init__(output)
         self.planned = plan.tokens_per_s if plan.train.max_time else None
+        self.first: Mapping[str, Any] | None = None  # the first steps load and compile: they say nothing of the others
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
         """Show a logged step."""
         super().step(record, progress)
-        if self.planned is not None and record["time_s"] >= PACE_SECONDS:
+        if self.planned is None:
+            return
+        if self.first is None:
+            self.first = record
+            return
+        seconds = record["time_s"] - self.first["time_s"]
+        if seconds >= PACE_SECONDS:
             from nnx_cli.planning.rates import pace_note
 
-            note = pace_note(self.planned, record["tokens"] / record["time_s"])
+            note = pace_note(self.planned, (record["tokens"] - self.first["tokens"]) / seconds)
             self.planned = None
             if note is not None:
                 self.note(note)

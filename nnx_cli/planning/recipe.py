@@ -22,6 +22,8 @@ PARAMS_PER_TOKEN_TO_OVERFIT = 8  # from which on a model can learn the text by h
 SOONER_FROM = 4  # parameters a token from which on fewer epochs are enough for that: see `default_dropout`
 EPOCHS_TO_OVERFIT = 16  # beyond which AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 EPOCHS_TO_FORGET, MOST_FORGOTTEN, WIDEST_RACED = 6, 3, 384  # see `default_weight_decay`
+READ_AGAIN = 3  # epochs from which on they count there
+LEAST_FORGOTTEN, SHORTEST_RACED = 0.6, 295  # by Muon's matrices, in steps; less in fewer: tests/bench/zoo.md
 MOST_DECAY = 0.04  # of a weight, in a step
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
@@ -111,10 +113,11 @@ def default_weight_decay(lowest: float, optimizer: str, lr: float, steps: int, e
     What it does depends on its product with both: weights forget e^-D of where they were, D = decay * lr * steps / 2
     with a rate that falls to zero (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). A text that is read
     again and again is overfitted unless D grows with the epochs, sooner by wider models; with AdamW nothing beyond 3
-    was better. Raced: tests/bench/zoo.md.
+    was better, and short runs with Muon are better with a little than with less. Raced: tests/bench/zoo.md.
     """
     unit = 2 / (lr * steps)  # the decay that makes D 1
     wider = min(max(dim, 128), WIDEST_RACED) / 128
-    wanted = epochs / EPOCHS_TO_FORGET * wider if epochs >= 2 else 0.0
+    least = LEAST_FORGOTTEN * min(1.0, steps / SHORTEST_RACED) if optimizer == "muon" else 0.0
+    wanted = max(least, epochs / EPOCHS_TO_FORGET * wider if epochs >= READ_AGAIN else 0.0)
     most = MOST_FORGOTTEN * (wider if optimizer == "muon" else 1)
     return float(f"{min(max(lowest, wanted * unit), most * unit, MOST_DECAY / lr):.2g}")

@@ -606,7 +606,7 @@ def test_what_followed_from_the_length_follows_from_the_new_one(nnx, run, worksp
     result = nnx("train", "--resume", "words", "--max-steps", 46, "--dry-run", "--json")
     rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(result.stdout)}
     assert rows["warmup_steps"] == (40, "derived: length"), "it covers what was taken of it"
-    assert rows["weight_decay"] == (0.1, "derived: lr, width, epochs") and rows["max_steps"] == (46, "command line")
+    assert rows["weight_decay"] == (1.4, "derived: lr, width, epochs") and rows["max_steps"] == (46, "command line")
     assert rows["lr"][1].startswith("run")
     assert nnx("train", "--resume", "last", "--max-steps", 46).exit_code == 0
     assert run.status()["step"] == 46

@@ -364,7 +364,10 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
 @pytest.mark.parametrize(
     ("steps", "passes", "dim", "weight_decay"),
     [
-        (256, 0.26, 128, 0.1),  # the least there is
+        (2000, 0.26, 128, 0.1),  # the least there is
+        (300, 0.26, 128, 0.4),  # more in a short run, so that something is forgotten at all
+        (300, 2.4, 384, 0.4),  # and no more before a text is read a third time
+        (30, 0.26, 128, 0.41),  # but none the more in a shorter one
         (20_000, 0.26, 128, 0.03),  # but a run is not forgotten within itself
         (3400, 3.5, 128, 0.1),
         (300, 6.0, 128, 0.67),  # more, where a text is read again and again
