@@ -43,6 +43,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "eval": ("evaluate", "Measure loss, perplexity and bits per byte on held-out text."),
     "report": ("report", "Draw runs as a page: curves, plan, samples; several compared."),
     "summarize": ("summarize", "Show layers, parameters, FLOPs, memory, and whether it fits."),
+    "compare": ("compare", "Race architectures on one text, size and budget."),
     "quantize": ("quantize", "Make a smaller, faster copy of a model."),
     "merge": ("merge", "Add the adapters of --lora-rank to the weights."),
     "import": ("import_original", "Read an original's checkpoint, running nothing that is in it."),

@@ -200,12 +200,12 @@ class RaceConfig:
     """A race between architectures. None means: derived from the device."""
 
     models: str = "all"  # architectures, with commas between them: all, {models}, or files of yours
-    size: str | None = None  # named size that all have, by parameters outside embedding and head
-    parameters: str | None = None  # parameters outside embedding and head that all have, such as 10.7M
-    equal: str = "tokens"  # what every run has as much of: tokens, time, flops
+    size: str | None = None  # named size of all, by parameters outside embedding and head; default nano, on a GPU tiny
+    parameters: str | None = None  # instead: so many outside embedding and head, such as 10.7M; default: the size
+    equal: str = "tokens"  # what every run may use as much of: tokens, time, flops
     budget: str | None = None  # how much of it: 20M tokens, 10m of training, 1e15 FLOPs; default 2M, 2m, 1e14
     seeds: int = 3  # runs of each architecture, with seeds 1, 2, 3, …
-    target: float | None = None  # bits per byte to tell the way to: tokens, time and FLOPs
+    target: float | None = None  # bits per byte to tell the way to, in tokens, time and FLOPs; default: none
     keep: str = "best"  # weights to keep of runs that are done: best, none
 
     def __post_init__(self) -> None:
@@ -215,7 +215,7 @@ class RaceConfig:
         check_range("target", self.target, 0.0, 1e3, low_open=True)
         if self.size is not None and self.parameters is not None:
             raise UsageError("--size and --parameters: give one")
-        parse_count("parameters", self.parameters)
+        check_range("parameters", parse_count("parameters", self.parameters), 1, 10**12)
         self.amount()
 
     def amount(self) -> float:

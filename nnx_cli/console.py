@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 from nnx_cli.errors import OutputError, counted
 from nnx_cli.system.text import printable, well_formed
@@ -26,6 +26,7 @@ COLUMNS, LINES = 80, 25  # of a screen that does not say how large it is
 PANEL_COLUMNS = 75  # what the panels of help take
 NO_CURSOR = (None, "", "dumb", "unknown")  # what TERM says where lines cannot be redrawn
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+RACE_SECONDS = 30.0  # and of a race
 
 
 def styled(text: str, style: str = "") -> Text:
@@ -168,6 +169,17 @@ class Output:
         lines = aligned(rows, columns_of(sys.stdout if product else sys.stderr))
         self.show(*lines) if product else self.note("\n".join(lines))
 
+    def side_by_side(self, texts: Mapping[str, str], least: int = 30) -> None:
+        """Texts under their names on stdout, beside each other: as many in a row as have `least` columns each."""
+        if self.json or not texts:
+            return
+        names, width = list(texts), columns_of(sys.stdout) or COLUMNS
+        in_a_row = max(1, min(len(names), (width + 2) // (least + 2)))
+        with self._writing():
+            for first in range(0, len(names), in_a_row):
+                row = names[first : first + in_a_row]
+                self.out.print(_columns(row, [texts[name] for name in row], width), soft_wrap=False)
+
     def _write(self, text: str) -> None:
         with self._writing():
             self.out.file.write(text)
@@ -213,6 +225,17 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | N
             table.add_column(styled(column), justify="right", overflow="fold", min_width=longest)
     for line in lines:
         table.add_row(*map(styled, line))
+    return table
+
+
+def _columns(names: Sequence[str], texts: Sequence[str], width: int) -> Table:
+    """Texts of the same width under their names."""
+    from rich.table import Table
+
+    table = Table(box=None, width=width, pad_edge=False, padding=(0, 2, 1, 0))
+    for name in names:
+        table.add_column(styled(printable(name), "bold"), ratio=1, overflow="fold")
+    table.add_row(*(styled(printable(text)) for text in texts))
     return table
 
 
@@ -268,7 +291,7 @@ class TrainingView:
         self.validation = ""
         self.bar: Progress | None = None
 
-    def __enter__(self) -> TrainingView:
+    def __enter__(self) -> Self:
         if self.output.live:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -331,3 +354,33 @@ class TrainingView:
     def note(self, text: str) -> None:
         """A line on the way."""
         self.output.note(text)
+
+
+class RaceView(TrainingView):
+    """A race on stderr: one bar for all of its runs, a line for each that is over.
+
+    Has the methods of `experiments.race.Spectator`.
+    """
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(output)
+        self.what = ""
+        self.done = self.share = 0.0
+
+    def begins(self, what: str, done: float, share: float) -> None:
+        """A run begins, where `done` of the race is over, of which the run is `share`."""
+        self.what, self.done, self.share = what, done, share
+        self._move(0.0, what)
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """Move the bar; without a terminal, a line now and then."""
+        line = f"{self.what}  step {record['step']}  loss {record['train_loss']:.4f}"
+        self._move(progress, f"{line}  {record['tokens_per_s']:,.0f} tokens/s")
+
+    def _move(self, progress: float, line: str) -> None:
+        done = min(1.0, self.done + self.share * progress)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=done, description=line)
+        elif time.monotonic() - self.last_line > RACE_SECONDS:
+            self.last_line = time.monotonic()
+            self.output.note(f"{100 * done:5.1f} %  {line}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from nnx_cli.commands._options import command
 from nnx_cli.console import Output
@@ -14,11 +16,14 @@ EXPENDABLE = ["size", "steps", "age", "model", "bits/byte", "kind", "status"]  #
 
 
 @command()
-def run(output: Output) -> None:
-    """List the models in weights/: runs, and what was merged, quantized or imported."""
+def run(
+    output: Output,
+    every: Annotated[bool, typer.Option("--all", help="Show each run of a race, too.")] = False,
+) -> None:
+    """List the models in weights/: runs, races, and what was merged, quantized or imported."""
     from nnx_cli.runs.find import list_models
 
-    models = list_models()
+    models = list_models(every)
     output.show_json(models)
     if models:
         output.table(COLUMNS, [_row(model) for model in models], expendable=EXPENDABLE)
@@ -32,7 +37,7 @@ def _row(model: Mapping[str, Any]) -> list[Any]:
         model["name"],
         model["kind"],
         model.get("model"),
-        model.get("size") or ("own shape" if model.get("model") else None),
+        model.get("size") or ("own shape" if model.get("model") and model["kind"] != "race" else None),
         model["status"],
         model.get("steps"),
         None if bits is None else f"{bits:.4f}",

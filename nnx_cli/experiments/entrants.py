@@ -21,6 +21,7 @@ from nnx_cli.planning.recipe import default_tokens_per_step
 DEFAULT_SIZE = {"cpu": "nano"}
 GPU_SIZE = "tiny"
 VALIDATIONS = 25  # of a run whose steps are known beforehand
+VALIDATION_TOKENS = 2**14  # that each reads at least; they are no part of the budget
 LEAST_STEPS = {"tokens": 10, "time": 10, "flops": 50}  # fewer make no curve; of 50, half a step is 1 % of the FLOPs
 
 
@@ -81,7 +82,16 @@ class Field:
             precision=self.precision,
             sources={},
         )
-        return replace(plan, size=match.size)
+        return replace(plan, size=match.size, train=_with_validation(plan.train, self.seq_len))
+
+
+def _with_validation(train: TrainConfig, seq_len: int) -> TrainConfig:
+    """Settings whose validations read enough text for a smooth curve, where the plan saves at it."""
+    assert train.batch_size is not None
+    if train.val_batches is None:  # all of it
+        return train
+    windows = max(train.val_batches * train.batch_size, VALIDATION_TOKENS // seq_len)
+    return replace(train, val_batches=-(-windows // train.batch_size))
 
 
 def competitors_of(text: str) -> list[str]:
@@ -103,8 +113,20 @@ def competitors_of(text: str) -> list[str]:
     return names
 
 
+def target_of(config: RaceConfig, device: torch.device) -> int:
+    """Parameters outside the tables that all competitors are to have. Raises UsageError for an unknown size."""
+    size = config.size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
+    return parse_count("parameters", config.parameters) or size_target(size)
+
+
 def enter(
-    config: RaceConfig, train: TrainConfig, seq_len: int | None, data: TokenFolder, device: torch.device, precision: str
+    config: RaceConfig,
+    train: TrainConfig,
+    target: int,
+    seq_len: int | None,
+    data: TokenFolder,
+    device: torch.device,
+    precision: str,
 ) -> Field:
     """Choose shapes of one size and plan their runs. `train` has what was asked for of all of them.
 
@@ -114,8 +136,6 @@ def enter(
     if data.tokenizer is None:
         raise DataError(f"bits per byte of {data.path} need its tokenizer", fix="name it: --tokenizer FILE")
     names = competitors_of(config.models)
-    size = config.size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
-    target = parse_count("parameters", config.parameters) or size_target(size)
     seq_len = seq_len or context_for(target)
     shapes = {name: match_shape(name, target, vocab_size=data.vocab_size, seq_len=seq_len) for name in names}
     networks = {name: meta_model(name, match.config) for name, match in shapes.items()}

@@ -41,8 +41,9 @@ class Spectator(Observer, Protocol):
 
 
 def new_record(field: Field, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """race.json of a race that has not begun."""
+    """race.json of a race that has not begun. Raises DataError where the training text is too short for a search."""
     data = field.data
+    rate_search.training_text(data, field.seq_len)
     assert data.tokenizer is not None
     known = {"kind": data.tokenizer.kind, "vocab_size": data.vocab_size, "fingerprint": data.tokenizer.fingerprint}
     record: dict[str, Any] = {
@@ -88,6 +89,21 @@ def _blank(entrant: Entrant) -> dict[str, Any]:
         "status": "waiting" if plan else OUT_OF_MEMORY,
         "problem": entrant.problem,
         "runs": [],
+    }
+
+
+def identity(field: Field, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a race: with others it is another one. `asked` are those of training that were given."""
+    config = field.config
+    return {
+        **asked,
+        "models": [entrant.model for entrant in field.entrants],
+        "parameters": field.target,
+        "equal": config.equal,
+        "budget": config.amount(),
+        "seeds": config.seeds,
+        "seq_len": field.seq_len,
+        "tokens_per_step": field.tokens_per_step,
     }
 
 
@@ -246,7 +262,7 @@ class Race:
             plan = replace(plan, train=replace(plan.train, seed=seed))
             peak_known = self.runner.forget()
             status, problem = self.runner.train(entrant, plan, self.field.data, folder)
-            result = self.runner.result(entrant, folder, seed, status, peak_known, self.field.data.val)
+            result = self.runner.result(entrant, folder, seed, status, peak_known)
             entry["runs"].append(result)
             entry["problem"] = problem or entry["problem"]
             self._set_status(entry)
@@ -266,7 +282,8 @@ class Race:
     # how far it is
 
     def _announce(self, what: str, seconds: float) -> None:
-        self.view.begins(what, min(1.0, self.done_s / self.total_s), seconds / self.total_s)
+        done = min(1.0, self.done_s / self.total_s)
+        self.view.begins(what, done, min(seconds / self.total_s, 1.0 - done))
 
     def _run_s(self, entrant: Entrant) -> float:
         """What a run takes on a device of this kind, about."""

@@ -42,10 +42,10 @@ from typing import Any
 
 from nnx_cli.errors import CheckpointError
 from nnx_cli.experiments.statistics import mean_and_error, ties
+from nnx_cli.runs.find import RACE as NAME
 from nnx_cli.system.files import check_types, read_json, replace_file, to_json
 
 FORMAT = 1
-NAME = "race.json"
 NUMBER = (int, float, type(None))
 WORDS = (str, type(None))
 AXES = ("tokens", "time_s", "flops")

@@ -14,6 +14,7 @@ from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, Interrupted, QualityError, is_out_of_memory
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.experiments.entrants import Entrant, Field
+from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.runs.logs import read_log
@@ -63,7 +64,7 @@ class Runner:
         except (DoesNotFit, MemoryError, RuntimeError) as error:
             if not isinstance(error, DoesNotFit) and not is_out_of_memory(error):
                 raise
-            return OUT_OF_MEMORY, str(error).partition("\n")[0]
+            return OUT_OF_MEMORY, str(error).partition("\n")[0] or OUT_OF_MEMORY
 
     def _started(self, plan: Plan, data: TokenFolder, folder: Path) -> tuple[Run, Trainer]:
         device = self.field.device
@@ -94,49 +95,60 @@ class Runner:
             raise Stopped(f"interrupted at step {trainer.state.step} of {run.folder}")
         return ended, None
 
-    def result(
-        self, entrant: Entrant, folder: Path, seed: int, status: str, peak_known: bool, tokens: np.ndarray
-    ) -> dict[str, Any]:
-        """What race.json says of a run that is over; `tokens` is the text that it is judged by."""
-        records = [*read_log(folder / "metrics.jsonl")] if folder.exists() else []
-        last: dict[str, Any] = Run(folder).status() if folder.exists() else {}
-        n_tokens = last.get("tokens") or 0
-        peaks = [record["peak_memory_bytes"] for record in records if record.get("peak_memory_bytes")]
-        bits = sample = None
+    def result(self, entrant: Entrant, folder: Path, seed: int, status: str, peak_known: bool) -> dict[str, Any]:
+        """What race.json says of a run that is over."""
+        entry = run_entry(folder, seed, status, entrant.flops)
+        if not peak_known:
+            entry["peak_memory_bytes"] = None
         if status == "finished":
-            bits, sample = self.judge(entrant, folder, tokens)
-        return {
-            "seed": seed,
-            "out": str(folder),
-            "status": status,
-            "bits_per_byte": bits,
-            "tokens": n_tokens,
-            "time_s": last.get("time_s") or 0.0,
-            "flops": n_tokens * entrant.flops,
-            "peak_memory_bytes": max(peaks) if peaks and peak_known else None,
-            "curve": curve_of(records, entrant.flops),
-            "sample": sample,
-        }
-
-    def judge(self, entrant: Entrant, folder: Path, tokens: np.ndarray) -> tuple[float | None, str]:
-        """Bits per byte of a run's best weights on a text, and what they write."""
-        assert self.field.data.tokenizer is not None
-        model = load_model(ModelRef(folder, file=entrant.file), self.field.device, self.field.precision)
-        seq_len = model.config.seq_len
-        bits = evaluate(
-            model,
-            tokens,
-            seq_len=seq_len,
-            batch_size=max(1, EVAL_BATCH_TOKENS // seq_len),
-            token_bytes=self.field.data.tokenizer.token_bytes(),
-            n_windows=None if len(tokens) <= EVAL_TOKENS else EVAL_TOKENS // seq_len,
-        ).bits_per_byte
-        prompt, text = draw_sample(model, self.field.data.tokenizer, self.sampling, SAMPLE_SEED)
-        return bits, prompt + text
+            field, ref = self.field, ModelRef(folder, file=entrant.file)
+            model = load_model(ref, field.device, field.precision)
+            entry["bits_per_byte"] = bits_per_byte(model, field.data, field.data.val)
+            entry["sample"] = sample_of(model, field.data, self.sampling)
+        return entry
 
     def forget(self) -> bool:
         """Let memory be as before the first run; returns whether its peak is measured anew."""
         return reset_peak_memory(self.field.device)
+
+
+def run_entry(folder: Path, seed: int, status: str, flops: int) -> dict[str, Any]:
+    """What a run folder tells of a run that is over; `flops` is what a token takes. It has no verdict yet."""
+    records = [*read_log(folder / "metrics.jsonl")] if folder.exists() else []
+    last: dict[str, Any] = Run(folder).status() if folder.exists() else {}
+    n_tokens = last.get("tokens") or 0
+    return {
+        "seed": seed,
+        "out": str(folder),
+        "status": status,
+        "bits_per_byte": None,
+        "tokens": n_tokens,
+        "time_s": last.get("time_s") or 0.0,
+        "flops": n_tokens * flops,
+        "peak_memory_bytes": max((record.get("peak_memory_bytes") or 0 for record in records), default=0) or None,
+        "curve": curve_of(records, flops),
+        "sample": None,
+    }
+
+
+def bits_per_byte(model: LanguageModel, data: TokenFolder, tokens: np.ndarray) -> float | None:
+    """What a model needs for a byte of a text of `data`, or of EVAL_TOKENS of it."""
+    assert data.tokenizer is not None
+    seq_len = model.config.seq_len
+    return evaluate(
+        model,
+        tokens,
+        seq_len=seq_len,
+        batch_size=max(1, EVAL_BATCH_TOKENS // seq_len),
+        token_bytes=data.tokenizer.token_bytes(),
+        n_windows=None if len(tokens) <= EVAL_TOKENS else EVAL_TOKENS // seq_len,
+    ).bits_per_byte
+
+
+def sample_of(model: LanguageModel, data: TokenFolder, sampling: Sampling) -> str:
+    """What a model writes, from the same prompt and with the same seed as all others."""
+    prompt, text = draw_sample(model, data.tokenizer, sampling, SAMPLE_SEED)
+    return prompt + text
 
 
 def curve_of(records: list[dict[str, Any]], flops: int) -> list[dict[str, Any]]:
@@ -145,14 +157,14 @@ def curve_of(records: list[dict[str, Any]], flops: int) -> list[dict[str, Any]]:
     return [
         {
             "step": record["step"],
-            "tokens": record["tokens"],
-            "time_s": record["time_s"],
-            "flops": record["tokens"] * flops,
-            "train_loss": record["train_loss"],
-            "val_bits_per_byte": record["val_bits_per_byte"],
+            "tokens": record.get("tokens"),
+            "time_s": record.get("time_s"),
+            "flops": (record.get("tokens") or 0) * flops,
+            "train_loss": record.get("train_loss"),
+            "val_bits_per_byte": record.get("val_bits_per_byte"),
         }
         for number, record in enumerate(records)
-        if number % every == 0 or record["val_bits_per_byte"] is not None
+        if number % every == 0 or record.get("val_bits_per_byte") is not None
     ]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from nnx_cli.data.loader import check_length
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.experiments.entrants import Entrant, Field
-from nnx_cli.experiments.race_run import Runner
+from nnx_cli.experiments.race_run import Runner, bits_per_byte, run_entry
 from nnx_cli.planning.plan import Plan
+from nnx_cli.runs.load import ModelRef, load_model
 
 FACTORS = (0.5, 1.0, 2.0)  # of the recipe's rate; one step further where the best one is at an edge
 SHARE = 0.2  # of the tokens of the competitor that sees fewest
@@ -78,9 +79,12 @@ def try_rate(runner: Runner, entrant: Entrant, rate: float, folder: Path) -> tup
     data = training_text(field.data, field.seq_len)
     shutil.rmtree(folder, ignore_errors=True)
     status, _ = runner.train(entrant, _short_plan(field, entrant, rate), data, folder)
-    result = runner.result(entrant, folder, SEED, status, False, data.val)
+    bits, time_s = None, run_entry(folder, SEED, status, entrant.flops)["time_s"]
+    if status == "finished":
+        model = load_model(ModelRef(folder, file=entrant.file), field.device, field.precision)
+        bits = bits_per_byte(model, data, data.val)
     shutil.rmtree(folder, ignore_errors=True)
-    return result["bits_per_byte"], result["time_s"]
+    return bits, time_s
 
 
 def _short_plan(field: Field, entrant: Entrant, rate: float) -> Plan:

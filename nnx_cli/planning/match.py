@@ -15,9 +15,9 @@ from nnx_cli.planning.flops import count_parameters, meta_model
 
 CONTROL = "llama"  # whose named sizes say how many parameters a size has
 TOLERANCE = 0.02  # of the parameters that are asked for
-STEP = 16  # of the widths of heads, of the model and of the feed-forward
+STEP, FFN_STEP = 16, 8  # of the widths of heads and of the model, and of the feed-forward
 DEPTHS = (0.6, 1.7)  # of the template's depth
-WIDTHS = 3  # multiples of STEP that are tried around the one that fits best
+WIDTHS = 2  # multiples of STEP that are tried around the one that fits best
 MOST_FFN = 0.25  # part by which the feed-forward may be wider or narrower than its architecture has it
 MOST_HEAD = 256
 
@@ -108,10 +108,10 @@ def _shapes_of_width(
         yield _Shape(dim, n_layers, n_heads, None, odds)
         return
     usual = ffn_dim / template.dim * dim
-    narrow = _count(name, size, dim, n_layers, n_heads, STEP)
-    slope = (_count(name, size, dim, n_layers, n_heads, 2 * STEP) - narrow) / STEP
-    wanted = STEP + (target - narrow) / slope
-    fitting = max(STEP, round(wanted / STEP) * STEP)
+    narrow = _count(name, size, dim, n_layers, n_heads, FFN_STEP)
+    slope = (_count(name, size, dim, n_layers, n_heads, 2 * FFN_STEP) - narrow) / FFN_STEP
+    wanted = FFN_STEP + (target - narrow) / slope
+    fitting = max(FFN_STEP, round(wanted / FFN_STEP) * FFN_STEP)
     if abs(fitting / usual - 1) <= MOST_FFN:
         yield _Shape(dim, n_layers, n_heads, fitting, odds + 2 * abs(math.log(fitting / usual)))
 
@@ -150,10 +150,12 @@ def _config(
     return models.make_config(name, size=size, **(shape if ffn_dim is None else shape | {"ffn_dim": ffn_dim}))
 
 
-@cache
-def _count(name: str, size: str, dim: int, n_layers: int, n_heads: int, ffn_dim: int | None) -> int:
+def _count(name: str, size: str, dim: int, n_layers: int, n_heads: int, ffn_dim: int) -> int:
     """Parameters outside the tables of a shape, told from models of one and two layers: each adds the same."""
-    one, two = (
-        parameters_without_tables(meta_model(name, _config(name, size, dim, n, n_heads, ffn_dim))) for n in (1, 2)
-    )
+    one, two = (_of_layers(n, name, size, dim, n_heads, ffn_dim) for n in (1, 2))
     return one + (n_layers - 1) * (two - one)
+
+
+@cache
+def _of_layers(n_layers: int, name: str, size: str, dim: int, n_heads: int, ffn_dim: int) -> int:
+    return parameters_without_tables(meta_model(name, _config(name, size, dim, n_layers, n_heads, ffn_dim)))

@@ -12,8 +12,11 @@ from nnx_cli.errors import CheckpointError, NnxError, UsageError, quoted
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import live_status, read_status
+from nnx_cli.system.files import check_types, read_json
 
 WEIGHTS = Path("weights")
+RACE = "race.json"  # of a folder whose runs are those of a race
+MADE = ("run.json", "config.json")  # of runs, and of other models
 
 
 def find_model(spec: str | None, file: Path | None = None) -> ModelRef:
@@ -43,6 +46,10 @@ def find_folder(name: str) -> Path:
         raise CheckpointError(
             f"{name!r} is a checkpoint; a run goes on from its newest one", fix=f"nnx train --resume {quoted(bare)}"
         )
+    for race in (Path(name), WEIGHTS / name):
+        if name and (race / RACE).is_file():
+            known = ", ".join(f"{name}/{run.name}" for run in runs_of_race(race)[:3])
+            raise CheckpointError(f"{name!r} is a race" + (f" of {known}, …" if known else ""), fix="nnx list --all")
     known = ", ".join(run.name for run in find_runs()[:5])
     raise CheckpointError(
         f"there is no run or model {name!r}" + (f"; the newest are {known}" if known else ""),
@@ -56,24 +63,58 @@ def find_runs() -> list[Path]:
     return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
 
 
-def list_models() -> list[dict[str, Any]]:
-    """What `nnx list` shows of every model folder in weights/, the one that changed last first."""
-    folders = {path.parent for name in ("run.json", "config.json") for path in WEIGHTS.glob(f"*/{name}")}
+def runs_of_race(race: Path) -> list[Path]:
+    """The run folders of a race, by name."""
+    return sorted(path.parent for path in race.glob("*/run.json") if not path.parent.name.startswith("."))
+
+
+def list_models(every: bool = False) -> list[dict[str, Any]]:
+    """What `nnx list` shows of every model folder and race in weights/, the one that changed last first. The runs of a
+    race follow it if `every` one is to be shown."""
+    folders = {path.parent for name in (*MADE, RACE) for path in WEIGHTS.glob(f"*/{name}")}
     changed = {folder: _changed(folder) for folder in folders if not folder.name.startswith(".")}
-    newest = sorted(changed, key=lambda folder: changed[folder], reverse=True)
-    return [_describe(folder) | {"age_s": round(time.time() - changed[folder])} for folder in newest]
+    rows = []
+    for folder in sorted(changed, key=lambda folder: changed[folder], reverse=True):
+        is_race = os.path.lexists(folder / RACE)
+        described = _describe_race(folder) if is_race else _describe(folder, folder.name)
+        rows.append(described | {"age_s": round(time.time() - changed[folder])})
+        for run in runs_of_race(folder) if is_race and every else []:
+            age = round(time.time() - _changed(run))
+            rows.append(_describe(run, f"{folder.name}/{run.name}") | {"age_s": age})
+    return rows
 
 
 def _changed(folder: Path) -> float:
-    """When a run, or else a model, was last written."""
-    name = "run.json" if os.path.lexists(folder / "run.json") else "config.json"
+    """When a race, a run, or else a model, was last written."""
+    name = next(name for name in (RACE, *MADE) if os.path.lexists(folder / name))
     return (folder / name).lstat().st_mtime
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    """One row of the list. What is damaged has status "damaged" and an error."""
+def _describe_race(folder: Path) -> dict[str, Any]:
+    """A race in one row: its best architecture's mean bits per byte."""
+    row: dict[str, Any] = {"name": folder.name, "out": str(folder), "kind": "race"}
+    try:
+        race = read_json(folder / RACE)
+        check_types(race, {"state": str, "competitors": list}, folder / RACE)
+        competitors = [each for each in race.get("competitors", []) if isinstance(each, dict)]
+        means = [(each.get("bits_per_byte") or {}).get("mean") for each in competitors]
+        row |= {
+            "model": ", ".join(str(each.get("model")) for each in competitors),
+            "size": None,
+            "status": live_status(folder, {"status": race.get("state")}),
+            "steps": None,
+            "best_val_bits_per_byte": min((mean for mean in means if isinstance(mean, float)), default=None),
+            "best_val_loss": None,
+        }
+    except NnxError as error:
+        row |= {"status": "damaged", "error": str(error)}
+    return row
+
+
+def _describe(folder: Path, name: str) -> dict[str, Any]:
+    """A model in one row. What is damaged has status "damaged" and an error."""
     is_run = os.path.lexists(folder / "run.json")
-    row: dict[str, Any] = {"name": folder.name, "out": str(folder), "kind": "run"}
+    row: dict[str, Any] = {"name": name, "out": str(folder), "kind": "run"}
     try:
         config = read_verified_config(folder)
         row |= {

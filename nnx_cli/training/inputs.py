@@ -142,6 +142,17 @@ def take_back(made: list[list[Path]]) -> None:
                 discard_folder(folder) if number == 0 else folder.rmdir()
 
 
+def open_tokens(folder: Path, base: ModelRef | None, tokenizer: str | None) -> TokenFolder:
+    """Open a token folder. `tokenizer` is what it is said to be made with. Raises DataError where it is not, or not
+    with that of `base`."""
+    trained = tokenizer is not None and needs_training(tokenizer)  # on whatever text it was
+    named = None if tokenizer is None or trained else build_tokenizer(tokenizer)
+    tokens = open_token_folder(folder, tokenizer=(base.tokenizer if base else None) or named)
+    if trained and (tokens.tokenizer is None or tokens.tokenizer.kind != tokenizer):
+        raise DataError(f"{folder} was not made with --tokenizer {tokenizer}", fix="leave it out, or name its file")
+    return tokens
+
+
 def open_and_plan(
     folder: Path,
     shape: Shape,
@@ -158,11 +169,7 @@ def open_and_plan(
     Raises DataError or UsageError where vocabularies disagree.
     """
     fields = dict(shape.fields)
-    trained = tokenizer is not None and needs_training(tokenizer)  # on whatever text it was
-    named = None if tokenizer is None or trained else build_tokenizer(tokenizer)
-    tokens = open_token_folder(folder, tokenizer=(base.tokenizer if base else None) or named)
-    if trained and (tokens.tokenizer is None or tokens.tokenizer.kind != tokenizer):
-        raise DataError(f"{folder} was not made with --tokenizer {tokenizer}", fix="leave it out, or name its file")
+    tokens = open_tokens(folder, base, tokenizer)
     if base is not None and tokens.vocab_size != fields["vocab_size"]:
         raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
     if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:

@@ -1,0 +1,363 @@
+"""`nnx compare`: which architecture learns a text better, of one size and on one budget."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnx_cli.commands._config_file import read_toml
+from nnx_cli.commands._options import (
+    COMMAND_LINE,
+    READING,
+    AllBut,
+    Branch,
+    at_home,
+    check_read,
+    command,
+    extra,
+    given,
+    may_have_rows,
+    model_fields,
+    settings,
+)
+from nnx_cli.config import PrepareConfig, RaceConfig, TrainConfig, check_range, coerce, own_fields
+from nnx_cli.console import Output, RaceView
+from nnx_cli.errors import Interrupted, OutputError, UsageError, counted, pasteable
+from nnx_cli.system.text import duration, size
+
+if TYPE_CHECKING:
+    from nnx_cli.experiments.entrants import Field
+    from nnx_cli.experiments.race import Race
+
+EXAMPLES = """Examples:
+
+  nnx compare --models llama,nyx --budget 1M --seeds 2
+  nnx compare --size tiny --filepath book.txt --equal time --budget 5m --vram 8GB
+  nnx compare --runs llama-book nyx-book
+  nnx compare --show weights/race-book/race.json"""
+
+MAIN, TRAINING, TEXT = "Main options", "Training", "Data"
+TRAINED_AS = ("tokens_per_step", "device", "precision", "compile", "vram", "threads")
+PREPARED_AS = ("tokenizer", "val_fraction", *READING)
+COLUMNS = ["model", "bits/byte", "ties with", "params", "outside", "lr", "tokens/s", "peak", "status"]
+TARGET_COLUMN = "tokens to target"
+EXPENDABLE = ["lr", "params", "peak", "status", "tokens/s", "outside"]  # on a narrow screen, in this order
+SAMPLE_CHARS = 240  # of each that are shown
+SEQ_LEN = model_fields()["seq_len"]
+SHAPE = [replace(SEQ_LEN, default=None, help=f"{SEQ_LEN.help}; default that of the size")]
+RACING, TRAIN, PREPARE = own_fields(RaceConfig), own_fields(TrainConfig), own_fields(PrepareConfig)
+SETTINGS = [
+    *RACING,
+    *SHAPE,
+    *(field for field in TRAIN if field.name in TRAINED_AS),
+    *(field for field in PREPARE if field.name in PREPARED_AS),
+]
+OPTIONS = [
+    *settings(RaceConfig, MAIN),
+    extra("filepath", list[str], "Text to race on: a file, folder or glob; may be repeated.", MAIN),
+    extra("data", Path, "Token folder made by nnx prepare.", MAIN),
+    extra("out", Path, "Folder of the race: a new one, or one to go on with.", MAIN, "weights/race-STEM"),
+    extra("runs", list[str], "Compare these finished runs instead: --runs A B C.", MAIN),
+    extra("show", Path, "Show the race of this race.json instead.", MAIN),
+    extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
+    *settings(SHAPE, TRAINING),
+    *settings(TrainConfig, TRAINING, only=TRAINED_AS),
+    *settings(PrepareConfig, TEXT, only=PREPARED_AS),
+]
+LEAVE_OUT = "leave it out"
+BRANCHES = (
+    Branch(AllBut("show", "target"), lambda v: v["show"] is None, "beside --show: a race is shown, none is run"),
+    Branch(
+        AllBut("runs", "more", "target", "device", "precision", "show"),
+        lambda v: not v["runs"],
+        "beside --runs: runs are compared that are trained already",
+    ),
+    Branch({"more"}, lambda v: v["runs"], "without --runs", "a text is named with --filepath"),
+    Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
+    Branch(READING, lambda v: v["data"] is None, "with --data: the text is read already"),
+    Branch(
+        {"text_key", "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
+    ),
+    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+)
+
+
+@command(*OPTIONS)
+def run(
+    output: Output,
+    more: Annotated[list[str] | None, typer.Argument(help="Further runs of --runs.", show_default=False)] = None,
+    **options: Any,
+) -> None:
+    """Race architectures on your text: the same batches, one size, one budget, and which differences are more than
+    chance. The same command goes on with a race that was interrupted."""
+    values, notes = _values(options | {"more": more})
+    config = RaceConfig(**{field.name: values[field.name] for field in RACING if field.name in values})
+    for note in notes:
+        output.note(note)
+    if options["show"] is not None:
+        _show_file(output, options["show"], config.target)
+    elif options["runs"]:
+        _compare_runs(output, [*options["runs"], *(more or [])], config.target, values)
+    else:
+        _race(output, config, values, options)
+
+
+def _values(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the command line and the file of `--config`, and what to say of those that are not read."""
+    path = options["config"]
+    filed = {} if path is None else coerce(SETTINGS, read_toml(path), f"--config {path}")
+    filed = {name: at_home(value, name) for name, value in filed.items()}
+    typed = given(options, SETTINGS)
+    besides = [name for name, value in options.items() if value not in (None, []) and name not in typed]
+    sources = dict.fromkeys(filed, f"file: {path}") | dict.fromkeys([*typed, *besides], COMMAND_LINE)
+    unread = check_read(BRANCHES, {**options, **filed, **typed}, sources)
+    for one, other in (("size", "parameters"), ("parameters", "size")):
+        if one in typed and other not in typed:
+            filed.pop(other, None)
+    values = {name: value for name, value in (filed | typed).items() if name not in unread}
+    if options["filepath"] and options["data"]:
+        raise UsageError("--filepath and --data: give one, text or tokens")
+    check_range("seq-len", values.get("seq_len"), 1, 2**20)
+    return values, [*unread.values()]
+
+
+def _race(output: Output, config: RaceConfig, values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Run a race, or what is left of it. Where there is none in the end, what was made for it goes."""
+    from nnx_cli.experiments.entrants import competitors_of
+
+    competitors_of(config.models)
+    made: list[list[Path]] = []
+    try:
+        field = _enter(output, config, values, options, made)
+        race, folder = _open(output, field, values, options, made)
+    finally:
+        if made:
+            from nnx_cli.training.inputs import take_back
+
+            take_back(made)
+    if race["state"] == "finished":
+        output.note(f"{folder} is finished; another one: --out FOLDER")
+    else:
+        _run(output, field, folder)
+    from nnx_cli.experiments.race_file import NAME, read_race
+
+    _report(output, read_race(folder / NAME), folder / NAME)
+
+
+def _enter(
+    output: Output,
+    config: RaceConfig,
+    values: Mapping[str, Any],
+    options: Mapping[str, Any],
+    made: list[list[Path]],
+) -> Field:
+    """Prepare the text, and plan who runs how far. `made` gets the folders that were made for that."""
+    from nnx_cli.commands.prepare import preparation_view
+    from nnx_cli.experiments.entrants import enter, target_of
+    from nnx_cli.planning.tokenizer import vocabularies_for
+    from nnx_cli.training.inputs import open_tokens, prepare_tokens
+    from nnx_cli.training.session import configure_device
+
+    train = TrainConfig(**{name: values[name] for name in TRAINED_AS if name in values})
+    preparing = PrepareConfig(**{name: values[name] for name in PREPARED_AS if name in values})
+    device, precision = configure_device(train)
+    target = target_of(config, device)
+    named = None
+    if options["data"] is not None:
+        folder = options["data"]
+        named = preparing.tokenizer if preparing.tokenizer != "auto" else None
+    else:
+        view, suited = preparation_view(output), vocabularies_for(target)
+        folder, new = prepare_tokens(options["filepath"] or [], preparing, None, view, options["out"], suited)
+        made.append(new)
+    tokens = open_tokens(folder, None, named)
+    with output.spinner("planning, for which torch loads its compiler"):
+        return enter(config, train, target, values.get("seq_len"), tokens, device, precision)
+
+
+def _open(
+    output: Output, field: Field, values: Mapping[str, Any], options: Mapping[str, Any], made: list[list[Path]]
+) -> tuple[dict[str, Any], Path]:
+    """What race.json says of the race, and its folder: one that was begun, or a new one."""
+    from nnx_cli.experiments import race
+
+    asked = {name: values[name] for name in TRAINED_AS if name in values}
+    identity = race.identity(field, asked)
+    path = field.data.path
+    stem = path.resolve().name if options["data"] else path.name.rpartition("-")[0]  # without the hash
+    folder, record = race.find_race(identity, field.data.fingerprint, stem, options["out"])
+    if record is None:
+        record = race.new_record(field, identity)
+        race.begin(folder, record)
+    made.clear()
+    return record, folder
+
+
+def _run(output: Output, field: Field, folder: Path) -> None:
+    """Run what is left of a race. Raises Interrupted where it was stopped, after saving."""
+    from nnx_cli.experiments.race import Race
+    from nnx_cli.experiments.race_file import NAME, read_race
+    from nnx_cli.experiments.race_run import Stopped
+    from nnx_cli.runs.run import hold_folder
+    from nnx_cli.system.signals import stop_signals
+
+    line = pasteable(["nnx", *sys.argv[1:]])
+    with hold_folder(folder), stop_signals() as should_stop, RaceView(output) as view:
+        race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _page_writer(output, folder))
+        _tell(output, race)
+        try:
+            race.run()
+        except Stopped as error:
+            view.close()
+            output.note("")
+            raise Interrupted(f"{error}; everything is saved", fix=f"go on: {line}") from error
+
+
+def _page_writer(output: Output, folder: Path) -> Any:
+    """Writes race.html of a race; where the disk refuses, says so and leaves it."""
+    from nnx_cli.reporting.race_page import write_race_page
+
+    def write(record: Mapping[str, Any]) -> None:
+        try:
+            write_race_page(record, folder / "race.html")
+        except OutputError as error:
+            output.warn(str(error))
+
+    return write
+
+
+def _tell(output: Output, race: Race) -> None:
+    """Who runs, in what shape, how far."""
+    field, record = race.field, race.record
+    each = _budget_words(record)
+    output.note(
+        f"{record['device']}, {field.precision}; {counted(record['settings']['seeds'], 'seed')}, {each} a run, "
+        f"{field.tokens_per_step:,} tokens a step, {field.target:,} parameters outside embedding and head"
+    )
+    output.aligned([_shape_row(entrant.name, race.entry(entrant)) for entrant in field.entrants])
+    done = sum(len(entry["runs"]) for entry in record["competitors"])
+    if done or record["learning_rate_search"]["time_s"]:
+        total = len(field.entrants) * field.config.seeds
+        output.note(f"going on with {race.folder}: {done} of {counted(total, 'run')} done")
+
+
+def _shape_row(name: str, entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A competitor's name, its parameters, its shape and recipe."""
+    config = entry["config"]
+    ffn = f", ffn {config['ffn_dim']}" if config.get("ffn_dim") else ""
+    recipe = f"; {entry['optimizer']}, dropout {entry['dropout']:g}" if entry["optimizer"] else f"; {entry['problem']}"
+    return (
+        name,
+        f"{entry['parameters']:,} parameters, {entry['parameters_without_tables']:,} outside",
+        f"{entry['size'] or 'dim'} {config['dim']}, {counted(config['n_layers'], 'layer')}, "
+        f"{counted(config['n_heads'], 'head')}{ffn}{recipe}",
+    )
+
+
+def _budget_words(record: Mapping[str, Any]) -> str:
+    """The budget of a run."""
+    amount = record["budget"]
+    if record["equal"] == "time":
+        return f"{duration(amount)} of training"
+    if record["equal"] == "flops":
+        return f"{amount:g} FLOPs"
+    steps = int(amount // record["tokens_per_step"])
+    return f"{steps * record['tokens_per_step']:,} tokens"
+
+
+def _show_file(output: Output, path: Path, target: float | None) -> None:
+    """Show a race from its file, with the way to another target where one is given."""
+    from nnx_cli.experiments.race_file import judge, read_race
+
+    record = read_race(path)
+    if target is not None:
+        record["target_bits_per_byte"] = target
+        judge(record)
+    _page_writer(output, path.parent)(record)
+    _report(output, record, path)
+
+
+def _compare_runs(output: Output, specs: Sequence[str], target: float | None, values: Mapping[str, Any]) -> None:
+    """Compare runs that are trained already."""
+    from nnx_cli.experiments.finished_runs import race_of_runs
+    from nnx_cli.system.device import pick_device, pick_precision
+
+    device = pick_device(values.get("device", TrainConfig.device))
+    precision = pick_precision(values.get("precision", TrainConfig.precision), device)
+    with output.spinner("reading their validation text"):
+        record = race_of_runs(specs, target, device, precision)
+    _report(output, record, None)
+
+
+def _report(output: Output, record: Mapping[str, Any], path: Path | None) -> None:
+    """A race as table, samples and sentences, or as JSON."""
+    output.made = path
+    output.show_json(record)
+    columns, with_target = list(COLUMNS), record["target_bits_per_byte"] is not None
+    if with_target:
+        columns.insert(3, TARGET_COLUMN)
+    rows = [_row(entry, with_target) for entry in record["competitors"]]
+    output.table(columns, rows, expendable=EXPENDABLE)
+    samples = {entry["model"]: _sample_of(entry) for entry in record["competitors"]}
+    output.side_by_side({name: text for name, text in samples.items() if text})
+    output.show(*_sentences(record, path))
+
+
+def _row(entry: Mapping[str, Any], with_target: bool) -> list[Any]:
+    """A competitor in the table."""
+    bits, ties, reached = entry["bits_per_byte"], entry["ties_with"], entry["to_target"]
+    error = "" if bits is None or bits["stderr"] is None else f" ± {bits['stderr']:.4f}"
+    peaks = [run["peak_memory_bytes"] for run in entry["runs"] if run["peak_memory_bytes"]]
+    row = [
+        entry["model"],
+        None if bits is None else f"{bits['mean']:.4f}{error}",
+        None if ties is None else ", ".join(ties) or "none",
+        f"{entry['parameters'] / 1e6:.2f} M",
+        f"{entry['parameters_without_tables'] / 1e6:.2f} M",
+        None if entry["lr"] is None else f"{entry['lr']:g}",
+        None if entry["tokens_per_s"] is None else f"{entry['tokens_per_s']:,.0f}",
+        size(max(peaks)) if peaks else None,
+        entry["status"],
+    ]
+    if with_target:
+        row.insert(3, None if reached is None else f"{reached['tokens']:,.0f}")
+    return row
+
+
+def _sample_of(entry: Mapping[str, Any]) -> str:
+    """The beginning of what a competitor wrote."""
+    written = [run["sample"] for run in entry["runs"] if run["sample"]]
+    return written[0].strip()[:SAMPLE_CHARS] if written else ""
+
+
+def _sentences(record: Mapping[str, Any], path: Path | None) -> list[str]:
+    """What the table says, in words."""
+    n_seeds = max((len(entry["runs"]) for entry in record["competitors"]), default=0)
+    verdict = (
+        f"{counted(record['comparisons'], 'comparison')}, paired by seed over {counted(n_seeds, 'seed')}: two "
+        "architectures tie where the 95 % interval of their mean difference holds 0"
+    )
+    if not record["comparisons"]:
+        verdict = "one seed, so no verdict: the differences may be chance; take --seeds 3"
+    lines = [verdict]
+    if record["equal"] is not None:
+        target, search = record["parameters_counted"], record["learning_rate_search"]
+        lines.append(
+            f"equal: {_budget_words(record)} a run, and {target['target']:,} parameters outside {target['outside']}, "
+            "within 2 %; bits per byte of the validation text"
+        )
+        tried = sum(len(rates) for rates in search["rates"].values())
+        lines.append(
+            f"learning rates: searched in {counted(tried, 'run')} of {search['tokens_each']:,} tokens of the training "
+            f"text, {duration(search['time_s'])} beside the budget; all else is each architecture's own recipe"
+        )
+    lines += [f"{entry['model']}: {entry['problem']}" for entry in record["competitors"] if entry["problem"]]
+    if path is not None:
+        page = path.with_name("race.html")
+        lines.append(f"{path}: all numbers" + (f"; {page}: curves, samples, shapes" if page.is_file() else ""))
+    return lines
