@@ -49,7 +49,7 @@ def race(raced, workspace):
 def test_what_a_race_shows(raced):
     folder, result = raced
     assert result.exit_code == 0
-    for words in ("llama, seed 2: finished at", "dim 32, 2 layers, 2 heads", "2,560 tokens a run", "muon"):
+    for words in ("llama, seed 2: finished at", " layers, ", " outside ", "2,560 tokens a run", "muon"):
         assert words in " ".join(result.stderr.split()), words
     for words in ("1 comparison, paired by seed", "within 2 %", "beside the budget", "race.json", "race.html", "±"):
         assert words in result.stdout, words
