@@ -11,7 +11,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import RaceConfig, TrainConfig, parse_count
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import DataError, DoesNotFit, UsageError, nearest
+from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted, nearest
 from nnx_cli.planning.fit import check_batch_shape
 from nnx_cli.planning.flops import flops_per_token, meta_model
 from nnx_cli.planning.match import Match, context_for, match_shape, size_target
@@ -183,7 +183,7 @@ def _check_steps(config: RaceConfig, steps: int, tokens_per_step: int) -> None:
     least = LEAST_STEPS[config.equal]
     if steps < least:
         raise UsageError(
-            f"--budget {config.budget} is too small for an evaluation: {steps:,} steps of {tokens_per_step:,} tokens, "
+            f"--budget {config.budget} is too small for an evaluation: {counted(steps, 'step')} of {tokens_per_step:,} tokens, "
             f"where {least} are the least",
             fix="give a larger --budget, or a smaller --tokens-per-step",
         )
