@@ -183,7 +183,7 @@ def _check_steps(config: RaceConfig, steps: int, tokens_per_step: int) -> None:
     least = LEAST_STEPS[config.equal]
     if steps < least:
         raise UsageError(
-            f"--budget {config.budget} is too small for an evaluation: {counted(steps, 'step')} of {tokens_per_step:,} tokens, "
-            f"where {least} are the least",
+            f"--budget {config.budget} is too small for an evaluation: {counted(steps, 'step')} of "
+            f"{tokens_per_step:,} tokens, where {least} are the least",
             fix="give a larger --budget, or a smaller --tokens-per-step",
         )
