@@ -50,7 +50,7 @@ class Chromium:
         self.events = []
 
     def close(self):
-        self.call("Browser.close")
+        self.send("Browser.close")
         self.process.wait(PATIENCE)
         os.close(self.to)
         os.close(self.of)
@@ -67,13 +67,18 @@ class Chromium:
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
 
-    def call(self, method, session=None, **parameters):
-        """The answer to a command; events that come meanwhile are kept."""
+    def send(self, method, session=None, **parameters):
+        """Send a command; returns the number of its answer."""
         number = next(self.numbers)
         message = {"id": number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self.to, data) :]
+        return number
+
+    def call(self, method, session=None, **parameters):
+        """The answer to a command; events that come meanwhile are kept."""
+        number = self.send(method, session, **parameters)
         while answer := self.read(PATIENCE):
             if answer.get("id") == number:
                 assert "error" not in answer, answer

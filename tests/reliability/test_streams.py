@@ -43,6 +43,7 @@ LINES: dict[str, tuple[Any, ...]] = {  # every command; what it makes is called 
     "quantize": ("quantize", RUN, "--max-drop", 100, "--out", "made"),
     "merge": ("merge", ADAPTED, "--out", "made"),
     "import": ("import", "foreign/seed.pth", "--model", "nyx", "--out", "made"),
+    "report": ("report", RUN),
     "list": ("list",),
     "doctor": ("doctor",),
     "bench": ("bench", "--seconds", 0.01, "--batch-size", 1, "--seq-len", 16),
