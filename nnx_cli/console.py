@@ -374,8 +374,7 @@ class RaceView(TrainingView):
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
         """Move the bar; without a terminal, a line now and then."""
-        line = f"{self.what}  step {record['step']}  loss {record['train_loss']:.4f}"
-        self._move(progress, f"{line}  {record['tokens_per_s']:,.0f} tokens/s")
+        self._move(progress, f"{self.what}  loss {record['train_loss']:.3f}")
 
     def _move(self, progress: float, line: str) -> None:
         done = min(1.0, self.done + self.share * progress)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,6 +32,7 @@ from nnx_cli.errors import Interrupted, OutputError, UsageError, counted, pastea
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
+    from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.experiments.entrants import Field
     from nnx_cli.experiments.race import Race
 
@@ -42,6 +44,8 @@ EXAMPLES = """Examples:
   nnx compare --show weights/race-book/race.json"""
 
 MAIN, TRAINING, TEXT = "Main options", "Training", "Data"
+RECALL_TOKENS = 4_000_000  # of generated text, where the budget says nothing of tokens
+RECALL_SEED = 1
 TRAINED_AS = ("tokens_per_step", "device", "precision", "compile", "vram", "threads")
 PREPARED_AS = ("tokenizer", "val_fraction", *READING)
 COLUMNS = ["model", "bits/byte", "ties with", "params", "outside", "lr", "tokens/s", "peak", "status"]
@@ -76,6 +80,11 @@ BRANCHES = (
         AllBut("runs", "more", "target", "device", "precision", "show"),
         lambda v: not v["runs"],
         "beside --runs: runs are compared that are trained already",
+    ),
+    Branch(
+        {"filepath", "data", *PREPARED_AS},
+        lambda v: v["task"] != "recall",
+        "with --task recall: its text is generated",
     ),
     Branch({"more"}, lambda v: v["runs"], "without --runs", "a text is named with --filepath"),
     Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
@@ -157,16 +166,42 @@ def _enter(
     made: list[list[Path]],
 ) -> Field:
     """Prepare the text, and plan who runs how far. `made` gets the folders that were made for that."""
-    from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.experiments.entrants import enter, target_of
-    from nnx_cli.planning.tokenizer import vocabularies_for
-    from nnx_cli.training.inputs import open_tokens, prepare_tokens
+    from nnx_cli.planning.match import context_for
     from nnx_cli.training.session import configure_device
 
     train = TrainConfig(**{name: values[name] for name in TRAINED_AS if name in values})
-    preparing = PrepareConfig(**{name: values[name] for name in PREPARED_AS if name in values})
     device, precision = configure_device(train)
     target = target_of(config, device)
+    seq_len = values.get("seq_len") or context_for(target)
+    if config.task == "recall":
+        tokens = _recall_text(output, config, seq_len, made)
+    else:
+        tokens = _text(output, target, values, options, made)
+    with output.spinner("planning, for which torch loads its compiler"):
+        return enter(config, train, target, seq_len, tokens, device, precision)
+
+
+def _recall_text(output: Output, config: RaceConfig, seq_len: int, made: list[list[Path]]) -> TokenFolder:
+    """The generated text: enough for the budget where it is of tokens, so that nothing is read twice."""
+    from nnx_cli.data.recall import make_recall_folder
+
+    n_tokens = int(config.amount()) if config.equal == "tokens" else RECALL_TOKENS
+    folder = Path("data") / f"recall-{n_tokens}-{seq_len}"
+    made.append([path for path in (folder, *folder.parents) if not path.exists()])
+    with output.spinner("writing text that asks for what it said before"):
+        return make_recall_folder(folder, RECALL_SEED, n_tokens, seq_len)
+
+
+def _text(
+    output: Output, target: int, values: Mapping[str, Any], options: Mapping[str, Any], made: list[list[Path]]
+) -> TokenFolder:
+    """The tokens that were named, or prepared from text."""
+    from nnx_cli.commands.prepare import preparation_view
+    from nnx_cli.planning.tokenizer import vocabularies_for
+    from nnx_cli.training.inputs import open_tokens, prepare_tokens
+
+    preparing = PrepareConfig(**{name: values[name] for name in PREPARED_AS if name in values})
     named = None
     if options["data"] is not None:
         folder = options["data"]
@@ -175,9 +210,7 @@ def _enter(
         view, suited = preparation_view(output), vocabularies_for(target)
         folder, new = prepare_tokens(options["filepath"] or [], preparing, None, view, options["out"], suited)
         made.append(new)
-    tokens = open_tokens(folder, None, named)
-    with output.spinner("planning, for which torch loads its compiler"):
-        return enter(config, train, target, values.get("seq_len"), tokens, device, precision)
+    return open_tokens(folder, None, named)
 
 
 def _open(
@@ -190,6 +223,7 @@ def _open(
     identity = race.identity(field, asked)
     path = field.data.path
     stem = path.resolve().name if options["data"] else path.name.rpartition("-")[0]  # without the hash
+    stem = field.config.task if field.config.task != "text" else stem
     folder, record = race.find_race(identity, field.data.fingerprint, stem, options["out"])
     if record is None:
         record = race.new_record(field, identity)
@@ -303,6 +337,7 @@ def _report(output: Output, record: Mapping[str, Any], path: Path | None) -> Non
         columns.insert(3, TARGET_COLUMN)
     rows = [_row(entry, with_target) for entry in record["competitors"]]
     output.table(columns, rows, expendable=EXPENDABLE)
+    _show_recall(output, record["competitors"])
     samples = {entry["model"]: _sample_of(entry) for entry in record["competitors"]}
     output.side_by_side({name: text for name, text in samples.items() if text})
     output.show(*_sentences(record, path))
@@ -327,6 +362,23 @@ def _row(entry: Mapping[str, Any], with_target: bool) -> list[Any]:
     if with_target:
         row.insert(3, None if reached is None else f"{reached['tokens']:,.0f}")
     return row
+
+
+def _show_recall(output: Output, competitors: Sequence[Mapping[str, Any]]) -> None:
+    """The share of right answers by distance, mean over the seeds, where there are any."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for entry in competitors:
+        for run in entry["runs"]:
+            for distance, accuracy in run["recall"] or []:
+                found.setdefault(entry["model"], {}).setdefault(distance, []).append(accuracy)
+    distances = sorted({distance for by_distance in found.values() for distance in by_distance})
+    if not distances:
+        return
+    rows = [
+        [name, *(f"{mean(by_distance[d]):.1%}" if d in by_distance else None for d in distances)]
+        for name, by_distance in found.items()
+    ]
+    output.table(["model", *(f"{distance} back" for distance in distances)], rows, "answers recalled")
 
 
 def _sample_of(entry: Mapping[str, Any]) -> str:

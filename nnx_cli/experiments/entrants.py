@@ -14,14 +14,14 @@ from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted, nearest
 from nnx_cli.planning.fit import check_batch_shape
 from nnx_cli.planning.flops import flops_per_token, meta_model
-from nnx_cli.planning.match import Match, context_for, match_shape, size_target
+from nnx_cli.planning.match import Match, match_shape, size_target
 from nnx_cli.planning.plan import Plan, plan_run
 from nnx_cli.planning.recipe import default_tokens_per_step
 
-DEFAULT_SIZE = {"cpu": "nano"}
+CPU_PARAMETERS = 400_000  # half a `nano`: two architectures, two seeds and a million tokens take minutes on two cores
 GPU_SIZE = "tiny"
-VALIDATIONS = 25  # of a run whose steps are known beforehand
-VALIDATION_TOKENS = 2**14  # that each reads at least; they are no part of the budget
+VALIDATIONS = 20  # of a run whose steps are known beforehand
+VALIDATION_TOKENS = 2**13  # that each reads at least; they are no part of the budget
 LEAST_STEPS = {"tokens": 10, "time": 10, "flops": 50}  # fewer make no curve; of 50, half a step is 1 % of the FLOPs
 
 
@@ -115,15 +115,18 @@ def competitors_of(text: str) -> list[str]:
 
 def target_of(config: RaceConfig, device: torch.device) -> int:
     """Parameters outside the tables that all competitors are to have. Raises UsageError for an unknown size."""
-    size = config.size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
-    return parse_count("parameters", config.parameters) or size_target(size)
+    if (count := parse_count("parameters", config.parameters)) is not None:
+        return count
+    if config.size is None and device.type == "cpu":
+        return CPU_PARAMETERS
+    return size_target(config.size or GPU_SIZE)
 
 
 def enter(
     config: RaceConfig,
     train: TrainConfig,
     target: int,
-    seq_len: int | None,
+    seq_len: int,
     data: TokenFolder,
     device: torch.device,
     precision: str,
@@ -136,7 +139,6 @@ def enter(
     if data.tokenizer is None:
         raise DataError(f"bits per byte of {data.path} need its tokenizer", fix="name it: --tokenizer FILE")
     names = competitors_of(config.models)
-    seq_len = seq_len or context_for(target)
     shapes = {name: match_shape(name, target, vocab_size=data.vocab_size, seq_len=seq_len) for name in names}
     networks = {name: meta_model(name, match.config) for name, match in shapes.items()}
     tokens_per_step = train.tokens_per_step

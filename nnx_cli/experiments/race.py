@@ -97,6 +97,7 @@ def identity(field: Field, asked: Mapping[str, Any]) -> dict[str, Any]:
     config = field.config
     return {
         **asked,
+        "task": config.task,
         "models": [entrant.model for entrant in field.entrants],
         "parameters": field.target,
         "equal": config.equal,

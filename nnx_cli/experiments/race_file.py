@@ -27,6 +27,7 @@ competitors             as many as there are, best first:
                         finished
         tokens, time_s, flops, peak_memory_bytes           of training; null: not known
         curve           [{step, tokens, time_s, flops, train_loss, val_bits_per_byte}], null where not measured
+        recall          [[distance, accuracy]] of --task recall: tokens back, share of right answers; else null
         sample          text, its prompt included, drawn with the same seed from every competitor
     bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none
     tokens_per_s        mean over them
@@ -92,6 +93,7 @@ RUN_TYPES = {
     "peak_memory_bytes": NUMBER,
     "curve": list,
     "sample": WORDS,
+    "recall": (list, type(None)),
 }
 POINT_TYPES = dict.fromkeys(("step", "train_loss", "val_bits_per_byte", *AXES), NUMBER)
 NEEDED = {"state", "competitors"}, {"model", "status", "runs", "parameters", "parameters_without_tables"}, {"seed"}
@@ -113,6 +115,9 @@ def read_race(path: Path) -> dict[str, Any]:
             _check(run, RUN_TYPES, NEEDED[2], path)
             for point in run["curve"] or []:
                 _check(point, POINT_TYPES, set(), path)
+            for pair in run["recall"] or []:
+                if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair):
+                    raise CheckpointError(f"{path} is damaged: its recall is {repr(pair)[:40]}")
     return race
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, Interrupted, QualityError, is_out_of_memory
 from nnx_cli.evaluation.losses import evaluate
+from nnx_cli.evaluation.recall import recall_accuracy
 from nnx_cli.experiments.entrants import Entrant, Field
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.plan import Plan
@@ -105,6 +106,9 @@ class Runner:
             model = load_model(ref, field.device, field.precision)
             entry["bits_per_byte"] = bits_per_byte(model, field.data, field.data.val)
             entry["sample"] = sample_of(model, field.data, self.sampling)
+            if field.config.task == "recall":
+                rows = max(1, EVAL_BATCH_TOKENS // field.seq_len)
+                entry["recall"] = recall_accuracy(model, field.data.val[:EVAL_TOKENS], rows)
         return entry
 
     def forget(self) -> bool:
@@ -128,6 +132,7 @@ def run_entry(folder: Path, seed: int, status: str, flops: int) -> dict[str, Any
         "peak_memory_bytes": max((record.get("peak_memory_bytes") or 0 for record in records), default=0) or None,
         "curve": curve_of(records, flops),
         "sample": None,
+        "recall": None,
     }
 
 

@@ -20,7 +20,7 @@ from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.load import ModelRef, load_model
 
 FACTORS = (0.5, 1.0, 2.0)  # of the recipe's rate; one step further where the best one is at an edge
-SHARE = 0.2  # of the tokens of the competitor that sees fewest
+SHARE = 0.1  # of the tokens of the competitor that sees fewest
 LEAST_STEPS = 50  # but no more than a run has
 VAL_SHARE = 0.05  # of the training text
 SEED = 1

@@ -173,6 +173,9 @@ BAD = {
     "too small a budget": (2, "too small for an evaluation", [*SMALL[:-1], "2000"]),
     "no seed": (2, "--seeds is 0", ["--seeds", 0]),
     "no target": (2, "--target is 0", ["--target", 0]),
+    "an unknown task": (2, "no choice 'copy'", ["--task", "copy"]),
+    "recall of a text": (2, "its text is generated", ["--task", "recall", "--filepath", "words.txt"]),
+    "recall in a glance": (2, "at least 32", [*SMALL, "--task", "recall", "--seq-len", 16]),
     "keep": (2, "no choice 'all'", ["--keep", "all"]),
     "tokens a step": (2, "no multiple", [*SMALL, "--tokens-per-step", 250]),
     "positions": (2, "--seq-len is 0", ["--seq-len", 0]),
@@ -211,6 +214,19 @@ def test_settings_from_a_file(nnx, refused, workspace, token_path):
     assert not list(workspace.glob("weights/*/*/model.safetensors"))
     (workspace / "race.toml").write_text("dim = 3\n")
     refused(2, "there is no setting 'dim'", "compare", "--config", "race.toml")
+
+
+def test_recall_by_distance(nnx, workspace):
+    words = ["compare", *SMALL, "--task", "recall", "--seeds", 1]
+    result = nnx(*words)
+    assert result.exit_code == 0 and "answers recalled" in result.stdout and "8 back" in result.stdout
+    record = read_race(workspace / "weights" / "race-recall" / "race.json")
+    for competitor in record["competitors"]:
+        ((first, accuracy), *more) = competitor["runs"][0]["recall"]
+        assert first == 8 and 0 <= accuracy <= 1 and [distance for distance, _ in more] == [16]
+    assert (workspace / "data" / "recall-2600-32" / "meta.json").is_file()
+    assert "Accuracy by distance" in (workspace / "weights" / "race-recall" / "race.html").read_text()
+    assert json.loads(nnx(*words, "--json").stdout) == record  # the same race
 
 
 def test_text_is_prepared_and_taken_back_where_there_is_no_race(nnx, refused, workspace, text_file):

@@ -20,7 +20,15 @@ def a_run(seed, bits, curve=((100, 4.0), (200, 3.0), (300, 2.0))):
         for t, each in curve
     ]
     entry = {"seed": seed, "out": f"weights/race-x/a-{seed}", "status": "finished", "bits_per_byte": bits}
-    return entry | {"tokens": 300, "time_s": 6.0, "flops": 1800, "peak_memory_bytes": 9, "curve": points, "sample": "a"}
+    return entry | {
+        "tokens": 300,
+        "time_s": 6.0,
+        "flops": 1800,
+        "peak_memory_bytes": 9,
+        "curve": points,
+        "sample": "a",
+        "recall": None,
+    }
 
 
 def a_race(target=None, **results):
@@ -95,6 +103,7 @@ DAMAGE = {
     "a seed": lambda race: race["competitors"][0]["runs"][0].update(seed="one"),
     "a curve": lambda race: race["competitors"][0]["runs"][0].update(curve=[3]),
     "a sample": lambda race: race["competitors"][0]["runs"][0].update(sample=9),
+    "recall": lambda race: race["competitors"][0]["runs"][0].update(recall=[[8]]),
     "ties": lambda race: race["competitors"][0].update(ties_with="b"),
     "a rate": lambda race: race.update(learning_rate_search={"rates": 3}),
 }
