@@ -79,6 +79,7 @@ class Recipe:
     muon_lr_factor: float = 1.0  # the same with Muon, which moves all matrices by the same share
     weight_decay: float = 0.1  # at least, with AdamW and Muon; 0: none
     warmup: bool = True
+    gpu_half_width: int = 1000  # at which a GPU spends as long on all else as on matmuls: tests/bench/rates.md
 
 
 class LanguageModel(nn.Module):

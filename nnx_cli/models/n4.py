@@ -295,7 +295,7 @@ class Model(LanguageModel):
     """Embedding, blocks, a head of its own."""
 
     config: Config
-    recipe = Recipe(lr_factor=1.5, muon_lr_factor=3.0)  # measured: tests/bench/zoo.md
+    recipe = Recipe(lr_factor=1.5, muon_lr_factor=3.0, gpu_half_width=2100)  # measured: tests/bench/zoo.md
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -295,7 +295,7 @@ class Model(LanguageModel):
 
     config: Config
     head: ScaledHead | Linear
-    recipe = Recipe(lr_factor=0.5)
+    recipe = Recipe(lr_factor=0.5, gpu_half_width=3500)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -34,7 +34,7 @@ from nnx_cli.layers.one_token import add_linear, norm_gated
 from nnx_cli.layers.qkv_swiglu import packed_for_kernel
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import unit
-from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig
+from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +157,7 @@ class Model(LanguageModel):
     """Embedding, parallel blocks, a last norm, a tied head."""
 
     config: Config
+    recipe = Recipe(gpu_half_width=600)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -44,7 +44,7 @@ from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.segment_attention import attend, attention_entropy
-from nnx_cli.models._base import DERIVED, MAX_LAYERS, LanguageModel, ModelConfig
+from nnx_cli.models._base import DERIVED, MAX_LAYERS, LanguageModel, ModelConfig, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +332,7 @@ class Model(LanguageModel):
     """Embedding, coda, critics and prophet, and a Student-t head."""
 
     config: Config
+    recipe = Recipe(gpu_half_width=6100)
     head: StudentT
 
     def __init__(self, config: Config) -> None:

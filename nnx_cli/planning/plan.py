@@ -15,7 +15,7 @@ from nnx_cli.errors import DataError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
-from nnx_cli.planning.rates import expected_mfu, nominal_flops
+from nnx_cli.planning.rates import expected_mfu, expected_speed, nominal_flops
 from nnx_cli.planning.recipe import (
     Horizon,
     default_dropout,
@@ -152,13 +152,15 @@ def expected_tokens(
     model = meta_model(name, config)
     learner = model if train.lora_rank is None else meta_model(name, config, train.lora_rank)
     params_per_token = count_parameters(learner)["trainable"] / data.train_tokens
-    speed = rate * expected_mfu(device, config.dim) / flops_per_token(model)["train"]  # tokens a second
+    rows = (train.batch_size or 0) * (train.grad_accum or 0) * config.seq_len
+    step_tokens = train.tokens_per_step or rows or default_tokens_per_step(model, device)
+    half_width, flops = models.recipe(name).gpu_half_width, flops_per_token(model)["train"]
+    speed = expected_speed(device, config.dim, half_width, rate, flops, step_tokens)
     tokens = speed * (train.max_time_s or DEFAULT_SECONDS)
     if train.epochs is not None:
         tokens = train.epochs * data.train_tokens
     elif train.max_steps is not None:
-        rows = (train.batch_size or 0) * (train.grad_accum or 0) * config.seq_len
-        tokens = train.max_steps * (train.tokens_per_step or rows or default_tokens_per_step(model, device))
+        tokens = train.max_steps * step_tokens
     elif train.stop_early == "auto":
         tokens = min(tokens, useful_epochs(params_per_token, data.train_tokens) * data.train_tokens)
     return Horizon(tokens / data.train_tokens, params_per_token, speed)

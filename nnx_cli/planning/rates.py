@@ -11,7 +11,9 @@ CPU_CORE_BASELINE = 30e9
 MPS = 5e12
 SUSTAINED = 0.75  # of a GPU's nominal rate, in large matmuls
 FLOPS_PER_BYTE = 300  # at most, of memory traffic in training
-MFU = {"cpu": (0.78, 430), "cuda": (0.4, 1000), "mps": (0.1, 0)}  # see `expected_mfu`; mps was never measured
+CPU_MFU, CPU_HALF_WIDTH = 0.78, 430  # see `expected_mfu`
+MPS_MFU = 0.1  # never measured
+GPU_STEP_SECONDS = 2e-3  # of an optimizer step, whatever its size: tests/bench/rates.md
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,19 @@ def gpu_flops(name: str, n_sms: int, capability: tuple[int, int], precision: str
     return SUSTAINED * min(nominal, FLOPS_PER_BYTE * gpu.bandwidth * 1e9) * n_sms / gpu.n_sms
 
 
-def expected_mfu(device: torch.device, dim: int) -> float:
+def expected_mfu(device: torch.device, dim: int, gpu_half_width: int = 0) -> float:
     """Of the rate of large matmuls, what training reaches at a width, about: matmuls grow with its square, all else
-    with the width itself."""
-    highest, half_at = MFU[device.type]
-    return highest * dim / (dim + half_at)
+    with the width itself. On a GPU an architecture spends as long on either at a width of its own."""
+    if device.type == "cpu":
+        return CPU_MFU * dim / (dim + CPU_HALF_WIDTH)
+    return dim / (dim + gpu_half_width) if device.type == "cuda" else MPS_MFU
+
+
+def expected_speed(device: torch.device, dim: int, gpu_half_width: int, rate: float, flops: int, tokens: int) -> float:
+    """Tokens a second of optimizer steps of so many `tokens`, which cost `flops` each, on a device whose large matmuls
+    reach `rate` FLOPs a second."""
+    seconds = tokens * flops / (rate * expected_mfu(device, dim, gpu_half_width))
+    return tokens / (seconds + (GPU_STEP_SECONDS if device.type == "cuda" else 0.0))
 
 
 def pace_note(planned: float, seen: float) -> str | None:

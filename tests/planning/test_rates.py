@@ -1,6 +1,9 @@
 import pytest
+import torch
 
-from nnx_cli.planning.rates import GPUS, cpu_core_flops, gpu_flops, pace_note
+from nnx_cli import models
+from nnx_cli.planning.flops import flops_per_token, meta_model
+from nnx_cli.planning.rates import GPUS, cpu_core_flops, expected_speed, gpu_flops, pace_note
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,32 @@ def test_a_gpu_is_known_by_its_name_or_its_kind(name, n_sms, capability, like):
     most = 0.75e12 * gpu.half * n_sms / gpu.n_sms
     assert 0.6 * most < gpu_flops(name, n_sms, capability, "bf16") <= most
     assert gpu_flops(name, n_sms, capability, "fp32") < gpu_flops(name, n_sms, capability, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "vocab_size", "step_tokens", "measured"),
+    [  # on an H200: tests/bench/rates.md
+        ("nyx", "tiny", 256, 8192, 2.09e6),
+        ("llama", "tiny", 256, 8192, 1.73e6),
+        ("n4", "tiny", 256, 8192, 1.20e6),
+        ("neon", "tiny", 256, 8192, 0.69e6),
+        ("ngpt", "tiny", 256, 8192, 0.69e6),
+        ("tape", "tiny", 256, 8192, 0.27e6),
+        ("nyx", "small", 8192, 16_384, 1.22e6),
+        ("nyx", "base", 50_304, 15_360, 0.51e6),
+    ],
+)
+def test_a_gpu_is_expected_to_be_as_fast_as_it_was(name, size, vocab_size, step_tokens, measured):
+    model = meta_model(name, models.make_config(name, size=size, vocab_size=vocab_size))
+    speed = expected_speed(
+        torch.device("cuda"),
+        model.config.dim,
+        models.recipe(name).gpu_half_width,
+        gpu_flops("NVIDIA H200", 132, (9, 0), "bf16"),
+        flops_per_token(model)["train"],
+        step_tokens,
+    )
+    assert 0.7 < speed / measured < 1.4
 
 
 def test_half_of_a_gpu_has_half_its_rate():
