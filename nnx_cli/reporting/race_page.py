@@ -28,7 +28,6 @@ from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, secti
 from nnx_cli.system.text import duration, size
 
 GRID_POINTS = 120  # of a mean over seeds
-GOT_AS_FAR = 0.9  # of the longest curve: what a seed must have of it to count in the mean
 CHANCE = 20  # comparisons with 95 % intervals, of which one is expected to be wrong
 MOST_SAMPLE_CHARS = 3000
 
@@ -57,13 +56,15 @@ class _Competitor:
         """Runs that have a result."""
         return sum(number(run.get("bits_per_byte")) is not None for run in self.runs)
 
-    def curves(self, x: str, y: str) -> list[list[Point]]:
-        """What was measured of `y` against `x`, a list of points a run."""
+    def course(self, x: str, y: str) -> Line:
+        """What was measured of `y` against `x`: the mean of its finished runs, else the run that got farthest."""
+        finished = [run for run in self.runs if number(run.get("bits_per_byte")) is not None]
         curves = []
-        for run in self.runs:
+        for run in finished or self.runs:
             pairs = [(number(point.get(x)), number(point.get(y))) for point in mappings(run.get("curve"))]
             curves.append(sorted((a, b) for a, b in pairs if a is not None and b is not None))
-        return [curve for curve in curves if curve]
+        curves = sorted((curve for curve in curves if curve), key=lambda curve: curve[-1][0])
+        return mean_over_seeds(self.label, curves if finished else curves[-1:])
 
 
 def write_race_page(race: Mapping[str, Any], path: Path) -> None:
@@ -183,20 +184,22 @@ def _ends(competitors: Sequence[_Competitor]) -> str:
 def mean_over_seeds(name: str, curves: Sequence[Sequence[Point]]) -> Line:
     """The mean of several curves, with the lowest and the highest of them as its spread.
 
-    Curves that ended long before the others (a run that is not done, or diverged) do not count.
+    Curves of as many points were measured at the same steps, or at the same parts of a run: the mean goes through the
+    means of those points, though one seed took longer for them. Others are compared where all of them were.
     """
-    if not curves:
-        return Line(name, [])
-    last = max(curve[-1][0] for curve in curves)
-    long = [curve for curve in curves if curve[-1][0] >= GOT_AS_FAR * last]
-    if len(long) == 1:
-        return Line(name, long[0])
-    start, stop = max(curve[0][0] for curve in long), min(curve[-1][0] for curve in long)
-    grid = sorted({x for curve in long for x, _ in curve if start <= x <= stop})
-    grid = grid[:: max(1, len(grid) // GRID_POINTS)]
-    at = [[_interpolated(curve, x) for curve in long] for x in grid]
-    means = [(x, sum(ys) / len(ys)) for x, ys in zip(grid, at, strict=True)]
-    return Line(name, means, [(x, min(ys), max(ys)) for x, ys in zip(grid, at, strict=True)])
+    if len(curves) < 2:
+        return Line(name, curves[0] if curves else [])
+    if len({len(curve) for curve in curves}) == 1:
+        grid = [sum(x for x, _ in points) / len(points) for points in zip(*curves, strict=True)]
+        at = [[y for _, y in points] for points in zip(*curves, strict=True)]
+    else:
+        start, stop = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+        grid = sorted({x for curve in curves for x, _ in curve if start <= x <= stop})
+        at = [[_interpolated(curve, x) for curve in curves] for x in grid]
+    every = max(1, len(grid) // GRID_POINTS)
+    picked = [*range(0, len(grid) - 1, every), *range(len(grid))[-1:]]
+    means = [(grid[n], sum(at[n]) / len(at[n])) for n in picked]
+    return Line(name, means, [(grid[n], min(at[n]), max(at[n])) for n in picked])
 
 
 def _interpolated(curve: Sequence[Point], x: float) -> float:
@@ -239,7 +242,7 @@ def _courses(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str
 
 
 def _course(race: Mapping[str, Any], competitors: Sequence[_Competitor], x: str, y: str, title: str, about: str) -> str:
-    lines = [mean_over_seeds(each.label, each.curves(x, y)) for each in competitors]
+    lines = [each.course(x, y) for each in competitors]
     target = number(race.get("target_bits_per_byte")) if y == "val_bits_per_byte" else None
     return learning_curves(title, about, x, Axis(MEASURED[y]), lines, [Reference("target", target)] if target else [])
 

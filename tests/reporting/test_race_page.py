@@ -44,16 +44,35 @@ def test_a_race_has_its_result_its_courses_and_its_samples(tmp_path):
 def test_a_mean_of_seeds_lies_between_them():
     line = mean_over_seeds("a", [[(0, 4.0), (10, 2.0)], [(0, 2.0), (5, 1.5), (10, 1.0)]])
     assert line.points == [(0, 3.0), (5, 2.25), (10, 1.5)] and line.spread == [(0, 2, 4), (5, 1.5, 3), (10, 1, 2)]
-
-
-def test_a_seed_that_ended_early_does_not_pull_the_mean():
-    whole = [(tokens, 2.0) for tokens in range(11)]
-    assert mean_over_seeds("a", [whole, [(0, 9.0), (3, 9.0)]]).points == whole
     assert mean_over_seeds("a", []).points == []
 
 
+def test_a_seed_that_took_longer_counts_as_much():
+    """On a machine with other work, the same steps take longer; no seed stands for all."""
+    line = mean_over_seeds("a", [[(1, 4.0), (2, 2.0)], [(2, 3.0), (4, 1.0)]])
+    assert line.points == [(1.5, 3.5), (3.0, 1.5)] and line.spread == [(1.5, 3, 4), (3, 1, 2)]
+
+
+@pytest.mark.parametrize("status", ["diverged", "out of memory", "interrupted"])
+def test_a_seed_that_did_not_finish_does_not_pull_the_mean(status):
+    whole, lost = a_race(), a_race()
+    whole["competitors"][0]["runs"].pop()
+    lost["competitors"][0]["runs"][2] |= {"status": status, "bits_per_byte": None, "curve": curve(2, 9.0)[:20]}
+    title = "Bits per byte by tokens read"
+    drawn = [re.search(f"<h3>{title}.*?</figure>", race_page(race), re.DOTALL)[0] for race in (whole, lost)]
+    assert drawn[0] == drawn[1]
+
+
+def test_where_no_seed_finished_the_longest_is_drawn():
+    race = a_race()
+    for number, run in enumerate(race["competitors"][0]["runs"]):
+        run |= {"bits_per_byte": None, "curve": curve(0, 1.6)[: 5 + number]}
+    numbers = re.search("Numbers of the chart: Bits per byte by tokens read.*?</table>", race_page(race), re.DOTALL)[0]
+    assert numbers.count("<th scope=row>nyx</th>") == 7
+
+
 def test_seeds_of_other_lengths_meet_where_both_were():
-    line = mean_over_seeds("a", [[(1, 4.0), (9.5, 2.0)], [(0.5, 4.0), (10, 2.0)]])
+    line = mean_over_seeds("a", [[(1, 4.0), (9.5, 2.0)], [(0.5, 4.0), (5, 3.0), (10, 2.0)]])
     assert line.points[0][0] == 1 and line.points[-1][0] == 9.5
 
 
