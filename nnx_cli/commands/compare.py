@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from nnx_cli.commands._options import (
     command,
     extra,
     given,
+    hidden,
     may_have_rows,
     model_fields,
     settings,
@@ -69,11 +71,12 @@ OPTIONS = [
     extra("runs", list[str], "Compare these finished runs instead: --runs A B C.", MAIN),
     extra("show", Path, "Show the race of this race.json instead.", MAIN),
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
+    hidden("competitor", str),
+    hidden("parent", int),
     *settings(SHAPE, TRAINING),
     *settings(TrainConfig, TRAINING, only=TRAINED_AS),
     *settings(PrepareConfig, TEXT, only=PREPARED_AS),
 ]
-LEAVE_OUT = "leave it out"
 BRANCHES = (
     Branch(AllBut("show", "target"), lambda v: v["show"] is None, "beside --show: a race is shown, none is run"),
     Branch(
@@ -104,6 +107,9 @@ def run(
 ) -> None:
     """Race architectures on your text: the same batches, one size, one budget, and which differences are more than
     chance. The same command goes on with a race that was interrupted."""
+    if options["competitor"] is not None:
+        _compete(options)
+        return
     values, notes = _values(options | {"more": more})
     config = RaceConfig(**{field.name: values[field.name] for field in RACING if field.name in values})
     for note in notes:
@@ -114,6 +120,13 @@ def run(
         _compare_runs(output, [*options["runs"], *(more or [])], config.target, values)
     else:
         _race(output, config, values, options)
+
+
+def _compete(options: Mapping[str, Any]) -> None:
+    """Run one competitor of the race in --out, for the process that holds it."""
+    from nnx_cli.experiments.race_cards import work
+
+    work(options["out"], options["competitor"], options["parent"], options["keep"])
 
 
 def _values(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -152,7 +165,7 @@ def _race(output: Output, config: RaceConfig, values: Mapping[str, Any], options
     if race["state"] == "finished":
         output.note(f"{folder} is finished; another one: --out FOLDER")
     else:
-        _run(output, field, folder)
+        _run(output, field, folder, values)
     from nnx_cli.experiments.race_file import NAME, read_race
 
     _report(output, read_race(folder / NAME), folder / NAME)
@@ -232,9 +245,10 @@ def _open(
     return record, folder
 
 
-def _run(output: Output, field: Field, folder: Path) -> None:
+def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) -> None:
     """Run what is left of a race. Raises Interrupted where it was stopped, after saving."""
     from nnx_cli.experiments.race import Race
+    from nnx_cli.experiments.race_cards import run_on_cards
     from nnx_cli.experiments.race_file import NAME, read_race
     from nnx_cli.experiments.race_run import Stopped
     from nnx_cli.runs.run import hold_folder
@@ -244,12 +258,34 @@ def _run(output: Output, field: Field, folder: Path) -> None:
     with hold_folder(folder), stop_signals() as should_stop, RaceView(output) as view:
         race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _page_writer(output, folder))
         _tell(output, race)
+        cards = _cards(values, field)
         try:
-            race.run()
+            if len(cards) > 1:
+                output.note(f"{len(cards)} GPUs: a competitor at a time on each")
+                run_on_cards(race, cards, should_stop)
+            else:
+                race.run()
         except Stopped as error:
             view.close()
             output.note("")
             raise Interrupted(f"{error}; everything is saved", fix=f"go on: {line}") from error
+
+
+def _cards(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
+    """An environment for each of several GPUs, in which a process sees that one alone; none where the race runs on one
+    device. Without a tokenizer of its own a token folder is read here alone."""
+    import torch
+
+    named = values.get("device", TrainConfig.device)
+    if (
+        field.device.type != "cuda"
+        or named not in ("auto", "cuda")
+        or not (field.data.path / "tokenizer.json").exists()
+    ):
+        return []
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    known = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
+    return [{**os.environ, "CUDA_VISIBLE_DEVICES": card} for card in known[: torch.cuda.device_count()]]
 
 
 def _page_writer(output: Output, folder: Path) -> Any:
@@ -352,8 +388,8 @@ def _row(entry: Mapping[str, Any], with_target: bool) -> list[Any]:
         entry["model"],
         None if bits is None else f"{bits['mean']:.4f}{error}",
         None if ties is None else ", ".join(ties) or "none",
-        f"{entry['parameters'] / 1e6:.2f} M",
-        f"{entry['parameters_without_tables'] / 1e6:.2f} M",
+        _short(entry["parameters"]),
+        _short(entry["parameters_without_tables"]),
         None if entry["lr"] is None else f"{entry['lr']:g}",
         None if entry["tokens_per_s"] is None else f"{entry['tokens_per_s']:,.0f}",
         size(max(peaks)) if peaks else None,
@@ -362,6 +398,11 @@ def _row(entry: Mapping[str, Any], with_target: bool) -> list[Any]:
     if with_target:
         row.insert(3, None if reached is None else f"{reached['tokens']:,.0f}")
     return row
+
+
+def _short(n: int) -> str:
+    """A number of parameters."""
+    return f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n / 1e3:.1f} K"
 
 
 def _show_recall(output: Output, competitors: Sequence[Mapping[str, Any]]) -> None:
@@ -394,9 +435,9 @@ def _sentences(record: Mapping[str, Any], path: Path | None) -> list[str]:
         f"{counted(record['comparisons'], 'comparison')}, paired by seed over {counted(n_seeds, 'seed')}: two "
         "architectures tie where the 95 % interval of their mean difference holds 0"
     )
-    if not record["comparisons"]:
+    if n_seeds < 2:
         verdict = "one seed, so no verdict: the differences may be chance; take --seeds 3"
-    lines = [verdict]
+    lines = [verdict] if record["state"] == "finished" else [f"the race is {record['state']}: {verdict}"]
     if record["equal"] is not None:
         target, search = record["parameters_counted"], record["learning_rate_search"]
         lines.append(

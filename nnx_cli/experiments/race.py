@@ -152,7 +152,8 @@ def begin(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 class Race:
-    """A race in its folder. `record` is what race.json says; `changed` is called with it whenever a run is over."""
+    """A race in its folder. `record` is what race.json says, `write` keeps it, `changed` is called with it whenever a
+    run is over."""
 
     def __init__(
         self,
@@ -163,12 +164,14 @@ class Race:
         command: str,
         should_stop: Callable[[], bool],
         changed: Callable[[dict[str, Any]], None] = lambda record: None,
+        write: Callable[[Path, dict[str, Any]], None] | None = None,
     ) -> None:
         self.field = field
         self.folder = folder
         self.record = record
         self.view = view
         self.changed = changed
+        self.write = write or race_file.write_race
         self.seeds = range(1, field.config.seeds + 1)
         sampling = choose_sampling(field.data.tokenizer, field.data, None, 0, None)
         self.runner = Runner(field, sampling, view, command, should_stop)
@@ -182,18 +185,17 @@ class Race:
 
     def run(self) -> None:
         """Do what is not done yet: search the rates, then run seed after seed. Raises Stopped where it is to stop."""
-        self._set_state("running")
+        self.set_state("running")
         try:
             for entrant in self.racing:
-                self._search(entrant)
-            shutil.rmtree(self.folder / SEARCH, ignore_errors=True)
+                self.search(entrant)
             for seed in self.seeds:
                 for entrant in self.racing:
-                    self._race(entrant, seed)
+                    self.race(entrant, seed)
         except Stopped:
-            self._set_state("interrupted")
+            self.set_state("interrupted")
             raise
-        self._set_state("finished")
+        self.set_state("finished")
         self.changed(self.record)
 
     def entry(self, entrant: Entrant) -> dict[str, Any]:
@@ -213,10 +215,13 @@ class Race:
 
     def _save(self) -> None:
         race_file.judge(self.record)
-        race_file.write_race(self.folder, self.record)
+        self.write(self.folder, self.record)
 
-    def _set_state(self, state: str) -> None:
+    def set_state(self, state: str) -> None:
+        """Record that the race is running, interrupted or finished. Raises OutputError."""
         self.record["state"] = state
+        if state == "finished":
+            shutil.rmtree(self.folder / SEARCH, ignore_errors=True)
         for entry in self.record["competitors"]:
             self._set_status(entry)
         self._save()
@@ -232,7 +237,7 @@ class Race:
 
     # what is run
 
-    def _search(self, entrant: Entrant) -> None:
+    def search(self, entrant: Entrant) -> None:
         """Find a competitor's rate, unless it is known."""
         entry, search = self.entry(entrant), self.record["learning_rate_search"]
         tried = search["rates"].setdefault(entrant.name, [])
@@ -241,18 +246,18 @@ class Race:
             if factor is None:
                 entry["lr"] = rate_search.best_rate(tried)
                 entry["weight_decay"] = self._plan(entrant).train.weight_decay
+                shutil.rmtree(self.folder / SEARCH / entrant.name, ignore_errors=True)
                 self._save()
                 break
             rate = rate_search.rate_of(entrant, factor)
             self._announce(f"{entrant.name}, trying lr {rate:g}", self._short_s(entrant))
-            folder = self.folder / SEARCH / f"{entrant.name}-{factor:g}"
-            bits, time_s = rate_search.try_rate(self.runner, entrant, rate, folder)
-            tried.append({"factor": factor, "lr": rate, "bits_per_byte": bits})
-            search["time_s"] = round(search["time_s"] + time_s, 3)
+            folder = self.folder / SEARCH / entrant.name / f"{factor:g}"
+            tokens = search["tokens_each"]
+            tried.append({"factor": factor} | rate_search.try_rate(self.runner, entrant, rate, tokens, folder))
             self.done_s += self._short_s(entrant)
             self._save()
 
-    def _race(self, entrant: Entrant, seed: int) -> None:
+    def race(self, entrant: Entrant, seed: int) -> None:
         """One run from its beginning, or from where it was interrupted, unless it is done."""
         entry, folder = self.entry(entrant), self.folder / f"{entrant.name}-{seed}"
         if entry["status"] == OUT_OF_MEMORY:
@@ -269,7 +274,7 @@ class Race:
             self._set_status(entry)
             self._save()
             self.changed(self.record)
-            self.view.note(_told(entrant.name, result))
+            self.view.note(told(entrant.name, result))
         self.done_s += self._run_s(entrant)
         drop_weights(folder, self.field.config.keep)
 
@@ -296,7 +301,7 @@ class Race:
         return rate_search.tokens_each(self.field) / entrant.plan.tokens_per_s
 
 
-def _told(name: str, result: Mapping[str, Any]) -> str:
+def told(name: str, result: Mapping[str, Any]) -> str:
     """How a run ended, in a line."""
     bits = "" if result["bits_per_byte"] is None else f" at {result['bits_per_byte']:.4f} bits per byte"
     return (

@@ -11,7 +11,8 @@ equal, budget           time (seconds) | tokens | flops, and how much of it a ru
 data, tokenizer         the token folder's path; {kind, vocab_size, fingerprint}
 train_tokens, seq_len, tokens_per_step
 parameters_counted      {target, outside}: what is equal, and outside which tables it is counted
-learning_rate_search    {rates: {MODEL: [{factor, lr, bits_per_byte}]}, tokens_each, time_s}; null bits: it diverged
+learning_rate_search    {rates: {MODEL: [{factor, lr, bits_per_byte, time_s}]}, tokens_each, time_s}; null bits: the
+                        rate diverged
 target_bits_per_byte    of --target, or null
 competitors             as many as there are, best first:
     model, size         its name; its named size, or null for another shape
@@ -95,6 +96,7 @@ RUN_TYPES = {
     "sample": WORDS,
     "recall": (list, type(None)),
 }
+RATE_TYPES = dict.fromkeys(("factor", "lr", "bits_per_byte", "time_s"), NUMBER)
 POINT_TYPES = dict.fromkeys(("step", "train_loss", "val_bits_per_byte", *AXES), NUMBER)
 NEEDED = {"state", "competitors"}, {"model", "status", "runs", "parameters", "parameters_without_tables"}, {"seed"}
 
@@ -109,6 +111,10 @@ def read_race(path: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise CheckpointError(f"{path} has race format {version}; this version of nnx reads {FORMAT}")
     _check(race, RACE_TYPES, NEEDED[0], path)
+    search = race["learning_rate_search"] or {}
+    for tried in (search.get("rates") or {}).values():
+        for rate in tried if isinstance(tried, list) else [tried]:
+            _check(rate, RATE_TYPES, {"lr", "bits_per_byte", "time_s"}, path)
     for competitor in race["competitors"]:
         _check(competitor, COMPETITOR_TYPES, NEEDED[1], path)
         for run in competitor["runs"]:
@@ -140,6 +146,8 @@ def write_race(folder: Path, race: Mapping[str, Any]) -> None:
 def judge(race: dict[str, Any]) -> None:
     """Fill in what follows from the runs: means, ties, the way to the target, and the order, best first."""
     competitors = race["competitors"]
+    if (search := race.get("learning_rate_search")) and search["rates"]:
+        search["time_s"] = round(sum(each["time_s"] or 0.0 for tried in search["rates"].values() for each in tried), 3)
     results = {}
     for competitor in competitors:
         finished = [run for run in competitor["runs"] if run["bits_per_byte"] is not None]

@@ -69,7 +69,7 @@ def best_rate(tried: Sequence[dict[str, Any]]) -> float:
     return min(known, key=lambda each: (each["bits_per_byte"], each["lr"]))["lr"]
 
 
-def try_rate(runner: Runner, entrant: Entrant, rate: float, folder: Path) -> tuple[float | None, float]:
+def try_rate(runner: Runner, entrant: Entrant, rate: float, tokens: int, folder: Path) -> dict[str, Any]:
     """Bits per byte that a short run with a rate reaches on its part of the training text, None where it diverges or
     memory does not suffice, and the seconds of training that took.
 
@@ -78,18 +78,18 @@ def try_rate(runner: Runner, entrant: Entrant, rate: float, folder: Path) -> tup
     field = runner.field
     data = training_text(field.data, field.seq_len)
     shutil.rmtree(folder, ignore_errors=True)
-    status, _ = runner.train(entrant, _short_plan(field, entrant, rate), data, folder)
+    status, _ = runner.train(entrant, _short_plan(field, entrant, rate, tokens), data, folder)
     bits, time_s = None, run_entry(folder, SEED, status, entrant.flops)["time_s"]
     if status == "finished":
         model = load_model(ModelRef(folder, file=entrant.file), field.device, field.precision)
         bits = bits_per_byte(model, data, data.val)
     shutil.rmtree(folder, ignore_errors=True)
-    return bits, time_s
+    return {"lr": rate, "bits_per_byte": bits, "time_s": time_s}
 
 
-def _short_plan(field: Field, entrant: Entrant, rate: float) -> Plan:
+def _short_plan(field: Field, entrant: Entrant, rate: float, tokens: int) -> Plan:
     """The plan of a short run, which drops as much as a whole one."""
     assert entrant.plan is not None
-    steps = tokens_each(field) // field.tokens_per_step
+    steps = tokens // field.tokens_per_step
     asked = replace(entrant.asked, max_steps=steps, max_time=None, val_every=steps, lr=rate, seed=SEED)
     return field.plan(entrant.model, entrant.match, asked, entrant.plan.model_config.dropout)

@@ -1,6 +1,7 @@
 import copy
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, OutputError, 
 from nnx_cli.experiments import entrants, race_run, rate_search
 from nnx_cli.experiments import race as races
 from nnx_cli.experiments.race import Race
+from nnx_cli.experiments.race_cards import run_on_cards
 from nnx_cli.experiments.race_file import read_race
 from nnx_cli.experiments.race_run import Stopped
 from nnx_cli.runs.load import ModelRef, load_model
@@ -64,7 +66,9 @@ def run_race(tokens, folder, watcher=None, should_stop=lambda: False, begun=None
 def table(record):
     """What a race found, without times."""
     record = copy.deepcopy(record)
-    record["learning_rate_search"].pop("time_s")
+    search = record["learning_rate_search"]
+    for each in [search, *(rate for tried in search["rates"].values() for rate in tried)]:
+        each.pop("time_s")
     for competitor in record["competitors"]:
         competitor.pop("tokens_per_s")
         for run in competitor["runs"]:
@@ -353,3 +357,27 @@ def test_curves_stay_short():
     curve = race_run.curve_of(records, 3)
     assert 200 <= len(curve) <= 210 and sum(point["val_bits_per_byte"] is not None for point in curve) == 10
     assert curve[-1] == dict(step=5000, tokens=5000, time_s=5000, flops=15000, train_loss=1.0, val_bits_per_byte=2.0)
+
+
+def test_competitors_in_processes_of_their_own(undisturbed, tokens, tmp_path, monkeypatch):
+    """As on two GPUs: the same race, in two processes at a time, one of which is stopped with the race."""
+    field, folder, environment = enter(tokens), tmp_path / "race-words", dict(os.environ, OMP_NUM_THREADS="1")
+    asked = dict(device="cpu", compile="off", threads=1)
+    races.begin(folder, races.new_record(field, races.identity(field, asked)))
+    watcher = Watcher()
+
+    def run(should_stop):
+        race = Race(field, folder, read_race(folder / "race.json"), watcher, "nnx compare", should_stop)
+        run_on_cards(race, [environment, environment], should_stop)
+
+    with pytest.raises(Stopped):
+        run(lambda: bool(list(folder.glob("search/*/*/run.json"))))
+    assert read_race(folder / "race.json")["state"] == "interrupted"
+    run(lambda: False)
+    record = read_race(folder / "race.json")
+    assert record["state"] == "finished" and record["comparisons"] == 1
+    assert len([note for note in watcher.notes if "finished at" in note]) == 4
+    for competitor in record["competitors"]:
+        assert [run["tokens"] for run in competitor["runs"]] == [2560, 2560] and competitor["lr"]
+        assert {rate["factor"] for rate in record["learning_rate_search"]["rates"][competitor["model"]]} >= {0.5, 1, 2}
+    assert not list(folder.glob("*.part.json")) and not (folder / "search").exists()

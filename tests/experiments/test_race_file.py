@@ -105,7 +105,9 @@ DAMAGE = {
     "a sample": lambda race: race["competitors"][0]["runs"][0].update(sample=9),
     "recall": lambda race: race["competitors"][0]["runs"][0].update(recall=[[8]]),
     "ties": lambda race: race["competitors"][0].update(ties_with="b"),
-    "a rate": lambda race: race.update(learning_rate_search={"rates": 3}),
+    "rates": lambda race: race.update(learning_rate_search={"rates": 3}),
+    "rates of a model": lambda race: race.update(learning_rate_search={"rates": {"a": 3}}),
+    "a rate": lambda race: race.update(learning_rate_search={"rates": {"a": [{"lr": "high"}]}}),
 }
 
 
