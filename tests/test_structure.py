@@ -36,7 +36,17 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 COMMAND_LINE = {"__main__", "cli", "commands", "console", "config", "errors", ""}
 ROOMS = set(FLOOR) - COMMAND_LINE
 HEAVY = {"torch", "numpy", "tiktoken", "safetensors", "lion_pytorch", "torchinfo"}
-EXTRAS = {"backports", "compression", "gigatoken", "pyarrow", "regex", "rustbpe", "tiktoken_ext", "tokenizers"}
+EXTRAS = {
+    "backports",
+    "compression",
+    "gigatoken",
+    "lm_eval",
+    "pyarrow",
+    "regex",
+    "rustbpe",
+    "tiktoken_ext",
+    "tokenizers",
+}
 SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data"}  # by operating system or build
 SELDOM_NEEDED = {"charset_normalizer", "rich", "typer", "tomllib", "functorch"}
 MAY_BE_POSTPONED = HEAVY | EXTRAS | SOMETIMES_MISSING | SELDOM_NEEDED

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +15,7 @@ import typer
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.console import Output
-from nnx_cli.errors import DoesNotFit, UsageError, counted
+from nnx_cli.errors import DataError, DoesNotFit, MissingFeature, UsageError, counted, quoted
 from nnx_cli.system.text import size
 
 if TYPE_CHECKING:
@@ -36,6 +39,11 @@ ContextFactors = Annotated[
     str | None, Depth(help="Loss with so many times the trained context, on the same targets: 2x,4x.")
 ]
 MemorisedFlag = Annotated[bool, Depth("--memorised", help="Draw samples; what they copy from the training text.")]
+
+TaskNames = Annotated[
+    str | None,
+    Depth(help="Tasks of lm-evaluation-harness, or files of yours: lambada_openai,my.yaml. They may load their data."),
+]
 
 
 def context_factors(value: str | None) -> dict[str, float]:
@@ -172,6 +180,70 @@ def show_memorised(
         "training_tokens": len(training.train),
     }
     return {"memorised": measured}
+
+
+def task_names(value: str | None) -> list[str]:
+    """The tasks of --tasks. Raises UsageError, and MissingFeature where the harness is not installed."""
+    names = [] if value is None else [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise UsageError(f"--tasks is {value!r}; it must be names with commas between them")
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise MissingFeature("--tasks needs lm-evaluation-harness", fix=f"pip install {quoted('nnx-cli[eval]')}")
+    return names
+
+
+def find_tasks(output: Output, names: Sequence[str]) -> Any:
+    """The harness's tasks, among which `names` are. Raises UsageError."""
+    with _harness_at_work(output, "loading lm-evaluation-harness"):
+        from nnx_cli.evaluation import harness
+
+        return harness.find_tasks(names)
+
+
+def load_tasks(output: Output, ref: ModelRef, names: Sequence[str], known: Any) -> Any:
+    """Tasks with their data. Raises DataError where it cannot be had, or the model reads no text."""
+    from nnx_cli.evaluation import harness
+
+    if ref.tokenizer is None:
+        raise DataError(f"{ref.label} has no tokenizer: it cannot read tasks", fix="leave out --tasks")
+    with _harness_at_work(output, f"loading {', '.join(names)}"):
+        return harness.load_tasks(known, names)
+
+
+@contextmanager
+def _harness_at_work(output: Output, what: str) -> Iterator[None]:
+    """Meanwhile our sign of life is on the screen, and nothing of the bars and notes of the harness."""
+    with output.spinner(what), redirect_stderr(io.StringIO()):
+        yield
+
+
+def show_tasks(output: Output, ref: ModelRef, network: LanguageModel, loaded: Any) -> dict[str, Any]:
+    """What the harness finds of a model on its tasks."""
+    from nnx_cli.evaluation.harness import HarnessModel, evaluate_tasks
+    from nnx_cli.inference.generate import generate
+
+    tokenizer = ref.tokenizer
+    assert tokenizer is not None
+
+    def write(prompts: list[list[int]], config: SampleConfig, stops: list[str]) -> list[str]:
+        return [sample.text for sample in generate(network, tokenizer, prompts, config, stops=stops).samples]
+
+    with _harness_at_work(output, f"at work on {', '.join(loaded['tasks'])}"):
+        found = evaluate_tasks(HarnessModel(network, tokenizer, ref.start_ids, write), loaded)
+    rows = [
+        [task, metric, None if value is None else f"{value:.4f}", _plus_minus(metrics.get(_stderr_of(metric)))]
+        for task, metrics in found.items()
+        for metric, value in metrics.items()
+        if "_stderr" not in metric
+    ]
+    output.table(["task", "metric", "value", "±"], rows)
+    return {"tasks": found}
+
+
+def _stderr_of(metric: str) -> str:
+    """The name of a metric's standard error: of acc acc_stderr, of exact_match,strict exact_match_stderr,strict."""
+    name, comma, filtered = metric.partition(",")
+    return f"{name}_stderr{comma}{filtered}"
 
 
 def _plus_minus(stderr: float | None) -> str | None:

@@ -11,12 +11,17 @@ from nnx_cli.commands._depth import (
     ByPositionFlag,
     ContextFactors,
     MemorisedFlag,
+    TaskNames,
     check_contexts,
     context_factors,
     context_lengths,
+    find_tasks,
+    load_tasks,
     show_contexts,
     show_memorised,
     show_positions,
+    show_tasks,
+    task_names,
 )
 from nnx_cli.commands._options import (
     READING,
@@ -54,6 +59,7 @@ def run(
     by_position: ByPositionFlag = False,
     context: ContextFactors = None,
     memorised: MemorisedFlag = False,
+    tasks: TaskNames = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.", show_default="auto")] = None,
     device: Device = TrainConfig.device,
     precision: Precision = TrainConfig.precision,
@@ -61,7 +67,7 @@ def run(
 ) -> None:
     """Measure loss, perplexity, accuracy and bits per byte on held-out text, with the standard error."""
     check_range("batch-size", batch_size, 1, 2**20)
-    factors = context_factors(context)
+    factors, names = context_factors(context), task_names(tasks)
     preparing = PrepareConfig(**given(options, own_fields(PrepareConfig)))
     from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.evaluation.by_position import ByPosition
@@ -72,9 +78,11 @@ def run(
 
     where = pick_device(device)
     precision = pick_precision(precision, where)
+    known = find_tasks(output, names) if names else None
     ref = find_model(model, file)
     network = load_model(ref, where, precision)
     training = training_folder(ref, "leave out --memorised, or put the folder back") if memorised else None
+    loaded = load_tasks(output, ref, names, known) if names else None
     output.note_reading(*(filepath or []))
     with held_out_text(ref, filepath or [], preparing, preparation_view(output)) as text:
         lengths = context_lengths(network, factors)
@@ -88,6 +96,8 @@ def run(
             product |= show_contexts(output, network, text, lengths, refused)
         if training is not None:
             product |= show_memorised(output, ref, network, text, training)
+        if loaded is not None:
+            product |= show_tasks(output, ref, network, loaded)
     output.show_json(product)
 
 

@@ -164,3 +164,12 @@ def test_what_in_depth_lacks(refused, run, workspace, monkeypatch):
     (workspace / "data" / "words").rename(workspace / "data" / "moved")
     (workspace / "text.txt").write_text("the cat sees a dog\n" * 9, encoding="utf-8")
     refused(3, "is gone", "eval", "--memorised", "--filepath", "text.txt")
+
+
+def test_tasks_need_the_harness(refused, run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = refused(7, "--tasks needs lm-evaluation-harness", "eval", "--tasks", "lambada_openai")
+    assert "pip install 'nnx-cli[eval]'" in result.stderr
+    for value in ("", ",", "a,,b", "a,", " "):
+        refused(2, "it must be names with commas", "eval", "--tasks", value)
+    refused(2, "it must be factors", "eval", "--tasks", "lambada_openai", "--context", "0.5x")
