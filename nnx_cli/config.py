@@ -222,12 +222,16 @@ class RaceConfig:
 
     def amount(self) -> float:
         """The budget of a run: seconds, tokens or FLOPs. Raises UsageError for a unit that does not suit."""
-        text = (self.budget or BUDGETS[self.equal]).strip()
+        text = (BUDGETS[self.equal] if self.budget is None else self.budget).strip()
         if self.equal == "time" and re.fullmatch(r"[\d.]+\s*(s|m|min|h|d)", text, re.ASCII):
             return parse_duration(text) or 0.0
         if self.equal == "tokens" and (count := parse_count("budget", text, silent=True)):
             return count
-        if self.equal == "flops" and re.fullmatch(r"\d+(\.\d+)?(e\+?\d{1,2})?", text, re.ASCII) and float(text) > 0:
+        if (
+            self.equal == "flops"
+            and re.fullmatch(r"\d+(\.\d+)?(e\+?\d{1,2})?", text, re.ASCII)
+            and 0 < float(text) < 1e30
+        ):
             return float(text)
         what, example = {
             "time": ("a length of time", "10m"),

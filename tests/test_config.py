@@ -8,6 +8,7 @@ from nnx_cli import config as config_module
 from nnx_cli.config import (
     Field,
     PrepareConfig,
+    RaceConfig,
     SampleConfig,
     TrainConfig,
     check_one_length,
@@ -15,6 +16,7 @@ from nnx_cli.config import (
     coerce,
     own_fields,
     parse_bytes,
+    parse_count,
     parse_duration,
     parse_toml,
     read_fields,
@@ -22,7 +24,7 @@ from nnx_cli.config import (
 )
 from nnx_cli.errors import NnxError, UsageError
 
-CONFIGS = [PrepareConfig, TrainConfig, SampleConfig]
+CONFIGS = [PrepareConfig, TrainConfig, SampleConfig, RaceConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -264,3 +266,46 @@ def test_every_kind_of_error_has_its_exit_code():
         "Interrupted": 130,
     }
     assert NnxError("x").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("10.7M", 10_700_000), ("800k", 800_000), ("1B", 10**9), ("2 G", 2 * 10**9), ("77", 77)]
+)
+def test_counts(text, count):
+    assert parse_count("parameters", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1M", "1e6", "10m", "M", "1.5.2M", "٣M", "9" * 50, "10.7MB"])
+def test_what_is_no_count(text):
+    with pytest.raises(UsageError, match="--parameters is"):
+        parse_count("parameters", text)
+    assert parse_count("parameters", text, silent=True) is None
+
+
+@pytest.mark.parametrize(
+    ("equal", "budget", "amount"),
+    [
+        ("tokens", "20M", 20_000_000),
+        ("tokens", "500k", 500_000),
+        ("tokens", "1000", 1000),
+        ("time", "10m", 600.0),
+        ("time", "30s", 30.0),
+        ("time", "1.5h", 5400.0),
+        ("flops", "1e15", 1e15),
+        ("flops", "2.5e+14", 2.5e14),
+        ("flops", "1000000000000", 1e12),
+    ],
+)
+def test_budgets_in_the_unit_of_what_is_equal(equal, budget, amount):
+    assert RaceConfig(equal=equal, budget=budget).amount() == amount
+    for other in {"tokens", "time", "flops"} - {equal}:
+        if not budget.isdecimal():  # a number alone may be one of tokens or of FLOPs
+            with pytest.raises(UsageError, match=f"--equal {other} needs"):
+                RaceConfig(equal=other, budget=budget)
+
+
+@pytest.mark.parametrize("equal", ["tokens", "time", "flops"])
+@pytest.mark.parametrize("budget", ["", "0", "0s", "-1", "nan", "inf", "1e", "ten", "1e40", "1e999", "10 parsecs"])
+def test_what_is_no_budget(equal, budget):
+    with pytest.raises(UsageError, match="--budget|length of time"):
+        RaceConfig(equal=equal, budget=budget)

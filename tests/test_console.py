@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from nnx_cli.cli import COMMANDS
-from nnx_cli.console import Output, aligned, columns_of
+from nnx_cli.console import Output, RaceView, aligned, columns_of
 from nnx_cli.errors import OutputError
 
 NO_WIDTH = ["0", "00", "-5", "abc", "", " ", "80x", "1e3", "²", "9" * 40]
@@ -208,3 +208,34 @@ def test_columns_give_way_on_a_narrow_screen():
     ]
     narrow = aligned(rows, 20)
     assert max(map(len, narrow)) <= 20 and narrow[-1] == "  remark)"
+
+
+@pytest.mark.parametrize(("columns", "in_a_row"), [(30, 1), (80, 2), (120, 3), (200, 5)])
+def test_texts_side_by_side(screen, monkeypatch, columns, in_a_row):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = ["one", "two", "three", "four", "five"]
+    Output().side_by_side({name: f"{name}-wrote " * 9 + "\x1b[2J" for name in names})
+    shown, said = screen()
+    lines = [line.split() for line in shown.splitlines()]
+    heads = [line for line in lines if line and line[0] in names]
+    assert [name for head in heads for name in head] == names and len(heads[0]) == in_a_row
+    assert max(map(len, shown.splitlines())) <= columns and "\x1b" not in shown and said == ""
+    for name in names:
+        assert shown.split().count(f"{name}-wrote") == 9
+
+
+def test_a_race_without_a_terminal_says_where_it_is_now_and_then(screen, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with RaceView(Output()) as view:
+        for number in range(4):
+            view.begins(f"llama, seed {number}", number / 4, 1 / 4)
+            clock[0] += 20.0
+            view.step({"train_loss": 1.5, "val_loss": 1.6}, 0.5)
+            view.note("over")
+    lines = screen().err.splitlines()
+    assert lines[0] == "  0.0 %  llama, seed 0" and lines.count("over") == 4
+    assert [line for line in lines[1:] if "%" in line] == [
+        " 37.5 %  llama, seed 1  loss 1.500",
+        " 87.5 %  llama, seed 3  loss 1.500",
+    ]

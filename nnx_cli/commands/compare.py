@@ -375,7 +375,10 @@ def _report(output: Output, record: Mapping[str, Any], path: Path | None) -> Non
     output.table(columns, rows, expendable=EXPENDABLE)
     _show_recall(output, record["competitors"])
     samples = {entry["model"]: _sample_of(entry) for entry in record["competitors"]}
-    output.side_by_side({name: text for name, text in samples.items() if text})
+    if written := {name: text for name, text in samples.items() if text}:
+        output.show("what they write, from the same prompt and seed:", "")
+        output.side_by_side(written)
+        output.show("")
     output.show(*_sentences(record, path))
 
 
