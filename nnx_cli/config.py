@@ -204,7 +204,7 @@ class RaceConfig:
     parameters: str | None = None  # instead: so many outside embedding and head, such as 10.7M; default on a CPU: 400K
     equal: str = "tokens"  # what every run may use as much of: tokens, time, flops
     budget: str | None = None  # how much of it: 20M tokens, 10m of training, 1e15 FLOPs; default 2M, 2m, 1e14
-    seeds: int = 3  # runs of each architecture, with seeds 1, 2, 3, …
+    seeds: int = 3  # runs of each architecture, with seeds from 1 on
     target: float | None = None  # bits per byte to tell the way to, in tokens, time and FLOPs; default: none
     task: str = "text"  # what is raced on: text, recall (generated text that asks for what it said before)
     keep: str = "best"  # weights to keep of runs that are done: best, none
