@@ -15,7 +15,7 @@ from nnx_cli.experiments import entrants, race_run, rate_search
 from nnx_cli.experiments import race as races
 from nnx_cli.experiments.race import Race
 from nnx_cli.experiments.race_cards import run_on_cards
-from nnx_cli.experiments.race_file import read_race
+from nnx_cli.experiments.race_file import read_race, write_race
 from nnx_cli.experiments.race_run import Stopped
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.training import sampling
@@ -181,7 +181,7 @@ def test_killed_while_it_searches_a_race_ends_like_an_undisturbed_one(undisturbe
     assert table(run_race(tokens, folder)) == table(undisturbed[1])
 
 
-@pytest.mark.parametrize("at", [5, 12, 38])
+@pytest.mark.parametrize("at", [12, 38])
 def test_killed_while_it_runs_a_race_ends_like_an_undisturbed_one(undisturbed, searched, tokens, tmp_path, at):
     folder = tmp_path / "race-words"
     for nth in (at, 1):
@@ -190,7 +190,7 @@ def test_killed_while_it_runs_a_race_ends_like_an_undisturbed_one(undisturbed, s
     assert table(run_race(tokens, folder)) == table(undisturbed[1])
 
 
-@pytest.mark.parametrize(("number", "written"), [(2, False), (3, True), (6, False)])
+@pytest.mark.parametrize(("number", "written"), [(2, False), (5, True)])
 def test_killed_while_it_writes_what_it_found(undisturbed, searched, tokens, tmp_path, monkeypatch, number, written):
     folder, write, calls = tmp_path / "race-words", races.race_file.write_race, []
 
@@ -359,25 +359,37 @@ def test_curves_stay_short():
     assert curve[-1] == dict(step=5000, tokens=5000, time_s=5000, flops=15000, train_loss=1.0, val_bits_per_byte=2.0)
 
 
-def test_competitors_in_processes_of_their_own(undisturbed, tokens, tmp_path, monkeypatch):
-    """As on two GPUs: the same race, in two processes at a time, one of which is stopped with the race."""
-    field, folder, environment = enter(tokens), tmp_path / "race-words", dict(os.environ, OMP_NUM_THREADS="1")
-    asked = dict(device="cpu", compile="off", threads=1)
-    races.begin(folder, races.new_record(field, races.identity(field, asked)))
-    watcher = Watcher()
+def test_competitors_in_processes_of_their_own(undisturbed, searched, tokens, tmp_path):
+    """As on two GPUs: the same race, in two processes at a time; and one that is stopped with it."""
+    folder, environment = tmp_path / "race-words", dict(os.environ, OMP_NUM_THREADS="1")
+    field, watcher = enter(tokens), Watcher()
+    searched["settings"] |= dict(device="cpu", compile="off", threads=1)
+    llama = next(each for each in searched["competitors"] if each["model"] == "llama")
+    llama["runs"] = [run for each in undisturbed[1]["competitors"] if each["model"] == "llama" for run in each["runs"]]
+    races.begin(folder, searched)
 
     def run(should_stop):
         race = Race(field, folder, read_race(folder / "race.json"), watcher, "nnx compare", should_stop)
         run_on_cards(race, [environment, environment], should_stop)
+        return table(read_race(folder / "race.json"))
 
     with pytest.raises(Stopped):
-        run(lambda: bool(list(folder.glob("search/*/*/run.json"))))
-    assert read_race(folder / "race.json")["state"] == "interrupted"
-    run(lambda: False)
+        run(lambda: (folder / "nyx-1" / "run.json").exists())
     record = read_race(folder / "race.json")
-    assert record["state"] == "finished" and record["comparisons"] == 1
+    assert record["state"] == "interrupted" and {each["status"] for each in record["competitors"]} >= {"finished"}
+    next(each for each in record["competitors"] if each["model"] == "llama")["runs"].clear()
+    write_race(folder, record)
+    found, expected = run(lambda: False), table(undisturbed[1])
+    for each in (found, expected):
+        each["competitors"] = [
+            (
+                each["model"],
+                each["status"],
+                each["ties_with"],
+                [(run["tokens"], run["bits_per_byte"]) for run in each["runs"]],
+            )
+            for each in each["competitors"]
+        ]
+    assert found["competitors"] == expected["competitors"] and found["state"] == "finished"
     assert len([note for note in watcher.notes if "finished at" in note]) == 4
-    for competitor in record["competitors"]:
-        assert [run["tokens"] for run in competitor["runs"]] == [2560, 2560] and competitor["lr"]
-        assert {rate["factor"] for rate in record["learning_rate_search"]["rates"][competitor["model"]]} >= {0.5, 1, 2}
-    assert not list(folder.glob("*.part.json")) and not (folder / "search").exists()
+    assert not list(folder.glob("*.part.json"))

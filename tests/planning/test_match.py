@@ -5,7 +5,7 @@ from nnx_cli.errors import UsageError
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.planning.match import context_for, match_shape, parameters_without_tables, size_target
 
-TARGETS = [400_000, "nano", 2_100_000, 3_000_000, "tiny", 10_700_000]
+TARGETS = [400_000, "nano", 3_000_000, 10_700_000]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -24,7 +24,7 @@ def test_parameters_outside_the_tables_agree(name, target):
 
 @pytest.mark.parametrize("name", models.names())
 def test_the_vocabulary_changes_the_tables_alone(name):
-    few, many = (match_shape(name, 3_000_000, vocab_size=n, seq_len=64) for n in (256, 4096))
+    few, many = (match_shape(name, 3_000_000, vocab_size=n, seq_len=64) for n in (256, 4096))  # remembered by now
     assert many.parameters > few.parameters + 3840 * few.config.dim - 1
     assert abs(many.without_tables / few.without_tables - 1) < 0.02
     assert (many.config.dim, many.config.n_layers) == (few.config.dim, few.config.n_layers)
