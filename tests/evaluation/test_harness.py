@@ -10,8 +10,10 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra nnx-cli[eval] is not installed")
 
+from nnx_cli.commands._depth import load_tasks
+from nnx_cli.console import Output
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import DataError, UsageError
 from nnx_cli.evaluation import harness
 from nnx_cli.evaluation.harness import HarnessModel, find_tasks
 from nnx_cli.layers.loss import token_losses
@@ -126,6 +128,12 @@ def test_unknown_tasks_have_a_nearest_one(tmp_path, monkeypatch):
         find_tasks(["lambada_openay"])
     with pytest.raises(UsageError, match="no task"):
         find_tasks([str(tmp_path / "missing.yaml")])
+
+
+def test_a_model_over_bare_ids_reads_no_tasks():
+    bare = SimpleNamespace(tokenizer=None, label="weights/bare")
+    with pytest.raises(DataError, match="weights/bare has no tokenizer"):
+        load_tasks(Output(), bare, ["choice"], None)
 
 
 DOCS = [

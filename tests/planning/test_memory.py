@@ -224,3 +224,13 @@ def test_a_simulation_leaves_the_model_as_it_was(checkpointing):
     before = state()
     simulate(model, 2, 40, hardware=ANY_GPU, checkpointing=checkpointing, accumulate=False, in_backward=True)
     assert state() == before
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_evaluation_takes_memory_by_the_length_of_the_context(name):
+    """Attention keeps no scores: 99 times the context takes 99 times the memory, not its square."""
+    model = meta_model(name, models.make_config(name, size="nano"))
+    seq_len = model.config.seq_len
+    own, longer = (memory.evaluation_bytes(model, 1, n * seq_len, memory.CPU) for n in (1, 99))
+    assert own > 4 * seq_len * model.config.dim, "one activation in float32 at least"
+    assert 50 * own < longer < 110 * own
