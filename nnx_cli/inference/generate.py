@@ -17,6 +17,7 @@ from nnx_cli.inference.decoding import Decoder
 from nnx_cli.inference.text_stream import TextStream
 from nnx_cli.layers.blocks import direct_calls
 from nnx_cli.layers.linear import weights_cast
+from nnx_cli.layers.quantized import unpack_slow_layers
 from nnx_cli.models._base import LanguageModel
 
 BYTES_FOR_A_THREAD = 2**17  # of a matrix: from there on a second core made decoding 1.2 to 1.5 times as fast
@@ -92,11 +93,14 @@ def generate(
 @contextmanager
 def ready_to_decode(model: LanguageModel, n_sequences: int) -> Iterator[None]:
     """Meanwhile the model is in evaluation mode, with its matrices at hand in the type that it computes in, and a CPU's
-    threads are as many as have something to do."""
+    threads are as many as have something to do. Quantized matrices that a GPU multiplies no faster with for so many
+    sequences are unpacked for good."""
     was_training, threads = model.training, torch.get_num_threads()
     model.eval()
     if model.device.type == "cpu":
         torch.set_num_threads(min(threads, useful_threads(model, n_sequences)))
+    else:
+        unpack_slow_layers(model, model.compute_dtype, n_sequences)
     try:
         with weights_cast(model, model.compute_dtype), direct_calls(model):
             yield

@@ -29,6 +29,19 @@ class Norm(NamedTuple):
     centred: bool
 
 
+class Matrix(NamedTuple):
+    """Of a linear layer, (N, K): in the type of the activations, or int8 codes and scales (N,) of rows, float32."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weights (N, K) in a type."""
+        if self.scale is None:
+            return self.weight
+        return (self.weight.float() * self.scale.unsqueeze(1)).to(dtype)
+
+
 class Gate(NamedTuple):
     """The last 2 n rows of a matrix: of gates and values (or values and gates), which become silu(gate) · value.
 
@@ -39,21 +52,21 @@ class Gate(NamedTuple):
     first: bool  # gates come first
 
 
-def project(x: Tensor, norm: Norm, weight: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+def project(x: Tensor, norm: Norm, matrix: Matrix, gate: Gate) -> tuple[Tensor, Tensor]:
     """Normalised x (B, 1, D) times a matrix (N + 2 n, D): the first N projections (B, 1, N) and the gated ones
     (B, 1, n)."""
     if takes_triton(x):
         from nnx_cli.kernels import one_token_triton
 
         if len(x) <= FEW:
-            return one_token_triton.project(x, *norm, weight, *gate)
-        return _gated(linear(one_token_triton.normalise(x, *norm), weight), gate)
-    return plain_project(x, norm, weight, gate)
+            return one_token_triton.project(x, *norm, *matrix, *gate)
+        return _gated(linear(one_token_triton.normalise(x, *norm), matrix.plain(x.dtype)), gate)
+    return plain_project(x, norm, matrix, gate)
 
 
-def plain_project(x: Tensor, norm: Norm, weight: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+def plain_project(x: Tensor, norm: Norm, matrix: Matrix, gate: Gate) -> tuple[Tensor, Tensor]:
     """`project` by operations of torch."""
-    return _gated(linear(plain_normalise(x, norm), weight), gate)
+    return _gated(linear(plain_normalise(x, norm), matrix.plain(x.dtype)), gate)
 
 
 def plain_normalise(x: Tensor, norm: Norm) -> Tensor:
@@ -69,14 +82,14 @@ def _gated(packed: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     return plain, F.silu(first) * second if gate.first else F.silu(second) * first
 
 
-def add_products(x: Tensor, *factors: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, 1, D) + y @ weight.T for each y (B, 1, K) and weight (D, K): one or two."""
+def add_products(x: Tensor, *factors: tuple[Tensor, Matrix]) -> Tensor:
+    """x (B, 1, D) + y @ matrix.T for each y (B, 1, K) and matrix (D, K): one or two, stored alike."""
     if takes_triton(x) and len(x) <= FEW:
         from nnx_cli.kernels import one_token_triton
 
         return one_token_triton.add_products(x, *factors)
-    for y, weight in factors:
-        x = x + linear(y, weight)
+    for y, matrix in factors:
+        x = x + linear(y, matrix.plain(x.dtype))
     return x
 
 

@@ -26,7 +26,14 @@ def normalise(x: Tensor, gain: Tensor, eps: float, centred: bool) -> Tensor:
 
 
 def project(
-    x: Tensor, gain: Tensor, eps: float, centred: bool, weight: Tensor, n_hidden: int, gate_first: bool
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    centred: bool,
+    weight: Tensor,
+    scale: Tensor | None,
+    n_hidden: int,
+    gate_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `one_token.project`."""
     B, _, D = x.shape
@@ -39,6 +46,7 @@ def project(
             x.contiguous(),
             gain,
             weight,
+            gain if scale is None else scale,
             plain,
             hidden,
             D,
@@ -46,6 +54,7 @@ def project(
             n_hidden,
             eps,
             weight.stride(0),
+            SCALED=scale is not None,
             CENTRED=centred,
             GATE_FIRST=gate_first,
             ROWS=rows,
@@ -55,9 +64,9 @@ def project(
     return plain, hidden
 
 
-def add_products(x: Tensor, *factors: tuple[Tensor, Tensor]) -> Tensor:
+def add_products(x: Tensor, *factors: tuple[Tensor, tuple[Tensor, Tensor | None]]) -> Tensor:
     """As `one_token.add_products`."""
-    (a, a_weight), (b, b_weight) = factors[0], factors[-1]
+    (a, (a_weight, a_scale)), (b, (b_weight, b_scale)) = factors[0], factors[-1]
     B, _, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = min(1024, triton.next_power_of_2(max(a.shape[-1], b.shape[-1])))
@@ -67,14 +76,17 @@ def add_products(x: Tensor, *factors: tuple[Tensor, Tensor]) -> Tensor:
             x.contiguous(),
             a.contiguous(),
             a_weight,
+            x if a_scale is None else a_scale,
             b.contiguous(),
             b_weight,
+            x if b_scale is None else b_scale,
             out,
             D,
             a.shape[-1],
             b.shape[-1],
             a_weight.stride(0),
             b_weight.stride(0),
+            SCALED=a_scale is not None,
             TWO=len(factors) == 2,
             ROWS=rows,
             WIDTH=width,
@@ -187,6 +199,7 @@ def _project(
     x,
     gain,
     weight,
+    scale,
     plain,
     hidden,
     D,
@@ -194,6 +207,7 @@ def _project(
     n_hidden,
     eps,
     weight_stride,
+    SCALED: tl.constexpr,
     CENTRED: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -206,13 +220,19 @@ def _project(
     is_gated = row >= n_plain
     at = weight + row.to(tl.int64)[:, None] * weight_stride + k[None, :]
     mask = (row < n_plain + n_hidden)[:, None] & (k < D)[None, :]
-    first = tl.load(at, mask, 0.0)
-    second = tl.load(at + n_hidden.to(tl.int64) * weight_stride, mask & is_gated[:, None], 0.0)
+    first = tl.load(at, mask, 0)
+    second = tl.load(at + n_hidden.to(tl.int64) * weight_stride, mask & is_gated[:, None], 0)
     y = _normalised(x + b * D, gain, k, D, eps, CENTRED)
-    a = tl.sum(first.to(tl.float32) * y[None, :], 1).to(dtype)
+    a = tl.sum(first.to(tl.float32) * y[None, :], 1)
+    if SCALED:
+        a *= tl.load(scale + row, row < n_plain + n_hidden, 0.0)
+    a = a.to(dtype)
     tl.store(plain + b * n_plain + row, a, row < n_plain)
     if tl.program_id(0) * ROWS + ROWS > n_plain:
-        c = tl.sum(second.to(tl.float32) * y[None, :], 1).to(dtype)
+        c = tl.sum(second.to(tl.float32) * y[None, :], 1)
+        if SCALED:
+            c *= tl.load(scale + row + n_hidden, is_gated & (row < n_plain + n_hidden), 0.0)
+        c = c.to(dtype)
         gate, value = (a, c) if GATE_FIRST else (c, a)
         wide = gate.to(tl.float32)
         activated = (wide / (1 + tl.exp(-wide))).to(dtype)
@@ -221,16 +241,17 @@ def _project(
 
 
 @triton.jit
-def _product(y, weight, stride, row, D, K, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _product(y, weight, scale, stride, row, D, K, SCALED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """y (K,) times rows of a matrix (D, K), float32."""
     k = tl.arange(0, WIDTH)
     at = weight + row.to(tl.int64)[:, None] * stride + k[None, :]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, K, WIDTH):
         inside = k + start < K
-        w = tl.load(at + start, (row < D)[:, None] & inside[None, :], 0.0)
+        w = tl.load(at + start, (row < D)[:, None] & inside[None, :], 0)
         total += w.to(tl.float32) * tl.load(y + start + k, inside, 0.0).to(tl.float32)[None, :]
-    return tl.sum(total, 1)
+    product = tl.sum(total, 1)
+    return product * tl.load(scale + row, row < D, 0.0) if SCALED else product
 
 
 @triton.jit
@@ -238,14 +259,17 @@ def _add_products(
     x,
     a,
     a_weight,
+    a_scale,
     b,
     b_weight,
+    b_scale,
     out,
     D,
     a_width,
     b_width,
     a_stride,
     b_stride,
+    SCALED: tl.constexpr,
     TWO: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -253,10 +277,12 @@ def _add_products(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1)
     dtype = out.dtype.element_ty
-    y = _product(a + n * a_width, a_weight, a_stride, row, D, a_width, ROWS, WIDTH).to(dtype).to(tl.float32)
+    y = _product(a + n * a_width, a_weight, a_scale, a_stride, row, D, a_width, SCALED, ROWS, WIDTH)
+    y = y.to(dtype).to(tl.float32)
     total = (tl.load(x + n * D + row, row < D, 0.0).to(tl.float32) + y).to(dtype)
     if TWO:
-        y = _product(b + n * b_width, b_weight, b_stride, row, D, b_width, ROWS, WIDTH).to(dtype).to(tl.float32)
+        y = _product(b + n * b_width, b_weight, b_scale, b_stride, row, D, b_width, SCALED, ROWS, WIDTH)
+        y = y.to(dtype).to(tl.float32)
         total = (total.to(tl.float32) + y).to(dtype)
     tl.store(out + n * D + row, total, row < D)
 

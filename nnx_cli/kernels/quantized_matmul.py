@@ -1,8 +1,10 @@
-"""Matmuls on a CPU with matrices in 8 or 4 bits; `layers.quantized` says how those are stored.
+"""Matmuls with matrices in 8 or 4 bits; `layers.quantized` says how those are stored.
 
-Measured on one core with AVX-512 and VNNI, weights in memory, one row of x, times the speed of float32: int8 by
-`linear_dynamic` 2.8 to 3.1, by oneDNN's `qlinear_pointwise` 1.7 to 2.4 with the quantization of x, `_int_mm` without it
-1.5 to 2.0, `_weight_int8pack_mm` 2.0 in bfloat16 and 0.4 in float32; `_weight_int4pack_mm_for_cpu` 3.5 to 4.2 in
+On a GPU int8 weights are read as they are, and activations stay in floating point.
+
+On a CPU, measured on one core with AVX-512 and VNNI, weights in memory, one row of x, times the speed of float32: int8
+by `linear_dynamic` 2.8 to 3.1, by oneDNN's `qlinear_pointwise` 1.7 to 2.4 with the quantization of x, `_int_mm` without
+it 1.5 to 2.0, `_weight_int8pack_mm` 2.0 in bfloat16 and 0.4 in float32; `_weight_int4pack_mm_for_cpu` 3.5 to 4.2 in
 bfloat16, 0.2 in float32. From three rows on `linear_dynamic` is the fastest, for 4 bits too.
 """
 
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnx_cli.system.hardware import cpu_int4_kernel, cpu_int8_activation_bits
+from nnx_cli.system.hardware import cpu_int4_kernel, cpu_int8_activation_bits, takes_triton
 
 Matmul = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
 
@@ -25,7 +27,9 @@ TOLERANCE = 0.05  # relative error of a matmul; 7-bit activations have 0.03, sum
 PROBE_SHAPE = 1024, 1024
 INT4_GROUPS = 32, 64, 128, 256  # columns that share a scale, as the 4-bit matmul takes them
 INT4_ROWS = 2  # of x, up to which it is the faster one
+GPU_ROWS = 64  # of x, up to which reading the weights sets the pace of a GPU
 KERNELS = {
+    32: "int8 weights, floating-point activations",
     16: "4-bit weights, bfloat16 activations; for many tokens at once int8",
     8: "int8 weights and activations",
     7: "int8 weights, 7-bit activations",
@@ -75,6 +79,20 @@ def int4_matmul(codes: Tensor, scale: Tensor) -> Matmul:
     return matmul
 
 
+def gpu_int8_matmul(codes: Tensor, scale: Tensor) -> Matmul:
+    """Matmul on a GPU with int8 weights codes (N, K) × scale (N,) float32; activations stay as they are."""
+
+    def matmul(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > GPU_ROWS:
+            return F.linear(x, codes.to(x.dtype) * scale[:, None].to(x.dtype))
+        from nnx_cli.kernels import quantized_matmul_triton
+
+        return quantized_matmul_triton.matmul(rows, codes, scale).view(*x.shape[:-1], -1)
+
+    return matmul
+
+
 def few_or_many(few: Matmul, most: int, make_many: Callable[[], Matmul]) -> Matmul:
     """Matmul of up to `most` rows by `few`, of more by what `make_many` makes where it is needed first."""
     many = cache(make_many)
@@ -83,6 +101,16 @@ def few_or_many(few: Matmul, most: int, make_many: Callable[[], Matmul]) -> Matm
         return few(x) if x.numel() <= most * x.shape[-1] else many()(x)
 
     return matmul
+
+
+def kernel(codes: Tensor, n_rows: int, n_columns: int, group_size: int | None, dtype: torch.dtype) -> int:
+    """What multiplies with a large matrix (N, K) for inputs of `dtype`, a key of KERNELS; 0: float is as fast."""
+    if codes.is_cuda:
+        return 32 if group_size is None and dtype != torch.float64 and takes_triton(codes) else 0
+    if dtype != torch.float32 or codes.device.type != "cpu":
+        return 0
+    bits = activation_bits()
+    return 16 if bits and takes_int4(n_rows, n_columns, group_size) else bits
 
 
 @cache

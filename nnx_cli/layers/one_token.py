@@ -6,41 +6,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels import one_token as kernels
-from nnx_cli.kernels.one_token import Gate
+from nnx_cli.kernels.one_token import Gate, Matrix
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm, RMSNorm
+from nnx_cli.layers.quantized import QuantizedLinear, QuantizedPackedLinear
 
 NO_GATE = Gate(0, True)
+Packed = PackedLinear | QuantizedPackedLinear
 
 
-def norm_linear(norm: LayerNorm | RMSNorm, projections: PackedLinear, x: Tensor) -> Tensor:
+def norm_linear(norm: LayerNorm | RMSNorm, projections: Packed, x: Tensor) -> Tensor:
     """All projections of normalised x (B, T, D) in one tensor."""
-    weight = plain_matrix(projections, x)
-    return projections.packed(norm(x)) if weight is None else kernels.project(x, norm.parts(), weight, NO_GATE)[0]
+    matrix = read_once(projections, x)
+    return projections.packed(norm(x)) if matrix is None else kernels.project(x, norm.parts(), matrix, NO_GATE)[0]
 
 
-def norm_gated(norm: LayerNorm | RMSNorm, projections: PackedLinear, x: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+def norm_gated(norm: LayerNorm | RMSNorm, projections: Packed, x: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     """Projections of normalised x (B, T, D): those before the gated ones in one tensor, and those, (B, T, n)."""
-    weight = plain_matrix(projections, x)
-    if weight is not None:
-        return kernels.project(x, norm.parts(), weight, gate)
+    matrix = read_once(projections, x)
+    if matrix is not None:
+        return kernels.project(x, norm.parts(), matrix, gate)
     packed = projections.packed(norm(x))
     plain, first, second = packed.split_with_sizes((packed.shape[-1] - 2 * gate.n, gate.n, gate.n), -1)
     return plain, F.silu(first) * second if gate.first else F.silu(second) * first
 
 
-def add_linear(x: Tensor, *branches: tuple[Linear, Tensor]) -> Tensor:
+def add_linear(x: Tensor, *branches: tuple[Linear | QuantizedLinear, Tensor]) -> Tensor:
     """x (B, T, D) + what each layer makes of its input."""
-    weights = [plain_matrix(layer, y) for layer, y in branches]
-    factors = [(y, weight) for (_, y), weight in zip(branches, weights, strict=True) if weight is not None]
-    if len(factors) == len(branches):
+    matrices = [read_once(layer, y) for layer, y in branches]
+    factors = [(y, matrix) for (_, y), matrix in zip(branches, matrices, strict=True) if matrix is not None]
+    if len(factors) == len(branches) and len({matrix.scale is None for _, matrix in factors}) == 1:
         return kernels.add_products(x, *factors)
     for layer, y in branches:
         x = x + layer(y)
     return x
 
 
-def plain_matrix(layer: Linear, x: Tensor) -> Tensor | None:
+def read_once(layer: Linear | QuantizedLinear, x: Tensor) -> Matrix | None:
     """What a layer multiplies one token x of every sequence with, on CUDA and where that is all that it does."""
-    plain = x.is_cuda and x.shape[1] == 1 and type(layer) in (Linear, PackedLinear) and not layer.has_adapter
-    return layer.matrix(x.dtype) if plain else None
+    if not x.is_cuda or x.shape[1] > 1:
+        return None
+    if isinstance(layer, QuantizedLinear):
+        scale = layer.scale_of_rows(x.dtype) if len(x) <= kernels.FEW else None
+        return None if scale is None else Matrix(layer.weight, scale)
+    plain = type(layer) in (Linear, PackedLinear) and not layer.has_adapter
+    return Matrix(layer.matrix(x.dtype)) if plain else None

@@ -37,6 +37,7 @@ CLIP_SEARCH = torch.arange(28, 45) / -4  # the largest weight of a group becomes
 ROWS_AT_ONCE = 2048  # of a matrix, in that search
 
 SMALL_MATRIX = 2**17  # up to so many weights (512 KiB of float32, which a core keeps in its cache) float is as fast
+LARGE_MODEL = 250_000_000  # quantized weights, from which on int8 is the faster one on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,32 +182,45 @@ class QuantizedLinear(QuantizedMatrix):
 
     made_for: tuple[Tensor, torch.dtype] | None = None  # codes and type of x that `matmul` belongs to
     matmul: Matmul
+    row_scale: Tensor | None = None  # float32 (N,), where codes (N, K) times these are all of the matrix to a GPU
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N), in its dtype."""
-        if self.made_for is None or self.made_for[0] is not self.weight or self.made_for[1] != x.dtype:
-            self._make_matmul(x.dtype)
+        self._prepare(x.dtype)
         return self.matmul(x)
+
+    def scale_of_rows(self, dtype: torch.dtype) -> Tensor | None:
+        """Scales (N,), float32, where inputs of `dtype` are multiplied with the codes as they are and rows by these."""
+        self._prepare(dtype)
+        return self.row_scale
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Have `matmul` belong to the present codes and inputs of `dtype`."""
+        if self.made_for is None or self.made_for[0] is not self.weight or self.made_for[1] != dtype:
+            self._make_matmul(dtype)
 
     def kernel(self, dtype: torch.dtype) -> int:
         """What multiplies with this matrix for inputs of `dtype`, a key of KERNELS; 0: nothing is faster than float."""
-        if dtype != torch.float32 or self.weight.device.type != "cpu" or self.n_rows * self.n_columns <= SMALL_MATRIX:
+        if self.n_rows * self.n_columns <= SMALL_MATRIX:
             return 0
-        bits = kernels.activation_bits()
-        return 16 if bits and kernels.takes_int4(self.n_rows, self.n_columns, self.group_size) else bits
+        return kernels.kernel(self.weight, self.n_rows, self.n_columns, self.group_size, dtype)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _make_matmul(self, dtype: torch.dtype) -> None:
         """Choose and prepare `matmul` for the present codes and inputs of `dtype`."""
         kernel = self.kernel(dtype)
-        self.made_for = self.weight, dtype
+        self.made_for, self.row_scale = (self.weight, dtype), None
         if not kernel:
             self.matmul = partial(F.linear, weight=self.matrix().to(dtype))
             return
         scale, factors = self.parts()
-        matmul = self._int4_matmul(scale) if kernel == 16 else self._int8_matmul(scale)
-        self.matmul = matmul if factors is None else lambda x: matmul(x * factors)
+        if kernel == 32:
+            matmul = kernels.gpu_int8_matmul(self.weight, scale)
+            self.row_scale = scale if factors is None else None
+        else:
+            matmul = self._int4_matmul(scale) if kernel == 16 else self._int8_matmul(scale)
+        self.matmul = matmul if factors is None else lambda x: matmul(x * factors.to(x.dtype))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -304,11 +318,14 @@ def restore_stored(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 @torch.no_grad()
-def unpack_slow_layers(model: nn.Module, dtype: torch.dtype) -> None:
+def unpack_slow_layers(model: nn.Module, dtype: torch.dtype, n_sequences: int = 1) -> None:
     """Put floating-point layers in place of the quantized ones that this device computes no faster for inputs of
-    `dtype`; a matrix that is only looked up in stays as it is unless it is small."""
+    `dtype`; a matrix that is only looked up in stays as it is unless it is small. On a GPU these are all layers unless
+    the model is large and decodes one sequence: tests/bench/decode.md."""
     found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedMatrix)]
-    multiplied = {id(m.weight): m.kernel(dtype) for _, m in found if isinstance(m, QuantizedLinear)}
+    on_gpu, n_weights = any(m.weight.is_cuda for _, m in found), sum(m.n_rows * m.n_columns for _, m in found)
+    gains = not on_gpu or (n_sequences == 1 and n_weights >= LARGE_MODEL)
+    multiplied = {id(m.weight): gains and m.kernel(dtype) for _, m in found if isinstance(m, QuantizedLinear)}
     floats: dict[int, nn.Parameter] = {}
     for name, old in found:
         if multiplied.get(id(old.weight), old.n_rows * old.n_columns > SMALL_MATRIX):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnx_cli.kernels import one_token
-from nnx_cli.kernels.one_token import Gate, Norm
+from nnx_cli.kernels.one_token import Gate, Matrix, Norm
 from nnx_cli.layers import one_token as layers
 
 pytest.importorskip("triton")
@@ -42,6 +42,15 @@ def test_normalise(dtype, centred, B, D):
     close(one_token_triton.normalise(x, *norm), one_token.plain_normalise(x, norm))
 
 
+def matrix(rows, columns, dtype, stored, more=0):
+    """A matrix (rows, columns) as activations have it, a part of one with `more` columns, or in int8."""
+    if stored == "int8":
+        codes = torch.randint(-127, 128, (rows, columns), device=DEVICE, dtype=torch.int8)
+        return Matrix(codes, torch.rand(rows, device=DEVICE) / (64 * columns**0.5))
+    return Matrix((draw(rows, columns + more) / columns**0.5).to(dtype)[:, :columns])
+
+
+@pytest.mark.parametrize("stored", ["plain", "int8"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("B", "D", "n_plain", "gate"),
@@ -54,29 +63,32 @@ def test_normalise(dtype, centred, B, D):
     ],
 )
 @pytest.mark.parametrize("centred", [True, False])
-def test_project(dtype, B, D, n_plain, gate, centred):
+def test_project(dtype, B, D, n_plain, gate, centred, stored):
     from nnx_cli.kernels import one_token_triton
 
     x, norm = draw(B, 1, D, dtype=dtype), Norm(draw(D), 1e-5, centred)
-    weight = (draw(n_plain + 2 * gate.n, D + 8) / D**0.5).to(dtype)[:, :D]
+    weights = matrix(n_plain + 2 * gate.n, D, dtype, stored, more=8)
     for found, wanted in zip(
-        one_token_triton.project(x, *norm, weight, *gate), one_token.plain_project(x, norm, weight, gate), strict=True
+        one_token_triton.project(x, *norm, *weights, *gate),
+        one_token.plain_project(x, norm, weights, gate),
+        strict=True,
     ):
         assert found.shape == wanted.shape
         if wanted.numel():
             close(found, wanted)
 
 
+@pytest.mark.parametrize("stored", ["plain", "int8"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("B", "D", "widths"), [(1, 96, (64,)), (2, 50, (1500, 70)), (4, 640, (2688,))])
-def test_add_products(dtype, B, D, widths):
+def test_add_products(dtype, B, D, widths, stored):
     from nnx_cli.kernels import one_token_triton
 
     x = draw(B, 1, D, dtype=dtype)
-    factors = [(draw(B, 1, K, dtype=dtype), (draw(D, K) / K**0.5).to(dtype)) for K in widths]
+    factors = [(draw(B, 1, K, dtype=dtype), matrix(D, K, dtype, stored)) for K in widths]
     wanted = x
-    for y, weight in factors:
-        wanted = wanted + torch.nn.functional.linear(y, weight)
+    for y, weights in factors:
+        wanted = wanted + torch.nn.functional.linear(y, weights.plain(dtype))
     close(one_token_triton.add_products(x, *factors), wanted)
 
 
@@ -130,7 +142,9 @@ def by_kernels(monkeypatch):
 
     def switch(on):
         monkeypatch.setattr(one_token, "takes_triton", lambda x: on)
-        monkeypatch.setattr(layers, "plain_matrix", lambda layer, x: layer.matrix(x.dtype) if x.shape[1] == 1 else None)
+        monkeypatch.setattr(
+            layers, "read_once", lambda layer, x: Matrix(layer.matrix(x.dtype)) if x.shape[1] == 1 else None
+        )
 
     return switch
 

@@ -101,7 +101,7 @@ def test_embedding_looks_rows_up(how):
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
-@pytest.mark.parametrize("bits", KERNELS)
+@pytest.mark.parametrize("bits", [16, 8, 7, 0])
 @pytest.mark.parametrize("unit_axis", [None, 0, 1])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1,)])
 def test_linear_multiplies_with_the_stored_weights(how, bits, unit_axis, shape, monkeypatch):
