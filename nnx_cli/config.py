@@ -201,7 +201,7 @@ class RaceConfig:
 
     models: str = "all"  # architectures, with commas between them: all, {models}, or files of yours
     size: str | None = None  # named size of all, by parameters outside embedding and head; default on a GPU: tiny
-    parameters: str | None = None  # instead: so many outside embedding and head, such as 10.7M; default on a CPU: 400K
+    parameters: str | None = None  # instead: so many outside embedding and head, such as 10.7M; default on a CPU: 300K
     equal: str = "tokens"  # what every run may use as much of: tokens, time, flops
     budget: str | None = None  # how much of it: 20M tokens, 10m of training, 1e15 FLOPs; default 2M, 2m, 1e14
     seeds: int = 3  # runs of each architecture, with seeds from 1 on

@@ -18,7 +18,7 @@ from nnx_cli.planning.match import Match, match_shape, size_target
 from nnx_cli.planning.plan import Plan, plan_run
 from nnx_cli.planning.recipe import default_tokens_per_step
 
-CPU_PARAMETERS = 400_000  # half a `nano`: two architectures, two seeds and a million tokens take minutes on two cores
+CPU_PARAMETERS = 300_000  # two architectures, two seeds and a million tokens take minutes on two cores
 GPU_SIZE = "tiny"
 VALIDATIONS = 20  # of a run whose steps are known beforehand
 VALIDATION_TOKENS = 2**13  # that each reads at least; they are no part of the budget

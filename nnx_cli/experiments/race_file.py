@@ -11,8 +11,8 @@ equal, budget           time (seconds) | tokens | flops, and how much of it a ru
 data, tokenizer         the token folder's path; {kind, vocab_size, fingerprint}
 train_tokens, seq_len, tokens_per_step
 parameters_counted      {target, outside}: what is equal, and outside which tables it is counted
-learning_rate_search    {rates: {MODEL: [{factor, lr, bits_per_byte, time_s}]}, tokens_each, time_s}; null bits: the
-                        rate diverged
+learning_rate_search    {rates: {MODEL: [{factor, lr, bits_per_byte, time_s}]}, tokens_each, time_s}; lr is that of a
+                        whole run, of which a short one has a higher one; null bits: it diverged
 target_bits_per_byte    of --target, or null
 competitors             as many as there are, best first:
     model, size         its name; its named size, or null for another shape

@@ -18,7 +18,7 @@ TOLERANCE = 0.02  # of the parameters that are asked for
 STEP, FFN_STEP = 16, 8  # of the widths of heads and of the model, and of the feed-forward
 DEPTHS = (0.6, 1.7)  # of the template's depth
 WIDTHS = 2  # multiples of STEP that are tried around the one that fits best
-MOST_FFN = 0.25  # part by which the feed-forward may be wider or narrower than its architecture has it
+MOST_FFN = 0.5  # part by which the feed-forward may be wider or narrower than its architecture has it
 MOST_HEAD = 256
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from nnx_cli.errors import DataError
-from nnx_cli.experiments.rate_search import FACTORS, best_rate, next_factor, training_text
+from nnx_cli.experiments.rate_search import FACTORS, best_rate, next_factor, short_rate, training_text
 
 
 def tried(*bits):
@@ -39,3 +39,9 @@ def test_the_search_sees_training_text_alone(tokens):
 def test_a_text_too_short_to_search_on(tokens):
     with pytest.raises(DataError, match="one sequence needs"):
         training_text(tokens, len(tokens.train) // 2)
+
+
+def test_short_runs_have_higher_rates():
+    assert short_rate(0.01, 1000, 1000) == short_rate(0.01, 1000, 500) == 0.01
+    assert short_rate(0.01, 1000, 4000) == 0.016  # 4 ** 0.32 = 1.56
+    assert short_rate(0.02, 1000, 10_000) == 0.042
