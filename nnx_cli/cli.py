@@ -89,7 +89,7 @@ class Group(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of a copy whose commands have a name and a line: to load them all would take long."""
-        from nnx_cli.console import prepare_help
+        from nnx_cli.console.help import prepare_help
 
         shown = copy.copy(self)
         prepare_help(shown)
@@ -165,7 +165,7 @@ def _no_more_files(error: BaseException) -> OSError | None:
 
 def _report(error: NnxError, debug: bool) -> int:
     """Print an error on stderr, with `debug` after the traceback of what is being handled; returns its exit code."""
-    from nnx_cli.console import Output
+    from nnx_cli.console.output import Output
     from nnx_cli.system.text import printable
 
     output = Output()
@@ -244,7 +244,7 @@ def _root(
 
 def main() -> None:
     """The command `nnx`."""
-    from nnx_cli.console import show_cursor
+    from nnx_cli.console.terminal import show_cursor
 
     set_up_streams()
     signals.leave_on_signals(show_cursor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnx_cli.config import SampleConfig
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import DataError, DoesNotFit, MissingFeature, UsageError, counted, quoted
 from nnx_cli.system.text import size
 

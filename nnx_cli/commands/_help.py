@@ -17,7 +17,7 @@ from nnx_cli import models
 from nnx_cli.commands._config_file import read_toml
 from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, at_home, option, shown_default
 from nnx_cli.config import Field
-from nnx_cli.console import prepare_help
+from nnx_cli.console.help import prepare_help
 from nnx_cli.errors import NnxError
 
 

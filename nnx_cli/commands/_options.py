@@ -14,7 +14,7 @@ import typer
 
 from nnx_cli import models
 from nnx_cli.config import Field, TrainConfig, own_fields
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import DataError, NnxError, UsageError, quoted
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import counted
 from nnx_cli.system.text import duration, size
 

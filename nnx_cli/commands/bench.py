@@ -18,7 +18,7 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import TrainConfig, check_choice, check_range, own_fields
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.system.text import size as size_text
 

@@ -29,7 +29,8 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import PrepareConfig, RaceConfig, TrainConfig, check_range, coerce, own_fields
-from nnx_cli.console import Output, RaceView
+from nnx_cli.console.output import Output
+from nnx_cli.console.run_view import RaceView
 from nnx_cli.errors import Interrupted, OutputError, UsageError, counted, pasteable
 from nnx_cli.system.text import duration, size
 

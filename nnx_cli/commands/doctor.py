@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import MissingFeature
 
 

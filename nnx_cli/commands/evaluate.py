@@ -35,7 +35,7 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import counted
 
 if TYPE_CHECKING:

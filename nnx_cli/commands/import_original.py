@@ -9,7 +9,7 @@ import typer
 
 from nnx_cli import models
 from nnx_cli.commands._options import command, model_fields
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import quoted
 
 VARIANT = model_fields()["variant"]

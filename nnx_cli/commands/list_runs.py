@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.system.text import duration
 
 COLUMNS = ["name", "kind", "model", "size", "status", "steps", "bits/byte", "age"]

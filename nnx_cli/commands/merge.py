@@ -9,7 +9,7 @@ import typer
 
 from nnx_cli.commands._options import Device, ModelFile, command, naming
 from nnx_cli.config import TrainConfig
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import quoted
 
 

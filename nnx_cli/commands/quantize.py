@@ -20,7 +20,7 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import PrepareConfig, QuantizeConfig, TrainConfig, own_fields
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import quoted
 from nnx_cli.system.text import size
 

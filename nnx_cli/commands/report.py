@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nnx_cli.commands._options import command
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import CheckpointError, OutputError, counted
 
 EXAMPLES = """Examples:

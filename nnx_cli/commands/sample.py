@@ -20,7 +20,7 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, check_encoding, own_fields, unescape
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import CheckpointError, UsageError, counted
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.config import TrainConfig, check_choice
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import DoesNotFit, quoted
 from nnx_cli.system.text import size
 

@@ -15,7 +15,8 @@ from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command
 from nnx_cli.commands._plan_table import PlanTable, show_settings, why_tokenizer
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
-from nnx_cli.console import Output, TrainingView
+from nnx_cli.console.output import Output
+from nnx_cli.console.run_view import TrainingView
 from nnx_cli.errors import (
     CheckpointError,
     DoesNotFit,

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra nnx-cli[eval] is not installed")
 
 from nnx_cli.commands._depth import load_tasks
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.errors import DataError, UsageError
 from nnx_cli.evaluation import harness

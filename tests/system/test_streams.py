@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nnx_cli.commands.sample import _read_prompt
-from nnx_cli.console import Output
+from nnx_cli.console.output import Output
 from nnx_cli.errors import DataError, OutputError
 from nnx_cli.system.streams import ForgivingStream, ProductStream
 

@@ -10,7 +10,10 @@ import sys
 import pytest
 
 from nnx_cli.cli import COMMANDS
-from nnx_cli.console import Output, RaceView, aligned, columns_of
+from nnx_cli.console.output import Output
+from nnx_cli.console.run_view import RaceView
+from nnx_cli.console.tables import aligned
+from nnx_cli.console.terminal import columns_of
 from nnx_cli.errors import OutputError
 
 NO_WIDTH = ["0", "00", "-5", "abc", "", " ", "80x", "1e3", "²", "9" * 40]
