@@ -35,7 +35,8 @@ LEAST_VALIDATION_ROWS = 8
 @dataclass(frozen=True)
 class Plan:
     """A run with every value filled in. `sources` says where each value came from, `savers` what was given up for it to
-    fit, `predict` its peak memory in bytes, when asked, `tokens_per_s` the speed that was assumed."""
+    fit, `predict` its peak memory in bytes, when asked, `tokens_per_s` the speed that was assumed, `flops_per_token`
+    what training on a token costs."""
 
     model: str
     size: str | None  # None: shapes of the user's own
@@ -46,6 +47,7 @@ class Plan:
     budget_bytes: int = 0
     predict: Callable[[], int] = lambda: 0
     tokens_per_s: float = 0.0
+    flops_per_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def plan_run(
         fitted.budget,
         fitted.predict,
         horizon.tokens_per_s,
+        horizon.flops_per_token,
     )
 
 
@@ -163,7 +166,7 @@ def expected_tokens(
         tokens = train.max_steps * step_tokens
     elif train.stop_early == "auto":
         tokens = min(tokens, useful_epochs(params_per_token, data.train_tokens) * data.train_tokens)
-    return Horizon(tokens / data.train_tokens, params_per_token, speed)
+    return Horizon(tokens / data.train_tokens, params_per_token, speed, flops)
 
 
 def run_length(train: TrainConfig, data: Data, horizon: Horizon, tokens_per_step: int) -> dict[str, Derived]:

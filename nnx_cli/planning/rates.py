@@ -64,6 +64,16 @@ def nominal_flops(device: torch.device, precision: str) -> float:
     return gpu_flops(properties.name, properties.multi_processor_count, (properties.major, properties.minor), precision)
 
 
+def mfu(flops: float, device: torch.device, precision: str) -> float | None:
+    """Of the rate that large matmuls reach on a device, the share that so many `flops` a second are; None where no
+    data sheet says the rate."""
+    if device.type == "cpu":
+        is_known = torch.backends.cpu.get_cpu_capability() in CPU_CORE
+    else:
+        is_known = device.type == "cuda" and bool(_named_in(torch.cuda.get_device_name(device)))
+    return flops / nominal_flops(device, precision) if is_known else None
+
+
 def cpu_core_flops(capability: str) -> float:
     """FLOPs a second of a core with an instruction set, as torch calls it."""
     return CPU_CORE.get(capability, CPU_CORE_BASELINE)
@@ -72,13 +82,16 @@ def cpu_core_flops(capability: str) -> float:
 def gpu_flops(name: str, n_sms: int, capability: tuple[int, int], precision: str) -> float:
     """FLOPs a second of a GPU: of the one in the table that its name or else its compute capability is like, by the
     number of multiprocessors, and no more than the memory feeds."""
-    words = name.replace("-", " ").split()
-    known = [key for key in GPUS if any(words[n : n + len(key.split())] == key.split() for n in range(len(words)))]
-    if not known:
-        known = [LIKE.get(capability, NEWEST if capability > (9, 0) else OLDEST)]
+    known = _named_in(name) or [LIKE.get(capability, NEWEST if capability > (9, 0) else OLDEST)]
     gpu = GPUS[max(known, key=len)]
     nominal = (gpu.fp32 if precision == "fp32" else gpu.half) * 1e12
     return SUSTAINED * min(nominal, FLOPS_PER_BYTE * gpu.bandwidth * 1e9) * n_sms / gpu.n_sms
+
+
+def _named_in(name: str) -> list[str]:
+    """The GPUs of the table whose names are a part of this one."""
+    words = name.replace("-", " ").split()
+    return [key for key in GPUS if any(words[n : n + len(key.split())] == key.split() for n in range(len(words)))]
 
 
 def expected_mfu(device: torch.device, dim: int, gpu_half_width: int = 0) -> float:

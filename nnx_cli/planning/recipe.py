@@ -33,11 +33,12 @@ MOST_WARMUP_STEPS = 200
 @dataclass(frozen=True)
 class Horizon:
     """How much a run is going to see: epochs over its text, of which the model trains `params_per_token` parameters a
-    token, and tokens a second where its length is a time."""
+    token, tokens a second where its length is a time, and FLOPs of training on a token."""
 
     epochs: float
     params_per_token: float
     tokens_per_s: float
+    flops_per_token: int
 
     @property
     def overfits(self) -> bool:

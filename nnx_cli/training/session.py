@@ -19,7 +19,7 @@ from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
-from nnx_cli.planning.flops import count_parameters
+from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
 from nnx_cli.planning.plan import Plan, replan, steps_in
 from nnx_cli.planning.settings import Derived
 from nnx_cli.runs.checkpoint import Checkpoint, step_folder
@@ -91,6 +91,7 @@ def start(
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)
+    trainer.flops_per_token = plan.flops_per_token
     config = trainer.choose_execution(plan.train.compile)
     n_parameters, tokenizer = count_parameters(model)["total"], data.tokenizer
     described = {
@@ -251,6 +252,8 @@ def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
     config = replace(restart.config, precision=restart.precision)
     model = load_model_of(run, restart.checkpoint, config, device, restart.file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
+    name = architecture_of(run.config, run.folder, restart.file)
+    trainer.flops_per_token = flops_per_token(meta_model(name, model.config))["train"]
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
     if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
         trainer.state.turned_at = None  # it follows the schedule of another length

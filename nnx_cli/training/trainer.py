@@ -18,6 +18,7 @@ from nnx_cli.errors import OutputError, counted, quoted
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.planning.rates import mfu
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.run import Run
@@ -66,6 +67,7 @@ class Trainer:
         self.validation = Validation(model, data, self.stepper, self.recovery)
         self.stepper.on_release = self.validation.reset
         self.best = BestWeights(model, self.state, self.journal)
+        self.flops_per_token: int | None = None  # in training; None: not counted
         self.verify_later: Callable[[], Execution] | None = None  # what is left to do once a step has been shown
 
     def train(self, run: Run, should_stop: Callable[[], bool]) -> str:
@@ -224,7 +226,8 @@ class Trainer:
 
     def record(self, numbers: StepNumbers, lr: float) -> dict[str, Any]:
         """A line of metrics.jsonl, without a validation."""
-        state = self.state
+        state, speed = self.state, self.journal.tokens_per_s(self.state)
+        flops = self.flops_per_token
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -234,9 +237,10 @@ class Trainer:
             "val_bits_per_byte": None,
             "lr": lr,
             "grad_norm": numbers.grad_norm,
-            "tokens_per_s": self.journal.tokens_per_s(state),
+            "tokens_per_s": speed,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "skipped_steps": state.skipped_steps,
+            "mfu": None if flops is None else mfu(flops * speed, self.device, self.config.precision),
         }
         self.journal.mark(state)
         return record

@@ -32,7 +32,7 @@ PHASES = (
     "rotating",
     "best",
 )
-TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "started")
+TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu", "started")
 SHAPE = (
     "--size",
     "nano",

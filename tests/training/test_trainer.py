@@ -22,7 +22,7 @@ from nnx_cli.training import trainer as trainer_module
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.stepper import Execution
 
-TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes")
+TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu")
 
 
 class GradientDescent(torch.optim.SGD):
@@ -266,6 +266,7 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
         "tokens_per_s",
         "peak_memory_bytes",
         "skipped_steps",
+        "mfu",
     ]
 
 
