@@ -49,6 +49,7 @@ class PrepareConfig:
     errors: str = "replace"  # invalid bytes, bad rows, files of many: strict refuses, replace counts and reports
     workers: int | None = None  # encoding threads; default: one per core
     max_memory_bytes: int = 256 * 2**20  # bound on what preparing holds at once
+    xray: bool = True  # end with an X-ray of the text: copies, odd characters, what an n-gram model gets on it
 
     def __post_init__(self) -> None:
         check_range("val-fraction", self.val_fraction, 0.0, 0.5, low_open=True)

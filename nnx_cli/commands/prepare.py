@@ -16,6 +16,8 @@ from nnx_cli.errors import UsageError, counted, quoted
 from nnx_cli.system.text import size
 
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
+NAME_COLUMNS, LINE_CHARS = 17, 60  # of the first lines as tokens
+TOKEN_MARK = "·"  # between two of them
 BRANCHES = (
     Branch({"val_fraction"}, lambda v: v["val"] is None, "with --val: all of the other text is trained on"),
     Branch({"text_key"}, lambda v: may_have_rows(_texts(v)), "with plain text: it names a field of rows"),
@@ -48,6 +50,7 @@ def run(
     limit: dict[str, Any] = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
     config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
     from nnx_cli.data.prepare import default_folder, prepare
+    from nnx_cli.planning.size import suited_size
     from nnx_cli.planning.tokenizer import vocabularies_for
 
     output.note_reading(*sources, val)
@@ -55,6 +58,8 @@ def run(
     if out is None:
         out = default_folder(sources, config, val_sources, suited)
     result = prepare(sources, out, config, val_sources, preparation_view(output), suited)
+    if result["xray"] is not None:
+        result["xray"]["suggested_size"] = suited_size(result["xray"]["train_bytes"])
     output.made = out
     output.show_json(result)
     output.show(
@@ -63,6 +68,52 @@ def run(
         f"{size(result['text_bytes'])} of text, {counted(result['documents'], 'document')}, {result['seconds']:.1f} s",
         f"next: nnx train --data {quoted(result['out'])}",
     )
+    if result["xray"] is not None:
+        _show_xray(output, result["xray"], result["vocab_size"])
+
+
+def _show_xray(output: Output, xray: Mapping[str, Any], vocab_size: int) -> None:
+    """What an X-ray found, a row each."""
+    looked_at, total = xray["sampled_bytes"], xray["train_bytes"]
+    part = f"all {total / 1e6:,.1f} MB" if looked_at >= total else f"{looked_at / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+    output.show("", f"X-ray of the training text ({part}; --no-xray leaves it out)")
+    output.aligned(_xray_rows(xray, vocab_size), product=True)
+    for number, tokens in enumerate(xray["first_lines"]):
+        line = TOKEN_MARK.join(tokens)
+        output.show(
+            f"{'as tokens' if not number else '':<{NAME_COLUMNS}}{line[:LINE_CHARS]}{'…' * (len(line) > LINE_CHARS)}"
+        )
+
+
+def _xray_rows(xray: Mapping[str, Any], vocab_size: int) -> list[tuple[str, str, str]]:
+    """Name, value and remark."""
+    documents, unit = xray["documents"], xray["compared"]
+    unit = "long lines" if unit == "lines" else unit
+    compared = f"of {xray['n_compared']:,} {unit}" if unit else "no documents or long lines to compare"
+    again = f"stand earlier in it, {compared}" if unit else compared
+    odd = ", ".join(f"{name} ({n:,})" for name, n in xray["odd_characters_named"].items())
+    bits = xray["ngram_bits_per_byte"]
+    return [
+        ("documents", f"{documents['train']:,}", f"to train on, {documents['val']:,} to validate"),
+        ("duplicates", _share(xray["duplicate_share"]), again),
+        ("overlap", _share(xray["overlap_share"]), f"of validation {unit} are in it too" if unit else compared),
+        ("odd characters", _count(xray["odd_characters"]), odd),
+        ("vocabulary used", f"{xray['vocabulary_used']:.1%}", f"of {vocab_size:,} ids"),
+        (
+            "5-gram",
+            "–" if bits is None else f"{bits:.2f}",
+            "bits per byte; a model that learned more than it gets less",
+        ),
+        ("size", xray["suggested_size"], "suits so much text; --size of train"),
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}" if value else "none"
 
 
 def preparation_view(output: Output) -> Any:

@@ -1,19 +1,24 @@
-"""Validation documents that stand in the training text too, word for word, counted in the files of both splits."""
+"""Documents that are there twice, word for word: in a split, or in both; counted in its files."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from nnx_cli.data.sorted_keys import places_of
 from nnx_cli.data.token_file import START_DTYPE, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 
 BATCH_DOCUMENTS = 2**11
 BATCH_TOKENS = 2**20  # but for a document that is longer
+REMEMBERED = 10_000_000  # documents of one split; of more, a sample
 HELD = 2**20  # validation documents looked for in one pass over the training text, which takes 100 MB at most
 MARKS, MIN_MARKS = 16, 2**16  # bytes for each of them, and at least
 ODD, HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)  # multiples of 2^64 / golden ratio are spread well
@@ -42,8 +47,8 @@ class _Held(NamedTuple):
         """Note which of them are in the batch."""
         keys = _keys(batch)
         near = np.flatnonzero(self.marks[keys % np.uint64(len(self.marks))])
-        near = near[_places(self.keys, keys[near])[1]]
-        places, known = _places(self.digests, _digests(batch, near))
+        near = near[places_of(keys[near], self.keys)[1]]
+        places, known = places_of(_digests(batch, near), self.digests)
         self.found[places[known]] = True
 
 
@@ -58,6 +63,48 @@ def count_copies(train: Path, val: Path, tokenizer: Tokenizer) -> int:
             held.look_at(batch)
         n_copies += int(held.counts[held.found].sum())
     return n_copies
+
+
+class Repeats(NamedTuple):
+    """Of `n_documents` that were looked at, `n_repeated` are copies of one before."""
+
+    n_documents: int
+    n_repeated: int
+
+
+def count_repeats(path: Path, tokenizer: Tokenizer, deadline: float = math.inf) -> Repeats:
+    """How many documents of a file stand earlier in it; a line break at their end does not count, nor do empty ones.
+
+    Where there are more than REMEMBERED, those are looked at whose keys fall into a share of all keys: copies do
+    together. Ends before a `deadline` (of `time.perf_counter`), with the documents up to there.
+    """
+    n_all = path.with_suffix(".documents").stat().st_size // START_DTYPE.itemsize
+    share = np.uint64(-(-n_all // REMEMBERED) or 1)
+    keys, begun = [np.empty(0, np.uint64)], time.perf_counter()
+    for batch in _batches(path, tokenizer):
+        keys.append(_kept_keys(batch, share)[1])
+        if time.perf_counter() > (begun + deadline) / 2:  # as long again may be needed for what follows
+            break
+    values, counts = np.unique(np.concatenate(keys), return_counts=True)
+    repeated = values[counts > 1]  # by chance too: digests tell
+    if not len(repeated):
+        return Repeats(sum(map(len, keys)), 0)
+    n_documents, digests = 0, []
+    for batch in islice(_batches(path, tokenizer), len(keys) - 1):
+        kept, found = _kept_keys(batch, share)
+        n_documents += len(kept)
+        digests.append(_digests(batch, kept[places_of(found, repeated)[1]]))
+        if time.perf_counter() > deadline:
+            break
+    found = np.concatenate(digests)
+    return Repeats(n_documents, len(found) - len(np.unique(found)))
+
+
+def _kept_keys(batch: _Batch, share: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents of a batch are looked at, and their keys."""
+    keys = _keys(batch)
+    kept = np.flatnonzero((batch.lengths > 0) & (keys % share == 0))
+    return kept, keys[kept]
 
 
 def _next_held(batches: Iterator[_Batch]) -> _Held | None:
@@ -77,12 +124,6 @@ def _next_held(batches: Iterator[_Batch]) -> _Held | None:
     marks = np.zeros(max(MIN_MARKS, MARKS * len(keys)), bool)
     marks[keys % np.uint64(len(marks))] = True
     return _Held(keys, marks, digests, counts, np.zeros(len(digests), bool))
-
-
-def _places(known: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where values stand in a sorted array, and whether they do."""
-    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return places, known[places] == values
 
 
 def _keys(batch: _Batch) -> np.ndarray:

@@ -30,6 +30,7 @@ from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.base import Tokenizer, utf8
 from nnx_cli.data.tokenizers.build import Vocabularies, build_tokenizer, needs_training, settle_auto, suited_ids
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
+from nnx_cli.data.xray import first_lines, xray
 from nnx_cli.errors import DataError, UsageError, counted
 from nnx_cli.system import files
 from nnx_cli.system.machine import n_cores, peak_rss_bytes
@@ -168,7 +169,7 @@ def _prepare(
     vocabularies: Vocabularies,
     tell: Progress,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, seen = time.perf_counter(), None
     with files.new_folder(out) as folder:
         reader = _reader(config, folder)
         if _is_read_first(config, vocabularies):
@@ -187,6 +188,9 @@ def _prepare(
                 )
             writer.finish()
         meta = _describe(writer, n_bytes, tokenizer, report, config)
+        if config.xray:
+            meta["xray"] = xray(folder, tokenizer, meta, time.perf_counter() - started)
+            seen = meta["xray"] | {"first_lines": first_lines(writer.train.path, tokenizer)}
         (folder / SPOOL).unlink(missing_ok=True)
         write_meta(folder, tokenizer, meta)
     for text in _on_auto(config, vocabularies, tokenizer, n_bytes):
@@ -208,6 +212,7 @@ def _prepare(
         "megabytes_per_s": n_bytes / 1e6 / seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "sha256": meta["sha256"],
+        "xray": seen,
     }
 
 

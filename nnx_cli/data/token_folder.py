@@ -8,21 +8,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnx_cli.data.ngram import ngram_reference
 from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
-from nnx_cli.errors import DataError, counted, quoted
+from nnx_cli.errors import DataError, OutputError, counted, quoted
 from nnx_cli.system import files
 
 FORMAT = 2
 SPLITS = ("train", "val")
 MASK = "train.mask"
+NGRAM = "ngram_bits_per_byte"
 MAX_META_BYTES = 256 * 2**20  # a folder of a million files names them all
 NANOGPT_DTYPE = np.dtype("<u2")
 NANOGPT_ROUND = 64  # vocabularies above 256 are rounded up to a multiple of this
@@ -44,6 +48,29 @@ class TokenFolder:
     """By split, the first token of each document: uint64, ascending from 0."""
     mask: np.ndarray | None = None
     """Bits, uint8 (ceil(N / 8),): token i of train counts as a target where bit i % 8 of byte i // 8 is set."""
+
+    @cached_property
+    def ngram_bits_per_byte(self) -> float | None:
+        """What a byte 5-gram gets on the validation text (`data.ngram`); None without a tokenizer.
+
+        Worked out, and kept in meta.json, where that does not have it yet; a folder that cannot be written to is left
+        as it is.
+        """
+        known = self.meta.get("xray")
+        known = known if isinstance(known, dict) else {}
+        bits = known.get(NGRAM)
+        if self.tokenizer is None or (NGRAM in known and (bits is None or _is_bits(bits))):
+            return bits
+        bits = ngram_reference(self.train, self.val, self.tokenizer)
+        path = self.path / "meta.json"
+        if "format" in self.meta and not path.is_symlink():
+            with suppress(OutputError):
+                files.replace_file(path, files.to_json(self.meta | {"xray": known | {NGRAM: bits}}))
+        return bits
+
+
+def _is_bits(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:

@@ -99,7 +99,11 @@ def start(
         "training": asdict(config),
         "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
         "sampling": asdict(sampling),
-        "data": {"folder": relative(data.path, out), "fingerprint": data.fingerprint},
+        "data": {
+            "folder": relative(data.path, out),
+            "fingerprint": data.fingerprint,
+            "ngram_bits_per_byte": data.ngram_bits_per_byte,
+        },
         "init_from": None if init_from is None else init_from.label,
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "machine": describe(device),
@@ -259,7 +263,10 @@ def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
         trainer.state.turned_at = None  # it follows the schedule of another length
     config = trainer.choose_execution(config.compile)
     notes = [*restart.notes, *differences(run, restart.old, trainer), *run.cut_logs(trainer.state.step)]
-    where = run.config["data"] | {"folder": relative(data.path, run.folder)}
+    where = run.config["data"] | {
+        "folder": relative(data.path, run.folder),
+        "ngram_bits_per_byte": data.ngram_bits_per_byte,
+    }
     requested = asdict(replace(config, precision=restart.old.precision))  # another device's precision is for this time
     origins = run.config.get("automatic", {}) | restart.sources
     automatic = {name: why for name, why in origins.items() if why.startswith("derived")}

@@ -20,6 +20,7 @@ KEYS = [
     "megabytes_per_s",
     "peak_rss_bytes",
     "sha256",
+    "xray",
 ]
 
 
@@ -40,6 +41,29 @@ def test_words_for_people(nnx, text_file):
     assert result.exit_code == 0
     assert "tokens to train on" in result.stdout and "next: nnx train --data data" in result.stdout
     assert "of text, 1 document, " in result.stdout
+
+
+def test_it_ends_with_an_xray(nnx, text_file, workspace):
+    result = nnx("prepare", text_file, "--out", "seen", "--json")
+    found = json.loads(result.stdout)["xray"]
+    promised = {"duplicate_share", "overlap_share", "odd_characters", "vocabulary_used", "ngram_bits_per_byte"}
+    assert promised | {"suggested_size"} <= set(found) and found["suggested_size"] == "nano"
+    result = nnx("prepare", text_file, "--out", "again")
+    product, _, seen = result.stdout.partition("next: nnx train --data again\n")
+    assert "tokens to train on" in product and "X-ray of the training text (all 0.0 MB" in seen
+    for name in ("documents", "duplicates", "overlap", "odd characters", "vocabulary used", "5-gram", "size"):
+        assert f"\n{name} " in seen, name
+    assert f" {found['ngram_bits_per_byte']:.2f} " in seen
+    assert seen[seen.index("\nas tokens  ") :].count("\n") == 6 and "·" in seen and "\x1b" not in result.stdout
+    assert "X-ray" not in nnx("prepare", text_file, "--out", "quick", "--no-xray").stdout
+    assert json.loads(nnx("prepare", text_file, "--out", "left", "--no-xray", "--json").stdout)["xray"] is None
+
+
+def test_hostile_text_does_nothing_in_the_xray(nnx, workspace):
+    (workspace / "bad.txt").write_text("\x1b[2J\x1b]0;title\x07 \u202egnorw [bold]x[/bold]\n" * 50, encoding="utf-8")
+    for kind in ("byte", "char"):
+        seen = nnx("prepare", "bad.txt", "--out", kind, "--tokenizer", kind).stdout.partition("X-ray")[2]
+        assert "odd characters" in seen and "U+001B" in seen and not set("\x1b\x07\u202e") & set(seen)
 
 
 def test_paths_options_and_standard_input(nnx, text_file, text, workspace):

@@ -27,7 +27,7 @@ LINE = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。\n"
 FILES = ["meta.json", "tokenizer.json", "train.bin", "train.documents", "val.bin", "val.documents"]
 KEYS = (
     "out, tokenizer, vocab_size, train_tokens, val_tokens, text_bytes, bytes_per_token, documents, "
-    "val_documents_in_train, seconds, megabytes_per_s, peak_rss_bytes, sha256"
+    "val_documents_in_train, seconds, megabytes_per_s, peak_rss_bytes, sha256, xray"
 ).split(", ")
 
 
@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, monkeypatch, kind, small,
         path.write_bytes((LINE * (2**20 // len(LINE.encode()))).encode() * n_mib)
         build_tokenizer(kind, sample=iter([LINE]))
         tracemalloc.start()
-        prepare([path], tmp_path / str(n_mib), PrepareConfig(tokenizer=kind, workers=1))
+        prepare([path], tmp_path / str(n_mib), PrepareConfig(tokenizer=kind, workers=1, xray=False))
         peaks[n_mib] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[large] - peaks[small] < (large - small) * 2**20 / 2

@@ -102,7 +102,7 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch
         path = tmp_path / f"{n}.jsonl"
         path.write_text('{"text": "x"}\n' * n)
         tracemalloc.start()
-        prepare([path], tmp_path / str(n), PrepareConfig(workers=1))
+        prepare([path], tmp_path / str(n), PrepareConfig(workers=1, xray=False))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         documents = open_token_folder(tmp_path / str(n)).documents

@@ -1,15 +1,18 @@
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
 
 from nnx_cli.config import PrepareConfig
+from nnx_cli.data import token_folder
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import DataError
+from nnx_cli.system import files
 from nnx_cli.system.files import sha256_file
 
 TEXT = "".join(f"Zeile {i}: größer\n" for i in range(200))
@@ -213,3 +216,61 @@ def test_nanogpt_folder_with_a_tokenizer(nanogpt):
 def test_nanogpt_folder_of_half_ids_is_refused(nanogpt, content):
     (nanogpt / "val.bin").write_bytes(content)
     refusal(nanogpt)
+
+
+# The n-gram reference
+
+
+def test_the_ngram_reference_is_worked_out_once_and_kept(folder, monkeypatch):
+    meta = json.loads((folder / "meta.json").read_text())
+    bits = meta.pop("xray")["ngram_bits_per_byte"]
+    assert open_token_folder(folder).ngram_bits_per_byte == bits and 0 < bits < 3
+    (folder / "meta.json").write_text(json.dumps(meta))
+    before = open_token_folder(folder).fingerprint
+    assert open_token_folder(folder).ngram_bits_per_byte == bits
+    kept = json.loads((folder / "meta.json").read_text())
+    assert kept == meta | {"xray": {"ngram_bits_per_byte": bits}}
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*meta["sha256"], "meta.json", "tokenizer.json"])
+    monkeypatch.setattr(token_folder, "ngram_reference", None)  # not asked for again
+    data = open_token_folder(folder)
+    assert data.ngram_bits_per_byte == bits and data.fingerprint == before
+
+
+@pytest.mark.parametrize("known", [5, "x", [], {"ngram_bits_per_byte": "x"}, {"ngram_bits_per_byte": True}, {"a": 1}])
+def test_an_xray_of_no_sense_is_mended(folder, known):
+    bits = open_token_folder(folder).ngram_bits_per_byte
+    change_meta(folder, xray=known)
+    assert open_token_folder(folder).ngram_bits_per_byte == bits
+    kept = json.loads((folder / "meta.json").read_text())["xray"]
+    assert kept["ngram_bits_per_byte"] == bits and kept.get("a") == (
+        known.get("a") if isinstance(known, dict) else None
+    )
+
+
+def test_a_folder_that_cannot_be_written_to_is_left_as_it_is(folder, monkeypatch):
+    bits = open_token_folder(folder).ngram_bits_per_byte
+    change_meta(folder, xray={})
+    before = (folder / "meta.json").read_bytes()
+
+    def refuse(path, data):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "write_synced", refuse)
+    assert open_token_folder(folder).ngram_bits_per_byte == bits
+    assert (folder / "meta.json").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_link_to_somebody_elses_meta_is_not_replaced(folder, tmp_path):
+    change_meta(folder, xray={})
+    (folder / "meta.json").rename(tmp_path / "theirs.json")
+    (folder / "meta.json").symlink_to(tmp_path / "theirs.json")
+    before = (tmp_path / "theirs.json").read_bytes()
+    assert open_token_folder(folder).ngram_bits_per_byte > 0
+    assert (folder / "meta.json").is_symlink() and (tmp_path / "theirs.json").read_bytes() == before
+
+
+def test_a_nanogpt_folder_has_a_reference_where_its_ids_can_be_read(nanogpt):
+    assert open_token_folder(nanogpt).ngram_bits_per_byte is None
+    assert open_token_folder(nanogpt, build_tokenizer("byte")).ngram_bits_per_byte > 8
+    assert sorted(path.name for path in nanogpt.iterdir()) == ["meta.pkl", "train.bin", "val.bin"]
