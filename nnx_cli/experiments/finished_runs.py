@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from nnx_cli.config import TrainConfig
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import CheckpointError, DataError, UsageError, quoted
 from nnx_cli.experiments import race_file
@@ -21,7 +23,11 @@ from nnx_cli.system.device import describe
 from nnx_cli.system.files import follow
 from nnx_cli.training.sampling import Sampling, choose_sampling
 
-ALIKE = ("lr", "max_steps", "max_time", "tokens_per_step", "optimizer")  # settings that runs of one competitor share
+MAY_DIFFER = {  # settings of the runs of one competitor: the seed, and what makes no other model
+    *("seed", "batch_size", "grad_accum", "optimizer_in_backward", "device", "compile", "activation_checkpointing"),
+    *("vram", "threads", "val_every", "val_batches", "sample_every", "sample_prompt", "save_every", "keep", "report"),
+    "deterministic",
+}
 
 
 def race_of_runs(specs: Sequence[str], target: float | None, device: torch.device, precision: str) -> dict[str, Any]:
@@ -104,8 +110,9 @@ def _competitors(
     """Runs with another seed alone together, every other one by itself, under the model's name or the run's."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        training = run.config.get("training") or {}
-        groups.setdefault(repr([run.config["model"], [training.get(name) for name in ALIKE]]), []).append(run)
+        training = asdict(TrainConfig()) | (run.config.get("training") or {})
+        alike = {name: value for name, value in training.items() if name not in MAY_DIFFER}
+        groups.setdefault(repr([run.config["model"], run.config.get("init_from"), alike]), []).append(run)
     for key, group in [*groups.items()]:
         seeds = [_seed(run) for run in group]
         if len(set(seeds)) < len(seeds):  # the same seed again: two tries, not two seeds
