@@ -158,7 +158,7 @@ def judge(race: dict[str, Any]) -> None:
             competitor["bits_per_byte"] = {"mean": mean, "stderr": error}
             timed = [run["tokens"] / run["time_s"] for run in finished if run["tokens"] and run["time_s"]]
             competitor["tokens_per_s"] = round(mean_and_error(timed)[0], 1) if timed else None
-        competitor["to_target"] = _to_target(finished, race["target_bits_per_byte"])
+        competitor["to_target"] = _to_target(competitor["runs"], race["target_bits_per_byte"])
     tied, race["comparisons"] = ties(results)
     for competitor in competitors:
         competitor["ties_with"] = tied[competitor["model"]]
@@ -184,7 +184,7 @@ def _to_target(runs: Sequence[Mapping[str, Any]], target: float | None) -> dict[
 
 def _reached(curve: Sequence[Mapping[str, Any]], target: float) -> dict[str, float] | None:
     """Where a curve comes down to a target, on the line between two validations; None where it does not."""
-    points = [point for point in curve if point["val_bits_per_byte"] is not None]
+    points = [point for point in curve if None not in (point["val_bits_per_byte"], *(point[axis] for axis in AXES))]
     for number, point in enumerate(points):
         if point["val_bits_per_byte"] > target:
             continue

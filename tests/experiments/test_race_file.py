@@ -61,6 +61,24 @@ def test_means_order_and_ties():
     assert a["tokens_per_s"] == 50.0 and d["bits_per_byte"] is None and d["tokens_per_s"] is None
 
 
+def test_a_seed_that_ended_before_the_target_missed_it():
+    race = a_race(target=2.25, a=(2.0, None), b=(2.0, None))
+    cut = race["competitors"][1]["runs"][1]
+    cut["curve"] = cut["curve"][:1]
+    judge(race)
+    reached = {each["model"]: each["to_target"] for each in race["competitors"]}
+    assert reached["a"]["tokens"] == 275.0 and reached["b"] is None
+
+
+@pytest.mark.parametrize("axis", ["tokens", "time_s", "flops", "val_bits_per_byte"])
+def test_points_with_something_missing_are_passed_over(axis):
+    race = a_race(target=2.5, a=(2.0, 2.0))
+    for run in race["competitors"][0]["runs"]:
+        run["curve"][1][axis] = None
+    judge(race)
+    assert race["competitors"][0]["to_target"]["tokens"] == 250.0
+
+
 def test_the_way_to_the_target_lies_between_validations():
     race = a_race(2.5, a=(2.0, 2.0), b=(2.0,))
     race["competitors"][0]["runs"][1]["curve"][2]["val_bits_per_byte"] = 2.5  # reached at 300, the other one at 250
