@@ -22,7 +22,7 @@ CPU_PARAMETERS = 300_000  # two architectures, two seeds and a million tokens ta
 GPU_SIZE = "tiny"
 VALIDATIONS = 20  # of a run whose steps are known beforehand
 VALIDATION_TOKENS = 2**13  # that each reads at least; they are no part of the budget
-LEAST_STEPS = {"tokens": 10, "time": 10, "flops": 50}  # fewer make no curve; of 50, half a step is 1 % of the FLOPs
+LEAST_STEPS = {"tokens": 10, "time": 50, "flops": 50}  # fewer make no curve; of 50, a step is 2 % of the budget
 
 
 @dataclass(frozen=True)
