@@ -105,7 +105,7 @@ class Run:
         before may have changed.
         """
         with hold_folder(self.folder):
-            for leftover in [*self.folder.glob(".tmp-*"), *self.checkpoints.glob(".*-step-*")]:
+            for leftover in self.checkpoints.glob(".*-step-*"):
                 _remove(leftover)
             self.config = read_verified_config(self.folder)
             yield
@@ -205,7 +205,8 @@ def live_status(folder: Path, status: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; it is free again when the process ends, however it ends.
+    """Hold a folder for this process; it is free again when the process ends, however it ends. What another one left
+    half written there goes.
 
     Raises OutputError, naming the other process, where another one holds it.
     """
@@ -217,6 +218,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
             file.truncate(0)
             os.write(file.fileno(), str(os.getpid()).encode())
+        for leftover in folder.glob(".tmp-*"):
+            _remove(leftover)
         yield
         file.truncate(0)
 
