@@ -70,7 +70,7 @@ OPTIONS = [
     extra("data", Path, "Token folder made by nnx prepare.", MAIN),
     extra("out", Path, "Folder of the race: a new one, or one to go on with.", MAIN, "weights/race-STEM"),
     extra("runs", list[str], "Compare these finished runs instead: --runs A B C.", MAIN),
-    extra("show", Path, "Show the race of this race.json instead.", MAIN),
+    extra("show", Path, "Show the race of this race.json, or of its folder, instead.", MAIN),
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
     hidden("competitor", str),
     hidden("parent", int),
@@ -90,7 +90,6 @@ BRANCHES = (
         lambda v: v["task"] != "recall",
         "with --task recall: its text is generated",
     ),
-    Branch({"more"}, lambda v: v["runs"], "without --runs", "a text is named with --filepath"),
     Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
     Branch(READING, lambda v: v["data"] is None, "with --data: the text is read already"),
     Branch(
@@ -103,7 +102,9 @@ BRANCHES = (
 @command(*OPTIONS)
 def run(
     output: Output,
-    more: Annotated[list[str] | None, typer.Argument(help="Further runs of --runs.", show_default=False)] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Further runs of --runs.", show_default=False)
+    ] = None,
     **options: Any,
 ) -> None:
     """Race architectures on your text: the same batches, one size, one budget, and which differences are more than
@@ -143,6 +144,8 @@ def _values(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if one in typed and other not in typed:
             filed.pop(other, None)
     values = {name: value for name, value in (filed | typed).items() if name not in unread}
+    if options["more"] and not options["runs"]:
+        raise UsageError(f"{options['more'][0]!r} does nothing without --runs", fix="a text is named with --filepath")
     if options["filepath"] and options["data"]:
         raise UsageError("--filepath and --data: give one, text or tokens")
     check_range("seq-len", values.get("seq_len"), 1, 2**20)
@@ -157,16 +160,13 @@ def _race(output: Output, config: RaceConfig, values: Mapping[str, Any], options
     made: list[list[Path]] = []
     try:
         field = _enter(output, config, values, options, made)
-        race, folder = _open(output, field, values, options, made)
+        folder = _open(field, values, options, made)
     finally:
         if made:
             from nnx_cli.training.inputs import take_back
 
             take_back(made)
-    if race["state"] == "finished":
-        output.note(f"{folder} is finished; another one: --out FOLDER")
-    else:
-        _run(output, field, folder, values)
+    _run(output, field, folder, values)
     from nnx_cli.experiments.race_file import NAME, read_race
 
     _report(output, read_race(folder / NAME), folder / NAME)
@@ -227,29 +227,27 @@ def _text(
     return open_tokens(folder, None, named)
 
 
-def _open(
-    output: Output, field: Field, values: Mapping[str, Any], options: Mapping[str, Any], made: list[list[Path]]
-) -> tuple[dict[str, Any], Path]:
-    """What race.json says of the race, and its folder: one that was begun, or a new one."""
+def _open(field: Field, values: Mapping[str, Any], options: Mapping[str, Any], made: list[list[Path]]) -> Path:
+    """The folder of the race: one that was begun, or a new one."""
     from nnx_cli.experiments import race
+    from nnx_cli.system.device import describe
 
     asked = {name: values[name] for name in TRAINED_AS if name in values}
     identity = race.identity(field, asked)
     path = field.data.path
     stem = path.resolve().name if options["data"] else path.name.rpartition("-")[0]  # without the hash
     stem = field.config.task if field.config.task != "text" else stem
-    folder, record = race.find_race(identity, field.data.fingerprint, stem, options["out"])
-    if record is None:
-        record = race.new_record(field, identity)
-        race.begin(folder, record)
+    folder, is_begun = race.find_race(identity, field.data.fingerprint, describe(field.device), stem, options["out"])
+    if not is_begun:
+        race.begin(folder, race.new_record(field, identity))
     made.clear()
-    return record, folder
+    return folder
 
 
 def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) -> None:
     """Run what is left of a race. Raises Interrupted where it was stopped, after saving."""
     from nnx_cli.experiments.race import Race
-    from nnx_cli.experiments.race_cards import run_on_cards
+    from nnx_cli.experiments.race_cards import gather, run_on_cards
     from nnx_cli.experiments.race_file import NAME, read_race
     from nnx_cli.experiments.race_run import Stopped
     from nnx_cli.runs.run import hold_folder
@@ -258,6 +256,7 @@ def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) 
     line = pasteable(["nnx", *sys.argv[1:]])
     with hold_folder(folder), stop_signals() as should_stop, RaceView(output) as view:
         race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _page_writer(output, folder))
+        gather(race)
         _tell(output, race)
         cards = _cards(values, field)
         try:
@@ -304,6 +303,8 @@ def _page_writer(output: Output, folder: Path) -> Any:
 
 def _tell(output: Output, race: Race) -> None:
     """Who runs, in what shape, how far."""
+    from nnx_cli.system.device import describe
+
     field, record = race.field, race.record
     each = _budget_words(record)
     output.note(
@@ -312,7 +313,11 @@ def _tell(output: Output, race: Race) -> None:
     )
     output.aligned([_shape_row(entrant.name, race.entry(entrant)) for entrant in field.entrants])
     done = sum(len(entry["runs"]) for entry in record["competitors"])
-    if done or record["learning_rate_search"]["time_s"]:
+    if record["device"] != (here := describe(field.device)):
+        output.note(f"begun on that device, and going on on {here}: times are those of both")
+    if record["state"] == "finished":
+        output.note(f"{race.folder} is finished; another one: --out FOLDER")
+    elif done or record["learning_rate_search"]["time_s"]:
         total = len(field.entrants) * field.config.seeds
         output.note(f"going on with {race.folder}: {done} of {counted(total, 'run')} done")
 
@@ -343,8 +348,9 @@ def _budget_words(record: Mapping[str, Any]) -> str:
 
 def _show_file(output: Output, path: Path, target: float | None) -> None:
     """Show a race from its file, with the way to another target where one is given."""
-    from nnx_cli.experiments.race_file import judge, read_race
+    from nnx_cli.experiments.race_file import NAME, judge, read_race
 
+    path = path / NAME if path.is_dir() else path
     record = read_race(path)
     if target is not None:
         record["target_bits_per_byte"] = target
@@ -439,8 +445,10 @@ def _sentences(record: Mapping[str, Any], path: Path | None) -> list[str]:
         f"{counted(record['comparisons'], 'comparison')}, paired by seed over {counted(n_seeds, 'seed')}: two "
         "architectures tie where the 95 % interval of their mean difference holds 0"
     )
-    if n_seeds < 2:
+    if n_seeds == 1 and record["state"] == "finished":
         verdict = "one seed, so no verdict: the differences may be chance; take --seeds 3"
+    elif not record["comparisons"]:
+        verdict = "no verdict, for no two have two seeds in common: the differences may be chance"
     lines = [verdict] if record["state"] == "finished" else [f"the race is {record['state']}: {verdict}"]
     if record["equal"] is not None:
         target, search = record["parameters_counted"], record["learning_rate_search"]

@@ -109,32 +109,32 @@ def identity(field: Field, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_race(
-    settings: Mapping[str, Any], fingerprint: str, stem: str, out: Path | None
-) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of a race, and what its race.json says where it has begun: the race of these settings on this text in
-    weights/race-STEM, -2, …, or a free name there; or `out`.
+    settings: Mapping[str, Any], fingerprint: str, device: str, stem: str, out: Path | None
+) -> tuple[Path, bool]:
+    """The folder of a race, and whether it has begun: the race of these settings on this text in weights/race-STEM, -2,
+    …, or a free name there; or `out`. One of equal time is a race of `device` alone.
 
     Raises OutputError where `out` is something else.
     """
     place = WEIGHTS / f"race-{stem}" if out is None else out
     for folder in numbered(place):
         if not os.path.lexists(folder):
-            return folder, None
+            return folder, False
         try:
             record = race_file.read_race(folder / race_file.NAME)
         except CheckpointError as error:
             if out is not None:
                 raise OutputError(f"{out} exists already, and is no race: {error}", fix=ANOTHER) from error
             continue
-        differs = _difference(record, settings, fingerprint)
+        differs = _difference(record, settings, fingerprint, device)
         if differs is None:
-            return folder, record
+            return folder, True
         if out is not None:
             raise OutputError(f"{out} exists already, and is another race: {differs}", fix=ANOTHER)
     raise AssertionError("names are endless")
 
 
-def _difference(record: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str) -> str | None:
+def _difference(record: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str, device: str) -> str | None:
     """What makes a race another one than that of these settings on this text; None where nothing does."""
     if record["fingerprint"] != fingerprint:
         return "its text differs"
@@ -142,6 +142,8 @@ def _difference(record: Mapping[str, Any], settings: Mapping[str, Any], fingerpr
     for name in sorted(theirs.keys() | settings.keys()):
         if theirs.get(name) != settings.get(name):
             return f"its {name} is {theirs.get(name)}, not {settings.get(name)}"
+    if settings["equal"] == "time" and record["device"] != device:
+        return f"its time is that of {record['device']}, and this is {device}"
     return None
 
 
@@ -175,7 +177,7 @@ class Race:
         self.seeds = range(1, field.config.seeds + 1)
         sampling = choose_sampling(field.data.tokenizer, field.data, None, 0, None)
         self.runner = Runner(field, sampling, view, command, should_stop)
-        self.record["target_bits_per_byte"] = field.config.target
+        self._take_over()
         self.racing = [entrant for entrant in field.entrants if self._may_race(entrant)]
         self.plans: dict[str, Plan] = {}
         self.done_s = 0.0
@@ -201,6 +203,15 @@ class Race:
     def entry(self, entrant: Entrant) -> dict[str, Any]:
         """What race.json says of a competitor."""
         return next(each for each in self.record["competitors"] if each["model"] == entrant.name)
+
+    def _take_over(self) -> None:
+        """Say what may have changed since the race began: the target, and where its folder and its text are."""
+        if self.field.config.target is not None:
+            self.record["target_bits_per_byte"] = self.field.config.target
+        self.record["data"] = str(self.field.data.path)
+        for entry in self.record["competitors"]:
+            for run in entry["runs"]:
+                run["out"] = str(self.folder / f"{entry['model']}-{run['seed']}")
 
     def _may_race(self, entrant: Entrant) -> bool:
         """Whether there is memory for a competitor. Raises CheckpointError where its shape is not the one recorded."""

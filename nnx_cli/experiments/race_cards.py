@@ -38,13 +38,22 @@ class _Quiet(Silent):
         """As in Spectator."""
 
 
+def gather(race: Race) -> None:
+    """Add what the processes of a race wrote that was killed before it read that. Raises OutputError."""
+    written = [entrant for entrant in race.racing if _part(race.folder, entrant.name).is_file()]
+    for entrant in written:
+        _merge(race, entrant)
+    if written:
+        race.set_state("running")
+    for entrant in written:
+        _part(race.folder, entrant.name).unlink()
+
+
 def run_on_cards(race: Race, cards: Sequence[Mapping[str, str]], should_stop: Callable[[], bool]) -> None:
     """Run a race with a process for each competitor. `cards` are environments in which a process sees one GPU alone.
 
     Raises Stopped where it was asked to stop, NnxError where a process failed; then the others have saved.
     """
-    for entrant in race.racing:
-        _merge(race, entrant)
     race.set_state("running")
     stopped, failed = _run_all(race, cards, should_stop)
     race.set_state("interrupted" if stopped else "finished")

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.experiments import race as races
 from nnx_cli.experiments import rate_search
 from nnx_cli.experiments.race_file import read_race
+from nnx_cli.experiments.race_run import Runner
 from nnx_cli.runs.find import find_model
+from nnx_cli.runs.run import Run
 from nnx_cli.training import sampling
 
 SHAPE = ["--parameters", "24K", "--seq-len", 32, "--tokens-per-step", 256, "--threads", 1, "--compile", "off"]
@@ -61,12 +62,18 @@ def test_what_a_race_shows(raced):
 
 
 def test_the_same_command_shows_a_finished_race(nnx, race, monkeypatch):
-    monkeypatch.setattr(races.Race, "run", None)  # nothing is run
+    monkeypatch.setattr(Runner, "train", None)  # nothing is run
     words = ["compare", *SMALL, "--seeds", 2, "--data", "data/words"]
     result = nnx(*words, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout) == read_race(race / "race.json")
     assert "is finished" in nnx(*words).stderr
     assert sorted(path.name for path in Path("weights").iterdir()) == ["race-words"]
+    (race / ".tmp-race.json-1").write_text("{")  # of one that was killed
+    result = nnx(*words, "--target", 99, "--keep", "none")
+    assert result.exit_code == 0 and "tokens to target" in result.stdout
+    assert not [*race.glob("*/model.safetensors"), *race.glob(".tmp-*")]
+    result = nnx("sample", "race-words/llama-1")
+    assert result.exit_code == 5 and "model.safetensors" in result.stderr
 
 
 def test_other_settings_are_another_race(nnx, race):
@@ -121,6 +128,10 @@ def test_runs_that_are_trained_already(nnx, race):
     found, raced = json.loads(result.stdout), read_race(race / "race.json")
     bits = [{each["model"]: each["bits_per_byte"] for each in race["competitors"]} for race in (found, raced)]
     assert bits[0] == bits[1] and found["equal"] is None and found["comparisons"] == 1
+    run = Run(race / "llama-2")
+    run.set_config(run.config | {"training": run.config["training"] | {"weight_decay": 0.5}})  # no seed of llama-1 then
+    found = json.loads(nnx("compare", "--runs", *names, "--device", "cpu", "--json").stdout)
+    assert sorted(each["model"] for each in found["competitors"]) == ["llama-1", "llama-2", "nyx"]
     shown = nnx("compare", "--runs", names[0], names[2], "--device", "cpu").stdout
     assert "no verdict" in shown and "beside the budget" not in shown
 

@@ -2,6 +2,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, OutputError, 
 from nnx_cli.experiments import entrants, race_run, rate_search
 from nnx_cli.experiments import race as races
 from nnx_cli.experiments.race import Race
-from nnx_cli.experiments.race_cards import run_on_cards
+from nnx_cli.experiments.race_cards import gather, run_on_cards
 from nnx_cli.experiments.race_file import read_race, write_race
 from nnx_cli.experiments.race_run import Stopped
 from nnx_cli.runs.load import ModelRef, load_model
@@ -324,21 +325,25 @@ def test_a_text_that_is_too_short(tokens):
 
 
 def test_the_folder_of_a_race(tokens, workspace):
-    settings = {"seeds": 2}
-    assert races.find_race(settings, "a", "words", None) == (Path("weights/race-words"), None)
+    settings = {"seeds": 2, "equal": "tokens"}
+    assert races.find_race(settings, "a", "a CPU", "words", None) == (Path("weights/race-words"), False)
     for name, fingerprint, seeds in (("race-words", "b", 2), ("race-words-2", "a", 3), ("race-words-3", "a", 2)):
-        record = races.new_record(enter(tokens), {"seeds": seeds}) | {"fingerprint": fingerprint}
+        record = races.new_record(enter(tokens), settings | {"seeds": seeds}) | {"fingerprint": fingerprint}
         races.begin(Path("weights") / name, record)
-    folder, record = races.find_race(settings, "a", "words", None)
-    assert folder == Path("weights/race-words-3") and record["settings"] == settings
-    assert races.find_race(settings, "c", "words", None) == (Path("weights/race-words-4"), None)
+    assert races.find_race(settings, "a", "a CPU", "words", None) == (Path("weights/race-words-3"), True)
+    assert races.find_race(settings, "c", "a CPU", "words", None) == (Path("weights/race-words-4"), False)
     with pytest.raises(OutputError, match="another race: its seeds is 3, not 2"):
-        races.find_race(settings, "a", "words", Path("weights/race-words-2"))
+        races.find_race(settings, "a", "a CPU", "words", Path("weights/race-words-2"))
     with pytest.raises(OutputError, match="another race: its text differs"):
-        races.find_race(settings, "c", "words", Path("weights/race-words-2"))
+        races.find_race(settings, "c", "a CPU", "words", Path("weights/race-words-2"))
+    timed = settings | {"equal": "time"}
+    races.begin(Path("timed"), races.new_record(enter(tokens), timed) | {"fingerprint": "a", "device": "a CPU"})
+    assert races.find_race(timed, "a", "a CPU", "words", Path("timed")) == (Path("timed"), True)
+    with pytest.raises(OutputError, match="its time is that of a CPU, and this is a GPU"):
+        races.find_race(timed, "a", "a GPU", "words", Path("timed"))
     Path("weights/plain").mkdir()
     with pytest.raises(OutputError, match="is no race"):
-        races.find_race(settings, "a", "words", Path("weights/plain"))
+        races.find_race(settings, "a", "a CPU", "words", Path("weights/plain"))
 
 
 def test_a_race_of_other_shapes_is_not_gone_on_with(undisturbed, tokens):
@@ -347,6 +352,34 @@ def test_a_race_of_other_shapes_is_not_gone_on_with(undisturbed, tokens):
     changed["competitors"][0]["parameters"] += 16
     with pytest.raises(CheckpointError, match="another version of nnx"):
         Race(enter(tokens), folder, changed, Watcher(), "", lambda: False)
+
+
+def test_a_race_that_is_moved_says_where_it_is(undisturbed, tokens, tmp_path):
+    folder = tmp_path / "elsewhere" / "race"
+    shutil.copytree(undisturbed[0], folder)
+    moved = replace(tokens, path=shutil.copytree(tokens.path, tmp_path / "text"))
+    record = run_race(moved, folder, target=99.0)
+    assert record["data"] == str(tmp_path / "text") and record["target_bits_per_byte"] == 99.0
+    for competitor in record["competitors"]:
+        assert [run["out"] for run in competitor["runs"]] == [
+            str(folder / f"{competitor['model']}-{n}") for n in (1, 2)
+        ]
+        assert competitor["to_target"]["tokens"] > 0
+    assert run_race(moved, folder)["target_bits_per_byte"] == 99.0  # it is not asked for again
+
+
+def test_what_processes_wrote_before_all_were_killed_is_not_done_again(undisturbed, searched, tokens, tmp_path):
+    folder, watcher, field = tmp_path / "race-words", Watcher(), enter(tokens, keep="none")
+    llama = next(each for each in undisturbed[1]["competitors"] if each["model"] == "llama")
+    races.begin(folder, searched)
+    (folder / "llama.part.json").write_text(json.dumps({"entry": llama, "rates": []}))
+    race = Race(field, folder, read_race(folder / "race.json"), watcher, "nnx compare", lambda: False)
+    gather(race)
+    assert not list(folder.glob("*.part.json"))
+    race.run()
+    assert watcher.told[1:] == ["nyx, seed 1", "nyx, seed 2"]
+    found, expected = table(read_race(folder / "race.json")), table(undisturbed[1])
+    assert [each["runs"] for each in found["competitors"]] == [each["runs"] for each in expected["competitors"]]
 
 
 def test_curves_stay_short():
@@ -370,6 +403,7 @@ def test_competitors_in_processes_of_their_own(undisturbed, searched, tokens, tm
 
     def run(should_stop):
         race = Race(field, folder, read_race(folder / "race.json"), watcher, "nnx compare", should_stop)
+        gather(race)
         run_on_cards(race, [environment, environment], should_stop)
         return table(read_race(folder / "race.json"))
 
