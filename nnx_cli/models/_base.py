@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nnx_cli.config import typed
 from nnx_cli.errors import UsageError
+from nnx_cli.layers.insides import AttentionRecorder, Insides, maps_of
 from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.layers.linear import Linear
 
@@ -117,6 +118,13 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids: Tensor, cache: Any = None) -> Tensor:
         """Token ids (B, T) to logits (B, T, V); a cache is read, extended by T positions and left ready for more."""
         return self.head(self.trunk(input_ids, cache))
+
+    def insides(self, input_ids: Tensor) -> Insides:
+        """What the model does inside with a text (1, T), in evaluation mode and without gradients: where it attends, if
+        it calls torch's `scaled_dot_product_attention`."""
+        with AttentionRecorder(self.blocks) as recorder:
+            self(input_ids)
+        return Insides(*maps_of(recorder.passes, input_ids.shape[1]))
 
     def aux_loss(self) -> Tensor | None:
         """A loss per token to add to cross-entropy, of the latest forward pass; None where there is none."""

@@ -32,9 +32,11 @@ from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.gemm import linear
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
+from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
+from nnx_cli.models.insides.n4 import insides as insides_of_n4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +331,10 @@ class Model(LanguageModel):
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
+
+    def insides(self, input_ids: Tensor) -> Insides:
+        """As in the base, with what is N4's own."""
+        return insides_of_n4(self, input_ids)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> AveragedKeyCache:
         """As in the base."""

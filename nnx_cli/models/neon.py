@@ -37,6 +37,7 @@ from nnx_cli.kernels.qkv_swiglu import rotate, turn
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.differential_attention import Lambda, differential_attention, repeat_as_original
 from nnx_cli.layers.function_bank import KINDS, FunctionBank, GumbelNoise
+from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.memory_slots import Memory
@@ -44,6 +45,7 @@ from nnx_cli.layers.norm import RMSNorm
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import Interpolation, ScaledHead, normalize_matrices, unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
+from nnx_cli.models.insides.neon import insides as insides_of_neon
 
 MAPS = {"expressive": 2, "constrained": 2, "off": 1}  # softmax maps of a head
 BANKS = {  # what a decoder's layers have a number of, and how many by default
@@ -413,6 +415,10 @@ class Model(LanguageModel):
             return None
         losses = [loss for _, bank in self.banks() for loss in bank.balance]
         return self.config.function_balance * torch.stack(losses).mean() if losses else None
+
+    def insides(self, input_ids: Tensor) -> Insides:
+        """As in the base, with what is Neon's own."""
+        return insides_of_neon(self, input_ids)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""

@@ -38,11 +38,13 @@ from nnx_cli.kernels.precision import in_type
 from nnx_cli.kernels.qkv_swiglu import rotate, turn
 from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
+from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import length, normalize_matrices, tangent, unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
+from nnx_cli.models.insides.ngpt import insides as insides_of_ngpt
 
 SCALES = ("alpha_attn", "alpha_mlp", "s_qk", "s_hidden", "s_gate", "s_logit")
 
@@ -331,6 +333,10 @@ class Model(LanguageModel):
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of `positions`."""
         return rotary_tables(positions, self.config.head_dim)
+
+    def insides(self, input_ids: Tensor) -> Insides:
+        """As in the base, with what is nGPT's own."""
+        return insides_of_ngpt(self, input_ids)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""

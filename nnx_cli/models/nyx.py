@@ -27,6 +27,7 @@ from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.one_token import Gate
 from nnx_cli.kernels.qkv_swiglu import qkv_rope_swiglu, rotate
 from nnx_cli.layers.attention import cached_rotary_attention, causal_attention
+from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.norm import LayerNorm
@@ -35,6 +36,7 @@ from nnx_cli.layers.qkv_swiglu import packed_for_kernel
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
+from nnx_cli.models.insides.nyx import insides as insides_of_nyx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,10 @@ class Model(LanguageModel):
         """Rotary tables of `positions`."""
         config = self.config
         return xpos_tables(positions, config.head_dim, config.xpos_scale_base, config.seq_len // 2)
+
+    def insides(self, input_ids: Tensor) -> Insides:
+        """As in the base, with what is NYX's own."""
+        return insides_of_nyx(self, input_ids)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""

@@ -39,12 +39,14 @@ from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.precision import widened
 from nnx_cli.kernels.soft_xor import Activation, Recurrence, soft_xor
 from nnx_cli.layers.head import LinearHead
+from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.norm import LayerNorm
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.layers.segment_attention import attend, attention_entropy
 from nnx_cli.models._base import DERIVED, MAX_LAYERS, LanguageModel, ModelConfig, Recipe
+from nnx_cli.models.insides.tape import insides as insides_of_tape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +405,10 @@ class Model(LanguageModel):
     def aux_loss(self) -> Tensor | None:
         """Minus the mean entropy of attention, weighted, where `entropy_weight` asks for it."""
         return None if self._entropy is None else -self.config.entropy_weight * self._entropy
+
+    def insides(self, input_ids: Tensor) -> Insides:
+        """As in the base, with what is Tape's own."""
+        return insides_of_tape(self, input_ids)
 
     def make_cache(self, batch_size: int, max_seq_len: int) -> TapeCache:
         """As in the base."""

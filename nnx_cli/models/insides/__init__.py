@@ -1,0 +1,1 @@
+"""What architectures of their own do inside with a text, beside attention that all record alike."""
