@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.build import Vocabularies
     from nnx_cli.planning.plan import Plan
+    from nnx_cli.reporting.coach import Finding
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
     from nnx_cli.training.inputs import Shape
@@ -53,6 +54,7 @@ EXAMPLES = """Examples:
 
 
 PLANNING = "planning, for which torch loads its compiler"
+MOST_FINDINGS = 3  # that are told at the end; the report has all
 PACE_SECONDS = 10  # of training after which its speed is known well enough
 
 
@@ -401,45 +403,33 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> 
         f"{run.folder}: {run.config['model']['name']} with {parameters}, {counted(state.step, 'step')}, "
         f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
-    used_up = status["ended"] == "data"
-    lines += [_what_would_use_more(run, trainer)] if used_up else _advice(run, trainer, best_step)
+    found = _coach(run, named)
+    is_longer_better = status["ended"] != "data" and "overfitting" not in {finding.rule for finding in found}
     prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
     longer = max(2 * trainer.state.time_s, 60)
     return [
         *lines,
+        *(line for finding in found for line in (f"{finding.text}:", f"  {finding.command}")),
         *([f"how it went: {run.folder / 'report.html'}"] if trainer.config.report else []),
         "next:",
         f"  nnx sample {quoted(run.folder)}{named}{prompt}",
         f"  nnx eval {quoted(run.folder)}{named}",
-        *([] if used_up else [f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m"]),
+        *(
+            [f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m"]
+            if is_longer_better
+            else []
+        ),
     ]
 
 
-def _what_would_use_more(run: Run, trainer: Trainer) -> str:
-    """What to give a run that had time left."""
-    assert trainer.config.max_time_s is not None
-    left = duration(trainer.config.max_time_s - trainer.state.time_s)
-    name, size = run.config["model"]["name"], run.config["model"].get("size")
-    sizes = models.sizes(name) if name in models.names() and trainer.state.turned_at is None else []
-    larger = f" or --size {sizes[sizes.index(size) + 1]}" if size in sizes[:-1] else ""
-    return f"this text has given what it has to a model of this size; more text{larger} would use the {left} left"
+def _coach(run: Run, named: str) -> list[Finding]:
+    """What the run's own numbers say should be done otherwise; nothing where they cannot be read."""
+    from nnx_cli.reporting.coach import findings
+    from nnx_cli.reporting.run_record import read_run
 
-
-def _advice(run: Run, trainer: Trainer, best_step: int) -> list[str]:
-    """What would have helped a run whose losses went up on the way, or at the end."""
-    from nnx_cli.training.recovery import retry_command
-
-    course = trainer.recovery.course(run)
-    if course is not None and course.blew_up:
-        again = retry_command(run, trainer.model, trainer.config)
-        return [f"its loss was {course.peak:,.0f} on the way; a lower learning rate learns more:", f"  {again}"]
-    if best_step >= 0.9 * trainer.state.step:
-        return []
-    dropout = f"--dropout {min(0.5, trainer.model.config.dropout + 0.1):.1f}"
-    help = f"more text, a smaller model or {dropout} would help more than more steps"
-    if course is not None and course.overfitted:
-        return [f"it learns its text by heart: training loss {course.recent:.2f}, validation {course.val:.2f}; {help}"]
-    return [f"it was better earlier: {help}"]
+    with suppress(CheckpointError):
+        return findings(read_run(run.folder), named)[:MOST_FINDINGS]
+    return []
 
 
 def _command_line() -> str:

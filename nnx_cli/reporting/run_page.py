@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nnx_cli.errors import counted
 from nnx_cli.reporting.charts import WIDE_Y, Axis, Line, Reference, chart, memory_unit, rescaled, spans, thinned
+from nnx_cli.reporting.coach import findings
 from nnx_cli.reporting.foreign import mapping, number, written
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, text, write_page
 from nnx_cli.reporting.run_record import RunRecord, read_run
@@ -84,6 +85,16 @@ def _warnings(run: RunRecord) -> Iterator[str]:
         yield paragraph("The run has not been validated: there is only the loss on the text it learns from.", "warning")
 
 
+def _coach(run: RunRecord) -> str:
+    """What should be done otherwise."""
+    found = [f"<li><p>{text(each.text)}:</p><pre>{text(each.command)}</pre></li>" for each in findings(run)]
+    if not found:
+        nothing = "Its numbers ask for no change: they fit none of the rules for what goes wrong often."
+        return section("What to change", paragraph(nothing)) if run.metrics else ""
+    about = "By rules over the numbers of this run, the most important first, each with a command that helps."
+    return section("What to change", paragraph(about), f"<ul>{''.join(found)}</ul>")
+
+
 STEP = Axis("step", from_zero=True)
 
 
@@ -110,9 +121,12 @@ def _bits_per_byte(run: RunRecord) -> str:
         "Normal: steep, then ever flatter. 8 is no knowledge at all; gzip needs about 3 for English text. The ring is "
         "the best validation, whose weights the run keeps."
     )
-    return (
-        chart("Bits per byte", about, STEP, Axis("bits per byte", log=_is_wide([line])), [line]) if line.points else ""
-    )
+    ngram = run.ngram_bits_per_byte
+    if ngram is not None:
+        about += " A byte 5-gram only counts which bytes follow four others: a model that learned more ends below it."
+    counting = [Reference("a byte 5-gram", ngram)] if ngram is not None else []
+    axis = Axis("bits per byte", log=_is_wide([line]))
+    return chart("Bits per byte", about, STEP, axis, [line], counting) if line.points else ""
 
 
 def _learning_rate(run: RunRecord) -> str:
@@ -254,4 +268,11 @@ def _date(seconds: float) -> str:
         return "at an unknown time"
 
 
-SECTIONS = (_outcome, _curves, _plan, _samples, _conditions)  # each takes the run; one with nothing to say is ""
+SECTIONS = (
+    _outcome,
+    _coach,
+    _curves,
+    _plan,
+    _samples,
+    _conditions,
+)  # each takes the run; one with nothing to say is ""

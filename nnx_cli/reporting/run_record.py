@@ -13,7 +13,7 @@ from typing import Any
 
 from nnx_cli.errors import CheckpointError, OutputError
 from nnx_cli.reporting.charts import Point
-from nnx_cli.reporting.foreign import number
+from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.runs.logs import read_intact
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import live_status, read_status
@@ -37,6 +37,11 @@ class RunRecord:
     metrics: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     damaged: Mapping[str, int]
+
+    @property
+    def ngram_bits_per_byte(self) -> float | None:
+        """What a byte 5-gram gets on the run's validation text, where config.json has it."""
+        return number(mapping(self.config.get("data")).get("ngram_bits_per_byte"))
 
     def series(self, name: str, x: str = "step") -> list[Point]:
         """What was logged under a name, against another one: a point a line that has both."""

@@ -24,6 +24,7 @@ TOLERANCE = {
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 30.0}  # what compiling a block and its backward may cost
 HOPED_SAVING = {"cpu": 0.1, "cuda": 0.25}  # of a step, before it is measured
 WORTHWHILE = 0.95  # of the time of an eager step: what a compiled one may take at most; less is noise
+COMPILED = "compiled: a step takes"  # a share of its time before, which follows
 TIMED_STEPS = 3  # at most, and no more once they have taken so long:
 TIMED_SECONDS = 0.5
 
@@ -128,7 +129,7 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     if compiled is not None:
         compiled_s = _step_seconds_or_inf(stepper) if on_cuda else compiled.seconds * stepper.grad_accum
         if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
-            note = f"compiled: a step takes {compiled_s / step_s:.0%} of its time before"
+            note = f"{COMPILED} {compiled_s / step_s:.0%} of its time before"
             return _settled(stepper, now, [*problems, note], compiled=True, step_s=compiled_s)
         undo_compile(stepper.step.model)
         problems.append(_record(stepper) if had_graphs else None)

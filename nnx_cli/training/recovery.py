@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -11,15 +10,15 @@ import numpy as np
 import torch
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.errors import CheckpointError, QualityError, pasteable
+from nnx_cli.errors import CheckpointError, QualityError
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.recipe import default_lr
+from nnx_cli.runs.command_line import changed_command
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.logs import read_log
 from nnx_cli.runs.run import Run
-from nnx_cli.system.files import free_name
 from nnx_cli.training.divergence import (
     LossCourse,
     LossSpikeDetector,
@@ -192,18 +191,9 @@ def retry_command(run: Run, model: LanguageModel, config: TrainConfig) -> str:
     assert config.lr is not None and config.optimizer is not None
     factor = model.recipe.muon_lr_factor if config.optimizer == "muon" else model.recipe.lr_factor
     lr = min(config.lr * LOWER, default_lr(config.optimizer, model.config.dim, factor))
-    words: list[str] = []
-    with suppress(CheckpointError, ValueError):  # a damaged run.json
-        words = shlex.split(str(run.status().get("command")))
-    if words[:2] != ["nnx", "train"]:
-        return f"start it again with --lr {lr:.2g}"
-    dropped = {"--lr", "--learning-rate", "--out"} | ({"--min-lr"} if config.min_lr > lr else set())
-    kept, skip = [], False
-    for word in words:
-        option, equals, _ = word.partition("=")
-        named = option.replace("_", "-") in dropped
-        if not named and not skip:
-            kept.append(word)
-        skip = named and not equals
-    out = ["--out", str(free_name(run.folder))] if "--out" in {word.partition("=")[0] for word in words} else []
-    return pasteable([*kept, "--lr", f"{lr:.2g}", *out])
+    command = None
+    with suppress(CheckpointError):  # a damaged run.json
+        command = run.status().get("command")
+    dropped = ["--min-lr"] if config.min_lr > lr else []
+    again = changed_command(command, run.folder, {"--lr": f"{lr:.2g}"}, dropped)
+    return again or f"start it again with --lr {lr:.2g}"

@@ -99,11 +99,7 @@ def start(
         "training": asdict(config),
         "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
         "sampling": asdict(sampling),
-        "data": {
-            "folder": relative(data.path, out),
-            "fingerprint": data.fingerprint,
-            "ngram_bits_per_byte": data.ngram_bits_per_byte,
-        },
+        "data": _describe_data(data, out),
         "init_from": None if init_from is None else init_from.label,
         "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
         "machine": describe(device),
@@ -113,6 +109,16 @@ def start(
         status = first_status(config, device, command)
         run = Run.create(out, described, tokenizer, status, trainer.checkpoint(), file)
     return run, trainer
+
+
+def _describe_data(data: TokenFolder, folder: Path) -> dict[str, Any]:
+    """What config.json of a run in `folder` says of its tokens."""
+    return {
+        "folder": relative(data.path, folder),
+        "fingerprint": data.fingerprint,
+        "train_tokens": len(data.train),
+        "ngram_bits_per_byte": data.ngram_bits_per_byte,
+    }
 
 
 def first_status(config: TrainConfig, device: torch.device, command: str) -> dict[str, Any]:
@@ -263,10 +269,7 @@ def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
         trainer.state.turned_at = None  # it follows the schedule of another length
     config = trainer.choose_execution(config.compile)
     notes = [*restart.notes, *differences(run, restart.old, trainer), *run.cut_logs(trainer.state.step)]
-    where = run.config["data"] | {
-        "folder": relative(data.path, run.folder),
-        "ngram_bits_per_byte": data.ngram_bits_per_byte,
-    }
+    where = run.config["data"] | _describe_data(data, run.folder)
     requested = asdict(replace(config, precision=restart.old.precision))  # another device's precision is for this time
     origins = run.config.get("automatic", {}) | restart.sources
     automatic = {name: why for name, why in origins.items() if why.startswith("derived")}

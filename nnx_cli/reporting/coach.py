@@ -1,0 +1,283 @@
+"""A coach: what the numbers of a run say should be done otherwise, each with its evidence and one command."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from nnx_cli import models
+from nnx_cli.config import module_names
+from nnx_cli.errors import counted, pasteable, quoted
+from nnx_cli.planning.recipe import default_lr, useful_epochs
+from nnx_cli.reporting.charts import short
+from nnx_cli.reporting.foreign import mapping, number
+from nnx_cli.reporting.run_record import RunRecord
+from nnx_cli.runs.command_line import changed_command
+from nnx_cli.system.files import follow
+from nnx_cli.system.text import duration
+from nnx_cli.training.compilation import COMPILED, WORTHWHILE
+from nnx_cli.training.divergence import LossCourse
+from nnx_cli.training.recovery import LOWER
+
+LEAST_RISE = 0.02  # nats above its best that a validation loss is no chance
+LATE = 0.9  # of a run, from which on its best validation is as good as its end
+SPIKES = 3  # jumps of the loss that are no bad luck
+FAR_BELOW, STILL_FALLING = 0.1, 0.02  # of the rate that suits the model; nats in the last quarter of a run
+HALF = 0.5  # of a run, before which some rules are silent
+LEAST_LOGGED = 8  # losses from which on their course says something
+MOST_DROPOUT = 0.5
+LENGTHS = ("--max-steps", "--max-time", "--epochs")
+# Tokens that a parameter saw: raced from 0.5 (30M parameters, 16 epochs of 0.9 MB) to 36 (0.8M, 32 epochs), see
+# tests/bench/horizon.md; beyond these a model of another size learns more in the time
+FEW_TOKENS, MANY_TOKENS, FRESH_EPOCHS = 0.25, 100, 4
+SKIPPED_SHARE, LEAST_SKIPPED = 0.01, 3  # of the steps in the second half of a run; a loss scale skips 1 in 2,000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a run, its evidence in numbers, and the command that helps. `rule` is the name of its rule."""
+
+    rule: str
+    text: str
+    command: str
+
+
+def findings(run: RunRecord, named: str = "") -> list[Finding]:
+    """What the rules find in a run, the most important first. `named` stands beside the run in commands on it."""
+    numbers = _Numbers(run, named)
+    return [found for rule in RULES if (found := rule(numbers)) is not None] if run.metrics else []
+
+
+class _Numbers:
+    """The numbers of a run that rules compare."""
+
+    def __init__(self, run: RunRecord, named: str) -> None:
+        self.run = run
+        self.named = named
+        self.training = mapping(run.config.get("training"))
+        self.model = mapping(run.config.get("model"))
+        events = run.status.get("events")
+        self.events = [str(event) for event in events] if isinstance(events, list) else []
+        self.parameters = number(run.config.get("parameters")) or 0.0
+        self.tokens = run.reached("tokens") or 0.0
+        self.train_tokens = number(mapping(run.config.get("data")).get("train_tokens")) or 0.0
+        self.steps = run.reached("step") or 0.0
+        self.is_lora = number(self.training.get("lora_rank")) is not None
+
+    @cached_property
+    def course(self) -> LossCourse | None:
+        """How the losses went, up to the last validation."""
+        rows = [
+            {name: number(row.get(name)) for name in ("step", "train_loss", "val_loss")} for row in self.run.metrics
+        ]
+        last = max((place for place, row in enumerate(rows) if row["val_loss"] is not None), default=len(rows) - 1)
+        return LossCourse.of([row for row in rows[: last + 1] if row["step"] is not None])
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the text was read."""
+        return self.tokens / self.train_tokens if self.train_tokens else None
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether it ended because its text had given what it has."""
+        return self.run.status.get("ended") == "data"
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it is over, or at least half of it: before that much is still to come."""
+        status = self.run.status
+        lengths = ((self.steps, status.get("max_steps")), (self.run.reached("time_s") or 0.0, status.get("max_time_s")))
+        shares = [done / most for done, planned in lengths if (most := number(planned))]
+        return self.run.state != "running" or max(shares, default=0.0) >= HALF
+
+    def suited_lr(self) -> float | None:
+        """The peak learning rate that suits optimizer, width and architecture, where it is one of ours."""
+        name, optimizer, dim = self.model.get("name"), self.training.get("optimizer"), number(self.model.get("dim"))
+        if name not in models.names() or optimizer not in module_names("optim") or not dim or self.is_lora:
+            return None
+        recipe = models.recipe(str(name))
+        factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
+        return default_lr(str(optimizer), int(dim), factor)
+
+    def size_beside(self, step: int) -> str | None:
+        """The next larger (1) or smaller (-1) named size."""
+        name, size = self.model.get("name"), self.model.get("size")
+        sizes = list(models.sizes(str(name))) if name in models.names() else []
+        place = sizes.index(size) + step if size in sizes else -1
+        return sizes[place] if 0 <= place < len(sizes) else None
+
+    def size_that_helps(self) -> str | None:
+        """A larger size, unless this one has learned its text by heart already."""
+        turned = any(event.startswith("validation turned") for event in self.events)
+        return None if turned else self.size_beside(1)
+
+    def more_text(self) -> str:
+        """The command for a run that its text is too short for: a larger size, or else more text."""
+        larger = self.size_that_helps()
+        return self.again("--size", larger) if larger else self.again("--filepath", "MORE.txt", ("--data",))
+
+    def again(self, option: str, value: str, dropped: tuple[str, ...] = ()) -> str:
+        """The command that made the run, with another value of an option."""
+        made = changed_command(self.run.status.get("command"), self.run.folder, {option: value}, dropped)
+        if made is not None:
+            return made
+        data = follow(self.run.folder, str(mapping(self.run.config.get("data")).get("folder")))
+        shape = [word for key in ("name", "size") if (word := self.model.get(key))]
+        options = [word for pair in zip(("--model", "--size"), map(str, shape), strict=False) for word in pair]
+        return pasteable(["nnx", "train", *options, "--data", str(data), option, value])
+
+    def longer(self) -> str:
+        """The command that trains the run for twice its time."""
+        minutes = max(2 * (self.run.reached("time_s") or 0.0), 60) / 60
+        return f"nnx train --resume {quoted(self.run.folder)}{self.named} --max-time {minutes:.0f}m"
+
+
+def _learning_rate_too_high(run: _Numbers) -> Finding | None:
+    """The run diverged, its loss blew up or jumped again and again, or it had to go back to a checkpoint."""
+    course, lr = run.course, number(run.training.get("lr"))
+    jumps = sum(event.startswith("loss spike") for event in run.events)
+    back = sum(event.startswith("no finite gradient") for event in run.events)
+    if course is None or not lr:
+        return None
+    if course.blew_up:
+        evidence = f"its loss, {course.first:.2f} at first, was {course.peak:,.0f} on the way"
+    elif run.run.status.get("status") == "diverged":
+        evidence = f"the run diverged at step {run.steps:,.0f}"
+    elif back:
+        evidence = f"it went back to a checkpoint {counted(back, 'time')} for want of finite gradients"
+    elif jumps >= SPIKES:
+        evidence = f"its loss jumped {counted(jumps, 'time')}"
+    else:
+        return None
+    lower = min(lr * LOWER, run.suited_lr() or lr)
+    command = run.again("--lr", f"{lower:.2g}", ("--min-lr",))
+    return Finding("lr-too-high", f"{evidence}; a lower learning rate learns more than {lr:g}", command)
+
+
+def _overfits(run: _Numbers) -> Finding | None:
+    """Validation grew worse for the last part of the run, and the training loss did not."""
+    course = run.course
+    if course is None or course.blew_up or not course.best_step or course.best_step >= LATE * run.steps:
+        return None
+    if not LEAST_RISE < course.val - course.best_val < float("inf") or course.since_best > 0:
+        return None
+    dropout = number(run.model.get("dropout")) or 0.0
+    text = (
+        f"it learns its text by heart: training loss {course.recent:.2f}, validation {course.val:.2f}, which was "
+        f"{course.best_val:.2f} at step {course.best_step:,.0f} and rose since; more text would help most, then dropout"
+    )
+    return Finding("overfitting", text, run.again("--dropout", f"{min(MOST_DROPOUT, dropout + 0.1):.1f}"))
+
+
+def _text_is_used_up(run: _Numbers) -> Finding | None:
+    """It ended before its time was up."""
+    most, larger = number(run.run.status.get("max_time_s")), run.size_that_helps()
+    if not run.is_used_up or not most:
+        return None
+    left = duration(most - (run.run.reached("time_s") or 0.0))
+    text = (
+        f"this text has given what it has to a model of this size; more text{f' or --size {larger}' if larger else ''} "
+        f"would use the {left} left"
+    )
+    return Finding("used-up", text, run.more_text())
+
+
+def _worse_than_counting(run: _Numbers) -> Finding | None:
+    """A table of which bytes follow four others is the better model."""
+    ngram, best = run.run.ngram_bits_per_byte, number(run.run.status.get("best_val_bits_per_byte"))
+    if best is None:
+        lowest = run.run.best("val_bits_per_byte")
+        best = lowest and lowest[1]
+    if ngram is None or best is None or best <= ngram or not run.is_far:
+        return None
+    text = f"it is worse than a byte 5-gram: {best:.2f} bits per byte, {ngram:.2f} by counting which bytes follow four"
+    return Finding("worse-than-ngram", text, run.more_text() if run.is_used_up else run.longer())
+
+
+def _fp16_skips(run: _Numbers) -> Finding | None:
+    """Its loss scale is at work long after it should have found its place."""
+    points = run.run.series("skipped_steps")
+    half = [point for point in points if 2 * point[0] >= run.steps]
+    if run.training.get("precision") != "fp16" or len(half) < 2:
+        return None
+    (begin, before), (end, after) = half[0], half[-1]
+    if after - before < max(LEAST_SKIPPED, SKIPPED_SHARE * (end - begin)):
+        return None
+    text = (
+        f"gradients do not fit in fp16: {after - before:,.0f} of the steps {begin:,.0f} to {end:,.0f} were skipped, "
+        f"{after:,.0f} in all"
+    )
+    return Finding("fp16-skips", text, run.again("--precision", "fp32"))
+
+
+def _learning_rate_too_low(run: _Numbers) -> Finding | None:
+    """It is far below what suits the model, and the loss was still on its way down."""
+    lr, suited = number(run.training.get("lr")), run.suited_lr()
+    losses = [loss for _, loss in run.run.series("train_loss")]
+    if not lr or suited is None or lr > FAR_BELOW * suited or len(losses) < LEAST_LOGGED or not run.is_far:
+        return None
+    width = max(1, len(losses) // 8)
+    middle = 3 * len(losses) // 4
+    fell = _mean(losses[middle - width : middle]) - _mean(losses[-width:])
+    if fell < STILL_FALLING:
+        return None
+    text = (
+        f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer and width, and the loss still fell by "
+        f"{fell:.2f} nats in the last quarter"
+    )
+    return Finding("lr-too-low", text, run.again("--lr", f"{suited:g}"))
+
+
+def _text_is_repeated(run: _Numbers) -> Finding | None:
+    """It was read more often than brought anything in our races."""
+    if run.epochs is None or run.is_lora or not run.parameters:
+        return None
+    useful = useful_epochs(run.parameters / run.train_tokens, int(run.train_tokens))
+    if run.epochs <= 1.1 * useful:
+        return None
+    text = f"the text was read {run.epochs:,.0f} times; beyond {useful} nothing was gained by a model of this size"
+    return Finding("repeated", text, run.again("--epochs", str(useful), LENGTHS))
+
+
+def _size_is_far_off(run: _Numbers) -> Finding | None:
+    """Its parameters saw too few tokens to be worth their time, or more than they can keep."""
+    if not run.parameters or not run.tokens or run.is_lora or not run.is_far or run.epochs is None:
+        return None
+    seen = run.tokens / run.parameters
+    is_large, is_small = seen < FEW_TOKENS, seen > MANY_TOKENS and run.epochs < FRESH_EPOCHS
+    size = run.size_beside(-1 if is_large else 1)
+    if not (is_large or is_small) or size is None:
+        return None
+    counts = f"{short(run.tokens)} tokens for {short(run.parameters)} parameters, {seen:.2g} each"
+    which = "large for so short a run" if is_large else "small for so much text"
+    return Finding("size", f"the model is {which}: {counts}", run.again("--size", size))
+
+
+def _compiling_does_not_pay(run: _Numbers) -> Finding | None:
+    """Compiled because it was asked for, and no faster."""
+    found = (re.match(rf"{COMPILED} (\d+)%", event) for event in run.events)
+    share = next((int(match[1]) for match in found if match), None)
+    if share is None or share < 100 * WORTHWHILE:
+        return None
+    return Finding(
+        "compile", f"compiling does not pay: a step takes {share} % of its time before", run.again("--compile", "off")
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+RULES = (  # each takes the numbers of a run; the most important first
+    _learning_rate_too_high,
+    _overfits,
+    _text_is_used_up,
+    _worse_than_counting,
+    _fp16_skips,
+    _learning_rate_too_low,
+    _text_is_repeated,
+    _size_is_far_off,
+    _compiling_does_not_pay,
+)

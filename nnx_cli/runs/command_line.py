@@ -1,0 +1,35 @@
+"""The command line that made a run, with other values of some options."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.errors import pasteable
+from nnx_cli.system.files import free_name
+
+SPELLINGS = {"--lr": "--learning-rate", "--max-steps": "--num-batches"}  # further ones of an option that takes a value
+
+
+def changed_command(command: Any, folder: Path, options: Mapping[str, str], dropped: Iterable[str] = ()) -> str | None:
+    """`command`, as run.json has it, with `options` and without those that are `dropped`; where it named its folder, it
+    names one beside that. None where it is no command of ours. All of these options take a value."""
+    try:
+        words = shlex.split(str(command))
+    except ValueError:
+        return None
+    if words[:2] != ["nnx", "train"]:
+        return None
+    gone = {"--out", *options, *dropped}
+    gone |= {SPELLINGS[option] for option in gone & SPELLINGS.keys()}
+    kept, skip = [], False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        named = option.replace("_", "-") in gone
+        if not named and not skip:
+            kept.append(word)
+        skip = named and not equals
+    out = ["--out", str(free_name(folder))] if "--out" in {word.partition("=")[0] for word in words} else []
+    return pasteable([*kept, *(word for option in options.items() for word in option), *out])

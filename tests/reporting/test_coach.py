@@ -1,0 +1,236 @@
+"""The coach: every rule on a run with that fault, and silent on healthy ones."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from nnx_cli.reporting.coach import findings
+from nnx_cli.reporting.run_record import RunRecord
+
+STEPS = 1000
+
+
+def loss_at(step, last=1.4):
+    return last + (5.5 - last) * math.exp(-step / 80)
+
+
+def healthy(**more):
+    """Lines of a run that falls steeply, then ever more slowly."""
+    lines = []
+    for step in range(1, STEPS + 1, 10):
+        line = {
+            "step": step,
+            "tokens": step * 8192,
+            "time_s": step * 0.2,
+            "train_loss": loss_at(step),
+            "val_loss": loss_at(step, 1.5) if step % 50 == 1 else None,
+            "val_bits_per_byte": loss_at(step, 1.5) / math.log(2) if step % 50 == 1 else None,
+            "lr": 1e-3,
+            "grad_norm": 0.7,
+            "tokens_per_s": 40_000.0,
+            "peak_memory_bytes": 2**30,
+            "skipped_steps": 0,
+        }
+        lines.append(line | {name: make(step) for name, make in more.items()})
+    return lines
+
+
+def record(metrics=None, *, model=None, training=None, data=None, status=None, parameters=800_000, state="finished"):
+    """A run of a nano nyx on 2 MB, 4 epochs, with what differs."""
+    metrics = healthy() if metrics is None else metrics
+    last = metrics[-1] if metrics else {}
+    config = {
+        "parameters": parameters,
+        "model": {"name": "nyx", "size": "nano", "dim": 128, "vocab_size": 256, "dropout": 0.0} | (model or {}),
+        "training": {"lr": 4e-3, "optimizer": "adamw", "precision": "bf16", "lora_rank": None} | (training or {}),
+        "data": {"folder": "../../data/words", "train_tokens": 2_000_000, "ngram_bits_per_byte": 2.4} | (data or {}),
+    }
+    best = min((bits for line in metrics if isinstance(bits := line["val_bits_per_byte"], float)), default=None)
+    told = {
+        "status": state,
+        "ended": "length",
+        "command": "nnx train --model nyx --filepath my.txt --max-steps 1000 --out weights/words",
+        "step": last.get("step"),
+        "tokens": last.get("tokens"),
+        "time_s": last.get("time_s"),
+        "max_steps": STEPS,
+        "best_val_bits_per_byte": best,
+        "events": [],
+    }
+    folder = Path("weights") / "words"
+    return RunRecord("words", folder, config, told | (status or {}), state, metrics, [], {})
+
+
+def rules(run):
+    return [found.rule for found in findings(run)]
+
+
+def only(run):
+    """The one finding of a run."""
+    found = findings(run)
+    assert len(found) == 1, found
+    return found[0]
+
+
+HEALTHY = {
+    "a plain run": record(),
+    "in fp16, which skips as its scale finds its place": record(
+        healthy(skipped_steps=lambda step: min(12, step)), training={"precision": "fp16"}
+    ),
+    "with one spike": record(status={"events": ["loss spike: 4.100 up to step 300, after 1.700"]}),
+    "compiled, and faster": record(status={"events": ["compiled: a step takes 71% of its time before"]}),
+    "not compiled": record(status={"events": ["not compiled: no faster here"]}),
+    "with validation that wavers at the end": record(
+        healthy(val_loss=lambda step: loss_at(step, 1.5) + 0.005 * (step > 850) if step % 50 == 1 else None)
+    ),
+    "read as often as is useful": record(data={"train_tokens": 300_000}),
+    "that has just begun": record(healthy()[:8], state="running"),
+    "that only was begun": record(healthy()[:1], state="running"),
+    "without a line": record([], state="running"),
+    "with a low learning rate that is done learning": record(training={"lr": 1e-5}),
+    "with adapters on another model": record(training={"lr": 1e-6, "lora_rank": 8}, parameters=10**9),
+    "without validation": record(healthy(val_loss=lambda step: None, val_bits_per_byte=lambda step: None)),
+    "on ids that nobody can read": record(
+        healthy(val_bits_per_byte=lambda step: None), data={"ngram_bits_per_byte": None}
+    ),
+    "of a version that recorded less of its data": record(
+        data={"train_tokens": None, "ngram_bits_per_byte": None}, parameters=10**8
+    ),
+    "of an architecture of the user's": record(model={"name": "mine", "size": None, "file": "mine.py"}),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_is_left_alone(name):
+    assert findings(HEALTHY[name]) == []
+
+
+def memorising(step):
+    return loss_at(step, 0.4) if step < 400 else 0.4 - step / 10_000
+
+
+def turning(step):
+    return loss_at(step, 1.5) + max(0, step - 400) / 1000 if step % 50 == 1 else None
+
+
+def test_overfitting():
+    run = record(healthy(train_loss=memorising, val_loss=turning), model={"dropout": 0.1})
+    found = only(run)
+    assert found.rule == "overfitting" and "was 1.53 at step 401" in found.text and "training loss 0.3" in found.text
+    assert found.command == (
+        "nnx train --model nyx --filepath my.txt --max-steps 1000 --dropout 0.2 --out weights/words"
+    )
+    both = record(healthy(train_loss=lambda step: loss_at(step) + max(0, step - 400) / 1000, val_loss=turning))
+    assert "overfitting" not in rules(both), "the training loss rose too"
+
+
+@pytest.mark.parametrize(
+    ("changes", "evidence"),
+    [
+        ({"metrics": healthy(train_loss=lambda step: 90.0 if step == 101 else loss_at(step))}, "was 90 on the way"),
+        ({"state": "diverged"}, "the run diverged at step 991"),
+        ({"status": {"events": ["no finite gradient in 8 steps up to step 40: back to step 0"]}}, "back to a check"),
+        ({"status": {"events": ["loss spike: 4.1 up to step 3, after 1.7"] * 3}}, "jumped 3 times"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_learning_rate_that_is_too_high(changes, evidence):
+    found = findings(record(training={"lr": 1.0}, **changes))[0]
+    assert found.rule == "lr-too-high" and evidence in found.text
+    assert "--lr 0.004 " in found.command and "1" in found.text
+    half = findings(record(training={"lr": 4e-3}, **changes))[0]
+    assert "--lr 0.001 " in half.command
+
+
+def test_a_learning_rate_that_is_too_low():
+    slow = healthy(train_loss=lambda step: 5.5 - step / 400)
+    found = only(record(slow, training={"lr": 1e-5}))
+    assert found.rule == "lr-too-low" and "1e-05, where 0.004 suits" in found.text and "0.6" in found.text
+    assert "--lr 0.004 " in found.command
+    assert (
+        rules(record(slow, training={"lr": 2e-3}))
+        == []
+        == rules(record(slow, training={"lr": 1e-5}, state="running", status={"max_steps": 9999}))
+    )
+
+
+def test_a_text_that_is_read_too_often():
+    found = only(record(data={"train_tokens": 100_000}))
+    assert found.rule == "repeated" and "81 times; beyond 16" not in found.text and "81 times; beyond 32" in found.text
+    assert found.command == "nnx train --model nyx --filepath my.txt --epochs 32 --out weights/words"
+
+
+def test_a_model_of_the_wrong_size():
+    large = only(record(model={"size": "small", "dim": 512}, parameters=40_000_000, training={"lr": 1e-3}))
+    assert large.rule == "size" and "large for so short a run" in large.text and "--size tiny " in large.command
+    assert "8.118M tokens for 40M parameters, 0.2 each" in large.text
+    small = healthy(tokens=lambda step: step * 100_000)
+    small = only(record(small, data={"train_tokens": 90_000_000}))
+    assert "small for so much text" in small.text and "--size tiny " in small.command
+    own = record(model={"size": None}, parameters=40_000_000)
+    assert findings(own) == [], "there is no next size"
+
+
+def test_skips_of_fp16_that_go_on():
+    run = healthy(skipped_steps=lambda step: step // 20)
+    found = only(record(run, training={"precision": "fp16"}))
+    assert found.rule == "fp16-skips" and "24 of the steps 501 to 991 were skipped, 49 in all" in found.text
+    assert "--precision fp32 " in found.command
+    assert findings(record(run, training={"precision": "bf16"})) == []
+
+
+def test_compiling_that_does_not_pay():
+    found = only(record(status={"events": ["resumed", "compiled: a step takes 104% of its time before"]}))
+    assert found.rule == "compile" and "104 %" in found.text and "--compile off " in found.command
+
+
+def test_a_model_that_is_worse_than_counting():
+    found = only(record(data={"ngram_bits_per_byte": 1.8}))
+    assert found.rule == "worse-than-ngram" and "2.16 bits per byte, 1.80 by counting" in found.text
+    assert found.command == "nnx train --resume weights/words --max-time 7m"
+    assert findings(record(healthy()[:8], data={"ngram_bits_per_byte": 1.8}, state="running")) == []
+    assert rules(record(healthy()[:8], data={"ngram_bits_per_byte": 1.8}, state="interrupted")) != []
+    mine = findings(record(data={"ngram_bits_per_byte": 1.8}), " --model mine.py")[0]
+    assert mine.command == "nnx train --resume weights/words --model mine.py --max-time 7m"
+
+
+def test_a_text_that_has_given_what_it_has():
+    used_up = {"ended": "data", "max_time_s": 7400}
+    found = only(record(status=used_up))
+    assert found.rule == "used-up" and "or --size tiny would use the 2 h left" in found.text
+    assert "--size tiny " in found.command
+    turned = only(record(status=used_up | {"events": ["validation turned: 1.5 at step 3"]}))
+    assert "--size" not in turned.text and "--filepath MORE.txt" in turned.command and "my.txt" not in turned.command
+    worse = findings(record(status=used_up, data={"ngram_bits_per_byte": 1.8}))
+    assert [each.rule for each in worse] == ["used-up", "worse-than-ngram"]
+    assert not any("--resume" in each.command for each in worse)
+
+
+def test_the_most_important_comes_first():
+    run = record(
+        healthy(train_loss=memorising, val_loss=turning, skipped_steps=lambda step: step // 20),
+        training={"precision": "fp16"},
+        data={"train_tokens": 100_000, "ngram_bits_per_byte": 1.8},
+        status={"events": ["compiled: a step takes 99% of its time before"]},
+    )
+    assert rules(run) == ["overfitting", "worse-than-ngram", "fp16-skips", "repeated", "compile"]
+
+
+@pytest.mark.parametrize("command", [None, 5, "", "nnx train '", "python mine.py", "nnx compare --models nyx,ngpt"])
+def test_without_the_command_that_made_it_one_is_made_up(command):
+    found = only(record(data={"train_tokens": 100_000}, status={"command": command}))
+    assert found.command.startswith("nnx train --model nyx --size nano --data ")
+    assert found.command.endswith("data/words --epochs 32")
+
+
+@pytest.mark.parametrize("value", ["text", [1], {"a": 1}, True, None, -1.0, 0, 1e308, 10**400], ids=str)
+def test_numbers_of_no_sense_find_something_or_nothing(value):
+    run = record()
+    lines = [{name: value if name != "step" else n for name, n in line.items()} for line in run.metrics]
+    findings(record(lines))
+    for part in ("model", "training", "data"):
+        findings(record(**{part: dict.fromkeys(run.config[part], value)}))
+        findings(RunRecord("x", Path("x"), run.config | {part: value}, run.status, "finished", run.metrics, [], {}))
+    findings(record(status=dict.fromkeys(run.status, value)))
+    findings(record(parameters=value))
