@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Field:
     device: torch.device
     precision: str
     entrants: tuple[Entrant, ...] = ()
+    val_windows: int | None = None  # that every validation reads, the same in all runs; None: the whole text
 
     def expected_tokens(self, entrant: Entrant) -> float:
         """What a run of a competitor sees, on a device of this kind about."""
@@ -69,6 +71,10 @@ class Field:
 
     def plan(self, model: str, match: Match, asked: TrainConfig, dropout: float | None = None) -> Plan:
         """The plan of a run of that shape, as its architecture's recipe has it. Raises DoesNotFit."""
+        return _with_validation(self.draft(model, match, asked, dropout), self.val_windows)
+
+    def draft(self, model: str, match: Match, asked: TrainConfig, dropout: float | None = None) -> Plan:
+        """`plan` with a validation of its own. Raises DoesNotFit."""
         fields = {key: value for key, value in asdict(match.config).items() if key != "dropout"}
         plan = plan_run(
             model,
@@ -82,16 +88,25 @@ class Field:
             precision=self.precision,
             sources={},
         )
-        return replace(plan, size=match.size, train=_with_validation(plan.train, self.seq_len))
+        return replace(plan, size=match.size)
 
 
-def _with_validation(train: TrainConfig, seq_len: int) -> TrainConfig:
-    """Settings whose validations read enough text for a smooth curve, where the plan saves at it."""
-    assert train.batch_size is not None
-    if train.val_batches is None:  # all of it
-        return train
-    windows = max(train.val_batches * train.batch_size, VALIDATION_TOKENS // seq_len)
-    return replace(train, val_batches=-(-windows // train.batch_size))
+def _with_validation(plan: Plan, windows: int | None) -> Plan:
+    """A plan with so many windows in a validation."""
+    assert plan.train.batch_size is not None
+    n_batches = None if windows is None else -(-windows // plan.train.batch_size)
+    return replace(plan, train=replace(plan.train, val_batches=n_batches))
+
+
+def _val_windows(plans: Sequence[Plan], seq_len: int) -> int | None:
+    """Windows of a validation: as many as any of the plans has, enough for a smooth curve, and the same text for all,
+    whatever the size of their batches. None: the whole text."""
+    batches = [(plan.train.batch_size or 1, plan.train.val_batches) for plan in plans]
+    wanted = [VALIDATION_TOKENS // seq_len, *(size * count for size, count in batches if count is not None)]
+    if len(wanted) <= len(batches):
+        return None
+    whole = math.lcm(*(size for size, _ in batches))
+    return -(-max(wanted) // whole) * whole
 
 
 def competitors_of(text: str) -> list[str]:
@@ -149,7 +164,10 @@ def enter(
     check_batch_shape(train, seq_len)
     field = Field(config, target, seq_len, tokens_per_step, data, device, precision)
     costs = {name: flops_per_token(network)["train"] for name, network in networks.items()}
-    return replace(field, entrants=tuple(_entrants(field, shapes, costs, train)))
+    entrants = [*_entrants(field, shapes, costs, train)]
+    windows = _val_windows([plan for entrant in entrants if (plan := entrant.plan) is not None], seq_len)
+    alike = (replace(e, plan=e.plan and _with_validation(e.plan, windows)) for e in entrants)
+    return replace(field, val_windows=windows, entrants=tuple(alike))
 
 
 def _entrants(field: Field, shapes: dict[str, Match], costs: dict[str, int], train: TrainConfig) -> Iterable[Entrant]:
@@ -158,7 +176,7 @@ def _entrants(field: Field, shapes: dict[str, Match], costs: dict[str, int], tra
     for name, match in shapes.items():
         asked = _with_length(train, config, costs[name])
         try:
-            plan = field.plan(name, match, asked)
+            plan = field.draft(name, match, asked)
         except DoesNotFit as error:
             yield Entrant(name, match, costs[name], asked, None, str(error))
             continue

@@ -283,6 +283,32 @@ def test_flops_are_kept_within_a_percent(tokens):
         assert abs(used / 1e11 - 1) <= 0.01, entrant.name
 
 
+@pytest.mark.parametrize(
+    ("changes", "batches"),
+    [
+        (dict(equal="flops", budget="1e13"), {"llama": 8, "nyx": 4}),
+        (dict(budget="1M"), {"llama": 1, "nyx": 8}),
+        (dict(equal="time", budget="20s"), {"llama": 2, "nyx": 8}),
+    ],
+)
+def test_all_validate_on_the_same_text(tokens, monkeypatch, changes, batches):
+    plan_run = entrants.plan_run
+
+    def planned(name, *arguments, **how):
+        plan = plan_run(name, *arguments, **how | {"val_tokens": 10**9})
+        size = batches[name]
+        return replace(plan, train=replace(plan.train, batch_size=size, grad_accum=8 // size))
+
+    monkeypatch.setattr(entrants, "plan_run", planned)
+    field = enter(tokens, **changes)
+    read = {entrant.name: entrant.plan.train.val_batches * batches[entrant.name] for entrant in field.entrants}
+    assert set(read.values()) == {field.val_windows} and field.val_windows * 32 >= entrants.VALIDATION_TOKENS
+    for entrant in field.entrants:
+        assert (
+            field.plan(entrant.model, entrant.match, entrant.asked).train.val_batches == entrant.plan.train.val_batches
+        )
+
+
 def test_time_is_kept(searched, tokens, tmp_path):
     record = run_race(tokens, tmp_path / "race-words", begun=searched, equal="time", budget="0.5s", seeds=1)
     for competitor in record["competitors"]:
