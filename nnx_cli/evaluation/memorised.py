@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -116,8 +117,11 @@ def _hashes(ids: np.ndarray, length: int) -> np.ndarray:
         return (sums[length:] - sums[:-length]) * _powers(INVERSE, len(ids) - length + 1)
 
 
+@lru_cache(maxsize=8)  # the blocks of a training text are of one length
 def _powers(base: int, n: int) -> np.ndarray:
     """1, base, base², … modulo 2^64, (n,)."""
     factors = np.full(n, base, np.uint64)
     factors[:1] = 1
-    return np.cumprod(factors)
+    powers = np.cumprod(factors)
+    powers.setflags(write=False)
+    return powers
