@@ -290,10 +290,13 @@ def _cards(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
 
 def _page_writer(output: Output, folder: Path) -> Any:
     """Writes race.html of a race; where the disk refuses, says so and leaves it."""
+    from nnx_cli.reporting.page import BEGINNING
     from nnx_cli.reporting.race_page import write_race_page
+    from nnx_cli.reporting.run_record import refuse_foreign
 
     def write(record: Mapping[str, Any]) -> None:
         try:
+            refuse_foreign(folder / "race.html", [BEGINNING.encode()], "move it away")
             write_race_page(record, folder / "race.html")
         except OutputError as error:
             output.warn(str(error))

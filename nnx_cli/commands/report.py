@@ -9,7 +9,7 @@ import typer
 
 from nnx_cli.commands._options import command
 from nnx_cli.console.output import Output
-from nnx_cli.errors import CheckpointError, OutputError, counted
+from nnx_cli.errors import CheckpointError, OutputError, UsageError, counted
 
 EXAMPLES = """Examples:
 
@@ -47,6 +47,8 @@ def run(
     drawn = comparison_page(records) if several else run_page(records[0])
     numbers = None if csv is None or csv == Path("-") else csv
     if numbers is not None:
+        if numbers.resolve() == page.resolve():
+            raise UsageError(f"--csv {numbers} is where the page goes", fix="name another file: --csv FILE")
         run_record.refuse_foreign(numbers, run_record.OWN_CSV, "name another file: --csv FILE")
     made = numbers is not None and not numbers.exists()
     try:

@@ -119,6 +119,10 @@ def test_a_race_is_shown_anywhere(nnx, race, workspace):
     assert result.exit_code == 0 and "tokens to target" in result.stdout and "1 comparison" in result.stdout
     assert json.loads(nnx("compare", "--show", "elsewhere.json", "--json").stdout)["state"] == "finished"
     assert Path("race.html").is_file()
+    Path("race.html").write_text("mine")
+    shown = nnx("compare", "--show", "elsewhere.json")
+    assert shown.exit_code == 0 and "was not written by this command" in shown.stderr
+    assert Path("race.html").read_text() == "mine"
 
 
 def test_runs_that_are_trained_already(nnx, race):

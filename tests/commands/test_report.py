@@ -105,6 +105,7 @@ def test_files_of_others_stay(run, refused, workspace, content):
 
 def test_a_csv_that_cannot_be_written(run, refused, workspace):
     refused(8, "cannot write", "report", "words", "--csv", "no/folder/numbers.csv")
+    refused(2, "is where the page goes", "report", "words", "--csv", "weights/words/report.html")
     refused(8, "data is a folder", "report", "words", "--csv", "data")
 
 
