@@ -244,10 +244,10 @@ def _root(
 
 def main() -> None:
     """The command `nnx`."""
-    from nnx_cli.console.terminal import show_cursor
+    from nnx_cli.console.terminal import clean_screen
 
     set_up_streams()
-    signals.leave_on_signals(show_cursor)
+    signals.leave_on_signals(clean_screen)
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait stall a busy machine; waking takes time
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

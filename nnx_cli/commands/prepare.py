@@ -11,7 +11,7 @@ import typer
 from nnx_cli.commands._options import Branch, command, given, may_have_rows, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console.output import Output
-from nnx_cli.console.progress import ByteProgress
+from nnx_cli.console.progress import Progress
 from nnx_cli.errors import UsageError, counted, quoted
 from nnx_cli.system.text import size
 
@@ -118,7 +118,7 @@ def _count(value: int | None) -> str:
 
 def preparation_view(output: Output) -> Any:
     """A callback that shows how preparing goes."""
-    progress = ByteProgress(output, "preparing")
+    progress = Progress(output, "preparing")
 
     def show(event: dict[str, Any]) -> None:
         if "note" in event:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from nnx_cli.commands._plan_table import PlanTable, show_settings, why_tokenizer
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
 from nnx_cli.console.output import Output
+from nnx_cli.console.run_screen import RunFacts
 from nnx_cli.console.run_view import TrainingView
 from nnx_cli.errors import (
     CheckpointError,
@@ -61,8 +62,8 @@ PACE_SECONDS = 10  # of training after which its speed is known well enough
 class _PacedView(TrainingView):
     """Says once where a run that ends by the clock is not as fast as its recipe was planned for."""
 
-    def __init__(self, output: Output, plan: Plan) -> None:
-        super().__init__(output)
+    def __init__(self, output: Output, plan: Plan, facts: RunFacts) -> None:
+        super().__init__(output, facts)
         self.planned = plan.tokens_per_s if plan.train.max_time else None
         self.first: Mapping[str, Any] | None = None  # the first steps load and compile: they say nothing of the others
 
@@ -165,13 +166,43 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
         shown.show(output)
         return
     shown.tell(output)
-    with _PacedView(output, plan) as view:
+    with _PacedView(output, plan, _facts(shown, tokens)) as view:
         stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
         observers = Several(view)
         started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base)
         made.clear()
         with started.lock(), _reporting(started, observers, view, plan.train.report):
             _finish(output, started, trainer, view, naming(plan.model))
+
+
+def _facts(shown: PlanTable, tokens: TokenFolder) -> RunFacts:
+    """What the live screen knows of a new run beforehand."""
+    plan, named = shown.plan, models.stem(shown.plan.model)
+    return RunFacts(
+        title=f"{named} {plan.size or ''}".strip() + f", {shown.n_parameters:,} parameters",
+        max_steps=None if plan.train.max_time else plan.train.max_steps,
+        budget_bytes=plan.budget_bytes or None,
+        ngram_bits_per_byte=_ngram_bits_per_byte(tokens),
+    )
+
+
+def _facts_of(restart: Restart) -> RunFacts:
+    """What the live screen knows beforehand of a run that goes on."""
+    from nnx_cli.system.device import memory_budget
+
+    return RunFacts(
+        title=f"{restart.run.folder}, {restart.run.config['parameters']:,} parameters",
+        max_steps=None if restart.config.max_time else restart.config.max_steps,
+        budget_bytes=memory_budget(restart.device, restart.config.vram_bytes),
+        ngram_bits_per_byte=_ngram_bits_per_byte(restart.data),
+    )
+
+
+def _ngram_bits_per_byte(tokens: TokenFolder) -> float | None:
+    """What an n-gram model gets on the text, where that was measured."""
+    xray = tokens.meta.get("xray")
+    bits = xray.get("ngram_bits_per_byte") if isinstance(xray, dict) else None
+    return float(bits) if isinstance(bits, int | float) and 0 < bits < 100 else None
 
 
 def _token_folder(
@@ -297,7 +328,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
         if restart.is_over:
             _say_over(output, restart, status)
             return
-        with TrainingView(output) as view:
+        with TrainingView(output, _facts_of(restart)) as view:
             if not compiler_is_loaded():
                 output.note("loading torch's optimizers, and its compiler with them")
             observers, reports = Several(view), restart.config.report
@@ -364,7 +395,8 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
 
     with stop_signals() as should_stop:
         try:
-            ended = trainer.train(run, should_stop)
+            with closing(view):
+                ended = trainer.train(run, should_stop)
         except NnxError as error:
             diverged = isinstance(error, QualityError)
             with suppress(OutputError):  # a full disk is what the error may be
@@ -373,7 +405,6 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
                     output.show_json(_as_json(run, status))
             raise
         status = session.record_end(run, trainer, ended)
-    view.close()
     if ended == "interrupted":
         output.note("")
         raise Interrupted(

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnx_cli.console.tables import aligned, make_table, side_by_side
 from nnx_cli.console.terminal import COLUMNS, columns_of, make_console, moves_cursor, styled
 from nnx_cli.errors import OutputError, counted
 from nnx_cli.system.text import printable, well_formed
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+KEPT_NOTES = 200  # with which a screen can be painted anew
 
 
 class Output:
@@ -24,11 +30,17 @@ class Output:
         self.quiet = quiet
         self.made: Path | None = None  # what a command leaves behind, whatever becomes of what it prints
         self.out, self.err = make_console(sys.stdout), make_console(sys.stderr)
+        self.said: deque[Text] = deque(maxlen=KEPT_NOTES)
+
+    def say(self, text: Text) -> None:
+        """Text as it is, on stderr."""
+        self.said.append(text)
+        self.err.print(text)
 
     def note(self, text: str) -> None:
         """A note, on stderr."""
         if not self.quiet:
-            self.err.print(styled(printable(text)))
+            self.say(styled(printable(text)))
 
     def note_reading(self, *paths: str | None) -> None:
         """Say that a person at the keyboard is waited for, where one of `paths` is standard input."""
@@ -37,7 +49,7 @@ class Output:
 
     def warn(self, text: str) -> None:
         """A warning, on stderr; --quiet does not silence it."""
-        self.err.print(styled("warning: ", style="yellow") + styled(printable(text)))
+        self.say(styled("warning: ", style="yellow") + styled(printable(text)))
 
     def show(self, *lines: str) -> None:
         """Lines of the product, on stdout; with --json the product is another."""

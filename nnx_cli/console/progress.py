@@ -1,32 +1,95 @@
-"""Progress of work whose size is known."""
+"""Progress of work whose size is known, and the time it has left."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from nnx_cli.console.output import Output
 from nnx_cli.console.terminal import styled
+from nnx_cli.system.text import duration
+
+SECONDS_SEEN = 60.0  # of the past, by whose speed the rest is judged
+SECONDS_FIRST = 1.0  # before which nothing is said of the rest
+REDRAW_SECONDS = 0.25
 
 
-class ByteProgress:
-    """A line that tells how many megabytes are done, where there is a terminal to redraw it."""
+class TimeLeft:
+    """Tells what is left of work that is `done` from 0 to 1, at the speed of the last minute."""
+
+    def __init__(self) -> None:
+        self.seen: deque[tuple[float, float]] = deque()
+
+    def update(self, done: float) -> None:
+        """Take note of where it stands."""
+        now = time.monotonic()
+        if self.seen and done < self.seen[-1][1]:
+            self.seen.clear()  # it went back
+        if len(self.seen) < 2 or now - self.seen[-2][0] >= REDRAW_SECONDS:
+            self.seen.append((now, done))
+        else:
+            self.seen[-1] = now, done
+        while len(self.seen) > 2 and now - self.seen[1][0] > SECONDS_SEEN:
+            self.seen.popleft()
+
+    def seconds(self) -> float | None:
+        """Seconds from now on; None where nobody knows yet."""
+        if not self.seen:
+            return None
+        (began, before), (ended, done) = self.seen[0], self.seen[-1]
+        if ended - began < SECONDS_FIRST or done <= before:
+            return None
+        left = (1.0 - done) * (ended - began) / (done - before)
+        return max(0.0, left - (time.monotonic() - ended))
+
+    def words(self) -> str:
+        """What is left, in words; nothing where nobody knows yet."""
+        seconds = self.seconds()
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+
+class Progress:
+    """A line on stderr that tells how much of something is done, and the time it has left, where there is a terminal to
+    redraw it."""
 
     def __init__(self, output: Output, what: str) -> None:
         self.output = output
         self.what = what
-        self.started = time.monotonic()
-        self.last = 0.0
+        self.left = TimeLeft()
+        self.started = self.last = time.monotonic()
+        self.width = 0
 
-    def update(self, done_bytes: int, total_bytes: int | None) -> None:
-        """Show where it stands; cheap to call often."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def update(self, done: float, total: float | None = None) -> None:
+        """Show where it stands: a number of bytes of a `total`, if that is known; cheap to call often."""
+        if total:
+            self.left.update(done / total)
+        of = f" of {total / 1e6:,.0f}" if total else ""
+        seconds = time.monotonic() - self.started
+        self._show([f"{done / 1e6:,.0f}{of} MB", f"{done / 1e6 / max(seconds, 1e-6):,.0f} MB/s", self.left.words()])
+
+    def share(self, done: float) -> None:
+        """Show where it stands: from 0 to 1."""
+        self.left.update(done)
+        self._show([f"{100 * done:.0f} %", self.left.words()])
+
+    def _show(self, parts: list[str]) -> None:
         now = time.monotonic()
-        if self.output.live and now - self.last > 0.1:
-            self.last = now
-            of = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
-            speed = done_bytes / 1e6 / max(now - self.started, 1e-6)
-            self.output.err.print(styled(f"{self.what} {done_bytes / 1e6:,.0f}{of} MB, {speed:,.0f} MB/s"), end="\r")
+        if not self.output.live or now - self.last < REDRAW_SECONDS:
+            return
+        self.last = now
+        line = f"{self.what} " + ", ".join(filter(None, parts))
+        line = line[: self.output.err.width - 1]
+        self.output.err.print(styled(line.ljust(self.width)), end="\r")
+        self.width = len(line)
 
     def end(self) -> None:
         """Take the line off the screen."""
-        if self.output.live and self.last:
-            self.output.err.print(" " * 60, end="\r")
+        if self.width:
+            self.output.err.print(styled(" " * self.width), end="\r")
+            self.width = 0

@@ -2,89 +2,69 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
+from nnx_cli.console.block import Block, Line
 from nnx_cli.console.output import Output
-from nnx_cli.console.terminal import styled
+from nnx_cli.console.progress import REDRAW_SECONDS, TimeLeft
+from nnx_cli.console.run_screen import LEAST_COLUMNS, RunFacts, RunScreen, fitting
+from nnx_cli.console.terminal import in_notebook, styled
 from nnx_cli.system.text import printable
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
 RACE_SECONDS = 30.0  # and of a race
+BAR_COLUMNS = 24
+ONE_LINE_COLUMNS = 79  # where lines can only be overwritten
+SHARE = 0.005  # of the time that drawing may take
 
 
-class TrainingView:
-    """A training run on stderr: a bar where there is a terminal, else a plain line every few seconds.
-
-    Has the methods of `training.trainer.Observer`.
-    """
+class _LiveView:
+    """Keeps a block below the lines where there is a terminal for it, which is drawn a few times a second at most."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
         self.last_line = 0.0
-        self.validation = ""
-        self.bar: Progress | None = None
+        self.block: Block | None = None
+        self.next_draw = 0.0
+
+    def layout(self, columns: int, lines: int) -> Sequence[Line]:
+        """The block for a screen of that size."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
-        if self.output.live:
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self.output.err,
-                transient=True,
-            )
-            self.bar.start()
-            self.bar.add_task("starting", total=1.0)
+        output, notebook = self.output, in_notebook(self.output.err.file)
+        if (output.live or notebook) and not output.quiet and not os.environ.get("NO_COLOR"):
+            simple = notebook or output.err.legacy_windows or not output.err.encoding.lower().startswith("utf")
+            layout = self._one_line if simple else self.layout
+            self.block = Block(output.err, layout, returns_only=simple, before=output.said)
+            self.block.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the screen."""
-        if self.bar:
-            self.bar.stop()
+        """Take the block off the screen."""
+        if self.block:
+            self.block.stop()
+            self.block = None
 
-    def step(self, record: Mapping[str, Any], progress: float) -> None:
-        """Move the bar; a line where it was validated, and every few seconds without a terminal."""
-        if record["val_loss"] is not None:
-            bits = record["val_bits_per_byte"]
-            self.validation = f"val {record['val_loss']:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else "")
-        line = self.describe(record)
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=progress, description=line)
-        if record["val_loss"] is not None or (not self.bar and time.monotonic() - self.last_line > PLAIN_SECONDS):
-            self.last_line = time.monotonic()
-            self.output.note(f"{100 * progress:5.1f} %  {line}")
-
-    def describe(self, record: Mapping[str, Any]) -> str:
-        """The numbers of a step in a line."""
-        memory = record["peak_memory_bytes"]
-        parts = [
-            f"step {record['step']}",
-            f"loss {record['train_loss']:.4f}",
-            self.validation,
-            f"lr {record['lr']:.2e}",
-            f"{record['tokens_per_s']:,.0f} tokens/s",
-            f"{memory / 2**30:.2f} GiB" if memory else "",
-        ]
-        if record["skipped_steps"]:
-            parts.append(f"{record['skipped_steps']} skipped")
-        return "  ".join(part for part in parts if part)
+    def draw(self) -> None:
+        """Draw the block, if it is time to: what the last drawing took is a small share of the time until the next."""
+        now = time.monotonic()
+        if self.block and now >= self.next_draw:
+            self.block.draw()
+            ended = time.monotonic()
+            self.next_draw = ended + max(REDRAW_SECONDS, (ended - now) / SHARE)
 
     def sampled(self, step: int, text: str) -> None:
         """Show a sample."""
         if not self.output.quiet:
             shown = "\n".join("    " + line for line in printable(text).splitlines())
-            self.output.err.print(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
+            self.output.say(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
 
     def saved(self, step: int) -> None:
         """Saving is what is expected: not worth a line."""
@@ -93,9 +73,55 @@ class TrainingView:
         """A line on the way."""
         self.output.note(text)
 
+    def _one_line(self, columns: int, lines: int) -> Sequence[Line]:
+        return self.layout(min(columns, ONE_LINE_COLUMNS), 1)
 
-class RaceView(TrainingView):
-    """A race on stderr: one bar for all of its runs, a line for each that is over.
+
+class TrainingView(_LiveView):
+    """A training run: a block with its curves where there is a terminal, else a plain line every few seconds.
+
+    Has the methods of `training.trainer.Observer`.
+    """
+
+    def __init__(self, output: Output, facts: RunFacts) -> None:
+        super().__init__(output)
+        self.validation = ""
+        self.screen = RunScreen(facts)
+
+    def layout(self, columns: int, lines: int) -> Sequence[Line]:
+        """Progress, curves, numbers and the newest sample."""
+        return self.screen.layout(columns, lines)
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """Show a step; a line where it was validated, and every few seconds without a terminal."""
+        if record["val_loss"] is not None:
+            bits = record["val_bits_per_byte"]
+            self.validation = f"val {record['val_loss']:.4f}" + (f" ({bits:.4f} bits/byte)" if bits is not None else "")
+        self.screen.step(record, progress)
+        self.draw()
+        if record["val_loss"] is not None or (not self.block and time.monotonic() - self.last_line > PLAIN_SECONDS):
+            self.last_line = time.monotonic()
+            self.output.note(f"{100 * progress:5.1f} %  {self.describe(record)}")
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """The numbers of a step in a line; those that the block shows are not repeated."""
+        memory = record["peak_memory_bytes"]
+        parts = [f"step {record['step']}", f"loss {record['train_loss']:.4f}", self.validation]
+        if not self.block:
+            parts += [f"lr {record['lr']:.2e}", f"{record['tokens_per_s']:,.0f} tokens/s"]
+            parts += [f"{memory / 2**30:.2f} GiB"] if memory else []
+        if record["skipped_steps"]:
+            parts.append(f"{record['skipped_steps']} skipped")
+        return "  ".join(part for part in parts if part)
+
+    def sampled(self, step: int, text: str) -> None:
+        """Show a sample."""
+        self.screen.sample = step, text
+        super().sampled(step, text)
+
+
+class RaceView(_LiveView):
+    """A race: one bar for all of its runs, a line for each that is over.
 
     Has the methods of `experiments.race.Spectator`.
     """
@@ -103,7 +129,18 @@ class RaceView(TrainingView):
     def __init__(self, output: Output) -> None:
         super().__init__(output)
         self.what = ""
-        self.done = self.share = 0.0
+        self.line = ""
+        self.done = self.share = self.progress = 0.0
+        self.left = TimeLeft()
+
+    def layout(self, columns: int, lines: int) -> Sequence[Line]:
+        """A bar, the time left, and the run that is going on."""
+        done = round(BAR_COLUMNS * self.progress)
+        bar, rest = "━" * done, "─" * (BAR_COLUMNS - done) + " "
+        if columns < LEAST_COLUMNS:
+            bar = rest = ""
+        parts = [f"{100 * self.progress:3.0f} %", self.left.words(), self.line]
+        return [[(bar, "magenta"), (rest, "dim"), (fitting(parts, columns - len(bar + rest) - 1), "")]]
 
     def begins(self, what: str, done: float, share: float) -> None:
         """A run begins, where `done` of the race is over, of which the run is `share`."""
@@ -115,9 +152,9 @@ class RaceView(TrainingView):
         self._move(progress, f"{self.what}  loss {record['train_loss']:.3f}")
 
     def _move(self, progress: float, line: str) -> None:
-        done = min(1.0, self.done + self.share * progress)
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=done, description=line)
-        elif time.monotonic() - self.last_line > RACE_SECONDS:
+        self.progress, self.line = min(1.0, self.done + self.share * progress), line
+        self.left.update(self.progress)
+        self.draw()
+        if not self.block and time.monotonic() - self.last_line > RACE_SECONDS:
             self.last_line = time.monotonic()
-            self.output.note(f"{100 * done:5.1f} %  {line}")
+            self.output.note(f"{100 * self.progress:5.1f} %  {line}")

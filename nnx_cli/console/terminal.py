@@ -1,10 +1,11 @@
-"""The terminal: how wide it is, whether its lines can be redrawn, rich's console on it."""
+"""The terminal: how large it is, whether its lines can be redrawn, rich's console on it."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 COLUMNS, LINES = 80, 25  # of a screen that does not say how large it is
+NOTEBOOK_VARIABLES = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG")  # which commands in the cells of notebooks inherit
 NO_CURSOR = (None, "", "dumb", "unknown")  # what TERM says where lines cannot be redrawn
 
 
@@ -35,6 +37,14 @@ def columns_of(*streams: IO[str] | None) -> int | None:
     return None
 
 
+def screen_size(file: IO[str]) -> tuple[int, int]:
+    """Columns and lines of the screen that `file` is."""
+    columns, lines = COLUMNS, LINES
+    with suppress(OSError, ValueError):
+        columns, lines = os.get_terminal_size(file.fileno())
+    return stated_number("COLUMNS") or columns or COLUMNS, stated_number("LINES") or lines or LINES
+
+
 def stated_number(name: str) -> int | None:
     """The number of columns or lines that a variable of the environment states, if it does."""
     value = os.environ.get(name, "")
@@ -54,13 +64,22 @@ def make_console(file: IO[str]) -> Console:
     return Screen(file=file, width=COLUMNS, height=LINES, color_system=colours, highlight=False, soft_wrap=True)
 
 
-def show_cursor() -> None:
-    """Show the cursor again, which moving lines hide, where this process ends without taking them off the screen."""
+on_screen: list[Callable[[], str]] = []
+"""What takes moving lines off the screen, while there are such."""
+
+
+def clean_screen() -> None:
+    """Take moving lines off the screen and show the cursor again, where this process ends without doing so."""
     if sys.stderr.isatty() and moves_cursor():
         with suppress(OSError):
-            os.write(sys.stderr.fileno(), b"\x1b[?25h")
+            os.write(sys.stderr.fileno(), "".join([*(erase() for erase in on_screen), "\x1b[?25h"]).encode())
 
 
 def moves_cursor() -> bool:
     """Whether the terminal, if this is one, can redraw lines."""
     return os.name == "nt" or os.environ.get("TERM") not in NO_CURSOR
+
+
+def in_notebook(file: IO[str]) -> bool:
+    """Whether `file` leads to a cell of a notebook, which knows of control codes the carriage return alone."""
+    return "ipykernel" in sys.modules or (file.isatty() and any(name in os.environ for name in NOTEBOOK_VARIABLES))

@@ -1,0 +1,254 @@
+"""What the block of a training run shows, for every size of the screen."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nnx_cli.console.block import Line
+from nnx_cli.console.curves import BEST, REFERENCE, Chart, Series, draw
+from nnx_cli.console.progress import TimeLeft
+from nnx_cli.system.text import printable, size
+
+LEAST_COLUMNS, LEAST_LINES = 40, 12  # of a screen with more than one line of it
+MOST_CHART_ROWS = 18
+LEAST_CHART_ROWS = 3
+MOST_MARKS = 2  # combining characters on one letter: a pile of them covers the lines above
+STYLES = {"train": "magenta", "val": "bold", "best": "bold", "reference": "dim", "": ""}  # seen on dark and on light
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run before it begins. `budget_bytes` is the memory that was planned for,
+    `ngram_bits_per_byte` what an n-gram model gets on its text."""
+
+    title: str
+    max_steps: int | None = None
+    budget_bytes: int | None = None
+    ngram_bits_per_byte: float | None = None
+
+
+class RunScreen:
+    """A run so far: numbers and curves, and the block that they make."""
+
+    def __init__(self, facts: RunFacts) -> None:
+        self.facts = facts
+        self.progress = 0.0
+        self.left = TimeLeft()
+        self.record: Mapping[str, Any] = {}
+        self.validation: Mapping[str, Any] = {}
+        self.best: Mapping[str, Any] = {}
+        self.train = Series()
+        self.val = Series()
+        self.sample: tuple[int, str] | None = None
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """Take note of a logged step."""
+        if record["step"] <= self.record.get("step", 0):  # it went back to a checkpoint
+            self.train.cut(record["step"])
+            self.val.cut(record["step"])
+        self.record, self.progress = record, progress
+        self.left.update(progress)
+        self.train.add(record["step"], record["train_loss"])
+        if record["val_loss"] is not None:
+            self.val.add(record["step"], record["val_loss"])
+            self.validation = record
+            if not self.best or record["val_loss"] < self.best["val_loss"]:
+                self.best = record
+
+    def reference(self) -> float | None:
+        """The n-gram model's bits per byte in nats a token, as the losses are."""
+        bits, seen = self.facts.ngram_bits_per_byte, self.validation
+        if bits is None or not seen or not seen["val_bits_per_byte"]:
+            return None
+        return bits * seen["val_loss"] / seen["val_bits_per_byte"]
+
+    def layout(self, columns: int, lines: int) -> list[Line]:
+        """The block for a screen of that size."""
+        if columns < LEAST_COLUMNS or lines < LEAST_LINES:
+            return [[(self.line(columns - 1), "")]]
+        budget = lines * 2 // 3
+        legend, numbers = (wrapped_pieces(pieces, columns) for pieces in (self._legend(), self._numbers()))
+        sample = self._sample_lines(columns, min(6, max(2, lines // 10)))
+        fixed = 3  # the rule, the bar, the steps below the chart
+        for part, least in (
+            (sample, 0),
+            (numbers, 1),
+            (legend, 1),
+        ):  # where there is little room, the chart counts more
+            missing = LEAST_CHART_ROWS - (budget - fixed - len(legend) - len(numbers) - len(sample))
+            if missing > 0:
+                del part[max(least, len(part) - missing) :]
+        rows = min(budget - fixed - len(legend) - len(numbers) - len(sample), MOST_CHART_ROWS)
+        return [self._rule(columns), self._bar(columns), *legend, *self._chart(columns, rows), *numbers, *sample]
+
+    def line(self, columns: int) -> str:
+        """The run in one line, the most important first; what does not fit as a whole is left out."""
+        if not self.record:
+            return fitting(["starting", self.facts.title], columns)
+        parts = [
+            f"{100 * self.progress:.0f} %",
+            f"step {self.record['step']:,}",
+            f"loss {self.record['train_loss']:.3f}",
+        ]
+        if self.validation:
+            parts.append(f"val {self.validation['val_loss']:.3f}")
+        return fitting([*parts, self.left.words()], columns)
+
+    def _rule(self, columns: int) -> Line:
+        title = cut_cells(plain_line(self.facts.title), columns - 8)
+        return [("── ", "dim"), (title, "bold"), (" " + "─" * (columns - 4 - cells(title)), "dim")]
+
+    def _bar(self, columns: int) -> Line:
+        left = f"{100 * self.progress:5.1f} % "
+        right = f" {self.left.words()}" if self.record else " starting"
+        if self.record:
+            step = f"step {self.record['step']:,}" + (f" of {self.facts.max_steps:,}" if self.facts.max_steps else "")
+            right = "  " + ", ".join(filter(None, [step, self.left.words()]))
+        width = max(0, columns - len(left) - len(right))
+        done = round(width * min(1.0, self.progress))
+        return [(left, ""), ("━" * done, "magenta"), ("─" * (width - done), "dim"), (right, "")]
+
+    def _legend(self) -> list[Line]:
+        """What the curves are, and where they stand."""
+        record = self.record
+        pieces: list[Line] = []
+        if record:
+            pieces.append([("━ ", STYLES["train"]), (f"training loss {record['train_loss']:.4f}", "")])
+        if self.validation:
+            pieces.append([("━ ", STYLES["val"]), (f"validation {_loss(self.validation)}", "")])
+            is_newest = self.best["step"] == self.validation["step"]
+            best = "best so far" if is_newest else f"best {_loss(self.best)}, step {self.best['step']:,}"
+            pieces.append([(f"{BEST} ", STYLES["best"]), (best, "")])
+        if self.reference() is not None:
+            bits = f"n-gram model {self.facts.ngram_bits_per_byte:.2f} bits/byte"
+            pieces.append([(f"{REFERENCE} ", STYLES["reference"]), (bits, "")])
+        return pieces
+
+    def _chart(self, columns: int, rows: int) -> list[Line]:
+        """Curves beside their scale, and the steps they span below."""
+        curves = {"train": self.train.all(), "val": self.val.all()}
+        best = (self.best["step"], self.best["val_loss"]) if self.best else None
+        margin = 9
+        chart = draw(curves, columns - margin, rows, best, self.reference())
+        if chart is None:
+            return []
+        first, last = curves["train"][0][0] if curves["train"] else 0, self.record["step"]
+        ends = f"{first:,.0f}", f"step {last:,}"
+        axis = ends[0] + ends[1].rjust(columns - margin - len(ends[0]))
+        return [*_scaled(chart), [(" " * margin + axis, "dim")]]
+
+    def _numbers(self) -> list[Line]:
+        record = self.record
+        if not record:
+            return []
+        used, budget = record["peak_memory_bytes"], self.facts.budget_bytes
+        of = f" of {size(budget)} planned for" if used and budget else ""
+        parts = [
+            f"learning rate {record['lr']:.2e}",
+            f"gradient norm {record['grad_norm']:.3g}",
+            f"{record['tokens_per_s']:,.0f} tokens/s",
+            f"MFU {100 * record['mfu']:.0f} %" if record.get("mfu") is not None else "",
+            f"memory {size(used)}{of}" if used else "",
+            f"{record['skipped_steps']} skipped" if record["skipped_steps"] else "",
+        ]
+        return [[(part, "")] for part in parts if part]
+
+    def _sample_lines(self, columns: int, most: int) -> list[Line]:
+        """The newest sample under its heading."""
+        if self.sample is None:
+            return []
+        step, text = self.sample
+        lines = wrapped(plain_line(text), columns - 4, most)
+        return [[(f" sample at step {step:,}", "dim")], *([("   " + line, "")] for line in lines)]
+
+
+def _loss(record: Mapping[str, Any]) -> str:
+    bits = record["val_bits_per_byte"]
+    return f"{record['val_loss']:.4f}" + ("" if bits is None else f" ({bits:.3f} bits/byte)")
+
+
+def _scaled(chart: Chart) -> list[Line]:
+    """The rows of a chart, with the values at the top, in the middle and at the bottom."""
+    n, decimals = len(chart.rows), 2 if chart.top - chart.bottom >= 0.1 else 4
+    labelled = {0: chart.top, n - 1: chart.bottom} | ({n // 2: (chart.top + chart.bottom) / 2} if n > 4 else {})
+    lines: list[Line] = []
+    for number, row in enumerate(chart.rows):
+        label = f"{labelled[number]:7.{decimals}f} ┤" if number in labelled else "        │"
+        pieces, kind, text = [(label, "dim")], "", ""
+        for cell in row:
+            if cell.kind != kind and text:
+                pieces.append((text, STYLES[kind]))
+                text = ""
+            kind, text = cell.kind, text + cell.char
+        lines.append([*pieces, (text, STYLES[kind])])
+    return lines
+
+
+def wrapped_pieces(pieces: Sequence[Line], columns: int) -> list[Line]:
+    """Short texts side by side, as many in a line as it has room for."""
+    lines: list[list[tuple[str, str]]] = []
+    room = 0
+    for piece in pieces:
+        width = 2 + sum(cells(text) for text, _ in piece)
+        if room < width:
+            lines.append([])
+            room = columns - 1
+        lines[-1] += [("  " if len(lines[-1]) else " ", ""), *((cut_cells(text, columns - 4), s) for text, s in piece)]
+        room -= width
+    return list(lines)
+
+
+def fitting(parts: Sequence[str], columns: int) -> str:
+    """Those of the parts that fit in a line, one behind the other."""
+    line = ""
+    for part in filter(None, map(plain_line, parts)):
+        longer = f"{line}  {part}" if line else part
+        line = longer if cells(longer) <= columns else line
+    return line
+
+
+def plain_line(text: str) -> str:
+    """`text` in one line of characters that have a place of their own: lines are joined, what drives a terminal is
+    escaped, what joins or varies letters goes, and of a pile of marks a few are left."""
+    kept: list[str] = []
+    marks = 0
+    for char in printable(" ".join(text.split())):
+        kind = unicodedata.category(char)
+        marks = marks + 1 if kind in ("Mn", "Me") else 0
+        if kind not in ("Cf", "Cn", "Co") and marks <= MOST_MARKS and not 0xFE00 <= ord(char) <= 0xFE0F:
+            kept.append(char)
+    return "".join(kept)
+
+
+def cells(text: str) -> int:
+    """Columns that a text takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def cut_cells(text: str, width: int) -> str:
+    """The beginning of a text that fits."""
+    from rich.cells import cell_len
+
+    while text and cell_len(text) > width:
+        text = text[: max(0, len(text) - max(1, (cell_len(text) - width) // 2))]
+    return text
+
+
+def wrapped(text: str, width: int, most: int) -> list[str]:
+    """`text` in lines of at most `width` columns, cut between words where they fit; the first `most` of them."""
+    lines: list[str] = []
+    rest = text[: 4 * width * most]
+    while rest and len(lines) < most:
+        line = cut_cells(rest[: 2 * width], width) or rest[0]
+        if len(line) < len(rest) and rest[len(line)] != " " and 2 * line.rfind(" ") > len(line):
+            line = line[: line.rfind(" ")]
+        lines.append(line.rstrip())
+        rest = rest[len(line) :].lstrip()
+    if rest and lines:
+        lines[-1] = cut_cells(lines[-1], width - 1) + "…"
+    return lines

@@ -1,0 +1,73 @@
+"""A training run as its view is told of it, without a model: what it shows is for a terminal to keep.
+
+    python driver.py N_STEPS PAUSE [fail | interrupt | race | quiet]
+
+Lines of standard input are waited for at the marks `READY`.
+"""
+
+import math
+import sys
+import time
+import warnings
+
+from nnx_cli.console.output import Output
+from nnx_cli.console.run_screen import RunFacts
+from nnx_cli.console.run_view import RaceView, TrainingView
+
+HOSTILE = (
+    "\x1b[2J\x1b[31mred\x07 \u202eright to left\u202c e"
+    + "\u0301" * 300
+    + " 小猫小猫" * 30
+    + " 👩‍👩‍👧‍👦 " * 9
+    + "x" * 500
+    + "\r\n\t\x85\x9b2J"
+)
+
+
+def record(step, n_steps, validates):
+    loss = 1.2 + 4 * math.exp(-6 * step / n_steps)
+    val = loss + 0.1 if validates else None
+    return {
+        "step": step,
+        "tokens": 1024 * step,
+        "time_s": 0.1 * step,
+        "train_loss": loss,
+        "val_loss": val,
+        "val_bits_per_byte": val and val / math.log(2),
+        "lr": 0.01 * (1 - step / n_steps),
+        "grad_norm": 0.8,
+        "tokens_per_s": 7300.0,
+        "peak_memory_bytes": 414 << 20,
+        "skipped_steps": 0,
+        "mfu": 0.31,
+    }
+
+
+def main():
+    n_steps, pause, how = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+    output = Output(quiet=how == "quiet")
+    facts = RunFacts("nyx nano, 787,072 parameters", n_steps, 7 << 30, 2.31)
+    output.note("the plan of the run")
+    with RaceView(output) if how == "race" else TrainingView(output, facts) as view:
+        if how == "race":
+            view.begins("llama, seed 1", 0.0, 1.0)
+        for step in range(1, n_steps + 1):
+            view.step(record(step, n_steps, step % 10 == 0), step / n_steps)
+            if step == n_steps // 2:
+                view.sampled(step, HOSTILE)
+                warnings.warn("a library warns", stacklevel=1)
+                if how == "fail":
+                    raise RuntimeError("it failed")
+            time.sleep(pause)
+            if step == n_steps - 1:
+                view.next_draw = 0.0  # the last one is drawn
+        if how == "wait":
+            sys.stdin.readline()
+            view.next_draw = 0.0
+            view.step(record(n_steps, n_steps, False), 1.0)
+            sys.stdin.readline()
+    output.show("the end")
+
+
+if __name__ == "__main__":
+    main()
