@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PANEL = "In depth"
 MAX_FACTOR = 1024.0
-TOKENS_PER_BATCH = 8192
 N_SAMPLES, SAMPLE_TOKENS = 16, 512  # that copies are looked for in
 SHOWN_CHARS = 200  # of the longest copy
 
@@ -94,7 +93,9 @@ def check_contexts(
 
 def show_positions(output: Output, network: LanguageModel, text: HeldOutText, positions: ByPosition) -> dict[str, Any]:
     """Loss by position in bands, and whether the context is used."""
-    verdict = positions.verdict(network, text.tokens, TOKENS_PER_BATCH)
+    from nnx_cli.evaluation.losses import BATCH_TOKENS
+
+    verdict = positions.verdict(network, text.tokens, BATCH_TOKENS)
     rows = [
         [f"{first:,}" if first == last else f"{first:,} to {last:,}", f"{loss:.4f}", _plus_minus(stderr)]
         for (first, last), loss, stderr in positions.rows()
@@ -115,10 +116,11 @@ def show_contexts(
 ) -> dict[str, Any]:
     """Loss beyond the trained length beside the loss within it, on the same targets."""
     from nnx_cli.evaluation.context import losses_by_context
+    from nnx_cli.evaluation.losses import BATCH_TOKENS
 
     seq_len = network.config.seq_len
     readable = [name for name in lengths if name not in refused]
-    found = losses_by_context(network, text.tokens, [lengths[name] for name in readable], TOKENS_PER_BATCH)
+    found = losses_by_context(network, text.tokens, [lengths[name] for name in readable], BATCH_TOKENS)
     by_name = dict(zip(["1x", *readable], found, strict=True))
     rows = [
         [

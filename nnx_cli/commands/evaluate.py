@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from nnx_cli.runs.load import ModelRef
 
 OPTIONS = settings(PrepareConfig, only=READING)
-TOKENS_PER_BATCH = 8192
 
 
 @command(*OPTIONS, branches=READING_BRANCHES)
@@ -112,7 +111,7 @@ def _losses(
 ) -> dict[str, Any]:
     """Measure losses and accuracy, and show them; `positions` watches. Returns what --json prints of them."""
     from nnx_cli.evaluation.by_document import ByDocument
-    from nnx_cli.evaluation.losses import Accuracy, evaluate
+    from nnx_cli.evaluation.losses import BATCH_TOKENS, Accuracy, evaluate
 
     token_bytes = None if ref.tokenizer is None else ref.tokenizer.token_bytes()
     seq_len, accuracy = network.config.seq_len, Accuracy()
@@ -122,7 +121,7 @@ def _losses(
         network,
         text.tokens,
         seq_len=seq_len,
-        batch_size=batch_size or max(1, TOKENS_PER_BATCH // seq_len),
+        batch_size=batch_size or max(1, BATCH_TOKENS // seq_len),
         token_bytes=token_bytes,
         watchers=watchers,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from nnx_cli.data.loader import windows_at
-from nnx_cli.evaluation.losses import Scores, evaluating, window_starts
+from nnx_cli.evaluation.losses import Scores, error_of_mean, evaluating, window_starts
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 
@@ -76,7 +75,7 @@ class ByPosition:
         if not self._band_means:
             return []
         means = np.concatenate(self._band_means)
-        return [(band, float(x.mean()), _stderr(x)) for band, x in zip(self.bands, means.T, strict=True)]
+        return [(band, float(x.mean()), error_of_mean(x)) for band, x in zip(self.bands, means.T, strict=True)]
 
     def verdict(self, model: LanguageModel, tokens: np.ndarray, batch_tokens: int) -> Verdict | str:
         """Whether context is used, or why that cannot be said. The late tokens of every window are read once more from
@@ -90,7 +89,7 @@ class ByPosition:
         chunks = np.arange(0, self.n_late, CHUNK) - (EARLY[0] - 1)
         starts = (first[:, None] + chunks).ravel()
         early = _chunk_losses(model, tokens, starts, batch_tokens).reshape(len(first), -1).mean(1)
-        stderr = _stderr(late - early)
+        stderr = error_of_mean(late - early)
         assert stderr is not None
         positions = self.seq_len - self.n_late + 1, self.seq_len
         return Verdict(positions, float(late.mean()), float(early.mean()), float((late - early).mean()), stderr)
@@ -115,8 +114,3 @@ def doubling_bands(n: int) -> list[tuple[int, int]]:
         bands.append((first, min(2 * (first - 1), n)))
         first = bands[-1][1] + 1
     return bands
-
-
-def _stderr(values: np.ndarray) -> float | None:
-    """Standard error of the mean of independent values; None for fewer than two."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -13,7 +13,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, counted
-from nnx_cli.evaluation.losses import evaluating
+from nnx_cli.evaluation.losses import error_of_mean, evaluating
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 
@@ -103,5 +103,4 @@ def _compared(length: int, means: np.ndarray, own: np.ndarray) -> ContextLoss:
     loss, difference = float(means.mean()), means - own
     if means is own or not np.isfinite(difference).all():
         return ContextLoss(length, loss)
-    stderr = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else None
-    return ContextLoss(length, loss, float(difference.mean()), stderr)
+    return ContextLoss(length, loss, float(difference.mean()), error_of_mean(difference))

@@ -24,11 +24,10 @@ from yaml import YAMLError
 from nnx_cli.config import SampleConfig
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.errors import DataError, MissingFeature, UsageError, nearest
-from nnx_cli.evaluation.losses import evaluating
+from nnx_cli.evaluation.losses import BATCH_TOKENS, evaluating
 from nnx_cli.layers.loss import token_scores
 from nnx_cli.models._base import LanguageModel
 
-TOKENS_PER_BATCH = 8192
 PROMPTS_PER_BATCH = 16
 MAX_NEW_TOKENS = 256  # where a task does not say: the harness's own default
 SEED = 1234  # of the examples before a question: the harness's own default
@@ -111,10 +110,10 @@ class HarnessModel(LM):
 
 
 def _batches(windows: Sequence[tuple[int, list[int], int]]) -> Iterator[list[tuple[int, list[int], int]]]:
-    """Windows, shortest first, in batches of at most TOKENS_PER_BATCH ids with their padding."""
+    """Windows, shortest first, in batches of at most BATCH_TOKENS ids with their padding."""
     batch: list[tuple[int, list[int], int]] = []
     for window in windows:
-        if batch and (len(batch) + 1) * len(window[1]) > TOKENS_PER_BATCH:
+        if batch and (len(batch) + 1) * len(window[1]) > BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(window)

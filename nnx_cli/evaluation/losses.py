@@ -19,6 +19,8 @@ from nnx_cli.layers.loss import token_losses, token_scores
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.cuda_graph import CudaGraph
 
+BATCH_TOKENS = 8192  # that an evaluation reads at a time, where nothing else is asked for
+
 LossFunction = Callable[[LanguageModel, Tensor, Tensor], Tensor]
 
 
@@ -159,6 +161,11 @@ def evaluate(
         n_tokens / (time.perf_counter() - started),
         tuple((nats_by_window / tokens_by_window).tolist()),
     )
+
+
+def error_of_mean(values: np.ndarray) -> float | None:
+    """Standard error of the mean of independent values; None for fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def ratio_with_error(amounts: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:

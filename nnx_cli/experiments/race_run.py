@@ -12,7 +12,7 @@ import numpy as np
 
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, Interrupted, QualityError, is_out_of_memory
-from nnx_cli.evaluation.losses import evaluate
+from nnx_cli.evaluation.losses import BATCH_TOKENS, evaluate
 from nnx_cli.evaluation.recall import recall_accuracy
 from nnx_cli.experiments.entrants import Entrant, Field
 from nnx_cli.models._base import LanguageModel
@@ -29,7 +29,6 @@ from nnx_cli.training.trainer import Trainer
 
 OUT_OF_MEMORY = "out of memory"
 EVAL_TOKENS = 2**19  # of a validation text that a finished run is judged by, at most
-EVAL_BATCH_TOKENS = 8192
 SAMPLE_SEED = 0
 MOST_POINTS = 200  # of a curve, besides validations
 
@@ -107,7 +106,7 @@ class Runner:
             entry["bits_per_byte"] = bits_per_byte(model, field.data, field.data.val)
             entry["sample"] = sample_of(model, field.data, self.sampling)
             if field.config.task == "recall":
-                rows = max(1, EVAL_BATCH_TOKENS // field.seq_len)
+                rows = max(1, BATCH_TOKENS // field.seq_len)
                 entry["recall"] = recall_accuracy(model, field.data.val[:EVAL_TOKENS], rows)
         return entry
 
@@ -144,7 +143,7 @@ def bits_per_byte(model: LanguageModel, data: TokenFolder, tokens: np.ndarray) -
         model,
         tokens,
         seq_len=seq_len,
-        batch_size=max(1, EVAL_BATCH_TOKENS // seq_len),
+        batch_size=max(1, BATCH_TOKENS // seq_len),
         token_bytes=data.tokenizer.token_bytes(),
         n_windows=None if len(tokens) <= EVAL_TOKENS else EVAL_TOKENS // seq_len,
     ).bits_per_byte

@@ -93,7 +93,7 @@ def test_a_whole_text_is_read_in_windows_that_are_full(lm, model, n):
 def test_requests_do_not_depend_on_their_company(lm, monkeypatch):
     requests = [ask("a" * n, "bc" * m) for n in (1, 9, 40) for m in (1, 3, 30)] + [ask("a", "")]
     together = lm.loglikelihood(requests)
-    monkeypatch.setattr(harness, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(harness, "BATCH_TOKENS", 1)
     alone = [lm.loglikelihood([request])[0] for request in requests]
     assert [nats for nats, _ in together] == pytest.approx([nats for nats, _ in alone], rel=1e-5)
     assert together[-1] == (0.0, True)
