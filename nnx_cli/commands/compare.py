@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 EXAMPLES = """Examples:
 
   nnx compare --models llama,nyx --budget 1M --seeds 2
-  nnx compare --size tiny --filepath book.txt --equal time --budget 5m --vram 8GB
+  nnx compare --filepath book.txt --size tiny --equal time --budget 5m
   nnx compare --runs llama-book nyx-book
   nnx compare --show weights/race-book/race.json"""
 
@@ -54,7 +54,7 @@ PREPARED_AS = ("tokenizer", "val_fraction", *READING)
 COLUMNS = ["model", "bits/byte", "ties with", "params", "outside", "lr", "tokens/s", "peak", "status"]
 TARGET_COLUMN = "tokens to target"
 EXPENDABLE = ["lr", "params", "peak", "status", "tokens/s", "outside"]  # on a narrow screen, in this order
-SAMPLE_CHARS = 240  # of each that are shown
+SAMPLE_CHARS, SAMPLE_LINES = 240, 8  # of each that are shown
 SEQ_LEN = model_fields()["seq_len"]
 SHAPE = [replace(SEQ_LEN, default=None, help=f"{SEQ_LEN.help}; default that of the size")]
 RACING, TRAIN, PREPARE = own_fields(RaceConfig), own_fields(TrainConfig), own_fields(PrepareConfig)
@@ -126,7 +126,7 @@ def run(
 
 def _compete(options: Mapping[str, Any]) -> None:
     """Run one competitor of the race in --out, for the process that holds it."""
-    from nnx_cli.experiments.race_cards import work
+    from nnx_cli.experiments.race_gpus import work
 
     work(options["out"], options["competitor"], options["parent"], options["keep"])
 
@@ -247,8 +247,8 @@ def _open(field: Field, values: Mapping[str, Any], options: Mapping[str, Any], m
 def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) -> None:
     """Run what is left of a race. Raises Interrupted where it was stopped, after saving."""
     from nnx_cli.experiments.race import Race
-    from nnx_cli.experiments.race_cards import gather, run_on_cards
     from nnx_cli.experiments.race_file import NAME, read_race
+    from nnx_cli.experiments.race_gpus import gather, run_on_gpus
     from nnx_cli.experiments.race_run import Stopped
     from nnx_cli.runs.run import hold_folder
     from nnx_cli.system.signals import stop_signals
@@ -258,11 +258,11 @@ def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) 
         race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _page_writer(output, folder))
         gather(race)
         _tell(output, race)
-        cards = _cards(values, field)
+        gpus = _gpus(values, field)
         try:
-            if len(cards) > 1:
-                output.note(f"{len(cards)} GPUs: a competitor at a time on each")
-                run_on_cards(race, cards, should_stop)
+            if len(gpus) > 1:
+                output.note(f"{len(gpus)} GPUs: a competitor at a time on each")
+                run_on_gpus(race, gpus, should_stop)
             else:
                 race.run()
         except Stopped as error:
@@ -271,7 +271,7 @@ def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) 
             raise Interrupted(f"{error}; everything is saved", fix=f"go on: {line}") from error
 
 
-def _cards(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
+def _gpus(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
     """An environment for each of several GPUs, in which a process sees that one alone; none where the race runs on one
     device. Without a tokenizer of its own a token folder is read here alone."""
     import torch
@@ -285,7 +285,7 @@ def _cards(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
         return []
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     known = seen.split(",") if seen else [str(number) for number in range(torch.cuda.device_count())]
-    return [{**os.environ, "CUDA_VISIBLE_DEVICES": card} for card in known[: torch.cuda.device_count()]]
+    return [{**os.environ, "CUDA_VISIBLE_DEVICES": gpu} for gpu in known[: torch.cuda.device_count()]]
 
 
 def _page_writer(output: Output, folder: Path) -> Any:
@@ -436,9 +436,10 @@ def _show_recall(output: Output, competitors: Sequence[Mapping[str, Any]]) -> No
 
 
 def _sample_of(entry: Mapping[str, Any]) -> str:
-    """The beginning of what a competitor wrote."""
+    """The beginning of what a competitor wrote, without blank lines."""
     written = [run["sample"] for run in entry["runs"] if run["sample"]]
-    return written[0].strip()[:SAMPLE_CHARS] if written else ""
+    lines = [line for line in written[0].split("\n") if line.strip()] if written else []
+    return "\n".join(lines[:SAMPLE_LINES])[:SAMPLE_CHARS]
 
 
 def _sentences(record: Mapping[str, Any], path: Path | None) -> list[str]:

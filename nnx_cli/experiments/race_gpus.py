@@ -49,13 +49,13 @@ def gather(race: Race) -> None:
         _part(race.folder, entrant.name).unlink()
 
 
-def run_on_cards(race: Race, cards: Sequence[Mapping[str, str]], should_stop: Callable[[], bool]) -> None:
-    """Run a race with a process for each competitor. `cards` are environments in which a process sees one GPU alone.
+def run_on_gpus(race: Race, gpus: Sequence[Mapping[str, str]], should_stop: Callable[[], bool]) -> None:
+    """Run a race with a process for each competitor. `gpus` are environments in which a process sees one GPU alone.
 
     Raises Stopped where it was asked to stop, NnxError where a process failed; then the others have saved.
     """
     race.set_state("running")
-    stopped, failed = _run_all(race, cards, should_stop)
+    stopped, failed = _run_all(race, gpus, should_stop)
     race.set_state("interrupted" if stopped else "finished")
     if failed:
         raise NnxError(f"a process of the race failed: {failed}", fix="start it again; it goes on where it was")
@@ -66,31 +66,31 @@ def run_on_cards(race: Race, cards: Sequence[Mapping[str, str]], should_stop: Ca
     race.changed(race.record)
 
 
-def _run_all(race: Race, cards: Sequence[Mapping[str, str]], should_stop: Callable[[], bool]) -> tuple[bool, str]:
-    """Start a process for each competitor, as cards become free, until all are done. Returns whether it was stopped
+def _run_all(race: Race, gpus: Sequence[Mapping[str, str]], should_stop: Callable[[], bool]) -> tuple[bool, str]:
+    """Start a process for each competitor, as GPUs become free, until all are done. Returns whether it was stopped
     before, and why a process failed."""
     waiting = [entrant for entrant in race.racing if len(race.entry(entrant)["runs"]) < len(race.seeds)]
     running: dict[int, _Process] = {}
     stopped, failed = False, ""
     with ExitStack() as files:
         while waiting or running:
-            for card in set(range(len(cards))) - running.keys():
+            for gpu in set(range(len(gpus))) - running.keys():
                 if waiting:
                     errors = files.enter_context(tempfile.TemporaryFile())
-                    running[card] = _Process(race, waiting.pop(0), cards[card], errors)
+                    running[gpu] = _Process(race, waiting.pop(0), gpus[gpu], errors)
             time.sleep(LOOK_SECONDS)
             if not stopped and (failed or should_stop()):
                 stopped = True
                 waiting.clear()
                 for process in running.values():
                     process.handle.terminate()
-            for card, process in [*running.items()]:
+            for gpu, process in [*running.items()]:
                 code = process.handle.poll()
                 if _merge(race, process.entrant):
                     race.set_state("running")
                     race.changed(race.record)
                 if code is not None:
-                    del running[card]
+                    del running[gpu]
                     failed = process.said() if code and not stopped else failed
     return stopped, failed
 

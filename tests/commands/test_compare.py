@@ -119,6 +119,12 @@ def test_a_race_is_shown_anywhere(nnx, race, workspace):
     assert result.exit_code == 0 and "tokens to target" in result.stdout and "1 comparison" in result.stdout
     assert json.loads(nnx("compare", "--show", "elsewhere.json", "--json").stdout)["state"] == "finished"
     assert Path("race.html").is_file()
+    record = json.loads(Path("elsewhere.json").read_text())
+    for competitor in record["competitors"]:
+        competitor["runs"][0]["sample"] = "\n".join(f"\n{n}\x0b" for n in range(100, 200))
+    Path("long.json").write_text(json.dumps(record))
+    shown = nnx("compare", "--show", "long.json").stdout
+    assert "107\\x0b" in shown and "108" not in shown.partition("what they write")[2].partition("comparison")[0]
     Path("race.html").write_text("mine")
     shown = nnx("compare", "--show", "elsewhere.json")
     assert shown.exit_code == 0 and "was not written by this command" in shown.stderr

@@ -15,8 +15,8 @@ from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, OutputError, 
 from nnx_cli.experiments import entrants, race_run, rate_search
 from nnx_cli.experiments import race as races
 from nnx_cli.experiments.race import Race
-from nnx_cli.experiments.race_cards import gather, run_on_cards
 from nnx_cli.experiments.race_file import read_race, write_race
+from nnx_cli.experiments.race_gpus import gather, run_on_gpus
 from nnx_cli.experiments.race_run import Stopped
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.training import sampling
@@ -430,7 +430,7 @@ def test_competitors_in_processes_of_their_own(undisturbed, searched, tokens, tm
     def run(should_stop):
         race = Race(field, folder, read_race(folder / "race.json"), watcher, "nnx compare", should_stop)
         gather(race)
-        run_on_cards(race, [environment, environment], should_stop)
+        run_on_gpus(race, [environment, environment], should_stop)
         return table(read_race(folder / "race.json"))
 
     with pytest.raises(Stopped):
