@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +15,12 @@ import typer
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.console.output import Output
-from nnx_cli.errors import DataError, DoesNotFit, MissingFeature, UsageError, counted, quoted
+from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, MissingFeature, UsageError, counted, quoted
 from nnx_cli.system.text import size
 
 if TYPE_CHECKING:
     from nnx_cli.data.token_folder import TokenFolder
-    from nnx_cli.evaluation.by_position import ByPosition
+    from nnx_cli.evaluation.by_position import ByPosition, Verdict
     from nnx_cli.evaluation.held_out import HeldOutText
     from nnx_cli.models._base import LanguageModel
     from nnx_cli.runs.load import ModelRef
@@ -91,7 +91,9 @@ def check_contexts(
     return refused
 
 
-def show_positions(output: Output, network: LanguageModel, text: HeldOutText, positions: ByPosition) -> dict[str, Any]:
+def show_positions(
+    output: Output, ref: ModelRef, network: LanguageModel, text: HeldOutText, positions: ByPosition
+) -> dict[str, Any]:
     """Loss by position in bands, and whether the context is used."""
     from nnx_cli.evaluation.losses import BATCH_TOKENS
 
@@ -103,8 +105,20 @@ def show_positions(output: Output, network: LanguageModel, text: HeldOutText, po
     if rows:
         output.table(["position", "loss", "±"], rows)
     output.show(str(verdict))
+    if not isinstance(verdict, str):
+        _coach_context(output, ref, verdict)
     measured = None if isinstance(verdict, str) else vars(verdict) | {"used": verdict.used}
     return {"by_position": positions.losses(), "context_used": measured}
+
+
+def _coach_context(output: Output, ref: ModelRef, verdict: Verdict) -> None:
+    """What to do about a context that a run does not use, where the model is a run."""
+    from nnx_cli.reporting.coach import unused_context
+    from nnx_cli.reporting.run_record import read_run
+
+    with suppress(CheckpointError):
+        if (found := unused_context(read_run(ref.folder), verdict)) is not None:
+            output.show(f"{found.text}:", f"  {found.command}")
 
 
 def show_contexts(

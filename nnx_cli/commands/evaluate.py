@@ -90,7 +90,7 @@ def run(
         source = ", ".join(filepath) if filepath else "the validation split"
         product = _losses(output, ref, network, text, batch_size, positions, source)
         if positions is not None:
-            product |= show_positions(output, network, text, positions)
+            product |= show_positions(output, ref, network, text, positions)
         if lengths:
             product |= show_contexts(output, network, text, lengths, refused)
         if training is not None:

@@ -75,7 +75,7 @@ def run(
 def _show_xray(output: Output, xray: Mapping[str, Any], vocab_size: int) -> None:
     """What an X-ray found, a row each."""
     looked_at, total = xray["sampled_bytes"], xray["train_bytes"]
-    part = f"all {total / 1e6:,.1f} MB" if looked_at >= total else f"{looked_at / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+    part = f"all {size(total)}" if looked_at >= total else f"{size(looked_at)} of {size(total)}"
     output.show("", f"X-ray of the training text ({part}; --no-xray leaves it out)")
     output.aligned(_xray_rows(xray, vocab_size), product=True)
     for number, tokens in enumerate(xray["first_lines"]):

@@ -55,6 +55,7 @@ EXAMPLES = """Examples:
 
 
 PLANNING = "planning, for which torch loads its compiler"
+MORE_TEXT = {"overfitting", "repeated"}  # findings about runs that more steps do not help
 MOST_FINDINGS = 3  # that are told at the end; the report has all
 PACE_SECONDS = 10  # of training after which its speed is known well enough
 
@@ -435,7 +436,7 @@ def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> 
         f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
     ]
     found = _coach(run, named)
-    is_longer_better = status["ended"] != "data" and "overfitting" not in {finding.rule for finding in found}
+    is_longer_better = status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in found}
     prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
     longer = max(2 * trainer.state.time_s, 60)
     return [

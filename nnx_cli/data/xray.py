@@ -75,9 +75,9 @@ def _repeated_documents(
 
 
 def _repeated_lines(train: np.ndarray, val: np.ndarray) -> dict[str, Any]:
-    """The same of lines, where there are too few documents to tell; nothing without lines that are long enough."""
+    """The same of lines, where there are too few documents to tell; nothing of fewer than two that are long enough."""
     lines, held_out = _line_hashes(train), _line_hashes(val)
-    if not len(lines):
+    if len(lines) < 2:
         return {}
     different = np.unique(lines)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 from nnx_cli import models
 from nnx_cli.config import module_names
 from nnx_cli.errors import counted, pasteable, quoted
+from nnx_cli.evaluation.by_position import Verdict
 from nnx_cli.planning.recipe import default_lr, useful_epochs
 from nnx_cli.reporting.charts import short
 from nnx_cli.reporting.foreign import mapping, number
@@ -26,6 +28,9 @@ SPIKES = 3  # jumps of the loss that are no bad luck
 FAR_BELOW, STILL_FALLING = 0.1, 0.02  # of the rate that suits the model; nats in the last quarter of a run
 HALF = 0.5  # of a run, before which some rules are silent
 LEAST_LOGGED = 8  # losses from which on their course says something
+TELLING = 0.02  # standard error in nats of a difference that is as good as none
+WELL_ABOVE = 1.1  # times as many epochs as are useful
+GUESSING = 0.9  # of the loss of a guess, above which nothing was learned
 MOST_DROPOUT = 0.5
 LENGTHS = ("--max-steps", "--max-time", "--epochs")
 # Tokens that a parameter saw: raced from 0.5 (30M parameters, 16 epochs of 0.9 MB) to 36 (0.8M, 32 epochs), see
@@ -47,6 +52,19 @@ def findings(run: RunRecord, named: str = "") -> list[Finding]:
     """What the rules find in a run, the most important first. `named` stands beside the run in commands on it."""
     numbers = _Numbers(run, named)
     return [found for rule in RULES if (found := rule(numbers)) is not None] if run.metrics else []
+
+
+def unused_context(run: RunRecord, verdict: Verdict) -> Finding | None:
+    """What `nnx eval --by-position` finds of a run: the loss far from position 64 is no lower than around it, and that
+    is no want of text to tell by."""
+    if verdict.used or (verdict.used is None and verdict.stderr > TELLING):
+        return None
+    first, last = verdict.positions
+    text = (
+        f"context beyond position 64 brings it nothing: loss {verdict.late:.3f} at positions {first:,} to {last:,}, "
+        f"{verdict.early:.3f} for the same tokens around position 64; a shorter context trains faster"
+    )
+    return Finding("unused-context", text, _Numbers(run, "").again("--seq-len", str(max(64, last // 2))))
 
 
 class _Numbers:
@@ -83,6 +101,22 @@ class _Numbers:
     def is_used_up(self) -> bool:
         """Whether it ended because its text had given what it has."""
         return self.run.status.get("ended") == "data"
+
+    @property
+    def useful_epochs(self) -> int:
+        """How often a text of that length is worth reading by a model of that size."""
+        return useful_epochs(self.parameters / self.train_tokens, int(self.train_tokens))
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the text was read more often than that."""
+        known = self.epochs is not None and self.parameters and not self.is_lora
+        return bool(known) and (self.epochs or 0.0) > WELL_ABOVE * self.useful_epochs
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether more steps on the same text may bring something."""
+        return not self.is_used_up and not self.is_repeated
 
     @property
     def is_far(self) -> bool:
@@ -184,6 +218,25 @@ def _text_is_used_up(run: _Numbers) -> Finding | None:
     return Finding("used-up", text, run.more_text())
 
 
+def _learning_rate_too_low(run: _Numbers) -> Finding | None:
+    """It is far below what suits the model, and the loss was still on its way down, or never left that of a guess."""
+    lr, suited = number(run.training.get("lr")), run.suited_lr()
+    losses = [loss for _, loss in run.run.series("train_loss")]
+    if not lr or suited is None or lr > FAR_BELOW * suited or len(losses) < LEAST_LOGGED or not run.is_far:
+        return None
+    width, middle = max(1, len(losses) // 8), 3 * len(losses) // 4
+    last, guess = _mean(losses[-width:]), math.log(max(2.0, number(run.model.get("vocab_size")) or 0.0))
+    fell = _mean(losses[middle - width : middle]) - last
+    if last > GUESSING * guess:
+        evidence = f"the loss is {last:.2f}, where a guess costs {guess:.2f}"
+    elif fell >= STILL_FALLING:
+        evidence = f"the loss still fell by {fell:.2f} nats in the last quarter"
+    else:
+        return None
+    text = f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer and width, and {evidence}"
+    return Finding("lr-too-low", text, run.again("--lr", f"{suited:g}"))
+
+
 def _worse_than_counting(run: _Numbers) -> Finding | None:
     """A table of which bytes follow four others is the better model."""
     ngram, best = run.run.ngram_bits_per_byte, number(run.run.status.get("best_val_bits_per_byte"))
@@ -193,7 +246,7 @@ def _worse_than_counting(run: _Numbers) -> Finding | None:
     if ngram is None or best is None or best <= ngram or not run.is_far:
         return None
     text = f"it is worse than a byte 5-gram: {best:.2f} bits per byte, {ngram:.2f} by counting which bytes follow four"
-    return Finding("worse-than-ngram", text, run.more_text() if run.is_used_up else run.longer())
+    return Finding("worse-than-ngram", text, run.longer() if run.can_go_on else run.more_text())
 
 
 def _fp16_skips(run: _Numbers) -> Finding | None:
@@ -212,31 +265,11 @@ def _fp16_skips(run: _Numbers) -> Finding | None:
     return Finding("fp16-skips", text, run.again("--precision", "fp32"))
 
 
-def _learning_rate_too_low(run: _Numbers) -> Finding | None:
-    """It is far below what suits the model, and the loss was still on its way down."""
-    lr, suited = number(run.training.get("lr")), run.suited_lr()
-    losses = [loss for _, loss in run.run.series("train_loss")]
-    if not lr or suited is None or lr > FAR_BELOW * suited or len(losses) < LEAST_LOGGED or not run.is_far:
-        return None
-    width = max(1, len(losses) // 8)
-    middle = 3 * len(losses) // 4
-    fell = _mean(losses[middle - width : middle]) - _mean(losses[-width:])
-    if fell < STILL_FALLING:
-        return None
-    text = (
-        f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer and width, and the loss still fell by "
-        f"{fell:.2f} nats in the last quarter"
-    )
-    return Finding("lr-too-low", text, run.again("--lr", f"{suited:g}"))
-
-
 def _text_is_repeated(run: _Numbers) -> Finding | None:
     """It was read more often than brought anything in our races."""
-    if run.epochs is None or run.is_lora or not run.parameters:
+    if not run.is_repeated:
         return None
-    useful = useful_epochs(run.parameters / run.train_tokens, int(run.train_tokens))
-    if run.epochs <= 1.1 * useful:
-        return None
+    useful = run.useful_epochs
     text = f"the text was read {run.epochs:,.0f} times; beyond {useful} nothing was gained by a model of this size"
     return Finding("repeated", text, run.again("--epochs", str(useful), LENGTHS))
 
@@ -274,9 +307,9 @@ RULES = (  # each takes the numbers of a run; the most important first
     _learning_rate_too_high,
     _overfits,
     _text_is_used_up,
+    _learning_rate_too_low,
     _worse_than_counting,
     _fp16_skips,
-    _learning_rate_too_low,
     _text_is_repeated,
     _size_is_far_off,
     _compiling_does_not_pay,

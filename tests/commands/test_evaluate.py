@@ -1,5 +1,6 @@
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_loss_by_position(nnx, run, tokens):
     assert {key: product[key] for key in plain if key != "tokens_per_s"} == {
         key: plain[key] for key in plain if key != "tokens_per_s"
     }
+
+
+def test_a_context_that_a_run_does_not_use_is_told_with_a_command(nnx, workspace):
+    """Independent draws: nothing that stands before a letter says anything of it."""
+    (workspace / "dice.txt").write_text("".join(random.Random(0).choices("abcdef", k=60_000)))
+    shape = ["--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 128, "--compile", "off"]
+    length = ["--max-steps", 60, "--sample-every", 0, "--out", "weights/dice"]
+    assert nnx("train", "--filepath", "dice.txt", *shape, *length).exit_code == 0
+    shown = nnx("eval", "weights/dice", "--by-position").stdout
+    assert "context beyond position 64 brings it nothing: loss 1." in shown
+    assert "\n  nnx " in shown and "--seq-len 64" in shown
 
 
 def test_loss_beyond_the_trained_length(nnx, run):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nnx_cli.reporting.coach import findings
+from nnx_cli.evaluation.by_position import Verdict
+from nnx_cli.reporting.coach import findings, unused_context
 from nnx_cli.reporting.run_record import RunRecord
 
 STEPS = 1000
@@ -193,6 +194,8 @@ def test_a_model_that_is_worse_than_counting():
     assert rules(record(healthy()[:8], data={"ngram_bits_per_byte": 1.8}, state="interrupted")) != []
     mine = findings(record(data={"ngram_bits_per_byte": 1.8}), " --model mine.py")[0]
     assert mine.command == "nnx train --resume weights/words --model mine.py --max-time 7m"
+    again = findings(record(data={"ngram_bits_per_byte": 1.8, "train_tokens": 100_000}))
+    assert [each.rule for each in again] == ["worse-than-ngram", "repeated"] and "--size tiny" in again[0].command
 
 
 def test_a_text_that_has_given_what_it_has():
@@ -205,6 +208,18 @@ def test_a_text_that_has_given_what_it_has():
     worse = findings(record(status=used_up, data={"ngram_bits_per_byte": 1.8}))
     assert [each.rule for each in worse] == ["used-up", "worse-than-ngram"]
     assert not any("--resume" in each.command for each in worse)
+
+
+def test_a_context_that_is_not_used():
+    run = record(model={"seq_len": 256})
+    found = unused_context(run, Verdict((193, 256), late=1.52, early=1.5, difference=0.02, stderr=0.004))
+    assert found.rule == "unused-context" and "1.520 at positions 193 to 256, 1.500 for" in found.text
+    assert "--seq-len 128 " in found.command
+    same = Verdict((193, 256), late=1.5, early=1.5, difference=0.001, stderr=0.004)
+    assert unused_context(run, same) is not None
+    little_text = Verdict((193, 256), late=1.5, early=1.52, difference=-0.02, stderr=0.08)
+    used = Verdict((193, 256), late=1.4, early=1.5, difference=-0.1, stderr=0.004)
+    assert unused_context(run, little_text) is unused_context(run, used) is None
 
 
 def test_the_most_important_comes_first():
