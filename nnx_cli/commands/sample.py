@@ -19,6 +19,7 @@ from nnx_cli.commands._options import (
     hidden,
     settings,
 )
+from nnx_cli.commands._prompt import prompt_ids, read_prompt
 from nnx_cli.config import PrepareConfig, SampleConfig, TrainConfig, check_encoding, own_fields, unescape
 from nnx_cli.console.output import Output
 from nnx_cli.errors import CheckpointError, UsageError, counted
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 SHAPE = {name: ALIASES.get(name, name) for name in ("vocab_size", "model_dim", "layer_depth", "num_attention_heads")}
 
 LIKELIEST = "the likeliest token is taken every time"
-MAX_PROMPT_BYTES = 64 * 2**20
 
 OPTIONS = [
     *settings(SampleConfig),
@@ -93,9 +93,9 @@ def run(
     ref = _newest_of_shape(shape, file) if shape and model is None else find_model(model, file)
     tokenizer = ref.tokenizer
     output.note_reading(prompt)
-    text = _read_prompt(output, prompt, prompt_file, options["encoding"])
+    text = read_prompt(output, prompt, prompt_file, options["encoding"])
     network = load_model(ref, where, precision)
-    text, ids = _prompt_ids(text, ref, network.config.vocab_size)
+    text, ids = prompt_ids(text, ref, network.config.vocab_size)
     if len(ids) > network.config.seq_len:
         output.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
     several = config.num_samples > 1
@@ -128,38 +128,6 @@ def _samples_as_json(label: str, prompt: str, result: Any) -> dict[str, Any]:
         "prefill_tokens_per_s": result.prefill_tokens_per_s,
         "decode_tokens_per_s": result.decode_tokens_per_s,
     }
-
-
-def _read_prompt(output: Output, prompt: str | None, prompt_file: Path | None, encoding: str | None) -> str:
-    """The prompt from the option, or from a file or standard input, which are read as training text is."""
-    from nnx_cli.data.charset import read_text
-    from nnx_cli.data.sources import Source
-
-    if prompt_file is None and prompt != "-":
-        return prompt or ""
-    source = Source("standard input") if prompt_file is None else Source(f"--prompt-file {prompt_file}", prompt_file)
-    with source.open() as stream:
-        text, notes = read_text(stream, MAX_PROMPT_BYTES, encoding)
-    for note in notes:
-        output.note(note)
-    return text
-
-
-def _prompt_ids(text: str, ref: ModelRef, vocab_size: int) -> tuple[str, list[int]]:
-    """A prompt as it is shown, and its token ids. Without a tokenizer the prompt is ids; without a prompt it is what a
-    text begins with, of which no line break is shown."""
-    tokenizer = ref.tokenizer
-    if not text.strip() and (tokenizer is None or not text):
-        start = ref.start_ids
-        return "" if tokenizer is None else tokenizer.decode(start).lstrip("\n"), start
-    if tokenizer is not None:
-        return text, tokenizer.encode(text).tolist()
-    words = text.split()
-    if not all(word.isdecimal() and int(word) < vocab_size for word in words):
-        raise UsageError(
-            f"this model has no tokenizer: --prompt takes ids below {vocab_size}, such as --prompt '1 2 3'"
-        )
-    return " ".join(words) + " ", [int(word) for word in words]
 
 
 def _newest_of_shape(shape: dict[str, int], file: Path | None) -> ModelRef:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nnx_cli.commands.sample import _read_prompt
+from nnx_cli.commands._prompt import read_prompt
 from nnx_cli.console.output import Output
 from nnx_cli.errors import DataError, OutputError
 from nnx_cli.system.streams import ForgivingStream, ProductStream
@@ -155,7 +155,7 @@ def test_a_prompt_from_standard_input_that_is_closed(monkeypatch, stdin):
         stdin.close()
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(DataError, match="standard input is closed"):
-        _read_prompt(Output(quiet=True), "-", None, None)
+        read_prompt(Output(quiet=True), "-", None, None)
 
 
 def test_standard_input_that_cannot_be_read(monkeypatch, tmp_path):
@@ -169,4 +169,4 @@ def test_standard_input_that_cannot_be_read(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "stdin", Unreadable())
     with pytest.raises(DataError, match="cannot read standard input: Bad file descriptor"):
-        _read_prompt(Output(quiet=True), "-", None, None)
+        read_prompt(Output(quiet=True), "-", None, None)

@@ -17,7 +17,7 @@ STEPS = (
 NORMS = (
     "Lengths that nGPT holds at 1: the shortest and longest vector of each layer's matrices, and of its states for the "
     "text; beside them the learned scales, as means. Normal: 1.000 throughout, but for rounding, quantization and "
-    "adapters; scales of a few tenths to a few."
+    "adapters; scales from a few tenths to about ten."
 )
 
 
