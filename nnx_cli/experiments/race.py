@@ -22,7 +22,7 @@ from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.find import WEIGHTS
 from nnx_cli.runs.manifest import versions
 from nnx_cli.system.device import describe
-from nnx_cli.system.files import new_folder, numbered, to_json, write_synced
+from nnx_cli.system.files import new_folder, numbered, sha256_file, to_json, write_synced
 from nnx_cli.system.text import duration
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import choose_sampling
@@ -95,8 +95,10 @@ def _blank(entrant: Entrant) -> dict[str, Any]:
 def identity(field: Field, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a race: with others it is another one. `asked` are those of training that were given."""
     config = field.config
+    files = {entrant.name: sha256_file(entrant.file) for entrant in field.entrants if entrant.file is not None}
     return {
         **asked,
+        **({"sha256": files} if files else {}),
         "task": config.task,
         "models": [entrant.model for entrant in field.entrants],
         "parameters": field.target,

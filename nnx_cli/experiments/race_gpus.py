@@ -28,7 +28,7 @@ from nnx_cli.training.observer import Silent
 from nnx_cli.training.session import configure_device
 
 LOOK_SECONDS = 0.5
-RACE_SETTINGS = ("models", "parameters", "equal", "budget", "seeds", "task", "seq_len")
+RACE_SETTINGS = ("models", "parameters", "equal", "budget", "seeds", "task", "seq_len", "sha256")
 
 
 class _Quiet(Silent):

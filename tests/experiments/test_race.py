@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnx_cli import models
 from nnx_cli.config import RaceConfig, TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, OutputError, QualityError, UsageError
@@ -370,6 +371,15 @@ def test_the_folder_of_a_race(tokens, workspace):
     Path("weights/plain").mkdir()
     with pytest.raises(OutputError, match="is no race"):
         races.find_race(settings, "a", "a CPU", "words", Path("weights/plain"))
+
+
+def test_a_file_that_is_changed_makes_another_race(tokens, tmp_path):
+    file = Path(shutil.copy(models.__path__[0] + "/llama.py", tmp_path / "mine.py"))
+    field = enter(tokens, models=f"nyx,{file}")
+    before = races.identity(field, {})
+    assert before == races.identity(enter(tokens, models=f"nyx,{file}"), {}) and before["sha256"].keys() == {"mine"}
+    file.write_text(file.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    assert before != races.identity(field, {}) and "sha256" not in races.identity(enter(tokens), {})
 
 
 def test_a_race_of_other_shapes_is_not_gone_on_with(undisturbed, tokens):
