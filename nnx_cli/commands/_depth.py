@@ -15,6 +15,7 @@ import typer
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.console.output import Output
+from nnx_cli.console.progress import Progress
 from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, MissingFeature, UsageError, counted, quoted
 from nnx_cli.system.text import size
 
@@ -97,7 +98,8 @@ def show_positions(
     """Loss by position in bands, and whether the context is used."""
     from nnx_cli.evaluation.losses import BATCH_TOKENS
 
-    verdict = positions.verdict(network, text.tokens, BATCH_TOKENS)
+    with output.spinner("reading the same tokens with less before them"):
+        verdict = positions.verdict(network, text.tokens, BATCH_TOKENS)
     rows = [
         [f"{first:,}" if first == last else f"{first:,} to {last:,}", f"{loss:.4f}", _plus_minus(stderr)]
         for (first, last), loss, stderr in positions.rows()
@@ -134,7 +136,9 @@ def show_contexts(
 
     seq_len = network.config.seq_len
     readable = [name for name in lengths if name not in refused]
-    found = losses_by_context(network, text.tokens, [lengths[name] for name in readable], BATCH_TOKENS)
+    with Progress(output) as progress:
+        tell = partial(progress.share, "reading longer contexts")
+        found = losses_by_context(network, text.tokens, [lengths[name] for name in readable], BATCH_TOKENS, tell)
     by_name = dict(zip(["1x", *readable], found, strict=True))
     rows = [
         [

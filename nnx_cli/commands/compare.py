@@ -221,8 +221,9 @@ def _text(
         folder = options["data"]
         named = preparing.tokenizer if preparing.tokenizer != "auto" else None
     else:
-        view, suited = preparation_view(output), vocabularies_for(target)
-        folder, new = prepare_tokens(options["filepath"] or [], preparing, None, view, options["out"], suited)
+        suited = vocabularies_for(target)
+        with preparation_view(output) as show:
+            folder, new = prepare_tokens(options["filepath"] or [], preparing, None, show, options["out"], suited)
         made.append(new)
     return open_tokens(folder, None, named)
 

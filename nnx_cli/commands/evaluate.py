@@ -36,6 +36,7 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console.output import Output
+from nnx_cli.console.progress import Progress
 from nnx_cli.errors import counted
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def run(
     training = training_folder(ref, "leave out --memorised, or put the folder back") if memorised else None
     loaded = load_tasks(output, ref, names, known) if names else None
     output.note_reading(*(filepath or []))
-    with held_out_text(ref, filepath or [], preparing, preparation_view(output)) as text:
+    with preparation_view(output) as tell, held_out_text(ref, filepath or [], preparing, tell) as text:
         lengths = context_lengths(network, factors)
         refused = check_contexts(ref, network, text, lengths)
         positions = ByPosition(network.config.seq_len) if by_position else None
@@ -117,14 +118,16 @@ def _losses(
     seq_len, accuracy = network.config.seq_len, Accuracy()
     documents = None if token_bytes is None else ByDocument(text.documents, token_bytes)
     watchers = [watcher.add for watcher in (accuracy, documents, positions) if watcher is not None]
-    result = evaluate(
-        network,
-        text.tokens,
-        seq_len=seq_len,
-        batch_size=batch_size or max(1, BATCH_TOKENS // seq_len),
-        token_bytes=token_bytes,
-        watchers=watchers,
-    )
+    with Progress(output) as progress:
+        n_targets = len(text.tokens) - 1
+        result = evaluate(
+            network,
+            text.tokens,
+            seq_len=seq_len,
+            batch_size=batch_size or max(1, BATCH_TOKENS // seq_len),
+            token_bytes=token_bytes,
+            watchers=[*watchers, lambda scores: progress.share("measuring", accuracy.n_tokens / n_targets)],
+        )
     over = "windows"
     if documents is not None and (stderr := documents.stderr()) is not None:
         result, over = replace(result, bits_per_byte_stderr=stderr), "documents"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,8 @@ def run(
     val_sources, suited = [val] if val else None, vocabularies_for()
     if out is None:
         out = default_folder(sources, config, val_sources, suited)
-    result = prepare(sources, out, config, val_sources, preparation_view(output), suited)
+    with preparation_view(output) as show:
+        result = prepare(sources, out, config, val_sources, show, suited)
     if result["xray"] is not None:
         result["xray"]["suggested_size"] = suited_size(result["xray"]["train_bytes"])
     output.made = out
@@ -116,14 +118,17 @@ def _count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}" if value else "none"
 
 
-def preparation_view(output: Output) -> Any:
+@contextmanager
+def preparation_view(output: Output) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A callback that shows how preparing goes."""
-    progress = Progress(output, "preparing")
+    with Progress(output) as progress:
 
-    def show(event: dict[str, Any]) -> None:
-        if "note" in event:
-            output.note(event["note"])
-        else:
-            progress.update(event["bytes"], event["total_bytes"])
+        def show(event: dict[str, Any]) -> None:
+            if "note" in event:
+                progress.end()
+                output.note(event["note"])
+            else:
+                what = "training the tokenizer" if event["phase"] == "train" else "preparing"
+                progress.n_bytes(what, event["bytes"], event["total_bytes"])
 
-    return show
+        yield show

@@ -21,6 +21,7 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import PrepareConfig, QuantizeConfig, TrainConfig, own_fields
 from nnx_cli.console.output import Output
+from nnx_cli.console.progress import Progress
 from nnx_cli.errors import quoted
 from nnx_cli.system.text import size
 
@@ -63,16 +64,18 @@ def run(
     folder = out or WEIGHTS / f"{ref.folder.resolve().name}-int{config.bits}"
     how = Quantization(bits=config.bits, group_size=config.group_size if config.bits == 4 else None, kept=keep or [])
     output.note_reading(*(filepath or []))
-    receipt, notes = quantize_model(
-        ref,
-        folder,
-        how,
-        paths=filepath or (),
-        preparing=preparing,
-        max_drop=config.max_drop,
-        device=where,
-        precision=pick_precision("auto", where),
-    )
+    with Progress(output) as progress:
+        receipt, notes = quantize_model(
+            ref,
+            folder,
+            how,
+            paths=filepath or (),
+            preparing=preparing,
+            max_drop=config.max_drop,
+            device=where,
+            precision=pick_precision("auto", where),
+            tell=progress.share,
+        )
     for note in notes:
         output.note(note)
     output.made = folder

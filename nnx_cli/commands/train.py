@@ -219,8 +219,8 @@ def _token_folder(
     if base is None and request.prepare.tokenizer in ("auto", "bpe"):
         with output.spinner(PLANNING):
             vocabularies = model_vocabularies(shape, request.train, device, precision)
-    view = preparation_view(output)
-    return prepare_tokens(request.filepath, request.prepare, base, view, request.out, vocabularies)
+    with preparation_view(output) as show:
+        return prepare_tokens(request.filepath, request.prepare, base, show, request.out, vocabularies)
 
 
 def _chosen_shape(

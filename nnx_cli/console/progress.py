@@ -52,9 +52,9 @@ class Progress:
     """A line on stderr that tells how much of something is done, and the time it has left, where there is a terminal to
     redraw it."""
 
-    def __init__(self, output: Output, what: str) -> None:
+    def __init__(self, output: Output) -> None:
         self.output = output
-        self.what = what
+        self.what = ""
         self.left = TimeLeft()
         self.started = self.last = time.monotonic()
         self.width = 0
@@ -65,18 +65,24 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def update(self, done: float, total: float | None = None) -> None:
-        """Show where it stands: a number of bytes of a `total`, if that is known; cheap to call often."""
+    def n_bytes(self, what: str, done: int, total: int | None) -> None:
+        """Show where something stands: bytes of a `total`, if that is known; cheap to call often."""
+        self._begin(what)
         if total:
             self.left.update(done / total)
         of = f" of {total / 1e6:,.0f}" if total else ""
         seconds = time.monotonic() - self.started
         self._show([f"{done / 1e6:,.0f}{of} MB", f"{done / 1e6 / max(seconds, 1e-6):,.0f} MB/s", self.left.words()])
 
-    def share(self, done: float) -> None:
-        """Show where it stands: from 0 to 1."""
+    def share(self, what: str, done: float) -> None:
+        """Show where something stands, from 0 to 1; cheap to call often."""
+        self._begin(what)
         self.left.update(done)
         self._show([f"{100 * done:.0f} %", self.left.words()])
+
+    def _begin(self, what: str) -> None:
+        if what != self.what:
+            self.what, self.left, self.started = what, TimeLeft(), time.monotonic()
 
     def _show(self, parts: list[str]) -> None:
         now = time.monotonic()

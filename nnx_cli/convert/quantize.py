@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Judge:
     token_bytes: np.ndarray | None
     max_drop: float | None
     precision: str
+    tell: Callable[[str, float], None]
 
     def attempt(self, quantization: Quantization) -> Attempt:
         """Quantize in memory, and compare."""
@@ -62,7 +64,8 @@ class Judge:
         model = model_from_config(self.ref.config, self.ref.folder, self.ref.file)
         quantize_layers(model, quantization)
         fill_model(model, widen(state), self.ref.folder, self.model.device, self.precision)
-        return Attempt(quantization, state, model, compare(self.model, model, self.tokens, self.token_bytes))
+        found = compare(self.model, model, self.tokens, self.token_bytes, partial(self.tell, "measuring"))
+        return Attempt(quantization, state, model, found)
 
     def first_within(self, quantization: Quantization) -> Attempt:
         """As asked where that costs no more than it may; else with the fewest of the most sensitive layers kept that
@@ -70,7 +73,7 @@ class Judge:
         asked = self.attempt(quantization)
         if asked.found.excess(self.max_drop) <= 0:
             return asked
-        most = sensitive_layers(self.model, quantization, self.tokens)
+        most = sensitive_layers(self.model, quantization, self.tokens, partial(self.tell, "trying each layer"))
         best = self.attempt(with_kept(quantization, most)) if most else asked
         if not best.found.excess(self.max_drop) <= 0:
             raise _too_large_a_drop(asked.found, best.found, self.max_drop, most)
@@ -137,12 +140,14 @@ def quantize_model(
     max_drop: float | None = None,
     device: torch.device,
     precision: str = "fp32",
+    tell: Callable[[str, float], None] = lambda what, done: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the folder `out` with the model of `ref`, quantized; returns the receipt, and lines on how it was measured.
 
     `max_drop` is in bits per byte (default: RELATIVE_DROP of what the model has). Measures on the text in `paths`, read
     as `preparing` says, or the run's validation split. Where the model loses more than it may, its most sensitive
-    layers stay in 16 bits. Raises OutputError where `out` exists, DataError without text, and QualityError, leaving
+    layers stay in 16 bits. `tell` hears what is at work and how much of it is done, 0 to 1. Raises OutputError where
+    `out` exists, DataError without text, and QualityError, leaving
     nothing behind, where that does not suffice.
     """
     _check_source(ref)
@@ -158,12 +163,12 @@ def quantize_model(
         if n_tokens < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         token_bytes = None if tokenizer is None else tokenizer.token_bytes()
-        best = Judge(ref, before, tokens, token_bytes, max_drop, precision).first_within(quantization)
+        best = Judge(ref, before, tokens, token_bytes, max_drop, precision, tell).first_within(quantization)
         with new_folder(out) as folder:
             config = ref.config_at(out) | {"quantization": asdict(best.quantization), "quantized_from": ref.label}
             write_model_folder(folder, config, tokenizer, best.state, ref.file)
             prompt = tokens[: max(1, min(16, before.config.seq_len // 2))].tolist()
-            speeds = _decoding_speeds((before, best.model), prompt)
+            speeds = _decoding_speeds((before, best.model), prompt, partial(tell, "decoding"))
             sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
             receipt = _write_receipt(folder, out, best, sizes, speeds, _kernels(before, best))
     notes = [*read, f"measured on {best.found.n_tokens:,} of {n_tokens - 1:,} tokens, evenly spread"]
@@ -226,12 +231,14 @@ def _kernels(before: LanguageModel, done: Attempt) -> str:
     return kernels_in_words(done.model, sum(isinstance(layer, Linear) for layer in layers), done.model.compute_dtype)
 
 
-def sensitive_layers(model: LanguageModel, quantization: Quantization, tokens: np.ndarray) -> list[str]:
+def sensitive_layers(
+    model: LanguageModel, quantization: Quantization, tokens: np.ndarray, on_progress: Callable[[float], None]
+) -> list[str]:
     """The layers that suffer most, from the worst on, as many as have no more than KEPT_SHARE of the weights."""
     layers = unique_matrices(model, quantization)
     budget = KEPT_SHARE * sum(layer.weight.numel() for layer in layers.values())
     found = []
-    for name in rank_layers(model, quantization, tokens):
+    for name in rank_layers(model, quantization, tokens, on_progress):
         if layers[name].weight.numel() <= budget:
             budget -= layers[name].weight.numel()
             found.append(name)
@@ -265,7 +272,11 @@ def narrow(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(
-    before: LanguageModel, after: LanguageModel, tokens: np.ndarray, token_bytes: np.ndarray | None
+    before: LanguageModel,
+    after: LanguageModel,
+    tokens: np.ndarray,
+    token_bytes: np.ndarray | None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> Comparison:
     """Both models on evenly spread windows of `tokens`, as many as MEASURED_FLOPS pay for; logits in chunks of rows."""
     config = before.config
@@ -291,6 +302,7 @@ def compare(
         count += targets.numel()
         if token_bytes is not None:
             n_bytes += int(token_bytes[targets.numpy()].sum())
+        on_progress(count / (len(starts) * seq_len))
     means = (sums / count).tolist()
     return Comparison(count, n_bytes or None, *means)
 
@@ -311,14 +323,17 @@ def _too_large_a_drop(
     )
 
 
-def _decoding_speeds(models: Sequence[LanguageModel], prompt: list[int]) -> list[float]:
+def _decoding_speeds(
+    models: Sequence[LanguageModel], prompt: list[int], on_progress: Callable[[float], None]
+) -> list[float]:
     """Tokens per second of each model alone with one text: the best of several short rounds, taken in turn."""
     started = time.perf_counter()
     best = [0.0] * len(models)
     how = SampleConfig(max_new_tokens=max(2, min(DECODED_TOKENS, models[0].config.seq_len - len(prompt))))
-    for _ in range(DECODING_ROUNDS):
+    for turn in range(DECODING_ROUNDS):
         for number, model in enumerate(models):
             best[number] = max(best[number], generate(model, None, [prompt], how).decode_tokens_per_s)
+        on_progress((turn + 1) / DECODING_ROUNDS)
         if time.perf_counter() - started > DECODING_SECONDS:
             break
     return best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,7 +21,12 @@ LOGITS = 2**25  # that a pass may have: 128 MiB of float32
 
 
 @torch.no_grad()
-def rank_layers(model: LanguageModel, quantization: Quantization, tokens: np.ndarray) -> list[str]:
+def rank_layers(
+    model: LanguageModel,
+    quantization: Quantization,
+    tokens: np.ndarray,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> list[str]:
     """The layers that are quantized, from that which alone costs most: the divergence of the float model's next-token
     distribution from its own with this one matrix rounded. A matrix of several layers is named once."""
     layers = unique_matrices(model, quantization)
@@ -33,6 +38,7 @@ def rank_layers(model: LanguageModel, quantization: Quantization, tokens: np.nda
         with _rounded(layer, quantization):
             divergence = shares * (reference - _log_probabilities(model, input_ids))
         costs[name] = float(divergence.sum(-1).mean().nan_to_num(nan=torch.inf))
+        on_progress(len(costs) / len(layers))
     return sorted(costs, key=lambda name: -costs[name])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,11 @@ def check_text(n_tokens: int, seq_len: int, longest: int) -> None:
 
 
 def losses_by_context(
-    model: LanguageModel, tokens: np.ndarray, lengths: Sequence[int], batch_tokens: int
+    model: LanguageModel,
+    tokens: np.ndarray,
+    lengths: Sequence[int],
+    batch_tokens: int,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> list[ContextLoss]:
     """Loss within contexts of `lengths` tokens, and first within the trained one, `seq_len`.
 
@@ -74,6 +78,7 @@ def losses_by_context(
     ends = np.arange(longest, len(tokens), longest)  # of the last target of every window
     found: list[ContextLoss] = []
     own: np.ndarray | None = None
+    done = 0
     with evaluating(model):
         for length in (seq_len, *lengths):
             size = max(1, batch_tokens // length)
@@ -81,6 +86,8 @@ def losses_by_context(
             means = _window_losses(model, tokens, batches, length, seq_len)
             own = means if own is None else own
             found.append(_compared(length, means, own))
+            done += length
+            on_progress(done / (seq_len + sum(lengths)))
     return found
 
 
