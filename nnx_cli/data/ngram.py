@@ -37,8 +37,8 @@ def bits_per_byte(train: np.ndarray, val: np.ndarray) -> float | None:
     for first, last in _ranges(singles):
         grams, counts = np.unique(_grams(train, ORDER, first, last)[0], return_counts=True)
         for n in range(ORDER, 1, -1):
-            asked, there = _grams(val, n, first, last)
-            found[n][:, there] = _look_up(grams, counts, asked)
+            asked, starts = _grams(val, n, first, last)
+            found[n][:, starts] = _look_up(grams, counts, asked)
             grams, counts = _shortened(grams, counts, train, n, first, last)
     kinds = np.count_nonzero(singles)
     chances = ((singles + kinds / N_BYTES) / (len(train) + kinds) if kinds else np.full(N_BYTES, 1 / N_BYTES))[val]
@@ -58,15 +58,15 @@ def _ranges(counts: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _grams(text: np.ndarray, n: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of a text that begin with a byte of a range, uint64 with the first byte in the highest place; and at
-    which of its places (bool) those are."""
-    n_places = max(0, len(text) - n + 1)
-    there = (text[:n_places] >= first) & (text[:n_places] <= last)
-    grams = text[:n_places][there].astype(np.uint64)
+    """The n-grams of a text that begin with a byte of a range, uint64 with the first byte in the highest place; and the
+    places where they begin."""
+    begins = text[: max(0, len(text) - n + 1)]
+    starts = np.flatnonzero((begins >= first) & (begins <= last))
+    grams = text[starts].astype(np.uint64)
     for place in range(1, n):
         grams <<= BYTE
-        grams |= text[place : place + n_places][there]
-    return grams, there
+        grams |= text[place:].take(starts)
+    return grams, starts
 
 
 def _shortened(

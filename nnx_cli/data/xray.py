@@ -21,7 +21,8 @@ from nnx_cli.data.split import MIN_DOCUMENTS
 from nnx_cli.data.token_file import START_DTYPE
 from nnx_cli.data.tokenizers.base import Tokenizer
 
-LEAST_SECONDS, SHARE = 10, 0.1  # that an X-ray may take: the larger of seconds, and a share of what preparing took
+# That an X-ray may take: the larger of 10 seconds and a tenth of what preparing took, less what is under way at its end
+LEAST_SECONDS, SHARE = 8, 0.08
 LINE_BYTES = 40  # of a line that is no copy by chance
 BLOCK_BYTES = 2**20  # decoded at once
 MOST_NAMED = 5  # odd characters
@@ -39,12 +40,12 @@ def xray(folder: Path, tokenizer: Tokenizer, meta: Mapping[str, Any], prepared_s
     train = text_of(ids, tokenizer)[:TRAIN_BYTES]
     val = text_of(spread_ids(mapped["val"], tokenizer, VAL_BYTES), tokenizer)[:VAL_BYTES]
     bits = bits_per_byte(train, val)
+    odd = _odd_characters(train) if time.perf_counter() < deadline else None
     documents = {split: (folder / f"{split}.documents").stat().st_size // START_DTYPE.itemsize for split in mapped}
     if sum(documents.values()) >= MIN_DOCUMENTS:
         copies = _repeated_documents(folder, tokenizer, documents, meta["val_documents_in_train"], deadline)
     else:
         copies = _repeated_lines(train, val) if time.perf_counter() < deadline else {}
-    odd = _odd_characters(train) if time.perf_counter() < deadline else None
     named = {f"U+{ord(char):04X}": n for char, n in (odd or Counter()).most_common(MOST_NAMED)}
     used = np.count_nonzero(histogram(ids, tokenizer.vocab_size))
     return {
