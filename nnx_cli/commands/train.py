@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
 from nnx_cli.commands._plan_table import PlanTable, show_settings, why_tokenizer
+from nnx_cli.commands._run_verdict import RunVerdict
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
 from nnx_cli.console.output import Output
@@ -26,7 +27,6 @@ from nnx_cli.errors import (
     OutputError,
     QualityError,
     UsageError,
-    counted,
     quoted,
 )
 from nnx_cli.system.text import duration
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.build import Vocabularies
     from nnx_cli.planning.plan import Plan
-    from nnx_cli.reporting.coach import Finding
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
     from nnx_cli.training.inputs import Shape
@@ -55,8 +54,6 @@ EXAMPLES = """Examples:
 
 
 PLANNING = "planning, for which torch loads its compiler"
-MORE_TEXT = {"overfitting", "repeated"}  # findings about runs that more steps do not help
-MOST_FINDINGS = 3  # that are told at the end; the report has all
 PACE_SECONDS = 10  # of training after which its speed is known well enough
 
 
@@ -414,54 +411,13 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
         )
     output.made = run.folder
     output.show_json(_as_json(run, status))
-    output.show(*_verdict(run, trainer, status, named))
+    if not output.json:
+        RunVerdict(run, trainer, status, named, _ngram_bits_per_byte(trainer.data)).show(output)
 
 
 def _as_json(run: Run, status: dict[str, Any]) -> dict[str, Any]:
     """What --json prints of a run: run.json, and which it is."""
     return status | {"out": str(run.folder), "parameters": run.config["parameters"]}
-
-
-def _verdict(run: Run, trainer: Trainer, status: dict[str, Any], named: str) -> list[str]:
-    """What happened, and what to do next."""
-    state, bits, best_step = trainer.state, status["best_val_bits_per_byte"], status["best_step"] or 0
-    quality = (
-        f"validation loss {status['best_val_loss']:.4f}" if status["best_val_loss"] is not None else "no validation"
-    )
-    if bits is not None:
-        quality += f", {bits:.3f} bits per byte"
-    parameters = f"{run.config['parameters']:,} parameters"
-    lines = [
-        f"{run.folder}: {run.config['model']['name']} with {parameters}, {counted(state.step, 'step')}, "
-        f"{state.tokens:,} tokens in {duration(state.time_s)}; {quality} (best, at step {best_step:,})"
-    ]
-    found = _coach(run, named)
-    is_longer_better = status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in found}
-    prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
-    longer = max(2 * trainer.state.time_s, 60)
-    return [
-        *lines,
-        *(line for finding in found for line in (f"{finding.text}:", f"  {finding.command}")),
-        *([f"how it went: {run.folder / 'report.html'}"] if trainer.config.report else []),
-        "next:",
-        f"  nnx sample {quoted(run.folder)}{named}{prompt}",
-        f"  nnx eval {quoted(run.folder)}{named}",
-        *(
-            [f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m"]
-            if is_longer_better
-            else []
-        ),
-    ]
-
-
-def _coach(run: Run, named: str) -> list[Finding]:
-    """What the run's own numbers say should be done otherwise; nothing where they cannot be read."""
-    from nnx_cli.reporting.coach import findings
-    from nnx_cli.reporting.run_record import read_run
-
-    with suppress(CheckpointError):
-        return findings(read_run(run.folder), named)[:MOST_FINDINGS]
-    return []
 
 
 def _command_line() -> str:

@@ -90,6 +90,33 @@ def test_words_for_people(nnx, data):
     result = nnx("train", "--data", data, *FIRST)
     assert result.exit_code == 0
     assert "weights/nyx-words: nyx with" in result.stdout.replace("\\", "/") and "nnx sample" in result.stdout
+    first, *rows = result.stdout.splitlines()
+    table = {row.split()[0]: row for row in rows[: rows.index("next:")]}
+    assert first.endswith("parameters") and {"best", "trained", "speed", "memory", "verdict"} <= table.keys()
+    assert "bits per byte, validation loss" in table["best"] and "  3 steps, 192 tokens  " in table["trained"]
+
+
+@pytest.mark.parametrize(("bits", "words"), [(20.0, "less"), (0.5, "more")])
+def test_the_end_says_how_an_n_gram_model_does(nnx, data, bits, words):
+    meta = json.loads((data / "meta.json").read_text())
+    copy = Path(shutil.copytree(data, "seen"))
+    (copy / "meta.json").write_text(json.dumps(meta | {"xray": {"ngram_bits_per_byte": bits}}))
+    result = nnx("train", "--data", copy, *FIRST)
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("n-gram model")]
+    assert row.split("  ")[1].strip() == f"{bits:.3f} bits per byte" and row.endswith(words), result.stderr
+
+
+@pytest.mark.parametrize("xray", [None, [], "x", {}, {"ngram_bits_per_byte": None}, {"ngram_bits_per_byte": "2"}])
+def test_an_xray_that_says_nothing_is_left_alone(nnx, data, xray):
+    meta = json.loads((data / "meta.json").read_text())
+    copy = Path(shutil.copytree(data, "seen"))
+    (copy / "meta.json").write_text(json.dumps(meta | {"xray": xray}))
+    result = nnx("train", "--data", copy, *FIRST)
+    assert result.exit_code == 0 and "n-gram" not in result.stdout
+
+
+def test_quiet_is_quiet(nnx, data):
+    result = nnx("train", "--data", data, *FIRST)
     assert "learning rate" in result.stderr and "\x1b" not in result.stdout + result.stderr
     quiet = nnx("train", "--data", data, *FIRST, "--quiet")
     assert quiet.exit_code == 0 and quiet.stderr == "" and "nyx-words-2" in quiet.stdout

@@ -1,0 +1,107 @@
+"""What `nnx train` says of a run that is over: a small table, a verdict, and what may be done next."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from nnx_cli.console.output import Output
+from nnx_cli.errors import CheckpointError, counted, quoted
+from nnx_cli.system.text import duration, size
+
+if TYPE_CHECKING:
+    from nnx_cli.reporting.coach import Finding
+    from nnx_cli.runs.run import Run
+    from nnx_cli.training.trainer import Trainer
+
+MORE_TEXT = {"overfitting", "repeated"}  # findings about runs that more steps do not help
+MOST_FINDINGS = 3  # that are told at the end; the report has all
+LATE = 0.9  # of the steps: a run whose best weights are from there on was still getting better
+
+
+class RunVerdict:
+    """A run that is over and its run.json. `named` stands beside the run in the commands that may follow,
+    `ngram_bits_per_byte` is what an n-gram model gets on its text."""
+
+    def __init__(
+        self, run: Run, trainer: Trainer, status: dict[str, Any], named: str, ngram_bits_per_byte: float | None
+    ) -> None:
+        self.run = run
+        self.trainer = trainer
+        self.status = status
+        self.named = named
+        self.ngram_bits_per_byte = ngram_bits_per_byte
+        self.findings = self._coach()
+
+    def show(self, output: Output) -> None:
+        """All of it, as the product."""
+        run = self.run
+        output.show(f"{run.folder}: {run.config['model']['name']} with {run.config['parameters']:,} parameters")
+        output.aligned([*self._qualities(), *self._costs(), ("verdict", self._verdict(), "")], product=True)
+        for finding in self.findings:
+            output.show(f"{finding.text}:", f"  {finding.command}")
+        output.show(*self._next())
+
+    def _coach(self) -> list[Finding]:
+        """What the run's own numbers say should be done otherwise; nothing where they cannot be read."""
+        from nnx_cli.reporting.coach import findings
+        from nnx_cli.reporting.run_record import read_run
+
+        with suppress(CheckpointError):
+            return findings(read_run(self.run.folder), self.named)[:MOST_FINDINGS]
+        return []
+
+    def _qualities(self) -> list[tuple[str, str, str]]:
+        """Best and last validation, and what an n-gram model gets."""
+        status, step = self.status, self.trainer.state.step
+        if status["best_val_loss"] is None:
+            return [("best", "no validation", "")]
+        best = status["best_val_bits_per_byte"]
+        rows = [("best", _quality(status["best_val_loss"], best), f"at step {status['best_step'] or 0:,}")]
+        if status["best_step"] != step and status.get("val_loss") is not None:
+            rows.append(("last", _quality(status["val_loss"], status.get("val_bits_per_byte")), f"at step {step:,}"))
+        if self.ngram_bits_per_byte is not None and best is not None:
+            share = best / self.ngram_bits_per_byte - 1
+            how = f"the best has {abs(share):.0%} {'more' if share > 0 else 'less'}"
+            rows.append(("n-gram model", f"{self.ngram_bits_per_byte:.3f} bits per byte", how))
+        return rows
+
+    def _costs(self) -> list[tuple[str, str, str]]:
+        """What it was trained on, how fast, in what memory."""
+        from nnx_cli.planning.rates import mfu
+        from nnx_cli.system.device import peak_memory_bytes
+
+        trainer, state = self.trainer, self.trainer.state
+        speed, peak = state.tokens / max(state.time_s, 1e-9), peak_memory_bytes(trainer.device)
+        length = f"{counted(state.step, 'step')}, {state.tokens:,} tokens"
+        rows = [("trained", length, f"in {duration(state.time_s)}")]
+        share = mfu((trainer.flops_per_token or 0) * speed, trainer.device, trainer.config.precision)
+        rows.append(("speed", f"{speed:,.0f} tokens/s", f"MFU {share:.0%}" if share else ""))
+        return rows + ([("memory", size(peak), "peak")] if peak else [])
+
+    def _verdict(self) -> str:
+        if self.findings:
+            return "this would have helped:" if len(self.findings) == 1 else "these would have helped:"
+        if self.status["best_val_loss"] is None:
+            return "nothing is known of its quality"
+        was_improving = (self.status["best_step"] or 0) >= LATE * self.trainer.state.step
+        return "healthy" + (", and still getting better when it ended" if was_improving else "")
+
+    def _next(self) -> list[str]:
+        """Where to read on, and commands."""
+        run, trainer, named = self.run, self.trainer, self.named
+        prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
+        lines = [f"how it went: {run.folder / 'report.html'}"] if trainer.config.report else []
+        lines += [
+            "next:",
+            f"  nnx sample {quoted(run.folder)}{named}{prompt}",
+            f"  nnx eval {quoted(run.folder)}{named}",
+        ]
+        if self.status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in self.findings}:
+            longer = max(2 * trainer.state.time_s, 60)
+            lines.append(f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m")
+        return lines
+
+
+def _quality(loss: float, bits: float | None) -> str:
+    return f"validation loss {loss:.4f}" if bits is None else f"{bits:.3f} bits per byte, validation loss {loss:.4f}"
