@@ -75,7 +75,7 @@ class Runner:
         run = Run(folder)
         if run.status().get("status") in ("finished", "diverged"):
             return run, None
-        trainer, notes = session.resume(session.plan_restart(run, {}, data.path, entrant.file), self.observer)
+        trainer, notes = session.resume(session.plan_restart(run, {}, file=entrant.file, data=data), self.observer)
         for note in notes:
             self.observer.note(note)
         return run, trainer

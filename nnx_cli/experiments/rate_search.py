@@ -16,10 +16,12 @@ from typing import Any
 
 from nnx_cli.data.loader import check_length
 from nnx_cli.data.token_folder import TokenFolder
+from nnx_cli.errors import CheckpointError
 from nnx_cli.experiments.entrants import Entrant, Field
 from nnx_cli.experiments.race_run import Runner, bits_per_byte, run_entry
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.load import ModelRef, load_model
+from nnx_cli.runs.run import Run
 
 FACTORS = (0.5, 1.0, 2.0)  # of the recipe's rate; one step further where the best one is at an edge
 SHARE = 0.25  # of the tokens of the competitor that sees fewest
@@ -83,18 +85,31 @@ def try_rate(runner: Runner, entrant: Entrant, rate: float, tokens: int, folder:
     """Bits per byte that a short run reaches on its part of the training text with what stands for a rate of a whole
     one, None where it diverges or memory does not suffice, and the seconds of training that took.
 
-    Raises Stopped; then nothing of it is kept.
+    It goes on from where it was interrupted. Raises Stopped.
     """
     field = runner.field
     data = training_text(field.data, field.seq_len)
-    shutil.rmtree(folder, ignore_errors=True)
-    status, _ = runner.train(entrant, _short_plan(field, entrant, rate, tokens), data, folder)
+    plan = _short_plan(field, entrant, rate, tokens)
+    if not _is_run_of(plan, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    status, _ = runner.train(entrant, plan, data, folder)
     bits, time_s = None, run_entry(folder, SEED, status, entrant.flops)["time_s"]
     if status == "finished":
         model = load_model(ModelRef(folder, file=entrant.file), field.device, field.precision)
         bits = bits_per_byte(model, data, data.val)
     shutil.rmtree(folder, ignore_errors=True)
     return {"lr": rate, "bits_per_byte": bits, "time_s": time_s}
+
+
+def _is_run_of(plan: Plan, folder: Path) -> bool:
+    """Whether a folder has a run of that plan that can be gone on with."""
+    try:
+        run = Run(folder)
+        run.newest_checkpoint()
+        training = run.config["training"]
+    except (CheckpointError, KeyError):
+        return False
+    return all(training.get(name) == getattr(plan.train, name) for name in ("lr", "max_steps", "tokens_per_step"))
 
 
 def _short_plan(field: Field, entrant: Entrant, rate: float, tokens: int) -> Plan:

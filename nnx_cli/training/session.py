@@ -194,13 +194,18 @@ class Restart:
 
 
 def plan_restart(
-    run: Run, overrides: Mapping[str, Any], data_folder: Path | None = None, file: Path | None = None
+    run: Run,
+    overrides: Mapping[str, Any],
+    data_folder: Path | None = None,
+    file: Path | None = None,
+    data: TokenFolder | None = None,
 ) -> Restart:
     """What a run goes on with from its newest intact checkpoint. Changes nothing.
 
-    `overrides` are new values of training settings, `file` is that of the architecture where it is the user's. With
-    another length, what was derived from the length is derived anew. Raises CheckpointError without an intact
-    checkpoint, DataError where the data is not the run's, UsageError for settings that disagree.
+    `overrides` are new values of training settings, `file` is that of the architecture where it is the user's, `data`
+    what the run is trained on, where that is open already. With another length, what was derived from the length is
+    derived anew. Raises CheckpointError without an intact checkpoint, DataError where the data is not the run's,
+    UsageError for settings that disagree.
     """
     old = settings_of(run)
     config, sources = same_samples(old, overrides), dict.fromkeys(overrides, "command line")
@@ -208,7 +213,7 @@ def plan_restart(
     device, precision = configure_device(config, strict=False)
     if precision != config.precision:
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
-    data, is_over = open_data(run, data_folder), False
+    data, is_over = open_data(run, data_folder) if data is None else data, False
     if any(name in overrides for name in LENGTHS):
         if config.epochs:
             assert config.tokens_per_step is not None

@@ -222,7 +222,9 @@ def test_a_race_that_is_asked_to_stop_saves_and_goes_on(undisturbed, searched, t
     with pytest.raises(Stopped, match="interrupted at step"):
         run_race(tokens, folder, should_stop=should_stop, begun=searched if known else None)
     assert len(asked) == calls and read_race(folder / "race.json")["state"] == "interrupted"
-    assert table(run_race(tokens, folder)) == table(undisturbed[1])
+    found = run_race(tokens, folder, should_stop=lambda: asked.append(None))
+    assert table(found) == table(undisturbed[1])
+    assert len(asked) == (40 if known else 80)  # as many steps as undisturbed: a short run goes on, too
 
 
 def failing(error, name="nyx"):
