@@ -47,7 +47,9 @@ def show_insides(output: Output, subject: str, tokens: Sequence[str], insides: I
         (name, _cells(weights[:, -1, shown])) for name, weights in zip(insides.layers, insides.attention, strict=True)
     ]
     if len(that_fit(_short(groups)[0], tokens[shown], _width())) < len(groups):
-        output.show("Too many heads for this screen: each column is the mean of a layer's. --layer N shows its heads.")
+        _paragraph(
+            output, "Too many heads for this screen: each column is the mean of a layer's. --layer N shows its heads."
+        )
         groups = [(name, [[sum(row) / len(row) for row in zip(*columns, strict=True)]]) for name, columns in groups]
     _over_text(output, tokens[shown], groups)
     for panel in insides.panels:
@@ -120,7 +122,7 @@ def _show_panel(output: Output, panel: Panel, tokens: Sequence[str], shown: slic
         if len(panel.rows) <= MOST_NAMED:
             strongest = [values[row, int(values[row].abs().argmax())] for row in range(len(values))]
             named = "; ".join(f"{row} {_number(float(v))}" for row, v in zip(panel.rows, strongest, strict=True))
-            output.show(*textwrap.wrap(f"darkest: {named}", _width()))
+            _paragraph(output, f"darkest: {named}")
         return
     width = len(str(int(panel.values.max()))) + 1
     words = [[f"{int(cell)}".rjust(width) for cell in row] for row in values.tolist()]
@@ -150,7 +152,7 @@ def _numbers(output: Output, panel: Panel) -> None:
     """A table of numbers; of many rows, the mean of every layer."""
     rows = [[name, *map(_number, values)] for name, values in zip(panel.rows, panel.values.tolist(), strict=True)]
     if len(rows) > MOST_ROWS:
-        output.show("Too many rows for a screen: each is the mean of a layer.")
+        _paragraph(output, "Too many rows for a screen: each is the mean of a layer.")
         groups = _grouped(panel.rows, panel.values.tolist())
         rows = [[name, *(_number(sum(v) / len(v)) for v in zip(*cells, strict=True))] for name, cells in groups]
     output.table(["", *(panel.columns or ())], rows)
@@ -195,7 +197,12 @@ def _cells(values: Tensor) -> list[list[float]]:
 
 
 def _title(output: Output, title: str, about: str) -> None:
-    output.show("", title, *textwrap.wrap(about, min(MOST_WIDTH, _width())))
+    output.show("", title)
+    _paragraph(output, about)
+
+
+def _paragraph(output: Output, words: str) -> None:
+    output.show(*textwrap.wrap(words, min(MOST_WIDTH, _width())))
 
 
 def _width() -> int:

@@ -12,7 +12,7 @@ from nnx_cli.commands._options import Device, Model, ModelFile, command
 from nnx_cli.commands._prompt import prompt_ids, read_prompt
 from nnx_cli.config import TrainConfig
 from nnx_cli.console.output import Output
-from nnx_cli.errors import UsageError, counted
+from nnx_cli.errors import DataError, UsageError, counted
 
 if TYPE_CHECKING:
     from nnx_cli.layers.insides import Insides, Panel
@@ -59,6 +59,8 @@ def run(
         refuse_foreign(html, [BEGINNING.encode()], "name another file: --html FILE")
     output.note_reading(prompt)
     text = read_prompt(output, prompt, None, None)
+    if not text:
+        raise DataError("standard input is empty", fix='--prompt "Some text"')
     network = load_model(ref, where)
     text, ids = prompt_ids(text, ref, network.config.vocab_size)
     ids = _that_fit(output, ids, network)
@@ -72,12 +74,8 @@ def run(
     tokens = [_token(ref.tokenizer, token) for token in ids]
     subject = f"{ref.label} ({network.architecture})"
     if html is not None:
-        from nnx_cli.reporting.insides_page import insides_page
-        from nnx_cli.reporting.page import write_page
-
-        write_page(html, insides_page(subject, text, tokens, insides))
-        output.made = html
-        output.show(f"{html}: {subject} and {counted(len(tokens), 'token')}; open it in a browser")
+        seen = " ".join(tokens) if ref.tokenizer is None else ref.tokenizer.decode(ids)
+        _write(output, html, subject, seen, tokens, insides)
     elif head is not None and layer is not None:
         show_map(output, tokens, insides, layer, head)
     elif layer is not None:
@@ -86,6 +84,16 @@ def run(
         show_insides(output, subject, tokens, insides)
     whole = {"model": ref.label, "architecture": network.architecture, "prompt": text, "tokens": tokens, "ids": ids}
     output.show_json(whole | _as_json(insides, layer, head) | {"out": html and str(html)})
+
+
+def _write(output: Output, html: Path, subject: str, text: str, tokens: list[str], insides: Insides) -> None:
+    """Write the page, and say where."""
+    from nnx_cli.reporting.insides_page import insides_page
+    from nnx_cli.reporting.page import write_page
+
+    write_page(html, insides_page(subject, text, tokens, insides))
+    output.made = html
+    output.show(f"{html}: {subject} and {counted(len(tokens), 'token')}; open it in a browser")
 
 
 def _that_fit(output: Output, ids: list[int], network: LanguageModel) -> list[int]:

@@ -215,19 +215,20 @@ def strips(title: str, about: str, x: Axis, rows: Sequence[Strip]) -> str:
 @dataclass(frozen=True)
 class Matrix:
     """Values of rows and columns that have names. `signed` ones have a colour on either side of 0; of a `choice` each
-    is the number of something. None: there is no value. With `root`, shades grow by the square root of values, so that
-    faint ones are seen."""
+    is the number of something. None: there is no value. The darkest is `full`, or else the largest value. With `root`,
+    shades grow by the square root of values, so that faint ones are seen."""
 
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     kind: str = "share"  # or signed, or choice
+    full: float | None = None
     root: bool = False
 
     @property
     def most(self) -> float:
-        """The largest value in size."""
-        return max((abs(value) for row in self.values for value in row if value is not None), default=0.0)
+        """What the darkest shade stands for."""
+        return self.full or max((abs(value) for row in self.values for value in row if value is not None), default=0.0)
 
 
 def heat_map(title: str, about: str, matrix: Matrix) -> str:
@@ -268,7 +269,7 @@ def _numbers_in_cells(matrix: Matrix, left: int, above: int, cell: int) -> Itera
 
 
 def heat_maps(title: str, about: str, maps: Sequence[tuple[str, Matrix]]) -> str:
-    """A figure of several matrices, each a small picture above its name, the darkest where it is largest."""
+    """A figure of several matrices, each a small picture above its name."""
     shown = []
     for name, matrix in maps:
         n_rows, n_columns = len(matrix.rows), len(matrix.columns)
@@ -304,7 +305,7 @@ def _shade(value: float | None, most: float, matrix: Matrix) -> tuple[str, int]:
         return "c0", 0
     if matrix.kind == "choice":
         return f"c{int(value) % N_COLOURS}", CHOICE_SHADE
-    share = abs(value) / most
+    share = min(1.0, abs(value) / most)
     return "c0" if value >= 0 else "c1", round(N_SHADES * (share**0.5 if matrix.root else share))
 
 

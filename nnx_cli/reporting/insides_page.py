@@ -24,12 +24,13 @@ MOST_ROWS, MOST_COLUMNS = 128, 128  # of a picture that is not over the text
 MOST_NUMBERS, NARROW = 12, 4  # columns of a table, and of one that takes half a page
 LAST = (
     "What the last token of the text reads: a row is a head, and the darker a token, the more of the head's attention "
-    "it gets. Normal: heads that differ; early in training all look at everything alike, later each at a few tokens."
+    "it gets. Normal: heads that differ; early in training all look at everything alike, and the "
+    "picture is pale; later each looks at a few tokens."
 )
 
 
 def insides_page(subject: str, prompt: str, tokens: Sequence[str], insides: Insides) -> str:
-    """The page of a prompt; `tokens` are its tokens as they are written, as far as the model saw them."""
+    """The page of a prompt, as far as the model saw it; `tokens` are its tokens as code would write them."""
     return page(
         f"Inside {subject}",
         [
@@ -60,7 +61,9 @@ def _last(tokens: Sequence[str], insides: Insides) -> Iterator[str]:
     if step > 1:
         yield paragraph(f"One head in {step} of {len(rows):,} is shown.")
     kind = "signed" if any(value < 0 for _, values in picked for value in values) else "share"
-    matrix = Matrix([name for name, _ in picked], tokens[shown], [values for _, values in picked], kind, root=True)
+    matrix = Matrix(
+        [name for name, _ in picked], _bare(tokens[shown]), [values for _, values in picked], kind, full=1, root=True
+    )
     yield charts(heat_map(f"What {tokens[-1]} reads", LAST, matrix))
 
 
@@ -75,13 +78,13 @@ def _maps(tokens: Sequence[str], insides: Insides) -> Iterator[str]:
     if step > 1:
         yield paragraph(f"One layer in {step} is shown.")
     shown = slice(max(0, len(tokens) - most), None)
-    names = tokens[shown]
+    names = _bare(tokens[shown])
     figures = []
     for name, weights in list(zip(insides.layers, insides.attention, strict=True))[::step]:
         maps = []
         for head, values in enumerate(weights[:, shown, shown].tolist(), start=1):
             kind = "signed" if float(weights[head - 1].min()) < 0 else "share"
-            maps.append((f"head {head}", Matrix(names, names, values, kind, root=True)))
+            maps.append((f"head {head}", Matrix(names, names, values, kind, full=1, root=True)))
         figures.append(heat_maps(name, "Rows read columns; the first token is on top and on the left.", maps))
     yield charts(*figures)
 
@@ -97,7 +100,7 @@ def _figure(panel: Panel, tokens: Sequence[str]) -> str:
         caption = f"<figcaption><h3>{text(panel.title)}</h3>{paragraph(panel.about)}</figcaption>"
         kind = " class=wide" if len(panel.columns) > NARROW else ""
         return f"<figure{kind}>\n{caption}\n{numbers}\n</figure>"
-    names, about = (tokens if panel.columns is None else panel.columns), panel.about
+    names, about = (_bare(tokens) if panel.columns is None else panel.columns), panel.about
     columns = slice(max(0, len(names) - MOST_TOKENS), None) if panel.columns is None else slice(MOST_COLUMNS)
     rows_shown = slice(MOST_ROWS)
     values = panel.values[rows_shown, columns]
@@ -105,6 +108,11 @@ def _figure(panel: Panel, tokens: Sequence[str]) -> str:
         shape, whole = (" x ".join(map(str, each.shape)) for each in (values, panel.values))
         about += f" Shown are {shape} of {whole} values."
     return heat_map(panel.title, about, Matrix(panel.rows[rows_shown], names[columns], _present(values), panel.kind))
+
+
+def _bare(tokens: Sequence[str]) -> list[str]:
+    """Tokens without the quotes that code has around them, which columns have no room for; blanks are seen."""
+    return [token[1:-1].replace(" ", "\u2423") if token[:1] in ("'", '"') else token for token in tokens]
 
 
 def _present(values: Tensor) -> list[list[float | None]]:

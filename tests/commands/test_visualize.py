@@ -129,6 +129,11 @@ def test_what_is_refused(run, refused, code, message, words):
     refused(code, message, "visualize", "words", *words)
 
 
+def test_standard_input_has_to_hold_something(run, nnx, refused):
+    assert "weights/words (nyx): 3 tokens" in nnx("visualize", "words", "--prompt", "-", input="abc").stdout
+    refused(3, "standard input is empty", "visualize", "words", "--prompt", "-", input="")
+
+
 def test_there_has_to_be_a_model(workspace, refused):
     refused(5, "", "visualize", "nothing", "--prompt", "a")
 

@@ -40,6 +40,11 @@ def test_signs_have_colours_and_roots_lift_what_is_faint():
     assert "darkest: -1" in figure and "half as dark: 0.25" in figure
 
 
+def test_the_darkest_shade_may_be_set():
+    figure = heat_maps("t", "a", [("head 1", Matrix(["r"], ["x", "y"], [[0.5, 3.0]], full=1))])
+    assert cells(figure) == {("c0", 0.5): "M0 0h1v1h-1z", ("c0", 1.0): "M1 0h1v1h-1z"}
+
+
 def test_choices_are_numbers():
     figure = heat_map("t", "a", Matrix(["r"], ["x", "y", "z"], [[1, 12, 1]], "choice"))
     assert re.findall(r'<text class="choice"[^>]*>(\d+)<', figure) == ["1", "12", "1"] and "darkest" not in figure
