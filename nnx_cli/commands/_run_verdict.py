@@ -97,10 +97,11 @@ class RunVerdict:
             f"  nnx sample {quoted(run.folder)}{named}{prompt}",
             f"  nnx eval {quoted(run.folder)}{named}",
         ]
-        if self.status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in self.findings}:
-            longer = max(2 * trainer.state.time_s, 60)
-            lines.append(f"  nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m")
-        return lines
+        longer = max(2 * trainer.state.time_s, 60)
+        resume = f"nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m"
+        is_told = resume in {finding.command for finding in self.findings}
+        helps = self.status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in self.findings}
+        return lines + [f"  {resume}"] * (helps and not is_told)
 
 
 def _quality(loss: float, bits: float | None) -> str:

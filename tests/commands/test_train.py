@@ -567,6 +567,11 @@ def test_a_loss_that_came_back_is_told(nnx, data):
     assert result.exit_code == 0 and "on the way; a lower learning rate learns more" in result.stdout, result.stderr
 
 
+def test_a_command_is_told_once(nnx, data):
+    shown = nnx("train", "--data", data, *SMALL, "--max-steps", 3, "--sample-every", 0, "--out", "weights/short").stdout
+    assert "it is worse than a byte 5-gram: " in shown and shown.count("nnx train --resume weights/short") == 1
+
+
 def test_overfitting_is_told_as_such(nnx, workspace):
     draw = random.Random(0)
     (workspace / "noise.txt").write_text("".join(draw.choices("abcdefghijklmnop", k=700)))
