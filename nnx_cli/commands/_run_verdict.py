@@ -62,7 +62,7 @@ class RunVerdict:
             rows.append(("last", _quality(status["val_loss"], status.get("val_bits_per_byte")), f"at step {step:,}"))
         if self.ngram_bits_per_byte is not None and best is not None:
             share = best / self.ngram_bits_per_byte - 1
-            how = f"the best has {abs(share):.0%} {'more' if share > 0 else 'less'}"
+            how = f"the best has {100 * abs(share):.0f} % {'more' if share > 0 else 'less'}"
             rows.append(("n-gram model", f"{self.ngram_bits_per_byte:.3f} bits per byte", how))
         return rows
 
@@ -76,7 +76,7 @@ class RunVerdict:
         length = f"{counted(state.step, 'step')}, {state.tokens:,} tokens"
         rows = [("trained", length, f"in {duration(state.time_s)}")]
         share = mfu((trainer.flops_per_token or 0) * speed, trainer.device, trainer.config.precision)
-        rows.append(("speed", f"{speed:,.0f} tokens/s", f"MFU {share:.0%}" if share else ""))
+        rows.append(("speed", f"{speed:,.0f} tokens/s", f"MFU {100 * share:.0f} %" if share else ""))
         return rows + ([("memory", size(peak), "peak")] if peak else [])
 
     def _verdict(self) -> str:

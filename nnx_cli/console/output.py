@@ -7,12 +7,12 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli.console.tables import aligned, make_table, side_by_side
-from nnx_cli.console.terminal import COLUMNS, columns_of, make_console, moves_cursor, styled
+from nnx_cli.console.terminal import COLUMNS, columns_of, make_console, moves_cursor, on_screen, styled
 from nnx_cli.errors import OutputError, counted
 from nnx_cli.system.text import printable, well_formed
 
@@ -133,6 +133,19 @@ class Output:
         """Whether there is a terminal to redraw lines on, and somebody who wants to see them."""
         return self.err.file.isatty() and not self.quiet and moves_cursor()  # whatever colours are asked for
 
-    def spinner(self, text: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def spinner(self, text: str) -> Iterator[None]:
         """A sign of life on stderr while something takes its time; none with --quiet or without a terminal."""
-        return self.err.status(styled(printable(text))) if self.live else nullcontext()
+        if not self.live:
+            yield
+            return
+        on_screen.append(_line_erased)
+        try:
+            with self.err.status(styled(printable(text))):
+                yield
+        finally:
+            on_screen.remove(_line_erased)
+
+
+def _line_erased() -> str:
+    return "\r\x1b[2K"

@@ -1,11 +1,13 @@
 """A training run as its view is told of it, without a model: what it shows is for a terminal to keep.
 
-    python driver.py N_STEPS PAUSE [fail | interrupt | race | quiet]
+    python driver.py N_STEPS PAUSE [run | wait | fail | leave | spin | race | quiet]
 
-Lines of standard input are waited for at the marks `READY`.
+`wait` takes a line of standard input before its last drawing, and one before its end.
 """
 
 import math
+import os
+import signal
 import sys
 import time
 import warnings
@@ -13,6 +15,8 @@ import warnings
 from nnx_cli.console.output import Output
 from nnx_cli.console.run_screen import RunFacts
 from nnx_cli.console.run_view import RaceView, TrainingView
+from nnx_cli.console.terminal import clean_screen
+from nnx_cli.system.signals import leave_on_signals
 
 HOSTILE = (
     "\x1b[2J\x1b[31mred\x07 \u202eright to left\u202c e"
@@ -48,6 +52,12 @@ def main():
     output = Output(quiet=how == "quiet")
     facts = RunFacts("nyx nano, 787,072 parameters", n_steps, 7 << 30, 2.31)
     output.note("the plan of the run")
+    if how in ("leave", "spin"):
+        leave_on_signals(clean_screen)
+    if how == "spin":
+        with output.spinner("at work"):
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGTERM)
     with RaceView(output) if how == "race" else TrainingView(output, facts) as view:
         if how == "race":
             view.begins("llama, seed 1", 0.0, 1.0)
@@ -58,6 +68,8 @@ def main():
                 warnings.warn("a library warns", stacklevel=1)
                 if how == "fail":
                     raise RuntimeError("it failed")
+                if how == "leave":
+                    os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(pause)
             if step == n_steps - 1:
                 view.next_draw = 0.0  # the last one is drawn

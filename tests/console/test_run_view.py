@@ -106,6 +106,14 @@ def test_an_interrupt_leaves_the_terminal_clean(on_terminal):
     assert_clean(terminal, "KeyboardInterrupt")
 
 
+@pytest.mark.parametrize("how", ["leave", "spin"])
+def test_a_process_that_ends_at_once_leaves_the_terminal_clean(on_terminal, how):
+    terminal = on_terminal((80, 24), "20", "0.2", how)
+    lines = [line for line in terminal.read() if line]
+    assert terminal.process.wait() == 130 and not terminal.screen.cursor.hidden
+    assert lines and not any(word in line for line in lines for word in ("at work", "──", "learning"))
+
+
 def test_a_race_has_one_bar(on_terminal):
     terminal = on_terminal((80, 24), "40", "0.03", "race")
     lines = terminal.read(lambda text: re.search(r"━ ?─+ +\d+ % .*llama, seed 1", text))
