@@ -24,6 +24,7 @@ MOST_ROWS = 24  # of a table of numbers; of more, the means of each layer
 MOST_NUMBERS = 12  # columns of one
 MOST_WIDTH = 100  # of a paragraph
 LONGEST_NAME = 9  # of a group of columns
+BELOW_ZERO = " Values below 0 are - and, stronger, =."
 MOST_NAMED = 8  # columns whose strongest value is told
 
 
@@ -42,6 +43,8 @@ def show_insides(output: Output, subject: str, tokens: Sequence[str], insides: I
         f"What the last token, {tokens[-1]}, reads: a column is a head, a group a layer, and the darkest token is what "
         "the head looks at most. A column of one shade looks at all alike."
     )
+    if any(float(weights.min()) < 0 for weights in insides.attention):
+        about += BELOW_ZERO
     _title(output, "Attention", about)
     groups = [
         (name, _cells(weights[:, -1, shown])) for name, weights in zip(insides.layers, insides.attention, strict=True)
@@ -111,7 +114,7 @@ def _show_panel(output: Output, panel: Panel, tokens: Sequence[str], shown: slic
         rows, columns = panel.values.shape
         output.show("", f"{panel.title}: {rows} x {columns} values, which --html draws and --json prints")
         return
-    _title(output, panel.title, panel.about)
+    _title(output, panel.title, panel.about + BELOW_ZERO * (panel.kind == "signed"))
     if panel.columns is not None:
         _numbers(output, panel)
         return

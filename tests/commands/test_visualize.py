@@ -73,6 +73,7 @@ def test_every_architecture_is_shown(train, nnx, name):
     own = {"llama": "Heads", "ngpt": "Steps", "n4": "Copying gate", "neon": "Functions chosen", "tape": "Segments"}
     assert result.exit_code == 0 and own[name] in result.stdout.splitlines() and result.stderr == ""
     assert max(map(len, result.stdout.splitlines())) <= 100
+    assert ("Values below 0 are - and" in " ".join(result.stdout.split())) == (name == "n4")
     page = nnx("visualize", "--prompt", PROMPT, "--html", "page.html")
     assert page.exit_code == 0 and own[name] in Path("page.html").read_text(encoding="utf-8")
     assert page.stdout.startswith("page.html: ") and page.stdout.count("\n") == 1
