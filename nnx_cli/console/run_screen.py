@@ -49,14 +49,19 @@ class RunScreen:
         if record["step"] <= self.record.get("step", 0):  # it went back to a checkpoint
             self.train.cut(record["step"])
             self.val.cut(record["step"])
-        self.record, self.progress = record, progress
-        self.left.update(progress)
+        self.record = record
+        self.move(progress)
         self.train.add(record["step"], record["train_loss"])
         if record["val_loss"] is not None:
             self.val.add(record["step"], record["val_loss"])
             self.validation = record
             if not self.best or record["val_loss"] < self.best["val_loss"]:
                 self.best = record
+
+    def move(self, progress: float) -> None:
+        """Take note of a step between the logged ones."""
+        self.progress = progress
+        self.left.update(progress)
 
     def reference(self) -> float | None:
         """The n-gram model's bits per byte in nats a token, as the losses are."""

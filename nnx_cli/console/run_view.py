@@ -60,6 +60,9 @@ class _LiveView:
             ended = time.monotonic()
             self.next_draw = ended + max(REDRAW_SECONDS, (ended - now) / SHARE)
 
+    def moved(self, progress: float) -> None:
+        """Show how far it is; the numbers are those of the last logged step."""
+
     def sampled(self, step: int, text: str) -> None:
         """Show a sample."""
         if not self.output.quiet:
@@ -102,6 +105,12 @@ class TrainingView(_LiveView):
         if record["val_loss"] is not None or (not self.block and time.monotonic() - self.last_line > PLAIN_SECONDS):
             self.last_line = time.monotonic()
             self.output.note(f"{100 * progress:5.1f} %  {self.describe(record)}")
+
+    def moved(self, progress: float) -> None:
+        """Show how far it is; the numbers are those of the last logged step."""
+        if self.block and self.screen.record:
+            self.screen.move(progress)
+            self.draw()
 
     def describe(self, record: Mapping[str, Any]) -> str:
         """The numbers of a step in a line; those that the block shows are not repeated."""

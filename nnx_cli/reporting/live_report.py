@@ -54,6 +54,9 @@ class LiveReport:
         if not self.has_begun or (waited >= LEAST_SECONDS and self.budget.is_affordable()):
             self.write()
 
+    def moved(self, progress: float) -> None:
+        """As in Observer: what is not logged is not in the page."""
+
     def sampled(self, step: int, text: str) -> None:
         """As in Observer: it stands in the next page."""
 

@@ -12,6 +12,9 @@ class Observer(Protocol):
     def step(self, record: Mapping[str, Any], progress: float) -> None:
         """A logged step: a line of metrics.jsonl; `progress` is the part of the run that is done, 0 to 1."""
 
+    def moved(self, progress: float) -> None:
+        """A step was taken, logged or not; a GPU may still be at work on it."""
+
     def sampled(self, step: int, text: str) -> None:
         """A sample was drawn."""
 
@@ -26,6 +29,9 @@ class Silent:
     """Shows nothing."""
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """As in Observer."""
+
+    def moved(self, progress: float) -> None:
         """As in Observer."""
 
     def sampled(self, step: int, text: str) -> None:
@@ -48,6 +54,11 @@ class Several:
         """As in Observer."""
         for observer in self.observers:
             observer.step(record, progress)
+
+    def moved(self, progress: float) -> None:
+        """As in Observer."""
+        for observer in self.observers:
+            observer.moved(progress)
 
     def sampled(self, step: int, text: str) -> None:
         """As in Observer."""

@@ -90,6 +90,7 @@ class Trainer:
                 if self.config is not config:  # memory ran out
                     self.write_config(run)
             done, stop = self.progress(), should_stop()
+            self.observer.moved(done)
             due = self.cadence.due(state.step, before, done, must_save=stop or self.is_overdue())
             if due.log or due.save or self.device.type != "cuda":
                 with self.training_time():

@@ -89,3 +89,11 @@ def test_before_the_first_step_it_is_starting():
     made = RunScreen(RunFacts("nyx nano"))
     assert shown(made.layout(20, 5)) == ["starting  nyx nano"]
     assert len(made.layout(80, 24)) == 2 and shown(made.layout(80, 24))[1].endswith("starting")
+
+
+def test_it_moves_between_logged_steps():
+    made = screen(40)
+    before = shown(made.layout(80, 24))
+    made.move(0.25)
+    after = shown(made.layout(80, 24))
+    assert before[1].startswith("100.0 % ━") and after[1].startswith(" 25.0 % ━") and before[2:] == after[2:]

@@ -256,6 +256,9 @@ class Watching:
     def step(self, record: dict[str, Any], progress: float) -> None:
         """Not of interest here."""
 
+    def moved(self, progress: float) -> None:
+        """Not of interest here."""
+
     def sampled(self, step: int, text: str) -> None:
         """Not of interest here."""
 

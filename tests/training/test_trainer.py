@@ -19,7 +19,7 @@ from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
 from nnx_cli.training import session, validation
 from nnx_cli.training import trainer as trainer_module
-from nnx_cli.training.observer import Silent
+from nnx_cli.training.observer import Several, Silent
 from nnx_cli.training.stepper import Execution
 
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu")
@@ -268,6 +268,20 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
         "skipped_steps",
         "mfu",
     ]
+
+
+def test_every_step_is_told(start, workspace):
+    class Watch(Silent):
+        def __init__(self):
+            self.moves = []
+
+        def moved(self, progress):
+            self.moves.append(progress)
+
+    watch = Watch()
+    run, trainer = start(workspace / "a", observer=Several(Silent(), watch), max_steps=12)
+    train(run, trainer)
+    assert watch.moves == pytest.approx([step / 12 for step in range(1, 13)])
 
 
 def test_the_schedule_ends_with_the_run(start, workspace):
