@@ -95,8 +95,8 @@ class RunScreen:
             return fitting(["starting", self.facts.title], columns)
         parts = [
             f"{100 * self.progress:.0f} %",
-            f"step {self.record['step']:,}",
             f"loss {self.record['train_loss']:.3f}",
+            f"step {self.record['step']:,}",
         ]
         if self.validation:
             parts.append(f"val {self.validation['val_loss']:.3f}")
