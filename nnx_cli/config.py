@@ -32,6 +32,7 @@ NO_TEXT = (
 )  # Python's codecs
 # parts of a run after which it is looked at
 MILESTONES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+MOST_WEIGHT_DECAY = 1e3
 BUDGETS = {"tokens": "2M", "time": "2m", "flops": "1e14"}  # of a run in a race, by what is equal
 MODULES_OF = re.compile(r"\{(\w+)\}")  # in a field's comment: the names of that package's modules
 
@@ -123,7 +124,7 @@ class TrainConfig:
         check_range("epochs", self.epochs, 0.0, 1e9, low_open=True)
         check_range("lr", self.lr, 0.0, 1e3, low_open=True)
         check_range("min-lr", self.min_lr, 0.0, 1e3)
-        check_range("weight-decay", self.weight_decay, 0.0, 1e3)
+        check_range("weight-decay", self.weight_decay, 0.0, MOST_WEIGHT_DECAY)
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("beta2", self.beta2, 0.0, 0.9999999, low_open=True)  # float32 has no more below 1

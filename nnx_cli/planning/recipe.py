@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nnx_cli import models
-from nnx_cli.config import TrainConfig
+from nnx_cli.config import MOST_WEIGHT_DECAY, TrainConfig
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._build import defaults
 from nnx_cli.planning.flops import count_parameters
@@ -121,4 +121,4 @@ def default_weight_decay(lowest: float, optimizer: str, lr: float, steps: int, e
     least = LEAST_FORGOTTEN * min(1.0, steps / SHORTEST_RACED) if optimizer == "muon" else 0.0
     wanted = max(least, epochs / EPOCHS_TO_FORGET * wider if epochs >= READ_AGAIN else 0.0)
     most = MOST_FORGOTTEN * (wider if optimizer == "muon" else 1)
-    return float(f"{min(max(lowest, wanted * unit), most * unit, MOST_DECAY / lr):.2g}")
+    return float(f"{min(max(lowest, wanted * unit), most * unit, MOST_DECAY / lr, MOST_WEIGHT_DECAY):.2g}")

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -380,6 +381,13 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
 )
 def test_weights_forget_what_they_would_know_by_heart(steps, passes, dim, weight_decay):
     assert default_weight_decay(0.1, "muon", 0.01, steps, passes, dim) == weight_decay
+
+
+@pytest.mark.parametrize("lr", [1e-9, 1e-6, 1e-3, 10.0])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_derived_weight_decay_is_one_that_may_be_given(lr, optimizer):
+    train = plan(max_steps=60, lr=lr, optimizer=optimizer).train
+    assert replace(train, weight_decay=train.weight_decay) == train
 
 
 def test_under_adamw_wide_weights_forget_no_more_than_narrow_ones():
