@@ -18,7 +18,7 @@ from nnx_cli.data.duplicates import count_repeats
 from nnx_cli.data.ngram import TRAIN_BYTES, VAL_BYTES, bits_per_byte
 from nnx_cli.data.sample import histogram, spread_ids, text_of
 from nnx_cli.data.split import MIN_DOCUMENTS
-from nnx_cli.data.token_file import START_DTYPE
+from nnx_cli.data.token_file import START_DTYPE, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 
 # That an X-ray may take: the larger of 10 seconds and a tenth of what preparing took, less what is under way at its end
@@ -118,7 +118,8 @@ def _odd_characters(text: np.ndarray) -> Counter[str]:
 def first_lines(path: Path, tokenizer: Tokenizer) -> list[list[str]]:
     """The tokens of the first lines of a .bin file that are not empty; of long ones, those that they begin with."""
     lines: list[list[str]] = [[]]
-    for number in np.fromfile(path, tokenizer.dtype, LOOKED_AT).tolist():
+    ids = next(read_ids(path, tokenizer.dtype), np.empty(0, tokenizer.dtype))[:LOOKED_AT]
+    for number in ids.tolist():
         for nth, piece in enumerate(tokenizer.tokens[number].decode("utf-8", "backslashreplace").split("\n")):
             if nth and lines[-1]:
                 lines.append([])

@@ -47,7 +47,7 @@ def find_folder(name: str) -> Path:
             f"{name!r} is a checkpoint; a run goes on from its newest one", fix=f"nnx train --resume {quoted(bare)}"
         )
     for race in (Path(name), WEIGHTS / name):
-        if name and (race / RACE).is_file():
+        if name and os.path.isfile(race / RACE):  # False of a name that no system takes
             known = ", ".join(f"{name}/{run.name}" for run in runs_of_race(race)[:3])
             raise CheckpointError(f"{name!r} is a race" + (f" of {known}, …" if known else ""), fix="nnx list --all")
     known = ", ".join(run.name for run in find_runs()[:5])

@@ -247,7 +247,7 @@ SEEN_OTHERWISE = {  # by the branches of the plan, and as properties
     "max_time": "max_time_s",
     "vram": "vram_bytes",
 }
-OF_OTHERS = {"vocab_size", "workers", "max_memory_bytes"}  # settings of PrepareConfig that train has no option for
+OF_OTHERS = {"vocab_size", "workers", "max_memory_bytes", "xray"}  # of PrepareConfig, which train has not
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.reliability.test_signals import terminal
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 
-RUN, BYTE, ADAPTED = "weights/run", "data/byte", "weights/adapted"
+RUN, BYTE, ADAPTED, RIVAL = "weights/run", "data/byte", "weights/adapted", "weights/rival"
 TRAIN = ("train", "--data", BYTE, *SHAPE, *HABITS, "--max-steps", 4)
 LINES: dict[str, tuple[Any, ...]] = {  # every command; what it makes is called "made"
     "prepare": ("prepare", "words.txt", "--out", "made"),
@@ -44,6 +44,8 @@ LINES: dict[str, tuple[Any, ...]] = {  # every command; what it makes is called 
     "merge": ("merge", ADAPTED, "--out", "made"),
     "import": ("import", "foreign/seed.pth", "--model", "nyx", "--out", "made"),
     "report": ("report", RUN),
+    "visualize": ("visualize", RUN, "--prompt", "the"),
+    "compare": ("compare", "--runs", RUN, RIVAL, "--device", "cpu"),
     "list": ("list",),
     "doctor": ("doctor",),
     "bench": ("bench", "--seconds", 0.01, "--batch-size", 1, "--seq-len", 16),
@@ -63,9 +65,10 @@ def furnished() -> Iterator[Path]:
     with scene() as folder:
         for name in ("words.txt", BYTE, RUN, "foreign/seed.pth"):
             fresh(name)
-        begin = ("train", "--init-from", RUN, "--lora-rank", 2, "--data", BYTE, *HABITS, "--max-steps", 2)
-        command = Command(folder, *begin, "--out", ADAPTED)
-        assert command.wait() == 0, command.output
+        begin = ("train", "--data", BYTE, *HABITS, "--max-steps", 2)
+        for words in (("--init-from", RUN, "--lora-rank", 2, "--out", ADAPTED), (*SHAPE, "--seed", 2, "--out", RIVAL)):
+            command = Command(folder, *begin, *words)
+            assert command.wait() == 0, command.output
         yield folder
 
 
