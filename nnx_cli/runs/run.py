@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,7 @@ from nnx_cli.system.files import (
 )
 
 LOCKED_BYTE = 2**30
+NAME_TRIES, NAME_SECONDS = 20, 0.01  # to read who holds a lock
 NUMBER = (int, float, type(None))
 STATUS_TYPES = {
     "status": str,
@@ -212,9 +214,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     """
     with _open_lock(folder / "lock") as file:
         if not _try_lock(file):
-            file.seek(0)
-            holder = file.read(40).decode("ascii", "replace").strip() or "another process"
-            raise OutputError(f"{folder} is in use by process {holder}", fix="wait for it or stop it")
+            raise OutputError(f"{folder} is in use by {_holder(file)}", fix="wait for it or stop it")
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
             file.truncate(0)
             os.write(file.fileno(), str(os.getpid()).encode())
@@ -222,6 +222,16 @@ def hold_folder(folder: Path) -> Iterator[None]:
             _remove(leftover)
         yield
         file.truncate(0)
+
+
+def _holder(file: BinaryIO) -> str:
+    """The process that holds a lock, which it writes down a moment after it took it."""
+    for _ in range(NAME_TRIES):
+        file.seek(0)
+        if name := file.read(40).decode("ascii", "replace").strip():
+            return f"process {name}"
+        time.sleep(NAME_SECONDS)
+    return "another process"
 
 
 def _open_lock(path: Path) -> BinaryIO:

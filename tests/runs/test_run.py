@@ -8,6 +8,7 @@ import torch
 
 from nnx_cli.errors import CheckpointError, OutputError
 from nnx_cli.runs import checkpoint as ckpt
+from nnx_cli.runs import run as run_module
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.load import load_model
 from nnx_cli.runs.run import Run, live_status
@@ -269,6 +270,23 @@ with Run(Path(sys.argv[1])).lock():
     print("locked", flush=True)
     sys.stdin.readline()
 """
+
+
+@pytest.mark.parametrize(("written_at", "said"), [(0, "process 77"), (3, "process 77"), (None, "another process")])
+def test_who_holds_a_folder_may_write_its_name_a_moment_later(tmp_path, monkeypatch, written_at, said):
+    path, waits = tmp_path / "lock", []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == written_at:
+            path.write_text("77")
+
+    path.write_text("77" if written_at == 0 else "")
+    monkeypatch.setattr(run_module.time, "sleep", sleep)
+    monkeypatch.setattr(run_module, "_try_lock", lambda file: False)
+    with pytest.raises(OutputError, match=f"is in use by {said}$"), run_module.hold_folder(tmp_path):
+        raise AssertionError("it is held")
+    assert sum(waits) < 1
 
 
 def test_one_writer_at_a_time(run):
