@@ -12,9 +12,9 @@ from nnx_cli.config import module_names
 from nnx_cli.errors import counted, pasteable, quoted
 from nnx_cli.evaluation.by_position import Verdict
 from nnx_cli.planning.recipe import default_lr, useful_epochs
-from nnx_cli.reporting.charts import short
 from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.reporting.run_record import RunRecord
+from nnx_cli.reporting.scales import short
 from nnx_cli.runs.command_line import changed_command
 from nnx_cli.system.files import follow
 from nnx_cli.system.text import duration

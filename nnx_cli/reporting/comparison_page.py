@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nnx_cli.reporting.charts import Axis, Line, learning_curves, short, thinned
+from nnx_cli.reporting.charts import Line, learning_curves, thinned
 from nnx_cli.reporting.foreign import mapping, number, written
 from nnx_cli.reporting.page import charts, page, paragraph, sample, section, table
 from nnx_cli.reporting.run_record import RunRecord
+from nnx_cli.reporting.scales import Axis, short
 from nnx_cli.system.text import duration
 
 POINTS = 120  # of a line, of which there may be thirty

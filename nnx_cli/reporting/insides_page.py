@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nnx_cli.errors import counted
-from nnx_cli.reporting.charts import Matrix, heat_map, heat_maps
+from nnx_cli.reporting.heat_maps import Matrix, heat_map, heat_maps
 from nnx_cli.reporting.page import charts, page, paragraph, section, table, text
 
 if TYPE_CHECKING:

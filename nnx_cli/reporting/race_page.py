@@ -9,22 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.reporting.charts import (
-    WIDE_X,
-    Axis,
-    Line,
-    Point,
-    Reference,
-    Strip,
-    chart,
-    learning_curves,
-    scientific,
-    short,
-    spans,
-    strips,
-)
+from nnx_cli.reporting.charts import WIDE_X, Line, Point, Reference, Strip, chart, learning_curves, strips
 from nnx_cli.reporting.foreign import mapping, mappings, number, written
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, write_page
+from nnx_cli.reporting.scales import Axis, scientific, short, spans
 from nnx_cli.system.text import duration, size
 
 GRID_POINTS = 120  # of a mean over seeds

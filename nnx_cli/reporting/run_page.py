@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nnx_cli.errors import counted
-from nnx_cli.reporting.charts import WIDE_Y, Axis, Line, Reference, chart, memory_unit, rescaled, spans, thinned
+from nnx_cli.reporting.charts import WIDE_Y, Line, Reference, chart, rescaled, thinned
 from nnx_cli.reporting.coach import findings
 from nnx_cli.reporting.foreign import mapping, number, written
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, text, write_page
 from nnx_cli.reporting.run_record import RunRecord, read_run
+from nnx_cli.reporting.scales import Axis, memory_unit, spans
 from nnx_cli.system.text import duration, size
 
 NAME = "report.html"

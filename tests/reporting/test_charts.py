@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from nnx_cli.reporting.charts import Axis, Line, Reference, Strip, chart, short, spans, strips, thinned, time_unit
+from nnx_cli.reporting.charts import Line, Reference, Strip, chart, strips, thinned
+from nnx_cli.reporting.scales import Axis
 
 X, Y = Axis("tokens"), Axis("loss (nats a token)")
 FALLING = [(n, 5 / n) for n in range(1, 20)]
@@ -59,23 +60,6 @@ def test_ticks_are_few_and_inside(values, log):
     figure = chart("t", "a", X, Axis("y", log=log), [Line("a", [(1, values[0]), (2, values[1])])])
     along_y = re.findall(r'<text class="tick" x="-8" y="([-\d.]+)%"[^>]*>([^<]*)<', figure)
     assert 1 <= len(along_y) <= 12 and all(0 <= float(at) <= 100 for at, _ in along_y)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.25, "0.25"),
-        (1500, "1,500"),
-        (12_000, "12k"),
-        (2.5e6, "2.5M"),
-        (3e9, "3B"),
-        (3e15, "3e15"),
-        (1e-4, "1e-4"),
-    ],
-)
-def test_numbers_have_room_on_an_axis(value, text):
-    assert short(value) == text
 
 
 def test_a_long_line_is_thinned_and_loses_no_extreme():
@@ -132,8 +116,3 @@ def test_strips_show_every_value():
     assert figure.count('class="mark c0"') == 2 and figure.count('class="mark c1"') == 1
     assert figure.count('class="bar') == 1 and figure.count('class="mean') == 2 and "Nothing to draw" not in figure
     assert "Nothing to draw" in strips("Ends", "About.", Axis("bits per byte"), [])
-
-
-def test_units_follow_what_is_measured():
-    assert time_unit(100) == ("seconds", 1) and time_unit(600) == ("minutes", 60) and time_unit(1e6)[0] == "days"
-    assert spans([1, 0, -5, 100], 40) and not spans([1, 3], 3) and not spans([], 2)

@@ -1,14 +1,11 @@
 """A page of a model's insides: what it shows, how large it grows, and that a browser reads it."""
 
-import re
-
 import pytest
 import torch
 from reporting.hostile import HOSTILE, OURS, tags
 
 from nnx_cli.inference.insides import look_inside
 from nnx_cli.layers.insides import Insides, Panel
-from nnx_cli.reporting.charts import Matrix, heat_map, heat_maps
 from nnx_cli.reporting.insides_page import insides_page
 
 MOST_BYTES = 2_000_000
@@ -20,44 +17,6 @@ def even(n_layers, n_heads, n_tokens):
     later = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(later, -torch.inf).softmax(-1)
     return Insides(list(weights), [f"layer {n + 1}" for n in range(n_layers)])
-
-
-def cells(figure):
-    """Runs of cells by colour and opacity."""
-    paths = re.findall(r'<path class="cell (c\d)" fill-opacity="([\d.]+)" d="([^"]*)"', figure)
-    return {(colour, float(opacity)): runs for colour, opacity, runs in paths}
-
-
-def test_cells_are_as_dark_as_their_values():
-    figure = heat_map("t", "a", Matrix(["r", "s"], ["x", "y", "z"], [[0.0, 1.0, 1.0], [0.5, 0.0, None]]))
-    assert cells(figure) == {("c0", 1.0): "M1 0h2v1h-2z", ("c0", 0.5): "M0 1h1v1h-1z"}
-    assert "s: most at x, 0.5." in figure and "<td>–</td>" in figure and ">x</text>" in figure
-
-
-def test_signs_have_colours_and_roots_lift_what_is_faint():
-    figure = heat_map("t", "a", Matrix(["r"], ["x", "y"], [[-1.0, 0.25]], "signed", root=True))
-    assert cells(figure) == {("c1", 1.0): "M0 0h1v1h-1z", ("c0", 0.5): "M1 0h1v1h-1z"}
-    assert "darkest: -1" in figure and "half as dark: 0.25" in figure
-
-
-def test_the_darkest_shade_may_be_set():
-    figure = heat_maps("t", "a", [("head 1", Matrix(["r"], ["x", "y"], [[0.5, 3.0]], full=1))])
-    assert cells(figure) == {("c0", 0.5): "M0 0h1v1h-1z", ("c0", 1.0): "M1 0h1v1h-1z"}
-
-
-def test_choices_are_numbers():
-    figure = heat_map("t", "a", Matrix(["r"], ["x", "y", "z"], [[1, 12, 1]], "choice"))
-    assert re.findall(r'<text class="choice"[^>]*>(\d+)<', figure) == ["1", "12", "1"] and "darkest" not in figure
-
-
-@pytest.mark.parametrize("values", [[], [[]]])
-def test_a_heat_map_of_nothing_says_so(values):
-    figure = heat_map("t", "a", Matrix(["r"] * len(values), [], values))
-    assert "Nothing to draw" in figure and "<svg" not in figure
-
-
-def test_nothing_but_zeros_is_blank():
-    assert cells(heat_maps("t", "a", [("head 1", Matrix(["r"], ["x"], [[0.0]]))])) == {}
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads", "n_tokens"), [(4, 4, 400), (20, 20, 200), (90, 8, 128), (1, 1, 1)])
