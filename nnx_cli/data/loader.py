@@ -8,33 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnx_cli.data.aligned_windows import AlignedWindows
+from nnx_cli.data.permutation import mix, permute
 from nnx_cli.errors import DataError, counted
 
 RESIDENT_TYPES = {1: np.uint8, 2: np.int32, 4: np.int32}  # of ids on a GPU, by the bytes they have on the disk
-
-
-def mix(values: np.ndarray, key: int) -> np.ndarray:
-    """A 64-bit hash of every value under a key (the finaliser of SplitMix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + np.uint64((key * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of 0 … n − 1 sends `index`: four Feistel rounds, walked until back below n."""
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low = np.uint64(2**half - 1)
-    x = index.astype(np.uint64)
-    todo = np.ones(len(x), dtype=bool)
-    while todo.any():
-        left, right = x[todo] >> np.uint64(half), x[todo] & low
-        for round_ in range(4):
-            left, right = right, left ^ (mix(right, key * 4 + round_) & low)
-        x[todo] = (left << np.uint64(half)) | right
-        todo = x >= n
-    return x.astype(np.int64)
 
 
 def check_length(n_tokens: int, seq_len: int) -> None:
@@ -50,9 +28,10 @@ class Loader:
     """Training batches of a token stream, in an order fixed by `seed`.
 
     An epoch is a permutation of windows of `seq_len` tokens (and the one that follows, as the last target). Where the
-    first window begins differs from epoch to epoch, so that the cuts do too. Targets whose bit in `mask`
-    (`TokenFolder.mask`) is 0 become `ignore_index`. A stream that fits in `room_bytes` of a GPU lives there. Raises
-    DataError for a stream shorter than one window.
+    first window begins differs from epoch to epoch, so that the cuts do too. With `documents`, their first tokens,
+    windows begin at documents instead (`AlignedWindows`). Targets whose bit in `mask` (`TokenFolder.mask`) is 0 become
+    `ignore_index`. A stream that fits in `room_bytes` of a GPU lives there. Raises DataError for a stream shorter than
+    one window.
     """
 
     def __init__(
@@ -64,6 +43,7 @@ class Loader:
         room_bytes: int = 0,
         mask: np.ndarray | None = None,
         ignore_index: int = -100,
+        documents: np.ndarray | None = None,
     ) -> None:
         check_length(len(tokens), seq_len)
         self.tokens = tokens
@@ -71,7 +51,9 @@ class Loader:
         self.seed = seed
         self.mask = mask
         self.ignore_index = ignore_index
-        self.windows = max(1, (len(tokens) - seq_len) // seq_len)  # per epoch
+        aligned = None if documents is None else AlignedWindows(documents, len(tokens), seq_len, seed)
+        self.aligned = aligned
+        self.windows = max(1, (len(tokens) - seq_len) // seq_len) if aligned is None else aligned.n  # per epoch
         self.device = device or torch.device("cpu")
         self.resident: Tensor | None = None  # the whole stream on a GPU, where batches are then cut out
         self.resident_mask: Tensor | None = None
@@ -95,19 +77,32 @@ class Loader:
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Samples first … first + count − 1 on the device: input_ids and targets, int64 (count, seq_len) each."""
-        starts = self.starts(first, count)
         if self.resident is None:
-            input_ids, targets = windows_at(self.tokens, starts, self.seq_len)
+            places = self.positions(first, count)
+            sequences = torch.from_numpy(self.tokens[places].astype(np.int64))
+            targets = sequences[:, 1:]
             if self.mask is not None:
-                counted = _bits(self.mask, starts[:, None] + np.arange(1, self.seq_len + 1))
+                counted = _bits(self.mask, places[:, 1:])
                 targets = targets.masked_fill(torch.from_numpy(counted == 0), self.ignore_index)
-            return self.send(input_ids), self.send(targets)
-        places = self.send(torch.from_numpy(starts))[:, None] + torch.arange(self.seq_len + 1, device=self.device)
-        sequences = self.resident[places].long()
+            return self.send(sequences[:, :-1]), self.send(targets)
+        on_device = self._positions_on_device(first, count)
+        sequences = self.resident[on_device].long()
         input_ids, targets = sequences[:, :-1], sequences[:, 1:]
         if self.resident_mask is not None:
-            targets = targets.masked_fill(_bits(self.resident_mask, places[:, 1:]) == 0, self.ignore_index)
+            targets = targets.masked_fill(_bits(self.resident_mask, on_device[:, 1:]) == 0, self.ignore_index)
         return input_ids, targets
+
+    def positions(self, first: int, count: int) -> np.ndarray:
+        """Positions (count, seq_len + 1) in the stream of samples first … first + count − 1."""
+        if self.aligned is not None:
+            return self.aligned.places(first, count)
+        return self.starts(first, count)[:, None] + np.arange(self.seq_len + 1)
+
+    def _positions_on_device(self, first: int, count: int) -> Tensor:
+        if self.aligned is not None:
+            return self.send(torch.from_numpy(self.aligned.places(first, count)))
+        starts = self.send(torch.from_numpy(self.starts(first, count)))
+        return starts[:, None] + torch.arange(self.seq_len + 1, device=self.device)
 
     def send(self, x: Tensor) -> Tensor:
         """`x` on the device; a GPU copies it from pinned memory while the CPU goes on."""

@@ -49,6 +49,12 @@ class TokenFolder:
     mask: np.ndarray | None = None
     """Bits, uint8 (ceil(N / 8),): token i of train counts as a target where bit i % 8 of byte i // 8 is set."""
 
+    @property
+    def begins_at_documents(self) -> bool:
+        """Whether training windows begin at documents: where only parts of those count, what stands before them in the
+        document has to be in the window."""
+        return self.mask is not None and len(self.documents["train"]) > 1
+
     @cached_property
     def ngram_bits_per_byte(self) -> float | None:
         """What a byte 5-gram gets on the validation text (`data.ngram`); None without a tokenizer.

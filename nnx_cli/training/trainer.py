@@ -57,11 +57,8 @@ class Trainer:
         self.observer = observer
         self.sampling = sampling
         self.state = TrainState()
-        resident = int(memory_budget(device, config.vram_bytes) * RESIDENT_SHARE) if device.type == "cuda" else 0
-        ignored = model.ignore_index
-        loader = Loader(data.train, model.config.seq_len, config.seed, device, resident, data.mask, ignored)
         self.journal = Journal(observer)
-        self.stepper = Stepper(model, loader, config, device, self.journal.event)
+        self.stepper = Stepper(model, make_loader(model, data, config, device), config, device, self.journal.event)
         self.cadence = Cadence(config)
         self.recovery = Recovery(self.stepper, self.state, self.journal)
         self.validation = Validation(model, data, self.stepper, self.recovery)
@@ -288,3 +285,18 @@ class Trainer:
                 fix=f"free some space, then: nnx train --resume {quoted(run.folder)}",
             ) from error
         self.journal.saved(self.state.step)
+
+
+def make_loader(model: LanguageModel, data: TokenFolder, config: TrainConfig, device: torch.device) -> Loader:
+    """Batches of the training text, whose tokens live on a GPU where they take little of it."""
+    resident = int(memory_budget(device, config.vram_bytes) * RESIDENT_SHARE) if device.type == "cuda" else 0
+    return Loader(
+        data.train,
+        model.config.seq_len,
+        config.seed,
+        device,
+        resident,
+        data.mask,
+        model.ignore_index,
+        data.documents["train"] if data.begins_at_documents else None,
+    )

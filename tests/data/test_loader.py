@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnx_cli.data.loader import Loader, permute, windows_at
+from nnx_cli.data.loader import Loader, windows_at
+from nnx_cli.data.permutation import permute
 from nnx_cli.errors import DataError
 
 
