@@ -99,6 +99,7 @@ class TrainConfig:
     save_every: int | None = None  # steps between checkpoints
     keep: int = 2  # newest checkpoints to keep
     report: bool = True  # write report.html into the run folder as the run goes
+    watch: bool = True  # keep what happens inside the model at milestones, for the report and nnx visualize
     patience: int | None = None  # stop after this many validations without a better one; default: never
     lora_rank: int | None = None  # train LoRA adapters of this rank, the weights of --init-from frozen; default: none
     seed: int = 1337  # seed of initial weights, data order and dropout

@@ -77,6 +77,7 @@ PANELS = {  # of the settings that training and preparing have
         "keep",
         "patience",
         "report",
+        "watch",
     ),
     "Data": ("tokenizer", "val_fraction", "text_key", "encoding", "separator", "errors"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
         observers = Several(view)
         started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base)
         made.clear()
-        with started.lock(), _reporting(started, observers, view, plan.train.report):
+        with started.lock(), _keeping(started, trainer, observers, view):
             _finish(output, started, trainer, view, naming(plan.model))
 
 
@@ -329,13 +329,13 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
         with TrainingView(output, _facts_of(restart)) as view:
             if not compiler_is_loaded():
                 output.note("loading torch's optimizers, and its compiler with them")
-            observers, reports = Several(view), restart.config.report
+            observers = Several(view)
             trainer, notes = session.resume(restart, observers)
             del restart  # which holds all weights once more
             for note in [*lost, *notes]:
                 output.warn(note)
             output.note(f"resuming {folder} at step {trainer.state.step}")
-            with _reporting(run, observers, view, reports):
+            with _keeping(run, trainer, observers, view):
                 _finish(output, run, trainer, view, naming(request.file))
 
 
@@ -371,15 +371,18 @@ def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
 
 
 @contextmanager
-def _reporting(run: Run, observers: Several, view: TrainingView, wanted: bool) -> Iterator[None]:
-    """Have the page of a run written as it goes and when it ends, where that is `wanted`."""
-    if not wanted:
-        yield
-        return
-    from nnx_cli.reporting.live_report import LiveReport
+def _keeping(run: Run, trainer: Trainer, observers: Several, view: TrainingView) -> Iterator[None]:
+    """Have kept what happens inside the model, and the page of a run written as it goes and when it ends, as far as
+    that is wanted."""
+    with ExitStack() as stack:
+        if trainer.config.watch:
+            from nnx_cli.reporting.watch import Watch
 
-    with LiveReport(run.folder, view.note) as report:
-        observers.observers.append(report)
+            observers.observers.append(Watch(run.folder, trainer, view.note))
+        if trainer.config.report:
+            from nnx_cli.reporting.live_report import LiveReport
+
+            observers.observers.append(stack.enter_context(LiveReport(run.folder, view.note)))
         yield
 
 

@@ -46,7 +46,7 @@ def run(
         raise UsageError("--layer and --html: give one; a page shows all layers")
     if not prompt:
         raise UsageError("--prompt is missing" if prompt is None else "--prompt is empty", fix='--prompt "Some text"')
-    from nnx_cli.inference.insides import look_inside
+    from nnx_cli.inference.insides import look_inside, token_as_code
     from nnx_cli.reporting.page import BEGINNING
     from nnx_cli.reporting.run_record import refuse_foreign
     from nnx_cli.runs.find import find_model
@@ -71,7 +71,7 @@ def run(
             "has a method insides()"
         )
     _check_range(insides, layer, head)
-    tokens = [_token(ref.tokenizer, token) for token in ids]
+    tokens = [token_as_code(ref.tokenizer, token) for token in ids]
     subject = f"{ref.label} ({network.architecture})"
     if html is not None:
         seen = " ".join(tokens) if ref.tokenizer is None else ref.tokenizer.decode(ids)
@@ -122,19 +122,6 @@ def _check_range(insides: Insides, layer: int | None, head: int | None) -> None:
 
 def _numbered(n: int, noun: str) -> str:
     return f"{noun}s 1 to {n}" if n > 1 else f"one {noun}"
-
-
-def _token(tokenizer: Any, token: int) -> str:
-    """A token as code would write it, so that blanks and line ends are seen; its id where there is no tokenizer."""
-    if tokenizer is None:
-        return str(token)
-    if token == tokenizer.eot_id:
-        return "end of text"
-    raw = tokenizer.decode_bytes([token])
-    try:
-        return repr(raw.decode())
-    except UnicodeDecodeError:
-        return repr(raw)[1:]
 
 
 def _as_json(insides: Insides, layer: int | None, head: int | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ ATTENTION = (
     "1. Normal: nothing right of the diagonal, since no token sees the future; heads differ from each other, and some "
     "look at the token before or at the very first one."
 )
+Kind = Literal["share", "signed", "choice", "number"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Panel:
     about: str
     values: Tensor  # (R, C), float32 or int64, on the CPU
     rows: Sequence[str]
-    kind: Literal["share", "signed", "choice", "number"] = "share"
+    kind: Kind = "share"
     columns: Sequence[str] | None = None
 
 

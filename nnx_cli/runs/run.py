@@ -27,6 +27,7 @@ from nnx_cli.runs.manifest import (
     replace_listed,
     write_model_folder,
 )
+from nnx_cli.runs.snapshots import cut_snapshots
 from nnx_cli.runs.tensors import read_header, size_on_disk, write_tensors
 from nnx_cli.system.files import (
     check_types,
@@ -163,7 +164,9 @@ class Run:
         logs.sync_logs(self.folder)
 
     def cut_logs(self, step: int) -> list[str]:
-        """Drop what the logs say of steps after `step`, and damaged lines; returns a note on each log that had some."""
+        """Drop what is kept of steps after `step`, snapshots too, and damaged lines; returns a note on each log that
+        had some."""
+        cut_snapshots(self.folder, step)
         return [note for name in logs.LOGS for note in logs.cut_log(self.folder / name, step)]
 
     def newest_checkpoint(self) -> tuple[Checkpoint, list[str]]:

@@ -81,6 +81,22 @@ def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
         file.seek(0)
         data = file.read()
+    return _loaded(data, path)
+
+
+def read_small(path: Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a safetensors file that nothing depends on, so that no SHA-256 of it is kept. Raises
+    CheckpointError where it is damaged, no plain file, or larger."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise CheckpointError(f"{path} is damaged: it has more than {max_bytes >> 20} MiB")
+        metadata = read_header(file, path).get("__metadata__")
+        data = file.read()
+    return _loaded(data, path), metadata if isinstance(metadata, dict) else {}
+
+
+def _loaded(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError where it is none."""
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a type or a shape that torch cannot have

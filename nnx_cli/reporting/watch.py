@@ -1,0 +1,73 @@
+"""What happens inside a model at milestones of its run: an observer that keeps it in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnx_cli.config import MILESTONES
+from nnx_cli.errors import NnxError
+from nnx_cli.inference.insides import take_snapshot
+from nnx_cli.layers.blocks import eagerly
+from nnx_cli.runs.snapshots import Snapshot, save_snapshot, steps_of
+from nnx_cli.training.cadence import TimeBudget
+from nnx_cli.training.observer import Silent
+from nnx_cli.training.trainer import Trainer
+
+SHARE = 0.01  # of a run's time that may go into looking
+MOST_TEXT = 256  # tokens of validation text that are looked at
+
+
+class Watch(Silent):
+    """Observes a run and looks into its model after the first step, at milestones as far as time allows, and at the
+    end. It changes nothing of the training, and what goes wrong with it never ends a run.
+
+    `note` shows a line, `show` what was seen.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        note: Callable[[str], None],
+        show: Callable[[Snapshot], None] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.trainer = trainer
+        self.show_note = note
+        self.show = show
+        self.budget = TimeBudget(share=SHARE)
+        self.progress = trainer.progress()
+        self.has_looked = bool(steps_of(folder))
+        self.has_failed = False
+        data = trainer.data
+        self.text: list[int] = (data.val if len(data.val) > 1 else data.train)[: MOST_TEXT + 1].tolist()
+
+    def step(self, record: Mapping[str, Any], progress: float) -> None:
+        """As in Observer: look inside where a milestone was passed since the last logged step."""
+        before, self.progress = self.progress, progress
+        passed = any(before < milestone <= progress for milestone in MILESTONES)
+        if not self.has_looked or progress >= 1.0 or (passed and self.budget.is_affordable()):
+            self.look(record["step"])
+
+    def look(self, step: int) -> None:
+        """Keep what is inside; say once where that cannot be done."""
+        self.has_looked = True
+        model, tokenizer = self.trainer.model, self.trainer.data.tokenizer
+        try:
+            with self.budget.timed(), eagerly(self.trainer.stepper.execution.compiled):
+                snapshot = take_snapshot(model, tokenizer, self.text, step)
+                save_snapshot(self.folder, snapshot)
+        except (NnxError, OSError, RuntimeError) as error:  # torch says with the last that memory is out
+            self._say(f"not watched: {error}")
+        except Exception as error:  # a user's own architecture has an `insides` of its own
+            self._say(f"not watched: insides() of the model raised {type(error).__name__}: {error}")
+        else:
+            if self.show is not None:
+                self.show(snapshot)
+
+    def _say(self, text: str) -> None:
+        if not self.has_failed:
+            self.show_note(text)
+        self.has_failed = True

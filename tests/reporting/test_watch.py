@@ -1,0 +1,173 @@
+"""What a run keeps of its model's insides: that it changes nothing of the run, comes once, and never ends one."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from nnx_cli.reporting import watch
+from nnx_cli.reporting.watch import Watch
+from nnx_cli.runs.run import Run
+from nnx_cli.runs.snapshots import read_snapshots, steps_of
+from nnx_cli.training import session
+from nnx_cli.training.observer import Several, Silent
+
+CASES = [
+    ("llama", {"dropout": 0.1}),
+    ("nyx", {}),
+    ("ngpt", {}),
+    ("n4", {"dropout": 0.1}),
+    ("neon", {"decoder": "memory"}),
+    ("neon", {"decoder": "function", "function_anneal_steps": 5, "function_balance": 0.01}),
+    ("neon", {"decoder": "function", "variant": "original"}),
+    ("tape", {"dropout": 0.1}),
+]
+SETTINGS = dict(max_steps=12, val_every=3, save_every=4, batch_size=2, grad_accum=2)
+
+
+@pytest.fixture(autouse=True)
+def there_is_always_time(monkeypatch):
+    monkeypatch.setattr(watch, "SHARE", 1e9)
+
+
+def train(run, trainer, observers, note=pytest.fail, stop_at=None):
+    """Train with a watch among the observers; returns the watch."""
+    watching = Watch(run.folder, trainer, note)
+    observers.observers.append(watching)
+    with run.lock():
+        trainer.train(run, lambda: stop_at is not None and trainer.state.step >= stop_at)
+    return watching
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+@pytest.mark.parametrize("settings", [{}, {"compile": "graph"}, {"activation_checkpointing": "on"}])
+def test_looking_changes_not_a_bit(start, tmp_path, case, settings):
+    name, fields = case
+    ends = []
+    for folder in ("plain", "watched"):
+        observers = Several()
+        run, trainer = start(tmp_path / folder, name, fields, observer=observers, **(SETTINGS | settings))
+        if folder == "watched":
+            train(run, trainer, observers)
+            assert steps_of(run.folder)[0] == 1 and steps_of(run.folder)[-1] == 12 and len(steps_of(run.folder)) > 3
+        else:
+            with run.lock():
+                trainer.train(run, lambda: False)
+        ends.append((run.newest_checkpoint()[0], torch.get_rng_state(), (run.folder / "metrics.jsonl").read_text()))
+    (one, random, _), (other, other_random, _) = ends
+    for kind in ("model", "optimizer"):
+        assert all(torch.equal(value, getattr(other, kind)[key]) for key, value in getattr(one, kind).items())
+    assert torch.equal(random, other_random)
+    losses = [[line.split('"train_loss": ')[1].split(",")[0] for line in text.splitlines()] for *_, text in ends]
+    assert losses[0] == losses[1] and len(losses[0]) > 3
+
+
+def test_compiled_blocks_run_as_before(start, tmp_path, monkeypatch):
+    """Blocks that are compiled are looked into eagerly, and go on with the code that they have."""
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    observers = Several()
+    run, trainer = start(tmp_path / "run", "llama", observer=observers, **SETTINGS)
+    for block in trainer.model.blocks:
+        block.compile(backend=count, dynamic=False)
+    trainer.stepper.execution = type(trainer.stepper.execution)(compiled=True)
+    seen = []
+
+    class Count(Silent):
+        def step(self, record, progress):
+            seen.append(len(compiled))
+
+    observers.observers.append(Count())
+    train(run, trainer, observers)
+    assert len(steps_of(run.folder)) > 3 and seen[0] > 0
+    assert seen[-1] == seen[0]
+
+
+def test_a_resumed_run_has_every_milestone_once(start, tmp_path):
+    settings = SETTINGS | {"max_steps": 40, "val_every": 4}
+    observers = Several()
+    whole, trainer = start(tmp_path / "whole", observer=observers, **settings)
+    train(whole, trainer, observers)
+    observers = Several()
+    run, trainer = start(tmp_path / "parts", observer=observers, **settings)
+    train(run, trainer, observers, stop_at=18)
+    stale = run.folder / "insides" / "step-00000019.safetensors"  # written after the last checkpoint, before a crash
+    stale.write_bytes(b"half")
+    (run.folder / ".tmp-insides-1").write_bytes(b"half")
+    observers = Several()
+    run = Run(run.folder)
+    trainer, _ = session.resume(session.plan_restart(run, {}), observers)
+    assert not stale.exists()
+    train(run, trainer, observers)
+    assert steps_of(run.folder) == steps_of(whole.folder) and not list(run.folder.glob(".tmp-*"))
+    one, other = (read_snapshots(each.folder)[0] for each in (whole, run))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.norms.values, b.norms.values)
+        assert all(map(torch.equal, a.insides.attention, b.insides.attention))
+
+
+def test_a_run_that_goes_back_drops_what_came_after(start, tmp_path):
+    observers = Several()
+    run, trainer = start(tmp_path / "run", observer=observers, **SETTINGS)
+    train(run, trainer, observers, stop_at=8)
+    before = steps_of(run.folder)
+    trainer.journal.cut(run, 4)
+    assert before[-1] > 4 and steps_of(run.folder) == [step for step in before if step <= 4]
+
+
+def test_looking_takes_a_small_share_of_the_time(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "SHARE", 0.01)
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    run, trainer = start(tmp_path / "run")
+    watching = Watch(run.folder, trainer, pytest.fail)
+    looks = []
+
+    def look(step):
+        with watching.budget.timed():
+            now[0] += 2
+        watching.has_looked = True
+        looks.append(step)
+
+    monkeypatch.setattr(watching, "look", look)
+    for step in range(1, 1001):
+        now[0] += 1
+        watching.step({"step": step}, step / 1000)
+    assert looks[0] == 1 and looks[-1] == 1000 and 2 * len(looks) <= 0.01 * 1000 + 3 * 2
+
+
+@pytest.mark.parametrize("why", ["disk", "memory", "own"])
+def test_what_goes_wrong_is_said_once_and_ends_nothing(start, tmp_path, monkeypatch, why):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_):
+        raise {"memory": torch.OutOfMemoryError("out of memory"), "own": KeyError("mine")}[why]
+
+    observers = Several()
+    run, trainer = start(tmp_path / "run", observer=observers, **SETTINGS)
+    if why == "disk":
+        monkeypatch.setattr("nnx_cli.runs.snapshots.write_tensors", full)
+    else:
+        monkeypatch.setattr(trainer.model, "insides", fail)
+    notes = []
+    train(run, trainer, observers, notes.append)
+    expected = {"disk": "disk full while writing", "memory": "out of memory", "own": "raised KeyError: 'mine'"}[why]
+    assert len(notes) == 1 and notes[0].startswith("not watched: ") and expected in notes[0]
+    assert trainer.state.step == 12 and steps_of(run.folder) == [] and trainer.model.training
+    assert not [name for name in os.listdir(run.folder) if name.startswith(".tmp")]
+
+
+def test_the_text_is_the_beginning_of_the_validation_text(start, tmp_path, tokens):
+    observers = Several()
+    run, trainer = start(tmp_path / "run", observer=observers, **SETTINGS)
+    train(run, trainer, observers)
+    last = read_snapshots(run.folder)[0][-1]
+    text = tokens.tokenizer.decode(tokens.val[:33])
+    assert "".join(last.surprise.columns) == text.rstrip("\ufffd") and last.step == 12
+    assert "".join(map(eval, last.tokens[:3])) == text[:3]
