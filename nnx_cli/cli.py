@@ -47,6 +47,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "compare": ("compare", "Race architectures on one text, size and budget."),
     "quantize": ("quantize", "Make a smaller, faster copy of a model."),
     "merge": ("merge", "Add the adapters of --lora-rank to the weights."),
+    "export": ("export", "Write a model for other programs, and check it there."),
     "import": ("import_original", "Read an original's checkpoint, running nothing that is in it."),
     "list": ("list_runs", "List the models in weights/: runs, and what was made of them."),
     "doctor": ("doctor", "Look at this machine's set-up and say how to mend it."),

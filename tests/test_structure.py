@@ -46,6 +46,7 @@ EXTRAS = {
     "rustbpe",
     "tiktoken_ext",
     "tokenizers",
+    "transformers",
 }
 SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data"}  # by operating system or build
 SELDOM_NEEDED = {"charset_normalizer", "rich", "typer", "tomllib", "functorch"}

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from nnx_cli.data.loader import windows_at
-from nnx_cli.errors import DataError, QualityError, UsageError
-from nnx_cli.evaluation.held_out import held_out_text
-from nnx_cli.evaluation.losses import window_starts
+from nnx_cli.errors import QualityError, UsageError
+from nnx_cli.evaluation.held_out import sample_windows
 from nnx_cli.layers.lora import merge_adapters
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.runs.manifest import write_model_folder
@@ -35,7 +33,8 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
     adapted = load_model(ref, device)
     merged = copy.deepcopy(adapted)
     merge_adapters(merged)
-    ids = _sample_ids(ref, adapted.config.vocab_size, adapted.config.seq_len).to(device)
+    shape = adapted.config
+    ids = sample_windows(ref, shape.vocab_size, COMPARED_WINDOWS, shape.seq_len).to(device)
     difference = (adapted(ids) - merged(ids)).abs().max().item()
     if not difference <= TOLERANCE:
         raise QualityError(f"the merged model differs from its adapter by {difference:.1e} in a logit")
@@ -44,13 +43,3 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
         config |= {"parameters": parameters, "merged_from": ref.label}
         write_model_folder(folder, config, ref.tokenizer, merged.state_without_ties(), ref.file)
     return {"out": str(out), "parameters": parameters, "largest_logit_difference": difference}
-
-
-def _sample_ids(ref: ModelRef, vocab_size: int, seq_len: int) -> torch.Tensor:
-    """Token ids (B, T) to compare two models on."""
-    try:
-        with held_out_text(ref, ()) as text:
-            tokens, length = text.tokens, min(seq_len, len(text.tokens) - 1)
-            return windows_at(tokens, window_starts(len(tokens), length, COMPARED_WINDOWS), length)[0]
-    except DataError:
-        return torch.randint(vocab_size, (COMPARED_WINDOWS, seq_len))

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from nnx_cli.config import PrepareConfig
+from nnx_cli.data.loader import windows_at
 from nnx_cli.data.prepare import Progress, encode_files
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import DataError
+from nnx_cli.evaluation.losses import window_starts
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.system.files import follow
 from nnx_cli.system.signals import half_made
@@ -48,6 +52,20 @@ def held_out_text(
     with half_made(), tempfile.TemporaryDirectory(prefix="nnx-") as spool:
         ids, documents = encode_files(paths, tokenizer, Path(spool), config or PrepareConfig(), on_progress)
         yield HeldOutText(ids, _documents(ids, documents, ref))
+
+
+def sample_windows(ref: ModelRef, vocab_size: int, n: int, length: int) -> Tensor:
+    """Token ids (N, T) to compare models on: `n` windows of the run's validation split, or of random tokens where that
+    is gone."""
+    try:
+        with held_out_text(ref, ()) as text:
+            n_tokens = len(text.tokens)
+            if n_tokens > 1:
+                length = min(length, n_tokens - 1)
+                return windows_at(text.tokens, window_starts(n_tokens, length, n), length)[0]
+    except DataError:
+        pass
+    return torch.randint(vocab_size, (n, length), generator=torch.Generator().manual_seed(0))
 
 
 def training_folder(ref: ModelRef, fix: str = NAME_A_TEXT) -> TokenFolder:

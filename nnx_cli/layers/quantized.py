@@ -326,10 +326,21 @@ def unpack_slow_layers(model: nn.Module, dtype: torch.dtype, n_sequences: int = 
     on_gpu, n_weights = any(m.weight.is_cuda for _, m in found), sum(m.n_rows * m.n_columns for _, m in found)
     gains = not on_gpu or (n_sequences == 1 and n_weights >= LARGE_MODEL)
     multiplied = {id(m.weight): gains and m.kernel(dtype) for _, m in found if isinstance(m, QuantizedLinear)}
+    fast = {id(m.weight) for _, m in found if multiplied.get(id(m.weight), m.n_rows * m.n_columns > SMALL_MATRIX)}
+    _unpack(model, [(name, m) for name, m in found if id(m.weight) not in fast], dtype)
+
+
+@torch.no_grad()
+def dequantize_layers(model: nn.Module) -> None:
+    """Put floating-point layers in place of all quantized ones, in float32."""
+    found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedMatrix)]
+    _unpack(model, found, torch.float32)
+
+
+def _unpack(model: nn.Module, layers: Iterable[tuple[str, QuantizedMatrix]], dtype: torch.dtype) -> None:
+    """Put floating-point layers in place of quantized ones, given with their names; tied matrices stay tied."""
     floats: dict[int, nn.Parameter] = {}
-    for name, old in found:
-        if multiplied.get(id(old.weight), old.n_rows * old.n_columns > SMALL_MATRIX):
-            continue
+    for name, old in layers:
         key = id(old.weight)
         if key not in floats:
             floats[key] = nn.Parameter(old.matrix().to(dtype), requires_grad=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +36,12 @@ DTYPES = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> str:
     """Write a safetensors file through to the disk, one tensor at a time; returns its SHA-256. OSError passes
     through."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
@@ -53,6 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for block in chain((len(head).to_bytes(8, "little"), head), contents):
             file.write(block)
             digest.update(block)
+            on_progress(file.tell() / (8 + len(head) + end))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

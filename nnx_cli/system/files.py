@@ -145,8 +145,9 @@ def refuse_existing(path: Path, otherwise: str = "remove it") -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes `path` in one step at the end, or leaves nothing behind.
+def new_folder(path: Path, only: str | None = None) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `path` in one step at the end, or leaves nothing behind. Where a file
+    in it is named with `only`, that file alone becomes `path`.
 
     Folders above it that had to be made go too. Raises OutputError where `path` exists already or cannot be written.
     """
@@ -162,8 +163,10 @@ def new_folder(path: Path) -> Iterator[Path]:
                 yield temporary
                 refuse_existing(path)
                 sync_folder(temporary)
-                os.rename(temporary, path)
+                os.rename(temporary if only is None else temporary / only, path)
                 sync_folder(path.parent)
+            if only is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             for folder in missing:

@@ -1,0 +1,77 @@
+"""`nnx export`: a model for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnx_cli.commands._options import Branch, Model, ModelFile, command, given, settings
+from nnx_cli.config import Field, check_choice, module_names, read_fields
+from nnx_cli.console.output import Output
+from nnx_cli.console.progress import Progress
+from nnx_cli.system.text import size
+
+EXAMPLES = """Examples:
+
+  nnx export --format hf
+  nnx export book@last --format hf --out book-hf --data-name "My book" """.rstrip()
+
+PACKAGE = "convert/export"
+FORMATS = module_names(PACKAGE)
+
+
+def _own_options(name: str) -> tuple[Field, ...]:
+    """The options that a format alone has, read from its source."""
+    try:
+        return read_fields(Path(__file__).parents[1] / PACKAGE / f"{name}.py", "Options")
+    except LookupError:
+        return ()
+
+
+OWN = {name: _own_options(name) for name in FORMATS}
+
+
+def _branch(name: str) -> Branch:
+    """The options of a format are read with that format."""
+    return Branch({field.name for field in OWN[name]}, lambda v: v["format"] == name, f"without --format {name}")
+
+
+@command(
+    *(parameter for fields in OWN.values() for parameter in settings(fields)),
+    branches=[_branch(name) for name in FORMATS],
+)
+def run(
+    output: Output,
+    format: Annotated[str, typer.Option(help=f"What to write: {', '.join(FORMATS)}.")],
+    model: Model = None,
+    file: ModelFile = None,
+    out: Annotated[
+        Path | None, typer.Option(help="What to make.", show_default="NAME-FORMAT in the current folder")
+    ] = None,
+    data_name: Annotated[
+        str | None, typer.Option(help="What the model card calls the text.", show_default="nothing")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Write a model for other programs, open it with the format's own library, and show that both compute the same."""
+    check_choice("format", format, FORMATS)
+    from nnx_cli.convert.export._export import export_model, load_format
+    from nnx_cli.runs.find import find_model
+
+    ref = find_model(model, file)
+    form = load_format(format)
+    suffix = Path(form.FILE).suffix if form.FILE else f"-{format}"
+    place = out or Path(f"{ref.folder.resolve().name}{suffix}")
+    own = form.Options(**given(options, OWN[format])) if OWN[format] else None  # type: ignore[attr-defined]  # where there are some
+    with Progress(output) as progress:
+        receipt, notes = export_model(ref, format, place, options=own, data_name=data_name, tell=progress.share)
+    output.made = place
+    for note in notes:
+        output.note(note)
+    output.show_json(receipt)
+    output.show(
+        f"{receipt['out']}: {size(receipt['file_bytes'])}; largest difference of a logit "
+        f"{receipt['max_logit_difference']:.1e}, {receipt['same_greedy_tokens']} greedy tokens the same"
+    )

@@ -1,0 +1,1 @@
+"""A model in a format of others: one file a format, found by its name."""
