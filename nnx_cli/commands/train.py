@@ -169,8 +169,8 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
         observers = Several(view)
         started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base)
         made.clear()
-        with started.lock(), _keeping(started, trainer, observers, view):
-            _finish(output, started, trainer, view, naming(plan.model))
+        with started.lock():
+            _finish(output, started, trainer, view, observers, naming(plan.model))
 
 
 def _facts(shown: PlanTable, tokens: TokenFolder) -> RunFacts:
@@ -335,8 +335,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
             for note in [*lost, *notes]:
                 output.warn(note)
             output.note(f"resuming {folder} at step {trainer.state.step}")
-            with _keeping(run, trainer, observers, view):
-                _finish(output, run, trainer, view, naming(request.file))
+            _finish(output, run, trainer, view, observers, naming(request.file))
 
 
 def _show_restart(output: Output, restart: Restart) -> None:
@@ -371,9 +370,12 @@ def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
 
 
 @contextmanager
-def _keeping(run: Run, trainer: Trainer, observers: Several, view: TrainingView) -> Iterator[None]:
-    """Have kept what happens inside the model, and the page of a run written as it goes and when it ends, as far as
-    that is wanted."""
+def _watched(run: Run, trainer: Trainer, observers: Several, view: TrainingView, named: str) -> Iterator[None]:
+    """Have the coach watch a run, and, as far as that is wanted, what happens inside the model kept, and its page
+    written as it goes and when it ends."""
+    from nnx_cli.reporting.live_coach import LiveCoach
+
+    observers.observers.append(LiveCoach(run.folder, named, view.note))
     with ExitStack() as stack:
         if trainer.config.watch:
             from nnx_cli.reporting.watch import Watch
@@ -386,11 +388,19 @@ def _keeping(run: Run, trainer: Trainer, observers: Several, view: TrainingView)
         yield
 
 
-def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, named: str) -> None:
-    """Train a locked run to the end, record how it ended, and say so. Raises Interrupted where it was stopped.
+def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, observers: Several, named: str) -> None:
+    """Train a locked run to the end, watched by coach and report, and say how it ended. Raises Interrupted where it was
+    stopped. `named` stands beside the run in the commands that may follow."""
+    with _watched(run, trainer, observers, view, named):
+        status = _train_to_end(output, run, trainer, view, named)
+        output.made = run.folder
+        output.show_json(_as_json(run, status))
+        if not output.json:
+            RunVerdict(run, trainer, status, named, _ngram_bits_per_byte(trainer.data)).show(output)
 
-    `named` stands beside the run in the commands that may follow.
-    """
+
+def _train_to_end(output: Output, run: Run, trainer: Trainer, view: TrainingView, named: str) -> dict[str, Any]:
+    """Train, and record how it ended; returns run.json. Raises Interrupted where it was stopped."""
     from nnx_cli.system.signals import stop_signals
     from nnx_cli.training import session
 
@@ -412,10 +422,7 @@ def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, name
             f"interrupted at step {trainer.state.step}; everything is saved",
             fix=f"resume: nnx train --resume {quoted(run.folder)}{named}",
         )
-    output.made = run.folder
-    output.show_json(_as_json(run, status))
-    if not output.json:
-        RunVerdict(run, trainer, status, named, _ngram_bits_per_byte(trainer.data)).show(output)
+    return status
 
 
 def _as_json(run: Run, status: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from nnx_cli import models
 from nnx_cli.config import module_names
 from nnx_cli.errors import counted, pasteable, quoted
 from nnx_cli.evaluation.by_position import Verdict
 from nnx_cli.planning.recipe import default_lr, useful_epochs
+from nnx_cli.reporting.charts import Point
 from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.reporting.run_record import RunRecord
 from nnx_cli.reporting.scales import short
@@ -26,13 +28,16 @@ LEAST_RISE = 0.02  # nats above its best that a validation loss is no chance
 LATE = 0.9  # of a run, from which on its best validation is as good as its end
 SPIKES = 3  # jumps of the loss that are no bad luck
 FAR_BELOW, STILL_FALLING = 0.1, 0.02  # of the rate that suits the model; nats in the last quarter of a run
+WARM = 0.2  # of a run, within which what is read for the first time may take its time
 HALF = 0.5  # of a run, before which some rules are silent
 LEAST_LOGGED = 8  # losses from which on their course says something
 TELLING = 0.02  # standard error in nats of a difference that is as good as none
 WELL_ABOVE = 1.1  # times as many epochs as are useful
 GUESSING = 0.9  # of the loss of a guess, above which nothing was learned
 MOST_DROPOUT = 0.5
+WAITING, LEAST_WAITS = 0.1, 4  # share of the time that steps wait for data, and as many lines of the log that say so
 LENGTHS = ("--max-steps", "--max-time", "--epochs")
+TEXT = ("--filepath", "--val-fraction", "--text-key", "--encoding", "--separator", "--errors")  # not beside --data
 # Tokens that a parameter saw: raced from 0.5 (30M parameters, 16 epochs of 0.9 MB) to 36 (0.8M, 32 epochs), see
 # tests/bench/horizon.md; beyond these a model of another size learns more in the time
 FEW_TOKENS, MANY_TOKENS, FRESH_EPOCHS = 0.25, 100, 4
@@ -119,12 +124,39 @@ class _Numbers:
         return not self.is_used_up and not self.is_repeated
 
     @property
-    def is_far(self) -> bool:
-        """Whether it is over, or at least half of it: before that much is still to come."""
+    def is_running(self) -> bool:
+        """Whether more is still to come."""
+        return self.run.state == "running"
+
+    @cached_property
+    def done(self) -> float:
+        """The part of it that is over, 0 to 1."""
         status = self.run.status
         lengths = ((self.steps, status.get("max_steps")), (self.run.reached("time_s") or 0.0, status.get("max_time_s")))
         shares = [done / most for done, planned in lengths if (most := number(planned))]
-        return self.run.state != "running" or max(shares, default=0.0) >= HALF
+        return min(1.0, max(shares, default=0.0)) if self.is_running else 1.0
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it is over, or at least half of it: before that too much is still to come."""
+        return self.done >= HALF
+
+    def late(self, name: str) -> list[Point]:
+        """What was logged under a name in the second half of the steps so far."""
+        return [point for point in self.run.series(name) if 2 * point[0] >= self.steps]
+
+    @cached_property
+    def over_counting(self) -> str:
+        """How a table of which bytes follow four others is the better model, in words; "" where it is not."""
+        ngram, best = self.run.ngram_bits_per_byte, number(self.run.status.get("best_val_bits_per_byte"))
+        if best is None:
+            lowest = self.run.best("val_bits_per_byte")
+            best = lowest and lowest[1]
+        if ngram is None or best is None or best <= ngram or self.done < LATE:
+            return ""
+        return (
+            f"it is worse than a byte 5-gram: {best:.2f} bits per byte, {ngram:.2f} by counting which bytes follow four"
+        )
 
     def suited_lr(self) -> float | None:
         """The peak learning rate that suits optimizer, width and architecture, where it is one of ours."""
@@ -164,7 +196,7 @@ class _Numbers:
 
     def longer(self) -> str:
         """The command that trains the run for twice its time."""
-        minutes = max(2 * (self.run.reached("time_s") or 0.0), 60) / 60
+        minutes = max(2 * (self.run.reached("time_s") or 0.0) / max(self.done, HALF), 60) / 60
         return f"nnx train --resume {quoted(self.run.folder)}{self.named} --max-time {minutes:.0f}m"
 
 
@@ -197,6 +229,9 @@ def _overfits(run: _Numbers) -> Finding | None:
         return None
     if not LEAST_RISE < course.val - course.best_val < float("inf") or course.since_best > 0:
         return None
+    since = [loss for step, loss in run.run.series("val_loss") if step > course.best_step]
+    if run.is_running and (len(since) < 2 or since[-2] - course.best_val <= LEAST_RISE):
+        return None  # it may yet fall
     dropout = number(run.model.get("dropout")) or 0.0
     text = (
         f"it learns its text by heart: training loss {course.recent:.2f}, validation {course.val:.2f}, which was "
@@ -227,32 +262,33 @@ def _learning_rate_too_low(run: _Numbers) -> Finding | None:
     width, middle = max(1, len(losses) // 8), 3 * len(losses) // 4
     last, guess = _mean(losses[-width:]), math.log(max(2.0, number(run.model.get("vocab_size")) or 0.0))
     fell = _mean(losses[middle - width : middle]) - last
+    evidence = [run.over_counting] if run.over_counting else []
     if last > GUESSING * guess:
-        evidence = f"the loss is {last:.2f}, where a guess costs {guess:.2f}"
+        evidence.insert(0, f"the loss is {last:.2f}, where a guess costs {guess:.2f}")
     elif fell >= STILL_FALLING:
-        evidence = f"the loss still fell by {fell:.2f} nats in the last quarter"
-    else:
+        evidence.insert(0, f"the loss still fell by {fell:.2f} nats in the last quarter")
+    if not evidence:
         return None
-    text = f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer and width, and {evidence}"
+    text = (
+        f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer and width, and {', and '.join(evidence)}"
+    )
     return Finding("lr-too-low", text, run.again("--lr", f"{suited:g}"))
 
 
 def _worse_than_counting(run: _Numbers) -> Finding | None:
-    """A table of which bytes follow four others is the better model."""
-    ngram, best = run.run.ngram_bits_per_byte, number(run.run.status.get("best_val_bits_per_byte"))
-    if best is None:
-        lowest = run.run.best("val_bits_per_byte")
-        best = lowest and lowest[1]
-    if ngram is None or best is None or best <= ngram or not run.is_far:
+    """It is worse than an n-gram model, and that is not for its learning rate, which has a rule of its own."""
+    if not run.over_counting or _learning_rate_too_high(run) or _learning_rate_too_low(run):
         return None
-    text = f"it is worse than a byte 5-gram: {best:.2f} bits per byte, {ngram:.2f} by counting which bytes follow four"
-    return Finding("worse-than-ngram", text, run.longer() if run.can_go_on else run.more_text())
+    if _overfits(run):
+        command = run.again("--filepath", "MORE.txt", ("--data",))
+    else:
+        command = run.longer() if run.can_go_on else run.more_text()
+    return Finding("worse-than-ngram", run.over_counting, command)
 
 
 def _fp16_skips(run: _Numbers) -> Finding | None:
     """Its loss scale is at work long after it should have found its place."""
-    points = run.run.series("skipped_steps")
-    half = [point for point in points if 2 * point[0] >= run.steps]
+    half = run.late("skipped_steps")
     if run.training.get("precision") != "fp16" or len(half) < 2:
         return None
     (begin, before), (end, after) = half[0], half[-1]
@@ -263,6 +299,19 @@ def _fp16_skips(run: _Numbers) -> Finding | None:
         f"{after:,.0f} in all"
     )
     return Finding("fp16-skips", text, run.again("--precision", "fp32"))
+
+
+def _waits_for_data(run: _Numbers) -> Finding | None:
+    """Reading its samples holds it up."""
+    shares = [share for _, share in run.late("data_wait_share")]
+    if len(shares) < LEAST_WAITS or run.done < WARM or not WAITING <= _mean(shares) <= 1.0:
+        return None
+    tokens = Path(str(mapping(run.run.config.get("data")).get("folder"))).name
+    text = (
+        f"steps waited for data for {100 * _mean(shares):.0f} % of the time: the disk is slow, or the memory too small "
+        "to keep what it read; copy the token folder to a faster disk"
+    )
+    return Finding("waits-for-data", text, run.again("--data", f"FASTER_DISK/{tokens}", TEXT))
 
 
 def _text_is_repeated(run: _Numbers) -> Finding | None:
@@ -278,12 +327,14 @@ def _size_is_far_off(run: _Numbers) -> Finding | None:
     """Its parameters saw too few tokens to be worth their time, or more than they can keep."""
     if not run.parameters or not run.tokens or run.is_lora or not run.is_far or run.epochs is None:
         return None
-    seen = run.tokens / run.parameters
-    is_large, is_small = seen < FEW_TOKENS, seen > MANY_TOKENS and run.epochs < FRESH_EPOCHS
+    tokens = run.tokens / run.done  # that it will have seen in the end
+    seen = tokens / run.parameters
+    is_large, is_small = seen < FEW_TOKENS, seen > MANY_TOKENS and run.epochs / run.done < FRESH_EPOCHS
     size = run.size_beside(-1 if is_large else 1)
     if not (is_large or is_small) or size is None:
         return None
-    counts = f"{short(run.tokens)} tokens for {short(run.parameters)} parameters, {seen:.2g} each"
+    by_then = " by its end" if run.is_running else ""
+    counts = f"{short(tokens)} tokens{by_then} for {short(run.parameters)} parameters, {seen:.2g} each"
     which = "large for so short a run" if is_large else "small for so much text"
     return Finding("size", f"the model is {which}: {counts}", run.again("--size", size))
 
@@ -310,6 +361,7 @@ RULES = (  # each takes the numbers of a run; the most important first
     _learning_rate_too_low,
     _worse_than_counting,
     _fp16_skips,
+    _waits_for_data,
     _text_is_repeated,
     _size_is_far_off,
     _compiling_does_not_pay,

@@ -11,12 +11,13 @@ from typing import Any
 from nnx_cli.errors import NnxError
 from nnx_cli.reporting.run_page import write_run_page
 from nnx_cli.training.cadence import TimeBudget
+from nnx_cli.training.observer import Silent
 
 SHARE = 0.01  # of a run's time that may go into its page
 LEAST_SECONDS = 15  # between two pages
 
 
-class LiveReport:
+class LiveReport(Silent):
     """Observes a run and keeps its page up to date; a page that cannot be written never ends a run.
 
     As a context it writes the page once more at the end, however that comes. `note` shows a line.
@@ -53,15 +54,3 @@ class LiveReport:
         waited = time.monotonic() - self.budget.ended_at
         if not self.has_begun or (waited >= LEAST_SECONDS and self.budget.is_affordable()):
             self.write()
-
-    def moved(self, progress: float) -> None:
-        """As in Observer: what is not logged is not in the page."""
-
-    def sampled(self, step: int, text: str) -> None:
-        """As in Observer: it stands in the next page."""
-
-    def saved(self, step: int) -> None:
-        """As in Observer: the page does not show checkpoints."""
-
-    def note(self, text: str) -> None:
-        """As in Observer: what belongs in the page is in run.json."""

@@ -50,9 +50,13 @@ class Journal:
         """Measure the speed of training from here on."""
         self._logged_tokens, self._logged_s = state.tokens, state.time_s
 
+    def seconds(self, state: TrainState) -> float:
+        """Training time since the last `mark`."""
+        return state.time_s - self._logged_s
+
     def tokens_per_s(self, state: TrainState) -> float:
         """Speed of training since the last `mark`."""
-        return round((state.tokens - self._logged_tokens) / (state.time_s - self._logged_s), 1)
+        return round((state.tokens - self._logged_tokens) / self.seconds(state), 1)
 
     def log_step(self, run: Run, record: dict[str, Any], progress: float) -> None:
         """Add a step to metrics.jsonl, and show it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ class Stepper:
         self.graphs: StepGraphs | None = None
         self.report = report
         self.on_release: Callable[[], None] = lambda: None
+        self.data_wait_s = 0.0  # in which the device had nothing to do but to wait for samples
         self._running: deque[torch.cuda.Event] = deque()
 
     @property
@@ -112,7 +114,7 @@ class Stepper:
             set_seed(self.seed, number)
             set_lr(self.step.optimizer, lr)
             try:
-                self.run(*self.loader.batch(number * n, n))
+                self.run(*self._samples(number * n, n))
                 break
             except torch.OutOfMemoryError:
                 pass  # the exception holds on to what was computed: it has to go first
@@ -120,6 +122,21 @@ class Stepper:
         if self.device.type == "cuda":
             self._wait_for_older_steps()
         return n * self.loader.seq_len
+
+    def _samples(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Samples of the loader. Where they are not on the device, and it is idle by the time they are, it waited for
+        them: to ask whether it is does not synchronize."""
+        started = time.perf_counter()
+        batch = self.loader.batch(first, count)
+        is_idle = not self._running or self._running[-1].query()
+        if is_idle and self.loader.resident is None:
+            self.data_wait_s += time.perf_counter() - started
+        return batch
+
+    def waited(self) -> float:
+        """Seconds that it waited for samples since it was asked the last time."""
+        seconds, self.data_wait_s = self.data_wait_s, 0.0
+        return seconds
 
     def run(self, input_ids: Tensor, targets: Tensor) -> None:
         """One optimizer step on samples (N, T)."""

@@ -239,6 +239,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "skipped_steps": state.skipped_steps,
             "mfu": None if flops is None else mfu(flops * speed, self.device, self.config.precision),
+            "data_wait_share": round(min(1.0, self.stepper.waited() / self.journal.seconds(state)), 4),
         }
         self.journal.mark(state)
         return record

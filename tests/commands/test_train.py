@@ -891,3 +891,22 @@ def test_what_does_not_fit_names_only_options_that_the_command_takes(run, nnx, m
     monkeypatch.setattr("nnx_cli.training.stepper.Stepper.run", run_out)
     result = nnx(*words)
     assert result.exit_code == 4 and fix in result.stderr.splitlines()[-1], result.stderr
+
+
+@pytest.mark.parametrize("report", ["--report", "--no-report"])
+def test_the_coach_speaks_once_while_a_run_goes_on_and_at_its_end(nnx, data, monkeypatch, report):
+    from nnx_cli.reporting import coach, live_coach
+
+    def always(run):
+        return coach.Finding("tired", f"it is tired at step {run.steps:.0f}", "nnx sleep")
+
+    monkeypatch.setattr(coach, "RULES", (always,))
+    monkeypatch.setattr(live_coach, "SHARE", 1e9)
+    words = ["train", "--data", data, *SMALL, "--max-steps", 25, "--sample-every", 0, "--out", "r", report]
+    done = nnx(*words)
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("coach: it is tired at step 1:\n  nnx sleep") == done.stderr.count("coach:") == 1
+    assert done.stdout.count("it is tired at step 25:\n  nnx sleep") == 1
+    longer = nnx("train", "--resume", "r", "--max-steps", 40)
+    assert longer.stderr.count("coach: it is tired at step 28:") == longer.stderr.count("coach:") == 1
+    assert nnx(*words[:-2], "s", "--quiet").stderr == ""

@@ -32,7 +32,7 @@ PHASES = (
     "rotating",
     "best",
 )
-TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu", "started")
+TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu", "data_wait_share", "started")
 SHAPE = (
     "--size",
     "nano",

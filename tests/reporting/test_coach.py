@@ -1,6 +1,7 @@
 """The coach: every rule on a run with that fault, and silent on healthy ones."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def healthy(**more):
             "tokens_per_s": 40_000.0,
             "peak_memory_bytes": 2**30,
             "skipped_steps": 0,
+            "data_wait_share": 0.02,
         }
         lines.append(line | {name: make(step) for name, make in more.items()})
     return lines
@@ -91,6 +93,8 @@ HEALTHY = {
     "without a line": record([], state="running"),
     "with a low learning rate that is done learning": record(training={"lr": 1e-5}),
     "with adapters on another model": record(training={"lr": 1e-6, "lora_rank": 8}, parameters=10**9),
+    "that waited for its first steps' data": record(healthy(data_wait_share=lambda step: 0.9 if step < 100 else 0.03)),
+    "of a version that did not record waiting": record(healthy(data_wait_share=lambda step: None)),
     "without validation": record(healthy(val_loss=lambda step: None, val_bits_per_byte=lambda step: None)),
     "on ids that nobody can read": record(
         healthy(val_bits_per_byte=lambda step: None), data={"ngram_bits_per_byte": None}
@@ -105,6 +109,26 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_is_left_alone(name):
     assert findings(HEALTHY[name]) == []
+
+
+@pytest.mark.parametrize("name", sorted(HEALTHY.keys() - {"with a low learning rate that is done learning"}))
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.51, 0.75, 0.9, 0.97])
+def test_a_healthy_run_is_left_alone_while_it_goes_on(name, share):
+    run = HEALTHY[name]
+    lines = run.metrics[: int(share * len(run.metrics))]
+    so_far = {key: lines[-1][key] if lines else None for key in ("step", "tokens", "time_s")}
+    best = min((line["val_bits_per_byte"] for line in lines if line["val_bits_per_byte"]), default=None)
+    status = run.status | so_far | {"ended": None, "best_val_bits_per_byte": best}
+    assert findings(replace(run, metrics=lines, status=status, state="running")) == []
+
+
+def test_one_validation_that_is_worse_is_no_overfitting_yet():
+    def running(n_worse):
+        lines = healthy(train_loss=memorising, val_loss=turning)
+        last = 40 + 5 * n_worse  # the best is line 40, and every fifth is validated
+        return record(lines[: last + 1], state="running")
+
+    assert [rules(running(n)) for n in (1, 2)] == [[], ["overfitting"]]
 
 
 def memorising(step):
@@ -156,6 +180,28 @@ def test_a_learning_rate_that_is_too_low():
     )
 
 
+def test_a_low_learning_rate_is_why_a_model_is_worse_than_counting():
+    """More of the same steps would not help, even where the loss no longer falls."""
+    worse = {"data": {"ngram_bits_per_byte": 1.8}, "training": {"lr": 1e-5}}
+    found = only(record(**worse))
+    assert found.rule == "lr-too-low" and "worse than a byte 5-gram: 2.16 bits per byte" in found.text
+    assert "--lr 0.004 " in found.command
+    slow = only(record(healthy(train_loss=lambda step: 5.5 - step / 400), **worse))
+    assert "still fell by 0.6" in slow.text and "worse than a byte 5-gram" in slow.text
+    assert only(record(data={"ngram_bits_per_byte": 1.8}, training={"lr": 2e-3})).rule == "worse-than-ngram"
+    high = record(data={"ngram_bits_per_byte": 1.8}, training={"lr": 1.0}, state="diverged")
+    assert only(high).rule == "lr-too-high"
+
+
+def test_waiting_for_data():
+    found = only(record(healthy(data_wait_share=lambda step: 0.2 + 0.1 * (step > 700))))
+    assert found.rule == "waits-for-data" and "waited for data for 26 % of the time" in found.text
+    assert found.command == ("nnx train --model nyx --max-steps 1000 --data FASTER_DISK/words --out weights/words")
+    options = "nnx train --filepath a.txt --filepath=b.txt --val-fraction 0.2 --errors strict --lr 1e-3"
+    told = only(record(healthy(data_wait_share=lambda step: 0.5), status={"command": options}))
+    assert told.command == "nnx train --lr 1e-3 --data FASTER_DISK/words", "a token folder is split and read already"
+
+
 def test_a_text_that_is_read_too_often():
     found = only(record(data={"train_tokens": 100_000}))
     assert found.rule == "repeated" and "81 times; beyond 16" not in found.text and "81 times; beyond 32" in found.text
@@ -169,6 +215,10 @@ def test_a_model_of_the_wrong_size():
     small = healthy(tokens=lambda step: step * 100_000)
     small = only(record(small, data={"train_tokens": 90_000_000}))
     assert "small for so much text" in small.text and "--size tiny " in small.command
+    lines = healthy()[:60]
+    running = {"model": {"size": "small", "dim": 512}, "training": {"lr": 1e-3}, "state": "running"}
+    assert findings(record(lines, parameters=30_000_000, **running)) == [], "by its end each sees 0.27"
+    assert "8.192M tokens by its end for 40M" in only(record(lines, parameters=40_000_000, **running)).text
     own = record(model={"size": None}, parameters=40_000_000)
     assert findings(own) == [], "there is no next size"
 
@@ -196,6 +246,8 @@ def test_a_model_that_is_worse_than_counting():
     assert mine.command == "nnx train --resume weights/words --model mine.py --max-time 7m"
     again = findings(record(data={"ngram_bits_per_byte": 1.8, "train_tokens": 100_000}))
     assert [each.rule for each in again] == ["worse-than-ngram", "repeated"] and "--size tiny" in again[0].command
+    by_heart = record(healthy(train_loss=memorising, val_loss=turning), data={"ngram_bits_per_byte": 1.8})
+    assert "--filepath MORE.txt" in findings(by_heart)[1].command
 
 
 def test_a_text_that_has_given_what_it_has():

@@ -1,3 +1,6 @@
+import json
+import time
+
 import pytest
 import torch
 
@@ -56,3 +59,38 @@ def test_a_compiled_step_is_deterministic_and_the_next_eager_one_is_not(start, w
         stepper.execution = execution
         stepper.take(0, 1e-3)
     assert seen == [True, True, False, False] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_steps_that_wait_for_their_samples_say_so(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a")
+    load = trainer.stepper.loader.batch
+
+    def slow(first, count):
+        time.sleep(0.05)
+        return load(first, count)
+
+    monkeypatch.setattr(trainer.stepper.loader, "batch", slow)
+    with run.lock():
+        trainer.train(run, lambda: False)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["data_wait_share"] * lines[0]["time_s"] == pytest.approx(0.05, rel=0.5)
+    assert all(0.1 < line["data_wait_share"] <= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("is_idle", "is_resident", "counts"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_only_an_idle_device_waits_and_only_for_what_it_has_not(
+    start, workspace, monkeypatch, is_idle, is_resident, counts
+):
+    class Event:
+        def query(self):
+            return is_idle
+
+    _, trainer = start(workspace / "a")
+    stepper = trainer.stepper
+    stepper._running.append(Event())
+    if is_resident:
+        stepper.loader.resident = torch.from_numpy(stepper.loader.tokens.copy())
+    stepper.take(0, 1e-3)
+    assert (stepper.data_wait_s > 0) == counts

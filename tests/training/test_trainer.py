@@ -22,7 +22,7 @@ from nnx_cli.training import trainer as trainer_module
 from nnx_cli.training.observer import Several, Silent
 from nnx_cli.training.stepper import Execution
 
-TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu")
+TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu", "data_wait_share")
 
 
 class GradientDescent(torch.optim.SGD):
@@ -267,7 +267,9 @@ def test_a_run_learns_and_leaves_what_is_promised(finished):
         "peak_memory_bytes",
         "skipped_steps",
         "mfu",
+        "data_wait_share",
     ]
+    assert all(0 <= json.loads(line)["data_wait_share"] <= 1 for line in open(finished / "metrics.jsonl"))
 
 
 def test_every_step_is_told(start, workspace):
