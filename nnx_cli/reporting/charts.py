@@ -94,7 +94,8 @@ def chart(title: str, about: str, x: Axis, y: Axis, lines: Iterable[Line], refer
     plot = _Plot(Scale(x, _xs(drawn)), Scale(y, _ys(drawn, marked)))
     svg = [plot.grid(), plot.curves(placed), plot.references(marked), plot.markers(placed), plot.best(placed)]
     shown = _shown(title, _description(drawn, marked, x, y), svg)
-    return figure(title, about, _legend(placed), shown, numbers(title, *_table(drawn, x, y)))
+    legend = _legend(placed, marked, x, y)
+    return figure(title, about, legend, shown, numbers(title, *_table(drawn, x, y)))
 
 
 COURSES = {"tokens": "tokens", "flops": "training FLOPs"}
@@ -172,7 +173,7 @@ class _Plot:
 
     def __init__(self, x: Scale, y: Scale) -> None:
         self.x = x
-        self.y = y.padded(0.16, 0.06)  # below the lowest point is room for what it is
+        self.y = y.padded(0.06, 0.06)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point lies in the stretched inner picture, whose y points down."""
@@ -206,12 +207,12 @@ class _Plot:
         return "\n".join([*parts, "</svg>"])
 
     def references(self, references: Sequence[Reference]) -> str:
-        """Horizontal lines with their names."""
+        """Horizontal lines; the legend has their names, for words here would lie on curves."""
         parts = []
         for reference in references:
             at = f"{100 - self.y(reference.value) / 10:.2f}%"
-            parts.append(f'<line class=reference x1="0" x2="100%" y1="{at}" y2="{at}"/>')
-            parts.append(words("label", f'x="100%" y="{at}" dx="-4" dy="-.4em" text-anchor="end"', reference.name))
+            name = f"<title>{text(reference.name)}</title>"
+            parts.append(f'<line class=reference x1="0" x2="100%" y1="{at}" y2="{at}">{name}</line>')
         return "\n".join(parts)
 
     def markers(self, lines: Sequence[Line]) -> str:
@@ -229,18 +230,13 @@ class _Plot:
         return "\n".join(parts)
 
     def best(self, lines: Sequence[Line]) -> str:
-        """A ring around the best point of each line; where there is but one, its value too."""
-        ringed = [(number, line.best) for number, line in enumerate(lines) if line.best]
+        """A ring around the best point of each line."""
         parts = []
-        for number, best in ringed:
-            x, y = self.place(*best)
-            value = f"best {self.y.axis.write(best[1])}"
-            told = text(f"{lines[number].name}: {value}")
-            ring = f'<circle class="ring c{number % N_COLOURS}" r="7"><title>{told}</title></circle>'
-            if len(ringed) == 1:
-                side = 'text-anchor="end" x="8"' if x > 500 else 'x="-8"'
-                ring += words("label", f'{side} y="{-13 if y > 930 else 22}"', value)
-            parts.append(self._mark(best, ring))
+        for number, line in enumerate(lines):
+            if line.best:
+                told = text(f"{line.name}: best {self.y.axis.write(line.best[1])}")
+                ring = f'<circle class="ring c{number % N_COLOURS}" r="7"><title>{told}</title></circle>'
+                parts.append(self._mark(line.best, ring))
         return "\n".join(parts)
 
     def _mark(self, point: Point, inner: str) -> str:
@@ -278,18 +274,26 @@ def _titled(axis: Axis) -> str:
     return axis.title + (", logarithmic" if axis.log else "")
 
 
-def _legend(lines: Sequence[Line]) -> str:
-    if len(lines) == 1:
-        return ""
+def _legend(lines: Sequence[Line], references: Sequence[Reference], x: Axis, y: Axis) -> str:
+    """What the lines are, where there are several, which of them is a reference, and the best point, where there is but
+    one."""
     entries = []
-    for number, line in enumerate(lines):
-        if not line.points:
-            continue
-        mark = f'<path class="mark" transform="translate(18 7)" d="{SHAPES[number % N_COLOURS]}"/>'
-        stroke = f'<path class="{_style(number)}" d="M1 7H35"/>'
-        swatch = f'<svg width="36" height="14" aria-hidden="true">{stroke}{mark}</svg>'
-        entries.append(f'<li class="c{number % N_COLOURS}">{swatch}<span>{text(line.name)}</span></li>')
-    return f"<ul class=legend>{''.join(entries)}</ul>"
+    for number, line in enumerate(lines if len(lines) > 1 else []):
+        if line.points:
+            mark = f'<path class="mark" transform="translate(18 7)" d="{SHAPES[number % N_COLOURS]}"/>'
+            entries.append((f"c{number % N_COLOURS}", f'<path class="{_style(number)}" d="M1 7H35"/>{mark}', line.name))
+    ringed = [(number, line.best) for number, line in enumerate(lines) if line.best]
+    for number, best in ringed if len(ringed) == 1 else []:
+        words_of_it = f"best {y.write(best[1])} at {x.title} {x.write(best[0])}"
+        entries.append((f"c{number % N_COLOURS}", '<circle class=ring cx="18" cy="7" r="5.5"/>', words_of_it))
+    for reference in references:
+        dots = '<line class=reference x1="1" x2="35" y1="7" y2="7"/>'
+        entries.append(("", dots, f"{reference.name} {y.write(reference.value)}"))
+    box = 'width="36" height="14" aria-hidden="true"'
+    shown = (
+        f'<li class="{kind}"><svg {box}>{swatch}</svg><span>{text(name)}</span></li>' for kind, swatch, name in entries
+    )
+    return f"<ul class=legend>{''.join(shown)}</ul>" if entries else ""
 
 
 def _description(lines: Sequence[Line], references: Sequence[Reference], x: Axis, y: Axis) -> str:

@@ -67,13 +67,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str, k
     head = "".join(f"<th scope=col>{text(column)}</th>" for column in columns)
     body = []
     for first, *rest in rows:
-        cells = "".join(f"<td>{'–' if cell is None else text(cell)}</td>" for cell in rest)
-        body.append(f"<tr><th scope=row>{text(first)}</th>{cells}</tr>")
+        body.append(f"<tr><th scope=row>{text(first)}</th>{''.join(map(_cell, rest))}</tr>")
     label = text(caption)
     return (
         f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{label}"><table>'
         f"<caption><span>{label}</span></caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _cell(value: Any) -> str:
+    """A cell of a table, whose words may stand in several lines; a number with its unit never does."""
+    if value is None:
+        return "<td>–</td>"
+    kind = " class=said" if str(value)[:1].isalpha() else ""
+    return f"<td{kind}>{text(value)}</td>"
 
 
 def facts(values: Mapping[str, Any]) -> str:

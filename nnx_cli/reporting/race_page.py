@@ -134,7 +134,7 @@ def _table(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
             each.name,
             _result(each),
             ", ".join(map(str, ties)) if isinstance(ties, list) and ties else None,
-            f"{each.facts.get('status', 'unknown')}, {each.measured} of {len(each.runs)}",
+            f"{each.facts.get('status', 'unknown')}, {each.measured}\u00a0of\u00a0{len(each.runs)}",
             written(each.facts.get("parameters"), short),
             written(each.facts.get("parameters_without_tables"), short),
             written(each.facts.get("lr"), short),

@@ -87,8 +87,10 @@ def test_a_line_without_points_takes_nobodys_colour_or_name():
 def test_the_best_point_the_references_and_the_spread_are_drawn():
     line = Line("validation", FALLING, [(n, y - 0.1, y + 0.1) for n, y in FALLING], best=FALLING[-1])
     figure = chart("t", "a", X, Y, [line], [Reference("a 5-gram model", 2.31)])
-    assert len(re.findall("class=reference", figure)) == 1 and "a 5-gram model" in figure
-    assert len(re.findall('class="ring', figure)) == 1 and "best 0.2632" in figure
+    legend, plot = figure.split("<div class=plot>")
+    assert len(re.findall("class=reference", plot)) == 1 and "<span>a 5-gram model 2.31</span>" in legend
+    assert len(re.findall('class="ring', plot)) == 1 and "<span>best 0.2632 at tokens 19</span>" in legend
+    assert set(re.findall(r'<text class="(\w+)"', plot)) == {"tick", "axis"}, "no words where curves may be"
     (shade,) = re.findall(r'class="spread c0" d="M([^"]*)Z"', figure)
     assert len(shade.split("L")) == 2 * len(FALLING)
 

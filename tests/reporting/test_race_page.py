@@ -192,3 +192,23 @@ def test_it_opens_in_a_browser(browser, tmp_path):
                 assert page("document.querySelectorAll('script, img, iframe').length") == 0
                 assert page("document.title").startswith("Race: ")
                 assert page.complaints == [] and page.requests == []
+
+
+def test_on_a_wide_screen_its_result_needs_no_scrolling(browser, tmp_path):
+    """All six, as far apart in their numbers as may be, and a target."""
+    race = a_race()
+    race["competitors"] = [
+        each | {"model": name, "size": size, "parameters": 1.037e9, "ties_with": ["llama", "ngpt", "n4", "neon"]}
+        for each, name, size in zip(
+            race["competitors"] + race["competitors"][-1:],
+            ("nyx", "nyx", "llama", "neon", "tape", "ngpt"),
+            ("xl", "small", "base", "base", "base", "base"),
+            strict=True,
+        )
+    ]
+    for run in (run for each in race["competitors"] for run in each["runs"]):
+        run |= {"time_s": 7 * 3600 + 59 * 60, "flops": 7.32e18, "tokens": 1.234e9, "peak_memory_bytes": 123.4 * 2**30}
+    write_race_page(race, tmp_path / "race.html")
+    with browser.open(tmp_path / "race.html", 1400) as page:
+        wide = "[...document.querySelectorAll('.whole')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert page("document.querySelectorAll('.whole').length") == 1 and page(wide) == 0

@@ -53,7 +53,9 @@ def test_a_run_has_its_curves_plan_samples_and_environment(run):
     path = write_run_page(run.folder)
     page = path.read_text(encoding="utf-8")
     assert path == run.folder / "report.html" and titles(page) == TITLES and "Nothing to draw" not in page
-    assert page.count("class=reference") == 3  # a guess, a byte 5-gram, and where gradients are clipped
+    assert (
+        page.count("class=reference") == 6
+    )  # in plot and legend: a guess, a byte 5-gram, and where gradients are clipped
     assert page.count('class="ring') == 2 and "peak memory (GiB)" in page
     for words in (
         "<mark>The </mark>old cat sees",
