@@ -45,6 +45,8 @@ class PrepareConfig:
     vocab_size: int | None = None  # ids of a trained tokenizer (bpe, char); default: what suits the text
     val_fraction: float = 0.1  # part of the text held out for validation
     text_key: str = "text"  # field of a JSONL row, column of a table; a path if it lies deeper: messages.content
+    prompt_key: str | None = None  # field with a question, of rows that are no text but conversations; default: none
+    answer_key: str | None = None  # field with the answer to it, which is what a model learns to write; default: none
     encoding: str | None = None  # encoding of text, such as cp1251 or gb18030; default: found out for every file
     separator: str | None = None  # text between two documents of a file; default: a line such as <|endoftext|>
     errors: str = "replace"  # invalid bytes, bad rows, files of many: strict refuses, replace counts and reports
@@ -55,6 +57,11 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_range("val-fraction", self.val_fraction, 0.0, 0.5, low_open=True)
         check_encoding(self.encoding)
+        if (self.prompt_key is None) != (self.answer_key is None):
+            lacking = "--answer-key" if self.answer_key is None else "--prompt-key"
+            raise UsageError("--prompt-key and --answer-key belong together", fix=f"add {lacking} NAME")
+        if self.prompt_key is not None and self.text_key != PrepareConfig.text_key:
+            raise UsageError("--text-key and --prompt-key: give one", fix="leave out --text-key")
         if self.separator == "":
             raise UsageError("--separator is empty; it stands between documents", fix="write it like '\\n---\\n'")
         check_choice("errors", self.errors, ("strict", "replace"))

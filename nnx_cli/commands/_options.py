@@ -190,10 +190,11 @@ def may_have_rows(paths: Iterable[str]) -> bool:
     return any(format_of(name) not in (".txt", ".md") for name in names)
 
 
-READING = ("text_key", "encoding", "separator", "errors")  # how text is read that a model is measured on
+ROW_FIELDS = ("text_key", "prompt_key", "answer_key")
+READING = (*ROW_FIELDS, "encoding", "separator", "errors")  # how text is read that a model is measured on
 READING_BRANCHES = (
     Branch(READING, lambda v: v["filepath"], "without --filepath: the validation split is read already"),
-    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    Branch(ROW_FIELDS, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
 )
 
 

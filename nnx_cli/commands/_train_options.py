@@ -16,6 +16,7 @@ from nnx_cli.commands._options import (
     COMMAND_LINE,
     DEFAULT_MODEL,
     READING,
+    ROW_FIELDS,
     SIZE_HELP,
     AllBut,
     Branch,
@@ -79,7 +80,7 @@ PANELS = {  # of the settings that training and preparing have
         "report",
         "watch",
     ),
-    "Data": ("tokenizer", "val_fraction", "text_key", "encoding", "separator", "errors"),
+    "Data": ("tokenizer", "val_fraction", *READING),
 }
 
 # The recipe of the original NYX, whose spelling of options is ALIASES.
@@ -163,9 +164,9 @@ BRANCHES = (
     Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
     Branch(READING, lambda v: v["data"] is None, "with --data: the text is read already"),
     Branch(
-        {"text_key", "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
+        {*ROW_FIELDS, "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
     ),
-    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    Branch(ROW_FIELDS, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
     Branch(
         {"stop_early"},
         lambda v: v["max_steps"] is None and v["epochs"] is None,

@@ -16,6 +16,7 @@ from nnx_cli.commands._config_file import read_toml
 from nnx_cli.commands._options import (
     COMMAND_LINE,
     READING,
+    ROW_FIELDS,
     AllBut,
     Branch,
     at_home,
@@ -93,9 +94,9 @@ BRANCHES = (
     Branch({"val_fraction"}, lambda v: v["data"] is None, "with --data: the token folder is split already"),
     Branch(READING, lambda v: v["data"] is None, "with --data: the text is read already"),
     Branch(
-        {"text_key", "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
+        {*ROW_FIELDS, "encoding", "errors"}, lambda v: v["filepath"], "without --filepath: the built-in text is plain"
     ),
-    Branch({"text_key"}, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
+    Branch(ROW_FIELDS, lambda v: may_have_rows(v["filepath"]), "with plain text: it names a field of rows"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nnx_cli.commands._options import Branch, command, given, may_have_rows, settings
+from nnx_cli.commands._options import ROW_FIELDS, Branch, command, given, may_have_rows, settings
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
@@ -21,7 +21,7 @@ NAME_COLUMNS, LINE_CHARS = 17, 60  # of the first lines as tokens
 TOKEN_MARK = "·"  # between two of them
 BRANCHES = (
     Branch({"val_fraction"}, lambda v: v["val"] is None, "with --val: all of the other text is trained on"),
-    Branch({"text_key"}, lambda v: may_have_rows(_texts(v)), "with plain text: it names a field of rows"),
+    Branch(ROW_FIELDS, lambda v: may_have_rows(_texts(v)), "with plain text: it names a field of rows"),
 )
 
 
@@ -64,10 +64,11 @@ def run(
         result["xray"]["suggested_size"] = suited_size(result["xray"]["train_bytes"])
     output.made = out
     output.show_json(result)
+    what = "conversation" if result["conversations"] else "document"
     output.show(
         f"{result['out']}: {result['train_tokens']:,} tokens to train on, {result['val_tokens']:,} to validate "
         f"({result['tokenizer']}, vocabulary {result['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token)",
-        f"{size(result['text_bytes'])} of text, {counted(result['documents'], 'document')}, {result['seconds']:.1f} s",
+        f"{size(result['text_bytes'])} of text, {counted(result['documents'], what)}, {result['seconds']:.1f} s",
         f"next: nnx train --data {quoted(result['out'])}",
     )
     if result["xray"] is not None:
@@ -104,7 +105,7 @@ def _xray_rows(xray: Mapping[str, Any], vocab_size: int) -> list[tuple[str, str,
         (
             "5-gram",
             "–" if bits is None else f"{bits:.2f}",
-            "bits per byte; a model that learned more than it gets less",
+            "bits per byte; a model that learned more than it gets less" if bits is not None else "not of such text",
         ),
         ("size", xray["suggested_size"], "suits so much text; --size of train"),
     ]

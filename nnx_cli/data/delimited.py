@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
+from operator import itemgetter
 from typing import Any
 
+from nnx_cli.data.conversations import Pair, question_and_answer
 from nnx_cli.data.formats import BadRow, line_lists
 from nnx_cli.errors import DataError, counted, quoted
 
@@ -24,9 +26,10 @@ DOUBLED = partial(re.compile(r"\\(.)").sub, lambda pair: '""' if pair[1] == '"' 
 
 
 class Table:
-    """The text in the column `key` of every row. `quoted` False: a quote that is not closed is text (TSV)."""
+    """The text in the column `key` of every row, or the conversation in two of them. `quoted` False: a quote that is
+    not closed is text (TSV)."""
 
-    def __init__(self, blocks: Iterable[str], key: str, limit: int, name: str, *, quoted: bool = True) -> None:
+    def __init__(self, blocks: Iterable[str], key: str | Pair, limit: int, name: str, *, quoted: bool = True) -> None:
         csv.field_size_limit(limit)
         self._limit = limit
         self._quoted = quoted
@@ -37,8 +40,12 @@ class Table:
         self._taken: list[tuple[int, str]] = []  # the lines of the row that is read
         self._too_long: list[int] = []
         self._how: dict[str, Any] = {}  # delimiter and blanks behind it, for the reader of rows
-        self._columns = self._header(key, name)
-        self._column = self._columns.index(key.strip()) if self._columns else 0
+        keys = [key.strip() for key in ((key.prompt, key.answer) if isinstance(key, Pair) else (key,))]
+        self._columns = self._header(keys, name)
+        self._read = [self._columns.index(key) for key in keys] if self._columns else [0]
+        self._take: Callable[[list[str]], str | BadRow] = itemgetter(self._read[0])
+        if len(self._read) > 1:
+            self._take = lambda cells: question_and_answer(*(cells[column] for column in self._read))
         self._n_rows = 0
         self._numbers: set[int] = set()  # columns with a number in each of the first rows
 
@@ -59,7 +66,7 @@ class Table:
 
     def _plain_rows(self, lines: list[Any]) -> Iterator[tuple[int, str | BadRow]]:
         """The rows of the lines that were begun, up to one that is no line of its own. Much faster than the others."""
-        column, n, before, done = self._column, len(self._columns), self._n_lines - len(lines), 0
+        take, n, before, done = self._take, len(self._columns), self._n_lines - len(lines), 0
         rows = csv.reader(lines, strict=True, **self._how)
         with suppress(csv.Error):
             for cells in rows:
@@ -67,14 +74,14 @@ class Table:
                     break
                 done += 1
                 if len(cells) == n and self._n_rows == FIRST_ROWS:
-                    yield before + done, cells[column]
+                    yield before + done, take(cells)
                 elif len(cells) > 1 or any(map(str.strip, cells)):
                     yield before + done, self._text_of(cells)
         self._here = enumerate(lines[done:], before + done + 1)
 
     def _quoted_rows(self) -> Iterator[tuple[int, str | BadRow]]:
         """The rows of the other lines, some of which may go on in the next."""
-        taken, column, n = self._taken, self._column, len(self._columns)
+        taken, take, n = self._taken, self._take, len(self._columns)
         rows = csv.reader(self._feed(), strict=True, **self._how)
         while True:
             taken.clear()
@@ -90,7 +97,7 @@ class Table:
             elif cells is None:
                 break
             elif len(cells) == n and self._n_rows == FIRST_ROWS:
-                yield taken[0][0], cells[column]
+                yield taken[0][0], take(cells)
             elif len(cells) > 1 or any(map(str.strip, cells)):
                 yield taken[0][0], self._text_of(cells)
 
@@ -118,23 +125,25 @@ class Table:
             if size > self._limit or (checked and self._swallowed()):
                 return
 
-    def _header(self, key: str, name: str) -> list[str]:
-        """The names of the columns; none where the table is empty. DataError where no column is named `key`."""
-        key, stated = key.strip(), None
+    def _header(self, keys: list[str], name: str) -> list[str]:
+        """The names of the columns; none where the table is empty. DataError where one of `keys` is not among them."""
+        stated = None
         while (line := self._first_line()) is not None:
             said = re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE)  # what Excel writes and reads
             stated = stated or said
             found = {delimiter: _names(line, delimiter) for delimiter in (stated[1] if stated else DELIMITERS)}
-            delimiter, names = max(found.items(), key=lambda item: (key in item[1], len(item[1])))
-            if said is None and (key in names or not line.lstrip().startswith(COMMENT)):
+            delimiter, names = max(found.items(), key=lambda item: (keys[0] in item[1], len(item[1])))
+            if said is None and (keys[0] in names or not line.lstrip().startswith(COMMENT)):
                 break
         rest = [text for _, text in self._here]
         self._n_lines -= len(rest)
         self._lists = chain([rest], self._lists)
         if line is None:
             return []
-        if key not in names:
-            raise _no_column(line, names, key, name)
+        options = ("--text-key",) if len(keys) == 1 else ("--prompt-key", "--answer-key")
+        for key, option in zip(keys, options, strict=True):
+            if key not in names:
+                raise _no_column(line, names, key, name, option)
         self._how = {"delimiter": delimiter if len(names) > 1 else NEVER, "skipinitialspace": f"{delimiter} " in line}
         if self._quoted:
             self._double_quotes(delimiter)
@@ -162,15 +171,15 @@ class Table:
 
     def _text_of(self, cells: list[str]) -> str | BadRow:
         n = len(self._columns)
-        if len(cells) <= self._column:
+        if len(cells) <= max(self._read):
             return BadRow("it has too few columns")
         if len(cells) > n and any(map(str.strip, cells[n:])):
             return BadRow(f"it has {counted(len(cells), 'column')}, the header {n}")
         if self._n_rows < FIRST_ROWS:
-            numbers = {i for i, cell in enumerate(cells[:n]) if i != self._column and cell.strip().isdecimal()}
+            numbers = {i for i, cell in enumerate(cells[:n]) if i not in self._read and cell.strip().isdecimal()}
             self._numbers = self._numbers & numbers if self._n_rows else numbers
             self._n_rows += 1
-        return cells[self._column]
+        return self._take(cells)
 
     def _alone(self, line: str) -> str | BadRow:
         """The text of a row whose quotes make no sense, by its first line alone."""
@@ -213,8 +222,8 @@ def _names(header: str, delimiter: str) -> list[str]:
         return []
 
 
-def _no_column(header: str, names: list[str], key: str, name: str) -> DataError:
-    """Why a table has no column `key`, and what mends that."""
+def _no_column(header: str, names: list[str], key: str, name: str, option: str) -> DataError:
+    """Why a table has no column `key`, which `option` names, and what mends that."""
     word = re.escape(key)
     apart = re.search(rf"\w[\"']?([^\w\"']+)[\"']?{word}(?!\w)", header)
     apart = apart or re.search(rf"(?<!\w){word}[\"']?([^\w\"']+)[\"']?\w", header)
@@ -231,5 +240,9 @@ def _no_column(header: str, names: list[str], key: str, name: str) -> DataError:
             fix="write the names of its columns in a line above",
         )
     likely = next((each for each in names if each.casefold() == key.casefold()), None)
-    fix = f"add --text-key {quoted(likely)}" if likely else "name one with --text-key"
+    fix = (
+        f"{'add' if option == '--text-key' else 'take'} {option} {quoted(likely)}"
+        if likely
+        else f"name one with {option}"
+    )
     return DataError(f"{name} has no column {key!r} but {found[:200]}", fix=fix)

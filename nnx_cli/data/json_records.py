@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from nnx_cli.data.conversations import Pair, conversation_in
 from nnx_cli.data.formats import BadRow, first_name, leaves, likely_key, lines, text_of
 from nnx_cli.errors import DataError, quoted
 from nnx_cli.system.text import well_formed
@@ -20,7 +21,7 @@ DECODER = json.JSONDecoder(strict=False)  # a line break or tab in a text is a m
 NAMED = 10  # fields in a message
 
 
-def jsonl_rows(blocks: Iterable[str], key: str, limit: int) -> Iterator[tuple[int, str | BadRow]]:
+def jsonl_rows(blocks: Iterable[str], key: str | Pair, limit: int) -> Iterator[tuple[int, str | BadRow]]:
     """(line number, text) of every line that is not blank."""
     for number, line in enumerate(lines(blocks, limit), 1):
         if line is None:
@@ -29,7 +30,7 @@ def jsonl_rows(blocks: Iterable[str], key: str, limit: int) -> Iterator[tuple[in
             yield number, _line_text(line, key)
 
 
-def json_rows(blocks: Iterable[str], key: str, limit: int, name: str) -> Iterator[tuple[int, str | BadRow]]:
+def json_rows(blocks: Iterable[str], key: str | Pair, limit: int, name: str) -> Iterator[tuple[int, str | BadRow]]:
     """(record number, text) of an array, of objects one after the other, or of the arrays in a single object.
 
     DataError where there is no record. Holds no more than one record, of at most `limit` characters.
@@ -57,7 +58,7 @@ def json_rows(blocks: Iterable[str], key: str, limit: int, name: str) -> Iterato
 
 
 def _records(
-    scanner: _Scanner, key: str, number: int = 1, closing: str = "", plain: bool = True
+    scanner: _Scanner, key: str | Pair, number: int = 1, closing: str = "", plain: bool = True
 ) -> Iterator[tuple[int, str | BadRow]]:
     """Records that follow each other, up to the end or what closes their list; texts are records too where `plain`."""
     while (following := scanner.peek()) != closing:
@@ -75,7 +76,7 @@ def _records(
     scanner.take(closing)
 
 
-def _members(scanner: _Scanner, key: str, name: str) -> Iterator[tuple[int, str | BadRow]]:
+def _members(scanner: _Scanner, key: str | Pair, name: str) -> Iterator[tuple[int, str | BadRow]]:
     """The records in one object: in the field that `key` begins with, else in any list with text at `key`, and in any
     object with text there."""
     number, fields, likely = 0, [], None
@@ -84,7 +85,7 @@ def _members(scanner: _Scanner, key: str, name: str) -> Iterator[tuple[int, str 
         while scanner.peek() not in ("", "}"):
             fields.append(str(scanner.value()))
             scanner.take(":")
-            named = first_name(key, fields[-1:])
+            named = first_name(key, fields[-1:]) if isinstance(key, str) else None
             below = key if named is None else named[1]
             is_list = scanner.take("[")
             is_record = False
@@ -104,22 +105,26 @@ def _members(scanner: _Scanner, key: str, name: str) -> Iterator[tuple[int, str 
         raise DataError(f"{name} is damaged: in its field {fields[-1:]!r}, {error}") from error
     if not number:
         found = ", ".join(fields[:NAMED])[:200]
+        field = key.prompt if isinstance(key, Pair) else key
         raise DataError(
-            f"{name} is JSON without records: an object of {found}, no list with a field {key!r}",
+            f"{name} is JSON without records: an object of {found}, no list with a field {field!r}",
             fix=f"add --text-key {quoted(likely)}" if likely else "name the field with the text: --text-key LIST.NAME",
         )
     scanner.take("}")
     yield from _records(scanner, key, number + 1)
 
 
-def _texts_of(value: object, path: str) -> Iterator[tuple[int, str | BadRow]]:
+def _texts_of(value: object, path: str | Pair) -> Iterator[tuple[int, str | BadRow]]:
     """The text at a path of a value; of an object of texts each of them, as pandas writes a column."""
+    if isinstance(path, Pair):
+        yield 1, _record_text(value, path)
+        return
     column = value.values() if isinstance(value, dict) and not path else [text_of(list(leaves(value, path)))]
     for number, text in enumerate(column, 1):
         yield number, well_formed(text) if isinstance(text, str) else BadRow("it is not text")
 
 
-def records_in(head: str, key: str) -> str | None:
+def records_in(head: str, key: str | Pair) -> str | None:
     """ "records" or "lines" by the beginning of a text, where the first of them has text at `key`; else None."""
     start = head.lstrip(BLANKS)
     if not start.startswith("["):
@@ -141,7 +146,7 @@ def is_lines(head: str) -> bool:
         return False
 
 
-def _line_text(line: str, key: str) -> str | BadRow:
+def _line_text(line: str, key: str | Pair) -> str | BadRow:
     try:
         record = _json_of(line)
     except (ValueError, RecursionError):
@@ -160,13 +165,19 @@ def _json_of(line: str) -> Any:
     return value if end == len(line) else DECODER.decode(line.strip("\x1e\ufeff," + BLANKS))
 
 
-def _record_text(record: object, key: str, plain: bool = True) -> str | BadRow:
+def _record_text(record: object, key: str | Pair, plain: bool = True) -> str | BadRow:
     """The text of a record: its field `key`, or the record itself where that is a text."""
     if not isinstance(record, dict):
-        return well_formed(record) if isinstance(record, str) and plain else BadRow("it is not a JSON object")
+        if isinstance(record, str) and plain and isinstance(key, str):
+            return well_formed(record)
+        return BadRow("it is not a JSON object")
+    if isinstance(key, Pair):
+        return conversation_in(record, key) or BadRow("it has no conversation")
     text = record.get(key)
     if not isinstance(text, str):
         text = text_of(list(leaves(record, key)))
+    if text is None and (said := conversation_in(record, key)) is not None:
+        return said
     if text is None:
         known = first_name(key, record) is not None
         bad = BadRow(f"its field {key!r} is not text" if known else f"it has no field {key!r}: see --text-key")
@@ -175,8 +186,12 @@ def _record_text(record: object, key: str, plain: bool = True) -> str | BadRow:
     return text if text.isascii() else well_formed(text)
 
 
-def _is_record(record: Any, key: str) -> bool:
+def _is_record(record: Any, key: str | Pair) -> bool:
     """Whether an object is a record, rather than one with a list of records."""
+    if conversation_in(record, key) is not None and not isinstance(_record_text(record, key), BadRow):
+        return True
+    if isinstance(key, Pair):
+        return False
     found = first_name(key, record)
     return (
         found is not None

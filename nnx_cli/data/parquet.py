@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from nnx_cli.data.charset import TextReader
 from nnx_cli.data.charset_guess import SAMPLE_BYTES, Guess, guess_encoding
 from nnx_cli.data.compression import Stream, brief
+from nnx_cli.data.conversations import MESSAGES, TEXT_KEY, Pair, conversation_in
 from nnx_cli.data.formats import BadRow, first_name, leaves, likely_key, text_of
 from nnx_cli.errors import DataError, MissingFeature, quoted
 
@@ -23,9 +24,12 @@ NAMED = 10  # columns in a message
 
 
 class ParquetText:
-    """The text at the dotted path `key` of every row of a table. After the last row: `n_replaced` (bytes), `guess`."""
+    """The text at the dotted path `key` of every row of a table, or its conversation. After the last row: `n_replaced`
+    (bytes), `guess`."""
 
-    def __init__(self, file: BinaryIO, key: str, name: str, *, strict: bool, encoding: str | None = None) -> None:
+    def __init__(
+        self, file: BinaryIO, key: str | Pair, name: str, *, strict: bool, encoding: str | None = None
+    ) -> None:
         self.n_replaced = 0
         self.guess: Guess | None = None  # of the encoding, where bytes were read that are not UTF-8
         self._encoding = encoding
@@ -48,7 +52,12 @@ class ParquetText:
         number = 0
         try:
             table = parquet.ParquetFile(self._file)
-            top, path, columns = self._column(table)
+            if talking := self._conversation_columns(table.schema_arrow):
+                for number, row in enumerate(_rows(table, talking), 1):
+                    yield number, conversation_in(row, self._key) or BadRow(f"its column {MESSAGES!r} is empty")
+                return
+            assert isinstance(self._key, str)
+            top, path, columns = self._column(table, self._key)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
                 rows = _values(batch, top)
                 if self.guess is None:
@@ -59,19 +68,31 @@ class ParquetText:
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"{self._name} is damaged: {brief(error)}") from error
 
-    def _column(self, table: Any) -> tuple[str, str, list[str]]:
+    def _conversation_columns(self, schema: Schema) -> list[str]:
+        """The columns that hold conversations; none where the text at `key` is wanted. DataError where they are not
+        there."""
+        if isinstance(self._key, str):
+            plain = _type_at(schema, self._key) is not None or self._key != TEXT_KEY
+            return [] if plain or MESSAGES not in schema.names else [MESSAGES]
+        found = [first_name(key, schema.names) for key in (self._key.prompt, self._key.answer)]
+        for key, name in zip((self._key.prompt, self._key.answer), found, strict=True):
+            if name is None:
+                raise DataError(f"{self._name} has no column {key!r} but {', '.join(schema.names[:NAMED])}")
+        return sorted({name[0] for name in found if name is not None})
+
+    def _column(self, table: Any, key: str) -> tuple[str, str, list[str]]:
         """The column of the schema that `key` begins with, the path from there, and the stored columns to read."""
         schema = table.schema_arrow
         texts = _text_paths(schema)
         hint = f"; text is in {', '.join(texts[:NAMED])}" if texts else "; nothing in it is text"
-        kind = _type_at(schema, self._key)
+        kind = _type_at(schema, key)
         fix = f"add --text-key {quoted(_fullest(table, texts))}" if texts and not (kind and _is_text(kind)) else None
         if kind is None:
-            raise DataError(f"{self._name} has no column {self._key!r}{hint[:200]}", fix=fix)
+            raise DataError(f"{self._name} has no column {key!r}{hint[:200]}", fix=fix)
         if not _is_text(kind):
-            raise DataError(f"the column {self._key!r} of {self._name} holds {kind}, not text{hint[:200]}", fix=fix)
+            raise DataError(f"the column {key!r} of {self._name} holds {kind}, not text{hint[:200]}", fix=fix)
         self._padded = _is_padded(kind)
-        top, path = first_name(self._key, schema.names) or (self._key, "")
+        top, path = first_name(key, schema.names) or (key, "")
         last = f".{path.rpartition('.')[2]}." if path else "."
         stored = (table.schema.column(i).path for i in range(len(table.schema)))
         return top, path, [name for name in stored if name == top or name.startswith(f"{top}.") and last in f"{name}."]
@@ -100,6 +121,13 @@ class ParquetText:
         self.n_replaced += reader.n_replaced
         self.guess = self.guess or reader.guess
         return text
+
+
+def _rows(table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """What rows have in some columns."""
+    for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns, use_threads=False):
+        for row in zip(*(_values(batch, name) for name in columns), strict=True):
+            yield dict(zip(columns, row, strict=True))
 
 
 def _fullest(table: Any, texts: list[str]) -> str:

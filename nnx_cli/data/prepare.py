@@ -18,6 +18,7 @@ import numpy as np
 
 from nnx_cli.config import PrepareConfig, unescape
 from nnx_cli.data.compression import BLOCK_BYTES
+from nnx_cli.data.conversations import ROLE_TOKENS, Conversation, Pair, Template, template_of, with_template
 from nnx_cli.data.duplicates import count_copies
 from nnx_cli.data.find import Note, find_sources, without
 from nnx_cli.data.formats import COMPRESSIONS, FORMATS, TARS, format_of
@@ -75,21 +76,28 @@ def encode_files(
     folder: Path,
     config: PrepareConfig,
     on_progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (N,) of all text in `paths` and the first token of each document, mapped from files in the existing
-    `folder`. Raises DataError.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids (N,) of all text in `paths`, the first token of each document, and of conversations the mask, mapped from
+    files in the existing `folder`. Raises DataError.
 
     `on_progress` gets the notes.
     """
     tell = on_progress or (lambda event: None)
     sources = find_sources(paths, lambda text: tell({"note": text}))
     reader = _reader(config, folder)
-    with SplitWriter(folder, tokenizer, None) as writer:
-        _encode(reader.pieces(sources, report := Report()), writer.add, sources, tokenizer, config, report)
+    talks, pieces = _peek(reader.pieces(sources, report := Report()))
+    if talks and template_of(tokenizer) is None:
+        raise DataError(
+            f"{sources[0].name} holds conversations, for which this model has no template",
+            fix="--text-key messages.content reads what is said in them as text",
+        )
+    with SplitWriter(folder, tokenizer, None, masked=talks) as writer:
+        _encode(pieces, writer.add, sources, tokenizer, config, report, talks)
         writer.finish()
     _tell_notes(report, tell)
     ids = np.memmap(folder / "train.bin", dtype=tokenizer.dtype, mode="r")
-    return ids, np.memmap(folder / "train.documents", dtype=START_DTYPE, mode="r")
+    mask = np.memmap(folder / "train.mask", dtype=np.uint8, mode="r") if talks else None
+    return ids, np.memmap(folder / "train.documents", dtype=START_DTYPE, mode="r"), mask
 
 
 def default_folder(
@@ -111,6 +119,8 @@ def default_folder(
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}
     settings |= {"encoding": config.encoding, "document_separator": config.separator, "reading": READING}
+    if config.prompt_key is not None:
+        settings |= {"prompt_key": config.prompt_key, "answer_key": config.answer_key}
     suited = _within_reach(vocabularies, sources)
     kind = settle_auto(config.tokenizer, config.vocab_size, suited)
     settings["tokenizer"] = files.sha256_file(Path(kind)) if Path(kind).is_file() else kind
@@ -177,14 +187,17 @@ def _prepare(
         tokenizer = _build(config, vocabularies, sources, reader, first := Report(), tell)
         report = Report()
         reading = replace(reader, on_bytes=_progress("encode", sources, tell))
-        with SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction) as writer:
-            n_bytes = _encode(reading.pieces(sources, report), writer.add, sources, tokenizer, config, report)
+        talks, pieces = _peek(reading.pieces(sources, report))
+        if talks:
+            tokenizer = with_template(tokenizer)
+        with SplitWriter(folder, tokenizer, None if val_sources else config.val_fraction, masked=talks) as writer:
+            n_bytes = _encode(pieces, writer.add, sources, tokenizer, config, report, talks)
             for before, now in zip(first.sources, report.sources, strict=False):
                 if before != now:
                     raise DataError(f"{now['name']} changed while it was read", fix="run the command again")
             if val_sources:
                 n_bytes += _encode(
-                    reader.pieces(val_sources, report), writer.add_val, val_sources, tokenizer, config, report
+                    reader.pieces(val_sources, report), writer.add_val, val_sources, tokenizer, config, report, talks
                 )
             writer.finish()
         meta = _describe(writer, n_bytes, tokenizer, report, config)
@@ -207,6 +220,7 @@ def _prepare(
         "text_bytes": n_bytes,
         "bytes_per_token": n_bytes / sum(meta["tokens"].values()),
         "documents": writer.n_documents,
+        "conversations": talks,
         "val_documents_in_train": meta["val_documents_in_train"],
         "seconds": seconds,
         "megabytes_per_s": n_bytes / 1e6 / seconds,
@@ -218,7 +232,10 @@ def _prepare(
 
 def _reader(config: PrepareConfig, spool: Path) -> Reader:
     separator = None if config.separator is None else unescape(config.separator)
-    return Reader(config.text_key, config.errors == "strict", spool, encoding=config.encoding, separator=separator)
+    key: str | Pair = config.text_key
+    if config.prompt_key is not None and config.answer_key is not None:
+        key = Pair(config.prompt_key, config.answer_key)
+    return Reader(key, config.errors == "strict", spool, encoding=config.encoding, separator=separator)
 
 
 def _tell_notes(report: Report, tell: Progress) -> None:
@@ -242,16 +259,24 @@ def _build(
     tell: Progress,
 ) -> Tokenizer:
     """The tokenizer; `auto`, `char` and `bpe` may read all sources for it first: `report` then has what they found."""
-    sample = None
+    sample, vocab_size, talks = None, config.vocab_size, False
     if _is_read_first(config, vocabularies):
         reading = replace(reader, on_bytes=_progress("train", sources, tell))
-        sample = (piece.text for piece in reading.pieces(sources, report))
-    tokenizer = build_tokenizer(
-        config.tokenizer, vocab_size=config.vocab_size, sample=sample, vocabularies=vocabularies
-    )
+        talks, pieces = _peek(reading.pieces(sources, report))
+        sample = (piece.text for piece in pieces)
+        if talks and vocab_size is not None:  # with the special tokens it has so many
+            vocab_size -= len(ROLE_TOKENS) + (config.tokenizer == "char")
+    tokenizer = build_tokenizer(config.tokenizer, vocab_size=vocab_size, sample=sample, vocabularies=vocabularies)
+    tokenizer = with_template(tokenizer) if talks else tokenizer
     if config.vocab_size is not None and tokenizer.vocab_size < config.vocab_size:
         tell({"note": f"the text gives a vocabulary of {tokenizer.vocab_size:,}, not {config.vocab_size:,}"})
     return tokenizer
+
+
+def _peek(pieces: Iterator[Piece]) -> tuple[bool, Iterator[Piece]]:
+    """Whether these pieces are conversations, by the first of them, and all of them."""
+    first = next(pieces, None)
+    return first is not None and isinstance(first.text, Conversation), chain(() if first is None else (first,), pieces)
 
 
 def _on_auto(config: PrepareConfig, vocabularies: Vocabularies, tokenizer: Tokenizer, n_bytes: int) -> Iterator[str]:
@@ -267,15 +292,17 @@ def _on_auto(config: PrepareConfig, vocabularies: Vocabularies, tokenizer: Token
 
 def _encode(
     pieces: Iterator[Piece],
-    add: Callable[[np.ndarray, bool], None],
+    add: Callable[[np.ndarray, bool, np.ndarray | None], None],
     sources: list[Source],
     tokenizer: Tokenizer,
     config: PrepareConfig,
     report: Report,
+    talks: bool,
 ) -> int:
-    """Encode all pieces and hand the ids to `add` in order. Returns the bytes of text; DataError if there is none."""
+    """Encode all pieces, conversations where the text `talks`, and hand the ids to `add` in order. Returns the bytes of
+    text; DataError if there is none."""
     tokenizer.use_fast_encoder()
-    jobs = _Jobs(tokenizer)
+    jobs = _Jobs(tokenizer, talks)
     workers = config.workers or n_cores()
     n_waiting = max(2, min(2 * workers, config.max_memory_bytes // JOB_BYTES))
     n_bytes = 0
@@ -287,9 +314,9 @@ def _encode(
             elif not waiting:
                 break
             if not job or len(waiting) > n_waiting:
-                for ids, n, ends in waiting.popleft().result():
+                for ids, n, ends, counts in waiting.popleft().result():
                     n_bytes += n
-                    add(ids, ends)
+                    add(ids, ends, counts)
     if not jobs.has_text:
         names = ", ".join(source.name for source in sources[:3])
         why = f"{names}: nothing but white space in it" if n_bytes else f"{names}: empty"
@@ -311,10 +338,11 @@ class _Pool(ThreadPoolExecutor):
 class _Jobs:
     """Groups pieces of documents into amounts worth a thread's while, cut where the tokenizer may be cut."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, talks: bool) -> None:
         self.has_text = False
         self.n_forced = 0
         self._tokenizer = tokenizer
+        self._talks = talks
 
     def of(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         job: list[Piece] = []
@@ -323,6 +351,8 @@ class _Jobs:
             text, ends = piece
             if not self.has_text and text and not text.isspace():
                 self.has_text = True
+            if isinstance(text, Conversation) is not self._talks and text:
+                raise DataError("conversations and plain text are prepared apart", fix="name files of one kind")
             if held or not ends:
                 text, held = held + text, ""
                 if not ends:
@@ -339,13 +369,18 @@ class _Jobs:
             yield job
 
 
-def _encode_job(tokenizer: Tokenizer, job: list[Piece]) -> list[tuple[np.ndarray, int, bool]]:
-    """(ids, bytes of text, whether the document ends) for each piece."""
-    encoded = []
+def _encode_job(tokenizer: Tokenizer, job: list[Piece]) -> list[tuple[np.ndarray, int, bool, np.ndarray | None]]:
+    """(ids, bytes of text, whether the document ends, which ids count: None where all do) for each piece."""
+    encoded: list[tuple[np.ndarray, int, bool, np.ndarray | None]] = []
     is_bytes = isinstance(tokenizer, ByteTokenizer)
     for text, ends in job:
+        if isinstance(text, Conversation):
+            ids, counts = Template(tokenizer).encode(text.messages)
+            encoded.append((ids, sum(len(utf8(content)) for _, content in text.messages), ends, counts))
+            continue
         ids = tokenizer.encode(text)
-        encoded.append((ids, len(ids) if is_bytes else len(text) if text.isascii() else len(utf8(text)), ends))
+        n_bytes = len(ids) if is_bytes else len(text) if text.isascii() else len(utf8(text))
+        encoded.append((ids, n_bytes, ends, None))
     return encoded
 
 
@@ -358,7 +393,7 @@ def _describe(
         raise DataError(f"the text is too short: {counted(sum(counts.values()), 'token')} for training and validation")
     lengths = tokenizer.token_bytes()
     n_val = count_bytes(writer.val.path, tokenizer)
-    paths = [path for file in (writer.train, writer.val) for path in (file.path, file.documents_path)]
+    paths = [*writer.train.paths, *writer.val.paths]
     n_bytes += writer.n_separators * int(lengths[tokenizer.separator].sum())
     n_copies = count_copies(writer.train.path, writer.val.path, tokenizer) if writer.n_documents > 1 else 0
     if n_copies:
@@ -371,6 +406,8 @@ def _describe(
         "val_documents_in_train": n_copies,
         "val_fraction": writer.val_fraction,
         "text_key": config.text_key,
+        "prompt_key": config.prompt_key,
+        "answer_key": config.answer_key,
         "errors": config.errors,
         "encoding": config.encoding,
         "document_separator": config.separator,

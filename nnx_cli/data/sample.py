@@ -30,7 +30,7 @@ def spread_ids(ids: np.ndarray, tokenizer: Tokenizer, most_bytes: int) -> np.nda
 
 def text_of(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """The bytes that ids stand for: uint8."""
-    if isinstance(tokenizer, ByteTokenizer):
+    if isinstance(tokenizer, ByteTokenizer) and not tokenizer.specials:
         return ids.astype(np.uint8, copy=False)
     blocks = range(0, len(ids), BLOCK_TOKENS)
     return np.frombuffer(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from nnx_cli.data import archives, formats
 from nnx_cli.data.charset import LFS_POINTER, TextReader, guess_note
 from nnx_cli.data.compression import BLOCK_BYTES, Bomb, Stream, unpack
+from nnx_cli.data.conversations import TEXT_KEY, Conversation, Pair
 from nnx_cli.data.delimited import Table
 from nnx_cli.data.formats import FORMATS, format_of
 from nnx_cli.data.json_records import is_lines, json_rows, jsonl_rows, records_in
@@ -110,9 +111,10 @@ class _Many:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads sources as text. `spool` is the folder for what must be unpacked before it can be read."""
+    """Reads sources as text. `key` is the field of rows with the text, or the two that are a conversation, `spool` the
+    folder for what must be unpacked before it can be read."""
 
-    text_key: str = "text"
+    key: str | Pair = TEXT_KEY
     strict: bool = False
     spool: Path | None = None
     on_bytes: Callable[[int], None] | None = None  # called with the bytes read so far
@@ -162,7 +164,7 @@ class Reader:
         elif head.startswith(b"PAR1"):
             with self._seekable(stream) as file:
                 yield from self._parquet(
-                    ParquetText(file, self.text_key, name, strict=self.strict, encoding=self.encoding), name, report
+                    ParquetText(file, self.key, name, strict=self.strict, encoding=self.encoding), name, report
                 )
         else:
             suffix = os.path.splitext(name.lower())[1]
@@ -236,12 +238,12 @@ class Reader:
         blocks = chain([head], blocks)
         documents = Documents(self.separator)
         if kind in (".csv", ".tsv"):
-            table = Table(blocks, self.text_key, ROW_CHARS, name, quoted=kind == ".csv")
+            table = Table(blocks, self.key, ROW_CHARS, name, quoted=kind == ".csv")
             yield from self._rows(table.rows(), name, "line", documents, report)
         elif (found := self._records(kind, head, name, report)) == "lines":
-            yield from self._rows(jsonl_rows(blocks, self.text_key, ROW_CHARS), name, "line", documents, report)
+            yield from self._rows(jsonl_rows(blocks, self.key, ROW_CHARS), name, "line", documents, report)
         elif found == "records":
-            yield from self._rows(json_rows(blocks, self.text_key, ROW_CHARS, name), name, "record", documents, report)
+            yield from self._rows(json_rows(blocks, self.key, ROW_CHARS, name), name, "record", documents, report)
         else:
             yield from documents.pieces(blocks)
         report.n_replaced_bytes += reader.n_replaced
@@ -254,11 +256,11 @@ class Reader:
             return "records" if head.lstrip().startswith("[") and not is_lines(head) else "lines"
         if kind == ".json":
             return "lines" if is_lines(head) else "records"
-        found = records_in(head, self.text_key)
+        found, field = records_in(head, self.key), self.key.prompt if isinstance(self.key, Pair) else self.key
         if found and kind is not None:
-            report.note(f"{name}: read as plain text; named .json, the field {self.text_key!r} of its JSON is")
+            report.note(f"{name}: read as plain text; named .json, the field {field!r} of its JSON is")
         elif found:
-            report.note(f"{name}: read as JSON, for its field {self.text_key!r}; named .txt it is plain text")
+            report.note(f"{name}: read as JSON, for its field {field!r}; named .txt it is plain text")
         return None if kind else found
 
     def _rows(
@@ -270,10 +272,16 @@ class Reader:
         report: Report,
     ) -> Iterator[Piece]:
         skipped, first = 0, ""
-        by_markers = documents.by_markers
+        by_markers, talks = documents.by_markers, None
         for number, text in numbered:
+            talk = isinstance(text, Conversation)
             if not isinstance(text, formats.BadRow):
-                if by_markers and "|" not in text:
+                talks = talk if talks is None else talks  # as the first row is, so have to be all
+                if talk is not talks:
+                    odd = "a conversation among plain text" if talk else "plain text among conversations"
+                    text = formats.BadRow(f"it is {odd}")
+            if not isinstance(text, formats.BadRow):
+                if talk or (by_markers and "|" not in text):
                     yield Piece(text, True)
                 else:
                     yield from documents.pieces([text])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnx_cli.data.token_file import START_DTYPE, TokenFile, read_ids
+from nnx_cli.data.token_file import MASK_DTYPE, START_DTYPE, TokenFile, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 
 MIN_DOCUMENTS = 100  # for holding out whole ones
@@ -23,12 +23,14 @@ MILLION = 10**6
 class SplitWriter:
     """Writes documents to the two splits of a folder, with separators between them. OSError passes through."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, val_fraction: float | None) -> None:
-        """`val_fraction` None holds nothing out: then `add_val` is given the validation documents."""
+    def __init__(self, folder: Path, tokenizer: Tokenizer, val_fraction: float | None, masked: bool = False) -> None:
+        """`val_fraction` None holds nothing out: then `add_val` is given the validation documents. With `masked` not
+        all tokens count."""
         self.n_documents = 0
         self.n_separators = 0  # written as text: newlines, in both files
-        self.train = TokenFile(folder / "train.bin", tokenizer.dtype)
-        self.val = TokenFile(folder / "val.bin", tokenizer.dtype)
+        self.masked = masked
+        self.train = TokenFile(folder / "train.bin", tokenizer.dtype, masked)
+        self.val = TokenFile(folder / "val.bin", tokenizer.dtype, masked)
         self.val_fraction = val_fraction
         self._tokenizer = tokenizer
         self._separator = tokenizer.separator
@@ -44,26 +46,26 @@ class SplitWriter:
         self.train.let_go()
         self.val.let_go()
 
-    def add(self, ids: np.ndarray, ends: bool) -> None:
-        """The next ids of a document."""
+    def add(self, ids: np.ndarray, ends: bool, counts: np.ndarray | None = None) -> None:
+        """The next ids of a document, and which of them count, where not all do."""
         if len(ids):
             if self._file is None:
                 self._file = self._begin(self._choose())
                 if self._spans is not None:
                     self._spans.append([self.train.n_tokens, 0])
-            self._file.write(ids)
+            self._file.write(ids, counts)
         if ends and self._file is not None:
             if self._spans is not None:
                 self._spans[-1][1] = self.train.n_tokens
             self._file = None
 
-    def add_val(self, ids: np.ndarray, ends: bool) -> None:
+    def add_val(self, ids: np.ndarray, ends: bool, counts: np.ndarray | None = None) -> None:
         """The next ids of a document that was named for validation."""
         if len(ids):
             if self._file is None:
                 self.n_documents += 1
                 self._file = self._begin(self.val)
-            self._file.write(ids)
+            self._file.write(ids, counts)
         self._file = None if ends else self._file
 
     def _choose(self) -> TokenFile:
@@ -90,17 +92,19 @@ class SplitWriter:
     def _sort_in(self) -> None:
         """Distribute the first documents, which went to train.bin, now that there are enough of them."""
         spans, self._spans = self._spans or [], None
-        self.train.close()
-        first = self.train.path.with_name("first.bin")
+        self.train.flush()
+        self.train.let_go()
+        first, dtype = self.train.path.with_name("first.bin"), self._tokenizer.dtype
         os.replace(self.train.path, first)
-        dtype = self._tokenizer.dtype
-        self.train = TokenFile(self.train.path, dtype)
+        if self.masked:
+            os.replace(self.train.flags_path, first.with_suffix(".flags"))
+        self.train = TokenFile(self.train.path, dtype, self.masked)
         self.n_separators = 0
         for index, (start, stop) in enumerate(spans):
             file = self._begin(self.val if self._held_out(index) else self.train)
-            for ids in read_ids(first, dtype, start, stop):
-                file.write(ids)
+            self._copy(first, file, start, stop)
         first.unlink()
+        first.with_suffix(".flags").unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Hold out the end of the text where no document was, and close both files. May leave one empty."""
@@ -122,9 +126,17 @@ class SplitWriter:
         for starts in read_ids(self.train.documents_path, START_DTYPE):
             for place in starts[starts > cut].tolist():
                 self.val.begin_document(place - cut)
-        for ids in read_ids(self.train.path, dtype, cut, n):
-            self.val.write(ids)
+        self._copy(self.train.path, self.val, cut, n)
         self.train.truncate(cut)
+
+    def _copy(self, path: Path, to: TokenFile, start: int, stop: int) -> None:
+        """Tokens start..stop of a .bin file, and whether they count."""
+        for ids in read_ids(path, self._tokenizer.dtype, start, stop):
+            end, counts = start + len(ids), None
+            if self.masked:
+                counts = np.concatenate([*read_ids(path.with_suffix(".flags"), MASK_DTYPE, start, end)])
+            to.write(ids, counts)
+            start = end
 
 
 def _nearest_cut(ids: np.ndarray, wanted: int, tokenizer: Tokenizer) -> int:

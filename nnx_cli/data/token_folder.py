@@ -1,6 +1,7 @@
 """A token folder: the ids of two splits and where their documents begin, tokenizer.json and meta.json.
 
-Format 1 has no documents: each split counts as one. In format 2 train.mask may say which tokens count in the loss.
+Format 1 has no documents: each split counts as one. In format 2 train.mask and val.mask may say which tokens count in
+the loss; without one all do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nnx_cli.system import files
 
 FORMAT = 2
 SPLITS = ("train", "val")
-MASK = "train.mask"
+MASKS = tuple(f"{split}.mask" for split in SPLITS)
 NGRAM = "ngram_bits_per_byte"
 MAX_META_BYTES = 256 * 2**20  # a folder of a million files names them all
 NANOGPT_DTYPE = np.dtype("<u2")
@@ -42,12 +43,16 @@ class TokenFolder:
     vocab_size: int
     tokenizer: Tokenizer | None  # None: a nanoGPT folder, whose ids nobody can read
     meta: dict[str, Any]
-    fingerprint: str  # SHA-256 over the digests of both splits' ids, the tokenizer's fingerprint, and the mask's digest
+    fingerprint: (
+        str  # SHA-256 over the digests of both splits' ids, the tokenizer's fingerprint, and the masks' digests
+    )
     text_bytes: int | None  # of both splits; None without a tokenizer
     documents: Mapping[str, np.ndarray] = field(default_factory=lambda: dict.fromkeys(SPLITS, _one_document()))
     """By split, the first token of each document: uint64, ascending from 0."""
     mask: np.ndarray | None = None
     """Bits, uint8 (ceil(N / 8),): token i of train counts as a target where bit i % 8 of byte i // 8 is set."""
+    val_mask: np.ndarray | None = None
+    """The same of val."""
 
     @property
     def begins_at_documents(self) -> bool:
@@ -62,6 +67,8 @@ class TokenFolder:
         Worked out, and kept in meta.json, where that does not have it yet; a folder that cannot be written to is left
         as it is.
         """
+        if self.val_mask is not None:  # only a part of that text counts
+            return None
         known = self.meta.get("xray")
         known = known if isinstance(known, dict) else {}
         bits = known.get(NGRAM)
@@ -140,29 +147,32 @@ def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) ->
     digests = _digests(meta, version)
     ids = {split: _ids(path / f"{split}.bin", _count(meta, "tokens", split), own.dtype) for split in SPLITS}
     documents = {split: _one_document() for split in SPLITS}
-    mask = None
+    masks: dict[str, np.ndarray | None] = dict.fromkeys(MASKS)
     if version > 1:
         documents = {split: _documents(path / f"{split}.documents", len(ids[split])) for split in SPLITS}
-        mask = _mask(path / MASK, len(ids["train"]), MASK in digests)
+        masks = {n: _mask(path / n, len(ids[split]), n in digests) for n, split in zip(MASKS, SPLITS, strict=True)}
     _verify(path, digests, own)
-    known = digests if mask is None or MASK in digests else digests | {MASK: files.sha256_file(path / MASK)}
+    digests |= {
+        name: files.sha256_file(path / name) for name, mask in masks.items() if mask is not None and name not in digests
+    }
     return TokenFolder(
         path=path,
         **ids,
         vocab_size=own.vocab_size,
         tokenizer=own,
         meta=meta,
-        fingerprint=_fingerprint(known, own.fingerprint),
+        fingerprint=_fingerprint(digests, own.fingerprint),
         text_bytes=sum(_count(meta, "text_bytes", split) for split in SPLITS),
         documents=documents,
-        mask=mask,
+        mask=masks[MASKS[0]],
+        val_mask=masks[MASKS[1]],
     )
 
 
 def _digests(meta: dict[str, Any], version: int) -> dict[str, str]:
     """SHA-256 of the files of a folder, by their names."""
     needed = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "documents")[:version]]
-    known = [*needed, MASK] if version > 1 else needed
+    known = [*needed, *MASKS] if version > 1 else needed
     stated = meta.get("sha256")
     if not isinstance(stated, dict) or not all(isinstance(stated.get(name), str) for name in needed):
         raise _Damaged("meta.json lacks the SHA-256 of its files")
@@ -262,8 +272,9 @@ def _count(meta: dict[str, Any], key: str, split: str) -> int:
 
 
 def _fingerprint(digests: Mapping[str, str], tokenizer_fingerprint: str) -> str:
-    """What decides the examples of a run. Boundaries of documents do not."""
+    """What decides the examples of a run. Boundaries of documents do where there is a mask."""
     parts = [*(digests[f"{split}.bin"] for split in SPLITS), tokenizer_fingerprint]
-    if MASK in digests:
-        parts.append(digests[MASK])
+    for name in MASKS:
+        if name in digests:
+            parts += [digests[name], digests[name.replace(".mask", ".documents")]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

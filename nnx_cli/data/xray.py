@@ -39,7 +39,7 @@ def xray(folder: Path, tokenizer: Tokenizer, meta: Mapping[str, Any], prepared_s
     ids = spread_ids(mapped["train"], tokenizer, TRAIN_BYTES)
     train = text_of(ids, tokenizer)[:TRAIN_BYTES]
     val = text_of(spread_ids(mapped["val"], tokenizer, VAL_BYTES), tokenizer)[:VAL_BYTES]
-    bits = bits_per_byte(train, val)
+    bits = None if (folder / "val.mask").exists() else bits_per_byte(train, val)  # of text that counts in full
     odd = _odd_characters(train) if time.perf_counter() < deadline else None
     documents = {split: (folder / f"{split}.documents").stat().st_size // START_DTYPE.itemsize for split in mapped}
     if sum(documents.values()) >= MIN_DOCUMENTS:
@@ -116,11 +116,14 @@ def _odd_characters(text: np.ndarray) -> Counter[str]:
 
 
 def first_lines(path: Path, tokenizer: Tokenizer) -> list[list[str]]:
-    """The tokens of the first lines of a .bin file that are not empty; of long ones, those that they begin with."""
+    """The tokens of the first lines of a .bin file that are not empty; of long ones, those that they begin with.
+    End-of-text ends a line too."""
+    names = {token_id: name for name, token_id in tokenizer.specials.items()}
     lines: list[list[str]] = [[]]
     ids = next(read_ids(path, tokenizer.dtype), np.empty(0, tokenizer.dtype))[:LOOKED_AT]
     for number in ids.tolist():
-        for nth, piece in enumerate(tokenizer.tokens[number].decode("utf-8", "backslashreplace").split("\n")):
+        said = names.get(number) or tokenizer.tokens[number].decode("utf-8", "backslashreplace")
+        for nth, piece in enumerate(("\n" if number == tokenizer.eot_id else said).split("\n")):
             if nth and lines[-1]:
                 lines.append([])
             if piece and len(lines[-1]) < LINE_TOKENS:

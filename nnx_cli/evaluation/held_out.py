@@ -27,10 +27,12 @@ NAME_A_TEXT = "name a text: --filepath FILE"
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Token ids (N,) and the first token of each document; one document where nothing tells them apart."""
+    """Token ids (N,), the first token of each document (one document where nothing tells them apart), and where not
+    all tokens count the bits that say which do (`TokenFolder.mask`)."""
 
     tokens: np.ndarray
     documents: np.ndarray
+    mask: np.ndarray | None = None
 
 
 @contextmanager
@@ -45,13 +47,13 @@ def held_out_text(
     tokenizer = ref.tokenizer
     if not paths:
         folder = training_folder(ref)
-        yield HeldOutText(folder.val, _documents(folder.val, folder.documents["val"], ref))
+        yield HeldOutText(folder.val, _documents(folder.val, folder.documents["val"], ref), folder.val_mask)
         return
     if tokenizer is None:
         raise DataError(f"{ref.label} has no tokenizer: it cannot read text", fix="leave out --filepath")
     with half_made(), tempfile.TemporaryDirectory(prefix="nnx-") as spool:
-        ids, documents = encode_files(paths, tokenizer, Path(spool), config or PrepareConfig(), on_progress)
-        yield HeldOutText(ids, _documents(ids, documents, ref))
+        ids, documents, mask = encode_files(paths, tokenizer, Path(spool), config or PrepareConfig(), on_progress)
+        yield HeldOutText(ids, _documents(ids, documents, ref), mask)
 
 
 def sample_windows(ref: ModelRef, vocab_size: int, n: int, length: int) -> Tensor:

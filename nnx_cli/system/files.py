@@ -39,6 +39,7 @@ OURS = {
     "train.mask",
     "val.bin",
     "val.documents",
+    "val.mask",
 }
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS}

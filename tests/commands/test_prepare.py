@@ -15,6 +15,7 @@ KEYS = [
     "text_bytes",
     "bytes_per_token",
     "documents",
+    "conversations",
     "val_documents_in_train",
     "seconds",
     "megabytes_per_s",

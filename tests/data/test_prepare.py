@@ -27,7 +27,7 @@ LINE = "The quick brown fox, größer als 12 Füchse, 跳过了懒狗。\n"
 FILES = ["meta.json", "tokenizer.json", "train.bin", "train.documents", "val.bin", "val.documents"]
 KEYS = (
     "out, tokenizer, vocab_size, train_tokens, val_tokens, text_bytes, bytes_per_token, documents, "
-    "val_documents_in_train, seconds, megabytes_per_s, peak_rss_bytes, sha256, xray"
+    "conversations, val_documents_in_train, seconds, megabytes_per_s, peak_rss_bytes, sha256, xray"
 ).split(", ")
 
 
@@ -453,12 +453,12 @@ def test_a_preparation_that_fails_leaves_no_file_open(tmp_path, monkeypatch):
     writers = []
 
     class Remembered(SplitWriter):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             writers.append(self)
 
     monkeypatch.setattr(module, "SplitWriter", Remembered)
-    (tmp_path / "bad.txt").write_bytes(b"some text\n" * 100 + b"\xff\xfe\xff\n")
+    (tmp_path / "bad.txt").write_bytes(b"some text\n" * 300_000 + b"\xff\xfe\xff\n")  # behind the first block
     with pytest.raises(DataError):
         prepare([tmp_path / "bad.txt"], tmp_path / "out", PrepareConfig(errors="strict", workers=1))
     [writer] = writers

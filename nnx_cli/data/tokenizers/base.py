@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -13,18 +13,23 @@ import numpy as np
 from nnx_cli.system.text import well_formed
 
 N_BYTES = 256
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
 
 
 class Tokenizer:
     """A vocabulary and its algorithm. `tokens[id]` is the bytes an id stands for, empty for special and unused ids."""
 
     pattern: str | None = None  # what splits text before byte pairs are merged
-    specials: dict[str, int] = {}
 
-    def __init__(self, kind: str, tokens: list[bytes], eot_id: int | None = None) -> None:
+    def __init__(
+        self, kind: str, tokens: list[bytes], eot_id: int | None = None, specials: Mapping[str, int] | None = None
+    ) -> None:
+        """`specials` are the ids of special tokens by their names; in a text these names stay text."""
         self.kind = kind
         self.tokens = tokens
         self.eot_id = eot_id
+        self.specials = dict(specials or {})
 
     @property
     def vocab_size(self) -> int:
@@ -56,6 +61,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (N,) of `dtype`. Lone surrogates count as U+FFFD."""
+        raise NotImplementedError
+
+    def with_specials(self, names: Iterable[str]) -> Tokenizer:
+        """The same tokenizer, with a special token of each of these names; new ones follow its ids."""
+        new = [name for name in names if name not in self.specials]
+        return self._with_specials(self.specials | {name: self.vocab_size + i for i, name in enumerate(new)})
+
+    def _with_specials(self, specials: dict[str, int]) -> Tokenizer:
         raise NotImplementedError
 
     def use_fast_encoder(self) -> None:
@@ -99,6 +112,11 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """The characters that this id completes; may be empty."""
         return self._utf8.decode(self._tokens[token_id])
+
+
+def end_of_text(specials: Mapping[str, int]) -> int | None:
+    """The id of end-of-text among special tokens, under whatever name."""
+    return next((specials[name] for name in END_OF_TEXT_NAMES if name in specials), None)
 
 
 def utf8(text: str) -> bytes:

@@ -13,13 +13,12 @@ from importlib import resources, util
 import numpy as np
 
 from nnx_cli.data.tokenizers import gigatoken
-from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8
+from nnx_cli.data.tokenizers.base import END_OF_TEXT, N_BYTES, Tokenizer, end_of_text, utf8
 from nnx_cli.data.tokenizers.gigatoken import FastEncoder
 from nnx_cli.errors import DataError, MissingFeature, UsageError, quoted
 from nnx_cli.system.text import well_formed
 
 INSTALL = f"pip install {quoted('nnx-cli[bpe]')}"
-END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARS = 2**23  # what training holds at most, spread over the whole corpus;
 SAMPLE_CHARS_PER_TOKEN = 2**11  # a large vocabulary needs more
@@ -80,6 +79,8 @@ _KNOWN = _TRAINED_HERE | {plain(GPT2_PATTERN)}
 class BpeTokenizer(Tokenizer):
     """Byte pair encoding over pieces that `pattern` finds; `ranks` maps token bytes to ids in the order of merging."""
 
+    pattern: str
+
     def __init__(self, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], eot_id: int | None) -> None:
         import tiktoken
 
@@ -88,8 +89,7 @@ class BpeTokenizer(Tokenizer):
             tokens[rank] = token
         self.ranks = ranks
         self.pattern = plain(pattern)
-        self.specials = specials
-        super().__init__(_kind(ranks, self.pattern), tokens, eot_id)
+        super().__init__(_kind(ranks, self.pattern), tokens, eot_id, specials)
         self._fast: FastEncoder | None = None
         self._run_chars = RUN_CHARS if self.pattern in _KNOWN else FOREIGN_RUN_CHARS
         try:
@@ -101,6 +101,10 @@ class BpeTokenizer(Tokenizer):
             )
         except ValueError as error:
             raise DataError(f"the tokenizer's pattern cannot be used: {error}") from error
+
+    def _with_specials(self, specials: dict[str, int]) -> BpeTokenizer:
+        eot_id = end_of_text(specials) if self.eot_id is None else self.eot_id
+        return BpeTokenizer(self.ranks, self.pattern, specials, eot_id)
 
     def use_fast_encoder(self) -> None:
         """Let gigatoken encode, where it is installed and has this vocabulary's pattern."""

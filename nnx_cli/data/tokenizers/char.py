@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer
+from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, end_of_text
 from nnx_cli.errors import UsageError
 from nnx_cli.system.text import well_formed
 
@@ -14,14 +14,17 @@ N_CODE_POINTS = 0x110000
 
 
 class CharTokenizer(Tokenizer):
-    """Ids 0..255 are single bytes, then one id a character, in the order of their code points."""
+    """Ids 0..255 are single bytes, then one id a character, in the order of their code points; special tokens last."""
 
-    def __init__(self, characters: Iterable[str]) -> None:
+    def __init__(self, characters: Iterable[str], specials: Mapping[str, int] | None = None) -> None:
+        """`specials` have the ids behind the characters, without a gap."""
         self.characters = sorted(set(characters))
-        super().__init__("char", [bytes([b]) for b in range(N_BYTES)] + [c.encode() for c in self.characters])
+        specials = specials or {}
+        tokens = [bytes([b]) for b in range(N_BYTES)] + [c.encode() for c in self.characters] + [b""] * len(specials)
+        super().__init__("char", tokens, end_of_text(specials), specials)
         codes = np.array([ord(c) for c in self.characters], np.int64)
         self._id_of = np.zeros(N_CODE_POINTS, self.dtype)  # 0: not in the vocabulary (no character has id 0)
-        self._id_of[codes] = np.arange(N_BYTES, self.vocab_size, dtype=self.dtype)
+        self._id_of[codes] = np.arange(N_BYTES, N_BYTES + len(codes), dtype=self.dtype)
 
     @classmethod
     def train(cls, pieces: Iterable[str], vocab_size: int | None = None) -> CharTokenizer:
@@ -36,6 +39,9 @@ class CharTokenizer(Tokenizer):
             counts[: len(n)] += n
         frequent = np.argsort(-counts, kind="stable")[: vocab_size - N_BYTES]
         return cls(chr(code) for code in frequent if counts[code])
+
+    def _with_specials(self, specials: dict[str, int]) -> CharTokenizer:
+        return CharTokenizer(self.characters, specials)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (N,) of `dtype`; bytes for characters that are not in the vocabulary."""

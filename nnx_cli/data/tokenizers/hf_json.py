@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnx_cli.data.tokenizers import bpe
-from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer
+from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, end_of_text
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.errors import DataError
@@ -25,7 +25,6 @@ PROBE = (
     "It's 12 o'clock (or 13:45), we'd say; a_b + c == 'd' \u2014 \u00e9t\u00e9 \u6211\u3002 x\n\n  then  3.14\tEND! "
 )
 PROBE += "\x00\t$1 \u20ac\u00b2 e\u0301 \U0001f600 \u0915\u094d \u0665 \u00ad\n"
-END_OF_TEXT_NAMES = (bpe.END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(N_BYTES)]
 
@@ -39,7 +38,7 @@ def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, CharTokenizer):
         names = BYTE_TOKENS + tokenizer.characters
         model |= {"byte_fallback": True, "ignore_merges": False}
-        model |= {"vocab": {name: i for i, name in enumerate(names)}, "merges": []}
+        model |= {"vocab": {name: i for i, name in enumerate(names)} | tokenizer.specials, "merges": []}
         splitter, decoder = None, {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
     else:
         ranks = tokenizer.ranks if isinstance(tokenizer, bpe.BpeTokenizer) else {bytes([b]): b for b in range(N_BYTES)}
@@ -121,15 +120,14 @@ def from_json(content: Any) -> Tokenizer:
     ranks = _ranks({token: i for token, i in vocab.items() if token not in specials})
     if _is_byte_level(splitter, use_regex=False) and not pairs:
         in_order = [ranks[bytes([b])] for b in range(N_BYTES)] == list(range(len(ranks)))
-        _require(in_order and not specials, "its ids are no bytes")
-        return ByteTokenizer()
+        _require(in_order, "its ids are no bytes")
+        return ByteTokenizer(_behind(specials, N_BYTES))
     last = max(ranks.values())
     _require(len(ranks) + sum(i < last for i in specials.values()) == last + 1, "its ids have gaps")
     _require(max(specials.values(), default=0) <= last + MAX_SPECIALS, "the ids of its added tokens are too large")
     pattern = _pattern(splitter)
     _check_pattern(pattern)
-    eot_id = next((specials[name] for name in END_OF_TEXT_NAMES if name in specials), None)
-    tokenizer = bpe.BpeTokenizer(ranks, pattern, specials, eot_id)
+    tokenizer = bpe.BpeTokenizer(ranks, pattern, specials, end_of_text(specials))
     if tokenizer.kind not in bpe.PUBLISHED:
         _check_merges(ranks, pairs, bool(model.get("ignore_merges")))
         _require(tokenizer.cuts_safely(PROBE), "its regular expression does not start a piece at every word")
@@ -169,15 +167,21 @@ def _specials(added: Any, vocab: dict[str, int]) -> dict[str, int]:
     return specials
 
 
+def _behind(specials: dict[str, int], n: int) -> dict[str, int]:
+    """Special tokens in the order of their ids, which have to be the next behind `n` others."""
+    _require(sorted(specials.values()) == list(range(n, n + len(specials))), "the ids of its added tokens have gaps")
+    return dict(sorted(specials.items(), key=lambda item: item[1]))
+
+
 def _char(vocab: dict[str, int], pairs: list, specials: dict[str, int], splitter: Any) -> CharTokenizer:
-    names = sorted(vocab, key=vocab.__getitem__)
-    ours = not pairs and not specials and splitter is None and names[:N_BYTES] == BYTE_TOKENS
+    names = sorted(vocab.keys() - specials.keys(), key=vocab.__getitem__)
+    ours = not pairs and splitter is None and names[:N_BYTES] == BYTE_TOKENS
     characters = names[N_BYTES:]
     _require(ours and all(len(char) == 1 for char in characters), "its byte_fallback is not of single characters")
-    in_order = characters == sorted(characters) and sorted(vocab.values()) == list(range(len(vocab)))
+    in_order = characters == sorted(characters) and [vocab[name] for name in names] == list(range(len(names)))
     _require(in_order, "its ids have gaps or are out of order")
     _require(not any("\ud800" <= char <= "\udfff" for char in characters), "a lone surrogate is among its characters")
-    return CharTokenizer(characters)
+    return CharTokenizer(characters, _behind(specials, len(names)))
 
 
 def _ranks(vocab: dict[str, int]) -> dict[bytes, int]:
