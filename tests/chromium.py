@@ -92,7 +92,7 @@ class Chromium:
             assert event, f"no {name}"
             self.events.append(event)
 
-    def open(self, path, width=1400, height=900, scheme="light", media="screen"):
+    def open(self, path, width=1400, height=900, scheme="light", media="screen", motion="no-preference"):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session, target, path.resolve().as_uri())
@@ -100,9 +100,9 @@ class Chromium:
             page.call(f"{domain}.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         page.call("Emulation.setDeviceMetricsOverride", **size)
-        page.call(
-            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
-        )
+        wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        page.call("Emulation.setEmulatedMedia", media=media, features=features)
         page.call("Page.navigate", url=page.url)
         self.wait_for("Page.loadEventFired", session)
         return page
@@ -147,9 +147,14 @@ class Page:
 
     def key(self, name):
         """Press a key."""
-        text = {"Enter": "\r"}.get(name)
-        code = {"Enter": 13, "Tab": 9, "ArrowRight": 39}[name]
-        kind = {"type": "keyDown" if text else "rawKeyDown", "windowsVirtualKeyCode": code, "key": name, "code": name}
+        text = {"Enter": "\r", "Space": " "}.get(name)
+        code = {"Enter": 13, "Space": 32, "Tab": 9, "ArrowRight": 39}[name]
+        kind = {
+            "type": "keyDown" if text else "rawKeyDown",
+            "windowsVirtualKeyCode": code,
+            "key": " " if name == "Space" else name,
+            "code": name,
+        }
         self.call("Input.dispatchKeyEvent", **kind, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", **(kind | {"type": "keyUp"}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nnx_cli.layers.insides import Insides, Panel
+    from nnx_cli.runs.snapshots import Snapshot
 
 MOST_TOKENS = 40  # lines of a table
 MOST_ROWS = 24  # of a table of numbers; of more, the means of each layer
@@ -25,6 +27,7 @@ MOST_NUMBERS = 12  # columns of one
 MOST_WIDTH = 100  # of a paragraph
 LONGEST_NAME = 9  # of a group of columns
 BELOW_ZERO = " Values below 0 are - and, stronger, =."
+COLUMN_GAP = 3  # between the columns of a table
 MOST_NAMED = 8  # columns whose strongest value is told
 
 
@@ -57,6 +60,41 @@ def show_insides(output: Output, subject: str, tokens: Sequence[str], insides: I
     _over_text(output, tokens[shown], groups)
     for panel in insides.panels:
         _show_panel(output, panel, tokens, shown)
+
+
+def show_learning(output: Output, snapshots: Sequence[Snapshot]) -> None:
+    """How the numbers of a model came, from the snapshots of its run: those that changed, as means over its layers."""
+    if len(snapshots) < 2:
+        return
+    about = (
+        "Snapshots of the run, each number the mean over the layers; --html draws them all. Surprise is the loss in "
+    )
+    _title(output, "As it learned", about + "nats of a piece of validation text.")
+    last = snapshots[-1]
+    courses = [("surprise", [_mean(each.surprise.values[0]) for each in snapshots])]
+    for panel in (last.norms, *(panel for panel in last.insides.panels if panel.kind == "number")):
+        for column, name in enumerate(panel.columns or ()):
+            courses.append((name, [_mean_of(panel.title, column, each) for each in snapshots]))
+    shown, room = [], _width() - COLUMN_GAP - len(f"{last.step:,}")
+    for name, means in courses:
+        width = COLUMN_GAP + max(len(name), *(len(_number(mean) or "") for mean in means))
+        if width <= room and len({_number(mean) for mean in means}) > 1:
+            shown.append((name, means))
+            room -= width
+    rows = [
+        [f"{each.step:,}", *(_number(means[number]) for _, means in shown)] for number, each in enumerate(snapshots)
+    ]
+    output.table(["step", *(name for name, _ in shown)], rows)
+
+
+def _mean_of(title: str, column: int, snapshot: Snapshot) -> float:
+    """The mean over the layers of a column of a panel, nan where a snapshot has it not."""
+    found = next((each for each in (snapshot.norms, *snapshot.insides.panels) if each.title == title), None)
+    return math.nan if found is None or column >= found.values.shape[1] else _mean(found.values[:, column])
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean())
 
 
 def show_layer(output: Output, tokens: Sequence[str], insides: Insides, layer: int) -> None:

@@ -64,6 +64,8 @@ def run(
         for name, lines in record.damaged.items():
             if lines:
                 output.warn(f"{record.folder / name}: {counted(lines, 'damaged line')} left out")
+        for line in [] if several else record.snapshots[1]:  # a comparison does not read them
+            output.warn(f"{line}; left out")
     output.show_json({"out": str(page), "runs": [str(each.folder) for each in records], "csv": csv and str(csv)})
     what = f"{counted(len(records), 'run')} compared" if several else f"run {records[0].name}, {records[0].state}"
     told = f"{page}: {what}; open it in a browser"

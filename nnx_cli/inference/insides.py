@@ -70,7 +70,7 @@ def take_snapshot(model: LanguageModel, tokenizer: Tokenizer | None, ids: Sequen
         step,
         [token_as_code(tokenizer, token) for token in prompt],
         insides,
-        Panel("Weights and activations", NORMS, norms, layers, "number", ("weights", "activations")),
+        Panel("Norms by layer", NORMS, norms, layers, "number", ("weights", "activations")),
         Panel("Surprise", SURPRISE, torch.tensor([surprise]), ["nats"], "share", pieces),
     )
 

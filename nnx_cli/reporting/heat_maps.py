@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -39,41 +39,59 @@ class Matrix:
         return self.full or max((abs(value) for row in self.values for value in row if value is not None), default=0.0)
 
 
+class Layout:
+    """Where the cells of a matrix lie in a picture, and the names of its columns above and of its rows beside them."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self.cell = CELL if len(matrix.columns) <= MANY_COLUMNS else SMALL_CELL
+        longest = max(map(len, matrix.columns))
+        self.is_upright = longest <= UPRIGHT_LETTERS
+        self.left = 8 + LETTER * min(MOST_LETTERS, max(map(len, matrix.rows)))
+        self.above = 18 if self.is_upright else 8 + LETTER * min(MOST_LETTERS, longest)
+        self.width, self.height = self.cell * len(matrix.columns), self.cell * len(matrix.rows)
+
+    def names(self) -> Iterator[str]:
+        """The names, as many as have room."""
+        cell, above, left = self.cell, self.above, self.left
+        for number, name in list(enumerate(self.matrix.rows))[:: -(-LINE // cell)]:
+            y = above + cell * (number + 0.5)
+            yield words("tick", f'x="{left - 5}" y="{y}" dy=".35em" text-anchor="end"', _cut(name))
+        for number, name in list(enumerate(self.matrix.columns))[:: -(-(CELL if self.is_upright else LINE) // cell)]:
+            x = left + cell * (number + 0.5)
+            turned = f'transform="translate({x} {above - 5}) rotate(-90)" dy=".35em"'
+            straight = f'x="{x}" y="{above - 5}" text-anchor="middle"'
+            yield words("tick", straight if self.is_upright else turned, _cut(name))
+
+    def numbers_in_cells(self) -> Iterator[str]:
+        """The values themselves, in the middle of their cells."""
+        for row, values in enumerate(self.matrix.values):
+            for column, value in enumerate(values):
+                x, y = self.left + self.cell * (column + 0.5), self.above + self.cell * (row + 0.5)
+                if value is not None:
+                    yield words("choice", f'x="{x}" y="{y}" dy=".35em" text-anchor="middle"', f"{value:.0f}")
+
+
 def heat_map(title: str, about: str, matrix: Matrix) -> str:
     """A figure of a matrix in shades, under the names of its columns and beside those of its rows; it can be scrolled
     where the screen is narrow."""
     if not matrix.rows or not matrix.columns:
         return empty_figure(title, about)
-    cell = CELL if len(matrix.columns) <= MANY_COLUMNS else SMALL_CELL
-    longest = max(map(len, matrix.columns))
-    upright = longest <= UPRIGHT_LETTERS
-    left = 8 + LETTER * min(MOST_LETTERS, max(map(len, matrix.rows)))
-    above = 18 if upright else 8 + LETTER * min(MOST_LETTERS, longest)
-    width, height = cell * len(matrix.columns), cell * len(matrix.rows)
-    parts = [_cells(matrix, f'x="{left}" y="{above}" width="{width}" height="{height}"')]
-    for number, name in list(enumerate(matrix.rows))[:: -(-LINE // cell)]:
-        y = above + cell * (number + 0.5)
-        parts.append(words("tick", f'x="{left - 5}" y="{y}" dy=".35em" text-anchor="end"', _cut(name)))
-    for number, name in list(enumerate(matrix.columns))[:: -(-(CELL if upright else LINE) // cell)]:
-        x = left + cell * (number + 0.5)
-        turned = f'transform="translate({x} {above - 5}) rotate(-90)" dy=".35em"'
-        straight = f'x="{x}" y="{above - 5}" text-anchor="middle"'
-        parts.append(words("tick", straight if upright else turned, _cut(name)))
+    layout = Layout(matrix)
+    place = f'x="{layout.left}" y="{layout.above}" width="{layout.width}" height="{layout.height}"'
+    parts = [cells(matrix, place), *layout.names()]
     if matrix.kind == "choice":
-        parts += _numbers_in_cells(matrix, left, above, cell)
-    size = f'width="{left + width + 8}" height="{above + height + 4}"'
-    shown = picture(title, _told(matrix), parts, f"class=heat {size} {_view_box(left + width + 8, above + height + 4)}")
-    scroll = f'<div class="scroll whole" tabindex="0" role="region" aria-label="{text(title)}">{shown}</div>'
-    return figure(title, about, _scale_words(matrix), scroll, _values(title, matrix), is_wide=True)
+        parts += layout.numbers_in_cells()
+    shown = scrolled(title, told(matrix), parts, layout.left + layout.width + 8, layout.above + layout.height + 4)
+    return figure(title, about, scale_words(matrix), shown, _values(title, matrix), is_wide=True)
 
 
-def _numbers_in_cells(matrix: Matrix, left: int, above: int, cell: int) -> Iterable[str]:
-    """The values themselves, in the middle of their cells."""
-    for row, values in enumerate(matrix.values):
-        for column, value in enumerate(values):
-            x, y = left + cell * (column + 0.5), above + cell * (row + 0.5)
-            if value is not None:
-                yield words("choice", f'x="{x}" y="{y}" dy=".35em" text-anchor="middle"', f"{value:.0f}")
+def scrolled(title: str, description: str, parts: Sequence[str], width: float, height: float) -> str:
+    """A picture of a size of its own, which can be scrolled where the screen is narrow."""
+    shown = picture(
+        title, description, parts, f'class=heat width="{width}" height="{height}" {_view_box(width, height)}'
+    )
+    return f'<div class="scroll whole" tabindex="0" role="region" aria-label="{text(title)}">{shown}</div>'
 
 
 def heat_maps(title: str, about: str, maps: Sequence[tuple[str, Matrix]]) -> str:
@@ -81,8 +99,8 @@ def heat_maps(title: str, about: str, maps: Sequence[tuple[str, Matrix]]) -> str
     shown = []
     for name, matrix in maps:
         n_rows, n_columns = len(matrix.rows), len(matrix.columns)
-        cells = [_cells(matrix, f'width="{n_columns}" height="{n_rows}"')]
-        small = picture(f"{title}, {name}", _told(matrix), cells, f"class=map {_view_box(n_columns, n_rows)}")
+        drawn = [cells(matrix, f'width="{n_columns}" height="{n_rows}"')]
+        small = picture(f"{title}, {name}", told(matrix), drawn, f"class=map {_view_box(n_columns, n_rows)}")
         shown.append(f"<li>{small}<span>{text(name)}</span></li>")
     return figure(title, about, f"<ul class=maps>{''.join(shown)}</ul>", is_wide=len(maps) > NARROW_MAPS)
 
@@ -91,7 +109,7 @@ def _view_box(width: float, height: float) -> str:
     return f'viewBox="0 0 {width} {height}"'
 
 
-def _cells(matrix: Matrix, place: str) -> str:
+def cells(matrix: Matrix, place: str) -> str:
     """The cells of a matrix: a path for each of a few shades, of runs of neighbours that have it."""
     paths: dict[tuple[str, int], list[str]] = {}
     most = matrix.most
@@ -120,19 +138,19 @@ def _shade(value: float | None, most: float, matrix: Matrix) -> tuple[str, int]:
     return "c0" if value >= 0 else "c1", round(N_SHADES * (share**0.5 if matrix.root else share))
 
 
-def _told(matrix: Matrix) -> str:
+def told(matrix: Matrix) -> str:
     """A matrix in words: where the largest value of the first rows stands."""
-    told = [f"{len(matrix.rows)} rows of {len(matrix.columns)} values."]
+    sentences = [f"{len(matrix.rows)} rows of {len(matrix.columns)} values."]
     for name, values in list(zip(matrix.rows, matrix.values, strict=True))[-DESCRIBED:]:
         there = [
             (abs(value), column) for value, column in zip(values, matrix.columns, strict=True) if value is not None
         ]
         if there:
-            told.append(f"{name}: most at {max(there)[1]}, {max(there)[0]:.3g}.")
-    return " ".join(told)
+            sentences.append(f"{name}: most at {max(there)[1]}, {max(there)[0]:.3g}.")
+    return " ".join(sentences)
 
 
-def _scale_words(matrix: Matrix) -> str:
+def scale_words(matrix: Matrix) -> str:
     """What the shades stand for."""
     if matrix.kind == "choice":
         return ""
@@ -141,14 +159,37 @@ def _scale_words(matrix: Matrix) -> str:
     entries = [("c0", f"darkest: {most}{half}; blank: 0")]
     if matrix.kind == "signed":
         entries.append(("c1", f"darkest: -{most}"))
-    swatch = '<svg width="36" height="14" viewBox="0 0 36 14" aria-hidden="true">' + "".join(
-        f'<path class="cell" fill-opacity="{(n + 1) / 4:.2f}" d="M{9 * n} 0h9v14h-9z"/>' for n in range(4)
-    )
-    return (
-        "<ul class=legend>"
-        + "".join(f'<li class="{c}">{swatch}</svg><span>{words}</span></li>' for c, words in entries)
-        + "</ul>"
-    )
+    return legend((colour, [(n + 1) / 4 for n in range(4)], said) for colour, said in entries)
+
+
+def legend(entries: Iterable[tuple[str, Sequence[float], str]]) -> str:
+    """What colours stand for: each a class of the style sheet, some shades of it side by side, and words."""
+    shown = []
+    for colour, shades, said in entries:
+        width = 36 / len(shades)
+        swatch = "".join(
+            f'<path class="cell" fill-opacity="{shade:.2f}" d="M{n * width:g} 0h{width:g}v14h-{width:g}z"/>'
+            for n, shade in enumerate(shades)
+        )
+        box = '<svg width="36" height="14" viewBox="0 0 36 14" aria-hidden="true">'
+        shown.append(f'<li class="{colour}">{box}{swatch}</svg><span>{text(said)}</span></li>')
+    return f"<ul class=legend>{''.join(shown)}</ul>"
+
+
+def shaded_text(title: str, about: str, pieces: Sequence[str], values: Sequence[float | None], unit: str) -> str:
+    """A figure of a text whose pieces are the darker, the larger their values; None: there is no value."""
+    most = max((value for value in values if value is not None), default=0.0)
+    levels = [0 if value is None or not most else round(N_SHADES * max(0.0, value) / most) for value in values]
+    spans = []
+    for level, run in groupby(zip(levels, pieces, strict=True), key=lambda pair: pair[0]):
+        written = text("".join(piece for _, piece in run))
+        spans.append(f"<span class=s{level}>{written}</span>" if level else written)
+    said = [("c1", [0.125, 0.25, 0.375, 0.5], f"darkest: {short(most)} {unit}; blank: 0")]
+    rows = [
+        [repr(piece), None if value is None else f"{value:.3g}"] for piece, value in zip(pieces, values, strict=True)
+    ]
+    shown = f"<pre class=shaded>{''.join(spans)}</pre>"
+    return figure(title, about, legend(said), shown, numbers(title, ["piece", unit], rows), is_wide=True)
 
 
 def _values(title: str, matrix: Matrix) -> str:

@@ -11,6 +11,8 @@ from nnx_cli.errors import counted
 from nnx_cli.reporting.charts import WIDE_Y, Line, Reference, chart, rescaled, thinned
 from nnx_cli.reporting.coach import findings
 from nnx_cli.reporting.foreign import mapping, number, written
+from nnx_cli.reporting.insides_figures import attention_maps, bare
+from nnx_cli.reporting.learning import STEP, learning_section, surprise_figure
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, text, write_page
 from nnx_cli.reporting.run_record import RunRecord, read_run
 from nnx_cli.reporting.scales import Axis, memory_unit, spans
@@ -21,6 +23,7 @@ MOST_SAMPLES = 12  # of a run, evenly spread
 OPEN_SAMPLES = 4
 MOST_SAMPLE_CHARS = 3000
 MOST_EVENTS = 50
+MOST_MAP_CELLS = 40_000  # of all attention maps together: about 400 kB
 ENDED = {
     "length": "its length was reached",
     "time": "its time was up",
@@ -79,6 +82,8 @@ def _warnings(run: RunRecord) -> Iterator[str]:
     for name, lines in run.damaged.items():
         if lines:
             yield paragraph(f"{name} has {counted(lines, 'damaged line')}, which are left out.", "warning")
+    if damaged := run.snapshots[1]:
+        yield paragraph(f"insides/ has {counted(len(damaged), 'damaged file')}, left out.", "warning")
     if run.state == "diverged":
         yield paragraph("The run diverged: its losses went wrong, and a lower learning rate is worth a try.", "warning")
     if not run.metrics:
@@ -95,9 +100,6 @@ def _coach(run: RunRecord) -> str:
         return section("What to change", paragraph(nothing)) if run.metrics else ""
     about = "By rules over the numbers of this run, the most important first, each with a command that helps."
     return section("What to change", paragraph(about), f"<ul>{''.join(found)}</ul>")
-
-
-STEP = Axis("step", from_zero=True)
 
 
 def _losses(run: RunRecord) -> str:
@@ -216,7 +218,7 @@ def _plan(run: RunRecord) -> str:
     caption = "Every setting, and from what it was chosen where it was left to nnx"
     settings = table(["setting", "value", "why"], chosen, caption, "words")
     outcome = table(["", "planned", "turned out"], rows, f"The plan, and how it turned out. {both}".strip(), "whole")
-    return section("The plan", outcome, *told, f"<details><summary>All settings</summary>{settings}</details>")
+    return section("The plan", outcome, *told, _folded("All settings", settings))
 
 
 def _samples(run: RunRecord) -> str:
@@ -243,6 +245,40 @@ def _samples(run: RunRecord) -> str:
     )
     some = f" {len(picked)} of {len(found)} are shown." if len(picked) < len(found) else ""
     return section("What it wrote", paragraph(about + some), f"<div class=samples>{''.join(shown)}</div>")
+
+
+def _surprise(run: RunRecord) -> str:
+    """Validation text, coloured by what the model expected of it."""
+    snapshots = run.snapshots[0]
+    if not snapshots:
+        return ""
+    begun = "" if len(snapshots) == 1 else _folded(f"After step {snapshots[0].step:,}", surprise_figure(snapshots[0]))
+    return section("What surprises it", surprise_figure(snapshots[-1]), begun)
+
+
+def _inside(run: RunRecord) -> str:
+    """What happens inside the model as it learns."""
+    return learning_section(run.snapshots[0])
+
+
+def _attention(run: RunRecord) -> str:
+    """Where the heads look, as the model is now."""
+    snapshots = run.snapshots[0]
+    if not snapshots or not snapshots[-1].insides.attention:
+        return ""
+    last = snapshots[-1]
+    return section(
+        "Where it looks",
+        paragraph(
+            f"After step {last.step:,}, in the first {counted(len(last.tokens), 'token')} of the validation text:"
+        ),
+        f"<pre>{text(' '.join(bare(last.tokens)))}</pre>",
+        *attention_maps(last.tokens, last.insides, MOST_MAP_CELLS),
+    )
+
+
+def _folded(title: str, inner: str) -> str:
+    return f"<details><summary>{text(title)}</summary>{inner}</details>"
 
 
 def _conditions(run: RunRecord) -> str:
@@ -276,5 +312,8 @@ SECTIONS = (
     _curves,
     _plan,
     _samples,
+    _surprise,
+    _inside,
+    _attention,
     _conditions,
 )  # each takes the run; one with nothing to say is ""

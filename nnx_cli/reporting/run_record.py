@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.runs.logs import read_intact
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import live_status, read_status
+from nnx_cli.runs.snapshots import Snapshot, read_snapshots
 from nnx_cli.system.files import open_regular
 from nnx_cli.system.text import well_formed
 
@@ -37,6 +39,11 @@ class RunRecord:
     metrics: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     damaged: Mapping[str, int]
+
+    @cached_property
+    def snapshots(self) -> tuple[list[Snapshot], list[str]]:
+        """What happened inside the model, step by step, and a line for each file of that which is damaged."""
+        return read_snapshots(self.folder)
 
     @property
     def ngram_bits_per_byte(self) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnx_cli.config import MILESTONES
+from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import NnxError
 from nnx_cli.inference.insides import take_snapshot
 from nnx_cli.layers.blocks import eagerly
@@ -15,7 +16,7 @@ from nnx_cli.training.cadence import TimeBudget
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.trainer import Trainer
 
-SHARE = 0.01  # of a run's time that may go into looking
+SHARE = 0.02  # of a run's time that may go into looking
 MOST_TEXT = 256  # tokens of validation text that are looked at
 
 
@@ -41,8 +42,7 @@ class Watch(Silent):
         self.progress = trainer.progress()
         self.has_looked = bool(steps_of(folder))
         self.has_failed = False
-        data = trainer.data
-        self.text: list[int] = (data.val if len(data.val) > 1 else data.train)[: MOST_TEXT + 1].tolist()
+        self.text = _beginning(trainer.data)
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
         """As in Observer: look inside where a milestone was passed since the last logged step."""
@@ -71,3 +71,12 @@ class Watch(Silent):
         if not self.has_failed:
             self.show_note(text)
         self.has_failed = True
+
+
+def _beginning(data: TokenFolder) -> list[int]:
+    """The beginning of the validation text, or of the training text where that has none, without blanks in front."""
+    ids = data.val if len(data.val) > 1 else data.train
+    blank = 0
+    while data.tokenizer and blank < min(MOST_TEXT, len(ids) - 2) and not data.tokenizer.decode(ids[[blank]]).strip():
+        blank += 1
+    return ids[blank : blank + MOST_TEXT + 1].tolist()

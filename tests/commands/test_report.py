@@ -127,8 +127,23 @@ def test_training_leaves_a_page(run, nnx):
     assert "finished after 4 steps" in page.read_text(encoding="utf-8")
     assert nnx("train", "--resume", "new", "--max-steps", 6).exit_code == 0
     assert "finished after 6 steps" in page.read_text(encoding="utf-8")
+    assert "<td>1</td>" in page.read_text(encoding="utf-8")  # the first step is still there
     assert nnx(*TRAIN, "--max-steps", 4, "--out", "weights/plain", "--no-report").exit_code == 0
     assert not (run.folder.parent / "plain" / "report.html").exists()
+    assert (run.folder.parent / "plain" / "insides" / "step-00000004.safetensors").is_file()
+
+
+def test_training_keeps_what_happens_inside(run, nnx):
+    result = nnx(*TRAIN, "--max-steps", 4, "--out", "weights/new")
+    page, insides = (run.folder.parent / "new" / name for name in ("report.html", "insides"))
+    assert result.exit_code == 0 and "Inside the model as it learned" in page.read_text(encoding="utf-8")
+    assert {path.name for path in insides.iterdir()} >= {"step-00000001.safetensors", "step-00000004.safetensors"}
+    (insides / "step-00000001.safetensors").write_bytes(b"half")
+    result = nnx("report", "new")
+    assert result.exit_code == 0 and "step-00000001.safetensors is damaged" in result.stderr
+    assert nnx(*TRAIN, "--max-steps", 4, "--out", "weights/plain", "--no-watch").exit_code == 0
+    assert not (run.folder.parent / "plain" / "insides").exists()
+    assert "Where it looks" not in (run.folder.parent / "plain" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_that_diverges_leaves_a_page(run, nnx):

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reporting.snapshots import course
 
 import nnx_cli
+from nnx_cli.runs.snapshots import save_snapshot
 
 SMALL = "--dim 32 --n-layers 2 --n-heads 2 --seq-len 32 --batch-size 2 --grad-accum 1 --threads 1 --max-steps 2".split()
 PROMPT = "the old cat"
@@ -114,7 +117,8 @@ def test_a_hostile_prompt_breaks_nothing(run, nnx, prompt):
 @pytest.mark.parametrize(
     ("code", "message", "words"),
     [
-        (2, "--prompt is missing", []),
+        (2, "--prompt is missing, and weights/words kept nothing", []),
+        (2, "--device does nothing without --prompt", ["--device", "cpu"]),
         (2, "--prompt is empty", ["--prompt", ""]),
         (2, "--layer is 3; this model has layers 1 to 2", ["--prompt", "a", "--layer", 3]),
         (2, "--layer is 0", ["--prompt", "a", "--layer", 0]),
@@ -166,3 +170,41 @@ def test_a_model_of_many_heads_is_shown_by_layer(train, nnx):
 def test_tokens_that_are_no_characters_are_bytes(run, nnx):
     shutil.rmtree(run.folder / "checkpoints")
     assert r"'\xe5" in nnx("visualize", "words", "--prompt", "小").stdout
+
+
+@pytest.fixture
+def kept(run):
+    for snapshot in course(3):
+        save_snapshot(run.folder, snapshot)
+    return run.folder / "insides"
+
+
+def test_what_a_run_kept_is_shown_without_a_prompt(kept, nnx):
+    result = nnx("visualize", "words")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert result.stdout.splitlines()[0] == "weights/words (nyx) after step 300: 4 tokens, 3 layers that attend"
+    learned = result.stdout.partition("As it learned")[2]
+    assert re.search(r"^  step +surprise +weights +activations +up +down", learned, re.MULTILINE)
+    assert re.search(r"^  100 .* 0\.100 +0\.100", learned, re.MULTILINE) and "always" not in learned
+    assert max(map(len, learned.splitlines())) <= 80
+    assert "layer 2, head 1" in nnx("visualize", "words", "--layer", 2).stdout
+    assert "head 2" in nnx("visualize", "words", "--layer", 3, "--head", 2).stdout
+    found = json.loads(nnx("visualize", "words", "--json").stdout)
+    assert found["prompt"] is None and found["steps"] == [100, 200, 300] and found["tokens"][0] == "'a'"
+
+
+def test_a_page_shows_how_it_learned(kept, nnx):
+    for words in ([], ["--prompt", PROMPT]):
+        assert nnx("visualize", "words", *words, "--html", "page.html").exit_code == 0
+        page = Path("page.html").read_text(encoding="utf-8")
+        assert "Inside the model as it learned" in page and page.count("class=strip") == 3
+
+
+def test_an_earlier_checkpoint_is_shown_as_it_came_to_be(kept, nnx):
+    (kept / "step-00000300.safetensors").rename(kept / "step-00000040.safetensors")  # no snapshot of that step
+    for snapshot in course(1):
+        save_snapshot(kept.parent, replace(snapshot, step=20))
+    result = nnx("visualize", "words@20", "--json")
+    assert json.loads(result.stdout)["steps"] == [20]
+    result = nnx("visualize", "words")
+    assert result.exit_code == 0 and "step-00000040.safetensors is damaged" in result.stderr

@@ -21,7 +21,11 @@ def tags(whole):
         def handle_starttag(self, tag, attrs):
             found.add(tag)
             found.update(
-                name for name, _ in attrs if name.startswith("on") or name in ("src", "href", "style", "srcset")
+                name
+                for name, value in attrs
+                if name.startswith("on")
+                or name in ("src", "style", "srcset")
+                or (name == "href" and not value.startswith("#"))  # what stands on the page itself
             )
 
     Reader().feed(whole)
@@ -30,5 +34,6 @@ def tags(whole):
 
 OURS = set(
     """html head meta title style body main footer h1 h2 h3 p section div figure figcaption svg desc path line circle
-    text ul li span details summary table caption thead tbody tr th td dl dt dd pre mark""".split()
+    rect g use text ul li span details summary table caption thead tbody tr th td dl dt dd pre mark
+    input label""".split()
 )

@@ -7,11 +7,13 @@ import re
 
 import pytest
 from reporting.hostile import HOSTILE, OURS, tags
+from reporting.snapshots import course as snapshots
 
 from nnx_cli.errors import CheckpointError
 from nnx_cli.reporting.run_page import FIGURES, run_page, write_run_page
 from nnx_cli.reporting.run_record import read_run
 from nnx_cli.runs.manifest import replace_listed
+from nnx_cli.runs.snapshots import save_snapshot
 from nnx_cli.system.files import sha256_file, to_json, write_synced
 
 TITLES = ["Loss", "Bits per byte", "Learning rate", "Gradient norm", "Speed", "Peak memory"]
@@ -184,6 +186,38 @@ def test_it_opens_in_a_browser(browser, run):
         page.key("Enter")
         page.key("Tab")
         assert page("document.activeElement.getAttribute('aria-label')") == "Numbers of the chart: Loss"
+
+
+def test_what_the_run_kept_of_its_insides_is_drawn(browser, run):
+    log(run, "metrics.jsonl", course())
+    for snapshot in snapshots(4, tokens=HOSTILE, text=HOSTILE):
+        save_snapshot(run.folder, snapshot)
+    path = write_run_page(run.folder)
+    whole = path.read_text(encoding="utf-8")
+    assert tags(whole) <= OURS and len(whole) < 2_000_000
+    shown = {"What surprises it", "Inside the model as it learned", "Where it looks"}
+    for width, scheme in ((375, "light"), (375, "dark"), (1400, "light"), (1400, "dark")):
+        with browser.open(path, width, scheme=scheme) as page:
+            assert page.complaints == [] and page.requests == []
+            assert page("document.documentElement.scrollWidth <= innerWidth"), width
+            assert shown <= set(page("[...document.querySelectorAll('h2')].map(h => h.innerText).join('|')").split("|"))
+            assert page("document.querySelectorAll('svg.map').length") == 6  # of 3 layers with 2 heads
+            darkest = "getComputedStyle(document.querySelector('.shaded .s10')).backgroundColor"
+            assert page(darkest) not in ("", "rgba(0, 0, 0, 0)")
+            assert page("document.querySelectorAll('.strip').length") == 3
+
+
+def test_damaged_insides_are_left_out_and_said(run):
+    for snapshot in snapshots(3):
+        save_snapshot(run.folder, snapshot)
+    (run.folder / "insides" / "step-00000300.safetensors").write_bytes(b"half")
+    page = run_page(read_run(run.folder))
+    assert "insides/ has 1 damaged file, left out." in page and "from step 100 to step 200" in page
+
+
+def test_a_run_that_kept_nothing_says_nothing_of_it(run):
+    page = run_page(read_run(run.folder))
+    assert "What surprises it" not in page and "Where it looks" not in page
 
 
 def test_a_page_replaces_the_one_before_in_one_step(run):

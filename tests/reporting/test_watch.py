@@ -121,7 +121,7 @@ def test_a_run_that_goes_back_drops_what_came_after(start, tmp_path):
 
 
 def test_looking_takes_a_small_share_of_the_time(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "SHARE", 0.01)
+    monkeypatch.setattr(watch, "SHARE", 0.02)
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     run, trainer = start(tmp_path / "run")
@@ -138,7 +138,7 @@ def test_looking_takes_a_small_share_of_the_time(start, tmp_path, monkeypatch):
     for step in range(1, 1001):
         now[0] += 1
         watching.step({"step": step}, step / 1000)
-    assert looks[0] == 1 and looks[-1] == 1000 and 2 * len(looks) <= 0.01 * 1000 + 3 * 2
+    assert looks[0] == 1 and looks[-1] == 1000 and 2 * len(looks) <= 0.02 * 1000 + 3 * 2
 
 
 @pytest.mark.parametrize("why", ["disk", "memory", "own"])
@@ -168,6 +168,6 @@ def test_the_text_is_the_beginning_of_the_validation_text(start, tmp_path, token
     run, trainer = start(tmp_path / "run", observer=observers, **SETTINGS)
     train(run, trainer, observers)
     last = read_snapshots(run.folder)[0][-1]
-    text = tokens.tokenizer.decode(tokens.val[:33])
+    text = tokens.tokenizer.decode(tokens.val[:40]).lstrip().encode()[:33].decode(errors="replace")
     assert "".join(last.surprise.columns) == text.rstrip("\ufffd") and last.step == 12
     assert "".join(map(eval, last.tokens[:3])) == text[:3]
