@@ -43,8 +43,11 @@ class TrainState:
             return "data" if config.max_time else "length"
         if self.progress(config) >= 1.0:
             return "time" if self.turned_at is None else "data"
-        out_of_patience = config.patience is not None and self.worse_validations >= config.patience
-        return "patience" if out_of_patience else "interrupted"
+        return "patience" if self.is_out_of_patience(config) else "interrupted"
+
+    def is_out_of_patience(self, config: TrainConfig) -> bool:
+        """Whether so many validations in a row were no better that the run is to end."""
+        return config.patience is not None and self.worse_validations >= config.patience
 
 
 def make_checkpoint(step: Step, state: TrainState, seed: int) -> Checkpoint:

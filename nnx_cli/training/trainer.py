@@ -77,7 +77,8 @@ class Trainer:
         self.best.find(run)
         self.model.train()
         journal.mark(state)
-        while (before := self.progress()) < 1.0:
+        done = self.progress()
+        while (before := done) < 1.0:  # not the progress by now: what is due in between would be missed
             if journal.has_shown_steps:
                 self.settle_execution(run)
             with self.training_time():
@@ -93,7 +94,7 @@ class Trainer:
                 with self.training_time():
                     numbers = self.recovery.read_numbers()
                 if self.recovery.has_diverged(check_weights=due.save):
-                    self.roll_back(run)
+                    done = min(before, self.roll_back(run))
                     continue
                 journal.report_events(run)
             if due.log:
@@ -105,7 +106,7 @@ class Trainer:
             if due.sample:
                 with self.cadence.sampling.timed():
                     self.sample(run)
-            gave_up = due.validate and self.is_out_of_patience()
+            gave_up = due.validate and state.is_out_of_patience(self.config)
             turned = due.validate and not gave_up and self.turn_back(run, done, result)
             if stop or gave_up or done >= 1.0:
                 self.save(run)
@@ -117,6 +118,7 @@ class Trainer:
                 break
             if stop and done < 1.0:
                 return "interrupted"
+            done = self.progress() if turned else done
         self.recovery.check_end(run, self.config, self.data.train)
         return "finished"
 
@@ -149,10 +151,6 @@ class Trainer:
     def is_overdue(self) -> bool:
         """Whether a checkpoint is due by the clock: the last one is old, or was refused a while ago."""
         return self.cadence.is_overdue() if self.journal.refused_at is None else self.journal.should_retry()
-
-    def is_out_of_patience(self) -> bool:
-        """Whether so many validations in a row were no better that the run is to end."""
-        return self.config.patience is not None and self.state.worse_validations >= self.config.patience
 
     def checkpoint(self) -> Checkpoint:
         """Everything that `restore_checkpoint` needs."""
@@ -207,11 +205,12 @@ class Trainer:
         training = run.config["training"] | {key: getattr(self.config, key) for key in changed}
         self.journal.try_write(lambda: run.set_config(run.config | {"training": training}))
 
-    def roll_back(self, run: Run) -> None:
-        """Go back to the last checkpoint. Raises QualityError the second time."""
+    def roll_back(self, run: Run) -> float:
+        """Go back to the last checkpoint; returns the progress there. Raises QualityError the second time."""
         self.recovery.roll_back(run, self.config)
         self.journal.mark(self.state)
         self.journal.report_events(run)
+        return self.progress()
 
     def turn_back(self, run: Run, done: float, result: Evaluation) -> bool:
         """Where validation turned, go back to the best weights. Returns whether it did: a checkpoint has to follow, for

@@ -1,16 +1,18 @@
 """Which tokenizer, and which windows: bits per byte of a text after the same training time.
 
     python tests/bench/tokenizer_race.py FILE... [--tokenizers byte bpe:1024 bpe:8192:nanochat ...]
-                                         [--megabytes 1 10 ...] [--seconds 20 | --flops 1e13] [--seeds 3]
+                                         [--megabytes 1 10 ...] [--held-out 1000000]
+                                         [--seconds 20 | --flops 1e13] [--seeds 3]
                                          [--windows free aligned] [--model nyx] [--size small]
                                          [--gpus 4] [--limit SECONDS]
                                          [--results FILE] [--markdown FILE] [--count]
 
 A tokenizer is `byte`, or `bpe:SIZE` with the pattern of `--tokenizer bpe`, or `bpe:SIZE:PATTERN` (see PATTERNS). A
-text is a file, or its first --megabytes; its last tenth, at most 1 MB, is held out, the same bytes for every
-tokenizer. A run has --seconds of training steps with everything else on `auto`; validation, capturing CUDA graphs and
-all preparing come on top. Where a clock cannot be trusted give --flops instead: then all take the steps that cost as
-many FLOPs. Weights are judged on all that is held out, at LOOKS: the table has the best of these, and the last ("end").
+text is a file, or its first --megabytes; its last tenth, at most --held-out bytes, is held out, the same bytes for
+every tokenizer. A run has --seconds of training steps with everything else on `auto`; validation, capturing CUDA graphs
+and all preparing come on top. Where a clock cannot be trusted give --flops instead: then all take the steps that cost
+as many FLOPs. Weights are judged on all that is held out, at LOOKS: the table has the best of these, and the last
+("end").
 --count trains nothing and shows bytes a token of what is held out.
 
 --windows is where sequences begin: `free`, as `nnx train` cuts a text, or `aligned`, at documents (the rows of a JSONL
@@ -85,7 +87,7 @@ PATTERNS = {  # those that llama.cpp runs too stand under its names (src/llama-v
     "marks": CONTRACTIONS + LETTERS_AND_MARKS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,  # nobody's
 }
 LOOKS = (0.4, 0.6, 0.8, 0.9, 1.0)  # parts of a run after which its weights are judged
-HELD_OUT, MOST_HELD_OUT = 0.1, 10**6
+HELD_OUT = 0.1
 MEGABYTE = 10**6
 JUDGED_TOKENS = 8192  # at once
 SYNC_STEPS = 10  # between two looks at the clock
@@ -132,12 +134,12 @@ def aligned_starts(documents: np.ndarray, n_tokens: int, seq_len: int) -> np.nda
     return np.array(starts)
 
 
-def cut_text(path: Path, megabytes: float | None, folder: Path) -> Path:
+def cut_text(path: Path, megabytes: float | None, folder: Path, most: int = 10**6) -> Path:
     """A folder with train and val: the beginning of a text and what is held out of that, both whole lines."""
     with open(path, "rb") as file:
         text = file.read(-1 if megabytes is None else int(megabytes * MEGABYTE))
     head = text[: text.find(b"\n") + 1] if path.suffix == ".csv" else b""
-    n_val = min(int(len(text) * HELD_OUT), MOST_HELD_OUT)
+    n_val = min(int(len(text) * HELD_OUT), most)
     cut = text.rfind(b"\n", 0, len(text) - n_val) + 1 or len(text) - n_val
     folder.mkdir(parents=True)
     suffix = path.suffix if path.suffix in FORMATS else ".txt"
@@ -352,7 +354,7 @@ def counts(options: argparse.Namespace, scratch: Path) -> list[str]:
     """Bytes a token of what is held out: a line for each text, a column for each tokenizer."""
     lines = ["| text | " + " | ".join(options.tokenizers) + " |", "|" + " --- |" * (1 + len(options.tokenizers))]
     for path, megabytes in product(options.text, options.megabytes):
-        texts = cut_text(path, megabytes, scratch / f"{path.stem}-{megabytes}")
+        texts = cut_text(path, megabytes, scratch / f"{path.stem}-{megabytes}", options.held_out)
         cells = []
         for tokenizer in options.tokenizers:
             make_tokens(texts, tokenizer, out := texts / tokenizer.replace(":", "-"))
@@ -381,7 +383,7 @@ def race(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     waiting: queue.Queue[dict[str, Any]] = queue.Queue()
     with ProcessPoolExecutor(max_workers=options.workers) as pool:
         for path, megabytes in product(options.text, options.megabytes):
-            cut_text(path, megabytes, scratch / f"{path.stem}-{megabytes or 'all'}")
+            cut_text(path, megabytes, scratch / f"{path.stem}-{megabytes or 'all'}", options.held_out)
         made = {}
         for job in todo:
             data = Path(job["data"])
@@ -413,6 +415,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--tokenizers", nargs="+", default=["byte", "bpe:1024", "bpe:4096", "bpe:16384"])
     parser.add_argument("--megabytes", nargs="+", type=float, default=[None])
+    parser.add_argument("--held-out", type=int, default=10**6)
     parser.add_argument("--windows", nargs="+", choices=["free", "aligned"], default=["free"])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--flops", type=float)

@@ -666,7 +666,7 @@ def test_the_same_length_once_more_changes_nothing(nnx, run):
 def test_a_warm_up_of_the_users_own_is_blamed_with_what_mends_it(nnx, refused, data):
     first = ["--max-steps", 500, "--warmup-steps", 400, "--out", "my run", "--val-every", 4]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnx_cli.training.trainer.Trainer.is_out_of_patience", lambda self: self.state.step == 4)
+        patch.setattr("nnx_cli.training.state.TrainState.is_out_of_patience", lambda self, config: self.step == 4)
         assert nnx("train", "--data", data, *SMALL, *first, "--sample-every", 0).exit_code == 0
     message = "my run has --warmup-steps 400, more than --max-steps 9"
     result = refused(2, message, "train", "--resume", "my run", "--max-steps", 9)

@@ -306,6 +306,20 @@ def test_milestones_are_looked_at(start, workspace):
     assert validated == [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
 
 
+def test_time_that_reading_numbers_takes_passes_over_nothing_that_is_due(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", max_steps=None, max_time="1000s", val_every=None)
+    read, passes = trainer.recovery.read_numbers, {4: 300.0, 8: 1000.0}
+
+    def slow_read():
+        trainer.state.time_s += passes.get(trainer.state.step, 0.0)
+        return read()
+
+    monkeypatch.setattr(trainer.recovery, "read_numbers", slow_read)
+    assert train(run, trainer) == "finished"
+    assert [record["step"] for record in records(run) if record["val_loss"] is not None] == [5, 9]
+    assert run.newest_checkpoint()[0].state["step"] == 9
+
+
 def test_patience_stops_a_run_that_gets_no_better(start, workspace, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.1, 1.9, 2.0, 2.0, 1.0])
     monkeypatch.setattr(validation, "evaluate", lambda *args, **options: Evaluation(next(losses), 1.0, None, 1, 1, 1.0))
