@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,8 +99,9 @@ def show_positions(
     """Loss by position in bands, and whether the context is used."""
     from nnx_cli.evaluation.losses import BATCH_TOKENS
 
-    with output.spinner("reading the same tokens with less before them"):
-        verdict = positions.verdict(network, text.tokens, BATCH_TOKENS)
+    with Progress(output) as progress:
+        tell = partial(progress.share, "reading the same tokens with less before them")
+        verdict = positions.verdict(network, text.tokens, BATCH_TOKENS, tell)
     rows = [
         [f"{first:,}" if first == last else f"{first:,} to {last:,}", f"{loss:.4f}", _plus_minus(stderr)]
         for (first, last), loss, stderr in positions.rows()
@@ -171,9 +173,16 @@ def show_memorised(
     from nnx_cli.evaluation.memorised import GRAM, find_copies, pieces_like, searched
     from nnx_cli.inference.generate import generate
 
-    with output.spinner("drawing samples and looking for copies"):
-        config = SampleConfig(num_samples=N_SAMPLES, max_new_tokens=SAMPLE_TOKENS)
-        drawn = generate(network, ref.tokenizer, [ref.start_ids], config).samples
+    config = SampleConfig(num_samples=N_SAMPLES, max_new_tokens=SAMPLE_TOKENS)
+    with Progress(output) as progress:
+        pieces = count(1)
+        most = N_SAMPLES * SAMPLE_TOKENS
+
+        def tell(sample: int, piece: str) -> None:
+            progress.share("drawing samples", next(pieces) / most)
+
+        drawn = generate(network, ref.tokenizer, [ref.start_ids], config, on_text=tell).samples
+    with output.spinner("looking for copies"):
         samples = [np.array(sample.tokens, np.int64) for sample in drawn]
         part = searched(training.train)
         copies, beside = (find_copies(texts, part) for texts in (samples, pieces_like(samples, text.tokens)))
@@ -248,8 +257,9 @@ def show_tasks(output: Output, ref: ModelRef, network: LanguageModel, loaded: An
     def write(prompts: list[list[int]], config: SampleConfig, stops: list[str]) -> list[str]:
         return [sample.text for sample in generate(network, tokenizer, prompts, config, stops=stops).samples]
 
-    with _harness_at_work(output, f"at work on {', '.join(loaded['tasks'])}"):
-        found = evaluate_tasks(HarnessModel(network, tokenizer, ref.start_ids, write), loaded)
+    with Progress(output) as progress, redirect_stderr(io.StringIO()):
+        tell = partial(progress.share, f"at work on {', '.join(loaded['tasks'])}")
+        found = evaluate_tasks(HarnessModel(network, tokenizer, ref.start_ids, write, tell), loaded)
     rows = [
         [task, metric, None if value is None else f"{value:.4f}", _plus_minus(metrics.get(_stderr_of(metric)))]
         for task, metrics in found.items()

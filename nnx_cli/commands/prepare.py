@@ -128,6 +128,8 @@ def preparation_view(output: Output) -> Iterator[Callable[[dict[str, Any]], None
             if "note" in event:
                 progress.end()
                 output.note(event["note"])
+            elif event["phase"] == "xray":
+                progress.share("looking at the text", event["share"])
             else:
                 what = "training the tokenizer" if event["phase"] == "train" else "preparing"
                 progress.n_bytes(what, event["bytes"], event["total_bytes"])

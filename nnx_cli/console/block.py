@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from nnx_cli.console.cells import Line, cells
 from nnx_cli.console.terminal import on_screen, screen_size
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 NO_WRAP, WRAP = "\x1b[?7l", "\x1b[?7h"  # what a terminal finds wider than we do is cut, and takes one row all the same
 KEPT_LINES = 300  # of what scrolls above: with them a screen whose size changed is painted anew
 
-Line = Sequence[tuple[str, str]]  # pieces of text, and their styles
 Layout = Callable[[int, int], Sequence[Line]]  # columns and lines of the screen -> the block
 
 
@@ -103,7 +103,7 @@ class Block:
         shown: list[Any] = []
         for renderable in reversed(self.scrolled):
             lines = str(renderable).removesuffix("\n").split("\n")
-            room -= sum(max(1, -(-_cells(line) // width)) for line in lines)
+            room -= sum(max(1, -(-cells(line) // width)) for line in lines)
             if room < 0:
                 break
             shown.insert(0, renderable)
@@ -118,9 +118,3 @@ class _Raw:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         yield from self.segments
-
-
-def _cells(text: str) -> int:
-    from rich.cells import cell_len
-
-    return cell_len(text)

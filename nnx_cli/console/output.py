@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli.console.tables import aligned, make_table, side_by_side
-from nnx_cli.console.terminal import COLUMNS, columns_of, make_console, moves_cursor, on_screen, styled
+from nnx_cli.console.terminal import COLUMNS, columns_of, in_notebook, make_console, moves_cursor, on_screen, styled
 from nnx_cli.errors import OutputError, counted
 from nnx_cli.system.text import printable, well_formed
 
@@ -130,13 +130,14 @@ class Output:
 
     @property
     def live(self) -> bool:
-        """Whether there is a terminal to redraw lines on, and somebody who wants to see them."""
-        return self.err.file.isatty() and not self.quiet and moves_cursor()  # whatever colours are asked for
+        """Whether there is a terminal, or a cell of a notebook, to redraw lines on, and somebody who wants that."""
+        redraws = in_notebook(self.err.file) or (self.err.file.isatty() and moves_cursor())
+        return redraws and not self.quiet and not os.environ.get("NO_COLOR")
 
     @contextmanager
     def spinner(self, text: str) -> Iterator[None]:
         """A sign of life on stderr while something takes its time; none with --quiet or without a terminal."""
-        if not self.live:
+        if not self.live or in_notebook(self.err.file):
             yield
             return
         on_screen.append(_line_erased)

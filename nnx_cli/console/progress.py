@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from nnx_cli.console.cells import cells, fitting, plain_line
 from nnx_cli.console.output import Output
 from nnx_cli.console.terminal import styled
 from nnx_cli.system.text import duration
@@ -12,6 +13,7 @@ from nnx_cli.system.text import duration
 SECONDS_SEEN = 60.0  # of the past, by whose speed the rest is judged
 SECONDS_FIRST = 1.0  # before which nothing is said of the rest
 REDRAW_SECONDS = 0.25
+PLAIN_SECONDS = 5.0  # between lines where there is no terminal
 
 
 class TimeLeft:
@@ -49,8 +51,8 @@ class TimeLeft:
 
 
 class Progress:
-    """A line on stderr that tells how much of something is done, and the time it has left, where there is a terminal to
-    redraw it."""
+    """A line on stderr that tells how much of something is done, and the time it has left; without a terminal to redraw
+    it on, one every few seconds."""
 
     def __init__(self, output: Output) -> None:
         self.output = output
@@ -85,17 +87,23 @@ class Progress:
             self.what, self.left, self.started = what, TimeLeft(), time.monotonic()
 
     def _show(self, parts: list[str]) -> None:
-        now = time.monotonic()
-        if not self.output.live or now - self.last < REDRAW_SECONDS:
+        now, live = time.monotonic(), self.output.live
+        if now - self.last < (REDRAW_SECONDS if live else PLAIN_SECONDS):
             return
         self.last = now
-        line = f"{self.what} " + ", ".join(filter(None, parts))
-        line = line[: self.output.err.width - 1]
-        self.output.err.print(styled(line.ljust(self.width)), end="\r")
-        self.width = len(line)
+        line = plain_line(f"{self.what} " + ", ".join(filter(None, parts)))
+        if not live:
+            self.output.note(line)
+            return
+        room = self.output.err.width - 1
+        if cells(line) > room:
+            line = fitting(parts, room)
+        width = cells(line)
+        self.output.err.print(styled(line + " " * (min(self.width, room) - width)), end="\r")
+        self.width = width
 
     def end(self) -> None:
         """Take the line off the screen."""
         if self.width:
-            self.output.err.print(styled(" " * self.width), end="\r")
+            self.output.err.print(styled(" " * min(self.width, self.output.err.width - 1)), end="\r")
             self.width = 0

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from nnx_cli.console.block import Block, Line
+from nnx_cli.console.block import Block
+from nnx_cli.console.cells import Line, fitting
 from nnx_cli.console.output import Output
-from nnx_cli.console.progress import REDRAW_SECONDS, TimeLeft
-from nnx_cli.console.run_screen import LEAST_COLUMNS, RunFacts, RunScreen, fitting
+from nnx_cli.console.progress import PLAIN_SECONDS, REDRAW_SECONDS, TimeLeft
+from nnx_cli.console.run_screen import LEAST_COLUMNS, RunFacts, RunScreen
 from nnx_cli.console.terminal import in_notebook, styled
 from nnx_cli.system.text import printable
 
-PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
-RACE_SECONDS = 30.0  # and of a race
+RACE_SECONDS = 30.0  # between lines of a race where there is no terminal
 BAR_COLUMNS = 24
 ONE_LINE_COLUMNS = 79  # where lines can only be overwritten
 SHARE = 0.005  # of the time that drawing may take
@@ -35,9 +34,13 @@ class _LiveView:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        output, notebook = self.output, in_notebook(self.output.err.file)
-        if (output.live or notebook) and not output.quiet and not os.environ.get("NO_COLOR"):
-            simple = notebook or output.err.legacy_windows or not output.err.encoding.lower().startswith("utf")
+        output = self.output
+        if output.live:
+            simple = (
+                in_notebook(output.err.file)
+                or output.err.legacy_windows
+                or not output.err.encoding.lower().startswith("utf")
+            )
             layout = self._one_line if simple else self.layout
             self.block = Block(output.err, layout, returns_only=simple, before=output.said)
             self.block.start()

@@ -7,7 +7,7 @@ N(c) of the N were c. The shortest, empty context is mixed with 1/256 in the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -27,7 +27,9 @@ def ngram_reference(train: np.ndarray, val: np.ndarray, tokenizer: Tokenizer) ->
     return bits_per_byte(spread_text(train, tokenizer, TRAIN_BYTES), spread_text(val, tokenizer, VAL_BYTES))
 
 
-def bits_per_byte(train: np.ndarray, val: np.ndarray) -> float | None:
+def bits_per_byte(
+    train: np.ndarray, val: np.ndarray, on_progress: Callable[[float], None] = lambda done: None
+) -> float | None:
     """Bits per byte on `val` (M,) of a 5-gram that has counted `train` (N,), both uint8; None without anything in
     `val`. Its first bytes are told from the shorter contexts that they have."""
     if not len(val):
@@ -40,6 +42,7 @@ def bits_per_byte(train: np.ndarray, val: np.ndarray) -> float | None:
             asked, starts = _grams(val, n, first, last)
             found[n][:, starts] = _look_up(grams, counts, asked)
             grams, counts = _shortened(grams, counts, train, n, first, last)
+        on_progress(float(singles[: last + 1].sum() / max(1, len(train))))
     kinds = np.count_nonzero(singles)
     chances = ((singles + kinds / N_BYTES) / (len(train) + kinds) if kinds else np.full(N_BYTES, 1 / N_BYTES))[val]
     for n, (occurs, followed, different) in found.items():

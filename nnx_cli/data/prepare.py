@@ -46,7 +46,8 @@ PACKED = (*COMPRESSIONS, *TARS, ".parquet")
 MOST_TEXT = 3  # bytes of UTF-8 for a byte of other files: Thai in its Windows encoding
 
 Progress = Callable[[dict[str, Any]], None]
-"""Gets {"phase", "bytes", "total_bytes"} often ("train" reads for the tokenizer, "encode" writes), and {"note"}."""
+"""Gets {"phase", "bytes", "total_bytes"} often ("train" reads for the tokenizer, "encode" writes), {"phase": "xray",
+"share"}, and {"note"}."""
 
 
 def prepare(
@@ -202,8 +203,10 @@ def _prepare(
             writer.finish()
         meta = _describe(writer, n_bytes, tokenizer, report, config)
         if config.xray:
-            meta["xray"] = xray(folder, tokenizer, meta, time.perf_counter() - started)
-            seen = meta["xray"] | {"first_lines": first_lines(writer.train.path, tokenizer)}
+            prepared_s = time.perf_counter() - started
+            shown = xray(folder, tokenizer, meta, prepared_s, lambda share: tell({"phase": "xray", "share": share}))
+            meta["xray"] = shown
+            seen = shown | {"first_lines": first_lines(writer.train.path, tokenizer)}
         (folder / SPOOL).unlink(missing_ok=True)
         write_meta(folder, tokenizer, meta)
     for text in _on_auto(config, vocabularies, tokenizer, n_bytes):

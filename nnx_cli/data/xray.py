@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,22 @@ ODD = "\ufffd\ufeff\u200b"  # a replacement, a byte order mark, a space without 
 ODD_CATEGORIES = {"Cc", "Cn", "Co", "Cs"}  # control, unassigned, private use
 
 
-def xray(folder: Path, tokenizer: Tokenizer, meta: Mapping[str, Any], prepared_s: float) -> dict[str, Any]:
-    """The X-ray of the written files of a token folder, of which `meta` is known; preparing has taken `prepared_s`."""
+def xray(
+    folder: Path,
+    tokenizer: Tokenizer,
+    meta: Mapping[str, Any],
+    prepared_s: float,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Any]:
+    """The X-ray of the written files of a token folder, of which `meta` is known; preparing has taken `prepared_s`.
+    `on_progress` hears how much of its longest part is done, 0 to 1."""
     deadline = time.perf_counter() + max(LEAST_SECONDS, SHARE * prepared_s)
     mapped = {split: np.memmap(folder / f"{split}.bin", tokenizer.dtype, "r") for split in ("train", "val")}
     ids = spread_ids(mapped["train"], tokenizer, TRAIN_BYTES)
     train = text_of(ids, tokenizer)[:TRAIN_BYTES]
     val = text_of(spread_ids(mapped["val"], tokenizer, VAL_BYTES), tokenizer)[:VAL_BYTES]
-    bits = None if (folder / "val.mask").exists() else bits_per_byte(train, val)  # of text that counts in full
+    counts_in_full = not (folder / "val.mask").exists()
+    bits = bits_per_byte(train, val, on_progress) if counts_in_full else None
     odd = _odd_characters(train) if time.perf_counter() < deadline else None
     documents = {split: (folder / f"{split}.documents").stat().st_size // START_DTYPE.itemsize for split in mapped}
     if sum(documents.values()) >= MIN_DOCUMENTS:

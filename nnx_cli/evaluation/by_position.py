@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,13 @@ class ByPosition:
         means = np.concatenate(self._band_means)
         return [(band, float(x.mean()), error_of_mean(x)) for band, x in zip(self.bands, means.T, strict=True)]
 
-    def verdict(self, model: LanguageModel, tokens: np.ndarray, batch_tokens: int) -> Verdict | str:
+    def verdict(
+        self,
+        model: LanguageModel,
+        tokens: np.ndarray,
+        batch_tokens: int,
+        on_progress: Callable[[float], None] = lambda done: None,
+    ) -> Verdict | str:
         """Whether context is used, or why that cannot be said. The late tokens of every window are read once more from
         some 64 tokens before them: other tokens at early positions would differ for other reasons."""
         if self.seq_len < MIN_SEQ_LEN:
@@ -88,7 +95,7 @@ class ByPosition:
         first = window_starts(len(tokens), self.seq_len, None) + self.seq_len - self.n_late  # of the late targets
         chunks = np.arange(0, self.n_late, CHUNK) - (EARLY[0] - 1)
         starts = (first[:, None] + chunks).ravel()
-        early = _chunk_losses(model, tokens, starts, batch_tokens).reshape(len(first), -1).mean(1)
+        early = _chunk_losses(model, tokens, starts, batch_tokens, on_progress).reshape(len(first), -1).mean(1)
         stderr = error_of_mean(late - early)
         assert stderr is not None
         positions = self.seq_len - self.n_late + 1, self.seq_len
@@ -96,7 +103,13 @@ class ByPosition:
 
 
 @torch.no_grad()
-def _chunk_losses(model: LanguageModel, tokens: np.ndarray, starts: np.ndarray, batch_tokens: int) -> np.ndarray:
+def _chunk_losses(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    batch_tokens: int,
+    on_progress: Callable[[float], None],
+) -> np.ndarray:
     """Mean loss at the EARLY positions of windows that begin at `starts`, (N,)."""
     means, size = [], max(1, batch_tokens // EARLY[1])
     with evaluating(model):
@@ -104,6 +117,7 @@ def _chunk_losses(model: LanguageModel, tokens: np.ndarray, starts: np.ndarray, 
             input_ids, targets = windows_at(tokens, starts[i : i + size], EARLY[1])
             losses = token_losses(model, input_ids.to(model.device), targets.to(model.device))
             means.append(losses[:, -CHUNK:].cpu().double().mean(1).numpy())
+            on_progress(min(1.0, (i + size) / len(starts)))
     return np.concatenate(means)
 
 

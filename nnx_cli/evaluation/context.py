@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,30 +78,31 @@ def losses_by_context(
     ends = np.arange(longest, len(tokens), longest)  # of the last target of every window
     found: list[ContextLoss] = []
     own: np.ndarray | None = None
-    done = 0
+    done, total = 0, len(ends) * (seq_len + sum(lengths))
     with evaluating(model):
         for length in (seq_len, *lengths):
             size = max(1, batch_tokens // length)
-            batches = (ends[i : i + size] - length for i in range(0, len(ends), size))
-            means = _window_losses(model, tokens, batches, length, seq_len)
+            parts = []
+            for i in range(0, len(ends), size):
+                starts = ends[i : i + size] - length
+                parts.append(_window_losses(model, tokens, starts, length, seq_len))
+                done += length * len(starts)
+                on_progress(done / total)
+            means = np.concatenate(parts)
             own = means if own is None else own
             found.append(_compared(length, means, own))
-            done += length
-            on_progress(done / (seq_len + sum(lengths)))
     return found
 
 
 @torch.no_grad()
 def _window_losses(
-    model: LanguageModel, tokens: np.ndarray, batches: Iterable[np.ndarray], length: int, n_targets: int
+    model: LanguageModel, tokens: np.ndarray, starts: np.ndarray, length: int, n_targets: int
 ) -> np.ndarray:
-    """Mean loss of the last targets of windows that begin at the numbers of `batches`, (number of windows,)."""
-    means = []
-    for starts in batches:
-        input_ids, targets = windows_at(tokens, starts, length)
-        losses = token_losses(model, input_ids.to(model.device), targets.to(model.device))
-        means.append(losses[:, -n_targets:].cpu().double().mean(1).numpy())
-    return np.concatenate(means)
+    """Mean loss of the last targets of windows that begin at `starts`, (number of windows,)."""
+    input_ids, targets = windows_at(tokens, starts, length)
+    losses = token_losses(model, input_ids.to(model.device), targets.to(model.device))
+    means: np.ndarray = losses[:, -n_targets:].cpu().double().mean(1).numpy()
+    return means
 
 
 def _compared(length: int, means: np.ndarray, own: np.ndarray) -> ContextLoss:

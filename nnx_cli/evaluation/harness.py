@@ -40,10 +40,19 @@ Write = Callable[[list[list[int]], SampleConfig, list[str]], list[str]]  # promp
 class HarnessModel(LM):
     """A model of ours for the harness: log-likelihoods of given text, and text that follows a prompt."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, start_ids: Sequence[int], write: Write) -> None:
-        """`start_ids` stand where a context is empty; `write` draws text from the model."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        start_ids: Sequence[int],
+        write: Write,
+        on_progress: Callable[[float], None] = lambda done: None,
+    ) -> None:
+        """`start_ids` stand where a context is empty; `write` draws text from the model. `on_progress` hears how much
+        of the requests of a kind is done, 0 to 1."""
         super().__init__()
         self.model, self.tokenizer, self.start_ids, self.write = model, tokenizer, list(start_ids), write
+        self.on_progress = on_progress
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Of requests (context, continuation): the log-likelihood of the continuation in nats, and whether the model
@@ -59,7 +68,7 @@ class HarnessModel(LM):
         by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        texts = [""] * len(requests)
+        texts, done = [""] * len(requests), 0
         for numbers in by_settings.values():
             config, stops = _sampling(requests[numbers[0]].args[1])
             for i in range(0, len(numbers), PROMPTS_PER_BATCH):
@@ -67,6 +76,8 @@ class HarnessModel(LM):
                 prompts = [self._encode(requests[number].args[0]) or self.start_ids for number in part]
                 for number, text in zip(part, self.write(prompts, config, stops), strict=True):
                     texts[number] = text
+                done += len(part)
+                self.on_progress(done / len(requests))
         return texts
 
     def _encode(self, text: str) -> list[int]:
@@ -93,7 +104,7 @@ class HarnessModel(LM):
         """Log-likelihood of every pair's targets after its context, and whether all are the likeliest."""
         windows = [(number, *window) for number, pair in enumerate(pairs) for window in self._windows(*pair)]
         windows.sort(key=lambda window: len(window[1]))
-        nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+        nats, greedy, done = np.zeros(len(pairs)), np.ones(len(pairs), bool), 0
         with evaluating(self.model):
             for batch in _batches(windows):
                 longest = len(batch[-1][1])
@@ -106,6 +117,8 @@ class HarnessModel(LM):
                     targets = slice(len(ids) - 1 - n_targets, len(ids) - 1)
                     nats[number] -= losses[row, targets].double().sum().item()
                     greedy[number] &= bool((ranks[row, targets] == 0).all())
+                done += len(batch)
+                self.on_progress(done / len(windows))
         return list(zip(nats.tolist(), greedy.tolist(), strict=True))
 
 

@@ -1,8 +1,9 @@
 """A training run as its view is told of it, without a model: what it shows is for a terminal to keep.
 
-    python driver.py N_STEPS PAUSE [run | wait | fail | leave | spin | race | quiet]
+    python driver.py N_STEPS PAUSE [run | wait | fail | leave | spin | race | quiet | work]
 
-`wait` takes a line of standard input before its last drawing, and one before its end.
+`wait` takes a line of standard input before its last drawing, and one before its end. `work` is no run, but a line of
+progress and then a spinner.
 """
 
 import math
@@ -13,6 +14,7 @@ import time
 import warnings
 
 from nnx_cli.console.output import Output
+from nnx_cli.console.progress import Progress
 from nnx_cli.console.run_screen import RunFacts
 from nnx_cli.console.run_view import RaceView, TrainingView
 from nnx_cli.console.terminal import clean_screen
@@ -47,10 +49,23 @@ def record(step, n_steps, validates):
     }
 
 
+def work(output, n_steps, pause):
+    with Progress(output) as progress:
+        for step in range(1, n_steps + 1):
+            progress.n_bytes("preparing \x1b[2J", step * 10**6, n_steps * 10**6)
+            time.sleep(pause)
+    with output.spinner("at work"):
+        time.sleep(pause)
+    output.show("the end")
+
+
 def main():
     n_steps, pause, how = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-    output = Output(quiet=how == "quiet")
+    output = Output(quiet=how.endswith("quiet"))
     facts = RunFacts("nyx nano, 787,072 parameters", n_steps, 7 << 30, 2.31)
+    if how.startswith("work"):
+        work(output, n_steps, pause)
+        return
     output.note("the plan of the run")
     if how in ("leave", "spin"):
         leave_on_signals(clean_screen)

@@ -1,9 +1,11 @@
 """Progress of work whose size is known."""
 
+import re
 import sys
 
 import pytest
 
+from nnx_cli.console.cells import cells
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress, TimeLeft
 
@@ -65,9 +67,55 @@ def test_a_line_that_is_redrawn(clock, monkeypatch, capsys):
     assert last.strip() == "" and len(last) >= len(lines[-1].rstrip())
 
 
-def test_a_pipe_gets_nothing_of_it(clock, capsys):
-    with Progress(Output()) as progress:
-        clock[0] += 10.0
-        progress.share("measuring", 0.5)
-        progress.n_bytes("preparing", 5, None)
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_pipe_gets_a_line_now_and_then(clock, capsys, quiet):
+    with Progress(Output(quiet=quiet)) as progress:
+        for second in range(14):
+            progress.share("measuring", second / 20)
+            clock[0] += 1.0
+    lines = ["measuring 25 %, 15 s left", "measuring 50 %, 10 s left"]
+    assert capsys.readouterr() == ("", "".join(f"{line}\n" for line in lines if not quiet))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 60), (20, 5), (8, 2)], ids=str)
+def test_one_line_is_redrawn_on_every_screen(on_terminal, size):
+    terminal = on_terminal(size, "200", "0.02", "work")
+    lines = terminal.read(lambda text: re.search("[5-9][0-9] %|[5-9][0-9] of 200", text))
+    assert len(lines) == 1 and cells(lines[0]) < size[0]
+    if size[0] >= 80:
+        assert re.fullmatch(r"preparing \\x1b\[2J \d+ of 200 MB, \d+ MB/s, \d+ s left", lines[0])
+    terminal.process.wait()
+    assert [line for line in terminal.read() if line] == ["the end"] and not terminal.screen.cursor.hidden
+
+
+def test_a_window_that_gets_narrow_gets_a_shorter_line(on_terminal):
+    terminal = on_terminal((120, 24), "2000", "0.02", "work")
+    terminal.read(lambda text: "left" in text)
+    terminal.resize(20, 24)
+    terminal.read(seconds=1.0)
+    before = len(terminal.written)
+    terminal.read(seconds=1.0)
+    redrawn = terminal.written[before:].decode()
+    assert "\r" in redrawn and "\n" not in redrawn and max(map(len, redrawn.split("\r"))) < 20
+
+
+@pytest.mark.parametrize("how", ["work", "work quiet"])
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": ""}], ids=str)
+def test_plain_lines_where_they_are_asked_for(on_terminal, variables, how):
+    terminal = on_terminal((80, 24), "60", "0.1", how, **variables)
+    terminal.read(seconds=30)
+    plain = terminal.written.replace(b"\r\n", b"\n")
+    assert b"\x1b" not in plain and b"\r" not in plain
+    lines = plain.decode().splitlines()
+    assert lines[-1] == "the end" and len(lines) == (2 if how == "work" else 1)
+    assert how != "work" or re.fullmatch(
+        r"preparing \\x1b\[2J 5\d of 60 MB, \d+ MB/s, 1? ?s left|preparing .*", lines[0]
+    )
+
+
+def test_a_notebook_gets_one_line_and_no_spinner(on_terminal):
+    terminal = on_terminal((80, 24), "60", "0.03", "work", JPY_PARENT_PID="1")
+    terminal.read(seconds=20)
+    text = terminal.written.decode().replace("\r\n", "\n")
+    assert re.search(r"\rpreparing .* \d+ of 60 MB", text) and "at work" not in text
+    assert not re.search(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]", text), "colours are all it is sent"

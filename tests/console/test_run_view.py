@@ -7,25 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from console.terminal import Terminal
 
 DRIVER = str(Path(__file__).with_name("driver.py"))
 SIZES = [(80, 24), (200, 60), (20, 5)]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no pseudoterminals")
 BRAILLE = re.compile("[\u2801-\u28ff]")
-
-
-@pytest.fixture
-def on_terminal():
-    opened = []
-
-    def run(size, *words, **variables):
-        opened.append(Terminal([DRIVER, *words], *size, **variables))
-        return opened[-1]
-
-    yield run
-    for terminal in opened:
-        terminal.close()
 
 
 def assert_clean(terminal, last="the end"):

@@ -280,9 +280,12 @@ def test_progress_counts_the_bytes_of_the_files(tmp_path):
     (tmp_path / "a.txt").write_bytes((LINE * 40_000).encode())
     events = []
     prepare([tmp_path / "a.txt"], tmp_path / "made", PrepareConfig(tokenizer="char"), on_progress=events.append)
-    assert {event["phase"] for event in events} == {"train", "encode"}
+    phases = list(dict.fromkeys(event["phase"] for event in events))
+    assert phases == ["train", "encode", "xray"]
     size = (tmp_path / "a.txt").stat().st_size
-    assert all(0 < event["bytes"] <= event["total_bytes"] == size for event in events)
+    reading, looking = ([e for e in events if (e["phase"] == "xray") == seen] for seen in (False, True))
+    assert all(0 < event["bytes"] <= event["total_bytes"] == size for event in reading)
+    assert all(0 < event["share"] <= 1 for event in looking) and looking[-1]["share"] == 1
 
 
 # refusals
