@@ -41,6 +41,9 @@ EXTRAS = {
     "compression",
     "gigatoken",
     "lm_eval",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
     "pyarrow",
     "regex",
     "rustbpe",
@@ -297,6 +300,7 @@ PRIVATE_TORCH = {  # each name once, and tested for its presence
     "_scaled_dot_product_flash_attention_backward": "system/torch_private.py",
     "_scaled_dot_product_flash_attention_for_cpu": "system/torch_private.py",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "system/torch_private.py",
+    "torch._higher_order_ops.scan": "kernels/soft_xor.py",
     "_weight_int4pack_mm_for_cpu": "kernels/quantized_matmul.py",
 }
 PRIVATE = re.compile(r"_[a-z]\w+$|torch(\.\w+)*\._\w+")

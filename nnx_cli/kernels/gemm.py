@@ -23,7 +23,7 @@ MIN_MULTIPLICATIONS = 2**22  # below which a call takes longer than is won
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., K) @ weight.T of weight (M, K), both of one dtype."""
-    if x.numel() < MIN_ROWS * weight.shape[1]:
+    if torch.compiler.is_exporting() or x.numel() < MIN_ROWS * weight.shape[1]:
         return F.linear(x, weight)
     return onednn_linear(x, weight) if prefers_onednn(x, weight) else F.linear(x, weight)
 

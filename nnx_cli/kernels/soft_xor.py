@@ -132,3 +132,17 @@ class Recurrence(torch.autograd.Function):
             torch.mul(slope, before[t + 1][:, None], out=pair)
             before[t].addmm_(pair.view(B, 2 * P), weight)
         return sums_grad, sums_grad.flatten(0, 1).t() @ states[:-1].flatten(0, 1), grad_states[0]
+
+
+def recurrence(inputs: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    """`Recurrence`; in a graph that is exported, the same as a scan."""
+    if not torch.compiler.is_exporting():
+        return Recurrence.apply(inputs, weight, state)
+    from torch._higher_order_ops.scan import scan
+
+    def step(before: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = activation_and_slope(torch.addmm(x, before, weight.t()), repeats=2)[0]
+        after = soft_xor(*y.chunk(2, dim=-1))
+        return after, after.clone()  # a scan returns no tensor twice
+
+    return scan(step, state, inputs)[1]

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from nnx_cli.errors import UsageError
 from nnx_cli.kernels.dropout import dropout as drop
 from nnx_cli.kernels.precision import widened
-from nnx_cli.kernels.soft_xor import Activation, Recurrence, soft_xor
+from nnx_cli.kernels.soft_xor import Activation, recurrence, soft_xor
 from nnx_cli.layers.head import LinearHead
 from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
@@ -215,7 +215,7 @@ class ProphetLayer(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         """x (T, B, D) and the first state (B, P) to the states (T, B, P)."""
-        return Recurrence.apply(self.input(x) + self.bias.to(x.dtype), self.weight.to(x.dtype), state)
+        return recurrence(self.input(x) + self.bias.to(x.dtype), self.weight.to(x.dtype), state)
 
 
 class Prophet(nn.Module):
@@ -281,7 +281,7 @@ class TapeCache:
 
     def prophet_states(self) -> Tensor:
         """The states after the last position of every row, (2, B, P); zero where there is none."""
-        rows, last = torch.arange(len(self.lengths), device=self.lengths.device), (self.lengths - 1).clamp(min=0)
+        rows, last = torch.arange(self.lengths.shape[0], device=self.lengths.device), (self.lengths - 1).clamp(min=0)
         states = torch.stack([store[0, rows, 0, last] for store in (self.prophet.keys, self.prophet.values)])
         return states * (self.lengths > 0)[:, None]
 
