@@ -32,9 +32,13 @@ def read_prompt(output: Output, prompt: str | None, prompt_file: Path | None, en
 def prompt_ids(text: str, ref: ModelRef, vocab_size: int) -> tuple[str, list[int]]:
     """A prompt as it is shown, and its token ids. Without a tokenizer the prompt is ids; without a prompt it is what a
     text begins with, of which no line break is shown."""
+    from nnx_cli.data.conversations import template_of
+
     tokenizer = ref.tokenizer
     if not text.strip() and (tokenizer is None or not text):
         start = ref.start_ids
+        if (template := template_of(tokenizer)) is not None:
+            return template.spoken(start), start
         return "" if tokenizer is None else tokenizer.decode(start).lstrip("\n"), start
     if tokenizer is not None:
         return text, tokenizer.encode(text).tolist()

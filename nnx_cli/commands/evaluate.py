@@ -37,7 +37,7 @@ from nnx_cli.commands._options import (
 from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
-from nnx_cli.errors import counted
+from nnx_cli.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from nnx_cli.evaluation.by_position import ByPosition
@@ -85,6 +85,11 @@ def run(
     loaded = load_tasks(output, ref, names, known) if names else None
     output.note_reading(*(filepath or []))
     with preparation_view(output) as tell, held_out_text(ref, filepath or [], preparing, tell) as text:
+        if text.mask is not None and (by_position or factors):
+            raise UsageError(
+                "--by-position and --context read a text from one end to the other; of conversations answers count",
+                fix="leave them out, or name a text: --filepath FILE",
+            )
         lengths = context_lengths(network, factors)
         refused = check_contexts(ref, network, text, lengths)
         positions = ByPosition(network.config.seq_len) if by_position else None
@@ -119,13 +124,14 @@ def _losses(
     documents = None if token_bytes is None else ByDocument(text.documents, token_bytes)
     watchers = [watcher.add for watcher in (accuracy, documents, positions) if watcher is not None]
     with Progress(output) as progress:
-        n_targets = len(text.tokens) - 1
+        n_targets = max(1, text.n_targets)
         result = evaluate(
             network,
             text.tokens,
             seq_len=seq_len,
             batch_size=batch_size or max(1, BATCH_TOKENS // seq_len),
             token_bytes=token_bytes,
+            masked=text.masked,
             watchers=[*watchers, lambda scores: progress.share("measuring", accuracy.n_tokens / n_targets)],
         )
     over = "windows"

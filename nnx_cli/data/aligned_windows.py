@@ -50,6 +50,11 @@ def with_separators(documents: np.ndarray, n_tokens: int) -> tuple[np.ndarray, n
     return begins, np.diff(begins, append=n_tokens)
 
 
+def windows_in_order(documents: np.ndarray, n_tokens: int, seq_len: int) -> np.ndarray:
+    """Where windows begin that go through documents, given their first tokens, as the stream has them."""
+    return Lap(*with_separators(documents, n_tokens), seq_len).starts
+
+
 class AlignedWindows:
     """Sample i as a pure function of (seed, i), every sample a window that begins at a document or goes on with one.
 

@@ -134,6 +134,11 @@ class Template:
         """The ids that the assistant's next message follows."""
         return [self.begin_id, *self.encode(messages)[0].tolist(), self.role_ids[ASSISTANT]]
 
+    def spoken(self, ids: Sequence[int]) -> str:
+        """What is said in a conversation, each message a line."""
+        ends = np.flatnonzero([token_id == self.end_id for token_id in ids])
+        return "\n".join(self.tokenizer.decode(part) for part in np.split(np.array(ids, np.int64), ends))
+
     @property
     def jinja(self) -> str:
         """The template as Hugging Face's chat_template."""

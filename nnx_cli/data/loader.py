@@ -82,14 +82,14 @@ class Loader:
             sequences = torch.from_numpy(self.tokens[places].astype(np.int64))
             targets = sequences[:, 1:]
             if self.mask is not None:
-                counted = _bits(self.mask, places[:, 1:])
+                counted = bits_at(self.mask, places[:, 1:])
                 targets = targets.masked_fill(torch.from_numpy(counted == 0), self.ignore_index)
             return self.send(sequences[:, :-1]), self.send(targets)
         on_device = self._positions_on_device(first, count)
         sequences = self.resident[on_device].long()
         input_ids, targets = sequences[:, :-1], sequences[:, 1:]
         if self.resident_mask is not None:
-            targets = targets.masked_fill(_bits(self.resident_mask, on_device[:, 1:]) == 0, self.ignore_index)
+            targets = targets.masked_fill(bits_at(self.resident_mask, on_device[:, 1:]) == 0, self.ignore_index)
         return input_ids, targets
 
     def positions(self, first: int, count: int) -> np.ndarray:
@@ -117,6 +117,6 @@ def windows_at(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Te
     return sequences[:, :-1], sequences[:, 1:]
 
 
-def _bits(packed: Any, places: Any) -> Any:
+def bits_at(packed: Any, places: Any) -> Any:
     """The bits at `places` of a little-endian bit array; both are arrays, or both tensors."""
     return packed[places >> 3] >> (places & 7) & 1

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nnx_cli.data.conversations import with_template
 from nnx_cli.data.ngram import ngram_reference
 from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
@@ -100,11 +101,12 @@ def write_meta(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None
     files.write_synced(folder / "meta.json", files.to_json(head | meta))
 
 
-def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None) -> TokenFolder:
+def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, *, may_extend: bool = False) -> TokenFolder:
     """Open a folder of ours or of nanoGPT. Reads all tokens once and compares them with their SHA-256.
 
-    `tokenizer` is what the folder must have been made with; a nanoGPT folder has none of its own. DataError where
-    anything is missing, damaged or does not agree.
+    `tokenizer` is what the folder must have been made with, or where it `may_extend` it, that with the special tokens
+    of conversations; a nanoGPT folder has none of its own. DataError where anything is missing, damaged or does not
+    agree.
     """
     path = Path(path)
     mend = f"nnx prepare FILE --out {quoted(path)}"
@@ -121,7 +123,7 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None) -> T
     except DataError as error:
         raise DataError(str(error), fix=f"remove the folder, then: {mend}") from error
     try:
-        return _open_ours(path, meta, tokenizer)
+        return _open_ours(path, meta, tokenizer, may_extend)
     except _Damaged as error:
         raise DataError(f"the token folder {path} is damaged: {error}", fix=f"remove it, then: {mend}") from error
 
@@ -130,7 +132,7 @@ class _Damaged(Exception):
     """Says in a few words what is wrong with a token folder."""
 
 
-def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) -> TokenFolder:
+def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None, may_extend: bool) -> TokenFolder:
     version = meta.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise DataError(f"{path} has token format {repr(version)[:20]}; this version of nnx reads 1 to {FORMAT}")
@@ -140,7 +142,8 @@ def _open_ours(path: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) ->
         raise DataError(
             f"{path} was not made with its tokenizer.json", fix=f"nnx prepare FILE --out {quoted(f'{path}-new')}"
         )
-    if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
+    is_extended = tokenizer is not None and may_extend and with_template(tokenizer).fingerprint == own.fingerprint
+    if tokenizer is not None and tokenizer.fingerprint != own.fingerprint and not is_extended:
         raise DataError(f"{path} was made with another tokenizer: {own.kind} of {own.vocab_size} ids")
     if meta.get("vocab_size") != own.vocab_size or meta.get("dtype") != own.dtype.name:
         raise _Damaged("meta.json and tokenizer.json do not agree")

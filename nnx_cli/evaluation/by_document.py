@@ -23,9 +23,9 @@ class ByDocument:
         """Add the targets of some windows."""
         places = scores.starts[:, None] + 1 + np.arange(scores.targets.shape[1])  # (B, T)
         document = np.searchsorted(self.documents, places.ravel(), side="right") - 1
-        n = len(self.documents)
-        self.nats += np.bincount(document, scores.losses.ravel(), n)
-        self.n_bytes += np.bincount(document, self.token_bytes[scores.targets].ravel(), n)
+        n, weights = len(self.documents), 1 if scores.counts is None else scores.counts.ravel()
+        self.nats += np.bincount(document, scores.losses.ravel() * weights, n)
+        self.n_bytes += np.bincount(document, self.token_bytes[scores.targets].ravel() * weights, n)
 
     @property
     def n_documents(self) -> int:

@@ -17,7 +17,7 @@ from nnx_cli.data.loader import windows_at
 from nnx_cli.data.prepare import Progress, encode_files
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import DataError
-from nnx_cli.evaluation.losses import window_starts
+from nnx_cli.evaluation.losses import Masked, window_starts
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.system.files import follow
 from nnx_cli.system.signals import half_made
@@ -33,6 +33,16 @@ class HeldOutText:
     tokens: np.ndarray
     documents: np.ndarray
     mask: np.ndarray | None = None
+
+    @property
+    def masked(self) -> Masked | None:
+        """What of it counts; None: all."""
+        return Masked.of(self.mask, self.documents)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that a model is judged on."""
+        return len(self.tokens) - 1 if self.mask is None else int(np.unpackbits(self.mask).sum())
 
 
 @contextmanager

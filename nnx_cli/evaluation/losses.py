@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnx_cli.data.loader import windows_at
+from nnx_cli.data.aligned_windows import windows_in_order
+from nnx_cli.data.loader import bits_at, windows_at
 from nnx_cli.errors import DataError
 from nnx_cli.layers.loss import token_losses, token_scores
 from nnx_cli.models._base import LanguageModel
@@ -34,7 +35,7 @@ class Evaluation:
     tokens: int
     text_bytes: int | None
     tokens_per_s: float
-    window_losses: tuple[float, ...] = ()  # nats per token of every window, in their order
+    window_losses: tuple[float, ...] = ()  # nats per token of every window with a target, in their order
 
     @property
     def perplexity(self) -> float:
@@ -50,6 +51,7 @@ class Scores:
     targets: np.ndarray  # (B, T)
     losses: np.ndarray  # (B, T) nats, float64
     ranks: np.ndarray  # (B, T) tokens that the model finds likelier than the target
+    counts: np.ndarray | None = None  # (B, T) which targets count; None: all
 
 
 class Accuracy:
@@ -60,9 +62,10 @@ class Accuracy:
 
     def add(self, scores: Scores) -> None:
         """Count the targets of some windows."""
-        self.n_tokens += scores.ranks.size
-        self.n_top1 += int((scores.ranks < 1).sum())
-        self.n_top5 += int((scores.ranks < 5).sum())
+        ranks = scores.ranks if scores.counts is None else scores.ranks[scores.counts]
+        self.n_tokens += ranks.size
+        self.n_top1 += int((ranks < 1).sum())
+        self.n_top5 += int((ranks < 5).sum())
 
     def shares(self) -> dict[str, float]:
         """Both as shares of the targets."""
@@ -85,10 +88,37 @@ def graphed_losses(model: LanguageModel, batch_size: int, seq_len: int) -> LossF
 
 def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndarray:
     """Starts of the windows that cover a stream without overlap, or of `n_windows` of them, evenly spread."""
-    starts = np.arange(0, max(n_tokens - seq_len, 0), seq_len)
-    if n_windows is not None and n_windows < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, n_windows).round().astype(int)]
-    return starts
+    return _spread(np.arange(0, max(n_tokens - seq_len, 0), seq_len), n_windows)
+
+
+def _spread(items: np.ndarray, n: int | None) -> np.ndarray:
+    """All items, or `n` of them, evenly spread."""
+    if n is None or n >= len(items):
+        return items
+    return items[np.linspace(0, len(items) - 1, n).round().astype(int)]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Which tokens of a stream count as targets, and in which documents they stand: windows begin at those, so that
+    what counts has what belongs to it before it."""
+
+    mask: np.ndarray  # bits (`TokenFolder.mask`)
+    documents: np.ndarray  # the first token of each
+
+    @classmethod
+    def of(cls, mask: np.ndarray | None, documents: np.ndarray) -> Masked | None:
+        """None without a mask: all tokens count."""
+        return None if mask is None else cls(mask, documents)
+
+    def window_starts(self, n_tokens: int, seq_len: int) -> np.ndarray:
+        """Starts of windows through all documents."""
+        return windows_in_order(self.documents, n_tokens, seq_len)
+
+    def counts(self, starts: np.ndarray, last: np.ndarray, length: int) -> np.ndarray:
+        """Which targets of windows count, bool (B, length); none behind the `last` (B,) that a window is to judge."""
+        places = starts[:, None] + np.arange(1, length + 1)
+        return (bits_at(self.mask, places) == 1) & (places <= last[:, None])
 
 
 @contextmanager
@@ -113,42 +143,43 @@ def evaluate(
     n_windows: int | None = None,
     losses_of: LossFunction = token_losses,
     watchers: Sequence[Callable[[Scores], None]] = (),
+    masked: Masked | None = None,
 ) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 
     With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly
-    spread windows count. `token_bytes` (V,) gives each token's length in bytes; without it there are no bits per byte.
-    `watchers` are handed every batch of windows, scored; `losses_of` is not asked then. Raises DataError where there is
-    no target.
+    spread windows count. Where not all tokens count, `masked` says which do. `token_bytes` (V,) gives each token's
+    length in bytes; without it there are no bits per byte. `watchers` are handed every batch of windows, scored;
+    `losses_of` is not asked then. Raises DataError where there is no target.
     """
     if len(tokens) < 2:
         raise DataError("the text to evaluate has fewer than two tokens")
     started = time.perf_counter()
-    starts = window_starts(len(tokens), seq_len, n_windows)
-    batches = [(starts[i : i + batch_size], seq_len) for i in range(0, len(starts), batch_size)]
-    tail = (len(tokens) - 1) % seq_len
-    if tail and (n_windows is None or not batches):
-        batches.append((np.array([len(tokens) - 1 - tail]), tail))
     wide = torch.float32 if model.device.type == "mps" else torch.float64
-    nats, n_bytes, lengths = [], [], []
+    nats, n_bytes, n_targets = [], [], []
     with evaluating(model):
-        for begin, length in batches:
+        for begin, length, counts in _batches(len(tokens), seq_len, batch_size, n_windows, masked):
             input_ids, targets = windows_at(tokens, begin, length)
             on_device = input_ids.to(model.device), targets.to(model.device)
             if watchers:
                 losses, ranks = token_scores(model, *on_device)
-                scores = Scores(begin, targets.numpy(), losses.cpu().double().numpy(), ranks.cpu().numpy())
+                scores = Scores(begin, targets.numpy(), losses.cpu().double().numpy(), ranks.cpu().numpy(), counts)
                 for watch in watchers:
                     watch(scores)
             else:
                 losses = losses_of(model, *on_device)  # (B, T)
+            if counts is not None:
+                losses = losses.where(torch.from_numpy(counts).to(losses.device), 0.0)
             nats.append(losses.to(wide).sum(1))
-            lengths.append(np.full(len(begin), length))
+            n_targets.append(np.full(len(begin), length) if counts is None else counts.sum(1))
             if token_bytes is not None:
-                n_bytes.append(token_bytes[targets.numpy()].sum(1))
-    nats_by_window = torch.cat(nats).cpu().numpy()
-    total, tokens_by_window = float(nats_by_window.sum()), np.concatenate(lengths)
-    n_tokens = int(tokens_by_window.sum())
+                lengths = token_bytes[targets.numpy()]
+                n_bytes.append((lengths if counts is None else lengths * counts).sum(1))
+    nats_by_window, by_window = torch.cat(nats).cpu().numpy(), np.concatenate(n_targets)
+    total, n_tokens = float(nats_by_window.sum()), int(by_window.sum())
+    if not n_tokens:
+        raise DataError("the text to evaluate has no token that counts")
+    seen = by_window > 0
     bits = stderr = text_bytes = None
     if token_bytes is not None and (text_bytes := int(sum(b.sum() for b in n_bytes))):
         bits, stderr = ratio_with_error(nats_by_window / math.log(2), np.concatenate(n_bytes))
@@ -159,8 +190,25 @@ def evaluate(
         n_tokens,
         text_bytes,
         n_tokens / (time.perf_counter() - started),
-        tuple((nats_by_window / tokens_by_window).tolist()),
+        tuple((nats_by_window[seen] / by_window[seen]).tolist()),
     )
+
+
+def _batches(
+    n_tokens: int, seq_len: int, batch_size: int, n_windows: int | None, masked: Masked | None
+) -> Iterator[tuple[np.ndarray, int, np.ndarray | None]]:
+    """Windows `batch_size` at a time: their starts (B,), their length, and which targets count, None for all."""
+    begins = np.arange(0, n_tokens - 1, seq_len) if masked is None else masked.window_starts(n_tokens, seq_len)
+    last = np.append(begins[1:], n_tokens - 1)  # target that a window judges: the next one begins with it
+    whole = np.flatnonzero(begins + seq_len < n_tokens)
+    tail = begins[len(whole) :]
+    whole = _spread(whole, n_windows)
+    batches = [(whole[i : i + batch_size], seq_len) for i in range(0, len(whole), batch_size)]
+    if len(tail) and (n_windows is None or not batches):
+        batches.append((np.array([len(begins) - 1]), n_tokens - 1 - int(tail[0])))
+    for windows, length in batches:
+        counts = None if masked is None else masked.counts(begins[windows], last[windows], length)
+        yield begins[windows], length, counts
 
 
 def error_of_mean(values: np.ndarray) -> float | None:

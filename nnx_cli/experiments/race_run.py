@@ -12,7 +12,7 @@ import numpy as np
 
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DoesNotFit, Interrupted, QualityError, is_out_of_memory
-from nnx_cli.evaluation.losses import BATCH_TOKENS, evaluate
+from nnx_cli.evaluation.losses import BATCH_TOKENS, Masked, evaluate
 from nnx_cli.evaluation.recall import recall_accuracy
 from nnx_cli.experiments.entrants import Entrant, Field
 from nnx_cli.models._base import LanguageModel
@@ -146,6 +146,7 @@ def bits_per_byte(model: LanguageModel, data: TokenFolder, tokens: np.ndarray) -
         batch_size=max(1, BATCH_TOKENS // seq_len),
         token_bytes=data.tokenizer.token_bytes(),
         n_windows=None if len(tokens) <= EVAL_TOKENS else EVAL_TOKENS // seq_len,
+        masked=Masked.of(data.val_mask, data.documents["val"]),
     ).bits_per_byte
 
 

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnx_cli.data.loader import check_length
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import CheckpointError
@@ -45,8 +47,20 @@ def training_text(data: TokenFolder, seq_len: int) -> TokenFolder:
     short for that."""
     n_val = max(seq_len + 1, int(VAL_SHARE * len(data.train)))
     check_length(len(data.train) - n_val, seq_len)
-    train, val = data.train[:-n_val], data.train[-n_val:]
-    return replace(data, train=train, val=val, fingerprint=f"{data.fingerprint}, its training text")
+    cut, named = len(data.train) - n_val, f"{data.fingerprint}, its training text"
+    if data.mask is None:
+        return replace(data, train=data.train[:cut], val=data.train[cut:], fingerprint=named)
+    n_bytes, starts = cut // 8, data.documents["train"].astype(np.int64)
+    cut = 8 * n_bytes
+    return replace(
+        data,
+        train=data.train[:cut],
+        val=data.train[cut:],
+        mask=data.mask[:n_bytes],
+        val_mask=data.mask[n_bytes:],
+        documents={"train": starts[starts < cut], "val": np.append(0, starts[starts > cut] - cut)},
+        fingerprint=named,
+    )
 
 
 def rate_of(entrant: Entrant, factor: float) -> float:

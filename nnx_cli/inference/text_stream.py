@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from nnx_cli.data.conversations import template_of
 from nnx_cli.data.tokenizers.base import StreamDecoder, Tokenizer
 
 
 class TextStream:
-    """Tokens of one sample to text: whole characters only, nothing beyond a stop string or an end-of-text token."""
+    """Tokens of one sample to text: whole characters only, nothing beyond a stop string, an end-of-text token or any
+    special token of a conversation, for a text in it ends there."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
-        self.eot_id = tokenizer.eot_id if tokenizer is not None else None
+        template = template_of(tokenizer)
+        self.end_ids = frozenset((tokenizer and tokenizer.eot_id,)) if template is None else template.ids
         self.stops = [stop for stop in stops if stop]
         self.on_text = on_text
         self.tokens: list[int] = []
@@ -27,7 +30,7 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """Take the next token; sets `stop_reason` when the sample ends with it."""
-        if token == self.eot_id:
+        if token in self.end_ids:
             self.finish("eot")
             return
         self.tokens.append(token)

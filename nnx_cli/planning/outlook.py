@@ -94,7 +94,8 @@ def outlook(plan: Plan, tokens: TokenFolder, device: torch.device) -> Outlook:
     n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
     started = START_SECONDS.get(device.type) if n_parameters <= MOST_STARTED else None
     reached = None
-    if tokens.tokenizer is not None and tokens.tokenizer.kind in ("byte", "char") and train.lora_rank is None:
+    is_text = tokens.tokenizer is not None and tokens.tokenizer.kind in ("byte", "char") and tokens.val_mask is None
+    if is_text and train.lora_rank is None:
         assert tokens.text_bytes is not None, "a tokenizer tells the bytes"
         text_bytes = n_train * tokens.text_bytes / (n_train + len(tokens.val))
         reached = such_runs(models.stem(plan.model), n_parameters, text_bytes, expected / n_train)

@@ -144,10 +144,10 @@ def take_back(made: list[list[Path]]) -> None:
 
 def open_tokens(folder: Path, base: ModelRef | None, tokenizer: str | None) -> TokenFolder:
     """Open a token folder. `tokenizer` is what it is said to be made with. Raises DataError where it is not, or not
-    with that of `base`."""
+    with that of `base`, to which conversations add their special tokens."""
     trained = tokenizer is not None and needs_training(tokenizer)  # on whatever text it was
     named = None if tokenizer is None or trained else build_tokenizer(tokenizer)
-    tokens = open_token_folder(folder, tokenizer=(base.tokenizer if base else None) or named)
+    tokens = open_token_folder(folder, (base.tokenizer if base else None) or named, may_extend=base is not None)
     if trained and (tokens.tokenizer is None or tokens.tokenizer.kind != tokenizer):
         raise DataError(f"{folder} was not made with --tokenizer {tokenizer}", fix="leave it out, or name its file")
     return tokens
@@ -170,6 +170,13 @@ def open_and_plan(
     """
     fields = dict(shape.fields)
     tokens = open_tokens(folder, base, tokenizer)
+    if base is not None and base.tokenizer is not None and tokens.vocab_size > fields["vocab_size"]:
+        if train.lora_rank is not None:
+            raise UsageError(
+                f"{base.label} does not know the special tokens of conversations yet, and adapters do not learn them",
+                fix="leave out --lora-rank",
+            )
+        fields["vocab_size"] = tokens.vocab_size
     if base is not None and tokens.vocab_size != fields["vocab_size"]:
         raise DataError(f"{folder} has a vocabulary of {tokens.vocab_size:,}, {base.label} of {fields['vocab_size']:,}")
     if (wanted := fields.pop("vocab_size", None)) is not None and wanted != tokens.vocab_size:

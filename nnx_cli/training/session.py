@@ -45,6 +45,7 @@ from nnx_cli.training.sampling import Sampling
 from nnx_cli.training.state import TrainState, restore_checkpoint
 from nnx_cli.training.stepper import divide_step
 from nnx_cli.training.trainer import Trainer
+from nnx_cli.training.vocabulary import extend_rows
 
 
 def configure_device(config: TrainConfig, strict: bool = True) -> tuple[torch.device, str]:
@@ -87,7 +88,8 @@ def start(
     model = models.from_config(plan.model, plan.model_config)
     if init_from is not None:
         path, state = init_from.weights()
-        load_weights(model, widen(state), path, device)
+        old, new = init_from.config["model"]["vocab_size"], plan.model_config.vocab_size
+        load_weights(model, extend_rows(widen(state), model, old, new), path, device)
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)

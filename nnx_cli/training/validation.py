@@ -9,7 +9,7 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.evaluation.losses import Evaluation, LossFunction, evaluate, graphed_losses
+from nnx_cli.evaluation.losses import Evaluation, LossFunction, Masked, evaluate, graphed_losses
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
@@ -28,6 +28,7 @@ class Validation:
     def __init__(self, model: LanguageModel, data: TokenFolder, stepper: Stepper, recovery: Recovery) -> None:
         self.model = model
         self.data = data
+        self.masked = Masked.of(data.val_mask, data.documents["val"])
         self.token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
         self.stepper = stepper
         self.recovery = recovery
@@ -72,6 +73,7 @@ class Validation:
             token_bytes=self.token_bytes,
             n_windows=n_windows,
             losses_of=self.losses_of,
+            masked=self.masked,
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnx_cli.data.conversations import template_of
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning import tokenizer
 from nnx_cli.runs import checkpoint as ckpt
@@ -910,3 +911,65 @@ def test_the_coach_speaks_once_while_a_run_goes_on_and_at_its_end(nnx, data, mon
     longer = nnx("train", "--resume", "r", "--max-steps", 40)
     assert longer.stderr.count("coach: it is tired at step 28:") == longer.stderr.count("coach:") == 1
     assert nnx(*words[:-2], "s", "--quiet").stderr == ""
+
+
+# conversations
+
+
+@pytest.fixture
+def chats(workspace):
+    """Rows of messages: a number and the one behind it."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"behind {n}?"}, {"role": "assistant", "content": f"{n + 1}"}]}
+        for n in range(120)
+    ]
+    (workspace / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return workspace / "chats.jsonl"
+
+
+TALK = ["--max-steps", 3, "--batch-size", 2, "--grad-accum", 2, "--val-every", 1, "--device", "cpu", "--compile", "off"]
+
+
+def test_a_model_learns_conversations_from_where_it_is(nnx, run, chats):
+    done = nnx("train", "--init-from", "words", "--filepath", "chats.jsonl", *TALK, "--out", "weights/talk", "--json")
+    assert done.exit_code == 0, done.stderr
+    base, talk = find_model("words"), find_model("talk")
+    assert talk.tokenizer.vocab_size == base.tokenizer.vocab_size + 5 == talk.config["model"]["vocab_size"]
+    assert template_of(talk.tokenizer) is not None and talk.config["init_from"] == "weights/words"
+    assert talk.weights()[1]["embedding.weight"].shape == (261, 32)
+    again = nnx("train", "--init-from", "talk", "--filepath", "chats.jsonl", *TALK, "--lora-rank", 2, "--json")
+    assert again.exit_code == 0, again.stderr
+    measured = json.loads(nnx("eval", "talk", "--filepath", "chats.jsonl", "--json").stdout)
+    answers = [f"{n + 1}" for n in range(120)]
+    assert measured["tokens"] == sum(map(len, answers)) + len(answers) and measured["text_bytes"] == sum(
+        map(len, answers)
+    )
+
+
+def test_what_conversations_refuse(nnx, refused, run, chats):
+    words = ["train", "--init-from", "words", "--filepath", "chats.jsonl", *TALK]
+    refused(2, "adapters do not learn them", *words, "--lora-rank", 4)
+    assert nnx("quantize", "words", "--out", "weights/small", "--max-drop", 9).exit_code == 0
+    refused(5, "is no plain model", "train", "--init-from", "small", "--filepath", "chats.jsonl", *TALK)
+    refused(3, "for which this model has no template", "eval", "words", "--filepath", "chats.jsonl")
+    refused(2, "--prompt-key and --answer-key belong together", "prepare", "chats.jsonl", "--prompt-key", "a")
+    (run.folder.parent.parent / "words.txt").write_text("words\n")
+    refused(2, "with plain text: it names a field", "prepare", "words.txt", "--prompt-key", "a", "--answer-key", "b")
+    (run.folder.parent.parent / "none.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    refused(3, "it has no answer", *words[:3], "--filepath", "none.jsonl", *TALK)
+
+
+def test_a_run_of_conversations_resumes_to_the_same_bits(nnx, workspace, chats):
+    assert nnx("prepare", "chats.jsonl", "--out", "data/chats").exit_code == 0
+    words = ["train", "--data", "data/chats", "--size", "nano", "--n-layers", 1, "--dim", 32, "--n-heads", 2]
+    words += ["--seq-len", 32, "--max-steps", 40, "--batch-size", 2, "--grad-accum", 2, "--compile", "off"]
+    words += ["--device", "cpu", "--save-every", 15, "--keep", 9]  # over several epochs, whose windows differ
+    for out in ("whole", "parts"):
+        assert nnx(*words, "--out", f"weights/{out}").exit_code == 0
+    for step in (30, 40):
+        shutil.rmtree(f"weights/parts/checkpoints/step-{step:08}")
+    Run(workspace / "weights" / "parts").set_status(status="interrupted")
+    assert nnx("train", "--resume", "parts").exit_code == 0
+    one, other = (find_model(f"{name}@last").weights()[1] for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert nnx("eval", "whole", "--by-position").exit_code == 2

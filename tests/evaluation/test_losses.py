@@ -6,7 +6,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.errors import DataError
-from nnx_cli.evaluation.losses import Accuracy, evaluate, ratio_with_error, window_starts
+from nnx_cli.evaluation.losses import Accuracy, Masked, evaluate, ratio_with_error, window_starts
 from nnx_cli.layers.loss import _ranks, token_losses, token_scores
 
 T = 16
@@ -150,3 +150,66 @@ def test_accuracy_counts_every_target(tiny):
         likeliest = model(ids[:, :-1]).topk(5).indices == ids[:, 1:, None]
         first, fifth = first + likeliest[..., 0].sum().item(), fifth + likeliest.sum().item()
     assert accuracy.shares() == {"top1_accuracy": first / 99, "top5_accuracy": fifth / 99} and fifth > first
+
+
+def documents_with_answers(seed=0, n=60):
+    """A stream of documents, where each begins, and which tokens count: the end of each."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(2, 40, n)
+    documents = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    counts = np.zeros(lengths.sum(), bool)
+    for start, length in zip(documents, lengths, strict=True):
+        counts[start + max(1, length // 2) : start + length - 1] = True  # the last token separates
+    return stream(lengths.sum(), seed), documents, counts
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_where_a_mask_says_so_each_of_its_tokens_counts_once(tiny, batch_size, seed):
+    tokens, documents, counts = documents_with_answers(seed)
+    masked = Masked(np.packbits(counts, bitorder="little"), documents)
+    lengths = np.arange(64, dtype=np.int32) % 5
+    seen = []
+    result = evaluate(
+        tiny(),
+        tokens,
+        seq_len=T,
+        batch_size=batch_size,
+        token_bytes=lengths,
+        losses_of=lambda model, ids, targets: targets.float(),
+        masked=masked,
+    )
+    wanted = tokens[counts]
+    assert result.tokens == len(wanted) and result.loss == pytest.approx(wanted.mean())
+    assert result.text_bytes == lengths[wanted].sum()
+    accuracy = Accuracy()
+    watchers = [accuracy.add, lambda scores: seen.extend(places_of(scores))]
+    evaluate(tiny(), tokens, seq_len=T, batch_size=batch_size, token_bytes=None, masked=masked, watchers=watchers)
+    assert sorted(seen) == np.flatnonzero(counts).tolist() and accuracy.n_tokens == len(wanted)
+
+
+def places_of(scores):
+    return (scores.starts[:, None] + 1 + np.arange(scores.targets.shape[1]))[scores.counts].tolist()
+
+
+def test_what_counts_is_read_with_its_document_before_it(tiny):
+    """Whole documents, alone or behind others, give the losses that the windows do."""
+    model, (tokens, documents, counts) = tiny("llama"), documents_with_answers(3)
+    found = {}
+
+    def watch(scores):
+        for row, start in enumerate(scores.starts):
+            for at in np.flatnonzero(scores.counts[row]):
+                found[int(start + 1 + at)] = int(start)
+
+    masked = Masked(np.packbits(counts, bitorder="little"), documents)
+    evaluate(model, tokens, seq_len=T, batch_size=4, token_bytes=None, masked=masked, watchers=[watch])
+    for place, start in found.items():
+        own = documents[np.searchsorted(documents, place, side="right") - 1]
+        assert start < own or place - own > T - 2 or start == own == 0, "the separator before it and all of it"
+
+
+def test_a_text_of_which_nothing_counts_is_refused(tiny):
+    masked = Masked(np.zeros(13, np.uint8), np.array([0, 50]))
+    with pytest.raises(DataError, match="no token that counts"):
+        evaluate(tiny(), stream(100), seq_len=T, batch_size=4, token_bytes=None, masked=masked)

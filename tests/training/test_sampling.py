@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nnx_cli.config import PrepareConfig
+from nnx_cli.data.conversations import Message, template_of
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
@@ -71,3 +72,17 @@ def test_a_run_knows_what_its_text_begins_with(nnx, workspace):
     assert shown["prompt"] == "o" and nnx("sample", "run", "--max-new-tokens", 4).stdout.startswith("o")
     config = json.loads((workspace / "run" / "config.json").read_text())
     assert config["sampling"]["start_ids"] == config["sampling"]["prompt_ids"]
+
+
+def test_a_model_of_conversations_is_asked_a_question(tmp_path):
+    rows = [{"q": f"what is {n}?", "a": f"it is {n}"} for n in range(50)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare([tmp_path / "pairs.jsonl"], tmp_path / "out", PrepareConfig(prompt_key="q", answer_key="a"))
+    data = open_token_folder(tmp_path / "out")
+    template = template_of(data.tokenizer)
+    chosen = choose_sampling(data.tokenizer, data, None, 0, None)
+    assert chosen.prompt_ids[0] == template.begin_id and chosen.prompt_ids[-1] == template.role_ids["assistant"]
+    assert template.spoken(chosen.prompt_ids).startswith("what is 4") and chosen.start_ids == chosen.prompt_ids
+    asked = choose_sampling(data.tokenizer, data, "who?", 0, None)
+    assert asked.prompt_ids == template.prompt([Message("user", "who?")])
+    assert template.spoken(asked.prompt_ids) == "who?\n"

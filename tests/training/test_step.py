@@ -308,3 +308,32 @@ def test_an_optimizer_that_is_not_capturable_steps_after_recorded_micro_batches(
         plain(*samples, batch_size)
         captured(*samples)
         torch.testing.assert_close(step.stats.values, plain.stats.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_masked_step_is_a_mean_over_all_that_counts_in_it(name):
+    """However unevenly what counts lies in the micro-batches: not a mean of their means."""
+    whole, parts = make_step(name), make_step(name)
+    ids, targets = batch()
+    counts = torch.zeros(targets.shape, dtype=torch.bool)
+    counts[0, 3:15], counts[1, 7], counts[3, :2] = True, True, True
+    targets = targets.masked_fill(~counts, whole.model.ignore_index)
+    for step, size in ((whole, 4), (parts, 1)):
+        step(ids, targets, size)
+    numbers = whole.stats.read(), parts.stats.read()
+    assert numbers[0].loss == pytest.approx(numbers[1].loss, rel=1e-5)
+    assert numbers[0].grad_norm == pytest.approx(numbers[1].grad_norm, rel=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("size", [4, 1])
+def test_a_masked_step_is_the_same_as_a_cuda_graph(size):
+    plain, captured = make_step("llama", "cuda"), make_step("llama", "cuda")
+    graphs = StepGraphs(captured, *batch(device="cuda"), size)
+    for seed in range(3):
+        ids, targets = batch(seed, device="cuda")
+        counts = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)).cuda() < 0.2 * (seed + 1)
+        targets = targets.masked_fill(~counts, plain.model.ignore_index)
+        plain(ids, targets, size)
+        graphs(ids, targets)
+        assert captured.stats.read().loss == pytest.approx(plain.stats.read().loss, rel=1e-4)
