@@ -74,7 +74,8 @@ class Progress:
             self.left.update(done / total)
         of = f" of {total / 1e6:,.0f}" if total else ""
         seconds = time.monotonic() - self.started
-        self._show([f"{done / 1e6:,.0f}{of} MB", f"{done / 1e6 / max(seconds, 1e-6):,.0f} MB/s", self.left.words()])
+        speed = f"{done / 1e6 / seconds:,.0f} MB/s" if seconds >= REDRAW_SECONDS else ""
+        self._show([f"{done / 1e6:,.0f}{of} MB", speed, self.left.words()])
 
     def share(self, what: str, done: float) -> None:
         """Show where something stands, from 0 to 1; cheap to call often."""

@@ -147,8 +147,9 @@ class RaceView(_LiveView):
 
     def layout(self, columns: int, lines: int) -> Sequence[Line]:
         """A bar, the time left, and the run that is going on."""
-        done = round(BAR_COLUMNS * self.progress)
-        bar, rest = "━" * done, "─" * (BAR_COLUMNS - done) + " "
+        width = min(BAR_COLUMNS, columns // 4)
+        done = round(width * self.progress)
+        bar, rest = "━" * done, "─" * (width - done) + " "
         if columns < LEAST_COLUMNS:
             bar = rest = ""
         parts = [f"{100 * self.progress:3.0f} %", self.left.words(), self.line]

@@ -9,7 +9,7 @@ from nnx_cli.console import progress
 from nnx_cli.data import prepare
 
 SMALL = "--n-layers 1 --dim 32 --n-heads 2 --batch-size 2 --grad-accum 1 --threads 1 --compile off --device cpu".split()
-SHARE, BYTES = r"(\d+) %(, .* left)?", r"\d+( of \d+)? MB, [\d,]+ MB/s(, .* left)?"
+SHARE, BYTES = r"(\d+) %(, .* left)?", r"\d+( of \d+)? MB(, [\d,]+ MB/s)?(, .* left)?"
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nnx_cli.console.output import Output
+from nnx_cli.console.run_view import RaceView
+
 DRIVER = str(Path(__file__).with_name("driver.py"))
 SIZES = [(80, 24), (200, 60), (20, 5)]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no pseudoterminals")
@@ -105,6 +108,16 @@ def test_a_race_has_one_bar(on_terminal):
     lines = terminal.read(lambda text: re.search(r"━ ?─+ +\d+ % .*llama, seed 1", text))
     assert [line for line in lines if "llama, seed 1" in line]
     assert_clean(terminal)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_a_race_tells_its_time_left_on_every_screen(monkeypatch, columns):
+    view = RaceView(Output())
+    view.progress, view.line = 0.4, "llama, seed 1 of 3  loss 2.345"
+    monkeypatch.setattr(view.left, "words", lambda: "12 min 59 s left")
+    (line,) = view.layout(columns, 24)
+    text = "".join(text for text, _ in line)
+    assert " 40 %  12 min 59 s left" in text and len(text) < columns and text.count("━") > 3
 
 
 def test_a_notebook_gets_one_line_and_no_control_codes(on_terminal):
