@@ -81,7 +81,7 @@ def _warnings(run: RunRecord) -> Iterator[str]:
     """What a reader has to know before any number."""
     for name, lines in run.damaged.items():
         if lines:
-            yield paragraph(f"{name} has {counted(lines, 'damaged line')}, which are left out.", "warning")
+            yield paragraph(f"{name} has {counted(lines, 'damaged line')}, left out.", "warning")
     if damaged := run.snapshots[1]:
         yield paragraph(f"insides/ has {counted(len(damaged), 'damaged file')}, left out.", "warning")
     if run.state == "diverged":
