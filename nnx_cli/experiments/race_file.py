@@ -30,7 +30,8 @@ competitors             as many as there are, best first:
         curve           [{step, tokens, time_s, flops, train_loss, val_bits_per_byte}], null where not measured
         recall          [[distance, accuracy]] of --task recall: tokens back, share of right answers; else null
         sample          text, its prompt included, drawn with the same seed from every competitor
-    bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none
+    bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none. Where
+                        one failed there is no verdict, and the competitor stands behind those of whom none did
     tokens_per_s        mean over them
     to_target           {tokens, time_s, flops} until the target, mean over the seeds; null where one missed it
     ties_with           [MODEL]: the 95 % interval of the mean difference, paired by seed, holds 0; null: no verdict
@@ -151,7 +152,8 @@ def judge(race: dict[str, Any]) -> None:
     results = {}
     for competitor in competitors:
         finished = [run for run in competitor["runs"] if run["bits_per_byte"] is not None]
-        results[competitor["model"]] = {run["seed"]: run["bits_per_byte"] for run in finished}
+        failed = len(finished) < len(competitor["runs"])
+        results[competitor["model"]] = {} if failed else {run["seed"]: run["bits_per_byte"] for run in finished}
         competitor["bits_per_byte"], competitor["tokens_per_s"] = None, None
         if finished:
             mean, error = mean_and_error([run["bits_per_byte"] for run in finished])
@@ -165,10 +167,11 @@ def judge(race: dict[str, Any]) -> None:
     competitors.sort(key=_rank)
 
 
-def _rank(competitor: Mapping[str, Any]) -> tuple[bool, float, str]:
-    """Those without a figure come last."""
+def _rank(competitor: Mapping[str, Any]) -> tuple[bool, bool, float, str]:
+    """Those without a figure come last, before them those with a run that failed: the others flatter them."""
     bits = competitor["bits_per_byte"]
-    return bits is None, bits["mean"] if bits else 0.0, competitor["model"]
+    failed = any(run["bits_per_byte"] is None for run in competitor["runs"])
+    return bits is None, failed, bits["mean"] if bits else 0.0, competitor["model"]
 
 
 def _to_target(runs: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, float] | None:

@@ -61,6 +61,14 @@ def test_means_order_and_ties():
     assert a["tokens_per_s"] == 50.0 and d["bits_per_byte"] is None and d["tokens_per_s"] is None
 
 
+def test_whoever_lost_a_run_stands_behind_those_who_lost_none_and_has_no_verdict():
+    race = a_race(lucky=(1.0, None, 1.1), a=(2.0, 2.01, 2.02), b=(2.5, 2.51, 2.52), none=(None,))
+    judge(race)
+    assert [each["model"] for each in race["competitors"]] == ["a", "b", "lucky", "none"]
+    assert [each["ties_with"] for each in race["competitors"]] == [[], [], None, None] and race["comparisons"] == 1
+    assert race["competitors"][2]["bits_per_byte"]["mean"] == pytest.approx(1.05)
+
+
 def test_a_seed_that_ended_before_the_target_missed_it():
     race = a_race(target=2.25, a=(2.0, None), b=(2.0, None))
     cut = race["competitors"][1]["runs"][1]
