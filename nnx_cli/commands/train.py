@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.build import Vocabularies
+    from nnx_cli.layers.insides import Panel
     from nnx_cli.planning.plan import Plan
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
@@ -301,6 +303,7 @@ def _start(
 def _resume_run(output: Output, request: ResumeRequest) -> None:
     """Continue a run from its newest checkpoint."""
     from nnx_cli.runs.find import find_folder
+    from nnx_cli.runs.logs import read_intact
     from nnx_cli.runs.run import Run
     from nnx_cli.system.torch_private import compiler_is_loaded
     from nnx_cli.training import session
@@ -335,6 +338,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
             for note in [*lost, *notes]:
                 output.warn(note)
             output.note(f"resuming {folder} at step {trainer.state.step}")
+            view.remember(read_intact(folder / "metrics.jsonl")[0])
             _finish(output, run, trainer, view, observers, naming(request.file))
 
 
@@ -380,12 +384,18 @@ def _watched(run: Run, trainer: Trainer, observers: Several, view: TrainingView,
         if trainer.config.watch:
             from nnx_cli.reporting.watch import Watch
 
-            observers.observers.append(Watch(run.folder, trainer, view.note))
+            observers.observers.append(Watch(run.folder, trainer, view.note, partial(_show_panel, view)))
         if trainer.config.report:
             from nnx_cli.reporting.live_report import LiveReport
 
             observers.observers.append(stack.enter_context(LiveReport(run.folder, view.note)))
         yield
+
+
+def _show_panel(view: TrainingView, step: int, tokens: Sequence[str], panel: Panel) -> None:
+    """Show values over a text, of whose tokens code would put most in quotes."""
+    pieces = [token[1:-1] if token[:1] in ("'", '"') else token for token in tokens]
+    view.weighed(step, panel.title.lower(), pieces, dict(zip(panel.rows, panel.values.tolist(), strict=True)))
 
 
 def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, observers: Several, named: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nnx_cli.console.cells import Line, cells, cut_cells, fitting, plain_line, wrapped, wrapped_pieces
 from nnx_cli.console.curves import BEST, REFERENCE, Chart, Series, draw
 from nnx_cli.console.progress import TimeLeft
+from nnx_cli.reporting import foreign
 from nnx_cli.system.text import size
 
 LEAST_COLUMNS, LEAST_LINES = 40, 12  # of a screen with more than one line of it
@@ -55,6 +56,18 @@ class RunScreen:
             self.validation = record
             if not self.best or record["val_loss"] < self.best["val_loss"]:
                 self.best = record
+
+    def remember(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of lines of metrics.jsonl from before a run was resumed, as far as they hold losses."""
+        for record in records:
+            step, train, val = (foreign.number(record.get(name)) for name in ("step", "train_loss", "val_loss"))
+            if step is not None and train is not None:
+                self.train.add(step, train)
+            if step is not None and val is not None:
+                self.val.add(step, val)
+                if not self.best or val < self.best["val_loss"]:
+                    bits = foreign.number(record.get("val_bits_per_byte"))
+                    self.best = {"step": round(step), "val_loss": val, "val_bits_per_byte": bits}
 
     def move(self, progress: float) -> None:
         """Take note of a step between the logged ones."""
@@ -138,7 +151,8 @@ class RunScreen:
         chart = draw(curves, columns - margin, rows, best, self.reference())
         if chart is None:
             return []
-        first, last = curves["train"][0][0] if curves["train"] else 0, self.record["step"]
+        first = curves["train"][0][0] if curves["train"] else 0
+        last = self.record.get("step") or max(x for points in curves.values() for x, _ in points)
         ends = f"{first:,.0f}", f"step {last:,}"
         axis = ends[0] + ends[1].rjust(columns - margin - len(ends[0]))
         return [*_scaled(chart), [(" " * margin + axis, "dim")]]

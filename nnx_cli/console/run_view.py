@@ -11,6 +11,7 @@ from nnx_cli.console.cells import Line, fitting
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import PLAIN_SECONDS, REDRAW_SECONDS, TimeLeft
 from nnx_cli.console.run_screen import LEAST_COLUMNS, RunFacts, RunScreen
+from nnx_cli.console.shades import weighted
 from nnx_cli.console.terminal import in_notebook, styled
 from nnx_cli.system.text import printable
 
@@ -130,6 +131,21 @@ class TrainingView(_LiveView):
         """Show a sample."""
         self.screen.sample = step, text
         super().sampled(step, text)
+
+    def remember(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of the steps of a run that goes on: its curves begin where it began."""
+        self.screen.remember(records)
+
+    def weighed(self, step: int, title: str, tokens: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
+        """Show how much each of some parts of a model matters: over a text on a terminal, else on average."""
+        means = {name: sum(values) / max(1, len(values)) for name, values in rows.items()}
+        if self.block is None or self.block.returns_only:
+            self.note(f"  {title} at step {step}: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()))
+            return
+        text, width = styled(f"  {title} at step {step}:"), max(map(len, rows))
+        for name, values in rows.items():
+            text += styled(f"\n    {name.ljust(width)} {means[name]:.2f}  ") + weighted(tokens, values)
+        self.output.say(text)
 
 
 class RaceView(_LiveView):

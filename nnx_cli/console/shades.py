@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from nnx_cli.system.text import printable
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 BLOCKS, LETTERS = " ░▒▓█", " .:*#"  # from nothing to the most; the second where the screen's encoding has no blocks
 BELOW = " -="  # the same below zero
+LEVELS = ("dim", "", "bold", "bold magenta", "reverse magenta")  # of text, seen on dark and on light
 MOST_LABEL = 16
 
 Group = tuple[str, Sequence[Sequence[float]]]  # a name, and columns of one value for every row
@@ -26,6 +32,17 @@ def shade(value: float, most: float, ramp: str) -> str:
     share = min(1.0, abs(value) / most) if most else 0.0
     steps = ramp if value >= 0 else BELOW
     return steps[round(share * (len(steps) - 1))]
+
+
+def weighted(pieces: Sequence[str], values: Sequence[float]) -> Text:
+    """A text whose pieces stand out the more, the larger their values are beside the largest."""
+    from rich.text import Text
+
+    text, most = Text(), max(map(abs, values), default=0.0)
+    for piece, value in zip(pieces, values, strict=True):
+        share = min(1.0, abs(value) / most) if most else 0.0
+        text.append(printable(piece), LEVELS[round(share * (len(LEVELS) - 1))])
+    return text
 
 
 def shaded(labels: Sequence[str], groups: Sequence[Group], ramp: str, *, together: bool = False) -> list[str]:

@@ -35,6 +35,7 @@ class Panel:
     rows: Sequence[str]
     kind: Kind = "share"
     columns: Sequence[str] | None = None
+    is_live: bool = False  # worth to be shown while a run goes on
 
 
 @dataclass(frozen=True)

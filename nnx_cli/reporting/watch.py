@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import NnxError
 from nnx_cli.inference.insides import take_snapshot
 from nnx_cli.layers.blocks import eagerly
-from nnx_cli.runs.snapshots import Snapshot, save_snapshot, steps_of
+from nnx_cli.layers.insides import Panel
+from nnx_cli.runs.snapshots import save_snapshot, steps_of
 from nnx_cli.training.cadence import TimeBudget
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.trainer import Trainer
@@ -24,7 +25,7 @@ class Watch(Silent):
     """Observes a run and looks into its model after the first step, at milestones as far as time allows, and at the
     end. It changes nothing of the training, and what goes wrong with it never ends a run.
 
-    `note` shows a line, `show` what was seen.
+    `note` shows a line, `show` what is worth to be seen at once: a step, the tokens of the text, and values over them.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Watch(Silent):
         folder: Path,
         trainer: Trainer,
         note: Callable[[str], None],
-        show: Callable[[Snapshot], None] | None = None,
+        show: Callable[[int, Sequence[str], Panel], None] | None = None,
     ) -> None:
         self.folder = folder
         self.trainer = trainer
@@ -64,8 +65,9 @@ class Watch(Silent):
         except Exception as error:  # a user's own architecture has an `insides` of its own
             self._say(f"not watched: insides() of the model raised {type(error).__name__}: {error}")
         else:
-            if self.show is not None:
-                self.show(snapshot)
+            for panel in snapshot.insides.panels:
+                if panel.is_live and self.show is not None:
+                    self.show(step, snapshot.tokens, panel)
 
     def _say(self, text: str) -> None:
         if not self.has_failed:

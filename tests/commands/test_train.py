@@ -913,6 +913,13 @@ def test_the_coach_speaks_once_while_a_run_goes_on_and_at_its_end(nnx, data, mon
     assert nnx(*words[:-2], "s", "--quiet").stderr == ""
 
 
+def test_the_curves_of_a_resumed_run_begin_where_it_began(run, nnx, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nnx_cli.console.run_view.RunScreen.remember", lambda screen, records: seen.extend(records))
+    assert nnx("train", "--resume", "words", "--max-steps", 42).exit_code == 0
+    assert [line["step"] for line in seen] == [1, 10, 20, 30, 40]
+
+
 # conversations
 
 

@@ -28,6 +28,7 @@ HOSTILE = (
     + "x" * 500
     + "\r\n\t\x85\x9b2J"
 )
+PARTS = {"critic 1": [0.1, 0.0, 0.2], "moderator": [0.5, 1.0, 0.75]}
 
 
 def record(step, n_steps, validates):
@@ -80,6 +81,8 @@ def main():
             view.step(record(step, n_steps, step % 10 == 0), step / n_steps)
             if step == n_steps // 2:
                 view.sampled(step, HOSTILE)
+                if how != "race":
+                    view.weighed(step, "contribution", ["the", " \x1b[2J", "cat"], PARTS)
                 warnings.warn("a library warns", stacklevel=1)
                 if how == "fail":
                     raise RuntimeError("it failed")

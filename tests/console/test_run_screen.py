@@ -69,3 +69,30 @@ def test_it_moves_between_logged_steps():
     made.move(0.25)
     after = shown(made.layout(80, 24))
     assert before[1].startswith("100.0 % ━") and after[1].startswith(" 25.0 % ━") and before[2:] == after[2:]
+
+
+def test_a_run_that_goes_on_has_its_whole_curve():
+    before = [
+        {"step": 10, "train_loss": 3.0, "val_loss": 2.5, "val_bits_per_byte": 3.6},
+        {"step": 20, "train_loss": 2.0, "val_loss": None},
+        {"step": 30, "train_loss": None, "val_loss": 2.75, "val_bits_per_byte": "x"},
+        {"step": 40, "train_loss": "two", "val_loss": [1], "val_bits_per_byte": 1},
+        {"step": 50, "train_loss": 1e999, "val_loss": True},
+        {"no": "step"},
+    ]
+    made = RunScreen(RunFacts("nyx", 100))
+    made.remember(before)
+    assert made.layout(80, 24)  # before the first step, too
+    assert made.train.all() == [(10, 3.0), (20, 2.0)] and made.val.all() == [(10, 2.5), (30, 2.75)]
+    later = dict(lr=1e-3, grad_norm=1.0, tokens_per_s=1.0, peak_memory_bytes=None, skipped_steps=0)
+    made.step({"step": 60, "train_loss": 1.5, "val_loss": 2.6, "val_bits_per_byte": None, **later}, 0.6)
+    lines = shown(made.layout(80, 24))
+    assert any("best 2.5000 (3.600 bits/byte), step 10" in line for line in lines)
+    assert any(line.split()[0] == "10" and line.endswith("step 60") for line in lines if line)
+    made.remember([])
+
+
+def test_a_run_that_goes_on_without_a_log_begins_there():
+    made = RunScreen(RunFacts("nyx", 100))
+    made.remember([])
+    assert "starting" in "".join(shown(made.layout(80, 24)))

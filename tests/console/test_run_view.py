@@ -146,6 +146,18 @@ def test_plain_lines_are_those_of_a_pipe(on_terminal, variables):
         " 75.0 %  step 30  loss 1.2444  val 1.3444 (1.9396 bits/byte)  lr 2.50e-03  7,300 tokens/s  0.40 GiB",
         "100.0 %  step 40  loss 1.2099  val 1.3099 (1.8898 bits/byte)  lr 0.00e+00  7,300 tokens/s  0.40 GiB",
     ]
+    assert "  contribution at step 20: critic 1 0.10, moderator 0.75" in piped.stderr.decode().splitlines()
+
+
+def test_what_parts_of_a_model_weigh_is_coloured_over_the_text(on_terminal):
+    terminal = on_terminal((80, 60), "40", "0.0", "run")
+    lines = terminal.read(seconds=20)
+    at = lines.index("  contribution at step 20:")
+    assert lines[at + 1 : at + 3] == [f"    {name}  the \\x1b[2Jcat" for name in ("critic 1  0.10", "moderator 0.75")]
+    for row, strongest in ((1, "cat"), (2, "\\x1b[2J")):
+        cells = terminal.screen.buffer[at + row]
+        dark = "".join(cells[x].data for x in range(terminal.screen.columns) if cells[x].reverse)
+        assert dark.strip() == strongest
 
 
 def test_quiet_shows_nothing(on_terminal):

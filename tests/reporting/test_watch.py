@@ -171,3 +171,18 @@ def test_the_text_is_the_beginning_of_the_validation_text(start, tmp_path, token
     text = tokens.tokenizer.decode(tokens.val[:40]).lstrip().encode()[:33].decode(errors="replace")
     assert "".join(last.surprise.columns) == text.rstrip("\ufffd") and last.step == 12
     assert "".join(map(eval, last.tokens[:3])) == text[:3]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("tape", ["Contribution to the prediction"]), ("nyx", [])])
+def test_what_is_worth_it_is_shown_at_once(start, tmp_path, name, shown):
+    seen = []
+    observers = Several()
+    run, trainer = start(tmp_path / "run", name, observer=observers, **SETTINGS)
+    observers.observers.append(
+        Watch(run.folder, trainer, pytest.fail, lambda step, tokens, panel: seen.append((step, tokens, panel)))
+    )
+    with run.lock():
+        trainer.train(run, lambda: False)
+    assert {panel.title for _, _, panel in seen} == set(shown)
+    assert [step for step, _, _ in seen] == (steps_of(run.folder) if shown else [])
+    assert all(panel.values.shape == (len(panel.rows), len(tokens)) for _, tokens, panel in seen)

@@ -103,7 +103,8 @@ def _contributions(model: Any, input_ids: Tensor, log_probs: Tensor, parts: dict
             silence(hooks)
             without = model(input_ids)
         changes.append((without.exp() - log_probs.exp()).abs().sum(-1)[0] / 2)
-    return Panel("Contribution to the prediction", CONTRIBUTIONS, torch.stack(changes).float().cpu(), list(silenced))
+    values = torch.stack(changes).float().cpu()
+    return Panel("Contribution to the prediction", CONTRIBUTIONS, values, list(silenced), is_live=True)
 
 
 def _replace(hooks: ExitStack, module: nn.Module, make: Callable[[Any], Any]) -> None:
