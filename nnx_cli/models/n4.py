@@ -222,12 +222,28 @@ class Attention(nn.Module):
             k = averages(sums, counts).to(x.dtype)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
         how = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
-        is_first = cache is None or cache.is_causal(T)
-        if self.window is None or self.window >= T or not is_first:
-            return self.out(causal_attention(q, k, v, cache, self.layer, **how))
-        if cache is not None:
-            cache.update(self.layer, k, v)
-        return self.out(windowed_attention(q, k, v, self.window, **how))
+        return self.out(recent_attention(q, k, v, cache, self.layer, self.window, **how))
+
+
+def recent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: AveragedKeyCache | None,
+    layer: int,
+    window: int | None,
+    *,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """`causal_attention` to the newest `window` positions, or to all."""
+    T = q.shape[2]
+    is_first = cache is None or cache.is_causal(T)
+    if window is None or window >= T or not is_first:
+        return causal_attention(q, k, v, cache, layer, scale=scale, dropout=dropout)
+    if cache is not None:
+        cache.update(layer, k, v)
+    return windowed_attention(q, k, v, window, scale=scale, dropout=dropout)
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, dropout: float) -> Tensor:

@@ -370,12 +370,16 @@ class Model(LanguageModel):
         if self.config.decoder == "memory":
             return {"slots": self.memories}
         if self.config.decoder == "function":
-            draws = self.training or self.config.variant == "original"
-            B, T = input_ids.shape
-            positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
-            noise = self.noise(layer, self.bank_sizes(), B, positions) if draws else None
-            return {"functions": self.functions, "noise": noise, "temperature": self.noise.temperature()}
+            return {"functions": self.functions} | self.drawn(layer, input_ids, cache)
         return {}
+
+    def drawn(self, layer: int, input_ids: Tensor, cache: KVCache | None) -> dict[str, Any]:
+        """Noise and temperature of the choice of functions."""
+        draws = self.training or self.config.variant == "original"
+        B, T = input_ids.shape
+        positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
+        noise = self.noise(layer, self.bank_sizes(), B, positions) if draws else None
+        return {"noise": noise, "temperature": self.noise.temperature()}
 
     def bank_sizes(self) -> dict[str, int]:
         """Number of functions that a token chooses one of, by kind."""

@@ -104,7 +104,7 @@ class Config(ModelConfig):
     def scale(self, name: str, layer: int = 0) -> tuple[float, float]:
         """Init and scale of a scale vector in one layer."""
         pair = (getattr(self, f"{name}_init"), getattr(self, f"{name}_scale"))
-        init, scale = (value[layer] if isinstance(value, tuple) else value for value in pair)
+        init, scale = (value if isinstance(value, (int, float)) else value[layer] for value in pair)
         return init, scale
 
 

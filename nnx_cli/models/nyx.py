@@ -119,7 +119,7 @@ class Block(nn.Module):
             return self.cached(x, tables, cache)
         dropout = self.dropout if self.training else 0.0
         q, k, v, hidden = self.inner(self.norm(x), tables)
-        attended = causal_attention(q, k, v, None, self.layer, scale=self.scale, dropout=dropout)
+        attended = causal_attention(q, k, v, cache, self.layer, scale=self.scale, dropout=dropout)
         return x + self.attn_out(attended) + self.ffn_out(drop(hidden, dropout, self.training))
 
     def cached(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> Tensor:

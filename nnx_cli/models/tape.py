@@ -102,7 +102,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class Affine(nn.Module):
-    """A `Linear`, which may be quantized, and a bias."""
+    """A `Linear` and a bias."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
