@@ -24,18 +24,20 @@ OUTLOOK = "outlook"  # where expected values come from
 
 
 class PlanTable:
-    """A planned run on a token folder and a device, in words. `why_tokenizer` says where the tokenizer comes from."""
+    """A planned run on a token folder and a device, in words; from `base`, where it begins with a model."""
 
-    def __init__(self, plan: Plan, tokens: TokenFolder, device: torch.device, why_tokenizer: str) -> None:
+    def __init__(
+        self, plan: Plan, tokens: TokenFolder, device: torch.device, request: Request, base: ModelRef | None
+    ) -> None:
         from nnx_cli.planning.flops import count_parameters, meta_model
         from nnx_cli.planning.outlook import outlook
         from nnx_cli.system.device import describe
 
         self.plan = plan
         self.tokens = tokens
-        self.why_tokenizer = why_tokenizer
         self.device = describe(device)
         self.n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
+        self.why_tokenizer = _why_tokenizer(request, base, tokens, self.n_parameters)
         self.outlook: Outlook = outlook(plan, tokens, device)
 
     def tell(self, output: Output) -> None:
@@ -126,9 +128,9 @@ class PlanTable:
         return rows
 
 
-def why_tokenizer(request: Request, base: ModelRef | None, tokens: TokenFolder) -> str:
+def _why_tokenizer(request: Request, base: ModelRef | None, tokens: TokenFolder, n_parameters: int) -> str:
     """Where the tokenizer of a run comes from."""
-    from nnx_cli.planning.tokenizer import BPE_FROM_BYTES
+    from nnx_cli.planning.tokenizer import bpe_from
 
     if base is not None and base.tokenizer is not None:
         return f"model: {base.label}"
@@ -140,10 +142,11 @@ def why_tokenizer(request: Request, base: ModelRef | None, tokens: TokenFolder) 
     if request.prepare.tokenizer != "auto":
         return "recipe: NYX"
     assert tokens.tokenizer is not None and tokens.text_bytes is not None, "it was prepared now"
-    is_long = tokens.text_bytes >= BPE_FROM_BYTES
+    least = bpe_from(n_parameters)
+    is_long = tokens.text_bytes >= least
     if is_long and tokens.tokenizer.kind == "byte":
         return "bpe is not installed"
-    return f"text {'from' if is_long else 'below'} {BPE_FROM_BYTES / 1e6:.0f} MB"
+    return f"text {'from' if is_long else 'below'} {least / 1e6:.0f} MB"
 
 
 def show_settings(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
-from nnx_cli.commands._plan_table import PlanTable, show_settings, why_tokenizer
+from nnx_cli.commands._plan_table import PlanTable, show_settings
 from nnx_cli.commands._run_verdict import RunVerdict
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
@@ -161,7 +161,7 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     sampling = choose_sampling(
         tokens.tokenizer, tokens, request.train.sample_prompt, request.prime_length, request.generate_length
     )
-    shown = PlanTable(plan, tokens, device, why_tokenizer(request, base, tokens))
+    shown = PlanTable(plan, tokens, device, request, base)
     if request.dry_run:
         shown.show(output)
         return

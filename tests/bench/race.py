@@ -1,12 +1,12 @@
 """The races of the whole zoo that README's table shows, and what they say of its authors' claims.
 
     python tests/bench/race.py --plays tinyshakespeare.txt --docs kernel-docs.jsonl [--parts bytes-tokens bpe-time ...]
-                               [--folder weights/races] [--limit SECONDS] [--markdown tests/bench/race.md]
+                               [--folder weights/races] [--limit SECONDS] [--publish tests/bench/races]
 
 Each part of PARTS is an `nnx compare` of its own, which goes on where it stopped: with --limit a part that is running
 then is asked to save, and the same command goes on with it on the same machine. On several GPUs a competitor runs on
-each. The text of `bpe` parts is prepared with 4,096 ids first; any text of 20 MB or more will do. --markdown writes the
-tables of all parts that have begun.
+each. The text of `bpe` parts is prepared with 4,096 ids first; any text of 20 MB or more will do. --publish keeps
+PART.json, its race.json with the validations alone, and prints the tables; `nnx compare --show PART.json` draws it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,19 @@ def race(part: str, options: argparse.Namespace, end: float) -> bool:
         process.terminate()
         process.wait()
     return process.returncode == 0
+
+
+def publish(part: str, record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Keep a race beside the benchmark, without the folders of this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record["data"] = f"data/{Path(record['data']).name}"
+    for entry in record["competitors"]:
+        for run in entry["runs"]:
+            run["out"] = f"weights/races/{part}/{entry['model']}-{run['seed']}"
+            run["curve"] = [point for point in run["curve"] if point["val_bits_per_byte"] is not None]
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    (folder / f"{part}.json").write_text(text + "\n", encoding="utf-8")
+    return record
 
 
 def section(part: str, record: dict[str, Any]) -> list[str]:
@@ -127,22 +140,16 @@ def main() -> None:
     parser.add_argument("--models", default="llama,nyx,neon", help="of the curve: the control and the best two")
     parser.add_argument("--folder", type=Path, default=Path("weights/races"))
     parser.add_argument("--limit", type=float, default=math.inf)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--publish", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.limit
     for part in options.parts:
         if time.monotonic() >= end or not race(part, options, end):
             break
-    if options.markdown:
-        found = {part: options.folder / part / "race.json" for part in PARTS}
-        lines = [
-            line
-            for part, path in found.items()
-            if path.exists()
-            for line in section(part, json.loads(path.read_text()))
-        ]
-        options.markdown.write_text("\n".join(lines), encoding="utf-8")
+    for part in PARTS:
+        if options.publish and (path := options.folder / part / "race.json").exists():
+            print("\n".join(section(part, publish(part, json.loads(path.read_text()), options.publish))))
 
 
 if __name__ == "__main__":

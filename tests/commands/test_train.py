@@ -215,7 +215,7 @@ def test_the_plan_says_what_such_runs_reached(nnx, workspace, words, texts):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "text below 10 MB"),
+        ([], "text below 2 MB"),
         (["--tokenizer", "char"], "command line"),
         (["--num_batches", 3], "recipe: NYX"),
         (["--config", "my.toml"], "file: my.toml"),
@@ -354,7 +354,7 @@ def test_an_alias_beside_the_name_is_refused(refused, data):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_the_text_decides_its_tokens_but_what_is_asked_for_holds(nnx, text_file, workspace, monkeypatch, words, ids):
-    monkeypatch.setattr(tokenizer, "BPE_FROM_BYTES", 5_000)
+    monkeypatch.setattr(tokenizer, "BPE_FROM_BYTES_SMALL", 5_000)
     monkeypatch.setattr(tokenizer, "IDS_BY_BYTES", ((0, 300),))
     result = nnx("train", "--filepath", text_file, "--seq-len", 16, "--size", "nano", *words, "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr

@@ -5,16 +5,21 @@ import pytest
 
 from nnx_cli import models
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.planning.tokenizer import BPE_FROM_BYTES, vocabularies_for
+from nnx_cli.planning.tokenizer import BPE_FROM_BYTES, BPE_FROM_BYTES_SMALL, vocabularies_for
 
 
 def test_more_text_never_has_fewer_ids_and_a_model_only_bounds_them():
     by_text = vocabularies_for()
     assert [ids for _, ids in by_text] == [4096, 8192, 16_384, 32_768]
     assert by_text[0][0] == BPE_FROM_BYTES and list(by_text) == sorted(by_text)
-    for n_parameters in (0, 787_072, 30e6, 124e6, 350e6, 1e9):
+    for n_parameters in (10_700_000, 30e6, 124e6, 350e6, 1e9):
         bounded = vocabularies_for(n_parameters)
         assert bounded == by_text[: len(bounded)] and bounded
+
+
+@pytest.mark.parametrize("n_parameters", [0, 300_000, 787_072, 1_300_000])
+def test_a_small_model_wants_byte_pairs_for_less_text(n_parameters):
+    assert vocabularies_for(n_parameters) == ((BPE_FROM_BYTES_SMALL, 4096),)
 
 
 @pytest.mark.parametrize(
