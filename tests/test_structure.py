@@ -39,6 +39,7 @@ HEAVY = {"torch", "numpy", "tiktoken", "safetensors", "lion_pytorch", "torchinfo
 EXTRAS = {
     "backports",
     "compression",
+    "gguf",
     "gigatoken",
     "lm_eval",
     "onnx_ir",
@@ -50,6 +51,7 @@ EXTRAS = {
     "tiktoken_ext",
     "tokenizers",
     "transformers",
+    "xllamacpp",
 }
 SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data"}  # by operating system or build
 SELDOM_NEEDED = {"charset_normalizer", "rich", "typer", "tomllib", "functorch"}
