@@ -393,9 +393,11 @@ def _watched(run: Run, trainer: Trainer, observers: Several, view: TrainingView,
 
 
 def _show_panel(view: TrainingView, step: int, tokens: Sequence[str], panel: Panel) -> None:
-    """Show values over a text, of whose tokens code would put most in quotes."""
-    pieces = [token[1:-1] if token[:1] in ("'", '"') else token for token in tokens]
-    view.weighed(step, panel.title.lower(), pieces, dict(zip(panel.rows, panel.values.tolist(), strict=True)))
+    """Show values over a text."""
+    from nnx_cli.layers.insides import as_text
+
+    rows = dict(zip(panel.rows, panel.values.tolist(), strict=True))
+    view.weighed(step, panel.title.lower(), as_text(tokens), rows)
 
 
 def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, observers: Several, named: str) -> None:

@@ -109,6 +109,7 @@ def _snapshots(output: Output, ref: ModelRef) -> list[Snapshot]:
 def _kept(ref: ModelRef, snapshots: Sequence[Snapshot]) -> _Seen:
     """What a run saw in its model last. Raises UsageError where it kept nothing."""
     from nnx_cli.inference.insides import with_heads
+    from nnx_cli.layers.insides import as_text
 
     if not snapshots:
         raise UsageError(
@@ -119,7 +120,7 @@ def _kept(ref: ModelRef, snapshots: Sequence[Snapshot]) -> _Seen:
     if not last.insides.attention:
         _refuse(ref)
     subject, tokens = f"{ref.label} ({architecture}) after step {last.step:,}", list(last.tokens)
-    return _Seen(subject, architecture, None, " ".join(tokens), None, tokens, with_heads(last.insides))
+    return _Seen(subject, architecture, None, "".join(as_text(tokens)), None, tokens, with_heads(last.insides))
 
 
 def _read(output: Output, ref: ModelRef, prompt: str, device: str) -> _Seen:

@@ -150,3 +150,9 @@ def maps_of(passes: Sequence[Sequence[Attended]], n_tokens: int) -> tuple[list[T
 def by_layer(layers: Sequence[str], n: int, what: str) -> list[str]:
     """Names of `n` rows for every layer."""
     return [f"{layer}, {what} {number}" for layer in layers for number in range(1, n + 1)]
+
+
+def as_text(tokens: Sequence[str]) -> list[str]:
+    """Tokens that stand as code would write them, as pieces of one line: without quotes, where they have them; what has
+    none, an id, with a blank behind it."""
+    return [token[1:-1] if token[:1] in ("'", '"') else f"{token} " for token in tokens]

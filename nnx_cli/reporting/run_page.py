@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nnx_cli.errors import counted
+from nnx_cli.errors import counted, quoted
+from nnx_cli.layers.insides import as_text
 from nnx_cli.reporting.charts import WIDE_Y, Line, Reference, chart, rescaled, thinned
 from nnx_cli.reporting.coach import findings
 from nnx_cli.reporting.foreign import mapping, number, written
-from nnx_cli.reporting.insides_figures import attention_maps, bare
+from nnx_cli.reporting.insides_figures import attention_maps
 from nnx_cli.reporting.learning import STEP, learning_section, surprise_figure
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, text, write_page
 from nnx_cli.reporting.run_record import RunRecord, read_run
@@ -257,8 +258,12 @@ def _surprise(run: RunRecord) -> str:
 
 
 def _inside(run: RunRecord) -> str:
-    """What happens inside the model as it learns."""
-    return learning_section(run.snapshots[0])
+    """What happens inside the model as it learns; how to look into it where nothing of that was kept."""
+    if run.snapshots[0] or not run.metrics:
+        return learning_section(run.snapshots[0])
+    command = f'nnx visualize {quoted(run.folder)} --prompt "Some text" --html inside.html'
+    about = "The run kept nothing of what happens inside its model. This looks into it:"
+    return section("Inside the model", paragraph(about), f"<pre>{text(command)}</pre>")
 
 
 def _attention(run: RunRecord) -> str:
@@ -272,7 +277,7 @@ def _attention(run: RunRecord) -> str:
         paragraph(
             f"After step {last.step:,}, in the first {counted(len(last.tokens), 'token')} of the validation text:"
         ),
-        f"<pre>{text(' '.join(bare(last.tokens)))}</pre>",
+        f"<pre>{text(''.join(as_text(last.tokens)))}</pre>",
         *attention_maps(last.tokens, last.insides, MOST_MAP_CELLS),
     )
 

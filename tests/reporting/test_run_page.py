@@ -218,6 +218,7 @@ def test_damaged_insides_are_left_out_and_said(run):
 def test_a_run_that_kept_nothing_says_nothing_of_it(run):
     page = run_page(read_run(run.folder))
     assert "What surprises it" not in page and "Where it looks" not in page
+    assert "nnx visualize weights/words --prompt &quot;Some text&quot; --html inside.html" in page
 
 
 def test_a_page_replaces_the_one_before_in_one_step(run):
