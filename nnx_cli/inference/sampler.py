@@ -25,6 +25,17 @@ def stages_of(config: SampleConfig, vocab_size: int) -> Stages:
     )
 
 
+def numbers_of(config: SampleConfig) -> tuple[float, float, float, float]:
+    """Temperature, top-p, min-p and repetition penalty as the rules take them."""
+    top_p = 1.0 if config.top_p is None else max(config.top_p, MIN_TOP_P)
+    return config.temperature, top_p, config.min_p or 0.0, config.repetition_penalty
+
+
+def stream_seed(seed: int, number: int) -> int:
+    """The seed of the random numbers of a sample, from that of all samples and its number among them."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
 class Rules:
     """How the next token is drawn. What was captured as a CUDA graph is captured anew only where `stages` change."""
 
@@ -36,9 +47,7 @@ class Rules:
     def set(self, config: SampleConfig) -> None:
         """Draw as `config` says from now on."""
         self.stages = stages_of(config, self.vocab_size)
-        top_p = 1.0 if config.top_p is None else max(config.top_p, MIN_TOP_P)
-        values = (config.temperature, top_p, config.min_p or 0.0, config.repetition_penalty)
-        self.numbers.values.copy_(torch.tensor(values))
+        self.numbers.values.copy_(torch.tensor(numbers_of(config)))
         self.numbers.top_k.fill_(config.top_k or self.vocab_size)
 
 
@@ -52,7 +61,7 @@ class Uniforms:
     def __init__(self, seed: int, n_sequences: int, device: torch.device) -> None:
         self.generators = [torch.Generator() for _ in range(n_sequences)]
         for number, generator in enumerate(self.generators):
-            generator.manual_seed((seed * 1_000_003 + number) % 2**63)
+            generator.manual_seed(stream_seed(seed, number))
         self.table = torch.zeros(UNIFORMS_AT_ONCE, n_sequences, device=device)
         self.step = torch.zeros(n_sequences, dtype=torch.int64, device=device)  # the row of the table that is next
         self.n_left = 0

@@ -28,8 +28,8 @@ class Stages:
 class Numbers(NamedTuple):
     """What the rules act with, as tensors: what was captured as a CUDA graph reads those of the moment."""
 
-    values: Tensor  # (4,), float32: temperature, top-p, min-p, repetition penalty
-    top_k: Tensor  # (1,), int64
+    values: Tensor  # (4,), float32: temperature, top-p, min-p, repetition penalty; (4, R, 1): of each sequence its own
+    top_k: Tensor  # (1,), int64; or (R, 1)
 
 
 class State(NamedTuple):

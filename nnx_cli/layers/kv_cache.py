@@ -27,6 +27,9 @@ class Cache(Protocol):
     def repeat(self, n: int) -> Self:
         """Make `n` copies of every row."""
 
+    def take(self, rows: Tensor) -> Self:
+        """Keep these rows, in this order."""
+
     def reset(self) -> Self:
         """Forget everything."""
 
@@ -152,6 +155,12 @@ class KVCache:
         self._hold(self.stored.repeat_interleave(n, dim=1))
         self.lengths = self.lengths.repeat_interleave(n)
         return self
+
+    def take(self, rows: Tensor) -> Self:
+        """Keep sequences `rows` (n,), in that order."""
+        self._hold(self.stored[:, rows])
+        self.lengths = self.lengths[rows]
+        return self._count()
 
     def reset(self) -> Self:
         """Forget everything."""

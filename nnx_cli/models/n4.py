@@ -118,6 +118,11 @@ class AveragedKeyCache(KVCache):
         self.sums = self.sums.repeat_interleave(n, dim=1)
         return super().repeat(n)
 
+    def take(self, rows: Tensor) -> Self:
+        """As in KVCache, with the sums."""
+        self.sums = self.sums[:, rows]
+        return super().take(rows)
+
     def reset(self) -> Self:
         """As in KVCache, with the sums."""
         self.sums.zero_()

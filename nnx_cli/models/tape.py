@@ -317,6 +317,12 @@ class TapeCache:
             store.repeat(n)
         return self
 
+    def take(self, rows: Tensor) -> Self:
+        """Keep these rows, in this order."""
+        for store in self.stores:
+            store.take(rows)
+        return self
+
     def reset(self) -> Self:
         """Forget everything."""
         for store in self.stores:

@@ -139,6 +139,25 @@ def test_cache_repeats_and_resets(model, name):
     assert same(model(fresh, cache=cache), model(fresh))
 
 
+@torch.no_grad()
+def test_rows_of_a_cache_come_and_go(model, name):
+    """As sequences that are decoded together do."""
+    ids = draw_ids(3, 12)
+    cache = model.make_cache(3, 32)
+    model(ids[:, :11], cache=cache)
+    cache.truncate(torch.tensor([5, 11, 8])).take(torch.tensor([2, 0]))
+    assert cache.lengths.tolist() == [8, 5]
+    larger, new = model.make_cache(4, 32), draw_ids(1, 7, seed=2)
+    larger.put(torch.tensor([0, 1]), cache)
+    part = model.make_cache(1, 7)
+    model(new, cache=part)
+    larger.put(torch.tensor([3]), part)
+    assert larger.lengths.tolist() == [8, 5, 0, 7]
+    logits = model(ids[[2, 0, 1, 1], [8, 5, 0, 7]][:, None], cache=larger)
+    for row, known in ((0, ids[2, :9]), (1, ids[0, :6]), (2, ids[1, :1]), (3, torch.cat((new[0], ids[1, 7:8])))):
+        assert same(logits[row, -1], model(known[None])[0, -1]), row
+
+
 class Operations(TorchDispatchMode):
     """Notes every operation with the shapes it is given."""
 
