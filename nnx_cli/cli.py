@@ -40,6 +40,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "prepare": ("prepare", "Turn text into a token folder."),
     "train": ("train", "Train a model from scratch."),
     "sample": ("sample", "Write text with a trained model."),
+    "chat": ("chat", "Talk to a trained model."),
     "eval": ("evaluate", "Measure loss, perplexity and bits per byte on held-out text."),
     "report": ("report", "Draw runs as a page: curves, plan, samples; several compared."),
     "visualize": ("visualize", "Show what a model attends to, gates and selects in a text."),

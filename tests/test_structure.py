@@ -42,6 +42,7 @@ EXTRAS = {
     "gguf",
     "gigatoken",
     "lm_eval",
+    "prompt_toolkit",
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
@@ -53,7 +54,7 @@ EXTRAS = {
     "transformers",
     "xllamacpp",
 }
-SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data"}  # by operating system or build
+SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data", "readline"}  # by operating system or build
 SELDOM_NEEDED = {"charset_normalizer", "rich", "typer", "tomllib", "functorch"}
 MAY_BE_POSTPONED = HEAVY | EXTRAS | SOMETIMES_MISSING | SELDOM_NEEDED
 ONE_SENTENCE = "A package's __init__ is one sentence that says what the room is for"

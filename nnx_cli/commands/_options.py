@@ -29,7 +29,13 @@ SIZES = ", ".join(models.sizes(models.names()[0]))
 ARCHITECTURE_HELP = f"Architecture: {', '.join(models.names())}, or a file of yours: my.py."
 SIZE_HELP = f"Named size: {SIZES}."
 COMMAND_LINE = "command line"  # where a value comes from, in --dry-run
-TEXTS = {"prompt", "sample_prompt", "stop", "separator"}  # options that hold text; of all others a leading ~ is a home
+TEXTS = {
+    "prompt",
+    "sample_prompt",
+    "stop",
+    "separator",
+    "system",
+}  # options that hold text; of all others a leading ~ is a home
 
 # The command line of the original NYX: its spelling of each option, and ours.
 ALIASES = {

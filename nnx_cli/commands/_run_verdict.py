@@ -89,12 +89,18 @@ class RunVerdict:
 
     def _next(self) -> list[str]:
         """Where to read on, and commands."""
+        from nnx_cli.data.conversations import template_of
+
         run, trainer, named = self.run, self.trainer, self.named
-        prompt = "" if trainer.data.tokenizer is None else ' --prompt "AI is a power!"'
+        ask = f"sample {quoted(run.folder)}{named}" + ' --prompt "AI is a power!"' * (
+            trainer.data.tokenizer is not None
+        )
+        if template_of(trainer.data.tokenizer) is not None:
+            ask = f"chat {quoted(run.folder)}{named}"
         lines = [f"how it went: {run.folder / 'report.html'}"] if trainer.config.report else []
         lines += [
             "next:",
-            f"  nnx sample {quoted(run.folder)}{named}{prompt}",
+            f"  nnx {ask}",
             f"  nnx eval {quoted(run.folder)}{named}",
         ]
         longer = max(2 * trainer.state.time_s, 60)

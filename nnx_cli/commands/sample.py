@@ -43,18 +43,22 @@ Stops = Annotated[
     list[str] | None,
     typer.Option(help=r"End a sample before this text (\n, \t, \\: as in code); may be repeated."),
 ]
-BRANCHES = (
-    Branch({"encoding"}, lambda v: v["prompt_file"] or v["prompt"] == "-", "without --prompt-file or --prompt -"),
-    Branch({"stop"}, lambda v: all(v["stop"]), "without text"),
-    Branch(SHAPE, lambda v: v["model"] is None, "beside MODEL: it chooses the newest run of that shape"),
-    Branch({"sample_prompt"}, lambda v: v["prompt"] is None, "beside --prompt, which is another spelling of it"),
-    Branch({"generate_length"}, lambda v: v["max_new_tokens"] is None, "beside --max-new-tokens: it is the same"),
+STOP = Branch({"stop"}, lambda v: all(v["stop"]), "without text")
+DRAWING = (
     Branch({"temperature"}, lambda v: not v["greedy"] or v["temperature"] == 0, f"with --greedy: {LIKELIEST}"),
     Branch(
         {"top_k", "top_p", "min_p", "seed"},
         lambda v: not v["greedy"] and v["temperature"] != 0,
         f"with --greedy or --temperature 0: {LIKELIEST}",
     ),
+)
+BRANCHES = (
+    Branch({"encoding"}, lambda v: v["prompt_file"] or v["prompt"] == "-", "without --prompt-file or --prompt -"),
+    STOP,
+    Branch(SHAPE, lambda v: v["model"] is None, "beside MODEL: it chooses the newest run of that shape"),
+    Branch({"sample_prompt"}, lambda v: v["prompt"] is None, "beside --prompt, which is another spelling of it"),
+    Branch({"generate_length"}, lambda v: v["max_new_tokens"] is None, "beside --max-new-tokens: it is the same"),
+    *DRAWING,
 )
 
 
@@ -95,9 +99,9 @@ def run(
     output.note_reading(prompt)
     text = read_prompt(output, prompt, prompt_file, options["encoding"])
     network = load_model(ref, where, precision)
+    asked = bool(text)
     text, ids = prompt_ids(text, ref, network.config.vocab_size)
-    if len(ids) > network.config.seq_len:
-        output.note(f"the prompt has {len(ids):,} tokens; the model sees the last {network.config.seq_len:,}")
+    _note_what_is_read(output, ref, ids, asked, network.config.seq_len)
     several = config.num_samples > 1
 
     def show(sample: int, piece: str) -> None:
@@ -117,6 +121,16 @@ def run(
         f"(prompt {result.prefill_tokens_per_s:,.0f} tokens/s)"
     )
     output.show_json(_samples_as_json(ref.label, text, result) | {"peak_memory_bytes": peak_memory_bytes(where)})
+
+
+def _note_what_is_read(output: Output, ref: ModelRef, ids: list[int], asked: bool, seq_len: int) -> None:
+    """Say what a model makes of a prompt, where that may not be what was wanted."""
+    from nnx_cli.data.conversations import template_of
+
+    if asked and template_of(ref.tokenizer) is not None:
+        output.note("this model was trained on conversations, and continues a prompt like any text: nnx chat asks it")
+    if len(ids) > seq_len:
+        output.note(f"the prompt has {len(ids):,} tokens; the model sees the last {seq_len:,}")
 
 
 def _samples_as_json(label: str, prompt: str, result: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ BYTES_FOR_A_THREAD = 2**17  # of a matrix: from there on a second core made deco
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated text. `stop_reason` is length, stop (a stop string) or eot (end-of-text token)."""
+    """One generated text. `stop_reason` is length, stop (a stop string), eot (end-of-text token) or interrupted."""
 
     text: str
     tokens: list[int]
@@ -63,16 +63,17 @@ def generate(
     stops: Sequence[str] = (),
     use_cache: bool = True,
     on_text: Callable[[int, str], None] = lambda sample, text: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Generation:
     """Draw `num_samples` continuations of every prompt (token ids, at least one each) side by side.
 
-    `on_text(number of the sample, piece of text)` is called as text appears. Of a prompt longer than the context the
-    model sees the end.
+    `on_text(number of the sample, piece of text)` is called as text appears; all end early where `should_stop` says so.
+    Of a prompt longer than the context the model sees the end.
     """
     n_samples = len(prompts) * config.num_samples
     result = Generation(prefill_tokens=sum(min(len(p), model.config.seq_len) for p in prompts))
     streams = [TextStream(tokenizer, stops, partial(on_text, number)) for number in range(n_samples)]
-    started = time.perf_counter()
+    started, interrupted = time.perf_counter(), False
     with ready_to_decode(model, n_samples):
         for tokens in Decoder(model, prompts, config, use_cache).tokens(config.max_new_tokens):
             if not result.decode_tokens:
@@ -81,10 +82,10 @@ def generate(
                 if stream.stop_reason is None:
                     stream.push(token)
                     result.decode_tokens += 1
-            if all(stream.stop_reason for stream in streams):
+            if all(stream.stop_reason for stream in streams) or (interrupted := should_stop()):
                 break
     for stream in streams:
-        stream.finish("length")
+        stream.finish("interrupted" if interrupted else "length")
         result.samples.append(Sample(stream.text, stream.tokens, stream.stop_reason or "length"))
     result.decode_s = time.perf_counter() - started - result.prefill_s
     return result

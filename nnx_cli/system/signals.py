@@ -67,6 +67,20 @@ def _handled(handler: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
+@contextmanager
+def on_interrupt(handler: Any) -> Iterator[None]:
+    """Handle Ctrl-C meanwhile, where it is not ignored: by a function, or by None, which raises KeyboardInterrupt."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, handler or signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def leave_on_signals(before: Callable[[], None]) -> None:
     """From here on SIGINT, SIGTERM and SIGHUP end this process at once, after a call of `before`: an exception in the
     middle of a library's import or callback may be lost, or crash it.

@@ -12,9 +12,11 @@ import pytest
 
 
 class Terminal:
-    """Runs a command on a terminal of so many columns and lines; `screen` is what a person sees."""
+    """Runs a command on a terminal of so many columns and lines, which is its own, as a shell's child has it; `screen`
+    is what a person sees. What is typed is shown where it `echoes`, which moves the cursor."""
 
-    def __init__(self, command, columns, lines, **variables):
+    def __init__(self, command, columns, lines, echoes=False, **variables):
+        import fcntl
         import pty
         import termios
 
@@ -25,15 +27,22 @@ class Terminal:
         self.written = b""
         self.resize(columns, lines)
         settings = termios.tcgetattr(self.theirs)
-        settings[3] &= ~termios.ECHO  # what is typed would move the cursor
+        settings[3] &= ~(0 if echoes else termios.ECHO)
         termios.tcsetattr(self.theirs, termios.TCSANOW, settings)
         left_out = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "JPY_PARENT_PID", "COLAB_RELEASE_TAG")
         kept = {name: value for name, value in os.environ.items() if name not in left_out}
         variables = {"TERM": "xterm-256color", "PYTHONUTF8": "1"} | variables
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
         self.process = subprocess.Popen(
-            [sys.executable, *command], env=kept | variables, start_new_session=True, **ends
+            [sys.executable, *command],
+            env=kept | variables,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            **ends,
         )
+
+    def type(self, text):
+        os.write(self.ours, text.encode())
 
     def resize(self, columns, lines):
         import fcntl
