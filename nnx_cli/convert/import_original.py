@@ -25,6 +25,7 @@ from nnx_cli.system.files import new_folder, refuse_existing, sha256_file
 
 MAX_REPEATS = 4  # how often a file may use the same elements: tied matrices and views do, bombs do more
 MOST_COMPARED = 1000  # names of tensors, in search of a misnomer
+NO_TOKENIZER = "none"
 AVERAGED = re.compile(r"ema|swa|averag|shadow|teacher|best", re.IGNORECASE)  # weights, but not the newest ones
 NO_WEIGHTS = re.compile(r"optim|grad|exp_avg|moment", re.IGNORECASE)  # as large as the weights, under their names
 
@@ -36,20 +37,17 @@ def import_checkpoint(
     of the file and what was left.
 
     The original's constructor arguments are read off the shapes of its weights. Without `tokenizer`: bytes where the
-    vocabulary is 256, else bare ids. Raises UsageError for an architecture without an original, a tokenizer or a
-    variant there is not, CheckpointError, OutputError.
+    vocabulary is 256, else bare ids, which "none" asks for. Raises UsageError for an architecture without an original,
+    a tokenizer or a variant there is not, CheckpointError, OutputError.
     """
     models.original(name)
     if variant is not None:
         models.make_config(name, variant=variant)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer)
-        if needs_training(tokenizer):
-            raise UsageError(f"--tokenizer {tokenizer} is made from a text", fix="name its file: --tokenizer FILE.json")
+    check_ready(tokenizer)
     refuse_existing(out)
     model, notes = _load_original(name, read_checkpoint(path), variant)
-    chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else None)
-    known = build_tokenizer(chosen) if chosen else None
+    chosen = tokenizer or ("byte" if model.config.vocab_size == 256 else NO_TOKENIZER)
+    known = None if chosen == NO_TOKENIZER else build_tokenizer(chosen)
     if known is not None and known.vocab_size != model.config.vocab_size:
         raise CheckpointError(
             f"{path} has a vocabulary of {model.config.vocab_size:,}, {chosen} of {known.vocab_size:,}"
@@ -60,6 +58,14 @@ def import_checkpoint(
     with new_folder(out) as folder:
         write_model_folder(folder, config, known, model.state_without_ties())
     return config, notes
+
+
+def check_ready(tokenizer: str | None) -> None:
+    """Raise UsageError for a tokenizer that there is not, or that would have to be made from a text."""
+    if tokenizer not in (None, NO_TOKENIZER):
+        check_tokenizer(tokenizer)
+        if needs_training(tokenizer):
+            raise UsageError(f"--tokenizer {tokenizer} is made from a text", fix="name its file: --tokenizer FILE.json")
 
 
 def place_of_import(path: Path, folder: Path) -> Path:

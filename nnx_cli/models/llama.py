@@ -34,6 +34,7 @@ class Config(ModelConfig):
     n_kv_heads: int = DERIVED  # key-value heads; default half the heads, or all where they are odd
     ffn_dim: int = DERIVED  # width of the feed-forward; default 3 x dim
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # value added to the mean square in norms
     tie_embeddings: bool = True  # the head is the embedding, transposed
 
     def __post_init__(self) -> None:
@@ -42,8 +43,8 @@ class Config(ModelConfig):
         self.derive(n_kv_heads=self.n_heads // 2 if self.n_heads % 2 == 0 else self.n_heads, ffn_dim=3 * self.dim)
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")
-        if self.ffn_dim < 1 or not self.rope_theta > 0:
-            raise UsageError("--ffn-dim must be at least 1 and --rope-theta above 0")
+        if self.ffn_dim < 1 or not self.rope_theta > 0 or not self.norm_eps > 0:
+            raise UsageError("--ffn-dim must be at least 1, --rope-theta and --norm-eps above 0")
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -95,9 +96,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.dim)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache | None) -> Tensor:
@@ -127,7 +128,7 @@ class Model(LanguageModel):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

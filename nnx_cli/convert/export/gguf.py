@@ -17,7 +17,7 @@ from nnx_cli.convert.export._compare import compare
 from nnx_cli.convert.export._gguf_vocabulary import Vocabulary, share_of_other_ids, validation_texts, vocabulary
 from nnx_cli.convert.export._llama_cpp import LlamaCpp
 from nnx_cli.convert.export._llama_cpp import is_installed as llama_cpp_is_installed
-from nnx_cli.convert.hub_llama import NORM_EPS, to_hub
+from nnx_cli.convert.hub_llama import to_hub
 from nnx_cli.errors import DataError, QualityError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.models.llama import Config, Model
@@ -86,7 +86,7 @@ def _add_shape(writer: Any, config: Config) -> None:
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_layer_norm_rms_eps(NORM_EPS)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.dim // config.n_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)

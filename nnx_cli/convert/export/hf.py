@@ -17,7 +17,7 @@ from nnx_cli.config import SampleConfig
 from nnx_cli.convert.export._base import Found, Source
 from nnx_cli.convert.export._compare import compare
 from nnx_cli.convert.export._modeling import make_modeling
-from nnx_cli.convert.hub_llama import hub_config, to_hub
+from nnx_cli.convert.hub_llama import to_hub, to_hub_config
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import QualityError
@@ -58,7 +58,7 @@ def write(source: Source, folder: Path) -> None:
     end = None if tokenizer is None else tokenizer.eot_id
     special = {"bos_token_id": None, "eos_token_id": end}
     if isinstance(model, llama.Model):
-        state, described, use = to_hub(model), hub_config(model.config), LOADING.format(trust="")
+        state, described, use = to_hub(model), to_hub_config(model.config), LOADING.format(trust="")
     else:
         modeling = make_modeling(source.name, model)
         state, described = model.state_without_ties(), modeling.config
