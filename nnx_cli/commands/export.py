@@ -16,7 +16,9 @@ from nnx_cli.system.text import size
 EXAMPLES = """Examples:
 
   nnx export --format hf
-  nnx export book@last --format hf --out book-hf --data-name "My book" """.rstrip()
+  nnx export book@last --format hf --out book-hf --data-name "My book"
+  nnx export book --format gguf --outtype q8_0
+  nnx export book --format onnx"""
 
 PACKAGE = "convert/export"
 FORMATS = module_names(PACKAGE)
@@ -39,7 +41,7 @@ def _branch(name: str) -> Branch:
 
 
 @command(
-    *(parameter for fields in OWN.values() for parameter in settings(fields)),
+    *(parameter for name, fields in OWN.items() for parameter in settings(fields, f"With --format {name}")),
     branches=[_branch(name) for name in FORMATS],
 )
 def run(
@@ -48,7 +50,7 @@ def run(
     model: Model = None,
     file: ModelFile = None,
     out: Annotated[
-        Path | None, typer.Option(help="What to make.", show_default="NAME-FORMAT in the current folder")
+        Path | None, typer.Option(help="What to make.", show_default="NAME-FORMAT or NAME.FORMAT in the current folder")
     ] = None,
     data_name: Annotated[
         str | None, typer.Option(help="What the model card calls the text.", show_default="nothing")

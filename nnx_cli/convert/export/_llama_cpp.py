@@ -24,7 +24,7 @@ def is_installed() -> bool:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp."""
+    """A GGUF file in llama.cpp. Raises QualityError where that does not take it, or a question about it."""
 
     def __init__(self, path: Path, n_positions: int) -> None:
         import xllamacpp
@@ -34,7 +34,10 @@ class LlamaCpp:
         how.n_ctx, how.n_gpu_layers, how.verbosity = n_positions, 0, 0
         how.warmup = how.ui = False
         how.cpuparams.n_threads = torch.get_num_threads()
-        self._server = xllamacpp.Server(how)
+        try:
+            self._server = xllamacpp.Server(how)
+        except RuntimeError as error:
+            raise QualityError("llama.cpp does not load the file") from error
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, which holds no special tokens."""

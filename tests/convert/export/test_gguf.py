@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from nnx_cli import models
-from nnx_cli.convert.export import _compare, _llama_cpp
+from nnx_cli.convert.export import _compare, _gguf_vocabulary
 from nnx_cli.convert.export._base import Source
 from nnx_cli.convert.export._card import Card
+from nnx_cli.convert.export._llama_cpp import LlamaCpp, is_installed
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
@@ -15,10 +16,10 @@ from nnx_cli.errors import DataError, QualityError, UsageError
 from nnx_cli.runs.run import Run
 
 library = pytest.importorskip("gguf")
-from nnx_cli.convert.export import _gguf_vocabulary  # noqa: E402
+
 from nnx_cli.convert.export import gguf as form  # noqa: E402
 
-needs_llama_cpp = pytest.mark.skipif(not _llama_cpp.is_installed(), reason="needs xllamacpp, a build of llama.cpp")
+needs_llama_cpp = pytest.mark.skipif(not is_installed(), reason="needs xllamacpp, a build of llama.cpp")
 ODD = "Don't stop: 1 12 123 1234567 x=3.14;\n\n\tif  (a_b) {\r\n  naïve 小猫 🙂 ▁ หมาก\u0e37 हिन्दी  \n\n\n"
 ODD += "'LL o'clock\u00a0!  "
 STEP = "a quick brown fox, 1999 and 2024: don't "
@@ -75,7 +76,7 @@ def test_fifty_greedy_tokens_and_the_text_are_those_of_llama_cpp(source, tmp_pat
     form.write(made, tmp_path)
     text = "naïve: 12"
     prompt = torch.tensor([made.tokenizer.encode(text).tolist()])
-    llama = _llama_cpp.LlamaCpp(tmp_path / form.FILE, 96)
+    llama = LlamaCpp(tmp_path / form.FILE, 96)
     assert llama.encode(text).tolist() == prompt[0].tolist()
     ours = form._greedy(made.model, prompt, 50)
     assert llama.continued(prompt[0].tolist(), 50)[0] == ours
@@ -90,6 +91,18 @@ def test_rows_of_queries_in_another_order_are_found(source, tmp_path, monkeypatc
     monkeypatch.setattr(form, "_turned", lambda name, tensor, config, halves: tensor)
     found = written(source(n_heads=2), tmp_path)
     assert found.max_logit_difference > 5 * found.tolerance or found.same_greedy_tokens < found.greedy_tokens
+
+
+@needs_llama_cpp
+def test_what_llama_cpp_does_not_take_is_an_error(source, tmp_path):
+    made = source(n_layers=1)
+    form.write(made, tmp_path)
+    with pytest.raises(QualityError, match="does not run the file"):
+        LlamaCpp(tmp_path / form.FILE, 96).continued([256], 1)
+    with open(tmp_path / form.FILE, "r+b") as file:
+        file.truncate(20_000)
+    with pytest.raises(QualityError, match="does not load the file"):
+        LlamaCpp(tmp_path / form.FILE, 96)
 
 
 @needs_llama_cpp
@@ -124,7 +137,7 @@ def test_llama_cpp_gives_the_same_ids_and_text(source, tmp_path, name):
     made = source(tokenizer, texts=[ODD, STEP * 20, "\x0b\x00~"], n_layers=1)
     found = written(made, tmp_path)
     assert found.more["tokenizer_drift"] == 0 and found.same_greedy_tokens == found.greedy_tokens
-    llama = _llama_cpp.LlamaCpp(tmp_path / form.FILE, 96)
+    llama = LlamaCpp(tmp_path / form.FILE, 96)
     for text in (ODD, "x", " ", "\n", "e\u0301 \u0665", "▁▁ a"):
         assert llama.encode(text).tolist() == tokenizer.encode(text).tolist(), text
     kept = {field.name: field for field in library.GGUFReader(tmp_path / form.FILE).fields.values()}
