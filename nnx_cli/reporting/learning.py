@@ -9,7 +9,7 @@ from nnx_cli.errors import counted
 from nnx_cli.layers.insides import Panel
 from nnx_cli.reporting.charts import WIDE_Y, Line, chart
 from nnx_cli.reporting.film import film
-from nnx_cli.reporting.heat_maps import Matrix, shaded_text
+from nnx_cli.reporting.heat_maps import Matrix, heat_map, shaded_text
 from nnx_cli.reporting.insides_figures import bare, panel_figure, present
 from nnx_cli.reporting.page import charts, paragraph, section
 from nnx_cli.reporting.scales import Axis, spans
@@ -18,7 +18,7 @@ from nnx_cli.runs.snapshots import Snapshot
 STEP = Axis("step", from_zero=True)
 MOST_LINES = 8  # of a chart
 MOST_ROWS, MOST_COLUMNS = 24, 48  # of a film
-MOST_CELLS = 72_000  # of all films of a page together: about a megabyte
+MOST_CELLS, MOST_STILL_CELLS = 50_000, 20_000  # of all films of a page, and of pictures beside them: about a megabyte
 LEAST_CHANGE = 1e-3  # by which a number has to change to be worth a chart
 
 
@@ -35,19 +35,27 @@ def learning_section(snapshots: Sequence[Snapshot]) -> str:
 
 def _figures(snapshots: Sequence[Snapshot]) -> Iterator[str]:
     yield from _numbers([(each.step, each.norms) for each in snapshots], snapshots[-1])
-    last, room = snapshots[-1], MOST_CELLS
+    last, room, still_room, left_out = snapshots[-1], MOST_CELLS, MOST_STILL_CELLS, []
     for panel in last.insides.panels:
         course = _course(snapshots, panel)
         if panel.kind == "number":
             yield from _numbers(course, last)
             continue
         pictures = [(f"step {step:,}", _small(each, last.tokens)) for step, each in course]
-        size = sum(len(matrix.rows) * len(matrix.columns) for _, matrix in pictures)
-        if len(pictures) < 2 or size > room:
-            yield panel_figure(panel, last.tokens)
-            continue
-        room -= size
-        yield film(panel.title, panel.about + _cut_words(panel, pictures[-1][1]), pictures)
+        final = pictures[-1][1]
+        cells, about = len(final.rows) * len(final.columns), panel.about + _cut_words(panel, final)
+        if len(pictures) > 1 and cells * len(pictures) <= room:
+            room -= cells * len(pictures)
+            yield film(panel.title, about, pictures)
+        elif cells <= still_room:
+            still_room -= cells
+            yield heat_map(panel.title, about, final)
+        else:
+            left_out.append(panel.title)
+    if left_out:
+        yield paragraph(
+            f"Left out for want of room, from {left_out[0]} to {left_out[-1]}: {counted(len(left_out), 'picture')}."
+        )
 
 
 def surprise_figure(snapshot: Snapshot) -> str:

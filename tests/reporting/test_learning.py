@@ -1,6 +1,7 @@
 """What a page shows of a model as it learned."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from reporting.hostile import HOSTILE, OURS, tags
@@ -65,7 +66,21 @@ def test_pages_stay_small(size, monkeypatch):
     if size["n_layers"] > 8:
         assert "One row in 8 is shown." in page and "of 128 x 128 values." in page
     monkeypatch.setattr(learning, "MOST_CELLS", 10)
-    assert "class=strip" not in learning_section(course())  # no room for films: the last pictures
+    still = learning_section(course())  # no room for films: the last pictures
+    assert "class=strip" not in still and "Memories, shared" in titles(still)
+
+
+def test_of_very_many_matrices_some_are_left_out():
+    snapshots = course(12, slots=(64, 768))
+    for snapshot in snapshots:
+        *others, memories, steps, fixed = snapshot.insides.panels
+        layers = [replace(memories, title=f"Memories, layer {n}") for n in range(1, 61)]
+        object.__setattr__(snapshot.insides, "panels", [*others, memories, *layers, steps, fixed])
+    page = learning_section(snapshots)
+    shown, films = titles(page), page.count("class=strip")
+    assert len(page.encode()) < MOST_BYTES / 2 and 2 < films < 10 and "Memories, layer 9" in shown
+    assert "Left out for want of room, from Memories, layer " in page and "Memories, layer 60" not in shown
+    assert re.search(r"to Memories, layer 60: \d+ pictures", page) and "Steps: up" in shown
 
 
 def test_what_surprises_is_dark():
