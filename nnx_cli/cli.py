@@ -42,6 +42,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "sample": ("sample", "Write text with a trained model."),
     "chat": ("chat", "Talk to a trained model."),
     "eval": ("evaluate", "Measure loss, perplexity and bits per byte on held-out text."),
+    "serve": ("serve", "Serve a model to programs and browsers."),
     "report": ("report", "Draw runs as a page: curves, plan, samples; several compared."),
     "visualize": ("visualize", "Show what a model attends to, gates and selects in a text."),
     "summarize": ("summarize", "Show layers, parameters, FLOPs, memory, and whether it fits."),

@@ -192,6 +192,25 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Where a model is served, and how much a request may ask for."""
+
+    host: str = "127.0.0.1"  # address to listen at
+    port: int = 8000  # port to listen at; 0: any that is free
+    max_prompt_tokens: int = 32_768  # longest prompt that is read; of one longer than the context the end is seen
+    max_new_tokens: int = 4096  # longest answer that is written
+    queue: int = 64  # answers that may wait for others to end; with more, requests are refused
+    allow_remote: bool = False  # let other machines ask: with another --host, and --api-key
+    api_key: str | None = None  # key that requests have to bring; default: none
+
+    def __post_init__(self) -> None:
+        check_range("port", self.port, 0, 65_535)
+        check_range("max-prompt-tokens", self.max_prompt_tokens, 1, 10**7)
+        check_range("max-new-tokens", self.max_new_tokens, 1, 10**7)
+        check_range("queue", self.queue, 0, 10**5)
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """How a model is quantized."""
 

@@ -95,7 +95,7 @@ class Chromium:
     def open(self, path, width=1400, height=900, scheme="light", media="screen", motion="no-preference"):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = Page(self, session, target, path.resolve().as_uri())
+        page = Page(self, session, target, path if isinstance(path, str) else path.resolve().as_uri())
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

@@ -4,10 +4,12 @@ import gc
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from chromium import PROGRAM, Chromium
 from typer.testing import CliRunner
 
 from nnx_cli import models
@@ -145,6 +147,16 @@ def run(finished, token_path, workspace):
     shutil.copytree(token_path, workspace / "data" / "words")
     shutil.copytree(finished, workspace / "weights" / "words")
     return Run(Path("weights") / "words")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium, where there is one."""
+    if PROGRAM is None or sys.platform == "win32":
+        pytest.skip("no Chromium in PATH (Debian's package is `chromium`)")
+    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield chromium
+    chromium.close()
 
 
 @pytest.fixture

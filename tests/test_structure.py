@@ -39,6 +39,7 @@ HEAVY = {"torch", "numpy", "tiktoken", "safetensors", "lion_pytorch", "torchinfo
 EXTRAS = {
     "backports",
     "compression",
+    "fastapi",
     "gguf",
     "gigatoken",
     "lm_eval",
@@ -52,6 +53,7 @@ EXTRAS = {
     "tiktoken_ext",
     "tokenizers",
     "transformers",
+    "uvicorn",
     "xllamacpp",
 }
 SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data", "readline"}  # by operating system or build

@@ -75,6 +75,7 @@ class Batch:
         """The rows that are at work."""
         return [row for row in self.slots if row is not None]
 
+    @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> None:
         """Have rows join; they are read before the next step."""
         assert len(self.rows) + len(rows) <= self.most

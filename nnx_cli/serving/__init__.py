@@ -1,0 +1,1 @@
+"""An HTTP front of inference: requests that arrive together are decoded together."""

@@ -1,0 +1,292 @@
+"""The server: which addresses there are, and what each answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from nnx_cli.config import SampleConfig
+from nnx_cli.data.conversations import Message, Template, conversation, template_of
+from nnx_cli.data.formats import BadRow
+from nnx_cli.data.tokenizers.base import Tokenizer
+from nnx_cli.serving.access import Access, Guard
+from nnx_cli.serving.engine import Closed, Engine, Job, Piece, QueueFull
+from nnx_cli.serving.protocol import ChatRequest, CompletionRequest, Form, Refused, Sampling, error_body
+
+COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # of an answer whose request says nothing, as far as the server allows
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+MOST_WORDS = 300  # of what a request has wrong, that an error repeats
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model that is served: its `name`, and how much a request may ask for."""
+
+    name: str
+    engine: Engine
+    start_ids: Sequence[int]
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What turns text into ids."""
+        return self.engine.tokenizer
+
+    @property
+    def template(self) -> Template | None:
+        """How conversations are written for it, where it learned that."""
+        return template_of(self.tokenizer)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise Refused where a request names another model."""
+        if name is not None and name != self.name:
+            raise Refused(404, f"there is no model {name[:100]!r} here, but {self.name!r}")
+
+    def check_tokens(self, wanted: int | None) -> None:
+        """Raise Refused where an answer is to be longer than it may."""
+        if wanted is not None and wanted > self.max_new_tokens:
+            raise Refused(422, f"max_tokens is {wanted:,}; up to {self.max_new_tokens:,} are written")
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise Refused where a prompt is longer than it may be, or there are too many."""
+        if not prompts:
+            raise Refused(422, "prompt: there is none in the list")
+        longest = max(map(len, prompts))
+        if longest > self.max_prompt_tokens:
+            raise Refused(413, f"a prompt has {longest:,} tokens; up to {self.max_prompt_tokens:,} are read")
+
+    def prompts(self, asked: str | list[Any]) -> list[list[int]]:
+        """The ids of the prompts of a request; what a text begins with, where one is empty. Raises Refused."""
+        if isinstance(asked, str):
+            return [self._ids(asked)]
+        if asked and isinstance(asked[0], int):
+            return [self._ids(asked)]
+        return [self._ids(each) for each in asked]
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str) and self.tokenizer is None and prompt:
+            raise Refused(422, "this model has no tokenizer: a prompt is a list of ids")
+        vocab_size = self.engine.model.config.vocab_size
+        if isinstance(prompt, list) and not all(0 <= token < vocab_size for token in prompt):
+            raise Refused(422, f"a prompt has ids that are not below {vocab_size:,}")
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            prompt = self.tokenizer.encode(prompt).tolist()
+        return list(prompt) or list(self.start_ids)  # type: ignore[arg-type]  # ids by now
+
+
+def build_app(service: Service, access: Access) -> ASGIApp:
+    """The whole of it: pages and answers behind the guard."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return JSONResponse(error_body(error.status, str(error)), error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        engine = service.engine
+        state = {
+            "status": engine.closed or "ok",
+            "model": service.name,
+            "chat": service.template is not None,
+            "rows": engine.n_rows,
+            "answering": len(engine.working),
+            "waiting": len(engine.waiting),
+        }
+        return JSONResponse(state, 200 if engine.closed is None else 503)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        model = {"id": service.name, "object": "model", "created": 0, "owned_by": "nnx"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = await _body(request, CompletionRequest)
+        prompts = service.prompts(asked.prompt)
+        job = _job(service, asked, prompts, asked.max_tokens, COMPLETION_TOKENS, asked.logprobs)
+        form = Form.of(service.name, service.tokenizer, False, asked.logprobs is not None)
+        return await _respond(service, request, asked, job, form)
+
+    if (template := service.template) is not None:
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            asked = await _body(request, ChatRequest)
+            prompt = template.prompt(_messages(asked))
+            wanted = asked.max_completion_tokens or asked.max_tokens
+            job = _job(service, asked, [prompt], wanted, CHAT_TOKENS, asked.n_likeliest())
+            form = Form.of(service.name, service.tokenizer, True, job.n_likeliest is not None)
+            return await _respond(service, request, asked, job, form)
+
+    for path, (name, kind) in PAGE.items():
+        app.add_api_route(path, _page(name, kind), methods=["GET"])
+    return Guard(app, access)
+
+
+def _page(name: str, kind: str) -> Callable[[], Response]:
+    """What answers with a file of ours."""
+    content = files("nnx_cli.serving").joinpath(name).read_bytes()
+
+    def answer() -> Response:
+        return Response(content, media_type=f"{kind}; charset=utf-8")
+
+    return answer
+
+
+async def _body(request: Request, kind: type[Body]) -> Body:
+    """What a request asks for. Raises Refused."""
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise Refused(422, f"{place}: {first['msg']}".removeprefix(": ")[:MOST_WORDS]) from error
+
+
+def _messages(asked: ChatRequest) -> list[Message]:
+    """The messages of a request. Raises Refused where the assistant's turn does not follow them."""
+    said = [Message(each.role, each.content.strip() or "-") for each in asked.messages]  # an answer may be empty
+    checked = conversation([*said, Message("assistant", "-")])
+    if isinstance(checked, BadRow):
+        raise Refused(422, f"messages: {checked}")
+    return [Message(each.role, each.content) for each in asked.messages]
+
+
+def _job(
+    service: Service, asked: Sampling, prompts: list[list[int]], wanted: int | None, usual: int, likeliest: int | None
+) -> Job:
+    """What the engine is to do for a request. Raises Refused."""
+    service.check_model(asked.model)
+    service.check_tokens(wanted)
+    service.check_prompts(prompts)
+    config: SampleConfig = asked.config(wanted or min(usual, service.max_new_tokens))
+    job = Job(prompts, config, lambda piece: None, asked.stops(), likeliest)
+    if job.n_answers > service.engine.queue + service.engine.n_rows:
+        raise Refused(422, f"a request may ask for {service.engine.queue + service.engine.n_rows} answers at once")
+    return job
+
+
+async def _respond(service: Service, request: Request, asked: Sampling, job: Job, form: Form) -> Response:
+    """Have a job answered, in one piece or in events. Raises Refused."""
+    pieces: asyncio.Queue[Piece] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def deliver(piece: Piece) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    job.deliver = deliver
+    try:
+        service.engine.submit(job)
+    except QueueFull:
+        raise Refused(429, "too many requests wait already; try again", {"retry-after": "1"}) from None
+    except Closed as error:
+        raise Refused(503, str(error)) from None
+    if asked.stream:
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return StreamingResponse(_events(service.engine, job, pieces, form, with_usage), media_type="text/event-stream")
+    return await _whole(service.engine, request, job, pieces, form)
+
+
+async def _whole(engine: Engine, request: Request, job: Job, pieces: asyncio.Queue[Piece], form: Form) -> Response:
+    """All answers at once; the job is cancelled where the client goes away."""
+    answers: list[list[Piece]] = [[] for _ in range(job.n_answers)]
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        open_answers = job.n_answers
+        while open_answers:
+            coming = asyncio.ensure_future(pieces.get())
+            await asyncio.wait((coming, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                coming.cancel()
+                return Response(status_code=499)
+            piece = coming.result()
+            if piece.error is not None:
+                raise Refused(503, piece.error)
+            answers[piece.number].append(piece)
+            open_answers -= piece.ended is not None
+    finally:
+        gone.cancel()
+        engine.cancel(job)
+    return JSONResponse(form.whole(answers, _usage(job)))
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(
+    engine: Engine, job: Job, pieces: asyncio.Queue[Piece], form: Form, with_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events; one has all that was written of an answer since the one before. Where the client goes away,
+    this is closed, and the job cancelled."""
+    try:
+        if form.is_chat:
+            for number in range(job.n_answers):
+                yield _event(form.opening(number))
+        open_answers = job.n_answers
+        while open_answers:
+            for piece in merged([await pieces.get(), *_there(pieces)]):
+                if piece.error is not None:
+                    yield _event(error_body(503, piece.error))
+                    return
+                open_answers -= piece.ended is not None
+                yield _event(form.event(piece))
+        if with_usage:
+            yield _event(form.usage(_usage(job)))
+        yield "data: [DONE]\n\n"
+    finally:
+        engine.cancel(job)
+
+
+def _there(pieces: asyncio.Queue[Piece]) -> list[Piece]:
+    """What has come already."""
+    return [pieces.get_nowait() for _ in range(pieces.qsize())]
+
+
+def merged(pieces: Sequence[Piece]) -> list[Piece]:
+    """One piece an answer, of all that follow each other."""
+    found: dict[int, Piece] = {}
+    for piece in pieces:
+        before = found.get(piece.number)
+        if before is not None:
+            piece = Piece(
+                piece.number, before.text + piece.text, (*before.drawn, *piece.drawn), piece.ended, piece.error
+            )
+        found[piece.number] = piece
+    return list(found.values())
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def _usage(job: Job) -> dict[str, int]:
+    """Tokens that were read and written."""
+    read, written = sum(map(len, job.prompts)), job.n_written
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
