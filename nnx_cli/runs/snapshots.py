@@ -95,10 +95,12 @@ def _path(run: Path, step: int) -> Path:
 
 def _fitting(snapshot: Snapshot) -> tuple[dict[str, Tensor], str]:
     """The tensors and the description of as much of a snapshot as a file has room for."""
-    insides = replace(snapshot.insides, panels=[_cropped(panel) for panel in snapshot.insides.panels])
+    insides = replace(
+        snapshot.insides, panels=[_cropped(panel) for panel in snapshot.insides.panels if panel.values.numel()]
+    )
     while True:
         tensors, described = _as_file(replace(snapshot, insides=insides))
-        header = len(described.encode()) + HEADER_BYTES * (1 + len(tensors))
+        header = len(json.dumps(described)) + HEADER_BYTES * (1 + len(tensors))
         if header + sum(tensor.nbytes for tensor in tensors.values()) <= MOST_BYTES:
             return tensors, described
         if len(insides.attention) > 1:
@@ -181,8 +183,8 @@ def _panel(words: Mapping[str, Any], values: Tensor, n_tokens: int) -> Panel:
     if kind not in get_args(Kind) or values.shape != (len(rows), n_tokens if columns is None else len(columns)):
         raise ValueError("another kind or shape")
     whole = kind == "choice"
-    if values.is_floating_point() == whole or values.isinf().any():
-        raise ValueError("another type")
+    if not values.numel() or values.is_floating_point() == whole or values.isinf().any():
+        raise ValueError("no values, or of another type")
     values = values.long() if whole else values.float()
     return Panel(str(words["title"]), str(words["about"]), values, rows, kind, columns)
 

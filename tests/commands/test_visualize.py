@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reporting.hostile import HOSTILE, OURS, tags
 from reporting.snapshots import course
 
 import nnx_cli
@@ -208,3 +209,21 @@ def test_an_earlier_checkpoint_is_shown_as_it_came_to_be(kept, nnx):
     assert json.loads(result.stdout)["steps"] == [20]
     result = nnx("visualize", "words")
     assert result.exit_code == 0 and "step-00000040.safetensors is damaged" in result.stderr
+
+
+@pytest.mark.parametrize("width", [80, 30])
+def test_hostile_names_in_what_a_run_kept_break_nothing(run, nnx, monkeypatch, width):
+    for snapshot in course(2, tokens=HOSTILE, text=HOSTILE):
+        panels = [
+            replace(panel, title=HOSTILE[5], about=HOSTILE[5], rows=[HOSTILE[5]] * len(panel.rows))
+            for panel in snapshot.insides.panels
+        ]
+        named = [replace(p, columns=p.columns and [HOSTILE[5]] * len(p.columns)) for p in panels]
+        insides = replace(snapshot.insides, panels=named, layers=[HOSTILE[5]] * 3, about=HOSTILE[5])
+        save_snapshot(run.folder, replace(snapshot, insides=insides))
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in ([], ["--layer", 1], ["--layer", 1, "--head", 1], ["--json"], ["--html", "page.html"]):
+        result = nnx("visualize", "words", *words)
+        assert result.exit_code == 0, result.stderr
+        assert not {"\x1b", "\x07", "\u202e", "\x00"} & set(result.output)
+    assert tags(Path("page.html").read_text(encoding="utf-8")) <= OURS

@@ -167,6 +167,7 @@ WORDS = described()["panels"][0]
         {"panels": [WORDS, WORDS | {"kind": "choice"}]},
         {"panels": [WORDS, WORDS | {"rows": ["r", "s"]}]},
         {"panels": [WORDS, WORDS | {"columns": None}]},
+        {"tokens": ["a", "b"], "panels": [WORDS, WORDS, WORDS | {"columns": None}]},
         {"panels": [WORDS, {"title": "t"}]},
         {"panels": "no"},
     ],
@@ -180,6 +181,20 @@ def test_files_of_another_kind_are_damaged(tmp_path, changed):
     save_file(tensors, path, {"insides": json.dumps(described(**changed))})
     found, (damaged,) = read_snapshots(tmp_path)
     assert found == [] and "is damaged" in damaged
+
+
+def test_panels_without_values_are_not_kept(tmp_path):
+    for step, shape in enumerate([(0, 3), (1, 0), (0, 0)], start=1):
+        rows, columns = (["x"] * n for n in shape)
+        panels = [Panel("None", "Nothing.", torch.ones(shape), rows, "number", columns)]
+        save_snapshot(tmp_path, small(step, insides=Insides([torch.ones(1, 3, 3)], ["layer 1"], panels)))
+    found, damaged = read_snapshots(tmp_path)
+    assert damaged == [] and [each.insides.panels for each in found] == [[], [], []]
+    path = tmp_path / "insides" / "step-00000005.safetensors"
+    empty = WORDS | {"rows": [], "columns": []}
+    tensors = {"panel.0": torch.ones(0, 0), "panel.1": torch.ones(1, 1), "panel.2": torch.ones(1, 1)}
+    save_file(tensors, path, {"insides": json.dumps(described(panels=[empty, WORDS, WORDS]))})
+    assert len(read_snapshots(tmp_path)[1]) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"x" * 3_000_000, (2**62).to_bytes(8, "little") + b"{}"])
