@@ -191,7 +191,7 @@ class Scale(nn.Module):
 
     def forward(self) -> Tensor:
         """The vector as it is used."""
-        return self.weight * self.factor
+        return self.weight.float() * self.factor
 
 
 class Attention(nn.Module):

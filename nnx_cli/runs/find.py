@@ -17,6 +17,7 @@ from nnx_cli.system.files import check_types, read_json
 WEIGHTS = Path("weights")
 RACE = "race.json"  # of a folder whose runs are those of a race
 MADE = ("run.json", "config.json")  # of runs, and of other models
+OURS = ("run.json", "manifest.json", RACE)  # without which a folder is none of ours: exported models have a config.json
 
 
 def find_model(spec: str | None, file: Path | None = None) -> ModelRef:
@@ -40,6 +41,7 @@ def find_folder(name: str) -> Path:
     """A run or model folder by its path or its name in weights/. Raises CheckpointError where there is none."""
     for folder in (Path(name), WEIGHTS / name):
         if name and os.path.lexists(folder / "config.json"):
+            _refuse_hub(folder)
             return folder
     bare = name.rpartition("@")[0]
     if bare and any(os.path.lexists(folder / "config.json") for folder in (Path(bare), WEIGHTS / bare)):
@@ -57,6 +59,13 @@ def find_folder(name: str) -> Path:
     )
 
 
+def _refuse_hub(folder: Path) -> None:
+    """Raise CheckpointError for a Llama in the layout of Hugging Face's Hub, which is imported first."""
+    path = folder / "config.json"
+    if not os.path.lexists(folder / "manifest.json") and read_json(path).get("model_type") == "llama":
+        raise CheckpointError(f"{folder} is a folder of the Hub's", fix=f"nnx import --model llama {quoted(folder)}")
+
+
 def find_runs() -> list[Path]:
     """The run folders in weights/, the one that changed last first."""
     found = [path.parent for path in WEIGHTS.glob("*/run.json") if not path.parent.name.startswith(".")]
@@ -72,6 +81,7 @@ def list_models(every: bool = False) -> list[dict[str, Any]]:
     """What `nnx list` shows of every model folder and race in weights/, the one that changed last first. The runs of a
     race follow it if `every` one is to be shown."""
     folders = {path.parent for name in (*MADE, RACE) for path in WEIGHTS.glob(f"*/{name}")}
+    folders = {folder for folder in folders if any(os.path.lexists(folder / name) for name in OURS)}
     changed = {folder: _changed(folder) for folder in folders if not folder.name.startswith(".")}
     rows = []
     for folder in sorted(changed, key=lambda folder: changed[folder], reverse=True):

@@ -11,6 +11,7 @@ from nnx_cli.errors import CheckpointError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.run import Run
+from nnx_cli.system.text import duration
 
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "seq_len", "vocab_size")
 
@@ -20,6 +21,7 @@ class Card:
     """Facts of a model for its README; rows are (what, value)."""
 
     title: str
+    origin: str  # a sentence: what it is
     size: list[tuple[str, str]]
     training: list[tuple[str, str]]
     changes: list[str]  # sentences: what the weights went through
@@ -28,13 +30,13 @@ class Card:
         """The README, with how the format is loaded."""
         head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
         head += [*(f"- {tag}" for tag in ("nnx", *tags)), "---", "", f"# {self.title}", ""]
-        told = f"A small language model, trained from scratch with nnx-cli. Version {__version__} wrote this"
-        parts = [f"{told}, opened it with {library} and found that it computes the same as the original."]
+        told = f"{self.origin} nnx-cli {__version__} wrote this, opened it with {library}"
+        parts = [f"{told} and found that it computes the same as the original."]
         parts += [" ".join(self.changes)] if self.changes else []
         parts += ["## Size", _table(self.size)]
         parts += ["## Training", _table(self.training)] if self.training else []
         parts += ["## Use", how_to_load.strip()]
-        return "\n".join(head) + "\n\n".join(parts) + "\n"
+        return "\n".join(head) + "\n" + "\n\n".join(parts) + "\n"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -53,10 +55,19 @@ def make_card(ref: ModelRef, name: str, config: ModelConfig, n_parameters: int, 
     many = f"{n_parameters / 1e6:,.1f} million" if n_parameters >= 1e6 else f"{n_parameters:,}"
     return Card(
         title=f"{name}, {many} parameters",
+        origin=_origin(described),
         size=size,
         training=_training(ref, described, data_name),
         changes=_changes(described),
     )
+
+
+def _origin(config: Mapping[str, Any]) -> str:
+    """What a model is, in a sentence."""
+    if not config.get("training"):
+        return "A small language model."
+    how = "trained further from another's weights" if config.get("init_from") else "trained from scratch"
+    return f"A small language model, {how} with nnx-cli."
 
 
 def _training(ref: ModelRef, config: Mapping[str, Any], data_name: str | None) -> list[tuple[str, str]]:
@@ -64,6 +75,8 @@ def _training(ref: ModelRef, config: Mapping[str, Any], data_name: str | None) -
     rows = [] if data_name is None else [("data", data_name)]
     status, step, bits, loss = _reached(ref)
     settings = config.get("training") or {}
+    if not settings:
+        return rows
     tokens_per_step = settings.get("tokens_per_step")
     known = {
         "steps": step,
@@ -74,7 +87,7 @@ def _training(ref: ModelRef, config: Mapping[str, Any], data_name: str | None) -
         "learning rate": settings.get("lr"),
         "tokens a step": tokens_per_step,
         "arithmetic": settings.get("precision"),
-        "time of the run, s": status.get("time_s"),
+        "time of the run": duration(status["time_s"]) if status.get("time_s") else None,
         "versions": ", ".join(f"{what} {version}" for what, version in (config.get("versions") or {}).items()),
     }
     forms = {int: "{:,}", float: "{:.6g}"}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnx_cli import models
 from nnx_cli.cli import app  # noqa: F401  # the command line, whole, before a format is replaced
 from nnx_cli.convert.export import _compare, _export, hf
 from nnx_cli.errors import QualityError
@@ -187,3 +188,30 @@ def test_the_card_names_the_data_only_when_asked(nnx, run, form):
 def test_nothing_computed_is_no_reason_to_pass():
     with pytest.raises(QualityError):
         _export._judge("hf", _compare.Found(float("nan"), TOLERANCE, 50, 50))
+
+
+def test_the_card_says_where_the_model_comes_from(nnx, run, form):
+    assert nnx("export", "words", "--format", "hf").exit_code == 0
+    assert "trained from scratch" in Path("words-hf/README.md").read_text(encoding="utf-8")
+    torch.save(models.reference_tensors(models.build("nyx", dim=32, n_layers=1, n_heads=2)), "other.pth")
+    assert nnx("import", "--model", "nyx", "other.pth").exit_code == 0
+    assert nnx("export", "nyx-other", "--format", "hf").exit_code == 0
+    card = Path("nyx-other-hf/README.md").read_text(encoding="utf-8")
+    assert "trained" not in card and "## Training" not in card and "other" not in card
+
+
+def test_a_model_from_a_file_of_the_users_is_refused(refused, nnx, workspace, token_path):
+    source = (models.FOLDER / "llama.py").read_text(encoding="utf-8")
+    Path("my.py").write_text(source, encoding="utf-8")
+    words = ["--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--max-steps", 1, "--batch-size", 2]
+    words += ["--threads", 1, "--sample-every", 0, "--data", token_path, "--out", "weights/mine"]
+    assert nnx("train", "--model", "my.py", *words).exit_code == 0
+    refused(2, "it comes from a file of yours", "export", "mine", "--model", "my.py", "--format", "hf")
+
+
+def test_an_exported_folder_in_weights_is_no_run(nnx, run, form):
+    assert nnx("export", "words", "--format", "hf", "--out", "weights/made").exit_code == 0
+    Path("weights/made/config.json").write_text('{"model_type": "llama"}')
+    listed = json.loads(nnx("list", "--json").stdout)
+    assert [row["name"] for row in listed] == ["words"]
+    assert "nnx import --model llama" in nnx("sample", "weights/made").stderr
