@@ -61,12 +61,15 @@ def vocabulary(tokenizer: Tokenizer, n_ids: int, texts: Sequence[str]) -> Vocabu
 
 
 def _characters(tokenizer: CharTokenizer, n_ids: int) -> Vocabulary:
-    """Bytes, then characters."""
+    """Bytes, then characters, then special tokens."""
     names = dict(enumerate(BYTE_TOKENS + tokenizer.characters))
     if " " not in tokenizer.characters:
         names[ord(" ")] = " "
     kinds = {i: USER_DEFINED if name in VERBATIM else BYTE if i < N_BYTES else NORMAL for i, name in names.items()}
-    return Vocabulary("llama", "default", *_listed(names, kinds, n_ids), [], NEVER, tokenizer.encode)
+    names |= {i: name for name, i in tokenizer.specials.items()}
+    kinds |= dict.fromkeys(tokenizer.specials.values(), CONTROL)
+    end_id = NEVER if tokenizer.eot_id is None else tokenizer.eot_id
+    return Vocabulary("llama", "default", *_listed(names, kinds, n_ids), [], end_id, tokenizer.encode)
 
 
 def _listed(names: dict[int, str], kinds: dict[int, int], n_ids: int) -> tuple[list[str], list[int]]:

@@ -18,6 +18,7 @@ from nnx_cli.convert.export._gguf_vocabulary import Vocabulary, share_of_other_i
 from nnx_cli.convert.export._llama_cpp import LlamaCpp
 from nnx_cli.convert.export._llama_cpp import is_installed as llama_cpp_is_installed
 from nnx_cli.convert.hub_llama import to_hub
+from nnx_cli.data.conversations import Template, template_of
 from nnx_cli.errors import DataError, QualityError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.models.llama import Config, Model
@@ -64,7 +65,7 @@ def write(source: Source, folder: Path) -> None:
     files = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_file_type(files[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_vocabulary(writer, _vocabulary(source))
+    _add_vocabulary(writer, _vocabulary(source), template_of(source.tokenizer))
     source.tell("writing", 0.0)
     for name, tensor in _under_their_names(model):
         kind = gguf.GGMLQuantizationType.F16 if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
@@ -98,8 +99,9 @@ def _vocabulary(source: Source) -> Vocabulary:
     return vocabulary(source.tokenizer, source.model.config.vocab_size, texts)
 
 
-def _add_vocabulary(writer: Any, known: Vocabulary) -> None:
-    """The tokenizer. What is left unsaid would be another's: id 11 for the end of text, a token before every text."""
+def _add_vocabulary(writer: Any, known: Vocabulary, template: Template | None) -> None:
+    """The tokenizer, and the template of conversations. What is left unsaid would be another's: id 11 for the end of
+    text, a token before every text."""
     writer.add_tokenizer_model(known.model)
     writer.add_tokenizer_pre(known.pre)
     writer.add_token_list(known.tokens)
@@ -108,8 +110,11 @@ def _add_vocabulary(writer: Any, known: Vocabulary) -> None:
         writer.add_token_merges(known.merges)
     else:
         writer.add_token_scores([0.0] * len(known.tokens))
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+    for add in (writer.add_bos_token_id, writer.add_unk_token_id):
         add(known.end_id)
+    writer.add_eos_token_id(known.end_id if template is None else template.end_id)
+    if template is not None:
+        writer.add_chat_template(template.jinja)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

@@ -18,6 +18,7 @@ from nnx_cli.convert.export._base import Found, Source
 from nnx_cli.convert.export._compare import compare
 from nnx_cli.convert.export._modeling import make_modeling
 from nnx_cli.convert.hub_llama import to_hub, to_hub_config
+from nnx_cli.data.conversations import ASSISTANT, END, SYSTEM, USER, Message, template_of
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import QualityError
@@ -55,8 +56,8 @@ def why_not(name: str, config: ModelConfig) -> str | None:
 def write(source: Source, folder: Path) -> None:
     """As in the base."""
     model, tokenizer = source.model, source.tokenizer
-    end = None if tokenizer is None else tokenizer.eot_id
-    special = {"bos_token_id": None, "eos_token_id": end}
+    template, end = template_of(tokenizer), None if tokenizer is None else tokenizer.eot_id
+    special = {"bos_token_id": None, "eos_token_id": end if template is None else [template.end_id, template.begin_id]}
     if isinstance(model, llama.Model):
         state, described, use = to_hub(model), to_hub_config(model.config), _loading(model)
     else:
@@ -88,7 +89,10 @@ def _write_tokenizer(tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    if tokenizer.eot_id is not None:
+    if (template := template_of(tokenizer)) is not None:
+        described["eos_token"] = END
+        write_synced(folder / "chat_template.jinja", template.jinja.encode())
+    elif tokenizer.eot_id is not None:
         name = next(name for name, token_id in tokenizer.specials.items() if token_id == tokenizer.eot_id)
         described["eos_token"] = name
     write_synced(folder / "tokenizer_config.json", to_json(described))
@@ -103,6 +107,7 @@ def check(source: Source, folder: Path) -> Found:
         if source.tokenizer is not None:
             _check_tokenizer(source.tokenizer, AutoTokenizer.from_pretrained(folder, **here), source.ids)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **here).eval()
+        model.generation_config.eos_token_id = None  # compared are tokens behind an end too
 
         def generate(prompt: Tensor, n: int) -> Tensor:
             """`n` greedy tokens."""
@@ -118,6 +123,12 @@ def _check_tokenizer(ours: Tokenizer, theirs: Any, ids: Tensor) -> None:
     for text in (ours.decode(ids.flatten().numpy()), PROBE):
         if theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text).tolist():
             raise QualityError("written for transformers and loaded again, the tokenizer gives other ids")
+    if (template := template_of(ours)) is not None:
+        said = [Message(SYSTEM, "Be kind."), Message(USER, PROBE), Message(ASSISTANT, "Yes."), Message(USER, "Why?")]
+        rows = [{"role": role, "content": content} for role, content in said]
+        text = theirs.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        if theirs(text, add_special_tokens=False)["input_ids"] != template.prompt(said):
+            raise QualityError("written for transformers and loaded again, the chat template gives other ids")
 
 
 @contextmanager

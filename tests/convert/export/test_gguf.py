@@ -9,6 +9,7 @@ from nnx_cli.convert.export import _compare, _gguf_vocabulary
 from nnx_cli.convert.export._base import Source
 from nnx_cli.convert.export._card import Card
 from nnx_cli.convert.export._llama_cpp import LlamaCpp, is_installed
+from nnx_cli.data.conversations import Template, with_template
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
@@ -228,3 +229,16 @@ def test_other_architectures_and_other_formats_options_are_refused(refused, run)
     assert "nyx can be exported with --format" in result.stderr and "onnx" in result.stderr
     refused(2, "without --format gguf", "export", "words", "--format", "onnx", "--outtype", "q8_0")
     refused(2, "no choice 'f32'", "export", "words", "--format", "gguf", "--outtype", "f32")
+
+
+@pytest.mark.parametrize("plain", [ByteTokenizer(), CharTokenizer("abc ")], ids=["byte", "char"])
+def test_the_template_of_conversations_comes_along(source, tmp_path, plain):
+    tokenizer = with_template(plain)
+    template = Template(tokenizer)
+    written(source(tokenizer), tmp_path)
+    reader = library.GGUFReader(tmp_path / form.FILE)
+    said = {name: reader.get_field(f"tokenizer.{name}").contents() for name in ("chat_template", "ggml.eos_token_id")}
+    assert said == {"chat_template": template.jinja, "ggml.eos_token_id": template.end_id}
+    names, kinds = (reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "token_type"))
+    assert {names[i]: i for i in template.ids} == tokenizer.specials
+    assert {kinds[i] for i in template.ids} == {_gguf_vocabulary.CONTROL}

@@ -12,6 +12,7 @@ import torch
 import nnx_cli
 from nnx_cli import models
 from nnx_cli.convert.export import _modeling, hf
+from nnx_cli.data.conversations import Message, Template, with_template
 from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer
@@ -253,3 +254,18 @@ def test_transformers_is_left_as_it_was(nnx, run):
 def test_noise_cannot_be_exported(refused, workspace):
     made(Path("weights/odd"), "neon", dict(decoder="function", variant="original"))
     refused(2, "draws at random", "export", "odd", "--format", "hf")
+
+
+@pytest.mark.parametrize("name", ["llama", "tape"])
+def test_the_template_of_conversations_comes_along(nnx, workspace, name):
+    tokenizer = with_template(CharTokenizer(TEXT[:9]))
+    template = Template(tokenizer)
+    made(Path("weights/odd"), name, dict(vocab_size=tokenizer.vocab_size), tokenizer)
+    result = nnx("export", "odd", "--format", "hf", "--json")
+    assert result.exit_code == 0, result.stderr
+    theirs, model = transformers.AutoTokenizer.from_pretrained("odd-hf"), opened("odd-hf")
+    asked = [{"role": "user", "content": TEXT[:30]}]
+    ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == template.prompt([Message("user", TEXT[:30])])
+    assert theirs.eos_token_id == template.end_id
+    assert set(model.generation_config.eos_token_id) == {template.end_id, template.begin_id}
