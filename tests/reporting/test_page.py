@@ -73,7 +73,7 @@ def test_the_package_is_built_whole():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
     assert settings == {"targets": {"wheel": {"packages": ["nnx_cli"]}}}
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-    assert not any(name.endswith((".css", ".html", "reporting", "reporting/", "nnx_cli")) for name in ignored)
+    assert not any(name.endswith((".css", ".html", ".js", "reporting", "reporting/", "nnx_cli")) for name in ignored)
 
 
 def test_a_wheel_holds_the_files_of_pages(tmp_path):
@@ -82,4 +82,6 @@ def test_a_wheel_holds_the_files_of_pages(tmp_path):
         pytest.skip("an installed package")
     (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     held = set(zipfile.ZipFile(built).namelist())
-    assert {f"nnx_cli/reporting/{name}" for name in FILES} < held
+    texts = [p for p in (ROOT / "nnx_cli").rglob("*") if p.suffix in (".css", ".html", ".js", ".txt")]
+    assert {path.relative_to(ROOT).as_posix() for path in texts} < held
+    assert {path.name for path in texts} > FILES

@@ -1,0 +1,334 @@
+"""One web page that holds a model and runs it: opened from a disk, on a phone, without a network.
+
+The page is filled from the files html_page.html, html_page.css, html_page.js (what it shows) and html_runtime.js (what
+computes) beside this module. Weights are the ones that `nnx quantize` makes. They stand in the page as base64 of what
+zlib compressed: the length of a JSON header in four bytes, the header, and the tensors that it lists, one after the
+other, as in a quantized folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import html
+import json
+import re
+import string
+import zlib
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnx_cli import __version__
+from nnx_cli.convert.export._base import Found, Source
+from nnx_cli.convert.export._compare import compare
+from nnx_cli.convert.quantize import quantized_state
+from nnx_cli.data.conversations import template_of
+from nnx_cli.data.tokenizers.bpe import BpeTokenizer
+from nnx_cli.data.tokenizers.char import CharTokenizer
+from nnx_cli.errors import QualityError, UsageError
+from nnx_cli.layers.quantized import Quantization, dequantize_layers, quantize_layers, widen
+from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.runs.load import fill_model
+from nnx_cli.system.chromium import ChromiumError, ScriptError, find_chromium, opened_page
+from nnx_cli.system.files import require_space, write_synced
+from nnx_cli.system.text import printable, well_formed
+
+LIBRARIES = ()
+FILE = "model.html"
+TOLERANCE = 1e-3  # of a logit
+MAX_BYTES = 100_000_000  # of a page
+BYTES_PER_WEIGHT = {8: 1.2, 4: 0.67}  # in the page, at least: those of a trained model
+GROUP_SIZE = 32  # columns that share a scale, with 4 bits
+TYPES = {torch.int8: "i8", torch.uint8: "u4", torch.float16: "f16", torch.bfloat16: "bf16"}
+DTYPES = {name: dtype for dtype, name in TYPES.items()}
+HELD = ("llama", "nyx")
+DEFAULT_PROMPT = "Once"
+FACTS = {
+    "architecture": "architecture",
+    "parameters": "parameters",
+    "bits per byte": "bits per byte of validation text",
+    "data": "data",
+    "trained on, tokens": "tokens",
+}  # by their names on the card, what comes first on the page
+
+# What Chromium is asked for, with a list of ids. A step of the check reads one token.
+LOGITS = (
+    "opened.then((m) => (m.network.reset(), IDS.map((id, i) => Array.from(m.network.head(m.network.step(id, i))))))"
+)
+GREEDY = """opened.then(async (m) => {
+  const ids = IDS, start = ids.length;
+  for (m.read = []; ids.length < start + N; ) ids.push(likeliest(await m.logits(ids), 1)[0]);
+  return ids.slice(start);
+})"""
+ENCODE = "opened.then((m) => TEXTS.map((text) => m.tokenizer.encode(text)))"
+PROBE = "It's 12 o'clock,\r\n we'd say 1234567: a_b == 'd'\u2014\x00été \t小猫 🙂 e\u0301\u0085\ufeff\u00a0 END!\n\n  "
+CHECKED_MACS = 3e9  # multiply-adds of the logits: half a minute of a slow computer
+CHECKED_TOKENS = 16, 256  # at least and at most
+CHECKED_LOGITS = 2**20  # at most
+PATIENCE_S = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a page may be like."""
+
+    bits: int | None = None  # bits of a weight, 8 or 4; default those of a quantized MODEL, else 8
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, 8, 4):
+            raise UsageError(f"--bits is {self.bits}; choose from 8, 4")
+
+
+def why_not(name: str, config: ModelConfig) -> str | None:
+    """As in the base."""
+    return None if name in HELD else "its steps are not written in JavaScript"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A model as the page has it: its tensors as `nnx quantize` stores them, and how."""
+
+    quantization: Quantization
+    state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, source: Source) -> Packed:
+        """A quantized MODEL as it is stored, where it has as many bits as are asked for."""
+        stored, bits = source.ref.config.get("quantization"), source.options.bits
+        if stored is not None and bits in (None, stored["bits"]):
+            return cls(Quantization.read(stored), source.ref.weights()[1])
+        how = Quantization(bits=bits or 8, group_size=GROUP_SIZE if bits == 4 else None, kept=[])
+        return cls(how, quantized_state(source.model, how))
+
+    def model(self, source: Source) -> LanguageModel:
+        """The model in Python, in float32."""
+        model = copy.deepcopy(source.model)
+        quantize_layers(model, self.quantization)
+        fill_model(model, widen(self.state), source.ref.folder, torch.device("cpu"), "fp32")
+        dequantize_layers(model)
+        return model
+
+    def pieces(self, source: Source) -> tuple[list[dict[str, Any]], list[bytes]]:
+        """What the header says of each tensor, and their bytes."""
+        axes = dict(getattr(source.model, "unit_axes", tuple)())
+        shapes = {name: list(tensor.shape) for name, tensor in source.model.state_without_ties().items()}
+        listed, raw = [], []
+        for name, tensor in self.state.items():
+            if name not in shapes:  # scales, which stand behind their codes
+                continue
+            scale = None if tensor.is_floating_point() else self.state[_scale_of(name)]
+            parts = [_raw(each) for each in (tensor, scale) if each is not None]
+            entry = {"name": name, "type": TYPES[tensor.dtype], "shape": shapes[name], "size": len(parts[0])}
+            quantized = {"scales": 0, "group": None, "unit_axis": None}
+            if scale is not None:
+                quantized = {
+                    "scales": len(parts[1]),
+                    "group": self.quantization.group_size,
+                    "unit_axis": axes.get(name),
+                }
+            listed.append(entry | quantized)
+            raw += parts
+        return listed, raw
+
+
+def _scale_of(name: str) -> str:
+    """The name of a matrix's scales."""
+    return f"{name.removesuffix('.weight')}.scale"
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write(source: Source, folder: Path) -> None:
+    """As in the base."""
+    model = source.model
+    n_parameters = sum(tensor.numel() for tensor in model.state_without_ties().values())
+    packed = Packed.of(source)
+    bits = packed.quantization.bits
+    _check_size(n_parameters, bits, int(n_parameters * BYTES_PER_WEIGHT[bits]))
+    require_space(folder, MAX_BYTES)
+    source.tell("packing", 0.0)
+    listed, raw = packed.pieces(source)
+    header = json.dumps(
+        {
+            "architecture": source.name,
+            "config": asdict(model.config),
+            "tokenizer": _tokenizer(source),
+            "tensors": listed,
+        }
+    ).encode()
+    content = b"".join([len(header).to_bytes(4, "little"), header, *raw])
+    weights = base64.b64encode(zlib.compress(content, 9)).decode()
+    page = fill_page(source, bits, weights).encode()
+    _check_size(n_parameters, bits, len(page))
+    write_synced(folder / FILE, page)
+
+
+def _check_size(n_parameters: int, bits: int, n_bytes: int) -> None:
+    """Raise UsageError for a page that is too large."""
+    if n_bytes <= MAX_BYTES:
+        return
+    smaller = int(n_parameters * BYTES_PER_WEIGHT[4])
+    int4 = f"take --bits 4 (int4, {smaller / 1e6:.0f} MB), or " if bits == 8 and smaller < 0.95 * MAX_BYTES else ""
+    most = f"a page has at most {MAX_BYTES // 10**6} MB"
+    raise UsageError(
+        f"the page would have {n_bytes / 1e6:.0f} MB of int{bits} weights, and {most}",
+        fix=f"{int4}train a smaller size: --size small (30 million parameters) or tiny"
+        + ("" if int4 else f"; int4 holds {MAX_BYTES / BYTES_PER_WEIGHT[4] / 1e6:.0f} million"),
+    )
+
+
+def _tokenizer(source: Source) -> dict[str, Any]:
+    """What the page needs of the tokenizer; without one, texts are ids."""
+    tokenizer, starts = source.tokenizer, source.ref.start_ids
+    if tokenizer is None:
+        return {"kind": "ids", "starts": starts, "ends": []}
+    template = template_of(tokenizer)
+    ends = [tokenizer.eot_id] if template is None else template.ids
+    more: dict[str, Any] = {"kind": "byte"}
+    if isinstance(tokenizer, BpeTokenizer):
+        tokens = [token.decode("latin-1") for token in tokenizer.tokens]
+        more = {"kind": "bpe", "pattern": browser_pattern(tokenizer.pattern), "tokens": tokens}
+    elif isinstance(tokenizer, CharTokenizer):
+        more = {"kind": "char", "characters": "".join(tokenizer.characters)}
+    return more | {"starts": starts, "ends": sorted(i for i in ends if i is not None)}
+
+
+def browser_pattern(pattern: str) -> str:
+    r"""A regular expression as JavaScript reads it, with the flag u: there \s, \d and \w are others, and \z is $."""
+    classes = {"s": r"\p{White_Space}", "S": r"\P{White_Space}", "d": r"\p{Nd}", "D": r"\P{Nd}", "z": "$"}
+    return re.sub(r"\\(.)", lambda found: classes.get(found[1], found[0]), pattern, flags=re.DOTALL)
+
+
+def fill_page(source: Source, bits: int, weights: str) -> str:
+    """The whole page. Its content security policy allows its own scripts and style sheet alone: no request."""
+    style, page, runtime = (_file(f"html_{name}") for name in ("page.css", "page.js", "runtime.js"))
+    card = source.card
+    known = dict(card.size + card.training)
+    facts = {what: known[key] for what, key in FACTS.items() if key in known}
+    shape = {what: value for what, value in card.size if what not in FACTS.values()}
+    facts = facts | {"weights": f"int{bits}"} | shape
+    scripts = " ".join(f"'{_digest(script)}'" for script in (runtime, page))
+    return string.Template(_file("html_page.html")).substitute(
+        policy=f"default-src 'none'; script-src {scripts}; style-src '{_digest(style)}'; "
+        "base-uri 'none'; form-action 'none'",
+        version=_text(__version__),
+        title=_text(card.title),
+        style=style,
+        prompt=_text(DEFAULT_PROMPT if source.tokenizer is not None else ""),
+        facts="".join(f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>" for what, value in facts.items()),
+        changes="".join(f"<p>{_text(sentence)}</p>" for sentence in card.changes),
+        date=datetime.now(UTC).date().isoformat(),
+        weights=weights,
+        runtime=runtime,
+        page=page,
+    )
+
+
+def _text(value: str) -> str:
+    """Text as HTML shows it, letter by letter."""
+    return html.escape(printable(well_formed(value)))
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def read_page(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a page."""
+    found = re.search(r'<script id="weights"[^>]*>([^<]*)<', path.read_text(encoding="utf-8"))
+    assert found is not None
+    content = zlib.decompress(base64.b64decode(found[1]))
+    end = 4 + int.from_bytes(content[:4], "little")
+    header, state = json.loads(content[4:end]), {}
+    for entry in header["tensors"]:
+        n_rows, *columns = entry["shape"]
+        shape = (n_rows, -1) if entry["type"] == "u4" else (n_rows, *columns)
+        start, end = end, end + entry["size"]
+        state[entry["name"]] = _tensor(content[start:end], DTYPES[entry["type"]]).reshape(shape)
+        if entry["scales"]:
+            start, end = end, end + entry["scales"]
+            scale = _tensor(content[start:end], torch.float16)
+            state[_scale_of(entry["name"])] = scale if entry["group"] is None else scale.reshape(n_rows, -1)
+    return header, state
+
+
+def _tensor(raw: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=dtype)
+
+
+def check(source: Source, folder: Path) -> Found:
+    """As in the base: in a Chromium where there is one, against the quantized model in Python."""
+    packed, program = Packed.of(source), find_chromium()
+    why = "no Chromium is installed"
+    if program is not None:
+        try:
+            return _check_in_browser(source, packed, program, folder / FILE)
+        except ChromiumError as error:
+            why = str(error)
+    _, state = read_page(folder / FILE)
+    read = Packed(packed.quantization, state).model(source)
+
+    def generate(prompt: Tensor, n: int) -> Tensor:
+        """`n` greedy tokens."""
+        ids = prompt
+        for _ in range(n):
+            ids = torch.cat((ids, read(ids)[:, -1:].argmax(-1)), dim=1)
+        return ids[0, prompt.shape[1] :]
+
+    found = compare(_checked(source, packed), read, generate, TOLERANCE)
+    note = f"{why}: the weights in the page were read back in Python; its JavaScript was not run"
+    return replace(found, more=_more(packed, "python"), notes=[note])
+
+
+def _check_in_browser(source: Source, packed: Packed, program: str, path: Path) -> Found:
+    """Open the page itself. Raises QualityError where it gives other ids, logs something or asks for anything."""
+    with opened_page(program, path) as page:
+
+        def logits(ids: Tensor) -> Tensor:
+            """Logits (1, T, V) of ids (1, T)."""
+            return torch.tensor([page(LOGITS.replace("IDS", str(ids[0].tolist())), PATIENCE_S)])
+
+        def generate(prompt: Tensor, n: int) -> Tensor:
+            """`n` greedy tokens."""
+            asked = GREEDY.replace("IDS", str(prompt[0].tolist())).replace("N;", f"{n};")
+            return torch.tensor(page(asked, PATIENCE_S))
+
+        try:
+            found = compare(_checked(source, packed), logits, generate, TOLERANCE)
+            if source.tokenizer is not None:
+                texts = [source.tokenizer.decode(source.ids.flatten().numpy()), PROBE]
+                if page(ENCODE.replace("TEXTS", json.dumps(texts))) != [
+                    source.tokenizer.encode(t).tolist() for t in texts
+                ]:
+                    raise QualityError("in the browser the tokenizer gives other ids; nothing was kept")
+        except ScriptError as error:
+            raise QualityError(f"the page fails in the browser: {str(error).splitlines()[0]}") from error
+        if page.complaints or page.requests:
+            raise QualityError(f"the page does not stay quiet in the browser: {(page.requests or page.complaints)[0]}")
+    return replace(found, more=_more(packed, "chromium"))
+
+
+def _more(packed: Packed, checked_with: str) -> dict[str, Any]:
+    """Further keys of the receipt."""
+    return {"bits": packed.quantization.bits, "checked_with": [checked_with]}
+
+
+def _checked(source: Source, packed: Packed) -> Source:
+    """The quantized model, and as much of the text as a browser soon computes."""
+    config, n_parameters = source.model.config, sum(tensor.numel() for tensor in packed.state.values())
+    most = min(CHECKED_TOKENS[1], CHECKED_LOGITS // config.vocab_size)
+    n_tokens = max(CHECKED_TOKENS[0], min(most, int(CHECKED_MACS / n_parameters)))
+    return replace(source, model=packed.model(source), ids=source.ids[:1, :n_tokens])
