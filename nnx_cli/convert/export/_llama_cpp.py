@@ -66,6 +66,8 @@ class LlamaCpp:
         try:
             connection.request("POST", path, json.dumps(content), {"Content-Type": "application/json"})
             answer = json.loads(connection.getresponse().read())
+        except (OSError, http.client.HTTPException) as error:
+            raise QualityError(f"llama.cpp gives no answer about the file: {error}") from error
         finally:
             connection.close()
         if "error" in answer:

@@ -4,6 +4,7 @@ given and gives a longer one back."""
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ WHOLE, DECODE = "model.onnx", "decode.onnx"
 BATCH, LENGTH, PAST = "batch", "length", "past"  # free dimensions, by name
 EXAMPLE = 5, 7, 11  # sequences, new tokens and earlier ones that the graphs are traced with: sizes of nothing else
 IN_ONE_FILE = 2**30  # bytes of weights: a file of ONNX ends at 2 GiB, and larger ones stand beside it
+REASON_CHARS = 150
 HOW_TO_LOAD = """
 `model.onnx` takes token ids (batch, length) and gives logits (batch, length, vocabulary). `decode.onnx` takes new ids
 and what it gave before, `new_NAME` as `NAME`, and needs no earlier ids again; a text begins with no earlier positions.
@@ -141,13 +143,21 @@ def _export(
                 custom_translation_table={torch.ops.prims.signbit.default: _signbit},
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error).rpartition("Exception summary")[2].strip("# \n").partition("\n")[0]
-        raise UsageError(f"this model cannot be written as ONNX: {reason}") from error
+        raise UsageError(f"this model cannot be written as ONNX: {_reason(error)}") from error
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)
     program.save(path, external_data=n_bytes > IN_ONE_FILE)
     for written in path.parent.glob(f"{path.name}*"):
         sync_file(written)
+
+
+def _reason(error: BaseException) -> str:
+    """What stood in the way, in a few words of torch's many."""
+    if found := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error)):
+        return f"it has no operator for {found[1]}"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0][:REASON_CHARS]
 
 
 def _signbit(x: Any) -> Any:

@@ -12,6 +12,7 @@ from nnx_cli.convert.export import _compare
 from nnx_cli.convert.export._base import Source
 from nnx_cli.convert.export._card import Card
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
+from nnx_cli.errors import UsageError
 from nnx_cli.runs.run import Run
 
 onnx = pytest.importorskip("onnx")
@@ -125,3 +126,28 @@ def test_a_folder_holds_nothing_of_the_machine_and_its_readme_runs(nnx, llama, w
     code = re.search(r"```python\n(.*?)```", Path("made/README.md").read_text(encoding="utf-8"), re.S)[1]
     ran = subprocess.run([sys.executable, "-c", code.replace("FOLDER", "made")], capture_output=True, encoding="utf-8")
     assert ran.returncode == 0 and ran.stdout.startswith("Once"), ran.stderr
+
+
+class Untraceable(torch.nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+@pytest.mark.parametrize(
+    ("compute", "why"),
+    [
+        (torch.special.bessel_j0, "it has no operator for prims.bessel_j0"),
+        (lambda x: x if x.sum() > 0 else -x, "data-dependent"),
+        (lambda x: x if x.shape[0] == form.EXAMPLE[0] else -x, "conflicts"),
+    ],
+)
+def test_what_no_graph_holds_is_refused_in_a_line(source, tmp_path, compute, why):
+    made = source("llama", n_layers=1)
+    made.model.norm = Untraceable(compute)
+    with pytest.raises(UsageError, match=why) as refused:
+        form.write(made, tmp_path)
+    assert len(str(refused.value)) < 250 and "\n" not in str(refused.value)
