@@ -125,7 +125,7 @@ def build_app(service: Service, access: Access) -> ASGIApp:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = await _body(request, CompletionRequest)
-        prompts = service.prompts(asked.prompt)
+        prompts = await asyncio.to_thread(service.prompts, asked.prompt)  # which may be long
         job = _job(service, asked, prompts, asked.max_tokens, COMPLETION_TOKENS, asked.logprobs)
         form = Form.of(service.name, service.tokenizer, False, asked.logprobs is not None)
         return await _respond(service, request, asked, job, form)
@@ -135,7 +135,7 @@ def build_app(service: Service, access: Access) -> ASGIApp:
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
             asked = await _body(request, ChatRequest)
-            prompt = template.prompt(_messages(asked))
+            prompt = await asyncio.to_thread(template.prompt, _messages(asked))
             wanted = asked.max_completion_tokens or asked.max_tokens
             job = _job(service, asked, [prompt], wanted, CHAT_TOKENS, asked.n_likeliest())
             form = Form.of(service.name, service.tokenizer, True, job.n_likeliest is not None)
