@@ -105,13 +105,20 @@ def token_as_code(tokenizer: Tokenizer | None, token: int) -> str:
     """A token as code would write it, so that blanks and line ends are seen; its id where there is no tokenizer."""
     if tokenizer is None:
         return str(token)
-    if token == tokenizer.eot_id:
-        return END
+    if special := _special(tokenizer, token):
+        return special
     raw = tokenizer.decode_bytes([token])
     try:
         return repr(raw.decode())
     except UnicodeDecodeError:
         return repr(raw)[1:]
+
+
+def _special(tokenizer: Tokenizer, token: int) -> str:
+    """What a special token is called; nothing for another one."""
+    if token == tokenizer.eot_id:
+        return END
+    return next((name for name, number in tokenizer.specials.items() if number == token), "")
 
 
 def _by_piece(
@@ -126,7 +133,7 @@ def _by_piece(
     open_loss = 0.0
     for token, loss in zip(ids, losses, strict=True):
         open_loss += loss
-        piece = END if token == tokenizer.eot_id else decoder.push(token)
+        piece = _special(tokenizer, token) or decoder.push(token)
         if piece:
             pieces.append(piece)
             sums.append(open_loss)

@@ -188,7 +188,7 @@ def shaded_text(title: str, about: str, pieces: Sequence[str], values: Sequence[
     rows = [
         [repr(piece), None if value is None else f"{value:.3g}"] for piece, value in zip(pieces, values, strict=True)
     ]
-    shown = f"<pre class=shaded>{''.join(spans)}</pre>"
+    shown = f'<pre class=shaded tabindex="0" role="region" aria-label="{text(title)}">{"".join(spans)}</pre>'
     return figure(title, about, legend(said), shown, numbers(title, ["piece", unit], rows), is_wide=True)
 
 

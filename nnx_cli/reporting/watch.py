@@ -77,8 +77,7 @@ class Watch(Silent):
 
 def _beginning(data: TokenFolder) -> list[int]:
     """The beginning of the validation text, or of the training text where that has none, without blanks in front."""
-    ids = data.val if len(data.val) > 1 else data.train
-    blank = 0
-    while data.tokenizer and blank < min(MOST_TEXT, len(ids) - 2) and not data.tokenizer.decode(ids[[blank]]).strip():
-        blank += 1
-    return ids[blank : blank + MOST_TEXT + 1].tolist()
+    ids = (data.val if len(data.val) > 1 else data.train)[: 2 * MOST_TEXT]
+    pieces = [data.tokenizer.decode([token]) for token in ids[:-2]] if data.tokenizer else []
+    first = next((number for number, piece in enumerate(pieces) if not piece or piece.strip()), 0)
+    return ids[first : first + MOST_TEXT + 1].tolist()

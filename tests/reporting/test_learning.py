@@ -87,7 +87,7 @@ def test_what_surprises_is_dark():
     (snapshot,) = course(1, text=["a", "b ", "<c>", "d"])
     snapshot.surprise.values[0, 1:] = snapshot.surprise.values.new_tensor([0.01, 4.0, 2.0])
     figure = surprise_figure(snapshot)
-    assert "<pre class=shaded>ab <span class=s10>&lt;c&gt;</span><span class=s5>d</span></pre>" in figure
+    assert ">ab <span class=s10>&lt;c&gt;</span><span class=s5>d</span></pre>" in figure
     assert "darkest: 4 nats" in figure and "<td>–</td>" in figure  # nothing comes before the first
 
 

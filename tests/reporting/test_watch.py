@@ -2,10 +2,12 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
+from nnx_cli.inference.insides import take_snapshot
 from nnx_cli.reporting import watch
 from nnx_cli.reporting.watch import Watch
 from nnx_cli.runs.run import Run
@@ -186,3 +188,20 @@ def test_what_is_worth_it_is_shown_at_once(start, tmp_path, name, shown):
     assert {panel.title for _, _, panel in seen} == set(shown)
     assert [step for step, _, _ in seen] == (steps_of(run.folder) if shown else [])
     assert all(panel.values.shape == (len(panel.rows), len(tokens)) for _, tokens, panel in seen)
+
+
+def test_blanks_in_front_are_passed_over(tokens):
+    for text, expected in (("  \n\t a b", "a b"), ("   ", "   "), ("a", "a"), ("\n" * 600, "\n" * 257), ("é à", "é à")):
+        ids = tokens.tokenizer.encode(text + "\n")
+        begun = watch._beginning(replace(tokens, val=ids))
+        assert tokens.tokenizer.decode(begun) == (expected + "\n")[:257], text
+    assert watch._beginning(replace(tokens, val=ids[:0], tokenizer=None)) == tokens.train[:257].tolist()
+
+
+def test_special_tokens_go_by_their_names(tiny, tokens):
+    tokenizer = tokens.tokenizer.with_specials(["<|user|>"])
+    special = tokenizer.specials["<|user|>"]
+    ids = [special, *tokenizer.encode("hé").tolist(), special]
+    snapshot = take_snapshot(tiny(vocab_size=tokenizer.vocab_size), tokenizer, ids, 1)
+    assert snapshot.tokens == ["<|user|>", "'h'", r"'\xc3'", r"'\xa9'", "<|user|>"]
+    assert list(snapshot.surprise.columns) == ["<|user|>", "h", "é", "<|user|>"]
