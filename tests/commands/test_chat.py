@@ -1,16 +1,20 @@
 import json
 import os
+import random
 
 import pytest
+import torch
 from console.terminal import Terminal
 
 from nnx_cli.commands._chat_session import ChatSession
 from nnx_cli.config import SampleConfig
 from nnx_cli.console.output import Output
-from nnx_cli.data.conversations import Message, with_template
+from nnx_cli.data.conversations import Message, template_of, with_template
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.inference.chat import Chat, Reply
-from nnx_cli.runs.load import ModelRef
+from nnx_cli.inference.generate import generate
+from nnx_cli.runs.find import find_model
+from nnx_cli.runs.load import ModelRef, load_model
 
 TALK = ["--max-steps", 2, "--batch-size", 2, "--grad-accum", 2, "--device", "cpu", "--compile", "off"]
 KEYS = {"/set", "/show", "/reset", "/retry", "/undo", "/save", "/help", "/quit"}
@@ -186,6 +190,45 @@ def test_a_reply_ended_before_its_first_word_is_none(session, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         chat.say("hi", SampleConfig())
     assert len(chat.messages) == n
+
+
+# what is learned
+
+ANIMALS, COLOURS = "cat dog fox owl hen pig cow bat".split(), "red blue green black white grey".split()
+NAMES = "Tom Ann Bob Eve Max Ida Leo Zoe".split()
+
+
+def question(draw):
+    """A question of a small grammar, and the answer."""
+    (a, b), (c, d), (n, m) = draw.sample(ANIMALS, 2), draw.sample(COLOURS, 2), draw.sample(NAMES, 2)
+    asked, answer = draw.choice(
+        [
+            (f"What colour is the {b}?", f"The {b} is {d}."),
+            (f"Who has the {a}?", f"{n} has the {a}."),
+            (f"What does {m} have?", f"{m} has a {d} {b}."),
+        ]
+    )
+    return f"{n} has a {c} {a} and {m} has a {d} {b}. {asked}", answer
+
+
+def test_a_nano_model_answers_questions_that_it_has_not_seen(nnx, workspace):
+    """After as many steps as two slow cores take in a minute."""
+    draw = random.Random(0)
+    pairs = dict(question(draw) for _ in range(4000))
+    rows = [{"messages": [dict(role="user", content=q), dict(role="assistant", content=a)]} for q, a in pairs.items()]
+    (workspace / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--filepath", "qa.jsonl", "--size", "nano", "--max-steps", 240, "--threads", 1, "--device", "cpu"]
+    done = nnx("train", *words, "--sample-every", 0, "--no-report", "--out", "weights/qa")
+    assert done.exit_code == 0, done.stderr
+    ref = find_model("qa")
+    template, held_out = template_of(ref.tokenizer), {}
+    while len(held_out) < 100:
+        q, a = question(draw)
+        held_out |= {} if q in pairs else {q: a}
+    prompts = [template.prompt([Message("user", q)]) for q in held_out]
+    model = load_model(ref, torch.device("cpu"), "fp32")
+    found = generate(model, ref.tokenizer, prompts, SampleConfig(greedy=True, max_new_tokens=40)).samples
+    assert sum(sample.text == a for sample, a in zip(found, held_out.values(), strict=True)) >= 90
 
 
 # at a terminal
