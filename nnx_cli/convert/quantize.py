@@ -18,8 +18,8 @@ from nnx_cli.config import PrepareConfig, SampleConfig
 from nnx_cli.convert.sensitivity import rank_layers, unique_matrices
 from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import DataError, QualityError, UsageError, nearest
-from nnx_cli.evaluation.held_out import held_out_text
-from nnx_cli.evaluation.losses import window_starts
+from nnx_cli.evaluation.held_out import HeldOutText, held_out_text
+from nnx_cli.evaluation.losses import Masked, window_starts
 from nnx_cli.inference.generate import generate
 from nnx_cli.layers.linear import Linear
 from nnx_cli.layers.loss import chunk_rows
@@ -52,7 +52,7 @@ class Judge:
 
     ref: ModelRef
     model: LanguageModel
-    tokens: np.ndarray
+    text: HeldOutText
     token_bytes: np.ndarray | None
     max_drop: float | None
     precision: str
@@ -64,7 +64,8 @@ class Judge:
         model = model_from_config(self.ref.config, self.ref.folder, self.ref.file)
         quantize_layers(model, quantization)
         fill_model(model, widen(state), self.ref.folder, self.model.device, self.precision)
-        found = compare(self.model, model, self.tokens, self.token_bytes, partial(self.tell, "measuring"))
+        tell = partial(self.tell, "measuring")
+        found = compare(self.model, model, self.text.tokens, self.token_bytes, tell, self.text.masked)
         return Attempt(quantization, state, model, found)
 
     def first_within(self, quantization: Quantization) -> Attempt:
@@ -73,7 +74,7 @@ class Judge:
         asked = self.attempt(quantization)
         if asked.found.excess(self.max_drop) <= 0:
             return asked
-        most = sensitive_layers(self.model, quantization, self.tokens, partial(self.tell, "trying each layer"))
+        most = sensitive_layers(self.model, quantization, self.text.tokens, partial(self.tell, "trying each layer"))
         best = self.attempt(with_kept(quantization, most)) if most else asked
         if not best.found.excess(self.max_drop) <= 0:
             raise _too_large_a_drop(asked.found, best.found, self.max_drop, most)
@@ -163,7 +164,7 @@ def quantize_model(
         if n_tokens < 2:
             raise DataError("the text to measure on has fewer than two tokens", fix="name a text: --filepath FILE")
         token_bytes = None if tokenizer is None else tokenizer.token_bytes()
-        best = Judge(ref, before, tokens, token_bytes, max_drop, precision, tell).first_within(quantization)
+        best = Judge(ref, before, text, token_bytes, max_drop, precision, tell).first_within(quantization)
         with new_folder(out) as folder:
             config = ref.config_at(out) | {"quantization": asdict(best.quantization), "quantized_from": ref.label}
             write_model_folder(folder, config, tokenizer, best.state, ref.file)
@@ -171,7 +172,8 @@ def quantize_model(
             speeds = _decoding_speeds((before, best.model), prompt, partial(tell, "decoding"))
             sizes = [path.stat().st_size for path in (ref.weights()[0], folder / BEST)]
             receipt = _write_receipt(folder, out, best, sizes, speeds, _kernels(before, best))
-    notes = [*read, f"measured on {best.found.n_tokens:,} of {n_tokens - 1:,} tokens, evenly spread"]
+        n_targets = text.n_targets
+    notes = [*read, f"measured on {best.found.n_tokens:,} of {n_targets:,} tokens, evenly spread"]
     if added := best.quantization.kept[len(quantization.kept) :]:
         notes.append(f"kept in 16 bits, as --max-drop asks for: {', '.join(added)}")
     return receipt, [*notes, f"matmuls on this machine: {receipt['kernel']}"]
@@ -277,19 +279,24 @@ def compare(
     tokens: np.ndarray,
     token_bytes: np.ndarray | None,
     on_progress: Callable[[float], None] = lambda done: None,
+    masked: Masked | None = None,
 ) -> Comparison:
-    """Both models on evenly spread windows of `tokens`, as many as MEASURED_FLOPS pay for; logits in chunks of rows."""
+    """Both models on evenly spread windows of `tokens`, as many as MEASURED_FLOPS pay for; logits in chunks of rows.
+    Where not all tokens count, `masked` says which do."""
     config = before.config
     n_parameters = sum(tensor.numel() for tensor in before.state_without_ties().values())
     n_tokens = min(max(int(MEASURED_FLOPS / (2 * n_parameters)), MEASURED_TOKENS[0]), MEASURED_TOKENS[1])
     seq_len = min(config.seq_len, len(tokens) - 1)
-    starts = window_starts(len(tokens), seq_len, max(1, n_tokens // seq_len))
+    starts = window_starts(len(tokens), seq_len, max(1, n_tokens // seq_len), masked)
     rows = chunk_rows(TOKENS_PER_BATCH, config.vocab_size)
-    sums, count, n_bytes = torch.zeros(4, dtype=torch.float64), 0, 0
+    sums, count, n_bytes, done = torch.zeros(4, dtype=torch.float64), 0, 0, 0
     for batch in np.array_split(starts, math.ceil(len(starts) * seq_len / TOKENS_PER_BATCH)):
         input_ids, targets = windows_at(tokens, batch, seq_len)
-        trunks = [model.trunk(input_ids.to(model.device)).flatten(0, 1) for model in (before, after)]
-        for x, y, target in zip(*(part.split(rows) for part in (*trunks, targets.flatten())), strict=True):
+        done, kept = done + len(batch), torch.ones(targets.shape, dtype=torch.bool)
+        if masked is not None:
+            kept = torch.from_numpy(masked.counts(batch, batch + seq_len, seq_len))
+        trunks = [model.trunk(input_ids.to(model.device))[kept.to(model.device)] for model in (before, after)]
+        for x, y, target in zip(*(part.split(rows) for part in (*trunks, targets[kept])), strict=True):
             p, q = before.head(x).float().log_softmax(1), after.head(y).float().log_softmax(1)  # (rows, V)
             index = target[:, None].to(p.device)
             found = (
@@ -299,10 +306,12 @@ def compare(
                 (p.argmax(1) == q.argmax(1)).float(),
             )
             sums += torch.stack([each.sum() for each in found]).double().cpu()
-        count += targets.numel()
+        count += int(kept.sum())
         if token_bytes is not None:
-            n_bytes += int(token_bytes[targets.numpy()].sum())
-        on_progress(count / (len(starts) * seq_len))
+            n_bytes += int(token_bytes[targets[kept].numpy()].sum())
+        on_progress(done / len(starts))
+    if not count:
+        raise DataError("no answer stands in the text to measure on", fix="name a text: --filepath FILE")
     means = (sums / count).tolist()
     return Comparison(count, n_bytes or None, *means)
 

@@ -86,9 +86,13 @@ def graphed_losses(model: LanguageModel, batch_size: int, seq_len: int) -> LossF
     return losses
 
 
-def window_starts(n_tokens: int, seq_len: int, n_windows: int | None) -> np.ndarray:
-    """Starts of the windows that cover a stream without overlap, or of `n_windows` of them, evenly spread."""
-    return _spread(np.arange(0, max(n_tokens - seq_len, 0), seq_len), n_windows)
+def window_starts(n_tokens: int, seq_len: int, n_windows: int | None, masked: Masked | None = None) -> np.ndarray:
+    """Starts of the windows that cover a stream without overlap, or of `n_windows` of them, evenly spread; with
+    `masked` of those that begin at documents."""
+    starts = np.arange(0, max(n_tokens - seq_len, 0), seq_len)
+    if masked is not None:
+        starts = masked.window_starts(n_tokens, seq_len)
+    return _spread(starts[starts + seq_len < n_tokens], n_windows)
 
 
 def _spread(items: np.ndarray, n: int | None) -> np.ndarray:

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from nnx_cli import models
 from nnx_cli.convert import quantize as quantizer
 from nnx_cli.convert.sensitivity import rank_layers
+from nnx_cli.data.loader import windows_at
 from nnx_cli.errors import CheckpointError, QualityError
-from nnx_cli.evaluation.losses import evaluate
+from nnx_cli.evaluation.losses import Masked, evaluate, window_starts
 from nnx_cli.kernels.quantized_matmul import KERNELS
 from nnx_cli.layers import quantized
+from nnx_cli.layers.loss import token_losses
 from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.planning import flops as cost
 from nnx_cli.runs.load import ModelRef, fill_model, load_model, model_from_config
@@ -99,6 +101,21 @@ def test_comparison_measures_what_evaluation_does(tiny, monkeypatch):
     assert found.kl_divergence > 0 and found.same_top_token < 1
     same = quantizer.compare(model, model, tokens, None)
     assert (same.kl_divergence, same.same_top_token, same.bits_per_byte(1.0)) == (0.0, 1.0, None)
+
+
+def test_comparison_looks_at_what_counts(tiny):
+    model, other = tiny("nyx").eval(), tiny("llama").eval()
+    draw = np.random.default_rng(0)
+    tokens, documents = draw.integers(0, 64, 600).astype(np.uint8), np.arange(0, 600, 40)
+    counts = draw.random(600) < 0.3
+    masked = Masked(np.packbits(counts, bitorder="little"), documents)
+    found = quantizer.compare(model, other, tokens, None, masked=masked)
+    starts = window_starts(600, 32, None, masked)
+    ids, targets = windows_at(tokens, starts, 32)
+    kept = torch.from_numpy(counts[starts[:, None] + np.arange(1, 33)])
+    assert starts[:3].tolist() == [0, 32, 39] and found.n_tokens == kept.sum()
+    for loss, each in ((found.loss_before, model), (found.loss_after, other)):
+        assert loss == pytest.approx(token_losses(each, ids, targets)[kept].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("n", [2, 20, 33])
