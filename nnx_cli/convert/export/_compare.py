@@ -14,6 +14,7 @@ FLOPS = 2e11  # spent on text by each of the two models: seconds of a small comp
 TOKENS = (64, 2048)  # at least and at most
 WINDOWS = 8  # at most, of the context's length
 GREEDY_TOKENS = 50
+RELATIVE = 1e-4  # of the largest logit: what rounding to float32 may make of any
 PROMPT = 16  # tokens that they continue, or half of a shorter context
 
 
@@ -35,13 +36,17 @@ def compare(
     """Compare with what another library computes: `logits` of ids (1, T), (1, T, V), and `generate`, which continues
     ids (1, T) by n greedy tokens (n,), with its cache.
 
-    Of two tokens whose logits are equal within the tolerance, either may be chosen.
+    The tolerance is of a logit, RELATIVE of the largest one at least. Of two tokens whose logits are equal within it,
+    either may be chosen.
     """
-    model, worst = source.model, 0.0
+    model, worst, largest = source.model, 0.0, 0.0
     for number, window in enumerate(source.ids.split(1)):
         source.tell("comparing", number / len(source.ids))
-        difference = (model(window) - logits(window)).abs().max()
+        expected = model(window)
+        difference = (expected - logits(window)).abs().max()
         worst = max(worst, difference.nan_to_num(nan=torch.inf).item())
+        largest = max(largest, expected.abs().max().nan_to_num(0.0, 0.0).item())
+    tolerance = max(tolerance, RELATIVE * largest)
     prompt = source.ids[:1, : max(1, min(PROMPT, model.config.seq_len // 2))]
     n = max(1, min(GREEDY_TOKENS, model.config.seq_len - prompt.shape[1]))
     source.tell("writing text", 0.0)

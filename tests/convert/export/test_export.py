@@ -185,6 +185,19 @@ def test_the_card_names_the_data_only_when_asked(nnx, run, form):
     assert f"{best['best_val_bits_per_byte']:.6g}" in card and f"| steps | {best['best_step']} |" in card
 
 
+@pytest.mark.parametrize(("largest", "allowed"), [(0.5, 1e-4), (40.0, 4e-3), (float("inf"), 1e-4)])
+def test_large_logits_may_differ_by_more(largest, allowed):
+    """Rounding is a share of what is rounded."""
+
+    def model(ids, cache=None):
+        return torch.nn.functional.one_hot(ids, 5) * largest
+
+    model.config, model.make_cache = types.SimpleNamespace(seq_len=4), lambda batch_size, max_seq_len: None
+    source = types.SimpleNamespace(model=model, ids=torch.zeros(2, 4, dtype=torch.int64), tell=lambda what, done: None)
+    found = _compare.compare(source, model, lambda prompt, n: torch.zeros(n, dtype=torch.int64), TOLERANCE)
+    assert found.tolerance == pytest.approx(allowed)
+
+
 def test_nothing_computed_is_no_reason_to_pass():
     with pytest.raises(QualityError):
         _export._judge("hf", _compare.Found(float("nan"), TOLERANCE, 50, 50))
