@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -144,6 +145,31 @@ def test_training_keeps_what_happens_inside(run, nnx):
     assert nnx(*TRAIN, "--max-steps", 4, "--out", "weights/plain", "--no-watch").exit_code == 0
     assert not (run.folder.parent / "plain" / "insides").exists()
     assert "Where it looks" not in (run.folder.parent / "plain" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "films", "charts"),
+    [
+        (
+            ["neon", "--decoder", "memory"],
+            ["Memory read", "Memories, shared", "Memories, layer 1"],
+            ["Lambda: learned"],
+        ),
+        (["neon", "--decoder", "function"], ["Functions chosen"], ["Norms by layer: weights"]),
+        (["ngpt"], [], ["Steps: to attention", "Norms and scales: s_qk"]),
+        (["n4"], ["Copying gate"], ["Norms by layer: activations"]),
+        (["tape"], ["Contribution to the prediction"], ["Segments: state"]),
+        (["nyx"], ["xPos decay"], []),
+    ],
+)
+def test_the_page_shows_what_an_architecture_has_inside(run, nnx, words, films, charts):
+    command = [*TRAIN, "--max-steps", 6, "--lr", 0.05, "--out", "weights/new", "--model", *words]
+    assert nnx(*command).exit_code == 0
+    page = (run.folder.parent / "new" / "report.html").read_text(encoding="utf-8")
+    figures = dict(re.findall(r"<h3>([^<]*)</h3>(.*?)</figure>", page, re.DOTALL))
+    assert set(films) | set(charts) <= figures.keys()
+    assert all("class=strip" in figures[title] for title in films)
+    assert all("class=plot" in figures[title] for title in charts)
 
 
 def test_a_run_that_diverges_leaves_a_page(run, nnx):
