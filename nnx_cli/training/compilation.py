@@ -188,8 +188,8 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
     try:
         with ordered_sums(Execution(compiled=compiled), stepper.device):
             seconds = median_seconds(pass_through, stepper.device, TIMED_STEPS, TIMED_SECONDS)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)).float().cpu()
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).cpu()
     finally:
         model.zero_grad(set_to_none=True)
         model.train()

@@ -6,7 +6,7 @@ import torch
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.system import timing
 from nnx_cli.training import compilation
-from nnx_cli.training.compilation import Conditions, Trial, choose, verify
+from nnx_cli.training.compilation import Conditions, Trial, choose, try_micro_batch, verify
 from nnx_cli.training.stepper import Execution, ordered_sums
 
 CPU = Conditions(
@@ -309,3 +309,10 @@ def test_timing_leaves_nothing_behind(stepper):
     assert 5 < trial.loss < 6 and trial.seconds > 0 and (trial.norms > 0).all()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_function_that_no_token_chose_has_no_gradient_and_counts_as_one_of_zero(stepper):
+    model = stepper.step.model
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    trial = try_micro_batch(stepper, compiled=False)
+    assert len(trial.norms) == len([*model.parameters()]) and trial.norms.count_nonzero() == len(trial.norms) - 1
