@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from nnx_cli.data.formats import BadRow
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.serving.access import Access, Guard
 from nnx_cli.serving.engine import Closed, Engine, Job, Piece, QueueFull
+from nnx_cli.serving.inbox import Inbox
 from nnx_cli.serving.protocol import ChatRequest, CompletionRequest, Form, Refused, Sampling, error_body
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # of an answer whose request says nothing, as far as the server allows
@@ -191,14 +191,8 @@ def _job(
 
 async def _respond(service: Service, request: Request, asked: Sampling, job: Job, form: Form) -> Response:
     """Have a job answered, in one piece or in events. Raises Refused."""
-    pieces: asyncio.Queue[Piece] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def deliver(piece: Piece) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    job.deliver = deliver
+    pieces = Inbox()
+    job.deliver = pieces.put
     try:
         service.engine.submit(job)
     except QueueFull:
@@ -211,23 +205,23 @@ async def _respond(service: Service, request: Request, asked: Sampling, job: Job
     return await _whole(service.engine, request, job, pieces, form)
 
 
-async def _whole(engine: Engine, request: Request, job: Job, pieces: asyncio.Queue[Piece], form: Form) -> Response:
+async def _whole(engine: Engine, request: Request, job: Job, pieces: Inbox, form: Form) -> Response:
     """All answers at once; the job is cancelled where the client goes away."""
     answers: list[list[Piece]] = [[] for _ in range(job.n_answers)]
     gone = asyncio.ensure_future(_gone(request))
     try:
         open_answers = job.n_answers
         while open_answers:
-            coming = asyncio.ensure_future(pieces.get())
+            coming = asyncio.ensure_future(pieces.take())
             await asyncio.wait((coming, gone), return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
                 coming.cancel()
                 return Response(status_code=499)
-            piece = coming.result()
-            if piece.error is not None:
-                raise Refused(503, piece.error)
-            answers[piece.number].append(piece)
-            open_answers -= piece.ended is not None
+            for piece in coming.result():
+                if piece.error is not None:
+                    raise Refused(503, piece.error)
+                answers[piece.number].append(piece)
+                open_answers -= piece.ended is not None
     finally:
         gone.cancel()
         engine.cancel(job)
@@ -240,9 +234,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _events(
-    engine: Engine, job: Job, pieces: asyncio.Queue[Piece], form: Form, with_usage: bool
-) -> AsyncIterator[str]:
+async def _events(engine: Engine, job: Job, pieces: Inbox, form: Form, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events; one has all that was written of an answer since the one before. Where the client goes away,
     this is closed, and the job cancelled."""
     try:
@@ -251,7 +243,7 @@ async def _events(
                 yield _event(form.opening(number))
         open_answers = job.n_answers
         while open_answers:
-            for piece in merged([await pieces.get(), *_there(pieces)]):
+            for piece in merged(await pieces.take()):
                 if piece.error is not None:
                     yield _event(error_body(503, piece.error))
                     return
@@ -262,11 +254,6 @@ async def _events(
         yield "data: [DONE]\n\n"
     finally:
         engine.cancel(job)
-
-
-def _there(pieces: asyncio.Queue[Piece]) -> list[Piece]:
-    """What has come already."""
-    return [pieces.get_nowait() for _ in range(pieces.qsize())]
 
 
 def merged(pieces: Sequence[Piece]) -> list[Piece]:

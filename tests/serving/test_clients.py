@@ -56,6 +56,11 @@ def wait_until(page, expression, times=200):
     raise AssertionError(f"never {expression}: {page('document.body.innerText')}")
 
 
+def faults(page):
+    """What a page complains of, but for streams that were read to their end: Chromium calls some of them canceled."""
+    return [each for each in page.complaints if not (each.get("canceled") and each.get("type") == "Fetch")]
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(375, "light"), (1400, "dark")])
 def test_the_page_writes_with_the_model(browser, server, width, scheme):
     with browser.open(f"{server.url}/", width, scheme=scheme) as page:
@@ -76,7 +81,7 @@ def test_the_page_writes_with_the_model(browser, server, width, scheme):
             "/v1/completions",
             "/v1/completions",
         ]
-        assert not [each for each in page.complaints if "422" not in str(each)]
+        assert not [each for each in faults(page) if "422" not in str(each)]
 
 
 def test_the_page_stops(browser, byte_model):
@@ -106,4 +111,4 @@ def test_the_page_holds_a_conversation(browser, chat_server):
             wait_until(page, f"!part('write').disabled && part('log').children.length == {2 * number}")
         assert page("[...part('log').children].map(e => e.className).join()") == "user,assistant,user,assistant"
         assert page("part('log').children[2].textContent") == "<i>more</i>"
-        assert page("part('state').textContent") == "" and page.complaints == []
+        assert page("part('state').textContent") == "" and faults(page) == []
