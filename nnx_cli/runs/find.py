@@ -39,10 +39,12 @@ def find_model(spec: str | None, file: Path | None = None) -> ModelRef:
 
 def find_folder(name: str) -> Path:
     """A run or model folder by its path or its name in weights/. Raises CheckpointError where there is none."""
-    for folder in (Path(name), WEIGHTS / name):
-        if name and os.path.lexists(folder / "config.json"):
-            _refuse_hub(folder)
+    found = [folder for folder in (Path(name), WEIGHTS / name) if name and os.path.lexists(folder / "config.json")]
+    for folder in found:
+        if not _is_hub(folder):
             return folder
+    if found:
+        raise CheckpointError(f"{name} is a folder of the Hub's", fix=f"nnx import --model llama {quoted(found[0])}")
     bare = name.rpartition("@")[0]
     if bare and any(os.path.lexists(folder / "config.json") for folder in (Path(bare), WEIGHTS / bare)):
         raise CheckpointError(
@@ -59,11 +61,12 @@ def find_folder(name: str) -> Path:
     )
 
 
-def _refuse_hub(folder: Path) -> None:
-    """Raise CheckpointError for a Llama in the layout of Hugging Face's Hub, which is imported first."""
+def _is_hub(folder: Path) -> bool:
+    """Whether a folder is a Llama in the layout of Hugging Face's Hub, which is imported first."""
     path = folder / "config.json"
-    if not os.path.lexists(folder / "manifest.json") and read_json(path).get("model_type") == "llama":
-        raise CheckpointError(f"{folder} is a folder of the Hub's", fix=f"nnx import --model llama {quoted(folder)}")
+    if os.path.lexists(folder / "manifest.json"):
+        return False
+    return read_json(path, follow_links=True).get("model_type") == "llama"
 
 
 def find_runs() -> list[Path]:

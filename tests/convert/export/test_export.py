@@ -228,3 +228,5 @@ def test_an_exported_folder_in_weights_is_no_run(nnx, run, form):
     listed = json.loads(nnx("list", "--json").stdout)
     assert [row["name"] for row in listed] == ["words"]
     assert "nnx import --model llama" in nnx("sample", "weights/made").stderr
+    Path("weights/made").rename("words")
+    assert nnx("sample", "words", "--max-new-tokens", 2).exit_code == 0  # the run of that name
