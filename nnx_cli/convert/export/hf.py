@@ -16,8 +16,8 @@ from torch import Tensor
 from nnx_cli.config import SampleConfig
 from nnx_cli.convert.export._base import Found, Source
 from nnx_cli.convert.export._compare import compare
-from nnx_cli.convert.export._modeling import make_modeling
 from nnx_cli.convert.hub_llama import to_hub, to_hub_config
+from nnx_cli.convert.modeling.write import make_modeling
 from nnx_cli.data.conversations import ASSISTANT, END, SYSTEM, USER, Message, template_of
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer

@@ -11,7 +11,8 @@ import torch
 from odd_models import ODD, made
 
 from nnx_cli import models
-from nnx_cli.convert.export import _modeling, hf
+from nnx_cli.convert.export import hf
+from nnx_cli.convert.modeling import write
 from nnx_cli.data.conversations import Message, Template, with_template
 from nnx_cli.data.tokenizers.build import build_tokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
@@ -120,12 +121,12 @@ def _reversed(tokenizer):
 
 @pytest.mark.parametrize(("old", "new"), [("eps: float = 1e-5", "eps: float = 1e-2"), ("F.silu(gate)", "F.gelu(gate)")])
 def test_a_file_that_computes_something_else_is_not_kept(refused, run, monkeypatch, old, new):
-    true = _modeling.make_modeling
+    true = write.make_modeling
 
     def false(name, model):
         modeling = true(name, model)
         assert old in modeling.text
-        return _modeling.Modeling(modeling.text.replace(old, new), modeling.config, modeling.unused)
+        return write.Modeling(modeling.text.replace(old, new), modeling.config, modeling.unused)
 
     monkeypatch.setattr(hf, "make_modeling", false)
     refused(6, "in a logit", "export", "words", "--format", "hf")

@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nnx_cli.convert.export._known import Known
-from nnx_cli.convert.export._source import Definition, Edit, Module, apply_edits, tidy
+from nnx_cli.convert.modeling.known import Known
+from nnx_cli.convert.modeling.source import Definition, Edit, Module, apply_edits, tidy
 
 FAST = {"cached", "step"}  # methods that do what forward does, for one token, in few operations
 GONE = {  # what is assigned to these names, or to attributes of these names

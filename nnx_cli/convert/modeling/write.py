@@ -1,7 +1,7 @@
 """One self-contained file for transformers, made from the source of an architecture.
 
 The definitions that its model needs are copied as they are written, comments included, from the model's own file and
-from those that it imports from; where `_plain` has one of a name, that one. `_rewrite` leaves out what a finished model
+from those that it imports from; where `plain` has one of a name, that one. `rewrite` leaves out what a finished model
 has no use for, and then goes whatever nothing refers to any more.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 
 from nnx_cli import __version__, models
 from nnx_cli.config import Field
-from nnx_cli.convert.export._rewrite import GONE, Rewriter, snake
-from nnx_cli.convert.export._source import Definition, Module, import_block, load_module, tidy
+from nnx_cli.convert.modeling.rewrite import GONE, Rewriter, snake
+from nnx_cli.convert.modeling.source import Definition, Module, import_block, load_module, tidy
 from nnx_cli.models._base import LanguageModel, ModelConfig
 
-PLAIN = "nnx_cli.convert.export._plain"
+PLAIN = "nnx_cli.convert.modeling.plain"
 BASE = "nnx_cli.models._base"
 ROOTS = {"forward", "get_seq_length", "reorder_cache", "trunk", "make_cache"}  # methods that transformers calls
 THEIR_NAMES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}

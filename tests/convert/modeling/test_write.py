@@ -11,7 +11,7 @@ import torch
 from odd_models import ODD, built
 
 import nnx_cli
-from nnx_cli.convert.export._modeling import make_modeling
+from nnx_cli.convert.modeling.write import make_modeling
 
 PROJECT = Path(nnx_cli.__file__).parents[1] / "pyproject.toml"
 OTHERS = [each for each in ODD if each[0] != "llama"]

@@ -1,5 +1,5 @@
 """What a modelling file has in place of parts that come in fast versions only: under their names, by operations of
-torch, for any device. `_modeling` copies what a model uses.
+torch, for any device. `write` copies what a model uses.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The source of an architecture as one file for transformers."""
