@@ -46,9 +46,8 @@ TOLERANCE = 1e-3  # of a logit
 MAX_BYTES = 100_000_000  # of a page
 BYTES_PER_WEIGHT = {8: 1.2, 4: 0.67}  # in the page, at least: those of a trained model
 GROUP_SIZE = 32  # columns that share a scale, with 4 bits
-TYPES = {torch.int8: "i8", torch.uint8: "u4", torch.float16: "f16", torch.bfloat16: "bf16"}
+TYPES = {torch.int8: "i8", torch.uint8: "u4", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
-HELD = ("llama", "nyx")
 DEFAULT_PROMPT = "Once"
 FACTS = {
     "architecture": "architecture",
@@ -88,7 +87,13 @@ class Options:
 
 def why_not(name: str, config: ModelConfig) -> str | None:
     """As in the base."""
-    return None if name in HELD else "its steps are not written in JavaScript"
+    if name == "tape" and config.variant == "original":
+        return "its variant original attends to later positions, which a step does not know"
+    if name == "ngpt" and getattr(config, "normalize_on_use", False):
+        return "it normalizes its matrices at every use, which the page would do for every token"
+    if name == "neon" and (config.variant == "original" or getattr(config, "normalized", False)):
+        return "the page has neither Neon's variant original nor its normalized form"
+    return None
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Packed:
         for name, tensor in self.state.items():
             if name not in shapes:  # scales, which stand behind their codes
                 continue
-            scale = None if tensor.is_floating_point() else self.state[_scale_of(name)]
+            scale = self.state[_scale_of(name)] if tensor.dtype in (torch.int8, torch.uint8) else None
             parts = [_raw(each) for each in (tensor, scale) if each is not None]
             entry = {"name": name, "type": TYPES[tensor.dtype], "shape": shapes[name], "size": len(parts[0])}
             quantized = {"scales": 0, "group": None, "unit_axis": None}
@@ -254,14 +259,13 @@ def read_page(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     end = 4 + int.from_bytes(content[:4], "little")
     header, state = json.loads(content[4:end]), {}
     for entry in header["tensors"]:
-        n_rows, *columns = entry["shape"]
-        shape = (n_rows, -1) if entry["type"] == "u4" else (n_rows, *columns)
+        shape = entry["shape"] if entry["type"] != "u4" else [entry["shape"][0], -1]
         start, end = end, end + entry["size"]
         state[entry["name"]] = _tensor(content[start:end], DTYPES[entry["type"]]).reshape(shape)
         if entry["scales"]:
             start, end = end, end + entry["scales"]
             scale = _tensor(content[start:end], torch.float16)
-            state[_scale_of(entry["name"])] = scale if entry["group"] is None else scale.reshape(n_rows, -1)
+            state[_scale_of(entry["name"])] = scale if entry["group"] is None else scale.reshape(shape[0], -1)
     return header, state
 
 

@@ -49,6 +49,11 @@ class Matrix {
     return y;
   }
 
+  /** The sum of the rows, each times its share. */
+  mixture(shares) {
+    return shares.reduce((y, share, r) => sum(y, this.row(r).map((value) => value * share)), new Float32Array(this.columns));
+  }
+
   /** Give every row (axis 1) or every column (axis 0) the length 1, which rounding took from it. */
   normalize(axis) {
     const squares = new Float64Array(axis === 1 ? this.rows : this.columns);
@@ -75,9 +80,24 @@ class Rows {
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 const silu = (x) => x * sigmoid(x);
+const gelu = (x) => (x / 2) * (1 + erf(x / Math.SQRT2));
+const softXor = (x, y) => x.map((value, i) => (value + y[i]) / 2 - value * y[i]);
 const sum = (x, y) => x.map((value, i) => value + y[i]);
 const product = (x, y) => x.map((value, i) => value * y[i]);
 const dot = (x, y) => x.reduce((total, value, i) => total + value * y[i], 0);
+
+/** The error function, 1.5e-7 off at most: Abramowitz and Stegun 7.1.26. */
+function erf(x) {
+  const t = 1 / (1 + 0.3275911 * Math.abs(x));
+  const series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
+  return Math.sign(x) * (1 - series * Math.exp(-x * x));
+}
+
+/** The activation of Tape: odd, of slope 1 at 0, with limits of 0.2014. */
+function saturate(x) {
+  const log = Math.log1p(2 * Math.tanh(Math.abs(x) / 2));
+  return Math.sign(x) * 2 * Math.atanh(log / Math.sqrt(1 + 24 * log * log) / 2);
+}
 
 /** Consecutive parts of a vector. */
 function split(x, ...widths) {
@@ -161,8 +181,13 @@ class Architecture {
     this.config = config;
     this.weights = weights;
     this.embedding = weights.matrix("embedding");
-    this.layers = Array.from({ length: config.n_layers }, (_, layer) => this.layer(`blocks.${layer}.`, layer));
+    this.layers = Array.from({ length: this.depth() }, (_, layer) => this.layer(`blocks.${layer}.`, layer));
     this.reset();
+  }
+
+  /** How many layers there are. */
+  depth() {
+    return this.config.n_layers;
   }
 
   /** Room for keys and values of every position. */
@@ -256,7 +281,301 @@ class Nyx extends Architecture {
   }
 }
 
-const ARCHITECTURES = { llama: Llama, nyx: Nyx };
+class Ngpt extends Architecture {
+  layer(at, layer) {
+    const { matrix } = this.weights, { n_heads, head_dim } = this.config;
+    return {
+      qkv: matrix(at + "attention.qkv"), out: matrix(at + "attention.out"),
+      hiddenGate: matrix(at + "mlp.hidden_gate"), down: matrix(at + "mlp.down"),
+      sQk: this.scale(at + "attention.s_qk", layer), sHidden: this.scale(at + "mlp.s_hidden", layer),
+      sGate: this.scale(at + "mlp.s_gate", layer), alphaAttn: this.scale(at + "alpha_attn", layer),
+      alphaMlp: this.scale(at + "alpha_mlp", layer), ...this.cache(n_heads * head_dim),
+    };
+  }
+
+  /** A vector as it is used: stored as other numbers, so that it learns more slowly. */
+  scale(name, layer = 0) {
+    const [init, scale] = ["init", "scale"].map((what) => {
+      const value = this.config[`${name.split(".").at(-1)}_${what}`];
+      return Array.isArray(value) ? value[layer] : value;
+    });
+    return this.weights.vector(name + ".weight").map((value) => value * (init / scale));
+  }
+
+  step(id, position) {
+    const { n_heads, head_dim: K, ffn_dim, dim, qk_norm, value_residual } = this.config, inner = n_heads * K;
+    const turn = rotary(position, K), towards = (x, y, alpha) => {
+      const aim = unit(y);
+      return unit(x.map((value, i) => value + alpha[i] * (aim[i] - value)));
+    };
+    let x = this.embedding.row(id), firstV = null;
+    for (const layer of this.layers) {
+      let [q, k, v] = split(layer.qkv.times(x), inner, inner, inner);
+      firstV ??= v;
+      if (value_residual) v = v.map((value, i) => (value + firstV[i]) / 2);
+      if (qk_norm) [q, k] = [unit(q, K), unit(k, K)];
+      layer.keys.set(position, rotate(k, turn));
+      layer.values.set(position, v);
+      const asked = product(rotate(q, turn), layer.sQk);
+      const y = attend(asked, layer.keys, layer.values, position + 1, n_heads, n_heads, K ** 0.5);
+      x = towards(x, layer.out.times(y), layer.alphaAttn);
+      const [hidden, gate] = split(layer.hiddenGate.times(x), ffn_dim, ffn_dim);
+      const open = gate.map((value, i) => silu(value * layer.sGate[i] * dim ** 0.5));
+      x = towards(x, layer.down.times(product(open, product(hidden, layer.sHidden))), layer.alphaMlp);
+    }
+    return x;
+  }
+
+  head(x) {
+    const matrix = this.config.tie_embeddings ? this.embedding : this.weights.matrix("head.proj");
+    return product(matrix.times(x), this.scale("head.s_logit"));
+  }
+}
+
+class N4 extends Architecture {
+  layer(at) {
+    const { dim, n_heads, n_kv_heads } = this.config, width = (dim / n_heads) * n_kv_heads;
+    return {
+      attentionNorm: this.squash(at + "attention_norm"), qkvg: this.projection(at + "attention.qkvg"),
+      out: this.projection(at + "attention.out"), attentionOutNorm: this.squash(at + "attention_out_norm"),
+      mlpNorm: this.squash(at + "mlp_norm"), up: this.projection(at + "mlp.up"), down: this.projection(at + "mlp.down"),
+      mlpOutNorm: this.squash(at + "mlp_out_norm"), sums: new Float64Array(width), ...this.cache(width),
+    };
+  }
+
+  projection(name) {
+    if (!this.config.bias) return (x) => this.weights.matrix(name).times(x);
+    return (x) => sum(this.weights.matrix(name + ".linear").times(x), this.weights.vector(name + ".bias"));
+  }
+
+  /** tanh in the place of a norm. */
+  squash(name) {
+    const gain = this.weights.vector(name + ".weight"), bias = this.weights.vector(name + ".bias");
+    const slope = this.weights.vector(name + ".alpha")?.[0] ?? 1;
+    return (x) => x.map((value, i) => gain[i] * Math.tanh(slope * value) + (bias ? bias[i] : 0));
+  }
+
+  reset() {
+    for (const layer of this.layers) layer.sums.fill(0);
+  }
+
+  keeps() {
+    return 0; // sums go on from the last position alone
+  }
+
+  step(id, position) {
+    const { dim, n_heads, n_kv_heads, ffn_dim, head_scale } = this.config, K = dim / n_heads, G = n_kv_heads;
+    const count = position + 1, first = Math.max(0, count - (this.config.window ?? count));
+    let x = this.embedding.row(id);
+    for (const layer of this.layers) {
+      const [q, k, v, gate] = split(layer.qkvg(layer.attentionNorm(x)), dim, G * K, G * K, G);
+      k.forEach((value, i) => (layer.sums[i] += count * Math.tanh(gate[Math.floor(i / K)]) * value));
+      layer.keys.set(position, layer.sums.map((value) => value / count ** 2));
+      layer.values.set(position, v);
+      const y = attend(q, layer.keys, layer.values, count, n_heads, G, (head_scale ? K : dim) ** -0.5, first);
+      x = sum(x, layer.attentionOutNorm(layer.out(y)));
+      const [open, inner, value] = split(layer.up(layer.mlpNorm(x)), ffn_dim, ffn_dim, ffn_dim);
+      const hidden = inner.map((each, i) => gelu(each) * sigmoid(open[i]) * value[i]);
+      x = sum(x, layer.mlpOutNorm(layer.down(hidden)));
+    }
+    return x;
+  }
+
+  head(x) {
+    return this.projection("head")(x);
+  }
+}
+
+class Neon extends Architecture {
+  layer(at, layer) {
+    const { matrix, vector } = this.weights, { n_kv_heads } = this.config, { maps, K } = this.widths();
+    const start = 0.8 - 0.6 * Math.exp(-0.3 * (layer + (this.config.paper_lambda ? 0 : 1)));
+    return {
+      attentionNorm: vector(at + "attention_norm.weight"), qkv: matrix(at + "attention.qkv"),
+      out: matrix(at + "attention.out"), headNorm: vector(at + "attention.norm.weight"),
+      lambda: this.lambda(at + "attention.lambda_.", start), bankNorm: vector(at + "bank_norm.weight"),
+      bank: this.bank(at + "bank."), mlpNorm: vector(at + "mlp_norm.weight"), gateUp: matrix(at + "mlp.gate_up"),
+      down: matrix(at + "mlp.down"), mlpLambda: this.lambda(at + "mlp.lambda_.", start),
+      mlpOutNorm: [vector(at + "mlp.norm.weight"), vector(at + "mlp.norm.bias")], start,
+      ...this.cache(n_kv_heads * maps * K),
+    };
+  }
+
+  /** Softmax maps of a head, and the width of a map's queries and keys. */
+  widths() {
+    const { dim, n_heads, diff_attention } = this.config;
+    return { maps: diff_attention === "off" ? 1 : 2, K: dim / n_heads / (diff_attention === "constrained" ? 2 : 1) };
+  }
+
+  /** The weight of what is subtracted. */
+  lambda(at, start) {
+    const [q1, k1, q2, k2] = ["q1", "k1", "q2", "k2"].map((name) => this.weights.vector(at + name));
+    return q1 && Math.exp(dot(q1, k1)) - Math.exp(dot(q2, k2)) + start;
+  }
+
+  /** The sub-layer between attention and feed-forward, where there is one. */
+  bank(at) {
+    const { matrix, vector } = this.weights, config = this.config;
+    const each = (n, name) => Array.from({ length: n }, (_, j) => matrix(name + j));
+    if (config.decoder === "linear-control") {
+      const layers = each(2, at).filter(Boolean);
+      return (h) => layers.reduce((y, layer) => layer.times(y), h);
+    }
+    if (config.decoder === "memory") {
+      const sizes = [config.n_global_memories, config.n_layer_memories], all = [matrix("memories"), matrix(at + "slots")];
+      const shares = softmax(vector(at + "mix") ?? [0]);
+      return (h) => {
+        const scores = split(matrix(at + "query").times(h), ...sizes), read = all.map((slots, i) => slots?.mixture(softmax(scores[i])));
+        return sum(h, read.filter(Boolean).map((y, i) => y.map((value) => value * shares[i])).reduce(sum));
+      };
+    }
+    if (config.decoder !== "function") return null;
+    const sizes = [config.n_global_functions, config.n_layer_functions];
+    const all = [each(sizes[0], "functions."), each(sizes[1], at + "functions.")];
+    return (h) => {
+      const scores = split(matrix(at + "scorer").times(h), ...sizes);
+      return all.reduce((y, functions, i) => (functions.length ? sum(y, functions[likeliest(scores[i], 1)[0]].times(h)) : y), h);
+    };
+  }
+
+  step(id, position) {
+    const { n_heads: H, n_kv_heads: G, ffn_dim: F, norm_eps, rope_theta } = this.config, { maps, K } = this.widths();
+    const turn = rotary(position, K, rope_theta), wide = maps * K;
+    let x = this.embedding.row(id);
+    for (const layer of this.layers) {
+      const [q, k, v] = split(layer.qkv.times(rmsNorm(x, layer.attentionNorm, norm_eps)), H * wide, G * wide, G * wide);
+      layer.keys.set(position, rotate(k, turn));
+      layer.values.set(position, v);
+      const y = this.attention(layer, rotate(q, turn), position, maps, K);
+      x = sum(x, layer.out.times(y));
+      if (layer.bank) x = sum(x, layer.bank(rmsNorm(x, layer.bankNorm, norm_eps)));
+      const parts = layer.gateUp.times(rmsNorm(x, layer.mlpNorm, norm_eps));
+      const stream = (i) => product(parts.subarray(i * F, (i + 1) * F).map(silu), parts.subarray((i + 1) * F, (i + 2) * F));
+      if (layer.mlpLambda === undefined) x = sum(x, layer.down.times(stream(0)));
+      else {
+        const second = stream(2), hidden = stream(0).map((value, i) => value - layer.mlpLambda * second[i]);
+        x = sum(x, layerNorm(layer.down.times(hidden), ...layer.mlpOutNorm).map((value) => value * (1 - layer.start)));
+      }
+    }
+    return rmsNorm(x, this.weights.vector("norm.weight"), norm_eps);
+  }
+
+  /** The difference of two softmax maps, normalised head by head. */
+  attention(layer, q, position, maps, K) {
+    const { n_heads: H, n_kv_heads: G } = this.config, wide = maps * K, y = new Float32Array(H * wide);
+    if (maps === 1) return attend(q, layer.keys, layer.values, position + 1, H, G, K ** -0.5);
+    const apart = new Float32Array(2 * H * wide); // a query with zeros for the keys of the other map
+    for (let h = 0; h < H; h++) {
+      apart.set(q.subarray(h * wide, h * wide + K), 2 * h * wide);
+      apart.set(q.subarray(h * wide + K, (h + 1) * wide), (2 * h + 1) * wide + K);
+    }
+    const read = attend(apart, layer.keys, layer.values, position + 1, 2 * H, G, K ** -0.5);
+    for (let h = 0; h < H; h++) {
+      const [first, second] = split(read.subarray(2 * h * wide), wide, wide);
+      const normed = rmsNorm(first.map((value, i) => value - layer.lambda * second[i]), layer.headNorm);
+      y.set(normed.map((value) => value * (1 - layer.start)), h * wide);
+    }
+    return y;
+  }
+
+  head(x) {
+    return (this.config.tie_embeddings ? this.embedding : this.weights.matrix("head")).times(x);
+  }
+}
+
+class Tape extends Architecture {
+  depth() {
+    const { coda_layers, n_critics, n_layers, variant } = this.config;
+    return coda_layers + (variant === "tape" ? n_critics : 1) * n_layers;
+  }
+
+  layer(at, number) {
+    const { vector, matrix } = this.weights, { dim, seq_len, variant, coda_layers } = this.config;
+    const segments = number > 0 && variant === "tape" ? 3 : 1, room = () => new Rows(seq_len * segments, 2 * dim);
+    const norm = (name) => (x) => layerNorm(x, vector(name + ".weight"), vector(name + ".bias"));
+    const stream = (side) => {
+      const out = this.affine(side + "out"), up = this.affine(side + "up"), down = matrix(side + "down");
+      const attentionNorm = norm(side + "attention_norm"), mlpNorm = norm(side + "mlp_norm");
+      return (x, attended) => {
+        const y = attentionNorm(sum(x, out(attended)));
+        return mlpNorm(sum(y, down.times(up(y).map(saturate))));
+      };
+    };
+    return {
+      q: this.affine(at + "q"), kv: this.affine(at + "kv"), left: stream(at + "left."), right: stream(at + "right."),
+      keys: room(), values: room(), segments, isCritic: number >= coda_layers,
+    };
+  }
+
+  affine(name) {
+    return (x) => sum(this.weights.matrix(name + ".linear").times(x), this.weights.vector(name + ".bias"));
+  }
+
+  reset() {
+    this.states = { first: new Float32Array(2 * this.config.dim), second: new Float32Array(2 * this.config.dim) };
+  }
+
+  keeps() {
+    return 0; // the prophet's states go on from the last position alone
+  }
+
+  /** Two recurrent layers over the embeddings. */
+  prophecy(x) {
+    for (const name of ["first", "second"]) {
+      const at = "prophet." + name, inputs = sum(this.affine(at + ".input")(x), this.weights.vector(at + ".bias"));
+      const cells = sum(inputs, this.weights.matrix(at).times(this.states[name])).map(saturate).map(saturate);
+      x = this.states[name] = softXor(...split(cells, cells.length / 2, cells.length / 2));
+    }
+    return this.affine("prophet.out")(x);
+  }
+
+  /** A level reads its tokens, its hidden state and, first in a critic, what is prophesied, side by side. */
+  level(layer, position, tokens, h, previous) {
+    const { dim, n_heads } = this.config, x = h ?? tokens, n = layer.segments;
+    const read = n === 1 ? [x] : [previous ?? tokens, tokens, h];
+    read.forEach((segment, i) => {
+      const [keys, values] = split(layer.kv(segment), 2 * dim, 2 * dim);
+      layer.keys.set(position * n + i, keys);
+      layer.values.set(position * n + i, values);
+    });
+    const heads = 2 * n_heads, scale = (dim / n_heads) ** -0.5;
+    const y = attend(layer.q(x), layer.keys, layer.values, (position + 1) * n, heads, heads, scale);
+    const left = layer.left(x, y.subarray(0, dim)), right = layer.right(x, y.subarray(dim));
+    if (!layer.isCritic) return softXor(left.map(sigmoid), right.map(sigmoid));
+    return right.map((value, i) => value + (left[i] - value) * sigmoid(left[i] - value));
+  }
+
+  step(id, position) {
+    const { dim, coda_layers, n_layers, variant } = this.config, { cos, sin } = rotary(position, dim);
+    const placed = (x) => x.map((_, i) => {
+      const j = i >> 1, even = x[2 * j] + sin[j], odd = x[2 * j + 1] + cos[j];
+      return i % 2 ? odd * cos[j] + even * sin[j] : even * cos[j] - odd * sin[j];
+    });
+    const x = this.embedding.row(id), prophecy = variant === "tape" ? this.prophecy(x) : null;
+    let tokens = placed(x), h = null, coda = null;
+    this.layers.forEach((layer, number) => {
+      if (number === coda_layers) coda = h;
+      const isFirst = layer.isCritic && (number - coda_layers) % n_layers === 0;
+      if (isFirst && number > coda_layers) tokens = placed(h); // what the critic before says
+      h = this.level(layer, position, tokens, isFirst ? coda : h, isFirst ? prophecy : null);
+    });
+    return h;
+  }
+
+  /** Log-probabilities by the distance to the centre of every token. */
+  head(x) {
+    const matrix = this.weights.matrix("head"), { dim, student_df } = this.config, y = matrix.times(x), own = dot(x, x);
+    this.centres ??= y.map((_, id) => dot(matrix.row(id), matrix.row(id)));
+    const scores = y.map((value, id) => {
+      const distance = Math.max(own - 2 * value + this.centres[id], 1e-12);
+      return Math.log1p(distance / student_df) * (-(student_df + dim) / 2);
+    });
+    const largest = Math.max(...scores), total = scores.reduce((all, score) => all + Math.exp(score - largest), 0);
+    return scores.map((score) => score - largest - Math.log(total));
+  }
+}
+
+const ARCHITECTURES = { llama: Llama, n4: N4, neon: Neon, ngpt: Ngpt, nyx: Nyx, tape: Tape };
 
 // ---------------------------------------------------------------- tokenizers
 
@@ -339,6 +658,7 @@ const NUMBERS = {
   i8: (buffer) => new Int8Array(buffer),
   u4: (buffer) => new Uint8Array(buffer),
   f16: (buffer) => Float32Array.from(new Uint16Array(buffer), half),
+  i64: (buffer) => new BigInt64Array(buffer), // a counter of training
   bf16: (buffer) => new Float32Array(Uint32Array.from(new Uint16Array(buffer), (bits) => bits << 16).buffer),
 };
 
