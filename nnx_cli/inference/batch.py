@@ -79,6 +79,8 @@ class Batch:
     def add(self, rows: Sequence[Row]) -> None:
         """Have rows join; they are read before the next step."""
         assert len(self.rows) + len(rows) <= self.most
+        if not rows:
+            return
         self._resize(len(self.rows) + len(rows))
         free = (slot for slot, row in enumerate(self.slots) if row is None)
         for row in rows:

@@ -102,6 +102,8 @@ def ready_to_decode(model: LanguageModel, n_sequences: int) -> Iterator[None]:
         torch.set_num_threads(min(threads, useful_threads(model, n_sequences)))
     else:
         unpack_slow_layers(model, model.compute_dtype, n_sequences)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # each thread has one of its own
     try:
         with weights_cast(model, model.compute_dtype), direct_calls(model):
             yield

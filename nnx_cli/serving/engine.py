@@ -160,8 +160,9 @@ class Engine:
         batch = Batch(self.model, self.n_rows)
         try:
             with ready_to_decode(self.model, self.n_rows):
-                while self._take_in(batch):
+                while (joining := self._take_in(batch)) is not None:
                     try:
+                        batch.add([answer.row for answer in joining])
                         self._step(batch)
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error):
@@ -173,21 +174,19 @@ class Engine:
             ended = "length" if self.closed == STOPPED else "failed"
             self._end_all(ended, None if ended == "length" else self.closed)
 
-    def _take_in(self, batch: Batch) -> bool:
-        """Drop what was cancelled, and let what waits join as far as there are rows; waits where there is nothing to
-        do. False: it was closed."""
+    def _take_in(self, batch: Batch) -> list[_Answer] | None:
+        """Drop what was cancelled; returns what may join, as far as there are rows. Waits where there is nothing to do.
+        None: it was closed."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.working or self.closed)
             if self.closed is not None:
-                return False
+                return None
             self.waiting = deque(answer for answer in self.waiting if not answer.job.is_cancelled)
             for answer in [answer for answer in self.working if answer.job.is_cancelled]:
                 self._leave(batch, answer)
             joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.n_rows - len(self.working)))]
             self.working += joining
-        if joining:
-            batch.add([answer.row for answer in joining])
-        return True
+            return joining
 
     def _leave(self, batch: Batch, answer: _Answer) -> None:
         batch.remove(answer.row)

@@ -252,14 +252,30 @@ def test_what_is_closed_ends_properly(byte_model):
             each.leave()
 
 
-def test_a_model_that_fails_says_so(byte_model, monkeypatch):
+@pytest.mark.parametrize("method", ["trunk", "make_cache"])
+def test_a_model_that_runs_out_of_memory_says_so_and_goes_on(byte_model, monkeypatch, method):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
     with served(byte_model, BYTES) as server:
-        monkeypatch.setattr(byte_model, "trunk", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+        monkeypatch.setattr(byte_model, method, run_out)
         answers = [server.write(prompt="ab", max_tokens=5), server.write(prompt="ab", max_tokens=5, stream=True)]
         assert answers[0].status == 503 and "out of memory" in answers[0].json["error"]["message"]
         assert b"out of memory" in answers[1].body
         monkeypatch.undo()
-        assert server.write(prompt="ab", max_tokens=5).status == 200, "it goes on"
+        assert server.write(prompt="ab", max_tokens=5).status == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_of_ours_ends_the_server_and_says_so(byte_model, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("a mistake")
+
+    with served(byte_model, BYTES) as server:
+        monkeypatch.setattr(byte_model, "trunk", fail)
+        assert server.write(prompt="ab", max_tokens=5).status == 503
+        until(lambda: not server.engine.thread.is_alive())
+        assert server.write(max_tokens=1).status == 503 and server.ask("/health").status == 503
 
 
 # chats
