@@ -60,7 +60,7 @@ def write(source: Source, folder: Path) -> None:
     writer = gguf.GGUFWriter(folder / FILE, "llama")
     writer.add_name(source.card.title)
     data = [f"Trained on {value}." for what, value in source.card.training if what == "data"]
-    writer.add_description(" ".join(["Made with nnx-cli.", *data, *source.card.changes]))
+    writer.add_description(" ".join([source.card.origin, *data, *source.card.changes]))
     _add_shape(writer, model.config)
     files = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
     writer.add_file_type(files[outtype])

@@ -42,7 +42,9 @@ def source(tiny, monkeypatch):
         monkeypatch.setattr(form, "validation_texts", lambda ref, tokenizer: list(texts))
         ids = torch.randint(len(tokenizer.tokens), _compare.compared_shape(model))[:2]
         options = form.Options(outtype=outtype, allow_tokenizer_drift=allow)
-        return Source("llama", model, tokenizer, Card("a model", [], [], []), None, ids, options, lambda *_: None)
+        return Source(
+            "llama", model, tokenizer, Card("a model", "It is one.", [], [], []), None, ids, options, lambda *_: None
+        )
 
     return make
 
