@@ -23,7 +23,7 @@ from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import QualityError
 from nnx_cli.models import llama
-from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.models._base import ModelConfig
 from nnx_cli.runs.tensors import size_on_disk, write_tensors
 from nnx_cli.system.files import require_space, to_json, write_synced
 from nnx_cli.system.signals import half_made
@@ -42,6 +42,13 @@ model = AutoModelForCausalLM.from_pretrained(folder{trust})
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens={n})[0]))
 ```"""
+LOADING_BARE = """```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("."{trust})  # this folder, or the name of its repository
+print(model.generate(torch.tensor([[0]]), max_new_tokens={n})[0].tolist())  # ids of a tokenizer that is not here
+```"""
 OWN_CODE = """The architecture is in `modeling_{name}.py`, which `trust_remote_code=True` runs. It takes texts of one
 length at a time, without padding."""
 
@@ -59,12 +66,12 @@ def write(source: Source, folder: Path) -> None:
     template, end = template_of(tokenizer), None if tokenizer is None else tokenizer.eot_id
     special = {"bos_token_id": None, "eos_token_id": end if template is None else [template.end_id, template.begin_id]}
     if isinstance(model, llama.Model):
-        state, described, use = to_hub(model), to_hub_config(model.config), _loading(model)
+        state, described, use = to_hub(model), to_hub_config(model.config), _loading(source)
     else:
         modeling = make_modeling(source.name, model)
         state, described = model.state_without_ties(), modeling.config
         state = {name: tensor for name, tensor in state.items() if name not in modeling.unused}
-        use = f"{_loading(model)}\n\n{OWN_CODE.format(name=source.name)}"
+        use = f"{_loading(source)}\n\n{OWN_CODE.format(name=source.name)}"
         write_synced(folder / f"modeling_{source.name}.py", modeling.text.encode())
     require_space(folder, size_on_disk(state))
     write_synced(folder / "config.json", to_json(described | special | {"dtype": "float32"}))
@@ -75,10 +82,11 @@ def write(source: Source, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", state, {"format": "pt"}, partial(source.tell, "writing"))
 
 
-def _loading(model: LanguageModel) -> str:
+def _loading(source: Source) -> str:
     """How a model is loaded, for its card."""
-    trust = "" if isinstance(model, llama.Model) else ", trust_remote_code=True"
-    return LOADING.format(trust=trust, n=max(1, min(100, model.config.seq_len // 2)))
+    trust = "" if isinstance(source.model, llama.Model) else ", trust_remote_code=True"
+    text = LOADING_BARE if source.tokenizer is None else LOADING
+    return text.format(trust=trust, n=max(1, min(100, source.model.config.seq_len // 2)))
 
 
 def _write_tokenizer(tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:

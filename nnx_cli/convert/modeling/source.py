@@ -24,10 +24,7 @@ class Module:
         path = PACKAGE.joinpath(*name.split(".")[1:])
         self.text = path.with_suffix(".py").read_text(encoding="utf-8")
         self.tree = ast.parse(self.text)
-        lengths = [len(line) for line in self.text.splitlines(keepends=True)]
-        self.line_starts = [0]
-        for length in lengths:
-            self.line_starts.append(self.line_starts[-1] + length)
+        self.line_starts = [0, *(newline.end() for newline in re.finditer("\n", self.text))]
         self.definitions: dict[str, Definition] = {}
         self.ours: dict[str, tuple[str, str]] = {}  # a name here: module of ours, and name there
         self.foreign: dict[str, str] = {}  # a name here: its import statement

@@ -79,6 +79,11 @@ def test_a_trained_model_writes_the_same_text(nnx, start, workspace, name):
         cached = theirs.generate(ids, num_beams=beams, **how)
         assert torch.equal(cached, theirs.generate(ids, num_beams=beams, use_cache=False, **how))
     assert theirs.generate(ids, num_return_sequences=2, do_sample=True, max_new_tokens=3).shape == (4, 5)
+    if name == "llama":  # and back again
+        assert nnx("import", "--model", "llama", "llama-hf", "--out", "weights/back").exit_code == 0
+        before, after = (load_model(find_model(each), torch.device("cpu")) for each in ("llama", "back"))
+        assert before.config == after.config and find_model("back").tokenizer.kind == "byte"
+        assert all(torch.equal(x, after.get_parameter(key)) for key, x in before.state_without_ties().items())
     assert (theirs.get_input_embeddings().weight.shape, theirs.config.max_position_embeddings) == ((256, 32), 32)
 
 
@@ -182,9 +187,21 @@ def test_the_card_can_be_read_by_the_hub(nnx, run):
         "pipeline_tag": "text-generation",
         "tags": ["nnx", "nyx"],
     }
-    program = body.split("```python\n")[1].split("```")[0].replace('folder = "."', 'folder = "words-hf"')
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.cwd())
+    ran = run_example(body, "words-hf")
     assert ran.returncode == 0 and ran.stdout.startswith("Once upon a time"), ran.stderr
+
+
+def run_example(card, folder):
+    """The program on a card, run in its folder."""
+    program = card.split("```python\n")[1].split("```")[0]
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
+
+
+def test_a_model_over_bare_ids_has_an_example_too(nnx, workspace):
+    made(Path("weights/odd"), "llama", {})
+    assert nnx("export", "odd", "--format", "hf").exit_code == 0
+    ran = run_example(Path("odd-hf/README.md").read_text(encoding="utf-8"), "odd-hf")
+    assert ran.returncode == 0 and ran.stdout.startswith("[0, "), ran.stderr
 
 
 def test_transformers_is_left_as_it_was(nnx, run):
