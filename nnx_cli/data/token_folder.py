@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nnx_cli.data.aligned_windows import AlignedWindows
 from nnx_cli.data.conversations import with_template
 from nnx_cli.data.ngram import ngram_reference
 from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
@@ -60,6 +61,17 @@ class TokenFolder:
         """Whether training windows begin at documents: where only parts of those count, what stands before them in the
         document has to be in the window."""
         return self.mask is not None and len(self.documents["train"]) > 1
+
+    def epoch_tokens(self, seq_len: int, seed: int) -> int:
+        """Tokens that an epoch of training reads: more than there are where windows begin at documents, and overlap."""
+        if not self.begins_at_documents or len(self.train) <= seq_len:
+            return len(self.train)
+        return AlignedWindows(self.documents["train"], len(self.train), seq_len, seed).n * seq_len
+
+    def share_longer_than(self, n_tokens: int) -> float:
+        """The share of the documents to train on that have more tokens."""
+        lengths = np.diff(self.documents["train"].astype(np.int64), append=len(self.train))
+        return float((lengths > n_tokens).mean())
 
     @cached_property
     def ngram_bits_per_byte(self) -> float | None:

@@ -85,7 +85,8 @@ class Outlook:
 
 def outlook(plan: Plan, tokens: TokenFolder, device: torch.device) -> Outlook:
     """The outlook of a planned run on a token folder and a device."""
-    train, n_train = plan.train, len(tokens.train)
+    train = plan.train
+    n_train = tokens.epoch_tokens(plan.model_config.seq_len, train.seed)
     assert train.tokens_per_step is not None, "a plan has it"
     step_s = train.tokens_per_step / plan.tokens_per_s
     ends = [end for end in (train.max_time_s, train.max_steps and train.max_steps * step_s) if end]

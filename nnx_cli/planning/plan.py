@@ -59,6 +59,9 @@ class Data:
     val_tokens: int
 
 
+EpochTokens = Callable[[int, int], int]  # of a context and a seed: tokens that an epoch reads
+
+
 def plan_run(
     name: str,
     size: str | None,
@@ -71,15 +74,19 @@ def plan_run(
     device: torch.device,
     precision: str,
     sources: Mapping[str, str],
+    epoch_tokens: EpochTokens | None = None,
 ) -> Plan:
     """Fill in every value that is None or auto.
 
-    `fields` are the model's fields that were set, `sources` where set values came from. Raises UsageError for values
-    that disagree, DoesNotFit where not even one sequence fits.
+    `fields` are the model's fields that were set, `sources` where set values came from; `epoch_tokens` are those that
+    an epoch reads, where they are not `train_tokens`. Raises UsageError for values that disagree, DoesNotFit where not
+    even one sequence fits.
     """
     settings, data = Settings(train, sources), Data(vocab_size, train_tokens, val_tokens)
     rate = nominal_flops(device, precision)
     label, config = model_shape(settings, name, size, fields, data, device, rate)
+    if epoch_tokens is not None:
+        data = replace(data, train_tokens=epoch_tokens(config.seq_len, train.seed))
     horizon = expected_tokens(train, name, config, data, device, rate)
     if "dropout" not in fields:
         dropout = default_dropout(horizon.epochs, horizon.params_per_token)

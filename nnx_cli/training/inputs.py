@@ -192,5 +192,6 @@ def open_and_plan(
         device=device,
         precision=precision,
         sources=sources,
+        epoch_tokens=tokens.epoch_tokens,
     )
     return tokens, plan

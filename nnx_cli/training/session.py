@@ -47,6 +47,8 @@ from nnx_cli.training.stepper import divide_step
 from nnx_cli.training.trainer import Trainer
 from nnx_cli.training.vocabulary import extend_rows
 
+MANY = 0.05  # of the conversations, whose length is worth a note
+
 
 def configure_device(config: TrainConfig, strict: bool = True) -> tuple[torch.device, str]:
     """The device and the precision of a run, with its limits set.
@@ -93,6 +95,9 @@ def start(
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling)
+    seq_len = model.config.seq_len
+    if data.begins_at_documents and (share := data.share_longer_than(seq_len)) > MANY:
+        observer.note(f"{share:.0%} of the conversations are longer than --seq-len {seq_len}: their ends stand alone")
     trainer.flops_per_token = plan.flops_per_token
     config = trainer.choose_execution(plan.train.compile)
     n_parameters, tokenizer = count_parameters(model)["total"], data.tokenizer
@@ -217,15 +222,16 @@ def plan_restart(
         notes.append(f"this device computes in {precision}, the run did in {config.precision}")
     data, is_over = open_data(run, data_folder) if data is None else data, False
     if any(name in overrides for name in LENGTHS):
+        epoch = data.epoch_tokens(run.config["model"]["seq_len"], config.seed)
         if config.epochs:
             assert config.tokens_per_step is not None
-            config = replace(config, max_steps=steps_in(config.epochs, len(data.train), config.tokens_per_step))
+            config = replace(config, max_steps=steps_in(config.epochs, epoch, config.tokens_per_step))
             sources["max_steps"] = "derived: epochs"
         state = TrainState(step=checkpoint.step, time_s=checkpoint.state["time_s"])
         is_over = state.progress(config) >= 1.0
         if not is_over:
             name, model = architecture_of(run.config, run.folder, file), model_from_config(run.config, run.folder, file)
-            fresh = replan(name, config, model.config, len(data.train), device)
+            fresh = replan(name, config, model.config, epoch, device)
             config, derived = _derive_anew(run, old, config, overrides, fresh, checkpoint.step)
             sources |= derived
     return Restart(run, old, config, sources, is_over, precision, checkpoint, data, device, file, notes)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from nnx_cli.config import TrainConfig
+from nnx_cli.data.aligned_windows import AlignedWindows
 from nnx_cli.data.conversations import template_of
+from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning import tokenizer
 from nnx_cli.runs import checkpoint as ckpt
@@ -980,3 +983,19 @@ def test_a_run_of_conversations_resumes_to_the_same_bits(nnx, workspace, chats):
     one, other = (find_model(f"{name}@last").weights()[1] for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert nnx("eval", "whole", "--by-position").exit_code == 2
+
+
+def test_an_epoch_of_conversations_reads_every_one(nnx, workspace, chats):
+    words = ["train", "--filepath", "chats.jsonl", "--size", "nano", "--n-layers", 1, "--dim", 32, "--n-heads", 2]
+    words += ["--seq-len", 24, "--batch-size", 2, "--grad-accum", 1, "--compile", "off", "--device", "cpu"]
+    done = nnx(*words, "--epochs", 2, "--sample-every", 0, "--out", "weights/talk", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "of the conversations are longer" not in done.stderr
+    data = open_token_folder(next(Path("data").iterdir()))
+    windows = AlignedWindows(data.documents["train"], len(data.train), 24, TrainConfig.seed)
+    steps = json.loads(done.stdout)["max_steps"]
+    assert steps == round(2 * windows.n / 2) > 1.1 * 2 * len(data.train) / 48, "windows overlap"
+    longer = nnx("train", "--resume", "talk", "--epochs", 3, "--json")
+    assert json.loads(longer.stdout)["max_steps"] == round(3 * windows.n / 2)
+    short = nnx(*words, "--seq-len", 12, "--max-steps", 1, "--out", "weights/short")
+    assert "of the conversations are longer than --seq-len 12" in short.stderr
