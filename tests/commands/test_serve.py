@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -105,3 +106,13 @@ def test_ctrl_c_ends_answers_properly(process, number):
     assert command.stderr.read() == ""
     with pytest.raises(urllib.error.URLError):
         post(url, prompt="a")
+
+
+@needs_extra
+@pytest.mark.parametrize("left", ["model.safetensors", "config.json", "manifest.json"])
+def test_a_model_that_is_being_written(refused, run, left):
+    """Nothing of it is whole: the command says so, and leaves the port alone."""
+    shutil.rmtree(run.checkpoints)
+    path = run.folder / left
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(5, "weights", "serve", "words", "--port", 0)

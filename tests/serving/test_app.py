@@ -320,3 +320,16 @@ def test_chats_have_logprobs(chat_server):
     assert content and all(len(each["top_logprobs"]) == 2 and each["logprob"] <= 0 for each in content)
     refused = chat_server.ask("/v1/chat/completions", asked | {"logprobs": False})
     assert refused.status == 422 and "needs logprobs" in refused.json["error"]["message"]
+
+
+def test_a_model_without_a_tokenizer_reads_and_writes_ids(byte_model):
+    with served(byte_model, None) as server:
+        assert server.write(prompt="abc", max_tokens=2).status == 422
+        answer = server.write(prompt=[5, 6], max_tokens=4, temperature=0, logprobs=1)
+        (choice,) = answer.json["choices"]
+        assert [choice["text"]] == [
+            sample.text
+            for sample in generate(byte_model, None, [[5, 6]], SampleConfig(greedy=True, max_new_tokens=4)).samples
+        ]
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        assert server.write(max_tokens=2).status == 200, "it begins as its text does"
