@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -13,6 +14,7 @@ from nnx_cli.serving.engine import Engine
 
 PATIENCE_SECONDS = 10  # for answers to reach those who read slowly, once the server is to end
 BACKLOG = 256
+SWITCH_SECONDS = 0.0005  # that the decoding thread waits at most, after each operation, for the one that writes answers
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -48,6 +50,7 @@ def serve(app: ASGIApp, listening: socket.socket, engine: Engine) -> None:
         server_header=False,
         timeout_graceful_shutdown=PATIENCE_SECONDS,
     )
+    sys.setswitchinterval(SWITCH_SECONDS)
     engine.start()
     try:
         _Server(config, engine).run(sockets=[listening])
