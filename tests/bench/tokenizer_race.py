@@ -60,7 +60,8 @@ from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data.find import find_sources
 from nnx_cli.data.formats import FORMATS
-from nnx_cli.data.loader import Loader, permute, windows_at
+from nnx_cli.data.loader import Loader, windows_at
+from nnx_cli.data.permutation import permute
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.sources import Reader, Report
 from nnx_cli.data.token_folder import open_token_folder
