@@ -77,15 +77,6 @@ class Expressions(Editor):
         else:
             self.replace(node, self.text_of(node.body if taken else node.orelse))
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        """Without the operands that are known."""
-        left = [value for value in node.values if self.known.truth(value) is None]
-        if 0 < len(left) < len(node.values):
-            word = " or " if isinstance(node.op, ast.Or) else " and "
-            self.replace(node, word.join(map(self.text_of, left)))
-        else:
-            self.generic_visit(node)
-
     def visit_BinOp(self, node: ast.BinOp) -> None:
         """Without what is drawn at random."""
         if isinstance(node.op, ast.BitOr) and ast.unparse(node.right).startswith("self.drawn("):
@@ -219,8 +210,6 @@ class Rewriter(Expressions):
             return all(map(self._is_dropped, target.elts))
         if isinstance(target, ast.Subscript):
             target = target.value
-        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "ctx":
-            return True
         name = target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", None)
         return name in self.gone
 
@@ -228,10 +217,6 @@ class Rewriter(Expressions):
         """Whether a result, if it is there at all, is one that training alone wants."""
         decides = node.test if isinstance(node, ast.IfExp) else node
         return isinstance(decides, ast.Name) and decides.id in self.gone
-
-    def visit_Module(self, node: ast.Module) -> None:
-        """Modules are taken by their definitions."""
-        raise TypeError(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """Without the methods that nothing calls."""
@@ -278,10 +263,7 @@ class Rewriter(Expressions):
         old = node.body[0]
         if text and isinstance(old, ast.Expr) and isinstance(old.value, ast.Constant):
             indent = " " * old.col_offset
-            paragraph = " ".join(text.split())
-            if paragraph[-1] not in ".!?":
-                paragraph += "."
-            lines = textwrap.wrap(f'"""{paragraph}"""', 120 - len(indent), break_long_words=False)
+            lines = textwrap.wrap(f'"""{" ".join(text.split())}"""', 120 - len(indent), break_long_words=False)
             self.replace(old, f"\n{indent}".join(lines))
 
     def visit_If(self, node: ast.If) -> None:

@@ -66,10 +66,8 @@ class Collector:
             self.take(name, load_module(where))
         elif name in module.foreign:
             self.imports.add(module.foreign[name])
-        elif function := next((each for each in {**module.definitions, **module.ours} if snake(each) == name), None):
-            while function in module.ours:  # one of autograd's, which is called by another name here
-                module = load_module(module.ours[function][0])
-            self._copy(name, module, module.definitions[function])
+        elif function := next((each for each in module.definitions if snake(each) == name), None):
+            self._copy(name, module, module.definitions[function])  # one of autograd's, called by another name here
         else:
             assert hasattr(builtins, name), f"{name} in {module.name}"
 
