@@ -16,6 +16,7 @@ import json
 import re
 import string
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -32,12 +33,12 @@ from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.data.conversations import template_of
 from nnx_cli.data.tokenizers.bpe import BpeTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
-from nnx_cli.errors import QualityError, UsageError
+from nnx_cli.errors import CheckpointError, QualityError, UsageError
 from nnx_cli.layers.quantized import Quantization, dequantize_layers, quantize_layers, widen
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.runs.load import fill_model
 from nnx_cli.system.chromium import ChromiumError, ScriptError, find_chromium, opened_page
-from nnx_cli.system.files import require_space, write_synced
+from nnx_cli.system.files import read_json, require_space, write_synced
 from nnx_cli.system.text import printable, well_formed
 
 LIBRARIES = ()
@@ -52,7 +53,7 @@ DEFAULT_PROMPT = "Once"
 FACTS = {
     "architecture": "architecture",
     "parameters": "parameters",
-    "bits per byte": "bits per byte of validation text",
+    "bits per byte, before rounding": "bits per byte of validation text",
     "data": "data",
     "trained on, tokens": "tokens",
 }  # by their names on the card, what comes first on the page
@@ -96,6 +97,17 @@ def why_not(name: str, config: ModelConfig) -> str | None:
     return None
 
 
+def _stored_bits(source: Source) -> int | None:
+    """Bits of a weight in a quantized MODEL."""
+    quantization = source.ref.config.get("quantization")
+    return None if quantization is None else quantization["bits"]
+
+
+def _bits(source: Source) -> int:
+    """Bits of a weight in the page."""
+    return source.options.bits or _stored_bits(source) or 8
+
+
 @dataclass(frozen=True)
 class Packed:
     """A model as the page has it: its tensors as `nnx quantize` stores them, and how."""
@@ -106,10 +118,10 @@ class Packed:
     @classmethod
     def of(cls, source: Source) -> Packed:
         """A quantized MODEL as it is stored, where it has as many bits as are asked for."""
-        stored, bits = source.ref.config.get("quantization"), source.options.bits
-        if stored is not None and bits in (None, stored["bits"]):
-            return cls(Quantization.read(stored), source.ref.weights()[1])
-        how = Quantization(bits=bits or 8, group_size=GROUP_SIZE if bits == 4 else None, kept=[])
+        bits = _bits(source)
+        if bits == _stored_bits(source):
+            return cls(Quantization.read(source.ref.config["quantization"]), source.ref.weights()[1])
+        how = Quantization(bits=bits, group_size=GROUP_SIZE if bits == 4 else None, kept=[])
         return cls(how, quantized_state(source.model, how))
 
     def model(self, source: Source) -> LanguageModel:
@@ -156,12 +168,11 @@ def write(source: Source, folder: Path) -> None:
     """As in the base."""
     model = source.model
     n_parameters = sum(tensor.numel() for tensor in model.state_without_ties().values())
-    packed = Packed.of(source)
-    bits = packed.quantization.bits
+    bits = _bits(source)
     _check_size(n_parameters, bits, int(n_parameters * BYTES_PER_WEIGHT[bits]))
     require_space(folder, MAX_BYTES)
     source.tell("packing", 0.0)
-    listed, raw = packed.pieces(source)
+    listed, raw = Packed.of(source).pieces(source)
     header = json.dumps(
         {
             "architecture": source.name,
@@ -172,7 +183,7 @@ def write(source: Source, folder: Path) -> None:
     ).encode()
     content = b"".join([len(header).to_bytes(4, "little"), header, *raw])
     weights = base64.b64encode(zlib.compress(content, 9)).decode()
-    page = fill_page(source, bits, weights).encode()
+    page = fill_page(source, weights).encode()
     _check_size(n_parameters, bits, len(page))
     write_synced(folder / FILE, page)
 
@@ -213,14 +224,10 @@ def browser_pattern(pattern: str) -> str:
     return re.sub(r"\\(.)", lambda found: classes.get(found[1], found[0]), pattern, flags=re.DOTALL)
 
 
-def fill_page(source: Source, bits: int, weights: str) -> str:
+def fill_page(source: Source, weights: str) -> str:
     """The whole page. Its content security policy allows its own scripts and style sheet alone: no request."""
     style, page, runtime = (_file(f"html_{name}") for name in ("page.css", "page.js", "runtime.js"))
     card = source.card
-    known = dict(card.size + card.training)
-    facts = {what: known[key] for what, key in FACTS.items() if key in known}
-    shape = {what: value for what, value in card.size if what not in FACTS.values()}
-    facts = facts | {"weights": f"int{bits}"} | shape
     scripts = " ".join(f"'{_digest(script)}'" for script in (runtime, page))
     return string.Template(_file("html_page.html")).substitute(
         policy=f"default-src 'none'; script-src {scripts}; style-src '{_digest(style)}'; "
@@ -229,13 +236,30 @@ def fill_page(source: Source, bits: int, weights: str) -> str:
         title=_text(card.title),
         style=style,
         prompt=_text(DEFAULT_PROMPT if source.tokenizer is not None else ""),
-        facts="".join(f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>" for what, value in facts.items()),
+        facts="".join(
+            f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>" for what, value in _facts(source).items()
+        ),
         changes="".join(f"<p>{_text(sentence)}</p>" for sentence in card.changes),
         date=datetime.now(UTC).date().isoformat(),
         weights=weights,
         runtime=runtime,
         page=page,
     )
+
+
+def _facts(source: Source) -> dict[str, str]:
+    """What the model is."""
+    card = source.card
+    known = dict(card.size + card.training)
+    facts = {what: known[key] for what, key in FACTS.items() if key in known}
+    with suppress(
+        CheckpointError, KeyError, TypeError, ValueError
+    ):  # a folder that no `nnx quantize` wrote, or an older one
+        if _bits(source) == _stored_bits(source):
+            measured = read_json(source.ref.folder / "receipt.json")["after"]["bits_per_byte"]
+            facts["bits per byte"] = f"{measured:.4g}"
+    shape = {what: value for what, value in card.size if what not in FACTS.values()}
+    return facts | {"weights": f"int{_bits(source)}"} | shape
 
 
 def _text(value: str) -> str:

@@ -403,8 +403,12 @@ def test_the_command_writes_a_page_as_it_was_quantized(nnx, run, workspace, monk
     stored = load_file("weights/small/model.safetensors")
     assert state.keys() == stored.keys() and all(torch.equal(state[name], stored[name]) for name in state)
     page = Path("small.html").read_text(encoding="utf-8")
+    measured = json.loads(Path("weights/small/receipt.json").read_text())["after"]["bits_per_byte"]
+    assert f"<dt>bits per byte</dt><dd>{measured:.4g}</dd>" in page
     assert "&lt;words&gt;" in page and "<words>" not in page and str(workspace) not in page
     assert nnx("export", "words", "--format", "html", "--json").exit_code == 0
+    page = Path("words.html").read_text(encoding="utf-8")
+    assert "<dt>bits per byte, before rounding</dt>" in page and "int8" in page
 
 
 def test_bad_input_is_refused(refused, run, monkeypatch):
