@@ -34,7 +34,14 @@ from nnx_cli.data.conversations import template_of
 from nnx_cli.data.tokenizers.bpe import BpeTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.errors import CheckpointError, QualityError, UsageError
-from nnx_cli.layers.quantized import Quantization, dequantize_layers, quantize_layers, widen
+from nnx_cli.layers.quantized import (
+    Quantization,
+    dequantize_layers,
+    quantize_layers,
+    quantize_rows,
+    stored_in_int8,
+    widen,
+)
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.runs.load import fill_model
 from nnx_cli.system.chromium import ChromiumError, ScriptError, find_chromium, opened_page
@@ -117,12 +124,17 @@ class Packed:
 
     @classmethod
     def of(cls, source: Source) -> Packed:
-        """A quantized MODEL as it is stored, where it has as many bits as are asked for."""
+        """A quantized MODEL as it is stored, where it has as many bits as are asked for; else what `nnx quantize` makes
+        of it, but for matrices that its int4 leaves in 16 bits and its int8 does not: they have 8."""
         bits = _bits(source)
         if bits == _stored_bits(source):
             return cls(Quantization.read(source.ref.config["quantization"]), source.ref.weights()[1])
         how = Quantization(bits=bits, group_size=GROUP_SIZE if bits == 4 else None, kept=[])
-        return cls(how, quantized_state(source.model, how))
+        state = quantized_state(source.model, how)
+        for name in stored_in_int8(source.model, replace(how, bits=8)):
+            weight = source.model.get_parameter(f"{name}.weight")
+            state[f"{name}.weight"], state[f"{name}.scale"] = quantize_rows(weight)
+        return cls(how, state)
 
     def model(self, source: Source) -> LanguageModel:
         """The model in Python, in float32."""
@@ -143,14 +155,9 @@ class Packed:
             scale = self.state[_scale_of(name)] if tensor.dtype in (torch.int8, torch.uint8) else None
             parts = [_raw(each) for each in (tensor, scale) if each is not None]
             entry = {"name": name, "type": TYPES[tensor.dtype], "shape": shapes[name], "size": len(parts[0])}
-            quantized = {"scales": 0, "group": None, "unit_axis": None}
-            if scale is not None:
-                quantized = {
-                    "scales": len(parts[1]),
-                    "group": self.quantization.group_size,
-                    "unit_axis": axes.get(name),
-                }
-            listed.append(entry | quantized)
+            entry["group"] = self.quantization.group_size if tensor.dtype == torch.uint8 else None
+            entry["unit_axis"] = None if scale is None else axes.get(name)
+            listed.append(entry | {"scales": 0 if scale is None else len(parts[1])})
             raw += parts
         return listed, raw
 

@@ -80,7 +80,7 @@ function choose(number) {
   const head = made("div", ""), before = pressed("‹", "step", () => choose(chosen - 1)), after = pressed("›", "step", () => choose(chosen + 1));
   before.setAttribute("aria-label", "Token before");
   after.setAttribute("aria-label", "Token after");
-  const said = `Token ${number + 1} of ${written.length}: ${named(id)}, probability ${percent(probability)}. Go on with:`;
+  const said = `Token ${number + 1} of ${written.length}: ${named(id)}, ${percent(probability)}. Go on with:`;
   head.append(before, made("p", said), after);
   panel.replaceChildren(head, list);
   panel.hidden = false;
