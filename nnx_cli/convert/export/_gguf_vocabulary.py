@@ -22,6 +22,8 @@ VERBATIM = (" ", "\u2581")  # llama.cpp takes the first for the second in vocabu
 MEASURED_TOKENS = 2**18  # of the validation text
 # what text is split by under the names of src/llama-vocab.cpp
 PATTERNS = {"gpt-2": bpe.plain(bpe.GPT2_PATTERN)} | bpe.PATTERNS
+ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # in the files of Llama 3, for which llama.cpp spells out both cases
+BOTH_CASES = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 Encode = Callable[[str], np.ndarray]
 
 
@@ -81,8 +83,9 @@ def _listed(names: dict[int, str], kinds: dict[int, int], n_ids: int) -> tuple[l
 
 def _splitting(tokenizer: BpeTokenizer, texts: Sequence[str]) -> tuple[str, Encode]:
     """The name of what llama.cpp splits text by, and the tokenizer with that."""
+    spelled = tokenizer.pattern.replace(ANY_CASE, BOTH_CASES)
     for name, pattern in PATTERNS.items():
-        if pattern == tokenizer.pattern:
+        if pattern == spelled:
             return name, tokenizer.encode
     ways = {
         name: BpeTokenizer(tokenizer.ranks, pattern, tokenizer.specials, tokenizer.eot_id).encode

@@ -177,9 +177,9 @@ def _drift(source: Source, llama: LlamaCpp | None) -> float | None:
     share = share_of_other_ids(source.tokenizer, known.encode if llama is None else llama.encode, texts)
     if source.options.allow_tokenizer_drift or (share or 0.0) <= MAX_DRIFT and (texts or known.is_exact):
         return share
-    how_much = f"{share:.1%} of the validation text" if texts else "some of its text, which is gone,"
+    how_much = f"would give {share:.1%} of the validation text other ids" if texts else "there is no text to try it on"
     raise QualityError(
-        f"llama.cpp has no name for how this tokenizer splits text, and would give {how_much} other ids",
+        f"llama.cpp has no name for how this tokenizer splits text, and {how_much}",
         fix="take it as it is: --allow-tokenizer-drift",
     )
 
