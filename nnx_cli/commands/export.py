@@ -18,7 +18,8 @@ EXAMPLES = """Examples:
   nnx export --format hf
   nnx export book@last --format hf --out book-hf --data-name "My book"
   nnx export book --format gguf --outtype q8_0
-  nnx export book --format onnx"""
+  nnx export book --format onnx
+  nnx export book --format html --bits 4"""
 
 PACKAGE = "convert/export"
 FORMATS = module_names(PACKAGE)

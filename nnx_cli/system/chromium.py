@@ -105,10 +105,10 @@ class Chromium:
             raise ChromiumError("Chromium ended") from error
         return number
 
-    def call(self, method: str, session: str | None = None, patience_s: float = PATIENCE_S, **parameters: Any) -> Any:
+    def call(self, method: str, session: str | None = None, patience_s: float | None = None, **parameters: Any) -> Any:
         """The answer to a command; events that come meanwhile are kept."""
         number = self.send(method, session, **parameters)
-        while answer := self.read(patience_s):
+        while answer := self.read(patience_s or PATIENCE_S):
             if answer.get("id") == number:
                 if "error" in answer:
                     raise ChromiumError(f"{method}: {answer['error'].get('message')}")
@@ -149,7 +149,7 @@ class Page:
         self.call("Page.navigate", url=url)
         self.browser.wait_for("Page.loadEventFired", self.session)
 
-    def __call__(self, expression: str, patience_s: float = PATIENCE_S) -> Any:
+    def __call__(self, expression: str, patience_s: float | None = None) -> Any:
         """The value of an expression. Raises ScriptError where it throws."""
         how = dict(returnByValue=True, awaitPromise=True, patience_s=patience_s)
         found = self.call("Runtime.evaluate", expression=expression, **how)
