@@ -82,8 +82,10 @@ function choose(number) {
   after.setAttribute("aria-label", "Token after");
   const said = `Token ${number + 1} of ${written.length}: ${named(id)}, ${percent(probability)}. Go on with:`;
   head.append(before, made("p", said), after);
+  const focused = panel.contains(document.activeElement) ? document.activeElement.textContent : null;
   panel.replaceChildren(head, list);
   panel.hidden = false;
+  [before, after].find((button) => button.textContent === focused)?.focus(); // where the user went on from
 }
 
 /** Forget the tokens from a number on. */
@@ -184,7 +186,7 @@ const opened = Model.open(part("weights").textContent).then(
     return found;
   },
   (error) => {
-    status.textContent = `This browser cannot open the model: ${error.message}. Firefox 113, Chrome 80, Safari 16.4 and later can.`;
+    status.textContent = `This browser cannot open the model: ${error.message}. Firefox 113, Chrome 111, Safari 16.4 and later can.`;
     throw error;
   },
 );

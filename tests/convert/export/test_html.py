@@ -290,6 +290,11 @@ def test_a_page_can_be_used_by_keyboard(source, opened):
     assert len(probabilities) == 9 and probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1
     page.key("End")
     assert page("chosen") == 79
+    page("panel.querySelector('[aria-label=\"Token before\"]').focus()")
+    page.key("Enter")
+    page.key("Enter")
+    assert page("chosen") == 77 and page("document.activeElement.textContent") == "‹"
+    page("text.focus()")
     page.key("Home")
     other = page("written[0].others.find((other) => other.id !== written[0].id).id")
     page("part('count').value = 5; [...panel.querySelectorAll('.quiet:not([aria-current])')][0].focus()")
