@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -41,23 +42,27 @@ and what it gave before, `new_NAME` as `NAME`, and needs no earlier ids again; a
 ```python
 import numpy as np
 import onnxruntime
-from tokenizers import Tokenizer
-
-tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")
+$reading
 session = onnxruntime.InferenceSession("FOLDER/decode.onnx")
 state = {
     x.name: np.zeros([{"batch": 1, "past": 0}.get(n, n) for n in x.shape], np.float32)
     for x in session.get_inputs()[1:]
 }
-ids = new = tokenizer.encode("Once").ids
-for _ in range(100):
+ids = new = $start
+for _ in range($n):
     logits, *changed = session.run(None, {"input_ids": np.array([new]), **state})
     state = dict(zip(state, changed))
     new = [int(logits[0, -1].argmax())]
     ids = ids + new
-print(tokenizer.decode(ids))
+print($written)
 ```
 """
+TEXT = {
+    "reading": 'from tokenizers import Tokenizer\n\ntokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")',
+    "start": 'tokenizer.encode("Once").ids',
+    "written": "tokenizer.decode(ids)",
+}
+BARE = {"reading": "", "start": "[0]", "written": "ids"}
 
 
 def why_not(name: str, config: ModelConfig) -> str | None:
@@ -100,8 +105,7 @@ def write(source: Source, folder: Path) -> None:
     require_space(folder, 2 * n_bytes)
     if source.tokenizer is not None:
         save_tokenizer(source.tokenizer, folder / "tokenizer.json")
-    card = source.card.to_markdown(HOW_TO_LOAD, [source.name], "onnxruntime")
-    write_synced(folder / "README.md", card.encode())
+    write_synced(folder / "README.md", source.card.to_markdown(_loading(source), [source.name], "onnxruntime").encode())
     n, length, past = EXAMPLE
     input_ids, ids_shape = torch.zeros(n, length, dtype=torch.int64), {0: BATCH, 1: LENGTH}
     source.tell("tracing", 0.0)
@@ -113,6 +117,12 @@ def write(source: Source, folder: Path) -> None:
     shapes = tuple({1: BATCH, 3: PAST} if _grows(x) else {1: BATCH} for x in empty)
     ins, outs = ["input_ids", *names], ["logits", *(f"new_{name}" for name in names)]
     _export(decoder, (input_ids, state), (ids_shape, shapes), ins, outs, folder / DECODE, n_bytes)
+
+
+def _loading(source: Source) -> str:
+    """How a model is loaded, for its card."""
+    parts = BARE if source.tokenizer is None else TEXT
+    return Template(HOW_TO_LOAD).substitute(parts, n=max(1, min(100, source.model.config.seq_len // 2)))
 
 
 def _grows(x: Tensor) -> bool:

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,9 +135,25 @@ def test_a_folder_holds_nothing_of_the_machine_and_its_readme_runs(nnx, llama, w
     for file in ("model.onnx", "decode.onnx"):
         onnx.checker.check_model(f"made/{file}", full_check=True)
     pytest.importorskip("tokenizers")
-    code = re.search(r"```python\n(.*?)```", Path("made/README.md").read_text(encoding="utf-8"), re.S)[1]
-    ran = subprocess.run([sys.executable, "-c", code.replace("FOLDER", "made")], capture_output=True, encoding="utf-8")
-    assert ran.returncode == 0 and ran.stdout.startswith("Once"), ran.stderr
+    assert example(Path("made")).startswith("Once")
+
+
+def example(folder):
+    """What the program on a card prints."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    program = code.replace("FOLDER", folder.as_posix())
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize(("name", "seq_len"), [("llama", 12), ("n4", 24), ("tape", 1)])
+def test_a_model_over_bare_ids_has_an_example_within_its_context_too(source, tmp_path, name, seq_len):
+    made = replace(source(name, n_layers=1, seq_len=seq_len), tokenizer=None)
+    form.write(made, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    ids = json.loads(example(tmp_path))
+    assert ids[0] == 0 and len(ids) == 1 + max(1, seq_len // 2)
 
 
 class Untraceable(torch.nn.Module):
