@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from nnx_cli.layers.insides import Insides, Panel
 
-MOST_TOKENS = 64  # columns of a picture
+MOST_TOKENS = 55  # columns of a picture: beside the longest names of rows, a page of full width has room for them
 LEAST_TOKENS = 12
 MOST_MAPS = 400
 MOST_WHOLE = 40  # rows of a table that needs no scrolling

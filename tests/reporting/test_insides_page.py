@@ -24,7 +24,7 @@ def test_pages_stay_small_and_say_what_they_leave_out(n_layers, n_heads, n_token
     tokens = [repr(f" w{n}") for n in range(n_tokens)]
     page = insides_page("big (llama)", "w " * n_tokens, tokens, even(n_layers, n_heads, n_tokens))
     assert len(page.encode()) < MOST_BYTES and tags(page) <= OURS
-    assert (f"of {n_tokens:,} tokens are shown" in page) == (n_tokens > 64)
+    assert (f"of {n_tokens:,} tokens are shown" in page) == (n_tokens > 55)
     assert ("One layer in" in page) == (n_layers * n_heads > 400)
 
 
@@ -75,3 +75,27 @@ def test_a_browser_shows_every_picture(tiny, browser, tmp_path, name, fields, ti
             assert page("[...document.querySelectorAll('figcaption p')].every(p => p.innerText.length > 20)")
             ink = "getComputedStyle(document.querySelector('.cell')).fill"
             assert page(ink) == ("rgb(92, 179, 255)" if scheme == "dark" else "rgb(0, 104, 184)")
+
+
+@pytest.mark.parametrize("layer", ["layer 1", "coda, level 12", "moderator, level 2"])
+@pytest.mark.parametrize("n_tokens", [55, 56, 64, 300])
+def test_the_newest_token_is_seen_without_scrolling(browser, tmp_path, layer, n_tokens):
+    shown, ids = even(1, 12, n_tokens), [repr(chr(97 + n % 26)) for n in range(n_tokens)]
+    panel = Panel("Gates", "About them.", torch.rand(2, n_tokens), [f"{layer}, key head {n}" for n in (1, 2)], "signed")
+    path = tmp_path / "insides.html"
+    path.write_text(insides_page("m", "a", ids, Insides(shown.attention, [layer], [panel])), encoding="utf-8")
+    with browser.open(path, width=1400) as page:
+        wide = "[...document.querySelectorAll('.scroll.whole')].map(each => each.scrollWidth - each.clientWidth)"
+        assert page(f"Math.max(...{wide})") <= 0 and page(f"{wide}.length") >= 2
+
+
+def test_a_table_stands_below_its_words(tiny, browser, tmp_path):
+    path = tmp_path / "insides.html"
+    insides = look_inside(tiny("ngpt"), [5, 9, 2])
+    path.write_text(insides_page("tiny (ngpt)", "abc", ["'a'", "'b'", "'c'"], insides), encoding="utf-8")
+    with browser.open(path, width=1400) as page:
+        box = "each => each.getBoundingClientRect()"
+        tables = f"[...document.querySelectorAll('.scroll.bare')].map({box})"
+        captions = f"[...document.querySelectorAll('figure:has(> .bare) > figcaption')].map({box})"
+        assert page(f"Math.max(...{tables}.map((each, n) => each.top - {captions}[n].bottom))") < 20
+        assert page(f"{tables}.length") >= 3
