@@ -61,6 +61,8 @@ def run(
         raise
     output.made = page
     for record in records:
+        if not record.metrics:
+            output.warn(f"{record.folder / 'metrics.jsonl'} has no step to draw")
         for name, lines in record.damaged.items():
             if lines:
                 output.warn(f"{record.folder / name}: {counted(lines, 'damaged line')} left out")

@@ -88,7 +88,8 @@ def _warnings(run: RunRecord) -> Iterator[str]:
     if run.state == "diverged":
         yield paragraph("The run diverged: its losses went wrong, and a lower learning rate is worth a try.", "warning")
     if not run.metrics:
-        yield paragraph("No step has been logged: there are no curves yet.", "warning")
+        missing = "No step has been logged yet" if run.state == "running" else "metrics.jsonl has no step"
+        yield paragraph(f"{missing}: there are no curves.", "warning")
     elif not run.series("val_loss"):
         yield paragraph("The run has not been validated: there is only the loss on the text it learns from.", "warning")
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 
 import pytest
 from reporting.hostile import HOSTILE, OURS, tags
@@ -81,16 +82,29 @@ def test_every_chart_says_what_is_normal(run):
 def test_a_short_run_is_drawn(run, lines):
     log(run, "metrics.jsonl", course()[:lines])
     page = run_page(read_run(run.folder))
-    assert ("No step has been logged" in page) == (lines == 0)
+    assert ("there are no curves" in page) == (lines == 0)
     assert ("has not been validated" in page) == (lines > 0)
     assert "Loss" in titles(page) if lines else titles(page) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("running", "No step has been logged yet"),
+        ("finished", "metrics.jsonl has no step"),
+        ("interrupted", "metrics.jsonl has no step"),
+        ("diverged", "metrics.jsonl has no step"),
+    ],
+)
+def test_curves_are_to_come_while_a_run_goes_on_only(run, state, words):
+    assert f"{words}: there are no curves." in run_page(replace(read_run(run.folder), state=state, metrics=[]))
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 def test_a_log_that_is_missing_is_as_good_as_empty(run, name):
     (run.folder / name).unlink()
     page = run_page(read_run(run.folder))
-    assert ("No step has been logged" in page) == (name == "metrics.jsonl") and "The plan" in page
+    assert ("there are no curves" in page) == (name == "metrics.jsonl") and "The plan" in page
 
 
 def test_a_run_without_validation_or_tokenizer(run):
