@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 MORE_TEXT = {"overfitting", "repeated"}  # findings about runs that more steps do not help
 MOST_FINDINGS = 3  # that are told at the end; the report has all
-LATE = 0.9  # of the steps: a run whose best weights are from there on was still getting better
 
 
 class RunVerdict:
@@ -84,6 +83,8 @@ class RunVerdict:
             return "this would have helped:" if len(self.findings) == 1 else "these would have helped:"
         if self.status["best_val_loss"] is None:
             return "nothing is known of its quality"
+        from nnx_cli.reporting.coach import LATE
+
         was_improving = (self.status["best_step"] or 0) >= LATE * self.trainer.state.step
         return "healthy" + (", and still getting better when it ended" if was_improving else "")
 
