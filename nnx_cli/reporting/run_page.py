@@ -203,7 +203,7 @@ def _plan(run: RunRecord) -> str:
         ["steps", written(steps, ",.0f"), written(run.reached("step"), ",.0f")],
         ["tokens", written(planned_tokens, ",.0f"), written(run.reached("tokens"), ",.0f")],
         ["training time", written(status.get("max_time_s"), duration), written(run.reached("time_s"), duration)],
-        ["memory", training.get("vram"), written(run.last("peak_memory_bytes"), size)],
+        ["memory", training.get("vram") or "no limit given", written(run.last("peak_memory_bytes"), size)],
     ]
     both = "The first length that is reached ends the run." if steps and number(status.get("max_time_s")) else ""
     ended = ENDED.get(str(status.get("ended")))
