@@ -133,12 +133,13 @@ function setting(id) {
 
 /** Write until enough tokens are there, a text ends, or somebody stops it. */
 async function write() {
-  const n = setting("count"), long = ids.length > model.config.seq_len;
+  const n = setting("count"), { seq_len } = model.config;
+  const note = ids.length > seq_len ? ` Of a text this long the model sees the last ${seq_len} tokens at most.` : "";
   const settings = { temperature: setting("temperature"), topK: setting("top-k") };
   stopping = new AbortController();
   primary.textContent = "Stop";
   goOn.disabled = true;
-  status.textContent = "Writing…" + (long ? ` Of a text this long the model sees the last ${model.config.seq_len} tokens at most.` : "");
+  status.textContent = "Writing…" + note;
   text.setAttribute("aria-busy", "true");
   let count = 0, started = 0;
   for await (const token of model.write(ids, { ...settings, signal: stopping.signal })) {
@@ -148,7 +149,7 @@ async function write() {
   }
   const speed = count > 1 ? `, ${Math.round((count - 1) / ((performance.now() - started) / 1000))} a second` : "";
   const ended = model.tokenizer.ends.has(ids.at(-1));
-  status.textContent = `${count === 1 ? "1 token" : `${count} tokens`}${speed}.` + (ended ? " The text ends here." : "");
+  status.textContent = `${count === 1 ? "1 token" : `${count} tokens`}${speed}.` + (ended ? " The text ends here." : "") + note;
   text.setAttribute("aria-busy", "false");
   stopping = null;
   primary.textContent = "Write";
