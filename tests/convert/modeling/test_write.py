@@ -35,6 +35,7 @@ class PreTrainedModel(torch.nn.Module):
 
 @dataclasses.dataclass
 class Output:
+    loss: object = None
     logits: object = None
     cache: object = None
 
@@ -85,6 +86,20 @@ def test_it_computes_the_same_with_and_without_a_cache(transformers, name, field
     cache.reorder_cache(torch.tensor([1, 1]))
     first, second = theirs(torch.tensor([[5], [5]]), cache=cache).logits
     assert torch.equal(first, second) and not torch.allclose(output.logits[0, -1], output.logits[1, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "fields"), OTHERS, ids=str)
+def test_labels_are_learned(transformers, name, fields):
+    ours = built(name, fields)
+    theirs = opened(make_modeling(name, ours), ours)
+    ids = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[:, :9] = -100
+    output = theirs(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(ours(ids)[:, 8:-1].flatten(0, 1), ids[:, 9:].flatten())
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-4) and output.cache is None
+    output.loss.backward()
+    assert all(p.grad is not None for p in theirs.embedding.parameters())
 
 
 @pytest.mark.parametrize(("name", "fields"), OTHERS, ids=str)
