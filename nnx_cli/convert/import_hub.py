@@ -31,10 +31,10 @@ def import_hub(name: str, path: Path, out: Path, tokenizer: str | None = None) -
     left out.
 
     Without `tokenizer` the folder's own is taken; "none" imports a model over bare ids. Nothing in the folder is run.
-    Raises UsageError for another architecture, CheckpointError, naming what does not map, and OutputError.
+    Raises CheckpointError for another architecture, or naming what does not map, and OutputError.
     """
     if name != "llama":
-        raise UsageError(
+        raise CheckpointError(
             f"{path} is a folder, and folders are read as {CLASS} alone", fix="name a file, or --model llama"
         )
     check_ready(tokenizer)

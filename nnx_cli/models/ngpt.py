@@ -191,7 +191,7 @@ class Scale(nn.Module):
 
     def forward(self) -> Tensor:
         """The vector as it is used."""
-        return self.weight.float() * self.factor
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) * self.factor
 
 
 class Attention(nn.Module):

@@ -185,7 +185,7 @@ def test_folders_that_are_none(refused, hub, workspace):
 
 def test_usage_is_checked_first(refused, hub):
     hub()
-    refused(2, "read as LlamaForCausalLM alone", "import", "--model", "nyx", "hub")
+    refused(5, "read as LlamaForCausalLM alone", "import", "--model", "nyx", "hub")
     refused(2, "--variant does nothing", "import", "--model", "llama", "hub", "--variant", "sound")
     refused(2, "made from a text", "import", "--model", "llama", "hub", "--tokenizer", "bpe")
     Path("weights/there").mkdir(parents=True)

@@ -745,7 +745,8 @@ def check_node(node: ast.AST, path: Path) -> None:
     if isinstance(node, ast.Call):
         called = ast.unparse(node.func)
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        assert called not in FORBIDDEN, f"{path}:{node.lineno} {called}"
+        asks = (called, path.name) == ("input", "line_input.py")  # the line that somebody types to a model
+        assert called not in FORBIDDEN or asks, f"{path}:{node.lineno} {called}"
         if called == "torch.load":
             assert path.name == "checkpoint_file.py" and options["weights_only"] == "True", f"{path}:{node.lineno}"
         assert options.get("allow_pickle", "False") == "False", f"{path}:{node.lineno}"

@@ -33,8 +33,8 @@ def run(folder: Path, change: Any, model: str = "nyx", **options: Any) -> tuple[
 
 
 def assert_finite(out: Path) -> None:
-    """Nothing that is not finite is on the disk."""
-    for path in out.rglob("*.safetensors"):
+    """Nothing that is not finite is on the disk, but in pictures of the model's insides, where it marks a gap."""
+    for path in {*out.rglob("*.safetensors")} - {*out.glob("insides/*")}:
         for name, tensor in safetensors.torch.load_file(path).items():
             assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{path}: {name}"
 
