@@ -31,7 +31,7 @@ from nnx_cli.commands._options import (
 )
 from nnx_cli.config import PrepareConfig, RaceConfig, TrainConfig, check_range, coerce, own_fields
 from nnx_cli.console.output import Output
-from nnx_cli.console.run_view import RaceView
+from nnx_cli.console.run_view import RunsView
 from nnx_cli.errors import Interrupted, OutputError, UsageError, counted, pasteable
 from nnx_cli.system.text import duration, size
 
@@ -248,15 +248,15 @@ def _open(field: Field, values: Mapping[str, Any], options: Mapping[str, Any], m
 
 def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) -> None:
     """Run what is left of a race. Raises Interrupted where it was stopped, after saving."""
+    from nnx_cli.experiments.one_run import Stopped
     from nnx_cli.experiments.race import Race
     from nnx_cli.experiments.race_file import NAME, read_race
     from nnx_cli.experiments.race_gpus import gather, run_on_gpus
-    from nnx_cli.experiments.race_run import Stopped
     from nnx_cli.runs.run import hold_folder
     from nnx_cli.system.signals import stop_signals
 
     line = pasteable(["nnx", *sys.argv[1:]])
-    with hold_folder(folder), stop_signals() as should_stop, RaceView(output) as view:
+    with hold_folder(folder), stop_signals() as should_stop, RunsView(output) as view:
         race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _page_writer(output, folder))
         gather(race)
         _tell(output, race)

@@ -1,4 +1,4 @@
-"""A training run, and a race, on stderr."""
+"""A training run, and many runs of one command, on stderr."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnx_cli.console.shades import weighted
 from nnx_cli.console.terminal import in_notebook, styled
 from nnx_cli.system.text import printable
 
-RACE_SECONDS = 30.0  # between lines of a race where there is no terminal
+MANY_SECONDS = 30.0  # between lines of many runs where there is no terminal
 BAR_COLUMNS = 24
 ONE_LINE_COLUMNS = 79  # where lines can only be overwritten
 SHARE = 0.005  # of the time that drawing may take
@@ -148,10 +148,10 @@ class TrainingView(_LiveView):
         self.output.say(text)
 
 
-class RaceView(_LiveView):
-    """A race: one bar for all of its runs, a line for each that is over.
+class RunsView(_LiveView):
+    """Many runs: one bar for all of them, a line for each that is over.
 
-    Has the methods of `experiments.race.Spectator`.
+    Has the methods of `experiments.one_run.Spectator`.
     """
 
     def __init__(self, output: Output) -> None:
@@ -172,7 +172,7 @@ class RaceView(_LiveView):
         return [[(bar, "magenta"), (rest, "dim"), (fitting(parts, columns - len(bar + rest) - 1), "")]]
 
     def begins(self, what: str, done: float, share: float) -> None:
-        """A run begins, where `done` of the race is over, of which the run is `share`."""
+        """A run begins, where `done` of the whole is over, of which the run is `share`."""
         self.what, self.done, self.share = what, done, share
         self._move(0.0, what)
 
@@ -184,6 +184,6 @@ class RaceView(_LiveView):
         self.progress, self.line = min(1.0, self.done + self.share * progress), line
         self.left.update(self.progress)
         self.draw()
-        if not self.block and time.monotonic() - self.last_line > RACE_SECONDS:
+        if not self.block and time.monotonic() - self.last_line > MANY_SECONDS:
             self.last_line = time.monotonic()
             self.output.note(f"{100 * self.progress:5.1f} %  {line}")

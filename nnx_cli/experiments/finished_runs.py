@@ -12,7 +12,8 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import CheckpointError, DataError, UsageError, quoted
 from nnx_cli.experiments import race_file
-from nnx_cli.experiments.race_run import bits_per_byte, run_entry, sample_of
+from nnx_cli.experiments.one_run import bits_per_byte
+from nnx_cli.experiments.race_run import run_entry, sample_of
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
 from nnx_cli.planning.match import parameters_without_tables
 from nnx_cli.runs.find import find_folder

@@ -6,38 +6,30 @@ a run that was interrupted goes on from its checkpoint.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nnx_cli import models
-from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.errors import CheckpointError
 from nnx_cli.experiments import race_file, rate_search
 from nnx_cli.experiments.entrants import Entrant, Field
-from nnx_cli.experiments.race_run import OUT_OF_MEMORY, Runner, Stopped, drop_weights
+from nnx_cli.experiments.folders import ANOTHER, find_or_name
+from nnx_cli.experiments.one_run import OUT_OF_MEMORY, Spectator, Stopped, drop_weights
+from nnx_cli.experiments.race_run import Runner
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.find import WEIGHTS
 from nnx_cli.runs.manifest import versions
 from nnx_cli.system.device import describe
-from nnx_cli.system.files import new_folder, numbered, sha256_file, to_json, write_synced
+from nnx_cli.system.files import new_folder, sha256_file, to_json, write_synced
 from nnx_cli.system.text import duration
-from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import choose_sampling
 
 SEARCH = "search"  # the folder of the short runs
 OUTSIDE = "embedding and head"
 SEARCHES = 3.5  # short runs that a competitor takes, about
-ANOTHER = "name another folder with --out"
-
-
-class Spectator(Observer, Protocol):
-    """Watches a race: every one of its runs, and which one it is."""
-
-    def begins(self, what: str, done: float, share: float) -> None:
-        """A run begins, where `done` of the race is over, of which the run is `share`."""
 
 
 def new_record(field: Field, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,22 +110,11 @@ def find_race(
 
     Raises OutputError where `out` is something else.
     """
-    place = WEIGHTS / f"race-{stem}" if out is None else out
-    for folder in numbered(place):
-        if not os.path.lexists(folder):
-            return folder, False
-        try:
-            record = race_file.read_race(folder / race_file.NAME)
-        except CheckpointError as error:
-            if out is not None:
-                raise OutputError(f"{out} exists already, and is no race: {error}", fix=ANOTHER) from error
-            continue
-        differs = _difference(record, settings, fingerprint, device)
-        if differs is None:
-            return folder, True
-        if out is not None:
-            raise OutputError(f"{out} exists already, and is another race: {differs}", fix=ANOTHER)
-    raise AssertionError("names are endless")
+
+    def differs(folder: Path) -> str | None:
+        return _difference(race_file.read_race(folder / race_file.NAME), settings, fingerprint, device)
+
+    return find_or_name(WEIGHTS / f"race-{stem}", out, "race", differs)
 
 
 def _difference(record: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str, device: str) -> str | None:

@@ -20,8 +20,8 @@ from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.errors import NnxError
 from nnx_cli.experiments import race_file
 from nnx_cli.experiments.entrants import Entrant, Field, enter
+from nnx_cli.experiments.one_run import Stopped
 from nnx_cli.experiments.race import Race, told
-from nnx_cli.experiments.race_run import Stopped
 from nnx_cli.system.files import read_json, replace_file, to_json
 from nnx_cli.system.signals import stop_signals
 from nnx_cli.training.observer import Silent

@@ -20,7 +20,8 @@ from nnx_cli.data.loader import check_length
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import CheckpointError
 from nnx_cli.experiments.entrants import Entrant, Field
-from nnx_cli.experiments.race_run import Runner, bits_per_byte, run_entry
+from nnx_cli.experiments.one_run import bits_per_byte
+from nnx_cli.experiments.race_run import Runner, run_entry
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.runs.run import Run

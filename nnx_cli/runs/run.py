@@ -202,10 +202,15 @@ def live_status(folder: Path, status: Mapping[str, Any]) -> str:
     stated = str(status.get("status"))
     if stated != "running":
         return stated
-    if not (folder / "lock").is_file():
-        return "interrupted"
-    with open(folder / "lock", "rb") as file:
-        return "interrupted" if _try_lock(file) else "running"
+    return "running" if is_held(folder / "lock") else "interrupted"
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not lock.is_file():
+        return False
+    with open(lock, "rb") as file:
+        return not _try_lock(file)
 
 
 @contextlib.contextmanager
@@ -215,24 +220,34 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
     Raises OutputError, naming the other process, where another one holds it.
     """
-    with _open_lock(folder / "lock") as file:
-        if not _try_lock(file):
-            raise OutputError(f"{folder} is in use by {_holder(file)}", fix="wait for it or stop it")
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
-            file.truncate(0)
-            os.write(file.fileno(), str(os.getpid()).encode())
+    with hold_lock(folder / "lock") as held:
+        if not held:
+            raise OutputError(f"{folder} is in use by {_holder(folder / 'lock')}", fix="wait for it or stop it")
         for leftover in folder.glob(".tmp-*"):
             _remove(leftover)
         yield
-        file.truncate(0)
 
 
-def _holder(file: BinaryIO) -> str:
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock that is a file, for this process; yields whether no other one holds it."""
+    with _open_lock(path) as file:
+        held = _try_lock(file)
+        if held:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its owner's name
+                file.truncate(0)
+                os.write(file.fileno(), str(os.getpid()).encode())
+        yield held
+        if held:
+            file.truncate(0)
+
+
+def _holder(lock: Path) -> str:
     """The process that holds a lock, which it writes down a moment after it took it."""
     for _ in range(NAME_TRIES):
-        file.seek(0)
-        if name := file.read(40).decode("ascii", "replace").strip():
-            return f"process {name}"
+        with open(lock, "rb") as file:
+            if name := file.read(40).decode("ascii", "replace").strip():
+                return f"process {name}"
         time.sleep(NAME_SECONDS)
     return "another process"
 

@@ -16,7 +16,7 @@ import warnings
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
 from nnx_cli.console.run_screen import RunFacts
-from nnx_cli.console.run_view import RaceView, TrainingView
+from nnx_cli.console.run_view import RunsView, TrainingView
 from nnx_cli.console.terminal import clean_screen
 from nnx_cli.system.signals import leave_on_signals
 
@@ -74,7 +74,7 @@ def main():
         with output.spinner("at work"):
             time.sleep(pause)
             os.kill(os.getpid(), signal.SIGTERM)
-    with RaceView(output) if how == "race" else TrainingView(output, facts) as view:
+    with RunsView(output) if how == "race" else TrainingView(output, facts) as view:
         if how == "race":
             view.begins("llama, seed 1", 0.0, 1.0)
         for step in range(1, n_steps + 1):

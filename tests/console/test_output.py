@@ -11,7 +11,7 @@ import pytest
 
 from nnx_cli.cli import COMMANDS
 from nnx_cli.console.output import Output
-from nnx_cli.console.run_view import RaceView
+from nnx_cli.console.run_view import RunsView
 from nnx_cli.console.tables import aligned
 from nnx_cli.console.terminal import columns_of
 from nnx_cli.errors import OutputError
@@ -230,7 +230,7 @@ def test_texts_side_by_side(screen, monkeypatch, columns, in_a_row):
 def test_a_race_without_a_terminal_says_where_it_is_now_and_then(screen, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    with RaceView(Output()) as view:
+    with RunsView(Output()) as view:
         for number in range(4):
             view.begins(f"llama, seed {number}", number / 4, 1 / 4)
             clock[0] += 20.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nnx_cli.console.output import Output
-from nnx_cli.console.run_view import RaceView
+from nnx_cli.console.run_view import RunsView
 
 DRIVER = str(Path(__file__).with_name("driver.py"))
 SIZES = [(80, 24), (200, 60), (20, 5)]
@@ -112,7 +112,7 @@ def test_a_race_has_one_bar(on_terminal):
 
 @pytest.mark.parametrize("columns", [40, 60, 100])
 def test_a_race_tells_its_time_left_on_every_screen(monkeypatch, columns):
-    view = RaceView(Output())
+    view = RunsView(Output())
     view.progress, view.line = 0.4, "llama, seed 1 of 3  loss 2.345"
     monkeypatch.setattr(view.left, "words", lambda: "12 min 59 s left")
     (line,) = view.layout(columns, 24)

@@ -15,10 +15,10 @@ from nnx_cli.data.loader import Loader
 from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, OutputError, QualityError, UsageError
 from nnx_cli.experiments import entrants, race_run, rate_search
 from nnx_cli.experiments import race as races
+from nnx_cli.experiments.one_run import Stopped
 from nnx_cli.experiments.race import Race
 from nnx_cli.experiments.race_file import read_race, write_race
 from nnx_cli.experiments.race_gpus import gather, run_on_gpus
-from nnx_cli.experiments.race_run import Stopped
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.training import sampling
 from nnx_cli.training.observer import Silent
