@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from nnx_cli import models
+from nnx_cli.commands._agent_words import plain_words
 from nnx_cli.commands._config_file import read_toml
 from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, at_home, option, shown_default
 from nnx_cli.config import Field
@@ -34,7 +35,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Note the architecture first: help is answered in the middle of parsing."""
         ctx.meta["nnx.model"] = self._named_model(args)
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, [*plain_words(self, args)])
 
     def _named_model(self, args: Sequence[str]) -> str | None:
         """The architecture that `--model`, or else the file of `--config`, names; None where it names none."""

@@ -1,0 +1,66 @@
+"""Options as the agents of sweeps write them: `--watch=True`, `--watch False`, `--n_layers=4.0`, `--patience=None`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from nnx_cli.commands._options import TEXTS
+from nnx_cli.errors import UsageError
+
+YES, NO = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+AS_PYTHON = "True", "False"  # may stand behind a flag, in a word of their own
+MOST_DIGITS = 18  # of an integer
+
+
+def plain_words(command: Any, words: Sequence[str]) -> Iterator[str]:
+    """The words behind a command as people write them. Raises UsageError for a flag that is set to neither true nor
+    false."""
+    options = {name: param for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    takes_arguments = any(param.param_type_name == "argument" for param in command.params)
+    kinds = inspect.unwrap(command.callback).__annotations__
+    left = [*reversed(words)]
+    while left:
+        word = left.pop()
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        option = options.get(name)
+        if word == "--":
+            yield from (word, *reversed(left))
+            return
+        if option is None:
+            yield word
+        elif option.is_flag:
+            if not equals and not takes_arguments and left and left[-1] in AS_PYTHON:
+                equals, value = "=", left.pop()
+            yield from _flag(option, name, value) if equals else [word]
+        elif equals or left:
+            value = value if equals else left.pop()
+            if value != "None" or option.name in TEXTS:
+                yield from (name, _integer(value) if _is_integer(kinds[option.name]) else value)
+        else:
+            yield word
+
+
+def _flag(option: Any, name: str, value: str) -> Sequence[str]:
+    """The word for a flag that is set to a value; none where that changes nothing."""
+    if value == "None":
+        return []
+    if value.lower() not in YES | NO:
+        raise UsageError(f"{name} is {value!r}; it must be true or false")
+    is_on = (value.lower() in YES) == (name in option.opts)
+    return (option.opts if is_on else option.secondary_opts)[:1]
+
+
+def _is_integer(annotation: Any) -> bool:
+    return annotation is int or any(map(_is_integer, get_args(annotation)))
+
+
+def _integer(value: str) -> str:
+    """An integer without its point or exponent where it was written as 128.0 or 1e4."""
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return str(int(number)) if number.is_integer() and abs(number) < 10**MOST_DIGITS else value
