@@ -23,7 +23,7 @@ FLOORS = (  # a part imports only from those on lower floors, and from itself
     ("serving", "reporting", "experiments"),
     ("convert", "training"),
     ("planning",),
-    ("evaluation", "inference"),
+    ("evaluation", "inference", "webpage"),
     ("runs", "optim"),
     ("data", "models"),
     ("layers",),

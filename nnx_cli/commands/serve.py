@@ -45,10 +45,12 @@ def run(
     origins = [origin_of(each) for each in allow_origin or ()]
     from nnx_cli.runs.find import find_model
     from nnx_cli.runs.load import load_model
-    from nnx_cli.serving.app import Service, build_app
+    from nnx_cli.serving.app import build_app
     from nnx_cli.serving.engine import Engine
     from nnx_cli.serving.server import bind, serve
+    from nnx_cli.serving.service import Service
     from nnx_cli.system.device import pick_device, pick_precision
+    from nnx_cli.webpage.page import About
 
     where = pick_device(device)
     ref = find_model(model, file)
@@ -57,7 +59,8 @@ def run(
         network = load_model(ref, where, pick_precision(precision, where))
         name = ref.folder.resolve().name
         engine = Engine(network, tokenizer, N_ROWS, config.queue)
-        service = Service(name, engine, ref.start_ids, config.max_prompt_tokens, config.max_new_tokens)
+        about = About.of_model(ref)
+        service = Service(name, engine, ref.start_ids, about, config.max_prompt_tokens, config.max_new_tokens)
         app = build_app(service, Access(config.host, config.api_key, origins))
         port = listening.getsockname()[1]
         shown = f"[{config.host}]" if ":" in config.host else config.host

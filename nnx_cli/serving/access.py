@@ -7,7 +7,7 @@ import ipaddress
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from nnx_cli.errors import UsageError, counted
@@ -16,17 +16,13 @@ from nnx_cli.serving.protocol import error_body
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HEADERS = {  # of every answer
+HEADERS = {  # of every answer that has no such header of its own
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-PAGE_POLICY = (  # of the page: what it needs, all of it from here
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
 MOST_DRAINED = 64 * 2**20  # bytes of a body that is too long
 KEPT = "/v1/"  # what the key is asked for
 
@@ -82,7 +78,9 @@ class Guard:
 
         async def respond(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *_headers(path, allowed)]}
+                own = {name.lower() for name, _ in message["headers"]}
+                added = [header for header in _headers(allowed) if header[0] not in own]
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         if (refused := self.access.refusal(headers, scheme, reached)) is not None:
@@ -118,9 +116,9 @@ class Guard:
         await self.app(scope, replay, send)
 
 
-def _headers(path: str, allowed: str | None) -> list[tuple[bytes, bytes]]:
+def _headers(allowed: str | None) -> list[tuple[bytes, bytes]]:
     """What is added to an answer; `allowed` is the other page's origin that may read it."""
-    added: dict[str, Any] = HEADERS | ({"content-security-policy": PAGE_POLICY} if path == "/" else {})
+    added = dict(HEADERS)
     if allowed is not None:
         added |= {
             "access-control-allow-origin": allowed,

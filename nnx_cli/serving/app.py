@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -16,80 +14,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from nnx_cli.config import SampleConfig
-from nnx_cli.data.conversations import Message, Template, conversation, template_of
+from nnx_cli.data.conversations import Message, conversation
 from nnx_cli.data.formats import BadRow
-from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.serving.access import Access, Guard
 from nnx_cli.serving.engine import Closed, Engine, Job, Piece, QueueFull
 from nnx_cli.serving.inbox import Inbox
 from nnx_cli.serving.protocol import ChatRequest, CompletionRequest, Form, Refused, Sampling, error_body
+from nnx_cli.serving.service import Service
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256  # of an answer whose request says nothing, as far as the server allows
-PAGE = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
 MOST_WORDS = 300  # of what a request has wrong, that an error repeats
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class Service:
-    """A model that is served: its `name`, and how much a request may ask for."""
-
-    name: str
-    engine: Engine
-    start_ids: Sequence[int]
-    max_prompt_tokens: int
-    max_new_tokens: int
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """What turns text into ids."""
-        return self.engine.tokenizer
-
-    @property
-    def template(self) -> Template | None:
-        """How conversations are written for it, where it learned that."""
-        return template_of(self.tokenizer)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise Refused where a request names another model."""
-        if name is not None and name != self.name:
-            raise Refused(404, f"there is no model {name[:100]!r} here, but {self.name!r}")
-
-    def check_tokens(self, wanted: int | None) -> None:
-        """Raise Refused where an answer is to be longer than it may."""
-        if wanted is not None and wanted > self.max_new_tokens:
-            raise Refused(422, f"max_tokens is {wanted:,}; up to {self.max_new_tokens:,} are written")
-
-    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise Refused where a prompt is longer than it may be, or there are too many."""
-        if not prompts:
-            raise Refused(422, "prompt: there is none in the list")
-        longest = max(map(len, prompts))
-        if longest > self.max_prompt_tokens:
-            raise Refused(413, f"a prompt has {longest:,} tokens; up to {self.max_prompt_tokens:,} are read")
-
-    def prompts(self, asked: str | list[Any]) -> list[list[int]]:
-        """The ids of the prompts of a request; what a text begins with, where one is empty. Raises Refused."""
-        if isinstance(asked, str):
-            return [self._ids(asked)]
-        if asked and isinstance(asked[0], int):
-            return [self._ids(asked)]
-        return [self._ids(each) for each in asked]
-
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str) and self.tokenizer is None and prompt:
-            raise Refused(422, "this model has no tokenizer: a prompt is a list of ids")
-        vocab_size = self.engine.model.config.vocab_size
-        if isinstance(prompt, list) and not all(0 <= token < vocab_size for token in prompt):
-            raise Refused(422, f"a prompt has ids that are not below {vocab_size:,}")
-        if isinstance(prompt, str) and self.tokenizer is not None:
-            prompt = self.tokenizer.encode(prompt).tolist()
-        return list(prompt) or list(self.start_ids)  # type: ignore[arg-type]  # ids by now
 
 
 def build_app(service: Service, access: Access) -> ASGIApp:
@@ -127,7 +63,7 @@ def build_app(service: Service, access: Access) -> ASGIApp:
         asked = await _body(request, CompletionRequest)
         prompts = await asyncio.to_thread(service.prompts, asked.prompt)  # which may be long
         job = _job(service, asked, prompts, asked.max_tokens, COMPLETION_TOKENS, asked.logprobs)
-        form = Form.of(service.name, service.tokenizer, False, asked.logprobs is not None)
+        form = Form.of(service.name, service.tokenizer, asked, asked.logprobs is not None)
         return await _respond(service, request, asked, job, form)
 
     if (template := service.template) is not None:
@@ -138,22 +74,17 @@ def build_app(service: Service, access: Access) -> ASGIApp:
             prompt = await asyncio.to_thread(template.prompt, _messages(asked))
             wanted = asked.max_completion_tokens or asked.max_tokens
             job = _job(service, asked, [prompt], wanted, CHAT_TOKENS, asked.n_likeliest())
-            form = Form.of(service.name, service.tokenizer, True, job.n_likeliest is not None)
+            form = Form.of(service.name, service.tokenizer, asked, job.n_likeliest is not None)
             return await _respond(service, request, asked, job, form)
 
-    for path, (name, kind) in PAGE.items():
-        app.add_api_route(path, _page(name, kind), methods=["GET"])
+    filled = service.page(locked=access.api_key is not None)
+    content, policy = filled.text.encode(), f"{filled.policy}; frame-ancestors 'none'"
+
+    @app.get("/")
+    async def page() -> Response:
+        return Response(content, media_type="text/html", headers={"content-security-policy": policy})
+
     return Guard(app, access)
-
-
-def _page(name: str, kind: str) -> Callable[[], Response]:
-    """What answers with a file of ours."""
-    content = files("nnx_cli.serving").joinpath(name).read_bytes()
-
-    def answer() -> Response:
-        return Response(content, media_type=f"{kind}; charset=utf-8")
-
-    return answer
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:
@@ -183,7 +114,7 @@ def _job(
     service.check_tokens(wanted)
     service.check_prompts(prompts)
     config: SampleConfig = asked.config(wanted or min(usual, service.max_new_tokens))
-    job = Job(prompts, config, lambda piece: None, asked.stops(), likeliest)
+    job = Job(prompts, config, lambda piece: None, asked.stops(), likeliest, bool(asked.return_tokens_as_token_ids))
     if job.n_answers > service.engine.queue + service.engine.n_rows:
         raise Refused(422, f"a request may ask for {service.engine.queue + service.engine.n_rows} answers at once")
     return job

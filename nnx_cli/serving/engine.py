@@ -55,7 +55,7 @@ class Job:
     """What a request asks for: `config.num_samples` answers to every prompt (ids, at least one each).
 
     `deliver` gets pieces from the engine's thread. `n_likeliest`: log-probabilities with every token, and of as many of
-    the likeliest; None: none.
+    the likeliest; None: none. `tells_end`: also with the token that ends an answer.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -63,6 +63,7 @@ class Job:
     deliver: Callable[[Piece], None]
     stops: Sequence[str] = ()
     n_likeliest: int | None = None
+    tells_end: bool = False
     is_cancelled: bool = False
     n_written: int = 0  # tokens, of all answers
 
@@ -98,7 +99,7 @@ class _Answer:
         before = len(self.stream.tokens)
         self.stream.push(token)
         self.job.n_written += 1
-        if self.job.n_likeliest is not None and len(self.stream.tokens) > before:
+        if self.job.n_likeliest is not None and (len(self.stream.tokens) > before or self.job.tells_end):
             self.drawn.append(Drawn(token, self.row.logprobs[-1], self.row.likeliest[-1], offset))
         if self.stream.stop_reason is None and len(self.stream.tokens) >= self.job.config.max_new_tokens:
             self.stream.finish("length")

@@ -54,6 +54,7 @@ class Sampling(BaseModel):
     top_k: StrictInt | None = Field(None, ge=1, le=2**24)
     min_p: float | None = Field(None, ge=0.0, le=1.0)
     repetition_penalty: float | None = Field(None, gt=0.0, le=100.0)
+    return_tokens_as_token_ids: StrictBool | None = None  # in logprobs "token_id:N", also for what ends an answer
 
     def stops(self) -> list[str]:
         """The texts that an answer ends before. Raises Refused."""
@@ -125,14 +126,16 @@ class Form:
     tokenizer: Tokenizer | None
     is_chat: bool
     has_logprobs: bool
+    has_ids: bool  # in the place of tokens
     made: int
     name: str
 
     @classmethod
-    def of(cls, model: str, tokenizer: Tokenizer | None, is_chat: bool, has_logprobs: bool) -> Form:
-        """The form of a request that comes now."""
+    def of(cls, model: str, tokenizer: Tokenizer | None, asked: Sampling, has_logprobs: bool) -> Form:
+        """The form of the answer to a request that comes now."""
+        is_chat, has_ids = isinstance(asked, ChatRequest), bool(asked.return_tokens_as_token_ids)
         name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        return cls(model, tokenizer, is_chat, has_logprobs, int(time.time()), name)
+        return cls(model, tokenizer, is_chat, has_logprobs, has_ids, int(time.time()), name)
 
     def head(self, is_streamed: bool) -> dict[str, Any]:
         """What every object begins with."""
@@ -192,6 +195,8 @@ class Form:
 
     def _text(self, token: int) -> str:
         """A token as text; one that is no whole character, or a special one, by its bytes or name."""
+        if self.has_ids:
+            return f"token_id:{token}"
         content = self._bytes(token)
         if self.tokenizer is not None and not content:
             names = (name for name, own in self.tokenizer.specials.items() if own == token)

@@ -17,13 +17,15 @@ def served(model, tokenizer, n_rows=4, queue=4, access=None, **limits):
     pytest.importorskip("fastapi", reason="nnx-cli[serve] is not installed")
     uvicorn = pytest.importorskip("uvicorn", reason="nnx-cli[serve] is not installed")
     from nnx_cli.serving.access import Access
-    from nnx_cli.serving.app import Service, build_app
+    from nnx_cli.serving.app import build_app
     from nnx_cli.serving.engine import Engine
     from nnx_cli.serving.server import bind
+    from nnx_cli.serving.service import Service
+    from nnx_cli.webpage.page import About
 
     engine = Engine(model, tokenizer, n_rows, queue)
     limits = {"max_prompt_tokens": 100, "max_new_tokens": 1000} | limits
-    app = build_app(Service("tiny", engine, [10], **limits), access or Access("127.0.0.1"))
+    app = build_app(Service("tiny", engine, [10], About("A tiny model"), **limits), access or Access("127.0.0.1"))
     with bind("127.0.0.1", 0) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -99,7 +99,8 @@ def test_the_address_that_was_reached_is_a_host_of_ours():
 
 def test_pages_have_a_strict_policy(server):
     page, file, data = server.ask("/"), server.ask("/page.js"), server.ask("/v1/models")
-    for directive in ("default-src 'none'", "script-src 'self'", "connect-src 'self'", "frame-ancestors 'none'"):
+    assert page.status == 200 and file.status == 404
+    for directive in ("default-src 'none'", "script-src 'sha256-", "connect-src 'self'", "frame-ancestors 'none'"):
         assert directive in page.headers["content-security-policy"]
     assert "unsafe" not in page.headers["content-security-policy"]
     for answer in (file, data):

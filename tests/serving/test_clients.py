@@ -1,4 +1,4 @@
-"""Clients that people use: OpenAI's own, and a browser."""
+"""The client of OpenAI."""
 
 import pytest
 
@@ -44,71 +44,3 @@ def test_chats_of_the_openai_client(openai, chat_server):
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == content
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage.completion_tokens <= 20
-
-
-def wait_until(page, expression, times=200):
-    import time
-
-    for _ in range(times):
-        if page(expression):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"never {expression}: {page('document.body.innerText')}")
-
-
-def faults(page):
-    """What a page complains of, but for streams that were read to their end: Chromium calls some of them canceled."""
-    return [each for each in page.complaints if not (each.get("canceled") and each.get("type") == "Fetch")]
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(375, "light"), (1400, "dark")])
-def test_the_page_writes_with_the_model(browser, server, width, scheme):
-    with browser.open(f"{server.url}/", width, scheme=scheme) as page:
-        wait_until(page, "document.title == 'tiny'")
-        page("part('text').value = '<b>The</b> cat'; part('tokens').value = 30; part('temperature').value = 0; 1")
-        page("part('form').requestSubmit(); 1")
-        wait_until(page, "!part('write').disabled && part('text').value.length > 14")
-        greedy = server.write(prompt="<b>The</b> cat", max_tokens=30, temperature=0).json["choices"][0]["text"]
-        assert page("part('text').value") == "<b>The</b> cat" + greedy.replace("\r\n", "\n").replace("\r", "\n")
-        assert page("part('state').textContent") == "" and page("document.querySelectorAll('b').length") == 0
-        assert page("document.documentElement.scrollWidth <= innerWidth")
-        page("part('tokens').value = 10 ** 7; part('form').requestSubmit(); 1")
-        wait_until(page, "part('state').textContent.includes('up to 1,000')")
-        assert [url.removeprefix(server.url) for url in page.requests] == [
-            "/page.css",
-            "/page.js",
-            "/health",
-            "/v1/completions",
-            "/v1/completions",
-        ]
-        assert not [each for each in faults(page) if "422" not in str(each)]
-
-
-def test_the_page_stops(browser, byte_model):
-    from serving.conftest import served
-
-    from nnx_cli.data.tokenizers.build import build_tokenizer
-
-    with served(byte_model, build_tokenizer("byte"), max_new_tokens=10**6) as server:
-        with browser.open(f"{server.url}/") as page:
-            wait_until(page, "document.title == 'tiny'")
-            page("part('tokens').value = 10 ** 6; part('form').requestSubmit(); 1")
-            wait_until(page, "part('text').value.length > 5")
-            page("part('stop').click(); 1")
-            wait_until(page, "part('state').textContent == 'stopped' && !part('write').disabled")
-        for _ in range(200):
-            if not server.engine.working:
-                break
-            __import__("time").sleep(0.05)
-        assert not server.engine.working
-
-
-def test_the_page_holds_a_conversation(browser, chat_server):
-    with browser.open(f"{chat_server.url}/") as page:
-        wait_until(page, "document.title == 'tiny' && isChat")
-        for number, text in enumerate(("Hi", "<i>more</i>"), start=1):
-            page(f"part('text').value = '{text}'; part('tokens').value = 12; part('form').requestSubmit(); 1")
-            wait_until(page, f"!part('write').disabled && part('log').children.length == {2 * number}")
-        assert page("[...part('log').children].map(e => e.className).join()") == "user,assistant,user,assistant"
-        assert page("part('log').children[2].textContent") == "<i>more</i>"
-        assert page("part('state').textContent") == "" and faults(page) == []

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nnx_cli.convert.export._card import Card
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.runs.card import Card
 from nnx_cli.runs.load import ModelRef
 
 

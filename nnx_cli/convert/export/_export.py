@@ -15,13 +15,13 @@ from torch import Tensor
 from nnx_cli import models
 from nnx_cli.config import check_choice, module_names
 from nnx_cli.convert.export._base import Format, Found, Source
-from nnx_cli.convert.export._card import make_card
 from nnx_cli.convert.export._compare import compared_shape
 from nnx_cli.errors import CheckpointError, MissingFeature, OutputError, QualityError, UsageError
 from nnx_cli.evaluation.held_out import sample_windows
 from nnx_cli.layers.lora import merge_adapters
 from nnx_cli.layers.quantized import dequantize_layers
 from nnx_cli.models._base import LanguageModel, ModelConfig
+from nnx_cli.runs.card import make_card
 from nnx_cli.runs.load import ModelRef, architecture_of, load_model, model_from_config
 from nnx_cli.runs.run import live_status, read_status
 from nnx_cli.system.files import new_folder, refuse_existing

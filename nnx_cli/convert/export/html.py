@@ -1,24 +1,18 @@
 """One web page that holds a model and runs it: opened from a disk, on a phone, without a network.
 
-The page is filled from the files html_page.html, html_page.css, html_page.js (what it shows) and html_runtime.js (what
-computes) beside this module. Weights are the ones that `nnx quantize` makes. They stand in the page as base64 of what
-zlib compressed: the length of a JSON header in four bytes, the header, and the tensors that it lists, one after the
-other, as in a quantized folder.
+The page is that of `nnx_cli.webpage`, and html_runtime.js beside this module computes. Weights are the ones that `nnx
+quantize` makes. They stand in the page as base64 of what zlib compressed: the length of a JSON header in four bytes,
+the header, and the tensors that it lists, one after the other, as in a quantized folder.
 """
 
 from __future__ import annotations
 
 import base64
 import copy
-import hashlib
-import html
 import json
 import re
-import string
 import zlib
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,14 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnx_cli import __version__
 from nnx_cli.convert.export._base import Found, Source
 from nnx_cli.convert.export._compare import compare
 from nnx_cli.convert.quantize import quantized_state
-from nnx_cli.data.conversations import template_of
-from nnx_cli.data.tokenizers.bpe import BpeTokenizer
-from nnx_cli.data.tokenizers.char import CharTokenizer
-from nnx_cli.errors import CheckpointError, QualityError, UsageError
+from nnx_cli.errors import QualityError, UsageError
 from nnx_cli.layers.quantized import (
     Quantization,
     dequantize_layers,
@@ -45,8 +35,8 @@ from nnx_cli.layers.quantized import (
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.runs.load import fill_model
 from nnx_cli.system.chromium import ChromiumError, ScriptError, find_chromium, opened_page
-from nnx_cli.system.files import read_json, require_space, write_synced
-from nnx_cli.system.text import printable, well_formed
+from nnx_cli.system.files import require_space, write_synced
+from nnx_cli.webpage.page import About, describe_tokenizer, fill_page
 
 LIBRARIES = ()
 FILE = "model.html"
@@ -56,14 +46,8 @@ BYTES_PER_WEIGHT = {8: 1.2, 4: 0.67}  # in the page, at least: those of a traine
 GROUP_SIZE = 32  # columns that share a scale, with 4 bits
 TYPES = {torch.int8: "i8", torch.uint8: "u4", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
-DEFAULT_PROMPT = "Once"
-FACTS = {
-    "architecture": "architecture",
-    "parameters": "parameters",
-    "bits per byte, before rounding": "bits per byte of validation text",
-    "data": "data",
-    "trained on, tokens": "tokens",
-}  # by their names on the card, what comes first on the page
+MAX_TOKENS = 100_000  # that may be asked for at a time
+WHERE = "It is in this page and runs on your device: nothing is sent anywhere."
 
 # What Chromium is asked for, with a list of ids. A step of the check reads one token.
 LOGITS = (
@@ -184,13 +168,15 @@ def write(source: Source, folder: Path) -> None:
         {
             "architecture": source.name,
             "config": asdict(model.config),
-            "tokenizer": _tokenizer(source),
+            "tokenizer": describe_tokenizer(source.tokenizer, source.ref.start_ids),
             "tensors": listed,
         }
     ).encode()
     content = b"".join([len(header).to_bytes(4, "little"), header, *raw])
     weights = base64.b64encode(zlib.compress(content, 9)).decode()
-    page = fill_page(source, weights).encode()
+    about = About.of(source.card, source.ref, bits)
+    filled = fill_page(about, source.tokenizer, _runtime(), weights, where=WHERE, most=MAX_TOKENS)
+    page = filled.text.encode()
     _check_size(n_parameters, bits, len(page))
     write_synced(folder / FILE, page)
 
@@ -209,82 +195,14 @@ def _check_size(n_parameters: int, bits: int, n_bytes: int) -> None:
     )
 
 
-def _tokenizer(source: Source) -> dict[str, Any]:
-    """What the page needs of the tokenizer; without one, texts are ids."""
-    tokenizer, starts = source.tokenizer, source.ref.start_ids
-    if tokenizer is None:
-        return {"kind": "ids", "starts": starts, "ends": []}
-    template = template_of(tokenizer)
-    ends = [tokenizer.eot_id] if template is None else template.ids
-    more: dict[str, Any] = {"kind": "byte"}
-    if isinstance(tokenizer, BpeTokenizer):
-        tokens = [token.decode("latin-1") for token in tokenizer.tokens]
-        more = {"kind": "bpe", "pattern": browser_pattern(tokenizer.pattern), "tokens": tokens}
-    elif isinstance(tokenizer, CharTokenizer):
-        more = {"kind": "char", "characters": "".join(tokenizer.characters)}
-    return more | {"starts": starts, "ends": sorted(i for i in ends if i is not None)}
-
-
-def browser_pattern(pattern: str) -> str:
-    r"""A regular expression as JavaScript reads it, with the flag u: there \s, \d and \w are others, and \z is $."""
-    classes = {"s": r"\p{White_Space}", "S": r"\P{White_Space}", "d": r"\p{Nd}", "D": r"\P{Nd}", "z": "$"}
-    return re.sub(r"\\(.)", lambda found: classes.get(found[1], found[0]), pattern, flags=re.DOTALL)
-
-
-def fill_page(source: Source, weights: str) -> str:
-    """The whole page. Its content security policy allows its own scripts and style sheet alone: no request."""
-    style, page, runtime = (_file(f"html_{name}") for name in ("page.css", "page.js", "runtime.js"))
-    card = source.card
-    scripts = " ".join(f"'{_digest(script)}'" for script in (runtime, page))
-    return string.Template(_file("html_page.html")).substitute(
-        policy=f"default-src 'none'; script-src {scripts}; style-src '{_digest(style)}'; "
-        "base-uri 'none'; form-action 'none'",
-        version=_text(__version__),
-        title=_text(card.title),
-        style=style,
-        prompt=_text(DEFAULT_PROMPT if source.tokenizer is not None else ""),
-        facts="".join(
-            f"<div><dt>{_text(what)}</dt><dd>{_text(value)}</dd></div>" for what, value in _facts(source).items()
-        ),
-        changes="".join(f"<p>{_text(sentence)}</p>" for sentence in card.changes),
-        date=datetime.now(UTC).date().isoformat(),
-        weights=weights,
-        runtime=runtime,
-        page=page,
-    )
-
-
-def _facts(source: Source) -> dict[str, str]:
-    """What the model is."""
-    card = source.card
-    known = dict(card.size + card.training)
-    facts = {what: known[key] for what, key in FACTS.items() if key in known}
-    with suppress(
-        CheckpointError, KeyError, TypeError, ValueError
-    ):  # a folder that no `nnx quantize` wrote, or an older one
-        if _bits(source) == _stored_bits(source):
-            measured = read_json(source.ref.folder / "receipt.json")["after"]["bits_per_byte"]
-            facts["bits per byte"] = f"{measured:.4g}"
-    shape = {what: value for what, value in card.size if what not in FACTS.values()}
-    return facts | {"weights": f"int{_bits(source)}"} | shape
-
-
-def _text(value: str) -> str:
-    """Text as HTML shows it, letter by letter."""
-    return html.escape(printable(well_formed(value)))
-
-
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _digest(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _runtime() -> str:
+    """The script that computes."""
+    return resources.files(__package__).joinpath("html_runtime.js").read_text(encoding="utf-8")
 
 
 def read_page(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of a page."""
-    found = re.search(r'<script id="weights"[^>]*>([^<]*)<', path.read_text(encoding="utf-8"))
+    found = re.search(r'<script id="model"[^>]*>([^<]*)<', path.read_text(encoding="utf-8"))
     assert found is not None
     content = zlib.decompress(base64.b64decode(found[1]))
     end = 4 + int.from_bytes(content[:4], "little")

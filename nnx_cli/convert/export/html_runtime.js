@@ -1,5 +1,5 @@
 "use strict";
-/* A language model in plain JavaScript: its numbers out of the page, its tokenizer, and one step of each architecture.
+/* A language model in plain JavaScript: its numbers out of the page, and one step of each architecture.
 
    A step reads one token. `step(id, position)` gives the state that the head turns into logits, and keeps what later
    positions look back at. Vectors are Float32Array, of a head after the other: H heads, G key-value heads, K wide. */
@@ -594,59 +594,6 @@ class Tape extends Architecture {
 
 const ARCHITECTURES = { llama: Llama, n4: N4, neon: Neon, ngpt: Ngpt, nyx: Nyx, tape: Tape };
 
-// ---------------------------------------------------------------- tokenizers
-
-const utf8 = new TextEncoder();
-
-/** Text to ids and back: `bytes(id)` are those that an id stands for, none for special tokens. */
-class Tokenizer {
-  constructor({ kind, pattern, tokens, characters, starts, ends }) {
-    Object.assign(this, { kind, starts, ends: new Set(ends) });
-    if (kind === "bpe") {
-      this.tokens = tokens; // a character of U+0000 to U+00FF for each byte
-      this.ranks = new Map(tokens.map((token, id) => [token, id]));
-      this.ranks.delete("");
-      this.pattern = new RegExp(pattern, "gu");
-    } else if (kind === "char") {
-      this.characters = Array.from(characters);
-      this.ids = new Map(this.characters.map((character, i) => [character, 256 + i]));
-    }
-  }
-
-  encode(text) {
-    if (this.kind === "ids") return text.split(/\s+/).filter(Boolean).map(Number);
-    text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(utf8.encode(text)); // halves of characters: U+FFFD
-    if (this.kind === "byte") return Array.from(utf8.encode(text));
-    if (this.kind === "char") {
-      return Array.from(text).flatMap((character) => this.ids.get(character) ?? Array.from(utf8.encode(character)));
-    }
-    return Array.from(text.matchAll(this.pattern)).flatMap(([piece]) => this.merge(piece));
-  }
-
-  /** Ids of a piece: as a whole if it is a token, else the pair of neighbours that was learned first becomes one. */
-  merge(piece) {
-    const bytes = Array.from(utf8.encode(piece), (byte) => String.fromCharCode(byte)), whole = bytes.join("");
-    if (this.ranks.has(whole)) return [this.ranks.get(whole)];
-    while (bytes.length > 1) {
-      let best = Infinity, at = -1;
-      for (let i = 0; i + 1 < bytes.length; i++) {
-        const rank = this.ranks.get(bytes[i] + bytes[i + 1]) ?? Infinity;
-        if (rank < best) [best, at] = [rank, i];
-      }
-      if (at < 0) break;
-      bytes.splice(at, 2, bytes[at] + bytes[at + 1]);
-    }
-    return bytes.map((token) => this.ranks.get(token));
-  }
-
-  bytes(id) {
-    if (this.kind === "ids") return utf8.encode(`${id} `);
-    if (this.kind === "bpe") return Uint8Array.from(this.tokens[id] ?? "", (character) => character.charCodeAt(0));
-    if (id < 256) return Uint8Array.of(id);
-    return utf8.encode(this.characters?.[id - 256] ?? "");
-  }
-}
-
 // ---------------------------------------------------------------- a model out of a page
 
 /** Bytes of base64 of what zlib compressed. */
@@ -710,12 +657,6 @@ class Weights {
     this.matrix = (name) => this.matrices.get(name);
     this.vector = (name) => this.vectors.get(name);
   }
-}
-
-/** Where the model's view of `length` tokens begins: of a full context the older half is dropped. */
-function windowStart(length, context) {
-  const older = Math.max(1, Math.floor(context / 2));
-  return length <= context ? 0 : Math.ceil((length - context) / older) * older;
 }
 
 /** Let the browser draw and hear the user. */

@@ -7,13 +7,13 @@ import torch
 from nnx_cli import models
 from nnx_cli.convert.export import _compare, _gguf_vocabulary
 from nnx_cli.convert.export._base import Source
-from nnx_cli.convert.export._card import Card
 from nnx_cli.convert.export._llama_cpp import LlamaCpp, is_installed
 from nnx_cli.data.conversations import Template, with_template
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.errors import DataError, QualityError, UsageError
+from nnx_cli.runs.card import Card
 from nnx_cli.runs.run import Run
 
 library = pytest.importorskip("gguf")

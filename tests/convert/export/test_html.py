@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from html import unescape
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,20 @@ from nnx_cli.config import SampleConfig
 from nnx_cli.convert.export import _compare
 from nnx_cli.convert.export import html as form
 from nnx_cli.convert.export._base import Source
-from nnx_cli.convert.export._card import Card
+from nnx_cli.data.conversations import Message, Template, with_template
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.errors import QualityError, UsageError
 from nnx_cli.inference.generate import generate
+from nnx_cli.runs.card import Card
 from nnx_cli.system.chromium import ChromiumError
 from nnx_cli.system.text import well_formed
+from nnx_cli.webpage import page as webpage
 
 ODD = "Don't stop: 1 12 123 1234567 x=3.14;\n\n\tif  (a_b) {\r\n  naïve 小猫 🙂 ▁ หมาก\u0e37 हिन्दी  \n\n\n"
 ODD += "'LL o'clock\u00a0!  \u0085\ufeff\u2028 \x1f\x00 \u200d end"
-SCRIPTS = {name: form._file(name) for name in ("html_runtime.js", "html_page.js")}
+SCRIPTS = {"runtime": form._runtime()} | {name: webpage.file_text(name) for name in ("page.js", "tokenizer.js")}
 
 
 class Ref:
@@ -178,6 +181,7 @@ TOKENIZERS = {
 def test_the_page_gives_the_same_ids_and_text(source, opened, kind):
     tokenizer = TOKENIZERS[kind]()
     page = opened(source(tokenizer=tokenizer, n_layers=1))
+    page("const turn = {decoder: new TextDecoder()}; shown = (words) => words")
     for text in (
         ODD,
         "",
@@ -193,7 +197,7 @@ def test_the_page_gives_the_same_ids_and_text(source, opened, kind):
         asked = json.dumps(text)
         ids = tokenizer.encode(text).tolist()
         assert page(f"model.tokenizer.encode({asked})") == ids, text
-        heard = page(f"{ids}.map((id) => decoder.decode(model.tokenizer.bytes(id), {{stream: true}})).join('')")
+        heard = page(f"{ids}.map((id) => heard({{turn, id}})).join('')")
         assert heard == tokenizer.decode(ids)
 
 
@@ -243,27 +247,29 @@ def test_what_differs_in_the_browser_is_found(source, browser, tmp_path, monkeyp
 
     monkeypatch.setattr(form, "opened_page", at_hand)
     monkeypatch.setattr(form, "find_chromium", lambda: "chromium")
-    made, original = source(n_layers=1), form._file
+    made = source(n_layers=1)
 
     def check(name, old, new):
-        assert old in original(name)
-        monkeypatch.setattr(form, "_file", lambda n: original(n).replace(old, new) if n == name else original(n))
-        form.write(made, tmp_path)
+        changed = SCRIPTS | {name: SCRIPTS[name].replace(old, new)}
+        assert old == new or changed != SCRIPTS
+        files = {name: webpage.file_text(name) for name in ("page.html", "page.css")} | changed
+        with monkeypatch.context() as patch:
+            patch.setattr(webpage, "file_text", files.__getitem__)
+            patch.setattr(form, "_runtime", lambda: changed["runtime"])
+            form.write(made, tmp_path)
         return form.check(made, tmp_path)
 
-    assert check("html_runtime.js", "", "").more == {"bits": 8, "checked_with": ["chromium"]}
-    found = check("html_runtime.js", "a * cos[i] - b * sin[i]", "a * cos[i] + b * sin[i]")
+    assert check("runtime", "", "").more == {"bits": 8, "checked_with": ["chromium"]}
+    found = check("runtime", "a * cos[i] - b * sin[i]", "a * cos[i] + b * sin[i]")
     assert found.max_logit_difference > 10 * form.TOLERANCE
     with pytest.raises(QualityError, match="gives other ids"):
-        check(
-            "html_runtime.js", "return Array.from(utf8.encode(text));", "return Array.from(utf8.encode(text.trim()));"
-        )
+        check("tokenizer.js", "return Array.from(utf8.encode(text));", "return Array.from(utf8.encode(text.trim()));")
     with pytest.raises(QualityError, match="fails in the browser: .*nothing"):
-        check("html_runtime.js", "  step(id, position) {", "  step(id, position) {\n    nothing();")
+        check("runtime", "  step(id, position) {", "  step(id, position) {\n    nothing();")
     with pytest.raises(QualityError, match="stay quiet"):
-        check("html_page.js", 'status.textContent = "Ready."', "console.log(1)")
+        check("page.js", "primary.disabled = false;", "console.log(1)")
     with pytest.raises(QualityError, match="stay quiet"):
-        check("html_page.js", 'status.textContent = "Ready."', 'new Image().src = "https://example.com/"')
+        check("page.js", "primary.disabled = false;", 'new Image().src = "https://example.com/"')
 
 
 def test_a_page_can_be_used_by_keyboard(source, opened):
@@ -281,7 +287,7 @@ def test_a_page_can_be_used_by_keyboard(source, opened):
     assert page("document.activeElement.id") == "go-on"
     page.key("Enter")
     wait(page)
-    assert page("written.length") == 80 and page("ids.length") == 85
+    assert page("written.length") == 80 and page("context(40).ids.length") == 85
     page("text.focus()")
     page.key("ArrowRight")
     page.key("ArrowRight")
@@ -300,7 +306,7 @@ def test_a_page_can_be_used_by_keyboard(source, opened):
     page("part('count').value = 5; [...panel.querySelectorAll('.quiet:not([aria-current])')][0].focus()")
     page.key("Enter")
     wait(page)
-    assert page("written.length") == 6 and page("written[0].id") == other and page("ids.length") == 11
+    assert page("written.length") == 6 and page("written[0].id") == other and page("context(5).ids.length") == 11
 
 
 def wait(page):
@@ -323,13 +329,13 @@ def test_writing_is_stopped_and_settings_have_bounds(source, opened):
     assert page("['count', 'top-k', 'temperature'].map(setting)") == [100_000, 0, 1]
     page("part('count').value = 3; part('temperature').value = 0; primary.click()")
     wait(page)
-    first = page("ids")
+    first = page("context(3).ids")
     page("primary.click()")
     wait(page)
-    assert page("ids") == first and len(first) == len(form.DEFAULT_PROMPT) + 3
+    assert page("context(3).ids") == first and len(first) == len("Once") + 3
     page("part('prompt').value = ''; primary.click()")
     wait(page)
-    assert page("ids[0]") == Ref.start_ids[0] and page("written.length") == 3
+    assert page("context(3).ids[0]") == Ref.start_ids[0] and page("written.length") == 3
     page("part('prompt').value = 'x'.repeat(100); primary.click()")
     wait(page)
     assert "sees the last 32 tokens" in page("status.textContent")
@@ -363,7 +369,45 @@ def test_without_a_tokenizer_texts_are_ids(source, opened):
     assert "write ids below 256" in page("status.textContent")
     page("part('prompt').value = ' 1 2\\n3 '; part('count').value = 4; primary.click()")
     wait(page)
-    assert page("ids.slice(0, 3)") == [1, 2, 3] and page("written.length") == 4
+    assert page("context(4).ids.slice(0, 3)") == [1, 2, 3] and page("written.length") == 4
+
+
+def test_a_conversation_is_written_by_the_template_of_the_model(source, opened):
+    """Whose ids are those of `Template`, also where an answer was stopped, or ended by another special token."""
+    tokenizer = with_template(ByteTokenizer())
+    template, made = Template(tokenizer), source(tokenizer=tokenizer, seq_len=64)
+    made.model.embedding.weight[128:] *= 0.1  # so that it writes whole characters
+    model, page = form.Packed.of(made).model(made), opened(made, width=375)
+    page("part('count').value = 8; part('temperature').value = 0; prompt.focus()")
+    said = [Message("user", "Hi <|end|>")]
+    page(f"prompt.value = {json.dumps(said[0].content)}")
+    page.key("Enter")
+    wait(page)
+    how = SampleConfig(greedy=True, max_new_tokens=8)
+    expected = generate(model, None, [template.prompt(said)], how).samples[0].tokens
+    assert page("written.map((token) => token.id)") == expected and page("prompt.value") == ""
+    page("cut(3, turns[0]); append(turns[0], {id: model.tokenizer.template.begin, probability: .1, others: []})")
+    said += [Message("assistant", tokenizer.decode(expected[:3])), Message("user", "小猫")]
+    page("prompt.value = '小猫'; begin()")
+    assert page("context(8)") == {"ids": template.prompt(said), "left": 0}
+    assert page("[...text.children].map((e) => e.className)") == ["prompt", "answer"] * 2
+    page("prompt.value = 'x'.repeat(45); begin()")
+    assert page("context(8)") == {"ids": template.prompt([Message("user", "x" * 45)]), "left": 2}
+    page("cut(0, turns[0]); write()")
+    wait(page)
+    assert page("turns.length") == 1 and page("written.length") == 8
+    page("part('anew').click(); prompt.value = ' '; primary.click()")
+    assert page("turns.length + text.children.length") == 0 and page("goOn.disabled && anew.disabled")
+
+
+def test_a_message_without_an_answer_is_taken_back(source, opened):
+    page = opened(source(tokenizer=with_template(ByteTokenizer())))
+    page(
+        "model.write = async function* () { throw new Error('<i>full</i>'); }; prompt.value = 'Hello'; primary.click()"
+    )
+    wait(page)
+    assert page("prompt.value") == "Hello" and page("turns.length") == 0 and page("goOn.disabled")
+    assert page("status.textContent").startswith("<i>full</i>") and page("document.querySelector('i')") is None
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -375,22 +419,25 @@ def test_hostile_text_stays_text(source, opened, text):
     elements = page("document.querySelectorAll('*').length")
     page(f"part('prompt').value = {json.dumps(text)}; part('count').value = 1; primary.click()")
     wait(page)
-    page(f"model.tokenizer.encode({json.dumps(text)}).forEach((id) => append({{id, probability: .1, others: []}}))")
+    page(
+        f"for (const id of model.tokenizer.encode({json.dumps(text)}))"
+        " append(turns[0], {id, probability: .1, others: []})"
+    )
     spans = page("written.length") + 1
     assert page("document.querySelectorAll('*').length") == elements + spans
     read = page(f"shown(part('prompt').value) + '|' + shown({json.dumps(well_formed(text))})").split("|")
     assert all(words in page("text.textContent") for words in read)
-    assert page("document.title") == " ".join(unescape(form._text(text)).split())
-    assert page("document.scripts.length") == 2
+    assert page("document.title") == " ".join(unescape(webpage._text(text)).split())
+    assert page("document.scripts.length") == 3
 
 
 def test_the_files_hold_nothing_that_markup_could_come_from():
-    for script in SCRIPTS.values():
+    remote = resources.files("nnx_cli.serving").joinpath("remote.js").read_text(encoding="utf-8")
+    for script in (*SCRIPTS.values(), remote):
         assert not re.search(
             r"</script|<!--|innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(", script
         )
-    runtime = SCRIPTS["html_runtime.js"]
-    classes = re.findall(r"^class \w+ extends Architecture .*?^}", runtime, re.S | re.M)
+    classes = re.findall(r"^class \w+ extends Architecture .*?^}", SCRIPTS["runtime"], re.S | re.M)
     assert len(classes) == len(SHAPES) and all(len(lines.splitlines()) < 100 for lines in classes)
 
 
@@ -430,6 +477,6 @@ def test_bad_input_is_refused(refused, run, monkeypatch):
 
 
 def test_a_pattern_is_what_the_browser_reads():
-    assert form.browser_pattern(r"\s+(?!\S)|\z|\\s|\d|[^\s\p{L}]") == (
+    assert webpage.browser_pattern(r"\s+(?!\S)|\z|\\s|\d|[^\s\p{L}]") == (
         r"\p{White_Space}+(?!\P{White_Space})|$|\\s|\p{Nd}|[^\p{White_Space}\p{L}]"
     )

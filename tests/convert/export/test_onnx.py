@@ -12,9 +12,9 @@ import torch
 from nnx_cli import models
 from nnx_cli.convert.export import _compare
 from nnx_cli.convert.export._base import Source
-from nnx_cli.convert.export._card import Card
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.errors import UsageError
+from nnx_cli.runs.card import Card
 from nnx_cli.runs.run import Run
 
 onnx = pytest.importorskip("onnx")

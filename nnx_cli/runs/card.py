@@ -1,4 +1,4 @@
-"""What the README of an exported model says: measured numbers of its run, and nothing of the machine or its files."""
+"""What the README or page of a model says: measured numbers of its run, and nothing of the machine or its files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "seq
 
 @dataclass(frozen=True)
 class Card:
-    """Facts of a model for its README; rows are (what, value)."""
+    """Facts of a model; rows are (what, value)."""
 
     title: str
     origin: str  # a sentence: what it is
@@ -121,6 +121,5 @@ def _changes(config: Mapping[str, Any]) -> list[str]:
     elif config.get("merged_from"):
         told.append("Low-rank adapters were trained and are merged into the weights.")
     if quantization := config.get("quantization"):
-        bits = quantization["bits"]
-        told.append(f"The weights were quantized to int{bits} and are stored here as what these {bits} bits stand for.")
+        told.append(f"The weights were quantized to int{quantization['bits']} after training.")
     return told
