@@ -98,6 +98,7 @@ class TrainConfig:
     compile: str = "auto"  # use torch.compile and CUDA graphs: auto (if faster), on, graph (no compiler), off
     activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
     vram: str | None = None  # memory to plan for and stay within, such as 8GB
+    parallel: str = "auto"  # on several GPUs: auto, ddp (each holds the model), fsdp (each a part of it)
     threads: int | None = None  # CPU threads
     val_every: int | None = None  # steps between validations
     val_batches: int | None = None  # validation windows are taken in this many micro-batches
@@ -144,6 +145,7 @@ class TrainConfig:
         check_choice("weight-precision", self.weight_precision, ("auto", "fp32", "bf16"))
         check_choice("compile", self.compile, ("auto", "on", "graph", "off"))
         check_choice("activation-checkpointing", self.activation_checkpointing, ("auto", "on", "half", "off"))
+        check_choice("parallel", self.parallel, ("auto", "ddp", "fsdp"))
         if self.optimizer_in_backward and (self.grad_accum or 1) > 1:
             raise UsageError(f"--optimizer-in-backward sees one micro-batch, not --grad-accum {self.grad_accum}")
         if self.optimizer_in_backward and self.precision == "fp16":

@@ -66,6 +66,7 @@ PANELS = {  # of the settings that training and preparing have
         "compile",
         "activation_checkpointing",
         "optimizer_in_backward",
+        "parallel",
         "threads",
         "deterministic",
     ),
@@ -174,6 +175,7 @@ BRANCHES = (
     ),
     Branch({"min_lr"}, lambda v: v["schedule"] != "constant", "with --schedule constant: the rate never falls"),
     BETA2,
+    Branch({"parallel"}, lambda v: False, "on one GPU"),
     Branch(
         {"sample_prompt", "prime_length", "generate_length"},
         lambda v: v["sample_every"] != 0,

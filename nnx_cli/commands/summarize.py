@@ -22,7 +22,7 @@ from nnx_cli.commands._options import (
     model_options,
     settings,
 )
-from nnx_cli.config import TrainConfig, check_choice
+from nnx_cli.config import TrainConfig, check_choice, check_range
 from nnx_cli.console.output import Output
 from nnx_cli.errors import DoesNotFit, quoted
 from nnx_cli.system.text import size
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
 
 DEFAULT_SIZE = "small"
+MOST_GPUS = 2**16
 SETTINGS = (
     "vram",
     "batch_size",
@@ -39,12 +40,14 @@ SETTINGS = (
     "activation_checkpointing",
     "optimizer_in_backward",
     "lora_rank",
+    "parallel",
 )
 OF_A_RUN = "beside a MODEL: it has its own shape"
 BRANCHES = (
-    Branch(AllBut("ref", "model", "precision", *SETTINGS), lambda v: v["ref"] is None, OF_A_RUN),
+    Branch(AllBut("ref", "model", "precision", "gpus", *SETTINGS), lambda v: v["ref"] is None, OF_A_RUN),
     Branch({"model"}, lambda v: v["ref"] is None or models.is_file(v["model"]), OF_A_RUN),
     Branch({"model"}, lambda v: not v["all"], "with --all, which shows every architecture"),
+    Branch({"parallel"}, lambda v: v["gpus"] > 1, "on one GPU", "add --gpus 2"),
 )
 WAITING = "counting operations and memory, for which torch loads its compiler"
 
@@ -59,10 +62,12 @@ def run(
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Set the whole zoo side by side.")] = False,
     precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
+    gpus: Annotated[int, typer.Option(help="GPUs to train on; memory is then that of each.")] = 1,
     **options: Any,
 ) -> None:
     """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
     check_choice("precision", precision, ("fp32", "bf16", "fp16"))
+    check_range("gpus", gpus, 1, MOST_GPUS)
     train = TrainConfig(precision=precision, **given(options, [TRAINING[name] for name in SETTINGS]))
     fields = given(options, model_fields(model).values())
     file = Path(model) if model is not None and models.is_file(model) else None
@@ -71,7 +76,7 @@ def run(
         with output.spinner(WAITING):
             from nnx_cli.planning.summary import summary
 
-            zoo = [summary(name, size or DEFAULT_SIZE, config, train) for name, config in shapes.items()]
+            zoo = [summary(name, size or DEFAULT_SIZE, config, train, n_gpus=gpus) for name, config in shapes.items()]
         output.show_json(zoo)
         show_zoo(output, zoo)
         return
@@ -86,7 +91,7 @@ def run(
         from nnx_cli.planning.fit import SMALLER
         from nnx_cli.planning.summary import summary
 
-        facts = summary(name, label, config, train, whole=output.json)
+        facts = summary(name, label, config, train, whole=output.json, n_gpus=gpus)
     output.show_json(facts)
     show_layers(output, name, config)
     show_facts(output, facts)
@@ -177,24 +182,36 @@ def shape_text(shape: Any) -> str:
 
 def show_facts(output: Output, facts: dict[str, Any]) -> None:
     """One model's numbers."""
-    parameters, memory, fits, flops = facts["parameters"], facts["memory"], facts["fits"], facts["flops_per_token"]
+    parameters, memory, flops = facts["parameters"], facts["memory"], facts["flops_per_token"]
     files = ", ".join(f"{kind} {size(n)}" for kind, n in facts["file_bytes"].items())
     gpus = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
-    verdict = "fits" if fits["fits"] else "does not fit"
+    trained = facts.get("per_gpu") or {None: facts}
+    kind = f"{facts['gpus']} GPUs" if "gpus" in facts else "GPUs"
     output.show(
         f"{facts['model']} {facts['size'] or 'of your shape'}: {parameters['total']:,} parameters "
         f"({parameters['embedding']:,} in the embedding)",
         f"forward {flops['forward'] / 1e6:,.1f} MFLOP a token, training {flops['train'] / 1e6:,.1f}",
-        f"training with {fits['batch_size']} x {facts['seq_len']} tokens at once: "
-        f"weights {size(memory['weights_bytes'])}, gradients {size(memory['gradients_bytes'])}, "
-        f"optimizer {size(memory['optimizer_bytes'])}, "
-        f"activations {size(memory['activations_bytes'])}; peak about {size(memory['peak_bytes'])}, "
-        f"{verdict} in {size(fits['budget_bytes'])}",
-        *(f"  {text}" for text in fits["gives_up"]),
+        *(line for kind, how in trained.items() for line in training_lines(how, facts["seq_len"], kind)),
+        *([f"--parallel auto is {facts['parallel']}"] if len(trained) > 1 else []),
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
         f"file: {files}",
-        f"trains on GPUs with {', '.join(gpus)} GB" if gpus else "trains on no GPU of up to 24 GB",
+        f"trains on {kind} with {', '.join(gpus)} GB" if gpus else f"trains on no {kind} of up to 24 GB",
     )
+
+
+def training_lines(facts: dict[str, Any], seq_len: int, parallel: str | None) -> list[str]:
+    """Memory of training on a GPU, of several where `parallel` says in which way, and what is given up for that."""
+    memory, fits = facts["memory"], facts["fits"]
+    parts = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activations"}
+    parts |= {"buckets": "gradients on their way", "gathered": "gathered blocks"} if parallel else {}
+    shown = ", ".join(f"{text} {size(memory[f'{part}_bytes'])}" for part, text in parts.items())
+    how = f"{parallel}, on each GPU" if parallel else "training"
+    verdict = "fits" if fits["fits"] else "does not fit"
+    return [
+        f"{how} with {fits['batch_size']} x {seq_len} tokens at once: {shown}; "
+        f"peak about {size(memory['peak_bytes'])}, {verdict} in {size(fits['budget_bytes'])}",
+        *(f"  {text}" for text in fits["gives_up"]),
+    ]
 
 
 def show_zoo(output: Output, zoo: list[dict[str, Any]]) -> None:

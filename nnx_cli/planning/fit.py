@@ -4,7 +4,7 @@ would."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -21,7 +21,9 @@ from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.flops import count_parameters, meta_model, over_blocks
 from nnx_cli.planning.memory import (
     CPU,
+    NO_PASS,
     Memory,
+    Pass,
     accumulates,
     hardware_to_plan_for,
     micro_step,
@@ -29,6 +31,7 @@ from nnx_cli.planning.memory import (
     optimizer_step,
     training_memory,
 )
+from nnx_cli.planning.parallel import RankDevice, common_budget, per_gpu
 from nnx_cli.planning.recipe import default_tokens_per_step
 from nnx_cli.planning.settings import Derived
 from nnx_cli.planning.shapes import ShapeCache
@@ -48,21 +51,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MemorySaver:
-    """A setting that saves memory, and what it costs."""
+    """A setting that saves memory, what it costs, and whether that is time alone."""
 
     field: str
     value: Any
     text: str
+    exact: bool = False
 
 
 MEMORY_SAVERS = (  # exact ones first
     MemorySaver(
-        "activation_checkpointing", "half", "every second block runs again in the backward pass: a sixth more work"
+        "activation_checkpointing",
+        "half",
+        "every second block runs again in the backward pass: a sixth more work",
+        True,
     ),
-    MemorySaver("activation_checkpointing", "on", "all blocks run again in the backward pass: a third more work"),
+    MemorySaver("activation_checkpointing", "on", "all blocks run again in the backward pass: a third more work", True),
     MemorySaver("optimizer", "adamw8bit", "the optimizer's moments are kept in 8 bits: coarser steps"),
     MemorySaver("weight_precision", "bf16", "weights are kept in bf16, rounded at random: noisier steps"),
 )
+SMALLER = "take a smaller --size or --seq-len"  # where they are options
 
 
 def savings(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[TrainConfig, tuple[MemorySaver, ...]]]:
@@ -122,12 +130,18 @@ def computed_bytes(model: LanguageModel) -> int:
 
 
 class Predictor:
-    """Memory of one model on one device, in whatever way it is trained; what was computed is kept. A real device is
-    asked for its kernels where they matter, which takes a second on a card."""
+    """Memory of one model on one device, or on each of several alike, in whatever way it is trained; what was computed
+    is kept. A real device is asked for its kernels where they matter, which takes a second on a card."""
 
     def __init__(
-        self, name: str, config: ModelConfig, lora_rank: int | None, hardware: Hardware | torch.device
+        self,
+        name: str,
+        config: ModelConfig,
+        lora_rank: int | None,
+        hardware: Hardware | torch.device,
+        n_gpus: int = 1,
     ) -> None:
+        self.n_gpus = n_gpus
         self._simulated_rows = max(2, SIMULATED_TOKENS // config.seq_len)
         self.shapes = ShapeCache()
         with self.shapes:
@@ -174,16 +188,18 @@ class Predictor:
         weights = train.weight_precision
         states = self._optimizer_states(train)
         return self._once(
-            ("bound", weights, train.optimizer_in_backward, states),
-            lambda: training_memory(self.model(weights), train, CPU, states).peak_bytes,
+            ("bound", weights, train.optimizer_in_backward, train.parallel, states),
+            lambda: self._predicted(self._accumulating(train), CPU, states).peak_bytes,
         )
 
     def upper_bound(self, train: TrainConfig, rows: int) -> int:
         """Upper bound on peak memory, at least 20 % above every prediction: half a GiB, 24 bytes for a
-        parameter with all that belongs to it, and more of what a forward pass computes than is kept."""
+        parameter with all that belongs to it, half as much again where there are buckets of its gradients, and more of
+        what a forward pass computes than is kept."""
         parameters = self._once("parameters", lambda: count_parameters(self.model())["total"])
         kept = KEPT_WITH_DROPOUT if self._keeps_scores else KEPT[train.precision]
-        return GIB // 2 + 24 * parameters + int(rows * self._once("computed", self._computed_bytes) * kept)
+        resting = (24 if self.n_gpus == 1 else 36) * parameters
+        return GIB // 2 + resting + int(rows * self._once("computed", self._computed_bytes) * kept)
 
     def _computed_bytes(self) -> int:
         with self.shapes:
@@ -192,16 +208,28 @@ class Predictor:
     def memory(self, train: TrainConfig, rows: int, optimizer_step: bool = True) -> Memory:
         """Prediction for micro-batches of up to SIMULATED_TOKENS; `train` as `predict` takes it. It may be too low
         where the optimizer's step is left out."""
-        weights = train.weight_precision
+        weights, train = train.weight_precision, self._accumulating(train)
         how = weights, train.precision, train.activation_checkpointing, accumulates(train), train.optimizer_in_backward
 
         def predicted() -> Memory:
             model, states = self.model(weights), self._optimizer_states(train)
             step = self._once(("micro-step", how, rows), lambda: micro_step(model, train, rows, self.hardware))
             moment = self._optimizer_step(train) if optimizer_step else 0
-            return training_memory(model, train, self.hardware, states, moment, step)
+            return self._predicted(train, self.hardware, states, moment, step)
 
-        return self._once(("memory", how, train.optimizer, rows, optimizer_step), predicted)
+        return self._once(("memory", how, train.parallel, train.optimizer, rows, optimizer_step), predicted)
+
+    def _accumulating(self, train: TrainConfig) -> TrainConfig:
+        """The settings, with accumulation where FSDP adds gradients to shards that exist anyway."""
+        return replace(train, grad_accum=None) if self.n_gpus > 1 and train.parallel == "fsdp" else train
+
+    def _predicted(
+        self, train: TrainConfig, hardware: Hardware, states: int, moment: int = 0, step: Pass = NO_PASS
+    ) -> Memory:
+        """`training_memory`, on one of all GPUs."""
+        model = self.model(train.weight_precision)
+        whole = training_memory(model, train, hardware, states, moment, step)
+        return whole if self.n_gpus == 1 else per_gpu(whole, model, train.parallel, self.n_gpus)
 
     def _optimizer_states(self, train: TrainConfig) -> int:
         weights = train.weight_precision
@@ -254,31 +282,53 @@ def largest_batch(peak: Callable[[int], int], budget: int, most: int, fitting: i
     return low
 
 
+Found = tuple[TrainConfig, tuple[MemorySaver, ...], bool]  # settings, the savers among them, whether they fit
+
+
 def first_that_fits(
     predictor: Predictor, train: TrainConfig, rows: int, budget: int, optimizer: str = "adamw"
-) -> tuple[TrainConfig, tuple[MemorySaver, ...], bool]:
+) -> Found:
     """The first settings of `savings`, each of which takes less memory than those before it, with which micro-batches
-    of `rows` fit, the savers among them, and whether they do; the last settings where none do."""
+    of `rows` fit; the last settings where none do. With several GPUs, `parallel` on auto is chosen too."""
+    if predictor.n_gpus > 1 and train.parallel == "auto":
+        return _choose_parallel(
+            lambda kind: first_that_fits(predictor, replace(train, parallel=kind), rows, budget, optimizer)
+        )
     steps = [*savings(train, optimizer)]
     n = bisect_left(steps, True, key=lambda step: predictor.fits(step[0], rows, budget))
     chosen, taken = steps[min(n, len(steps) - 1)]
     return chosen, taken, n < len(steps)
 
 
-SMALLER = "take a smaller --size or --seq-len"  # where they are options
+def _choose_parallel(find: Callable[[str], Found]) -> Found:
+    """DDP where each GPU holds the model at the price of time alone, or of no more than with FSDP; else FSDP."""
+    ddp = find("ddp")
+    if ddp[2] and all(saver.exact for saver in ddp[1]):
+        return ddp
+    fsdp = find("fsdp")
+    losses = [sum(not saver.exact for saver in found[1]) for found in (ddp, fsdp)]
+    return ddp if ddp[2] and losses[0] <= losses[1] else fsdp
+
+
+def strongest(train: TrainConfig, n_gpus: int) -> TrainConfig:
+    """The settings that take least memory."""
+    *_, (last, _) = savings(train)
+    return replace(last, parallel="fsdp") if n_gpus > 1 and last.parallel == "auto" else last
 
 
 def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) -> str:
     """What would help training that does not fit, in a few words that can be typed."""
     if largest:
         return f"take --batch-size {largest}"
-    set_by_hand = {"activation_checkpointing": "on", "optimizer": "adamw8bit", "weight_precision": "bf16"}
+    set_by_hand = {saver.field: saver.value for saver in MEMORY_SAVERS}  # the strongest of each
+    if predictor.n_gpus > 1:
+        set_by_hand["parallel"] = "fsdp"
     given = {field for field, last in set_by_hand.items() if getattr(train, field) not in ("auto", last)}
     auto: dict[str, Any] = dict.fromkeys(given, "auto")
     freed = replace(train, **auto)
     if given and first_that_fits(predictor, freed, 1, budget)[2]:
         return "leave out " + " and ".join("--" + field.replace("_", "-") for field in sorted(given))
-    last = replace([*savings(freed)][-1][0], optimizer_in_backward=True, grad_accum=1, batch_size=None)
+    last = replace(strongest(freed, predictor.n_gpus), optimizer_in_backward=True, grad_accum=1, batch_size=None)
     if not train.optimizer_in_backward and predictor.peak(last, 1) <= budget:
         return "add --optimizer-in-backward, which has no accumulation and no clipping by the norm of all gradients"
     return SMALLER
@@ -295,10 +345,17 @@ class Fitted:
     predict: Callable[[], int]
 
 
-def fit_memory(train: TrainConfig, config: ModelConfig, name: str, device: torch.device, optimizer: str) -> Fitted:
+def fit_memory(
+    train: TrainConfig,
+    config: ModelConfig,
+    name: str,
+    device: torch.device,
+    optimizer: str,
+    ranks: Sequence[RankDevice] = (),
+) -> Fitted:
     """batch_size x grad_accum x seq_len = tokens_per_step: two fix the third; free ones are the largest micro-batch
     that fits. Where what is asked does not fit, settings on auto save memory until it does; before that `auto` means
-    `optimizer`.
+    `optimizer`. Of several `ranks` each takes as many rows of a step, and the micro-batch that the smallest does.
 
     Raises UsageError where the three disagree, DoesNotFit where even that is not enough.
     """
@@ -309,23 +366,33 @@ def fit_memory(train: TrainConfig, config: ModelConfig, name: str, device: torch
         A = 1
     if B is None and A and N:
         B = N // (A * T)
-    predictor = Predictor(name, config, train.lora_rank, device)
-    budget = memory_budget(device, train.vram_bytes)
-    chosen, savers, fits = first_that_fits(predictor, replace(train, grad_accum=A), B or 1, budget, optimizer)
+    n_ranks = max(1, len(ranks))
+    predictor = Predictor(name, config, train.lora_rank, device, n_ranks)
+    budget = common_budget(ranks) if ranks else memory_budget(device, train.vram_bytes)
+    asked, of_rank = rows_of_rank(B or 1, A, n_ranks), None if A is None else -(-A // n_ranks)
+    chosen, savers, fits = first_that_fits(predictor, replace(train, grad_accum=of_rank), asked, budget, optimizer)
     if not fits:
-        _refuse(predictor, train, chosen, B or 1, budget)
+        _refuse(predictor, train, chosen, asked, budget)
     if B is None:
         rows = max(1, default // (T * (A or 1)))
         room = GRAPH_BYTES if device.type == "cuda" and train.compile != "off" else 0
-        largest = predictor.largest(chosen, budget - room, rows) or predictor.largest(chosen, budget, rows)
-        B = largest if A else max(b for b in range(1, largest + 1) if rows % b == 0)
+        most = rows_of_rank(rows, A or 1, n_ranks)
+        largest = predictor.largest(chosen, budget - room, most) or predictor.largest(chosen, budget, most)
+        whole = rows // n_ranks if rows % n_ranks == 0 else rows  # that micro-batches divide, of each rank if they can
+        B = min(rows, largest * max(1, n_ranks // A)) if A else max(b for b in range(1, largest + 1) if whole % b == 0)
     A = A or max(1, default // (B * T))
     reason = "device, memory and the other two"
     values = {"batch_size": Derived(B, reason), "grad_accum": Derived(A, reason)}
     values["tokens_per_step"] = Derived(B * A * T, reason)
-    final = replace(chosen, grad_accum=A, batch_size=B)
+    final = replace(chosen, grad_accum=-(-A // n_ranks), batch_size=B)
     values |= _saving_values(train, chosen, savers, optimizer)
-    return Fitted(values, B * A * T, savers, budget, lambda: predictor.peak(final, B))
+    return Fitted(values, B * A * T, savers, budget, lambda: predictor.peak(final, rows_of_rank(B, A, n_ranks)))
+
+
+def rows_of_rank(rows: int, grad_accum: int | None, n_ranks: int) -> int:
+    """Rows of a rank's micro-batches, where those of a step have `rows` each: fewer than that only where there are
+    fewer micro-batches than ranks."""
+    return rows if grad_accum is None else min(rows, -(-rows * grad_accum // n_ranks))
 
 
 def _refuse(predictor: Predictor, train: TrainConfig, chosen: TrainConfig, rows: int, budget: int) -> None:
@@ -348,6 +415,9 @@ def _saving_values(
         costs = [saver.text for saver in savers if saver.field == field]
         reason = f"memory; {costs[0]}" if costs else "it fits"
         values[field] = Derived(getattr(chosen, field), reason)
+    if chosen.parallel != train.parallel:
+        reason = "the model fits a GPU" if chosen.parallel == "ddp" else "memory; the model is divided among the GPUs"
+        values["parallel"] = Derived(chosen.parallel, reason)
     if chosen.optimizer == optimizer:
         reason = "adapters" if train.lora_rank else "model, and how often the text is read"
         values["optimizer"] = Derived(optimizer, reason)

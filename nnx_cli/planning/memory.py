@@ -427,7 +427,8 @@ class Memory:
     """Predicted bytes of training, by part, and the most that there are in each phase of a step, everything included.
 
     `activations_bytes` are what a micro-batch keeps from its forward to its backward pass, `step_bytes` what the
-    optimizer holds for the moment of its step.
+    optimizer holds for the moment of its step; of several GPUs, `buckets_bytes` are gradients on their way and
+    `gathered_bytes` weights of other GPUs that are there for a moment.
     """
 
     weights_bytes: int
@@ -437,6 +438,8 @@ class Memory:
     step_bytes: int
     fixed_bytes: int
     phases: dict[str, int]
+    buckets_bytes: int = 0
+    gathered_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from nnx_cli.errors import DataError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
+from nnx_cli.planning.parallel import RankDevice
 from nnx_cli.planning.rates import expected_mfu, expected_speed, nominal_flops
 from nnx_cli.planning.recipe import (
     Horizon,
@@ -75,12 +76,13 @@ def plan_run(
     precision: str,
     sources: Mapping[str, str],
     epoch_tokens: EpochTokens | None = None,
+    ranks: Sequence[RankDevice] = (),
 ) -> Plan:
     """Fill in every value that is None or auto.
 
     `fields` are the model's fields that were set, `sources` where set values came from; `epoch_tokens` are those that
-    an epoch reads, where they are not `train_tokens`. Raises UsageError for values that disagree, DoesNotFit where not
-    even one sequence fits.
+    an epoch reads, where they are not `train_tokens`; `ranks` the devices of a run on several. Raises UsageError for
+    values that disagree, DoesNotFit where not even one sequence fits.
     """
     settings, data = Settings(train, sources), Data(vocab_size, train_tokens, val_tokens)
     rate = nominal_flops(device, precision)
@@ -94,7 +96,7 @@ def plan_run(
         settings.note("dropout", f"{horizon.epochs:.1f} epochs, {horizon.params_per_token:.1f} parameters a token")
     settings.fill_all({"precision": Derived(precision, "device")})
     optimizer = preferred_optimizer(name, train.lora_rank, horizon.overfits)
-    fitted = fit_memory(settings.train, config, name, device, optimizer)
+    fitted = fit_memory(settings.train, config, name, device, optimizer, ranks)
     settings.fill_all(fitted.values)
     settings.fill_all(run_length(train, data, horizon, fitted.tokens_per_step))
     steps = expected_steps(settings.train, horizon, fitted.tokens_per_step)

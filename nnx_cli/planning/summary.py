@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -10,69 +11,70 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.lora import check_rank
 from nnx_cli.models._base import ModelConfig
-from nnx_cli.planning.fit import Predictor, advice, first_that_fits, savings
+from nnx_cli.planning.fit import Predictor, advice, first_that_fits, strongest
 from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, meta_model, sampling_bytes
 from nnx_cli.planning.memory import ANY_GPU
 from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
 from nnx_cli.system.device import memory_budget, pick_device
 
 GPUS_GB = (4, 6, 8, 12, 16, 24)
+PARALLEL = ("ddp", "fsdp")
 
 
 def summary(
-    name: str, label: str | None, config: ModelConfig, train: TrainConfig, whole: bool = True
+    name: str, label: str | None, config: ModelConfig, train: TrainConfig, whole: bool = True, n_gpus: int = 1
 ) -> dict[str, Any]:
-    """Everything there is to say of a model, under the keys of --json. Unless it is to be `whole`, the largest
-    micro-batch is None where another was asked for and fits."""
+    """Everything there is to say of a model, under the keys of --json; memory is that of one of `n_gpus`. Unless it is
+    to be `whole`, the largest micro-batch is None where another was asked for and fits."""
     if train.lora_rank is not None:
         check_rank(meta_model(name, config), train.lora_rank)
     device = pick_device("auto")
-    predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU)
+    predictor = Predictor(name, config, train.lora_rank, device if device.type == "cuda" else ANY_GPU, n_gpus)
     with predictor.shapes:
         model = predictor.model()
         parameters, flops = count_parameters(model), flops_per_token(model)
         weights, cache = sampling_bytes(model)
     tokens_per_step = default_tokens_per_step(model, torch.device("cuda"))
     rows_per_step = max(1, tokens_per_step // config.seq_len)
-    preferred = preferred_optimizer(name, train.lora_rank)
-    chosen, fits = _fitting(predictor, train, preferred, memory_budget(device, train.vram_bytes), rows_per_step, whole)
-    memory = predictor.memory(chosen, fits["batch_size"])
-    *_, (smallest, _) = savings(train, preferred)
-    return {
+    preferred, budget = preferred_optimizer(name, train.lora_rank), memory_budget(device, train.vram_bytes)
+    chosen, fits = _fitting(predictor, train, preferred, budget, rows_per_step, whole)
+    smallest = strongest(train, n_gpus)
+    facts: dict[str, Any] = {
         "model": models.stem(name),
         "size": label,
         "seq_len": config.seq_len,
         "vocab_size": config.vocab_size,
         "parameters": parameters,
         "flops_per_token": flops,
-        "memory": {
-            "weights_bytes": memory.weights_bytes,
-            "gradients_bytes": memory.gradients_bytes,
-            "optimizer_bytes": memory.optimizer_bytes,
-            "activations_bytes": memory.activations_bytes,
-            "step_bytes": memory.step_bytes,
-            "fixed_bytes": memory.fixed_bytes,
-            "phases": memory.phases,
-            "peak_bytes": fits["predicted_peak_bytes"],
-            "sampling_bytes": weights + cache * config.seq_len,
-        },
+        "memory": _parts(predictor, chosen, fits["batch_size"]) | {"sampling_bytes": weights + cache * config.seq_len},
         "cache_bytes_per_token": cache,
         "file_bytes": file_bytes(model),
         "fits": fits,
         "trains_in_gb": {str(gb): predictor.fits(smallest, 1, memory_budget(device, gb * 2**30)) for gb in GPUS_GB},
     }
+    if n_gpus > 1:
+        facts |= {"gpus": n_gpus, "parallel": chosen.parallel, "per_gpu": {}}
+        for kind in PARALLEL if train.parallel == "auto" else (train.parallel,):
+            how, found = _fitting(predictor, replace(train, parallel=kind), preferred, budget, rows_per_step, whole)
+            facts["per_gpu"][kind] = {"memory": _parts(predictor, how, found["batch_size"]), "fits": found}
+    return facts
+
+
+def _parts(predictor: Predictor, train: TrainConfig, rows: int) -> dict[str, Any]:
+    """Predicted bytes of training, by part."""
+    return asdict(predictor.memory(train, rows)) | {"peak_bytes": predictor.peak(train, rows)}
 
 
 def _fitting(
     predictor: Predictor, train: TrainConfig, preferred: str, budget: int, rows_per_step: int, whole: bool
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings to train with, and whether and how that fits in `budget`."""
-    asked = train.batch_size or 1
+    """The settings to train with, and whether and how that fits in `budget`, on each GPU."""
+    asked, rows_of_gpu = train.batch_size or 1, -(-rows_per_step // predictor.n_gpus)
     chosen, savers, fits = first_that_fits(predictor, train, asked, budget, preferred)
     largest = None
     if whole or not (fits and train.batch_size):
-        largest = predictor.largest(chosen, budget, max(rows_per_step, asked), fitting=asked if fits else 0)
-    rows = train.batch_size or max(1, min(largest or 0, rows_per_step))
+        largest = predictor.largest(chosen, budget, max(rows_of_gpu, asked), fitting=asked if fits else 0)
+    rows = train.batch_size or max(1, min(largest or 0, rows_of_gpu))
     return chosen, {
         "budget_bytes": budget,
         "fits": fits,

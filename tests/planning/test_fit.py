@@ -132,6 +132,8 @@ def test_the_first_settings_that_fit_are_found(first):
     steps = [settings for settings, _ in savings(train(), "muon")]
 
     class Fitting:
+        n_gpus = 1
+
         def fits(self, settings, rows, budget):
             return steps.index(settings) >= first
 
