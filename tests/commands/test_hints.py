@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from nnx_cli import errors, models
-from nnx_cli.cli import _load
+from nnx_cli.cli import app
 from nnx_cli.errors import nearest, pasteable, quoted
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.training.recovery import retry_command
@@ -36,7 +37,9 @@ def parsed(hint):
     typed = subprocess.run(["sh", "-c", f"printf '%s\\n' {hint}"], capture_output=True, text=True, check=True)
     words = typed.stdout.splitlines()
     assert words == shlex.split(hint) and words[0] == "nnx"
-    return words[1], _load(words[1]).make_context(words[1], words[2:]).params
+    group = typer.main.get_command(app)
+    with group.make_context(words[0], words[1:]) as root:  # without it, a command learns for good that -h is no option
+        return words[1], group.commands[words[1]].make_context(words[1], words[2:], parent=root).params
 
 
 def leads_to(hint, folder):
