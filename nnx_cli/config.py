@@ -108,6 +108,7 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints to keep
     report: bool = True  # write report.html into the run folder as the run goes
     watch: bool = True  # keep what happens inside the model at milestones, for the report and nnx visualize
+    log_to: list[str] | None = None  # tracker to show the run in too, may be repeated: {trackers}; default: none
     patience: int | None = None  # stop after this many validations without a better one; default: never
     lora_rank: int | None = None  # train LoRA adapters of this rank, the weights of --init-from frozen; default: none
     seed: int = 1337  # seed of initial weights, data order and dropout
@@ -138,6 +139,7 @@ class TrainConfig:
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("beta2", self.beta2, 0.0, 0.9999999, low_open=True)  # float32 has no more below 1
         check_device(self.device)
+        check_trackers(self.log_to or [])
         check_choice("stop-early", self.stop_early, ("auto", "off"))
         check_choice("optimizer", self.optimizer, ("auto", *module_names("optim")))
         check_choice("schedule", self.schedule, ("linear", "cosine", "wsd", "constant"))
@@ -166,6 +168,11 @@ class TrainConfig:
     def vram_bytes(self) -> int | None:
         """`vram` in bytes."""
         return parse_bytes(self.vram)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers in `log_to`, each once."""
+        return [name for name in dict.fromkeys(self.log_to or []) if name != "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +293,7 @@ class Field:
     """A setting, as the source of its dataclass states it."""
 
     name: str
-    type: str  # int, float, bool or str, whether or not None is allowed
+    type: str  # int, float, bool, str or list[str], whether or not None is allowed
     default: Any
     help: str
 
@@ -376,6 +383,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UsageError, with the nearest match, unless `value` is one of `choices`."""
     if value not in choices:
         raise UsageError(f"--{name} has no choice {value!r}{nearest(value, choices)}: {', '.join(choices)}")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise UsageError, with the nearest match, for a name that is no tracker's, and for none beside one."""
+    for name in names:
+        check_choice("log-to", name, (*module_names("trackers"), "none"))
+    if len(names) > 1 and "none" in names:
+        raise UsageError("--log-to none stands alone", fix="leave out --log-to none")
 
 
 def check_tokenizer(kind_or_file: str) -> None:
@@ -475,7 +490,12 @@ def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> d
             value = float(value)
         if kind == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
-        if type(value).__name__ != kind:
+        if kind == "list[str]":
+            value = [value] if isinstance(value, str) else value
+            fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        else:
+            fits = type(value).__name__ == kind
+        if not fits:
             raise UsageError(f"{origin}: {name} is {value!r}; it must be of type {kind}")
         result[name] = value
     return result

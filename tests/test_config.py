@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nnx_cli import config as config_module
+from nnx_cli.commands._options import KINDS
 from nnx_cli.config import (
     Field,
     PrepareConfig,
@@ -33,7 +34,7 @@ def test_fields_are_read_as_they_are(config):
     real = dataclasses.fields(config)
     assert [(f.name, f.default) for f in read] == [(f.name, f.default) for f in real]
     for field, true in zip(read, real, strict=True):
-        assert true.type in (field.type, f"{field.type} | None") and field.type in ("int", "float", "bool", "str")
+        assert true.type in (field.type, f"{field.type} | None") and field.type in KINDS
         assert field.help, field.name
     assert isinstance(config(), config), "defaults are in range"
 
@@ -232,6 +233,11 @@ def test_values_take_the_type_of_their_field():
     values = coerce(FIELDS, {"lr": 1, "max_steps": 3, "qk_norm": True, "max_time": 90}, "file")
     assert values == {"lr": 1.0, "max_steps": 3, "qk_norm": True, "max_time": "90"}
     assert type(values["lr"]) is float
+    several = Field("log_to", "list[str]", None, "")
+    assert [coerce([several], {"log_to": given}, "file")["log_to"] for given in ("a", ["a", "b"])] == [
+        ["a"],
+        ["a", "b"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -245,12 +251,15 @@ def test_values_take_the_type_of_their_field():
         {"qk_norm": 1},
         {"max_time": [1]},
         {"lr": {}},
+        {"log_to": 1},
+        {"log_to": ["a", 1]},
+        {"log_to": {"a": 1}},
     ],
     ids=str,
 )
 def test_values_of_another_type_are_refused(bad):
     with pytest.raises(UsageError, match="must be of type"):
-        coerce(FIELDS, bad, "file")
+        coerce([*FIELDS, Field("log_to", "list[str]", None, "")], bad, "file")
 
 
 def test_every_kind_of_error_has_its_exit_code():

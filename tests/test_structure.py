@@ -20,6 +20,7 @@ FLOORS = (  # a part imports only from those on lower floors, and from itself
     ("cli",),
     ("commands",),
     ("console",),
+    ("trackers",),
     ("serving", "reporting", "experiments"),
     ("convert", "training"),
     ("planning",),
@@ -50,10 +51,13 @@ EXTRAS = {
     "pyarrow",
     "regex",
     "rustbpe",
+    "tensorboard",
     "tiktoken_ext",
     "tokenizers",
+    "trackio",
     "transformers",
     "uvicorn",
+    "wandb",
     "xllamacpp",
 }
 SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data", "readline"}  # by operating system or build

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+KINDS = {"int": int, "float": float, "str": str, "bool": bool, "list[str]": list[str]}
 DEFAULT_MODEL = "nyx"
 MODEL_PANEL = "Model"
 OUTPUT_PANEL = "Output"
@@ -126,7 +126,7 @@ def settings(
 
 def given(values: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, Any]:
     """Those of `fields` that were given on the command line."""
-    return {field.name: values[field.name] for field in fields if values.get(field.name) is not None}
+    return {field.name: values[field.name] for field in fields if values.get(field.name) not in (None, [])}
 
 
 class AllBut:

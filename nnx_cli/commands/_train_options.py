@@ -80,6 +80,7 @@ PANELS = {  # of the settings that training and preparing have
         "patience",
         "report",
         "watch",
+        "log_to",
     ),
     "Data": ("tokenizer", "val_fraction", *READING),
 }
@@ -94,7 +95,7 @@ NYX_RECIPE = {
     "dropout": 0.0,
 }
 SMALLER_PATIENCE = "take a smaller --patience or --val-every"
-RESUMABLE = (*LENGTHS, "warmup_steps", "device", "threads", "batch_size", "grad_accum", "compile", "vram")
+RESUMABLE = (*LENGTHS, "warmup_steps", "device", "threads", "batch_size", "grad_accum", "compile", "vram", "log_to")
 NAMED = (Field("model", "str", None, ""), Field("size", "str", None, ""))  # what a file may give besides settings
 TRAINING = own_fields(TrainConfig)
 PREPARING = tuple(field for field in own_fields(PrepareConfig) if field.name in PANELS["Data"])

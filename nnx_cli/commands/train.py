@@ -130,11 +130,13 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     if request.train.lora_rank is not None and request.init_from is None and request.checkpoint is None:
         raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
     from nnx_cli.runs.run import refuse_taken
+    from nnx_cli.trackers._tracker import check_installed
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan
     from nnx_cli.training.observer import Several
     from nnx_cli.training.sampling import choose_sampling
 
+    check_installed(request.train.trackers)
     for note in request.notes:
         output.note(note)
     base, shape, sources = _chosen_shape(output, request, made)
@@ -306,6 +308,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
     from nnx_cli.runs.logs import read_intact
     from nnx_cli.runs.run import Run
     from nnx_cli.system.torch_private import compiler_is_loaded
+    from nnx_cli.trackers._tracker import check_installed
     from nnx_cli.training import session
     from nnx_cli.training.observer import Several
 
@@ -329,6 +332,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
         if restart.is_over:
             _say_over(output, restart, status)
             return
+        check_installed(restart.config.trackers)
         with TrainingView(output, _facts_of(restart)) as view:
             if not compiler_is_loaded():
                 output.note("loading torch's optimizers, and its compiler with them")
@@ -374,13 +378,21 @@ def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:
 
 
 @contextmanager
-def _watched(run: Run, trainer: Trainer, observers: Several, view: TrainingView, named: str) -> Iterator[None]:
-    """Have the coach watch a run, and, as far as that is wanted, what happens inside the model kept, and its page
-    written as it goes and when it ends."""
+def _watched(
+    output: Output, run: Run, trainer: Trainer, observers: Several, view: TrainingView, named: str
+) -> Iterator[None]:
+    """Have the coach watch a run, and, as far as that is wanted, what happens inside the model kept, its page written
+    as it goes and when it ends, and trackers told."""
     from nnx_cli.reporting.live_coach import LiveCoach
 
     observers.observers.append(LiveCoach(run.folder, named, view.note))
     with ExitStack() as stack:
+        if trainer.config.trackers:
+            from nnx_cli.trackers._process import Tracking
+
+            modules = [f"nnx_cli.trackers.{name}" for name in trainer.config.trackers]
+            tracking = Tracking(run.folder, modules, trainer.state.step, view.note, output.warn)
+            observers.observers.append(stack.enter_context(tracking))
         if trainer.config.watch:
             from nnx_cli.reporting.watch import Watch
 
@@ -403,7 +415,7 @@ def _show_panel(view: TrainingView, step: int, tokens: Sequence[str], panel: Pan
 def _finish(output: Output, run: Run, trainer: Trainer, view: TrainingView, observers: Several, named: str) -> None:
     """Train a locked run to the end, watched by coach and report, and say how it ended. Raises Interrupted where it was
     stopped. `named` stands beside the run in the commands that may follow."""
-    with _watched(run, trainer, observers, view, named):
+    with _watched(output, run, trainer, observers, view, named):
         status = _train_to_end(output, run, trainer, view, named)
         output.made = run.folder
         output.show_json(_as_json(run, status))

@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a log that are whole. Raises CheckpointError where it is no file."""
-    yield from (record for line in _lines(path) if (record := _record(line)) is not None)
+    yield from (record for line in _lines(path) if (record := parse_line(line)) is not None)
 
 
 def read_intact(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -94,17 +94,17 @@ def read_intact(path: Path) -> tuple[list[dict[str, Any]], int]:
     it is no file."""
     if not os.path.lexists(path):
         return [], 0
-    records = [_record(line) for line in _lines(path)]
+    records = [parse_line(line) for line in _lines(path)]
     return [record for record in records if record is not None], records.count(None)
 
 
 def logged_step(line: bytes) -> int | None:
     """The step of a line of a log; None where the line is damaged."""
-    record = _record(line)
+    record = parse_line(line)
     return None if record is None else record["step"]
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
     """A line of a log; None where it is damaged."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None

@@ -246,6 +246,7 @@ PATHS = {
 SEEN_OTHERWISE = {  # by the branches of the plan, and as properties
     "max_time": "max_time_s",
     "vram": "vram_bytes",
+    "log_to": "trackers",
 }
 OF_OTHERS = {"vocab_size", "workers", "max_memory_bytes", "xray"}  # of PrepareConfig, which train has not
 

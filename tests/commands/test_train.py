@@ -1,7 +1,9 @@
+import importlib.util
 import json
 import random
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from nnx_cli.planning import tokenizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.run import Run
+from nnx_cli.trackers._process import Tracking
 
 SMALL = [
     "--dim",
@@ -999,3 +1002,46 @@ def test_an_epoch_of_conversations_reads_every_one(nnx, workspace, chats):
     assert json.loads(longer.stdout)["max_steps"] == round(3 * windows.n / 2)
     short = nnx(*words, "--seq-len", 12, "--max-steps", 1, "--out", "weights/short")
     assert "of the conversations are longer than --seq-len 12" in short.stderr
+
+
+# trackers
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "words"),
+    [
+        (2, "--log-to has no choice 'tensorbord'; did you mean tensorboard?", ["--log-to", "tensorbord"]),
+        (2, "--log-to none stands alone", ["--log-to", "none", "--log_to=trackio"]),
+        (7, "--log-to wandb needs wandb", ["--log-to", "wandb"]),
+    ],
+)
+def test_a_tracker_that_is_not_there(refused, text_file, monkeypatch, code, message, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    Path("wandb").mkdir()  # as the library leaves one behind
+    result = refused(code, message, "train", "--filepath", text_file, *FIRST, *words)
+    assert code != 7 or "pip install 'nnx-cli[wandb]'" in result.stderr
+
+
+def test_a_mere_folder_is_no_library(refused, data, monkeypatch, workspace):
+    monkeypatch.syspath_prepend(workspace)
+    Path("no_such_tracker").mkdir()
+    monkeypatch.setattr("nnx_cli.config.module_names", lambda package: ("no_such_tracker", "muon"))
+    refused(7, "needs no_such_tracker", "train", "--data", data, *FIRST, "--log-to", "no_such_tracker")
+
+
+def test_trackers_of_a_run_stay_until_others_are_named(nnx, data, monkeypatch):
+    taken = []
+
+    def note(self):
+        taken.append((self.modules, self.begin))
+        return self
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: sys.__spec__)
+    monkeypatch.setattr(Tracking, "__enter__", note)
+    Path("file.toml").write_text('log_to = "wandb"\n')
+    assert nnx("train", "--data", data, *FIRST, "--config", "file.toml").exit_code == 0
+    for more, words in enumerate(([], ["--log-to", "trackio", "--log-to", "trackio"], ["--log-to", "none"]), start=4):
+        assert nnx("train", "--resume", "nyx-words", "--max-steps", more, *words).exit_code == 0
+    run = Run(Path("weights/nyx-words"))
+    wandb, trackio = ["nnx_cli.trackers.wandb"], ["nnx_cli.trackers.trackio"]
+    assert taken == [(wandb, 0), (wandb, 3), (trackio, 4)] and run.config["training"]["log_to"] == ["none"]
