@@ -33,7 +33,7 @@ PARTS = {  # words of nnx compare; what the first one of a name races on stands 
     "bpe-curve-3m": ["--parameters", "3M", "--equal", "tokens", "--budget", "6M", *GPU],
     "bpe-curve-tiny": ["--size", "tiny", "--equal", "tokens", "--budget", "21M", *GPU],
     "bytes-cpu": ["--size", "nano", "--equal", "time", "--budget", "45s", *CPU],
-    "recall-cpu": ["--task", "recall", "--equal", "tokens", "--budget", "2M", *CPU],
+    "recall": ["--task", "recall", "--equal", "tokens", "--budget", "2M", *GPU],
 }
 
 
