@@ -111,7 +111,7 @@ def fill_page(
         facts="".join(f"<div><dt>{_text(w)}</dt><dd>{_text(v)}</dd></div>" for w, v in about.facts.items()),
         changes="".join(f"<p>{_text(sentence)}</p>" for sentence in about.changes),
         date=datetime.now(UTC).date().isoformat(),
-        data=data.replace("<", r"\u003c"),  # in JSON; base64 has none
+        data=data.replace("<", r"\u003c"),  # in JSON
         tokenizer=tokens,
         backend=backend,
         page=page,

@@ -1,13 +1,12 @@
 """One web page that holds a model and runs it: opened from a disk, on a phone, without a network.
 
 The page is that of `nnx_cli.webpage`, and html_runtime.js beside this module computes. Weights are the ones that `nnx
-quantize` makes. They stand in the page as base64 of what zlib compressed: the length of a JSON header in four bytes,
-the header, and the tensors that it lists, one after the other, as in a quantized folder.
+quantize` makes. They stand in the page as text of what zlib compressed, 7 bits a character: the length of a JSON header
+in four bytes, the header, and the tensors that it lists, one after the other, as in a quantized folder.
 """
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 import re
@@ -17,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +42,12 @@ LIBRARIES = ()
 FILE = "model.html"
 TOLERANCE = 1e-3  # of a logit
 MAX_BYTES = 100_000_000  # of a page
-BYTES_PER_WEIGHT = {8: 1.2, 4: 0.67}  # in the page, at least: those of a trained model
+BYTES_PER_WEIGHT = {8: 1.05, 4: 0.58}  # in the page, at least: those of a trained model
+PIECE = 7 * 2**17  # bytes that become text at a time
 GROUP_SIZE = 32  # columns that share a scale, with 4 bits
 TYPES = {torch.int8: "i8", torch.uint8: "u4", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
+ARCHITECTURE = re.compile(r"^ARCHITECTURES\.(\w+) = class .*?^};\n\n", re.DOTALL | re.MULTILINE)
 MAX_TOKENS = 100_000  # that may be asked for at a time
 WHERE = "It is in this page and runs on your device: nothing is sent anywhere."
 
@@ -109,13 +111,14 @@ class Packed:
     @classmethod
     def of(cls, source: Source) -> Packed:
         """A quantized MODEL as it is stored, where it has as many bits as are asked for; else what `nnx quantize` makes
-        of it, but for matrices that its int4 leaves in 16 bits and its int8 does not: they have 8."""
+        of it. Matrices that its int4 leaves in 16 bits and its int8 does not have 8 in both cases."""
         bits = _bits(source)
         if bits == _stored_bits(source):
-            return cls(Quantization.read(source.ref.config["quantization"]), source.ref.weights()[1])
-        how = Quantization(bits=bits, group_size=GROUP_SIZE if bits == 4 else None, kept=[])
-        state = quantized_state(source.model, how)
-        for name in stored_in_int8(source.model, replace(how, bits=8)):
+            how, state = Quantization.read(source.ref.config["quantization"]), dict(source.ref.weights()[1])
+        else:
+            how = Quantization(bits=bits, group_size=GROUP_SIZE if bits == 4 else None, kept=[])
+            state = quantized_state(source.model, how)
+        for name in stored_in_int8(source.model, replace(how, bits=8)) if bits == 4 else ():
             weight = source.model.get_parameter(f"{name}.weight")
             state[f"{name}.weight"], state[f"{name}.scale"] = quantize_rows(weight)
         return cls(how, state)
@@ -173,9 +176,9 @@ def write(source: Source, folder: Path) -> None:
         }
     ).encode()
     content = b"".join([len(header).to_bytes(4, "little"), header, *raw])
-    weights = base64.b64encode(zlib.compress(content, 9)).decode()
+    weights = to_text(zlib.compress(content, 9))
     about = About.of(source.card, source.ref, bits)
-    filled = fill_page(about, source.tokenizer, _runtime(), weights, where=WHERE, most=MAX_TOKENS)
+    filled = fill_page(about, source.tokenizer, _runtime(source.name), weights, where=WHERE, most=MAX_TOKENS)
     page = filled.text.encode()
     _check_size(n_parameters, bits, len(page))
     write_synced(folder / FILE, page)
@@ -195,16 +198,38 @@ def _check_size(n_parameters: int, bits: int, n_bytes: int) -> None:
     )
 
 
-def _runtime() -> str:
-    """The script that computes."""
-    return resources.files(__package__).joinpath("html_runtime.js").read_text(encoding="utf-8")
+def _runtime(architecture: str) -> str:
+    """The script that computes, without the other architectures."""
+    script = resources.files(__package__).joinpath("html_runtime.js").read_text(encoding="utf-8")
+    return ARCHITECTURE.sub(lambda found: found[0] * (found[1] == architecture), script)
+
+
+def to_text(content: bytes) -> str:
+    """Bytes as text with 7 bits a character, an eighth shorter than base64. A DEL stands before those characters that
+    markup cannot hold, which have a bit turned."""
+    codes = b""
+    for piece in np.split(np.frombuffer(content, np.uint8), range(PIECE, len(content), PIECE)):
+        bits = np.unpackbits(piece)
+        sevens = np.pad(bits, (0, -len(bits) % 7)).reshape(-1, 7)
+        codes += np.packbits(np.pad(sevens, ((0, 0), (1, 0))), axis=1).tobytes()
+    return re.sub(rb"[\0\r<\x7f]", lambda found: bytes((127, found[0][0] ^ 64)), codes).decode("ascii")
+
+
+def from_text(text: str) -> bytes:
+    """The bytes that `to_text` was given."""
+    codes = re.sub(rb"\x7f(.)", lambda found: bytes((found[1][0] ^ 64,)), text.encode("ascii"), flags=re.DOTALL)
+    content, step = b"", PIECE // 7 * 8
+    for piece in np.split(np.frombuffer(codes, np.uint8), range(step, len(codes), step)):
+        bits = np.unpackbits(piece[:, None], axis=1)[:, 1:].ravel()
+        content += np.packbits(bits[: len(bits) // 8 * 8]).tobytes()
+    return content
 
 
 def read_page(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of a page."""
-    found = re.search(r'<script id="model"[^>]*>([^<]*)<', path.read_text(encoding="utf-8"))
+    found = re.search(r'<script id="model"[^>]*>([^<]*)<', path.read_bytes().decode())
     assert found is not None
-    content = zlib.decompress(base64.b64decode(found[1]))
+    content = zlib.decompress(from_text(found[1]))
     end = 4 + int.from_bytes(content[:4], "little")
     header, state = json.loads(content[4:end]), {}
     for entry in header["tensors"]:

@@ -191,6 +191,8 @@ function attend(q, keys, values, to, heads, kvHeads, scale, from = 0) {
 
 // ---------------------------------------------------------------- architectures
 
+const ARCHITECTURES = {}; // of which a page has its own alone
+
 /** What all have: `config`, `matrix(name)` and `vector(name)` of the weights, and a block of names for each layer. */
 class Architecture {
   constructor(config, weights) {
@@ -221,7 +223,7 @@ class Architecture {
   }
 }
 
-class Llama extends Architecture {
+ARCHITECTURES.llama = class extends Architecture {
   layer(at) {
     const { matrix, vector } = this.weights, { dim, n_heads, n_kv_heads } = this.config;
     return {
@@ -252,9 +254,9 @@ class Llama extends Architecture {
   head(x) {
     return (this.config.tie_embeddings ? this.embedding : this.weights.matrix("head")).times(x);
   }
-}
+};
 
-class Nyx extends Architecture {
+ARCHITECTURES.nyx = class extends Architecture {
   layer(at) {
     const { matrix, vector } = this.weights, { head_dim, qk_norm } = this.config;
     return {
@@ -295,9 +297,9 @@ class Nyx extends Architecture {
   head(x) {
     return this.embedding.times(x);
   }
-}
+};
 
-class Ngpt extends Architecture {
+ARCHITECTURES.ngpt = class extends Architecture {
   layer(at, layer) {
     const { matrix } = this.weights, { n_heads, head_dim } = this.config;
     return {
@@ -346,9 +348,9 @@ class Ngpt extends Architecture {
     const matrix = this.config.tie_embeddings ? this.embedding : this.weights.matrix("head.proj");
     return product(matrix.times(x), this.scale("head.s_logit"));
   }
-}
+};
 
-class N4 extends Architecture {
+ARCHITECTURES.n4 = class extends Architecture {
   layer(at) {
     const { dim, n_heads, n_kv_heads } = this.config, width = (dim / n_heads) * n_kv_heads;
     return {
@@ -400,9 +402,9 @@ class N4 extends Architecture {
   head(x) {
     return this.projection("head")(x);
   }
-}
+};
 
-class Neon extends Architecture {
+ARCHITECTURES.neon = class extends Architecture {
   layer(at, layer) {
     const { matrix, vector } = this.weights, { n_kv_heads } = this.config, { maps, K } = this.widths();
     const start = 0.8 - 0.6 * Math.exp(-0.3 * (layer + (this.config.paper_lambda ? 0 : 1)));
@@ -497,9 +499,9 @@ class Neon extends Architecture {
   head(x) {
     return (this.config.tie_embeddings ? this.embedding : this.weights.matrix("head")).times(x);
   }
-}
+};
 
-class Tape extends Architecture {
+ARCHITECTURES.tape = class extends Architecture {
   depth() {
     const { coda_layers, n_critics, n_layers, variant } = this.config;
     return coda_layers + (variant === "tape" ? n_critics : 1) * n_layers;
@@ -590,25 +592,27 @@ class Tape extends Architecture {
     const largest = Math.max(...scores), total = scores.reduce((all, score) => all + Math.exp(score - largest), 0);
     return scores.map((score) => score - largest - Math.log(total));
   }
-}
-
-const ARCHITECTURES = { llama: Llama, n4: N4, neon: Neon, ngpt: Ngpt, nyx: Nyx, tape: Tape };
+};
 
 // ---------------------------------------------------------------- a model out of a page
 
-/** Bytes of base64 of what zlib compressed. */
-async function unpacked(base64) {
-  const piece = 2 ** 20, stream = new DecompressionStream("deflate"), writer = stream.writable.getWriter();
-  const feed = async () => {
-    for (let i = 0; i < base64.length; i += piece) {
-      const text = atob(base64.slice(i, i + piece)), bytes = new Uint8Array(text.length);
-      for (let j = 0; j < text.length; j++) bytes[j] = text.charCodeAt(j);
-      await writer.write(bytes);
-    }
-    await writer.close();
-  };
-  const [buffer] = await Promise.all([new Response(stream.readable).arrayBuffer(), feed()]);
-  return buffer;
+/** Bytes of text with 7 bits a character. Behind a DEL stands one that markup cannot hold, with a bit turned. */
+function unpacked(text) {
+  const bytes = new Uint8Array(Math.ceil((text.length * 7) / 8));
+  let n = 0, bits = 0, count = 0; // the last `count` bits are not in a byte yet
+  for (let i = 0; i < text.length; i++) {
+    let code = text.charCodeAt(i);
+    if (code === 127) code = text.charCodeAt(++i) ^ 64;
+    bits = ((bits & 127) << 7) | code;
+    count += 7;
+    if (count >= 8) bytes[n++] = bits >> (count -= 8);
+  }
+  return bytes.subarray(0, n);
+}
+
+/** What zlib compressed. */
+function inflated(bytes) {
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
 }
 
 /** A 16-bit float of IEEE 754. */
@@ -677,9 +681,9 @@ class Model {
     this.read = []; // tokens that the network has read, from the start of its view
   }
 
-  /** A model out of base64: four bytes of a length, so many of JSON, and the numbers that it lists. */
-  static async open(base64) {
-    const buffer = await unpacked(base64), length = new DataView(buffer).getUint32(0, true);
+  /** A model out of a page: four bytes of a length, so many of JSON, and the numbers that it lists. */
+  static async open(text) {
+    const buffer = await inflated(unpacked(text)), length = new DataView(buffer).getUint32(0, true);
     const described = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
     return new Model(described, buffer, 4 + length);
   }

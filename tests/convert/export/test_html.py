@@ -4,7 +4,7 @@ import json
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import unescape
 from importlib import resources
 from pathlib import Path
@@ -18,12 +18,14 @@ from nnx_cli.config import SampleConfig
 from nnx_cli.convert.export import _compare
 from nnx_cli.convert.export import html as form
 from nnx_cli.convert.export._base import Source
+from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.data.conversations import Message, Template, with_template
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.errors import QualityError, UsageError
 from nnx_cli.inference.generate import generate
+from nnx_cli.layers.quantized import Quantization
 from nnx_cli.runs.card import Card
 from nnx_cli.system.chromium import ChromiumError
 from nnx_cli.system.text import well_formed
@@ -31,13 +33,24 @@ from nnx_cli.webpage import page as webpage
 
 ODD = "Don't stop: 1 12 123 1234567 x=3.14;\n\n\tif  (a_b) {\r\n  naïve 小猫 🙂 ▁ หมาก\u0e37 हिन्दी  \n\n\n"
 ODD += "'LL o'clock\u00a0!  \u0085\ufeff\u2028 \x1f\x00 \u200d end"
-SCRIPTS = {"runtime": form._runtime()} | {name: webpage.file_text(name) for name in ("page.js", "tokenizer.js")}
+RUNTIME = resources.files("nnx_cli.convert.export").joinpath("html_runtime.js").read_text(encoding="utf-8")
+SCRIPTS = {"runtime": RUNTIME} | {name: webpage.file_text(name) for name in ("page.js", "tokenizer.js")}
 
 
 class Ref:
     """A run without a folder."""
 
     folder, config, start_ids = Path(), {}, [10]
+
+
+class Stored(Ref):
+    """A folder that `nnx quantize` wrote."""
+
+    def __init__(self, how, state):
+        self.config, self.state = {"quantization": asdict(how)}, state
+
+    def weights(self):
+        return Path(), self.state
 
 
 @pytest.fixture
@@ -201,9 +214,15 @@ def test_the_page_gives_the_same_ids_and_text(source, opened, kind):
         assert heard == tokenizer.decode(ids)
 
 
-def test_sizes_are_those_promised(source, tmp_path):
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize("name", models.names())
+def test_sizes_are_those_promised(source, tmp_path, name, is_stored):
+    """Also of a folder that is quantized already, whatever that keeps in 16 bits."""
     for bits, most in ((8, 1.45), (4, 0.8)):
-        made = source(bits=bits, dim=128, n_layers=4, seq_len=256)
+        made = source(name, bits=bits, **asdict(models.make_config(name, size="nano")))
+        if is_stored:
+            how = Quantization(bits=bits, group_size=32 if bits == 4 else None, kept=[])
+            made = replace(made, ref=Stored(how, quantized_state(made.model, how)))
         form.write(made, tmp_path)
         n_parameters = sum(tensor.numel() for tensor in made.model.state_without_ties().values())
         assert (tmp_path / form.FILE).stat().st_size < most * n_parameters
@@ -255,7 +274,7 @@ def test_what_differs_in_the_browser_is_found(source, browser, tmp_path, monkeyp
         files = {name: webpage.file_text(name) for name in ("page.html", "page.css")} | changed
         with monkeypatch.context() as patch:
             patch.setattr(webpage, "file_text", files.__getitem__)
-            patch.setattr(form, "_runtime", lambda: changed["runtime"])
+            patch.setattr(form, "_runtime", lambda architecture: changed["runtime"])
             form.write(made, tmp_path)
         return form.check(made, tmp_path)
 
@@ -437,8 +456,20 @@ def test_the_files_hold_nothing_that_markup_could_come_from():
         assert not re.search(
             r"</script|<!--|innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(", script
         )
-    classes = re.findall(r"^class \w+ extends Architecture .*?^}", SCRIPTS["runtime"], re.S | re.M)
-    assert len(classes) == len(SHAPES) and all(len(lines.splitlines()) < 100 for lines in classes)
+    found = {match[1]: match[0] for match in form.ARCHITECTURE.finditer(RUNTIME)}
+    assert found.keys() == SHAPES.keys() and all(len(lines.splitlines()) < 100 for lines in found.values())
+    for name, lines in found.items():
+        assert lines in form._runtime(name) and form._runtime(name).count(" extends Architecture") == 1
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 6, 7, 8, 14, 1000])
+def test_bytes_become_text_that_markup_can_hold(monkeypatch, n_bytes):
+    monkeypatch.setattr(form, "PIECE", 14)
+    content = bytes(i * 37 % 256 for i in range(n_bytes))
+    text = form.to_text(content)
+    assert form.from_text(text) == content and text.isascii() and not set("<\0\r") & set(text)
+    for byte in range(256):
+        assert form.from_text(form.to_text(content + bytes([byte] * 9))) == content + bytes([byte] * 9)
 
 
 def test_the_command_writes_a_page_as_it_was_quantized(nnx, run, workspace, monkeypatch):
