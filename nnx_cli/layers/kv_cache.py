@@ -48,11 +48,13 @@ class KVCache:
     """
 
     window: int | None = None  # newest positions that attention reaches; None: all
+    n_parts = 2  # of what is kept of a head: its keys and its values
 
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """`shape` is (L, B, G, S, K): layers, sequences, key-value heads, positions at most, width of a head."""
         n_layers, batch_size, n_heads, max_seq_len, width = shape
-        self._hold(torch.zeros(n_layers, batch_size, 2 * n_heads, max_seq_len, width, device=device, dtype=dtype))
+        n_rows = self.n_parts * n_heads
+        self._hold(torch.zeros(n_layers, batch_size, n_rows, max_seq_len, width, device=device, dtype=dtype))
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_seq_len = max_seq_len
         self.span: int | None = None
@@ -64,7 +66,8 @@ class KVCache:
     def _hold(self, stored: Tensor) -> None:
         """Keep keys and values (L, B, 2G, S, K) from now on."""
         self.stored, self._layers = stored, stored.unbind()
-        self.keys, self.values = stored.chunk(2, dim=2)
+        parts = stored.chunk(self.n_parts, dim=2)
+        self.keys, self.values = parts[0], parts[-1]
 
     def positions(self, n_new: int) -> Tensor:
         """Positions (B, T) of the next `n_new` tokens of every sequence."""
@@ -93,12 +96,16 @@ class KVCache:
     def mask(self, n_new: int) -> Tensor | None:
         """What is added to scores, (B, 1, T, S): 0 where a new position may look, else minus infinity; None where plain
         causal attention says the same."""
-        if self._even and (self._longest == 0 or n_new == 1) and not self.has_span(n_new):
+        if self._sees_all(n_new):
             return None
         if self._mask is None:
             hidden = ~self._seen(n_new)
             self._mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -torch.inf)[:, None]
         return self._mask
+
+    def _sees_all(self, n_new: int) -> bool:
+        """Whether each new position may look at all before it that `update` returns."""
+        return self._even and (self._longest == 0 or n_new == 1) and not self.has_span(n_new)
 
     def _seen(self, n_new: int) -> Tensor:
         """Where each new position may look, (B, T, S), among what `update` returns."""
@@ -125,7 +132,7 @@ class KVCache:
         else:
             index = self.positions(n_new)[:, None, :, None]
             stored.scatter_(2, index.expand_as(kv), kv.to(stored.dtype))
-        return stored.narrow(2, 0, self._end(n_new)).chunk(2, dim=1)
+        return stored.narrow(2, 0, self._end(n_new)).chunk(self.n_parts, dim=1)
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every sequence."""

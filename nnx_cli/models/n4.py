@@ -34,7 +34,9 @@ from nnx_cli.layers.attention import causal_attention
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.layers.insides import Insides
 from nnx_cli.layers.kv_cache import KVCache
+from nnx_cli.layers.latent_attention import LatentCache, latent_attention
 from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.quantized import QuantizedMatrix
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 from nnx_cli.models.insides.n4 import insides as insides_of_n4
 
@@ -45,6 +47,7 @@ class Config(ModelConfig):
 
     n_kv_heads: int = DERIVED  # key-value heads, each with its gate; default n_heads
     ffn_dim: int = DERIVED  # width of the feed-forward; default 2 x dim
+    kv_latent_dim: int | None = None  # width of the latent that keys and values of a token rise from; default none
     window: int | None = None  # newest positions that attention reaches, its own included; default all
     bias: bool = False  # biases in all linear layers
     dyt_alpha: bool = False  # learn a slope and a bias in every dynamic tanh
@@ -58,6 +61,10 @@ class Config(ModelConfig):
             raise UsageError(f"--n-kv-heads {self.n_kv_heads} must divide --n-heads {self.n_heads}")
         if self.ffn_dim < 1 or self.window is not None and self.window < 1:
             raise UsageError("--ffn-dim and --window must be at least 1")
+        if self.kv_latent_dim is not None and not 1 <= self.kv_latent_dim <= self.dim:
+            raise UsageError(
+                f"--kv-latent-dim is {self.kv_latent_dim}; it must be at least 1 and at most --dim {self.dim}"
+            )
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -213,6 +220,10 @@ class Attention(nn.Module):
         self.out = projection(config, config.dim, config.dim)
         self.scale = (self.head_dim if config.head_scale else config.dim) ** -0.5  # the original divides by sqrt(D)
 
+    def gates(self, x: Tensor) -> Tensor:
+        """The gates of x (B, T, D), (B, T, G), float32."""
+        return torch.tanh(self.qkvg(x)[-1].float())
+
     def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
         """x (B, T, D) to the same; `counts` (T, 1) or (B, T, 1) are positions from 1."""
         B, T, D = x.shape
@@ -228,6 +239,60 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
         how = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
         return self.out(recent_attention(q, k, v, cache, self.layer, self.window, **how))
+
+
+class LatentAttention(nn.Module):
+    """`Attention` whose keys and values rise from one latent of a token. There is a gate for each key head as ever:
+    averages of risen keys are what rises from averages of latents, but one gate for a latent would be one for all
+    heads. Training and the first fill of a cache write keys and values out; see `layers.latent_attention`."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        assert config.kv_latent_dim is not None
+        self.layer, self.window, self.dropout = layer, config.window, config.dropout
+        self.head_dim, self.n_kv_heads = config.dim // config.n_heads, config.n_kv_heads
+        kv_dim = config.n_kv_heads * self.head_dim
+        self.qcg = projection(config, config.dim, config.dim, config.kv_latent_dim, config.n_kv_heads)
+        self.rise = projection(config, config.kv_latent_dim, kv_dim, kv_dim)
+        self.out = projection(config, config.dim, config.dim)
+        self.scale = (self.head_dim if config.head_scale else config.dim) ** -0.5
+
+    def gates(self, x: Tensor) -> Tensor:
+        """As in Attention."""
+        return torch.tanh(self.qcg(x)[-1].float())
+
+    def forward(self, x: Tensor, counts: Tensor, cache: LatentCache | None) -> Tensor:
+        """As in Attention."""
+        B, T, D = x.shape
+        q, c, gate = grouped_projections(self.qcg, x, 2, 1)
+        q = q.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+        gate = torch.tanh(gate.float())  # (B, T, G)
+        if cache is not None:
+            (stored,) = cache.extend(self.layer, torch.cat((c, gate.to(c.dtype)), dim=-1).unsqueeze(1))
+            if not cache.is_causal(T):
+                return self.out(self._absorbed(q, stored, cache.mask(T)))
+        k, v = (y.view(B, T, -1, self.head_dim) for y in self.rise(c))  # (B, T, G, K)
+        k = averaged_keys(k, counts * gate, counts)
+        how = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        return self.out(recent_attention(q, k.transpose(1, 2), v.transpose(1, 2), None, self.layer, self.window, **how))
+
+    def _absorbed(self, q: Tensor, stored: Tensor, mask: Tensor | None) -> Tensor:
+        rise, bias = matrix_of(self.rise, q.dtype), getattr(self.rise, "bias", None)
+        k_rise, v_rise = rise.view(2, self.n_kv_heads, self.head_dim, -1)  # (G, K, R) each
+        k_bias, v_bias = (
+            rise.new_zeros(2, *k_rise.shape[:2]) if bias is None else bias.to(q.dtype).view(2, *k_rise.shape[:2])
+        )
+        y = latent_attention(q, stored, k_rise, v_rise, k_bias, mask, self.scale)
+        return y if bias is None else y + v_bias.repeat_interleave(q.shape[1] // len(v_bias), 0).flatten()
+
+
+def matrix_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The matrix that a linear layer multiplies with, with what an adapter adds, of codes or not."""
+    linear = layer.linear if isinstance(layer, Biased) else layer
+    if isinstance(linear, QuantizedMatrix):
+        return linear.matrix().to(dtype)
+    assert isinstance(linear, Linear)
+    return linear.matrix(dtype) + linear.adapter_delta().to(dtype) if linear.has_adapter else linear.matrix(dtype)
 
 
 def recent_attention(
@@ -297,13 +362,13 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.attention_norm = DynamicTanh(config.dim, config.dyt_alpha)
-        self.attention = Attention(config, layer)
+        self.attention = (Attention if config.kv_latent_dim is None else LatentAttention)(config, layer)
         self.attention_out_norm = DynamicTanh(config.dim, config.dyt_alpha)
         self.mlp_norm = DynamicTanh(config.dim, config.dyt_alpha)
         self.mlp = MLP(config)
         self.mlp_out_norm = DynamicTanh(config.dim, config.dyt_alpha)
 
-    def forward(self, x: Tensor, counts: Tensor, cache: AveragedKeyCache | None) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, cache: KVCache | None) -> Tensor:
         """x (B, T, D) to the same."""
         x = x + self.attention_out_norm(self.attention(self.attention_norm(x), counts, cache))
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
@@ -339,7 +404,7 @@ class Model(LanguageModel):
                 bound = module.linear.in_features**-0.5
                 nn.init.uniform_(module.bias, -bound, bound)
 
-    def trunk(self, input_ids: Tensor, cache: AveragedKeyCache | None = None) -> Tensor:
+    def trunk(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """As in the base."""
         T = input_ids.shape[1]
         if cache is None:
@@ -357,6 +422,10 @@ class Model(LanguageModel):
         """As in the base, with what is N4's own."""
         return insides_of_n4(self, input_ids)
 
-    def make_cache(self, batch_size: int, max_seq_len: int) -> AveragedKeyCache:
+    def make_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """As in the base."""
+        config = self.config
+        if config.kv_latent_dim is not None:
+            shape = config.n_layers, batch_size, max_seq_len, config.kv_latent_dim + config.n_kv_heads
+            return LatentCache(shape, self.device, self.compute_dtype, config.window)
         return AveragedKeyCache(self.config, batch_size, max_seq_len, self.device, self.compute_dtype)

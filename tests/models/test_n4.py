@@ -1,17 +1,22 @@
 """N4 against numbers recorded from the original code, and its options against attention written out."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from nnx_cli import models
+from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.layers.linear import PackedLinear
+from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.loss import LossModule
+from nnx_cli.layers.quantized import Quantization, quantize_layers, widen
 from nnx_cli.models.n4 import grouped_projections, windowed_attention
 from nnx_cli.models.originals.n4 import reference_config
 from nnx_cli.planning.flops import count_parameters, meta_model
+from nnx_cli.runs.load import fill_model
 from tests.models.reference_cases import FOLDER, load_case
 
 CASES = json.loads((FOLDER / "n4.parity.json").read_text())["cases"]
@@ -22,7 +27,11 @@ OPTIONS = {
     "alpha": dict(dyt_alpha=True),
     "head_scale": dict(head_scale=True),
     "window": dict(window=5),
+    "latent": dict(kv_latent_dim=12),
     "all": dict(n_kv_heads=2, n_heads=4, bias=True, dyt_alpha=True, head_scale=True, window=3),
+    "all and latent": dict(
+        n_kv_heads=2, n_heads=4, kv_latent_dim=7, bias=True, dyt_alpha=True, head_scale=True, window=3
+    ),
 }
 
 
@@ -115,8 +124,12 @@ def written_out(model, ids):
     x = state["embedding.weight"][ids]
     for i in range(config.n_layers):
         name = f"blocks.{i}."
-        rows = linear(name + "attention.qkvg", squash(name + "attention_norm", x))
-        q, k, v, gate = rows.split([D, G * K, G * K, G], dim=-1)
+        squashed = squash(name + "attention_norm", x)
+        if R := config.kv_latent_dim:
+            q, c, gate = linear(name + "attention.qcg", squashed).split([D, R, G], dim=-1)
+            k, v = linear(name + "attention.rise", c).chunk(2, dim=-1)
+        else:
+            q, k, v, gate = linear(name + "attention.qkvg", squashed).split([D, G * K, G * K, G], dim=-1)
         heads = []
         for h in range(H):
             g = h // (H // G)
@@ -210,6 +223,44 @@ def test_half_precision_counts_and_sums_in_float32(tiny):
         assert (late - late_wanted).norm() < rounding * late_wanted.norm()
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("options", [{}, OPTIONS["all and latent"]], ids=["plain", "all"])
+@torch.no_grad()
+def test_what_rises_from_latents_is_absorbed_with_adapters_and_codes(tiny, options, bits):
+    model = tiny("n4", **(dict(kv_latent_dim=12) | options)).eval()
+    ids = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(5))
+    plain = model(ids)
+    if bits is None:
+        add_adapters(model, 2)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_()
+    else:
+        quantization = Quantization(bits=bits, group_size=None if bits == 8 else 4, kept=[])
+        state = quantized_state(model, quantization)
+        quantize_layers(model, quantization)
+        fill_model(model, widen(state), Path(), torch.device("cpu"), "fp32")
+    whole, cache = model(ids), model.make_cache(2, 20)
+    assert not close(whole, plain, 1e-3)
+    logits = [model(part, cache=cache) for part in ids.split([6, 1, 1, 5, 7], dim=1)]
+    assert close(torch.cat(logits, dim=1), whole)
+
+
+@torch.no_grad()
+def test_a_cache_of_latents_holds_no_keys(tiny):
+    grouped, latent = (tiny("n4", **fields).eval() for fields in (dict(n_kv_heads=1), dict(kv_latent_dim=12)))
+    assert latent.make_cache(2, 40).n_bytes == 4 * 2 * 2 * 40 * (12 + 2) < grouped.make_cache(2, 40).n_bytes
+    many = torch.randint(64, (1, 300), generator=torch.Generator().manual_seed(6))
+    cache = latent.make_cache(1, 300)
+    latent(many[:, :40], cache=cache)
+    assert close(latent(many[:, 40:], cache=cache), latent(many)[:, 40:]), "more queries than are taken at once"
+    for dtype, rounding in ((torch.bfloat16, 2**-6), (torch.float16, 2**-9)):
+        latent.compute_dtype = dtype
+        cache, whole = latent.make_cache(1, 300), latent(many).float()
+        late = [latent(part, cache=cache) for part in many.split([290, *[1] * 10], dim=1)][1:]
+        assert close(torch.cat(late, dim=1).float(), whole[:, 290:], rounding)
+
+
 @pytest.mark.parametrize("T, window", [(8, 3), (9, 3), (10, 7), (32, 4), (5, 1)])
 def test_windowed_attention_equals_a_masked_one_and_so_do_its_gradients(T, window):
     draw = torch.Generator().manual_seed(T)
@@ -253,7 +304,17 @@ def test_dropout_acts_in_training_alone(tiny):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"dim": 32, "n_heads": 3}, {"n_kv_heads": 3}, {"n_kv_heads": 0}, {"ffn_dim": 0}, {"window": 0}], ids=str
+    "bad",
+    [
+        {"dim": 32, "n_heads": 3},
+        {"n_kv_heads": 3},
+        {"n_kv_heads": 0},
+        {"ffn_dim": 0},
+        {"window": 0},
+        {"kv_latent_dim": 0},
+        {"kv_latent_dim": 513},
+    ],
+    ids=str,
 )
 def test_shapes_that_do_not_fit_are_refused(bad):
     with pytest.raises(UsageError, match=next(iter(bad)).replace("_", "-")):

@@ -20,13 +20,23 @@ SIZES = {"nano": 0.8e6, "tiny": 10.7e6, "small": 30e6, "base": 124e6, "large": 3
 TOLERANCE = {"tape": 0.10}  # the least adjustable one
 V = 64
 
-pytestmark = pytest.mark.parametrize("name", NAMES)
+OTHERS = [("n4", dict(kv_latent_dim=12))]  # models of another make, which promise as much
+
+
+def pytest_generate_tests(metafunc):
+    """Every test is run on all architectures, and on OTHERS where it does not build its model by name alone."""
+    if "fields" in metafunc.fixturenames:
+        made = [(name, {}) for name in NAMES] + OTHERS
+        ids = [" ".join([name, *fields]) for name, fields in made]
+        metafunc.parametrize(("name", "fields"), made, ids=ids)
+    else:
+        metafunc.parametrize("name", NAMES)
 
 
 @pytest.fixture
-def model(tiny, name):
+def model(tiny, name, fields):
     """A model whose logits differ clearly from token to token: small weights hide mistakes."""
-    model = tiny(name, vocab_size=V).eval()
+    model = tiny(name, vocab_size=V, **fields).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -214,9 +224,9 @@ def test_rows_of_a_cache_are_replaced(model, name):
         assert same(logits[row, -1], model(known[None])[0, -1]), row
 
 
-def test_initial_loss_is_near_that_of_guessing(tiny, name):
+def test_initial_loss_is_near_that_of_guessing(tiny, name, fields):
     ids = draw_ids(4, 33)
-    loss, count = LossModule(tiny(name, vocab_size=V))(ids[:, :-1], ids[:, 1:])
+    loss, count = LossModule(tiny(name, vocab_size=V, **fields))(ids[:, :-1], ids[:, 1:])
     assert count == 4 * 32
     assert (loss / count).item() == pytest.approx(math.log(V), rel=0.1)
 
@@ -231,8 +241,8 @@ def test_every_parameter_receives_gradient(model, name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_overfits_one_batch(tiny, name):
-    model = tiny(name, vocab_size=V)
+def test_overfits_one_batch(tiny, name, fields):
+    model = tiny(name, vocab_size=V, **fields)
     step = LossModule(model)
     ids = draw_ids(2, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -396,7 +406,7 @@ def test_reference_needs_an_original(tiny, name):
             models.load_reference(name, {}, {})
 
 
-def test_blocks_share_their_compiled_code(tiny, name):
+def test_blocks_share_their_compiled_code(tiny, name, fields):
     graphs = []
 
     def count(graph, example_inputs):
@@ -404,7 +414,7 @@ def test_blocks_share_their_compiled_code(tiny, name):
         return graph.forward
 
     torch._dynamo.reset()
-    model = tiny(name, n_layers=6)
+    model = tiny(name, n_layers=6, **fields)
     for block in model.blocks:
         block.compile(backend=count, dynamic=False)
     model.trunk(torch.zeros(2, 16, dtype=torch.int64))

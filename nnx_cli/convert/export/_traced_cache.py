@@ -22,7 +22,8 @@ class TracedCache(KVCache):
         """Hold the keys and values (L, B, 2G, S, K) of earlier positions."""
         self._past, self._before = stored.shape[3], stored.unbind()
         self._after: dict[int, Tensor] = {}
-        self.keys, self.values = F.pad(stored, (0, 0, 0, 1)).chunk(2, dim=2)  # S may be 0: a position of zeros follows
+        parts = F.pad(stored, (0, 0, 0, 1)).chunk(self.n_parts, dim=2)  # S may be 0: a position of zeros follows
+        self.keys, self.values = parts[0], parts[-1]
         self.lengths = torch.full((stored.shape[1],), self._past, device=stored.device)
 
     def end(self) -> Tensor:
@@ -60,7 +61,7 @@ class TracedCache(KVCache):
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, ...]:
         """As in KVCache."""
         self._after[layer] = torch.cat((self._before[layer], kv), dim=2)
-        return self._after[layer].chunk(2, dim=1)
+        return self._after[layer].chunk(self.n_parts, dim=1)
 
     def advance(self, n_new: int) -> None:
         """Nothing: positions are counted by what `end` returns."""

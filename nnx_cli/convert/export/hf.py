@@ -57,6 +57,8 @@ def why_not(name: str, config: ModelConfig) -> str | None:
     """As in the base."""
     if getattr(config, "decoder", "") == "function" and config.variant == "original":
         return "variant original draws at random which function a token takes"
+    if getattr(config, "kv_latent_dim", None) is not None:
+        return "its keys and values rise from latents, which transformers' caches do not hold"
     return None
 
 

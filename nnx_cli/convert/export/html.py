@@ -85,6 +85,8 @@ def why_not(name: str, config: ModelConfig) -> str | None:
         return "its variant original attends to later positions, which a step does not know"
     if name == "ngpt" and getattr(config, "normalize_on_use", False):
         return "it normalizes its matrices at every use, which the page would do for every token"
+    if getattr(config, "kv_latent_dim", None) is not None:
+        return "the page has no keys and values that rise from latents"
     if name == "neon" and (config.variant == "original" or getattr(config, "normalized", False)):
         return "the page has neither Neon's variant original nor its normalized form"
     return None

@@ -33,7 +33,7 @@ def insides(model: Any, input_ids: Tensor) -> Insides:
         maps = [calls[0].weights[0].cpu() for calls in recorder.passes]
     else:
         maps = [_assembled(calls, T, window).cpu() for calls in recorder.passes]
-    gates = torch.stack([torch.tanh(layer.qkvg(x)[-1].float())[0].T for layer, x in zip(layers, read, strict=True)])
+    gates = torch.stack([layer.gates(x)[0].T for layer, x in zip(layers, read, strict=True)])
     gates = gates.cpu()  # (L, G, T)
     rows = by_layer(names, gates.shape[1], "key head")
     shares = gates * torch.arange(1, T + 1) / T**2

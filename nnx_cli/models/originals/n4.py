@@ -45,8 +45,9 @@ class Tensors(OriginalTensors):
 
     def names(self) -> dict[str, str]:
         """As in the base; packed matrices are left to `load` and `save`."""
-        if self.config.n_kv_heads != self.config.n_heads or self.config.dyt_alpha:
-            raise UsageError("the original of n4 has no place for --n-kv-heads or --dyt-alpha")
+        config = self.config
+        if config.n_kv_heads != config.n_heads or config.dyt_alpha or config.kv_latent_dim is not None:
+            raise UsageError("the original of n4 has no place for --n-kv-heads, --kv-latent-dim or --dyt-alpha")
         names, linears = {"embedding.weight": "n4b.embedding.weight"}, {"head": "lm_head"}
         for i in range(self.config.n_layers):
             block, theirs = f"blocks.{i}.", f"n4b.n4d.{i}."

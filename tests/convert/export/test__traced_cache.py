@@ -5,7 +5,8 @@ from nnx_cli import models
 from nnx_cli.convert.export._traced_cache import GraphState
 from nnx_cli.layers.kv_cache import KVCache
 
-CASES = [(name, {}) for name in models.names()] + [("n4", dict(window=4)), ("tape", dict(variant="sound"))]
+OTHERS = [("n4", dict(window=4)), ("n4", dict(kv_latent_dim=12)), ("tape", dict(variant="sound"))]
+CASES = [(name, {}) for name in models.names()] + OTHERS
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES)

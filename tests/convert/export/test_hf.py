@@ -215,9 +215,11 @@ def test_transformers_is_left_as_it_was(nnx, run):
     assert result.stderr == ""
 
 
-def test_noise_cannot_be_exported(refused, workspace):
+def test_what_transformers_has_no_way_to_do_is_refused(refused, workspace):
     made(Path("weights/odd"), "neon", dict(decoder="function", variant="original"))
     refused(2, "draws at random", "export", "odd", "--format", "hf")
+    made(Path("weights/latent"), "n4", dict(kv_latent_dim=12))
+    refused(2, "rise from latents", "export", "latent", "--format", "hf")
 
 
 @pytest.mark.parametrize("name", ["llama", "tape"])

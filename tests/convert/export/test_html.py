@@ -147,6 +147,7 @@ def test_every_architecture_is_held_and_what_is_not_says_why():
     refused = [
         ("tape", dict(variant="original")),
         ("ngpt", dict(normalize_on_use=True)),
+        ("n4", dict(kv_latent_dim=12)),
         ("neon", dict(normalized=True)),
     ]
     for name, fields in [*refused, ("neon", dict(variant="original"))]:
