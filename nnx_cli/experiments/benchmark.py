@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import platform
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -27,7 +24,7 @@ from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.manifest import versions
-from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_precision, set_seed
+from nnx_cli.system.device import DTYPES, describe, peak_memory_bytes, pick_precision, reset_peak_memory, set_seed
 from nnx_cli.system.timing import call_seconds
 from nnx_cli.system.torch_private import compiler_is_loaded
 from nnx_cli.training import session
@@ -339,12 +336,6 @@ def attempt(case: Case, what: str, measure: Callable[[], Row]) -> Row:
 
 def _free_memory(device: torch.device) -> None:
     """Let go of what the last model held, and begin to look for the peak of memory anew, where the system can."""
-    gc.collect()
     if compiler_is_loaded():
         torch.compiler.reset()  # the next shapes are no variants of the last ones
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu" and sys.platform == "linux":
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    reset_peak_memory(device)

@@ -16,6 +16,7 @@ from nnx_cli.evaluation.losses import BATCH_TOKENS, Masked, evaluate
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.manifest import BEST
 from nnx_cli.runs.run import Run
+from nnx_cli.system.device import release_memory
 from nnx_cli.training import session
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.trainer import Trainer
@@ -47,10 +48,17 @@ class OneRun:
     should_stop: Callable[[], bool]
 
     def train(self) -> tuple[str, str | None]:
-        """Train it to its end, from where it is. Returns finished, diverged or out of memory, and why.
+        """Train it to its end, from where it is, and release its memory. Returns finished, diverged or out of memory,
+        and why.
 
         Raises Stopped where it was asked to stop, after saving.
         """
+        try:
+            return self._train()
+        finally:
+            release_memory()
+
+    def _train(self) -> tuple[str, str | None]:
         try:
             run, trainer = self._resumed() if self.folder.exists() else self.begin()
             if trainer is None:
@@ -58,9 +66,7 @@ class OneRun:
             with run.lock():
                 return self._finish(run, trainer)
         except (DoesNotFit, MemoryError, RuntimeError) as error:
-            if not isinstance(error, DoesNotFit) and not is_out_of_memory(error):
-                raise
-            return OUT_OF_MEMORY, str(error).partition("\n")[0] or OUT_OF_MEMORY
+            return OUT_OF_MEMORY, memory_problem(error)
 
     def _resumed(self) -> tuple[Run, Trainer | None]:
         """The run and what goes on with it; None where it is over."""
@@ -86,6 +92,13 @@ class OneRun:
         if ended == "interrupted":
             raise Stopped(f"interrupted at step {trainer.state.step} of {run.folder}")
         return ended, None
+
+
+def memory_problem(error: Exception) -> str:
+    """What an error says of memory that does not suffice, in a line. Raises it again where it is another one."""
+    if not isinstance(error, DoesNotFit) and not is_out_of_memory(error):
+        raise error
+    return str(error).partition("\n")[0] or OUT_OF_MEMORY
 
 
 def bits_per_byte(model: LanguageModel, data: TokenFolder, tokens: np.ndarray, most: int = EVAL_TOKENS) -> float | None:

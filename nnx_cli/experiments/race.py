@@ -262,9 +262,9 @@ class Race:
             plan = replace(plan, train=replace(plan.train, seed=seed))
             peak_known = self.runner.forget()
             status, problem = self.runner.train(entrant, plan, self.field.data, folder)
-            result = self.runner.result(entrant, folder, seed, status, peak_known)
+            result, judging = self.runner.result(entrant, folder, seed, status, peak_known)
             entry["runs"].append(result)
-            entry["problem"] = problem or entry["problem"]
+            entry["problem"] = problem or judging or entry["problem"]
             self._set_status(entry)
             self._save()
             self.changed(self.record)

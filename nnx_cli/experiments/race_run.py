@@ -12,7 +12,7 @@ from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.evaluation.losses import BATCH_TOKENS
 from nnx_cli.evaluation.recall import recall_accuracy
 from nnx_cli.experiments.entrants import Entrant, Field
-from nnx_cli.experiments.one_run import EVAL_TOKENS, OneRun, bits_per_byte
+from nnx_cli.experiments.one_run import EVAL_TOKENS, OUT_OF_MEMORY, OneRun, bits_per_byte, memory_problem
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.load import ModelRef, load_model
@@ -47,20 +47,31 @@ class Runner:
         )
         return OneRun(folder, begin, data, entrant.file, self.observer, self.should_stop).train()
 
-    def result(self, entrant: Entrant, folder: Path, seed: int, status: str, peak_known: bool) -> dict[str, Any]:
-        """What race.json says of a run that is over."""
+    def result(
+        self, entrant: Entrant, folder: Path, seed: int, status: str, peak_known: bool
+    ) -> tuple[dict[str, Any], str | None]:
+        """What race.json says of a run that is over, and why it ran out of memory when it was judged."""
         entry = run_entry(folder, seed, status, entrant.flops)
         if not peak_known:
             entry["peak_memory_bytes"] = None
         if status == "finished":
-            field, ref = self.field, ModelRef(folder, file=entrant.file)
-            model = load_model(ref, field.device, field.precision)
-            entry["bits_per_byte"] = bits_per_byte(model, field.data, field.data.val)
-            entry["sample"] = sample_of(model, field.data, self.sampling)
-            if field.config.task == "recall":
-                rows = max(1, BATCH_TOKENS // field.seq_len)
-                entry["recall"] = recall_accuracy(model, field.data.val[:EVAL_TOKENS], rows)
-        return entry
+            try:
+                return entry | self._judged(entrant, folder), None
+            except (MemoryError, RuntimeError) as error:
+                return entry | {"status": OUT_OF_MEMORY}, memory_problem(error)
+        return entry, None
+
+    def _judged(self, entrant: Entrant, folder: Path) -> dict[str, Any]:
+        field, ref = self.field, ModelRef(folder, file=entrant.file)
+        model = load_model(ref, field.device, field.precision)
+        judged = {
+            "bits_per_byte": bits_per_byte(model, field.data, field.data.val),
+            "sample": sample_of(model, field.data, self.sampling),
+        }
+        if field.config.task == "recall":
+            rows = max(1, BATCH_TOKENS // field.seq_len)
+            judged["recall"] = recall_accuracy(model, field.data.val[:EVAL_TOKENS], rows)
+        return judged
 
     def forget(self) -> bool:
         """Let memory be as before the first run; returns whether its peak is measured anew."""

@@ -20,7 +20,7 @@ from nnx_cli.data.loader import check_length
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import CheckpointError
 from nnx_cli.experiments.entrants import Entrant, Field
-from nnx_cli.experiments.one_run import bits_per_byte
+from nnx_cli.experiments.one_run import bits_per_byte, memory_problem
 from nnx_cli.experiments.race_run import Runner, run_entry
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.load import ModelRef, load_model
@@ -110,8 +110,11 @@ def try_rate(runner: Runner, entrant: Entrant, rate: float, tokens: int, folder:
     status, _ = runner.train(entrant, plan, data, folder)
     bits, time_s = None, run_entry(folder, SEED, status, entrant.flops)["time_s"]
     if status == "finished":
-        model = load_model(ModelRef(folder, file=entrant.file), field.device, field.precision)
-        bits = bits_per_byte(model, data, data.val)
+        try:
+            model = load_model(ModelRef(folder, file=entrant.file), field.device, field.precision)
+            bits = bits_per_byte(model, data, data.val)
+        except (MemoryError, RuntimeError) as error:
+            memory_problem(error)
     shutil.rmtree(folder, ignore_errors=True)
     return {"lr": rate, "bits_per_byte": bits, "time_s": time_s}
 

@@ -113,11 +113,18 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak_rss_bytes()
 
 
-def reset_peak_memory(device: torch.device) -> bool:
-    """Let `peak_memory_bytes` begin anew; returns whether that can be."""
+def release_memory() -> None:
+    """Give back what objects that nobody uses still hold, recorded CUDA graphs and their pools among them."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Release memory and let `peak_memory_bytes` begin anew; returns whether that can be."""
+    release_memory()
+    if device.type == "cuda":
+        torch.cuda.init()  # without which there are no statistics
         torch.cuda.reset_peak_memory_stats(device)
     return device.type == "cuda" or device.type == "cpu" and reset_peak_rss()
 

@@ -38,16 +38,16 @@ def work(number: int, jobs: Any, done: Any) -> None:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one model; returns losses, in nats a token, and what the recipe was."""
-    from zoo import coerced, free, make_trainer
+    from zoo import coerced, make_trainer
 
     from nnx_cli import models
     from nnx_cli.config import TrainConfig
     from nnx_cli.data.token_folder import open_token_folder
     from nnx_cli.evaluation.losses import evaluate
-    from nnx_cli.system.device import pick_device, synchronize
+    from nnx_cli.system.device import pick_device, reset_peak_memory, synchronize
 
     device = pick_device("auto")
-    free(device)
+    reset_peak_memory(device)
     data = open_token_folder(Path(job["tokens"]))
     settings = coerced(job["model"], job["set"])
     own = {field.name for field in models.config_fields(job["model"])}

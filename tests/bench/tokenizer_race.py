@@ -54,7 +54,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from zoo import free, make_trainer
+from zoo import make_trainer
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
@@ -71,7 +71,7 @@ from nnx_cli.errors import NnxError
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.planning.flops import flops_per_token, meta_model
-from nnx_cli.system.device import describe, pick_device, synchronize
+from nnx_cli.system.device import describe, pick_device, reset_peak_memory, synchronize
 from nnx_cli.training.schedule import lr_at
 
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -163,7 +163,7 @@ def make_tokens(texts: Path, tokenizer: str, out: Path) -> None:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Train one model and judge it. `job["data"]` is its token folder."""
     device = pick_device("cpu" if job["cpu"] else "cuda")
-    free(device)
+    reset_peak_memory(device)
     data = open_token_folder(job["data"])
     if job["flops"]:
         shape = make_trainer(job["model"], job["size"], data, TrainConfig(max_steps=1), device)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import statistics
 import tempfile
 import time
@@ -30,7 +29,15 @@ from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.planning.plan import plan_run
-from nnx_cli.system.device import describe, peak_memory_bytes, pick_device, pick_precision, set_seed, synchronize
+from nnx_cli.system.device import (
+    describe,
+    peak_memory_bytes,
+    pick_device,
+    pick_precision,
+    reset_peak_memory,
+    set_seed,
+    synchronize,
+)
 from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.sampling import Sampling
@@ -105,7 +112,7 @@ def race(
     fields = {key: value for key, value in settings.items() if key in own}
     recipe = {key: value for key, value in settings.items() if key not in own}
     for seed in range(seeds):
-        free(device)
+        reset_peak_memory(device)
         shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **recipe), device, fields).config
         config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **recipe)
         trainer = make_trainer(name, size, data, config, device, fields)
@@ -132,7 +139,7 @@ def adapter_memory(name: str, size: str, data: TokenFolder, rank: int, device: t
     """Peak of adapter training over the peak of full training, same batch."""
     peaks = []
     for lora_rank in (None, rank):
-        free(device)
+        reset_peak_memory(device)
         config = TrainConfig(max_steps=3, batch_size=8, grad_accum=1, lora_rank=lora_rank)
         train(make_trainer(name, size, data, config, device))
         peaks.append(peak_memory_bytes(device))
@@ -144,14 +151,6 @@ def coerced(name: str, settings: dict[str, str]) -> dict[str, Any]:
     kinds = {field.name: field.type for field in (*models.config_fields(name), *own_fields(TrainConfig))}
     types = {"int": int, "float": float, "str": str, "bool": lambda text: text == "true"}
     return {key: types[kinds[key]](value) for key, value in settings.items()}
-
-
-def free(device: torch.device) -> None:
-    """Forget the last model's memory and its peak."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,6 +258,47 @@ def test_a_competitor_that_fails_is_a_row(searched, tokens, tmp_path, monkeypatc
     assert bad["bits_per_byte"] is None and bad["ties_with"] is None and good["ties_with"] is None
     assert [run["status"] for run in bad["runs"]] == [bad["status"]] and bad["problem"] is not None
     assert record["comparisons"] == 0
+
+
+@pytest.mark.parametrize("where", ["search", "race"])
+def test_memory_that_ends_while_a_model_is_judged_is_a_row(searched, tokens, tmp_path, monkeypatch, where):
+    module = {"search": rate_search, "race": race_run}[where]
+    judge = module.bits_per_byte
+
+    def fails(model, *arguments):
+        if model.architecture == "nyx":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 52.00 MiB.\nMore.")
+        return judge(model, *arguments)
+
+    monkeypatch.setattr(module, "bits_per_byte", fails)
+    begun = None if where == "search" else searched
+    record = run_race(tokens, tmp_path / "race-words", begun=begun, seeds=1)
+    good, other = record["competitors"]
+    assert record["state"] == "finished" and good["model"] == "llama" and good["status"] == "finished"
+    if where == "search":  # the lowest rate, as where all diverged
+        rates = record["learning_rate_search"]["rates"]["nyx"]
+        assert [each["bits_per_byte"] for each in rates] == [None] * len(rates) and other["status"] == "finished"
+    else:
+        assert other["status"] == other["runs"][0]["status"] == "out of memory"
+        assert other["problem"] == "CUDA out of memory. Tried to allocate 52.00 MiB." and other["ties_with"] is None
+
+
+def test_a_run_leaves_no_trainer_behind(searched, tokens, tmp_path, monkeypatch):
+    train, judge, trainers, alive = Trainer.train, race_run.bits_per_byte, [], []
+
+    def noted(self, run, should_stop):
+        self.itself = self  # as a recorded step may
+        trainers.append(weakref.ref(self))
+        return train(self, run, should_stop)
+
+    def judged(*arguments):
+        alive.append(sum(trainer() is not None for trainer in trainers))
+        return judge(*arguments)
+
+    monkeypatch.setattr(Trainer, "train", noted)
+    monkeypatch.setattr(race_run, "bits_per_byte", judged)
+    run_race(tokens, tmp_path / "race-words", begun=searched, seeds=1)
+    assert len(trainers) == 2 and alive == [0, 0]
 
 
 def test_any_other_error_ends_the_race(searched, tokens, tmp_path, monkeypatch):
