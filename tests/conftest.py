@@ -57,7 +57,8 @@ def nothing_waits_for_the_disk():
 def deterministic_meanwhile():
     """Commands that run in this process may ask torch for deterministic algorithms, for good; the next test did not."""
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from nnx_cli.inference.sampler import Rules
 from nnx_cli.kernels.next_token import next_probabilities
 
 SEQ_LEN = 32
-N_TOKENS = 300  # many times past the context
+N_TOKENS = 120  # some times past the context
 PROMPTS = [[1], list(range(2, 14)), [60, 3, 60], list(range(31)), list(range(40, 9, -1)) + [7] * 5]
 TIE = 1e-4  # of logits, or of probability between a draw and the next token: what rounding may decide
 WAYS = ("cache", "no cache", "spans")
