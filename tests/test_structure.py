@@ -4,16 +4,11 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from source import FILES, PACKAGE, TREES
 
-import nnx_cli
 from nnx_cli.cli import COMMANDS
-
-PACKAGE = Path(nnx_cli.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 FLOORS = (  # a part imports only from those on lower floors, and from itself
     ("__main__",),
@@ -108,22 +103,34 @@ def module_of(name):
     return ".".join(rest) or None
 
 
+def nodes(kind):
+    """(file, node) of every node of that kind in the package."""
+    for name, tree in TREES.items():
+        yield from ((name, node) for node in ast.walk(tree) if isinstance(node, kind))
+
+
+def definitions(kind):
+    """(file:name, node) of every function or class of the package."""
+    yield from ((f"{name}:{node.name}", node) for name, node in nodes(kind))
+
+
 def test_every_part_has_a_floor():
     assert {path.split("/")[0].removesuffix(".py").replace("__init__", "") for path in TREES} <= set(FLOOR)
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_imports_point_down(name):
-    own = name.split("/")[0].removesuffix(".py").replace("__init__", "")
-    used = {part(module) for module in imports(TREES[name]) if module.split(".")[0] == "nnx_cli"} - {own}
-    upward = {lower for lower in used if FLOOR[lower] <= FLOOR[own]}
-    assert {lower for lower in upward if (name, lower) not in UPWARD} == set()
+def test_imports_point_down():
+    upward = set()
+    for name, tree in TREES.items():
+        own = name.split("/")[0].removesuffix(".py").replace("__init__", "")
+        used = {part(module) for module in imports(tree) if module.split(".")[0] == "nnx_cli"} - {own}
+        upward |= {(name, lower) for lower in used if FLOOR[lower] <= FLOOR[own]}
+    assert upward - UPWARD == set()
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_the_console_is_for_the_command_line(name):
-    if name.split("/")[0] not in ("cli.py", "commands", "console"):
-        assert "console" not in {part(module) for module in imports(TREES[name])}
+def test_the_console_is_for_the_command_line():
+    for name, tree in TREES.items():
+        if name.split("/")[0] not in ("cli.py", "commands", "console"):
+            assert "console" not in {part(module) for module in imports(tree)}, name
 
 
 def test_no_modules_import_each_other():
@@ -140,35 +147,26 @@ def test_no_modules_import_each_other():
     assert {module for module in uses if module in reached(module)} - IN_A_CIRCLE == set()
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_only_what_is_heavy_is_imported_inside_a_function(name):
+def test_only_what_is_heavy_is_imported_inside_a_function():
     """The command line may postpone everything, so that help stays light; so do the names that packages hand out."""
-    light = name.split("/")[0] in ("commands", "cli.py", "__main__.py") or name in ("__init__.py", "models/__init__.py")
-    for function in ast.walk(TREES[name]):
-        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
+    for where, function in definitions((ast.FunctionDef, ast.AsyncFunctionDef)):
+        name = where.partition(":")[0]
+        light = name.split("/")[0] in ("commands", "cli.py", "__main__.py")
+        light |= name in ("__init__.py", "models/__init__.py")
         for module in imports(function):
             own_triton = name.startswith("kernels/") and module_of(module) == f"{module_name(name)}_triton"
             own_triton |= module == "nnx_cli.system.triton_probe"
             if own_triton or (light and module.startswith("nnx_cli.")) or name in POSTPONED:
                 continue
-            assert module.split(".")[0] in MAY_BE_POSTPONED, f"{name}, {function.name}: {module}"
+            assert module.split(".")[0] in MAY_BE_POSTPONED, f"{where}: {module}"
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name.endswith("/__init__.py")])
-def test_a_package_says_what_it_is_for(name):
-    tree = TREES[name]
-    assert ast.get_docstring(tree), ONE_SENTENCE
-    if name != "models/__init__.py":
-        assert len(tree.body) == 1 and ast.get_docstring(tree).count(".") == 1, ONE_SENTENCE
-
-
-def definitions(kind):
-    """(file:name, node) of every function or class of the package."""
-    for name, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, kind):
-                yield f"{name}:{node.name}", node
+def test_a_package_says_what_it_is_for():
+    for name in (name for name in TREES if name.endswith("/__init__.py")):
+        tree = TREES[name]
+        assert ast.get_docstring(tree), (name, ONE_SENTENCE)
+        if name != "models/__init__.py":
+            assert len(tree.body) == 1 and ast.get_docstring(tree).count(".") == 1, (name, ONE_SENTENCE)
 
 
 def lines(node):
@@ -205,53 +203,58 @@ def test_the_training_loop_is_read_at_a_glance():
     assert loop.end_lineno - loop.body[0].lineno + 1 <= 40
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_libraries_have_their_place(name):
-    used = {module.split(".")[0] for module in imports(TREES[name])}
-    assert "rich" not in used or name.split("/")[0] == "console"
-    assert not {"click", "marshal", "shelve", "joblib", "dill", "cloudpickle"} & used
-    assert "pickle" not in used or name == "convert/checkpoint_file.py"
-    if name.split("/")[0] in ROOMS:
-        assert "typer" not in used
-    if name.split("/")[0] in ("models", "layers"):
-        may = name in ("models/__init__.py", "models/_file.py")  # which find files
-        assert may or not {"os", "sys", "pathlib", "json"} & used
+def test_libraries_have_their_place():
+    for name, tree in TREES.items():
+        used = {module.split(".")[0] for module in imports(tree)}
+        assert "rich" not in used or name.split("/")[0] == "console", name
+        assert not {"click", "marshal", "shelve", "joblib", "dill", "cloudpickle"} & used, name
+        assert "pickle" not in used or name == "convert/checkpoint_file.py", name
+        if name.split("/")[0] in ROOMS:
+            assert "typer" not in used, name
+        if name.split("/")[0] in ("models", "layers"):
+            may = name in ("models/__init__.py", "models/_file.py")  # which find files
+            assert may or not {"os", "sys", "pathlib", "json"} & used, name
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_nothing_that_runs_code_from_files(name):
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
-            assert node.attr == "UnpicklingError", "the importer may name what torch.load raises, and nothing else"
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "os.system")
-            if called == "torch.load":
-                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert name == "convert/checkpoint_file.py" and options["weights_only"] == "True"
-            if called.endswith(".load") and called.startswith(("np.", "numpy.")):
-                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}
-            assert not any(keyword.arg == "shell" for keyword in node.keywords)
+def test_pickle_is_named_for_its_error_alone():
+    for name, node in nodes(ast.Attribute):
+        if ast.unparse(node.value) == "pickle":
+            assert node.attr == "UnpicklingError", f"{name}: the importer may name what torch.load raises, no more"
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_heavy_libraries_stay_out_of_the_command_line(name):
-    if name.split("/")[0] in ROOMS and name != "models/__init__.py":
-        return
-    tree = TREES[name]
-    guarded = {id(node) for block in tree.body if isinstance(block, ast.If) for node in block.body}
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in guarded:
-            assert not {module.split(".")[0] for module in imports(ast.Module([node], []))} & HEAVY
+RUNS_CODE = {"eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "os.system"}
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_no_exception_is_swallowed_whole(name):
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, "a bare except"
-            wide = ast.unparse(node.type) in ("Exception", "BaseException")
-            assert not (wide and all(isinstance(line, ast.Pass) for line in node.body))
+def test_nothing_that_runs_code_from_files():
+    for name, node in nodes(ast.Call):
+        called, where = ast.unparse(node.func), f"{name}:{node.lineno}"
+        assert called not in ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "os.system"), (
+            where
+        )
+        if called == "torch.load":
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert name == "convert/checkpoint_file.py" and options["weights_only"] == "True", where
+        if called.endswith(".load") and called.startswith(("np.", "numpy.")):
+            assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, where
+        assert not any(keyword.arg == "shell" for keyword in node.keywords), where
+
+
+def test_heavy_libraries_stay_out_of_the_command_line():
+    for name, tree in TREES.items():
+        if name.split("/")[0] in ROOMS and name != "models/__init__.py":
+            continue
+        guarded = {id(node) for block in tree.body if isinstance(block, ast.If) for node in block.body}
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in guarded:
+                assert not {module.split(".")[0] for module in imports(ast.Module([node], []))} & HEAVY, name
+
+
+def test_no_exception_is_swallowed_whole():
+    for name, node in nodes(ast.ExceptHandler):
+        where = f"{name}:{node.lineno}"
+        assert node.type is not None, f"{where}: a bare except"
+        wide = ast.unparse(node.type) in ("Exception", "BaseException")
+        assert not (wide and all(isinstance(line, ast.Pass) for line in node.body)), where
 
 
 def test_only_the_command_line_prints():
