@@ -1,4 +1,4 @@
-"""A file of settings, as `--config` names it."""
+"""A file of settings that an option such as `--config` names."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises DataError where the file cannot be read, UsageError where it is no TOML.
     """
+    return parse_toml(read_settings_text(path, "--config", "TOML"), f"--config {path}")
+
+
+def read_settings_text(path: Path, option: str, kind: str) -> str:
+    """The text of a file of settings that an option names, in any encoding that text may have.
+
+    Raises DataError where the file cannot be read, UsageError where it is no text.
+    """
     from nnx_cli.data.charset import read_text
     from nnx_cli.data.compression import Stream
 
     try:
-        with Stream(open(path, "rb", buffering=0), f"--config {path}") as stream:
-            text, _ = read_text(stream, MAX_BYTES)
+        with Stream(open(path, "rb", buffering=0), f"{option} {path}") as stream:
+            return read_text(stream, MAX_BYTES)[0]
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read --config {path}: {why_not_opened(error)}") from error
+        raise DataError(f"cannot read {option} {path}: {why_not_opened(error)}") from error
     except DataError as error:
         if isinstance(error.__cause__, OSError):
             raise
-        raise UsageError(f"--config {path} is not TOML: {error}") from error
-    return parse_toml(text, f"--config {path}")
+        raise UsageError(f"{option} {path} is not {kind}: {error}") from error

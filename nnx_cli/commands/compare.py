@@ -29,10 +29,11 @@ from nnx_cli.commands._options import (
     model_fields,
     settings,
 )
+from nnx_cli.commands._pages import page_writer
 from nnx_cli.config import PrepareConfig, RaceConfig, TrainConfig, check_range, coerce, own_fields
 from nnx_cli.console.output import Output
 from nnx_cli.console.run_view import RunsView
-from nnx_cli.errors import Interrupted, OutputError, UsageError, counted, pasteable
+from nnx_cli.errors import Interrupted, UsageError, counted, pasteable
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) 
 
     line = pasteable(["nnx", *sys.argv[1:]])
     with hold_folder(folder), stop_signals() as should_stop, RunsView(output) as view:
-        race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _page_writer(output, folder))
+        race = Race(field, folder, read_race(folder / NAME), view, line, should_stop, _pages(output, folder))
         gather(race)
         _tell(output, race)
         gpus = _gpus(values, field)
@@ -290,20 +291,11 @@ def _gpus(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
     return [{**os.environ, "CUDA_VISIBLE_DEVICES": gpu} for gpu in known[: torch.cuda.device_count()]]
 
 
-def _page_writer(output: Output, folder: Path) -> Any:
-    """Writes race.html of a race; where the disk refuses, says so and leaves it."""
-    from nnx_cli.reporting.page import BEGINNING
-    from nnx_cli.reporting.race_page import write_race_page
-    from nnx_cli.reporting.run_record import refuse_foreign
+def _pages(output: Output, folder: Path) -> Any:
+    """Writes race.html of a race."""
+    from nnx_cli.reporting.race_page import race_page
 
-    def write(record: Mapping[str, Any]) -> None:
-        try:
-            refuse_foreign(folder / "race.html", [BEGINNING.encode()], "move it away")
-            write_race_page(record, folder / "race.html")
-        except OutputError as error:
-            output.warn(str(error))
-
-    return write
+    return page_writer(output, folder / "race.html", race_page)
 
 
 def _tell(output: Output, race: Race) -> None:
@@ -360,7 +352,7 @@ def _show_file(output: Output, path: Path, target: float | None) -> None:
     if target is not None:
         record["target_bits_per_byte"] = target
         judge(record)
-    _page_writer(output, path.parent)(record)
+    _pages(output, path.parent)(record)
     _report(output, record, path)
 
 

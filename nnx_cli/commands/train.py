@@ -125,10 +125,7 @@ def _advising(instead: str) -> Iterator[None]:
 def _prepare_and_train(output: Output, request: Request, made: list[list[Path]]) -> None:
     """Prepare what has to be prepared, plan, and train. `made` has the folders that were made for a run that does not
     exist yet."""
-    if request.model is not None:
-        models.check_name(request.model)
-    if request.train.lora_rank is not None and request.init_from is None and request.checkpoint is None:
-        raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
+    check_named(request)
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.trackers._tracker import check_installed
     from nnx_cli.training import session
@@ -139,11 +136,11 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     check_installed(request.train.trackers)
     for note in request.notes:
         output.note(note)
-    base, shape, sources = _chosen_shape(output, request, made)
+    base, shape, sources = chosen_shape(output, request, made)
     device, precision = session.configure_device(request.train)
     if request.out is not None:
         refuse_taken(request.out)
-    folder, prepared = _token_folder(output, request, base, shape, device, precision)
+    folder, prepared = token_folder(output, request, base, shape, device, precision)
     made.append(prepared)
     brings_none = base is None or base.tokenizer is None
     named = request.data is not None and brings_none and "tokenizer" in request.sources
@@ -177,6 +174,14 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
             _finish(output, started, trainer, view, observers, naming(plan.model))
 
 
+def check_named(request: Request) -> None:
+    """Raise UsageError for an architecture that is none, and for adapters of no model."""
+    if request.model is not None:
+        models.check_name(request.model)
+    if request.train.lora_rank is not None and request.init_from is None and request.checkpoint is None:
+        raise UsageError("--lora-rank trains adapters of an existing model", fix="name it: --init-from MODEL")
+
+
 def _facts(shown: PlanTable, tokens: TokenFolder) -> RunFacts:
     """What the live screen knows of a new run beforehand."""
     plan, named = shown.plan, models.stem(shown.plan.model)
@@ -207,7 +212,7 @@ def _ngram_bits_per_byte(tokens: TokenFolder) -> float | None:
     return float(bits) if isinstance(bits, int | float) and 0 < bits < 100 else None
 
 
-def _token_folder(
+def token_folder(
     output: Output, request: Request, base: ModelRef | None, shape: Shape, device: torch.device, precision: str
 ) -> tuple[Path, list[Path]]:
     """The tokens that were named, or prepared from text now or before, and the folders that were made for them now."""
@@ -224,7 +229,7 @@ def _token_folder(
         return prepare_tokens(request.filepath, request.prepare, base, show, request.out, vocabularies)
 
 
-def _chosen_shape(
+def chosen_shape(
     output: Output, request: Request, made: list[list[Path]]
 ) -> tuple[ModelRef | None, Shape, dict[str, str]]:
     """The model to start from, if any, the shape of the new one, and where each value comes from.

@@ -38,12 +38,14 @@ WIDE_X, WIDE_Y = 40, 3  # from the lowest value to the highest: from there on an
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve. `spread` is shaded around it, `best` a point of it that is marked."""
+    """A named curve. `spread` is shaded around it, `best` a point of it that is marked; unless `joined`, its points are
+    marks of their own."""
 
     name: str
     points: Sequence[Point]
     spread: Sequence[Band] = ()
     best: Point | None = None
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def rescaled(line: Line, x: float = 1.0, y: float = 1.0) -> Line:
         [(a / x, b / y) for a, b in line.points],
         [(a / x, low / y, high / y) for a, low, high in line.spread],
         line.best and (line.best[0] / x, line.best[1] / y),
+        line.joined,
     )
 
 
@@ -201,7 +204,7 @@ class _Plot:
             places = [self.place(*point) for point in line.points]
             if len(places) == 1:
                 places *= 2  # a dot, of what the ends of a line are
-            if places:
+            if places and line.joined:
                 name = f"<title>{text(line.name)}</title>"
                 parts.append(f'<path class="{_style(number)}" d="M{_path(places)}">{name}</path>')
         return "\n".join([*parts, "</svg>"])
@@ -216,17 +219,15 @@ class _Plot:
         return "\n".join(parts)
 
     def markers(self, lines: Sequence[Line]) -> str:
-        """Shapes by which several lines are told apart without their colours."""
-        if len(lines) == 1:
-            return ""
+        """Shapes by which several lines are told apart without their colours, and points that no line joins."""
+        few = 0 if len(lines) == 1 else MARKERS if len(lines) <= N_COLOURS else FEWER_MARKERS
         parts = []
         for number, line in enumerate(lines):
-            among = min(MARKERS if len(lines) <= N_COLOURS else FEWER_MARKERS, len(line.points))
+            n_points, kind = len(line.points), number % N_COLOURS
+            among = min(few, n_points) if line.joined else n_points
             for nth in range(among):
-                point = line.points[int((nth + number % N_COLOURS / N_COLOURS) * len(line.points) / among)]
-                parts.append(
-                    self._mark(point, f'<path class="mark c{number % N_COLOURS}" d="{SHAPES[number % N_COLOURS]}"/>')
-                )
+                point = line.points[int((nth + kind / N_COLOURS) * n_points / among)]
+                parts.append(self._mark(point, f'<path class="mark c{kind}" d="{SHAPES[kind]}"/>'))
         return "\n".join(parts)
 
     def best(self, lines: Sequence[Line]) -> str:
@@ -249,7 +250,7 @@ def _placed(line: Line, x: Axis, y: Axis) -> Line:
     points = sorted((point for point in line.points if x.takes(point[0]) and y.takes(point[1])), key=lambda p: p[0])
     spread = sorted(band for band in line.spread if x.takes(band[0]) and y.takes(band[1]) and y.takes(band[2]))
     best = line.best if line.best and x.takes(line.best[0]) and y.takes(line.best[1]) else None
-    return Line(line.name, points, spread, best)
+    return Line(line.name, points, spread, best, line.joined)
 
 
 def _xs(lines: Sequence[Line]) -> list[float]:

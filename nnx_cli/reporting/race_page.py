@@ -6,12 +6,11 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nnx_cli.reporting.charts import WIDE_X, Line, Point, Reference, Strip, chart, learning_curves, strips
 from nnx_cli.reporting.foreign import mapping, mappings, number, written
-from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, write_page
+from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table
 from nnx_cli.reporting.scales import Axis, scientific, short, spans
 from nnx_cli.system.text import duration, size
 
@@ -53,11 +52,6 @@ class _Competitor:
             curves.append(sorted((a, b) for a, b in pairs if a is not None and b is not None))
         curves = sorted((curve for curve in curves if curve), key=lambda curve: curve[-1][0])
         return mean_over_seeds(self.label, curves if finished else curves[-1:])
-
-
-def write_race_page(race: Mapping[str, Any], path: Path) -> None:
-    """Write race.html. `race` is the content of race.json, finished or not. Raises OutputError."""
-    write_page(path, race_page(race))
 
 
 def race_page(race: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ import pytest
 from reporting.hostile import HOSTILE, OURS, tags
 from reporting.races import a_race, curve
 
-from nnx_cli.reporting.race_page import mean_over_seeds, race_page, write_race_page
+from nnx_cli.reporting.page import write_page
+from nnx_cli.reporting.race_page import mean_over_seeds, race_page
 
 
 def figures(page):
@@ -27,7 +28,7 @@ LOSSES = [
 
 
 def test_a_race_has_its_result_its_courses_and_its_samples(tmp_path):
-    write_race_page(a_race(), tmp_path / "race.html")
+    write_page(tmp_path / "race.html", race_page(a_race()))
     page = (tmp_path / "race.html").read_text(encoding="utf-8")
     assert figures(page) == ["Where they ended", *LOSSES, "Bits per byte by learning rate"]
     assert "that is a tie with llama" in page and "Comparisons made: 3;" in page
@@ -181,9 +182,9 @@ def test_drawing_changes_nothing():
 
 
 def test_it_opens_in_a_browser(browser, tmp_path):
-    write_race_page(a_race(), tmp_path / "race.html")
+    write_page(tmp_path / "race.html", race_page(a_race()))
     race = poisoned(a_race(), "".join(HOSTILE))
-    write_race_page(race, tmp_path / "hostile.html")
+    write_page(tmp_path / "hostile.html", race_page(race))
     for name, n_figures in (("race", 6), ("hostile", 5)):  # its rates stand under names that are no longer
         for width, scheme in ((375, "light"), (1400, "dark")):
             with browser.open(tmp_path / f"{name}.html", width, scheme=scheme) as page:
@@ -208,7 +209,7 @@ def test_on_a_wide_screen_its_result_needs_no_scrolling(browser, tmp_path):
     ]
     for run in (run for each in race["competitors"] for run in each["runs"]):
         run |= {"time_s": 7 * 3600 + 59 * 60, "flops": 7.32e18, "tokens": 1.234e9, "peak_memory_bytes": 123.4 * 2**30}
-    write_race_page(race, tmp_path / "race.html")
+    write_page(tmp_path / "race.html", race_page(race))
     with browser.open(tmp_path / "race.html", 1400) as page:
         wide = "[...document.querySelectorAll('.whole')].filter(e => e.scrollWidth > e.clientWidth).length"
         assert page("document.querySelectorAll('.whole').length") == 1 and page(wide) == 0
