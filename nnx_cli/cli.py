@@ -47,6 +47,7 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "visualize": ("visualize", "Show what a model attends to, gates and selects in a text."),
     "summarize": ("summarize", "Show layers, parameters, FLOPs, memory, and whether it fits."),
     "compare": ("compare", "Race architectures on one text, size and budget."),
+    "sweep": ("sweep", "Search settings of training: many runs, the best first."),
     "quantize": ("quantize", "Make a smaller, faster copy of a model."),
     "merge": ("merge", "Add the adapters of --lora-rank to the weights."),
     "export": ("export", "Write a model for other programs, and check it there."),

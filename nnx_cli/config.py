@@ -282,6 +282,38 @@ class RaceConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A sweep over settings of training."""
+
+    sampler: str = "random"  # how settings are chosen: random, grid (all), halving (the best go on), tpe (needs Optuna)
+    trials: int | None = None  # settings that are tried; default: 20, of a grid all
+    budget: str | None = None  # length of a trial: 20M tokens or 2m of training; default: 2m
+    eta: int | None = None  # with halving, one in so many goes on, and so many times as far; default: 3
+    keep: str = "best"  # weights to keep of trials that are done: best, none
+
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.sampler, ("random", "grid", "halving", "tpe"))
+        check_choice("keep", self.keep, ("best", "none"))
+        check_range("trials", self.trials, 1, 10_000)
+        check_range("eta", self.eta, 2, 100)
+        self.length()
+
+    def length(self) -> tuple[str, float] | None:
+        """The budget: max_time and seconds, or tokens and their number. Raises UsageError where it is neither."""
+        text = (self.budget or "").strip()
+        if self.budget is None:
+            return None
+        if re.fullmatch(r"[\d.]+\s*(s|m|min|h|d)", text, re.ASCII):
+            return "max_time", parse_duration(text) or 0.0
+        if not re.fullmatch(r"[\d.]+", text, re.ASCII) and (count := parse_count("budget", text, silent=True)):
+            return "tokens", count
+        raise UsageError(
+            f"--budget {text!r} is neither a length of time nor a number of tokens",
+            fix="write it like --budget 2m (minutes) or --budget 20M (million tokens)",
+        )
+
+
 @cache
 def module_names(package: str) -> tuple[str, ...]:
     """The public modules of a package of this project in alphabetical order, by its files: nothing is imported."""

@@ -43,6 +43,7 @@ EXTRAS = {
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
+    "optuna",
     "pyarrow",
     "regex",
     "rustbpe",
@@ -54,6 +55,7 @@ EXTRAS = {
     "uvicorn",
     "wandb",
     "xllamacpp",
+    "yaml",
 }
 SOMETIMES_MISSING = {"fcntl", "msvcrt", "resource", "triton", "pydoc_data", "readline"}  # by operating system or build
 SELDOM_NEEDED = {"charset_normalizer", "rich", "typer", "tomllib", "functorch"}

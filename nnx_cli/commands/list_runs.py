@@ -18,9 +18,9 @@ EXPENDABLE = ["size", "steps", "age", "model", "bits/byte", "kind", "status"]  #
 @command()
 def run(
     output: Output,
-    every: Annotated[bool, typer.Option("--all", help="Show each run of a race, too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show each run of a race or a sweep, too.")] = False,
 ) -> None:
-    """List the models in weights/: runs, races, and what was merged, quantized or imported."""
+    """List the models in weights/: runs, races, sweeps, and what was merged, quantized or imported."""
     from nnx_cli.runs.find import list_models
 
     models = list_models(every)
@@ -37,7 +37,7 @@ def _row(model: Mapping[str, Any]) -> list[Any]:
         model["name"],
         model["kind"],
         model.get("model"),
-        model.get("size") or ("own shape" if model.get("model") and model["kind"] != "race" else None),
+        model.get("size") or ("own shape" if model.get("model") and model["kind"] not in ("race", "sweep") else None),
         model["status"],
         model.get("steps"),
         None if bits is None else f"{bits:.4f}",

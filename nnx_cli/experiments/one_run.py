@@ -21,7 +21,7 @@ from nnx_cli.training import session
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.trainer import Trainer
 
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, PAUSED = "out of memory", "paused"
 EVAL_TOKENS = 2**19  # of a validation text that a finished run is judged by, at most
 
 
@@ -38,7 +38,8 @@ class Spectator(Observer, Protocol):
 
 @dataclass(frozen=True)
 class OneRun:
-    """A run in its folder: how it is begun, on what data, and the file of its architecture where that is the user's."""
+    """A run in its folder: how it is begun, on what data, the file of its architecture where that is the user's, and
+    after what part of its length it pauses."""
 
     folder: Path
     begin: Callable[[], tuple[Run, Trainer]]
@@ -46,10 +47,11 @@ class OneRun:
     file: Path | None
     observer: Observer
     should_stop: Callable[[], bool]
+    until: float = 1.0
 
     def train(self) -> tuple[str, str | None]:
-        """Train it to its end, from where it is, and release its memory. Returns finished, diverged or out of memory,
-        and why.
+        """Train it to its end, from where it is, and release its memory. Returns finished, paused, diverged or out of
+        memory, and why.
 
         Raises Stopped where it was asked to stop, after saving.
         """
@@ -80,8 +82,12 @@ class OneRun:
 
     def _finish(self, run: Run, trainer: Trainer) -> tuple[str, str | None]:
         """Train the locked run to its end and record how it ended."""
+
+        def pauses() -> bool:
+            return self.until < 1.0 and trainer.progress() >= self.until
+
         try:
-            ended = trainer.train(run, self.should_stop)
+            ended = "interrupted" if pauses() else trainer.train(run, lambda: pauses() or self.should_stop())
         except QualityError as error:
             session.record_end(run, trainer, "diverged")
             return "diverged", str(error)
@@ -89,6 +95,8 @@ class OneRun:
             session.record_end(run, trainer, "interrupted")
             raise
         session.record_end(run, trainer, ended)
+        if ended == "interrupted" and pauses():
+            return PAUSED, None
         if ended == "interrupted":
             raise Stopped(f"interrupted at step {trainer.state.step} of {run.folder}")
         return ended, None

@@ -11,13 +11,19 @@ from typing import Any
 from nnx_cli.errors import CheckpointError, NnxError, UsageError, quoted
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.manifest import read_verified_config
-from nnx_cli.runs.run import live_status, read_status
+from nnx_cli.runs.run import is_held, live_status, read_status
 from nnx_cli.system.files import check_types, read_json
 
 WEIGHTS = Path("weights")
-RACE = "race.json"  # of a folder whose runs are those of a race
+RACE, SWEEP = "race.json", "sweep.json"  # of a folder whose runs are those of a race, of a sweep
+MANY = {RACE: "race", SWEEP: "sweep"}
+LOCKS = "locks"  # of a sweep's trials
 MADE = ("run.json", "config.json")  # of runs, and of other models
-OURS = ("run.json", "manifest.json", RACE)  # without which a folder is none of ours: exported models have a config.json
+OURS = (
+    "run.json",
+    "manifest.json",
+    *MANY,
+)  # without which a folder is none of ours: exported models have a config.json
 
 
 def find_model(spec: str | None, file: Path | None = None) -> ModelRef:
@@ -50,10 +56,10 @@ def find_folder(name: str) -> Path:
         raise CheckpointError(
             f"{name!r} is a checkpoint; a run goes on from its newest one", fix=f"nnx train --resume {quoted(bare)}"
         )
-    for race in (Path(name), WEIGHTS / name):
-        if name and os.path.isfile(race / RACE):  # False of a name that no system takes
-            known = ", ".join(f"{name}/{run.name}" for run in runs_of_race(race)[:3])
-            raise CheckpointError(f"{name!r} is a race" + (f" of {known}, …" if known else ""), fix="nnx list --all")
+    for folder in (Path(name), WEIGHTS / name) if name else ():
+        if (kind := _kind_of_many(folder)) is not None:
+            known = ", ".join(f"{name}/{run.name}" for run in runs_inside(folder)[:3])
+            raise CheckpointError(f"{name!r} is a {kind}" + (f" of {known}, …" if known else ""), fix="nnx list --all")
     known = ", ".join(run.name for run in find_runs()[:5])
     raise CheckpointError(
         f"there is no run or model {name!r}" + (f"; the newest are {known}" if known else ""),
@@ -75,31 +81,36 @@ def find_runs() -> list[Path]:
     return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
 
 
-def runs_of_race(race: Path) -> list[Path]:
-    """The run folders of a race, by name."""
-    return sorted(path.parent for path in race.glob("*/run.json") if not path.parent.name.startswith("."))
+def _kind_of_many(folder: Path) -> str | None:
+    """race or sweep, where a folder is one: its runs are inside."""
+    return next((kind for name, kind in MANY.items() if os.path.isfile(folder / name)), None)  # no system takes some
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """The run folders of a race or a sweep, by name."""
+    return sorted(path.parent for path in folder.glob("*/run.json") if not path.parent.name.startswith("."))
 
 
 def list_models(every: bool = False) -> list[dict[str, Any]]:
-    """What `nnx list` shows of every model folder and race in weights/, the one that changed last first. The runs of a
-    race follow it if `every` one is to be shown."""
-    folders = {path.parent for name in (*MADE, RACE) for path in WEIGHTS.glob(f"*/{name}")}
+    """What `nnx list` shows of every model folder, race and sweep in weights/, the one that changed last first. Runs
+    inside follow if `every` one is to be shown."""
+    folders = {path.parent for name in (*MADE, *MANY) for path in WEIGHTS.glob(f"*/{name}")}
     folders = {folder for folder in folders if any(os.path.lexists(folder / name) for name in OURS)}
     changed = {folder: _changed(folder) for folder in folders if not folder.name.startswith(".")}
     rows = []
     for folder in sorted(changed, key=lambda folder: changed[folder], reverse=True):
-        is_race = os.path.lexists(folder / RACE)
-        described = _describe_race(folder) if is_race else _describe(folder, folder.name)
+        describe = {"race": _describe_race, "sweep": _describe_sweep}.get(_kind_of_many(folder) or "")
+        described = describe(folder) if describe else _describe(folder, folder.name)
         rows.append(described | {"age_s": round(time.time() - changed[folder])})
-        for run in runs_of_race(folder) if is_race and every else []:
+        for run in runs_inside(folder) if describe and every else []:
             age = round(time.time() - _changed(run))
             rows.append(_describe(run, f"{folder.name}/{run.name}") | {"age_s": age})
     return rows
 
 
 def _changed(folder: Path) -> float:
-    """When a race, a run, or else a model, was last written."""
-    name = next(name for name in (RACE, *MADE) if os.path.lexists(folder / name))
+    """When a race, a sweep, a run, or else a model, was last written."""
+    name = next(name for name in (*MANY, *MADE) if os.path.lexists(folder / name))
     return (folder / name).lstat().st_mtime
 
 
@@ -122,6 +133,34 @@ def _describe_race(folder: Path) -> dict[str, Any]:
     except NnxError as error:
         row |= {"status": "damaged", "error": str(error)}
     return row
+
+
+def _describe_sweep(folder: Path) -> dict[str, Any]:
+    """A sweep in one row: the bits per byte of its best trial."""
+    row: dict[str, Any] = {"name": folder.name, "out": str(folder), "kind": "sweep"}
+    try:
+        sweep = read_json(folder / SWEEP)
+        check_types(sweep, {"state": str, "trials": list, "settings": {}}, folder / SWEEP)
+        trials = [each for each in sweep.get("trials", []) if isinstance(each, dict)]
+        bits = [each.get("bits_per_byte") for each in trials if each.get("status") == "finished"]
+        row |= {
+            "model": (sweep.get("settings") or {}).get("model"),
+            "size": None,
+            "status": sweep_status(folder, sweep.get("state")),
+            "steps": None,
+            "best_val_bits_per_byte": min((each for each in bits if isinstance(each, float)), default=None),
+            "best_val_loss": None,
+        }
+    except NnxError as error:
+        row |= {"status": "damaged", "error": str(error)}
+    return row
+
+
+def sweep_status(folder: Path, state: Any) -> str:
+    """A sweep's state; one that is "running" while no process is at a trial was killed or stopped: "interrupted"."""
+    if state == "running" and not any(is_held(lock) for lock in (folder / LOCKS).glob("*")):
+        return "interrupted"
+    return str(state)
 
 
 def _describe(folder: Path, name: str) -> dict[str, Any]:
