@@ -33,6 +33,7 @@ COMMAND_LINE = {"__main__", "cli", "commands", "console", "config", "errors", ""
 ROOMS = set(FLOOR) - COMMAND_LINE
 HEAVY = {"torch", "numpy", "tiktoken", "safetensors", "lion_pytorch", "torchinfo"}
 EXTRAS = {
+    "PIL",
     "backports",
     "compression",
     "fastapi",

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnx_cli.errors import quoted
+from nnx_cli.trackers._pictures import Picture, picture_of
 from nnx_cli.trackers._tracker import TrackedRun
 
 
@@ -45,7 +46,14 @@ class TensorBoardRun:
         self._write_text(step, "samples", "".join(f"    {line}\n" for line in (prompt + text).splitlines()))
 
     def figures(self, step: int, figures: Sequence[str]) -> None:
-        """As in Tracker."""
+        """As in Tracker: as pictures, for it shows no SVG."""
+        shown = [picture for figure in figures if (picture := picture_of(figure)) is not None]
+        values = [self.summary.Summary.Value(tag=f"figures/{each.title}", image=self._image(each)) for each in shown]
+        self._summarize(step, values)
+
+    def _image(self, picture: Picture) -> Any:
+        size = {"width": picture.width, "height": picture.height, "colorspace": 3}
+        return self.summary.Summary.Image(encoded_image_string=picture.png, **size)
 
     def rewind(self, step: int) -> None:
         """As in Tracker: what was written of later steps is not shown."""

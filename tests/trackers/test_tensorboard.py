@@ -1,3 +1,4 @@
+import io
 import os
 import socket
 
@@ -27,6 +28,17 @@ def test_samples_and_settings_are_text(events, twice):
     assert metadata.plugin_data.plugin_name == "text"
     settings = events.Tensors("config")[0].tensor_proto.string_val[0].decode()
     assert "| dim | 32 |" in settings and "| optimizer | " in settings and "path" not in settings
+
+
+def test_figures_are_pictures(events):
+    from PIL import Image
+
+    tags = events.Tags()["images"]
+    assert {"figures/Loss", "figures/Learning rate", "figures/Gradient norm"} <= set(tags)
+    drawn = events.Images("figures/Loss")
+    assert [event.step for event in drawn] == [8, 12]
+    image = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
+    assert image.format == "PNG" and image.size == (drawn[-1].width, drawn[-1].height)
 
 
 def test_nothing_private_is_in_it(twice, leaks):
