@@ -13,17 +13,19 @@ from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, command
 from nnx_cli.commands._pages import page_writer
 from nnx_cli.commands._sweep_options import OPTIONS, Asked, read_sweep_request, with_settings
-from nnx_cli.commands._train_options import TRAINING
-from nnx_cli.config import LENGTHS, TrainConfig
+from nnx_cli.commands._train_options import TRAINING, Request
+from nnx_cli.config import LENGTHS, TrainConfig, parse_duration
 from nnx_cli.console.output import Output
 from nnx_cli.console.run_view import RunsView
-from nnx_cli.errors import DataError, Interrupted, QualityError, UsageError, counted, pasteable
+from nnx_cli.errors import DataError, Interrupted, OutputError, QualityError, UsageError, counted, pasteable
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
     from nnx_cli.experiments.samplers import Settings
     from nnx_cli.experiments.sweep import Bench, Search
     from nnx_cli.planning.plan import Plan
+    from nnx_cli.runs.load import ModelRef
+    from nnx_cli.training.inputs import Shape
 
 EXAMPLES = """Examples:
 
@@ -72,29 +74,39 @@ def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search,
         raise UsageError(f"halving needs at least {eta} trials, not {n_trials}: one in {eta} goes on")
     seed = TrainConfig.seed if "seed" in space else request.train.seed
     search = sweep.Search(space, config.sampler, n_trials, eta, seed)
-    bench = _bench(output, asked, made)
+    bench = _bench(output, asked, search, made)
     identity = _identity(asked, search)
     path = bench.data.path
     stem = path.resolve().name if request.data else path.name.rpartition("-")[0]  # without the hash
-    folder, is_begun = sweep.find_sweep(identity, bench.data.fingerprint, describe(bench.device), stem, asked.out)
-    if not is_begun:
+    while True:  # another process may begin the same sweep meanwhile
+        folder, is_begun = sweep.find_sweep(identity, bench.data.fingerprint, describe(bench.device), stem, asked.out)
+        if is_begun:
+            break
         with output.spinner("planning, for which torch loads its compiler"):
             record = sweep.new_record(search, bench, identity, asked.length)
-        sweep.begin(folder, record)
+        try:
+            sweep.begin(folder, record)
+        except OutputError:
+            if not folder.exists():
+                raise
     made.clear()
     return search, bench, folder
 
 
-def _bench(output: Output, asked: Asked, made: list[list[Path]]) -> Bench:
-    """What the trials share. The text is prepared for the first values of what is searched."""
+def _bench(output: Output, asked: Asked, search: Search, made: list[list[Path]]) -> Bench:
+    """What the trials share. The text is prepared for the first of them that can be."""
     from nnx_cli.commands.train import check_named, chosen_shape, token_folder
-    from nnx_cli.experiments.sweep import Bench
+    from nnx_cli.experiments.sweep import Bench, first_that_can_be
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan, open_tokens
 
-    first = with_settings(asked.request, {name: each.ends[0] for name, each in asked.space.items()})
-    check_named(first)
-    base, shape, _ = chosen_shape(output, first, made)
+    def shaped(chosen: Settings) -> tuple[Request, ModelRef | None, Shape]:
+        request = with_settings(asked.request, chosen)
+        check_named(request)
+        base, shape, _ = chosen_shape(Output(quiet=True), request, made)
+        return request, base, shape
+
+    first, base, shape = first_that_can_be(search, shaped)
     device, precision = session.configure_device(first.train)
     folder, prepared = token_folder(output, first, base, shape, device, precision)
     made.append(prepared)
@@ -218,7 +230,9 @@ def _tell(output: Output, search: Search, record: Mapping[str, Any], folder: Pat
 def _length_words(length: Mapping[str, Any]) -> str:
     """How long a trial is."""
     for name, value in length.items():
-        return f"{value} of training" if name == "max_time" else f"{value:,} {name.removeprefix('max_')}"
+        if name == "max_time":
+            return f"{duration(parse_duration(value) or 0.0)} of training"
+        return f"{value:,} {name.removeprefix('max_')}"
     return "the lengths that are searched"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,8 +38,8 @@ class Spectator(Observer, Protocol):
 
 @dataclass(frozen=True)
 class OneRun:
-    """A run in its folder: how it is begun, on what data, the file of its architecture where that is the user's, and
-    after what part of its length it pauses."""
+    """A run in its folder: how it is begun, on what data, the file of its architecture where that is the user's,
+    after what part of its length it pauses, and settings that it is given anew where it goes on."""
 
     folder: Path
     begin: Callable[[], tuple[Run, Trainer]]
@@ -48,6 +48,7 @@ class OneRun:
     observer: Observer
     should_stop: Callable[[], bool]
     until: float = 1.0
+    anew: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self) -> tuple[str, str | None]:
         """Train it to its end, from where it is, and release its memory. Returns finished, paused, diverged or out of
@@ -75,7 +76,9 @@ class OneRun:
         run = Run(self.folder)
         if run.status().get("status") in ("finished", "diverged"):
             return run, None
-        trainer, notes = session.resume(session.plan_restart(run, {}, file=self.file, data=self.data), self.observer)
+        trainer, notes = session.resume(
+            session.plan_restart(run, self.anew, file=self.file, data=self.data), self.observer
+        )
         for note in notes:
             self.observer.note(note)
         return run, trainer

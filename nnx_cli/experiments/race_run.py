@@ -64,7 +64,7 @@ class Runner:
     def _judged(self, entrant: Entrant, folder: Path) -> dict[str, Any]:
         field, ref = self.field, ModelRef(folder, file=entrant.file)
         model = load_model(ref, field.device, field.precision)
-        judged = {
+        judged: dict[str, Any] = {
             "bits_per_byte": bits_per_byte(model, field.data, field.data.val),
             "sample": sample_of(model, field.data, self.sampling),
         }

@@ -59,13 +59,6 @@ def draws(space: Space, seed: int) -> Iterator[Settings]:
             yield drawn
 
 
-def first_settings(space: Space, sampler: str, trials: int, seed: int) -> list[Settings]:
-    """The settings of all trials, but for TPE, which needs to know how the ones before went."""
-    if sampler == "tpe":
-        return []
-    return [*itertools.islice(grid(space) if sampler == "grid" else draws(space, seed), trials)]
-
-
 def check_tpe() -> None:
     """Raise MissingFeature without the library of --sampler tpe."""
     try:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,7 +34,7 @@ from nnx_cli.experiments.one_run import (
     drop_weights,
     memory_problem,
 )
-from nnx_cli.experiments.samplers import Settings, first_settings, suggest
+from nnx_cli.experiments.samplers import Settings, draws, grid, suggest
 from nnx_cli.experiments.search_space import Space, shown
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.planning.plan import Plan
@@ -49,6 +50,7 @@ from nnx_cli.training import session
 from nnx_cli.training.sampling import choose_sampling
 
 REFUSED = "refused"
+Made = TypeVar("Made")
 LEAST_STEPS = 10  # of a trial, and of its first rung: fewer tell nothing
 LOOK_SECONDS = 1.0  # between looks at whether trials of other processes are over
 JUDGED_SHARE, LEAST_JUDGED = 0.3, 2**15  # tokens of validation text, of those of a trial: a tenth of its time
@@ -69,6 +71,14 @@ class Search:
         """Parts of its length after which a trial is judged."""
         return rungs(self.trials, self.eta) if self.sampler == "halving" else [1.0]
 
+    def settings(self) -> list[Settings]:
+        """The settings of all trials, but for TPE, which needs to know how the ones before went."""
+        return [] if self.sampler == "tpe" else [*islice(self.candidates(), self.trials)]
+
+    def candidates(self) -> Iterator[Settings]:
+        """Settings that trials may have, in the order of their numbers."""
+        return grid(self.space) if self.sampler == "grid" else draws(self.space, self.seed)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -85,16 +95,20 @@ class Bench:
 def first_plan(search: Search, bench: Bench) -> Plan:
     """The plan of the first trial that can be. Raises what refused the first one where none can, UsageError where a
     trial is too short to tell something."""
+    plan = first_that_can_be(search, bench.plan)
+    check_steps(plan, search.shares[0])
+    return plan
+
+
+def first_that_can_be(search: Search, make: Callable[[Settings], Made]) -> Made:
+    """What is made of the settings of the first trial that are not refused. Raises what refused the very first ones
+    where all are."""
     refused: list[UsageError | DataError | DoesNotFit] = []
-    corner = {name: each.ends[0] for name, each in search.space.items()}
-    for settings in first_settings(search.space, search.sampler, search.trials, search.seed) or [corner]:
+    for settings in islice(search.candidates(), search.trials):
         try:
-            plan = bench.plan(settings)
+            return make(settings)
         except (UsageError, DataError, DoesNotFit) as error:
             refused.append(error)
-            continue
-        check_steps(plan, search.shares[0])
-        return plan
     raise refused[0]
 
 
@@ -104,9 +118,9 @@ def check_steps(plan: Plan, share: float) -> None:
     if steps < LEAST_STEPS:
         part = "" if share == 1 else f" in the first {share:.2g} of it, after which halving judges it"
         raise UsageError(
-            f"the budget is too small for a trial: {counted(steps, 'step')} of {plan.train.tokens_per_step:,} tokens"
+            f"too short for a trial: {counted(steps, 'step')} of {plan.train.tokens_per_step:,} tokens"
             f"{part}, where {LEAST_STEPS} are the least",
-            fix="give a larger --budget, or a smaller --tokens-per-step",
+            fix="make trials longer, or take a smaller --tokens-per-step",
         )
 
 
@@ -217,9 +231,9 @@ class Sweep:
         with sweep_file.change_sweep(self.folder) as record:
             trials = record["trials"]
             known = {trial["number"] for trial in trials}
-            for number, settings in enumerate(first_settings(search.space, search.sampler, search.trials, search.seed)):
-                if number + 1 not in known:
-                    trials.append(sweep_file.new_trial(number + 1, settings))
+            for number, settings in enumerate(search.settings(), 1):
+                if number not in known:
+                    trials.append(sweep_file.new_trial(number, settings))
             for trial in trials:
                 trial["out"] = str(self.folder / trial["trial"])
             record["n_trials"] = max(search.trials, len(trials))
@@ -305,7 +319,11 @@ class Sweep:
             )
 
         peak_known = reset_peak_memory(bench.device)
-        run = OneRun(folder, begin, bench.data, file, self.view, self.should_stop, until)
+        here = {
+            "device": plan.train.device,
+            "threads": plan.train.threads,
+        }  # another process may have begun it elsewhere
+        run = OneRun(folder, begin, bench.data, file, self.view, self.should_stop, until, here)
         status, problem = run.train()
         trial |= {"status": status, "problem": problem, "bits_per_byte": None} | _measured(folder, peak_known)
         if status in ("finished", PAUSED):

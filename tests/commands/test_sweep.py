@@ -118,7 +118,7 @@ def test_a_sweep_of_weights_and_biases(nnx, words, monkeypatch):
         (2, "is any number from 0.001 to 0.03", [*LR, "--sampler", "grid"]),
         (2, "--eta does nothing without --sampler halving", [*LR, "--eta", 2]),
         (2, "halving needs at least 3 trials", [*LR, "--sampler", "halving", "--trials", 2]),
-        (2, "the budget is too small for a trial: 1 step", [*LR, "--sampler", "halving", "--trials", 9]),
+        (2, "too short for a trial: 1 step", [*LR, "--sampler", "halving", "--trials", 9]),
         (2, "--ffn-dim 0 at least 1", ["--set", "ffn_dim=0,-3"]),
         (3, "cannot read --wandb-yaml nowhere.yaml", ["--wandb-yaml", "nowhere.yaml"]),
     ],
