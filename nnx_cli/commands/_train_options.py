@@ -99,6 +99,10 @@ RESUMABLE = (*LENGTHS, "warmup_steps", "device", "threads", "batch_size", "grad_
 NAMED = (Field("model", "str", None, ""), Field("size", "str", None, ""))  # what a file may give besides settings
 TRAINING = own_fields(TrainConfig)
 PREPARING = tuple(field for field in own_fields(PrepareConfig) if field.name in PANELS["Data"])
+GPUS_HELP = (
+    "Number of GPUs of this machine to train on, or all: the same run on any number. With --dropout, what is dropped "
+    "follows seed, step and GPU."
+)
 OPTIONS = [
     extra("model", str, ARCHITECTURE_HELP, MAIN, DEFAULT_MODEL),
     extra("size", str, SIZE_HELP, MAIN, "auto"),
@@ -111,6 +115,7 @@ OPTIONS = [
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
     extra("dry_run", bool, "Show the plan, every value and where it comes from, and stop.", MAIN, False, "--dry-run"),
     *(p for panel, names in PANELS.items() for p in settings((*TRAINING, *PREPARING), panel, only=names)),
+    extra("gpus", str, GPUS_HELP, "Memory and speed", "1"),
     *model_options(),
     *(hidden(name, float if name == "learning_rate" else int) for name in ALIASES),
     hidden("checkpoint_path", str),
@@ -148,7 +153,7 @@ BEGIN_ANEW = "leave it out, or start a new run with --init-from MODEL"
 BETA2 = Branch({"beta2"}, _averages_squares, "with --optimizer {optimizer}, which averages no squared gradients")
 BRANCHES = (
     Branch(
-        AllBut("resume", "checkpoint_path", "filepath", "model", "data", "dry_run", *RESUMABLE),
+        AllBut("resume", "checkpoint_path", "filepath", "model", "data", "dry_run", "gpus", *RESUMABLE),
         lambda v: not _resumes(v),
         KEPT,
         BEGIN_ANEW,
@@ -202,6 +207,7 @@ class Request:
     out: Path | None
     init_from: str | None
     dry_run: bool
+    gpus: str | None  # to be started
     checkpoint: str | None  # of an original, to be imported and started from
     prime_length: int  # tokens of validation text that samples start with
     generate_length: int | None  # tokens of a sample
@@ -217,6 +223,7 @@ class ResumeRequest:
     settings: dict[str, Any]
     data: Path | None
     dry_run: bool
+    gpus: str | None
 
 
 def _all_fields(model: str | None) -> list[Field]:
@@ -248,6 +255,7 @@ def _resume_request(run: str, file: str | None, settings: dict[str, Any], option
         settings=settings,
         data=options["data"],
         dry_run=bool(options["dry_run"]),
+        gpus=options["gpus"],
     )
 
 
@@ -290,6 +298,7 @@ def _new_request(
         out=options["out"],
         init_from=options["init_from"],
         dry_run=bool(options["dry_run"]),
+        gpus=options["gpus"],
         checkpoint=checkpoint,
         prime_length=options["prime_length"] or 0,
         generate_length=options["generate_length"],

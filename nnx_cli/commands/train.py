@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
 from nnx_cli.commands._plan_table import PlanTable, show_settings
+from nnx_cli.commands._ranks import connected, how_many, is_started, start_all, was_restarted
 from nnx_cli.commands._run_verdict import RunVerdict
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from nnx_cli.planning.plan import Plan
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
+    from nnx_cli.system.ranks import Ranks
     from nnx_cli.training.inputs import Shape
     from nnx_cli.training.observer import Observer, Several
     from nnx_cli.training.sampling import Sampling
@@ -89,19 +91,64 @@ class _PacedView(TrainingView):
 def run(output: Output, **options: Any) -> None:
     """Train a model from scratch: on --filepath, on --data, or on the language documentation that Python ships."""
     request = read_request(options)
-    if isinstance(request, ResumeRequest):
-        _resume_run(output, request)
-    else:
-        _new_run(output, request)
+    device = _device_of(request)
+    if not is_started() and not request.dry_run and (n := how_many(request.gpus, device)) > 1:
+        start_all(n, device)
+        return
+    with connected(output, device) as ranks:
+        if not ranks.is_first:
+            _follow_run(request, ranks)
+            return
+        if was_restarted() and isinstance(request, Request) and (begun := _begun(request)) is not None:
+            request = begun
+        if isinstance(request, ResumeRequest):
+            _resume_run(output, request, ranks)
+        else:
+            _new_run(output, request, ranks)
 
 
-def _new_run(output: Output, request: Request) -> None:
+def _device_of(request: Request | ResumeRequest) -> str:
+    """The value of --device, as far as it is given."""
+    return request.train.device if isinstance(request, Request) else request.settings.get("device", "auto")
+
+
+def _follow_run(request: Request | ResumeRequest, ranks: Ranks) -> None:
+    """Train what the first rank leads. Raises Interrupted where it was stopped."""
+    from nnx_cli.config import TrainConfig
+    from nnx_cli.system.signals import stop_signals
+    from nnx_cli.training import session
+    from nnx_cli.training.distributed import follow
+
+    named = request.model if isinstance(request, Request) else request.file
+    file = Path(named) if named is not None and models.is_file(str(named)) else None
+    config = request.train if isinstance(request, Request) else TrainConfig(**request.settings)
+    device, _ = session.configure_device(config, strict=False)
+    run, trainer = follow(ranks, request.data, file, device)
+    with stop_signals() as should_stop:
+        ended = trainer.train(run, should_stop)
+    ranks.close()
+    if ended == "interrupted":
+        raise Interrupted("interrupted")
+
+
+def _begun(request: Request) -> ResumeRequest | None:
+    """The run that this command line had begun before torchrun started it anew."""
+    from nnx_cli.training import session
+
+    folder = request.out if request.out is not None else session.find_begun(_command_line())
+    if folder is None or not (folder / "run.json").exists():
+        return None
+    file = Path(request.model) if request.model is not None and models.is_file(request.model) else None
+    return ResumeRequest(run=str(folder), file=file, settings={}, data=None, dry_run=False, gpus=None)
+
+
+def _new_run(output: Output, request: Request, ranks: Ranks) -> None:
     """A new run. Where there is none in the end, what was made for it goes."""
     made: list[list[Path]] = []
     begins_anew = request.init_from is None and request.checkpoint is None
     try:
         with nullcontext() if begins_anew else _advising("take a smaller --seq-len, or start from a smaller model"):
-            _prepare_and_train(output, request, made)
+            _prepare_and_train(output, request, made, ranks)
     finally:
         if made:
             from nnx_cli.training.inputs import take_back
@@ -122,7 +169,7 @@ def _advising(instead: str) -> Iterator[None]:
         raise
 
 
-def _prepare_and_train(output: Output, request: Request, made: list[list[Path]]) -> None:
+def _prepare_and_train(output: Output, request: Request, made: list[list[Path]], ranks: Ranks) -> None:
     """Prepare what has to be prepared, plan, and train. `made` has the folders that were made for a run that does not
     exist yet."""
     check_named(request)
@@ -168,7 +215,7 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]])
     with _PacedView(output, plan, _facts(shown, tokens)) as view:
         stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
         observers = Several(view)
-        started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base)
+        started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base, ranks)
         made.clear()
         with started.lock():
             _finish(output, started, trainer, view, observers, naming(plan.model))
@@ -294,6 +341,7 @@ def _start(
     observer: Observer,
     sampling: Sampling,
     base: ModelRef | None,
+    ranks: Ranks,
 ) -> tuple[Run, Trainer]:
     """Make the run folder: `out`, or the next free name in weights/."""
     from nnx_cli.training import session
@@ -301,13 +349,13 @@ def _start(
     while True:
         folder = out or session.free_folder(f"{models.stem(plan.model)}-{stem}")
         try:
-            return session.start(plan, tokens, folder, device, observer, sampling, _command_line(), base)
+            return session.start(plan, tokens, folder, device, observer, sampling, _command_line(), base, ranks)
         except OutputError:
             if out is not None or not folder.exists():  # else another process took the name meanwhile
                 raise
 
 
-def _resume_run(output: Output, request: ResumeRequest) -> None:
+def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     """Continue a run from its newest checkpoint."""
     from nnx_cli.runs.find import find_folder
     from nnx_cli.runs.logs import read_intact
@@ -342,7 +390,7 @@ def _resume_run(output: Output, request: ResumeRequest) -> None:
             if not compiler_is_loaded():
                 output.note("loading torch's optimizers, and its compiler with them")
             observers = Several(view)
-            trainer, notes = session.resume(restart, observers)
+            trainer, notes = session.resume(restart, observers, ranks)
             del restart  # which holds all weights once more
             for note in [*lost, *notes]:
                 output.warn(note)
@@ -445,6 +493,7 @@ def _train_to_end(output: Output, run: Run, trainer: Trainer, view: TrainingView
                     output.show_json(_as_json(run, status))
             raise
         status = session.record_end(run, trainer, ended)
+    trainer.stepper.ranks.close()
     if ended == "interrupted":
         output.note("")
         raise Interrupted(

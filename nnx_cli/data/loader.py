@@ -92,6 +92,18 @@ class Loader:
             targets = targets.masked_fill(bits_at(self.resident_mask, on_device[:, 1:]) == 0, self.ignore_index)
         return input_ids, targets
 
+    def part(self, first: int, n: int, begin: int, count: int) -> tuple[Tensor, Tensor]:
+        """`count` of the `n` samples from `first` on, beginning with the one at `begin`. Where there are fewer, others
+        without a target are at the end."""
+        there = max(0, min(count, n - begin))
+        if there == count:
+            return self.batch(first + begin, count)
+        input_ids, targets = self.batch(first + min(begin, n - 1), max(1, there))
+        rows = torch.arange(count, device=targets.device).clamp(max=len(targets) - 1)
+        input_ids, targets = input_ids[rows], targets[rows]
+        targets[there:] = self.ignore_index
+        return input_ids, targets
+
     def positions(self, first: int, count: int) -> np.ndarray:
         """Positions (count, seq_len + 1) in the stream of samples first … first + count − 1."""
         if self.aligned is not None:

@@ -19,6 +19,7 @@ from nnx_cli.errors import DataError
 from nnx_cli.layers.loss import token_losses, token_scores
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.ranks import ALONE, Ranks
 
 BATCH_TOKENS = 8192  # that an evaluation reads at a time, where nothing else is asked for
 
@@ -148,21 +149,25 @@ def evaluate(
     losses_of: LossFunction = token_losses,
     watchers: Sequence[Callable[[Scores], None]] = (),
     masked: Masked | None = None,
+    group: Ranks = ALONE,
 ) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 
     With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly
     spread windows count. Where not all tokens count, `masked` says which do. `token_bytes` (V,) gives each token's
     length in bytes; without it there are no bits per byte. `watchers` are handed every batch of windows, scored;
-    `losses_of` is not asked then. Raises DataError where there is no target.
+    `losses_of` is not asked then. Of a `group` of ranks, which all have the model, each reads a part. Raises DataError
+    where there is no target.
     """
     if len(tokens) < 2:
         raise DataError("the text to evaluate has fewer than two tokens")
     started = time.perf_counter()
     wide = torch.float32 if model.device.type == "mps" else torch.float64
-    nats, n_bytes, n_targets = [], [], []
+    nats: list[Tensor] = []
+    n_bytes: list[np.ndarray] = []
+    n_targets: list[np.ndarray] = []
     with evaluating(model):
-        for begin, length, counts in _batches(len(tokens), seq_len, batch_size, n_windows, masked):
+        for begin, length, counts in _batches(len(tokens), seq_len, batch_size, n_windows, masked, group):
             input_ids, targets = windows_at(tokens, begin, length)
             on_device = input_ids.to(model.device), targets.to(model.device)
             if watchers:
@@ -179,40 +184,51 @@ def evaluate(
             if token_bytes is not None:
                 lengths = token_bytes[targets.numpy()]
                 n_bytes.append((lengths if counts is None else lengths * counts).sum(1))
-    nats_by_window, by_window = torch.cat(nats).cpu().numpy(), np.concatenate(n_targets)
-    total, n_tokens = float(nats_by_window.sum()), int(by_window.sum())
+    mine = [torch.cat(nats).cpu().numpy() if nats else np.empty(0), _joined(n_targets), _joined(n_bytes)]
+    windows = [np.concatenate(parts) for parts in zip(*group.gather(mine), strict=True)]
+    return _evaluation(time.perf_counter() - started, *windows)
+
+
+def _evaluation(seconds: float, nats: np.ndarray, n_targets: np.ndarray, n_bytes: np.ndarray) -> Evaluation:
+    """The losses of windows (N,) together; no bytes where nobody knows them. Raises DataError without a target."""
+    total, n_tokens, text_bytes = float(nats.sum()), int(n_targets.sum()), int(n_bytes.sum())
     if not n_tokens:
         raise DataError("the text to evaluate has no token that counts")
-    seen = by_window > 0
-    bits = stderr = text_bytes = None
-    if token_bytes is not None and (text_bytes := int(sum(b.sum() for b in n_bytes))):
-        bits, stderr = ratio_with_error(nats_by_window / math.log(2), np.concatenate(n_bytes))
+    seen = n_targets > 0
+    bits, stderr = ratio_with_error(nats / math.log(2), n_bytes) if text_bytes else (None, None)
     return Evaluation(
         total / n_tokens,
         bits,
         stderr,
         n_tokens,
-        text_bytes,
-        n_tokens / (time.perf_counter() - started),
-        tuple((nats_by_window[seen] / by_window[seen]).tolist()),
+        text_bytes if len(n_bytes) else None,
+        n_tokens / seconds,
+        tuple((nats[seen] / n_targets[seen]).tolist()),
     )
 
 
 def _batches(
-    n_tokens: int, seq_len: int, batch_size: int, n_windows: int | None, masked: Masked | None
+    n_tokens: int, seq_len: int, batch_size: int, n_windows: int | None, masked: Masked | None, group: Ranks = ALONE
 ) -> Iterator[tuple[np.ndarray, int, np.ndarray | None]]:
-    """Windows `batch_size` at a time: their starts (B,), their length, and which targets count, None for all."""
+    """This rank's windows, `batch_size` at a time: their starts (B,), their length, and which targets count, None for
+    all."""
     begins = np.arange(0, n_tokens - 1, seq_len) if masked is None else masked.window_starts(n_tokens, seq_len)
     last = np.append(begins[1:], n_tokens - 1)  # target that a window judges: the next one begins with it
     whole = np.flatnonzero(begins + seq_len < n_tokens)
     tail = begins[len(whole) :]
     whole = _spread(whole, n_windows)
+    with_tail = len(tail) and (n_windows is None or not len(whole))
+    whole = np.array_split(whole, group.count)[group.rank]
     batches = [(whole[i : i + batch_size], seq_len) for i in range(0, len(whole), batch_size)]
-    if len(tail) and (n_windows is None or not batches):
+    if with_tail and group.rank == group.count - 1:
         batches.append((np.array([len(begins) - 1]), n_tokens - 1 - int(tail[0])))
     for windows, length in batches:
         counts = None if masked is None else masked.counts(begins[windows], last[windows], length)
         yield begins[windows], length, counts
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def error_of_mean(values: np.ndarray) -> float | None:

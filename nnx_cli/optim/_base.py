@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnx_cli.kernels.stochastic_rounding import random_key
+from nnx_cli.system.ranks import ALONE, Ranks
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]  # shape and type of every tensor of a parameter's state
 Group = Mapping[str, Any]
@@ -47,6 +48,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
     capturable = True  # whether a step asks the device nothing, so that a CUDA graph can hold it
+    ranks: Ranks = ALONE  # that have the same parameters and gradients, and may divide the work
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0) -> None:
         self.seed = seed
@@ -62,6 +64,11 @@ class DeviceOptimizer(torch.optim.Optimizer):
         device = group["params"][0].device
         if self.capturable and device.type == "cuda" and not isinstance(group["lr"], Tensor):
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
+
+    @property
+    def may_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold a step, with the ranks that there are."""
+        return self.capturable
 
     def rounding_spec(self, p: Tensor) -> StateSpec:
         """State that stochastic rounding of a bfloat16 parameter needs: its steps are counted."""

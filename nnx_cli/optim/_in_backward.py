@@ -39,6 +39,7 @@ class InBackward:
     def _take(self, p: Tensor) -> None:
         """Move a parameter by its gradient, clipped to a norm of `grad_clip` (0: not), and free that."""
         assert p.grad is not None
+        self.optimizer.ranks.add_up([p.grad])
         norm = torch.linalg.vector_norm(p.grad, dtype=torch.float32)
         bad = 1 - norm.isfinite().float()
         self.squares += norm.square()

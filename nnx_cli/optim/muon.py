@@ -127,6 +127,11 @@ class Muon(AdamW):
             self._update_stack(stack, group, skip)
         self.count_step(parameters, found_inf)
 
+    @property
+    def may_be_captured(self) -> bool:
+        """As in the base: ranks that divide the work send one another what comes of it."""
+        return self.ranks.count == 1
+
     def stacks(self, parameters: list[Tensor]) -> Iterator[list[Matrix]]:
         """The matrices of some parameters: lists of equal shape, none of them over STACK_BYTES unless it is of one."""
         by_shape: dict[tuple[int, int], list[Matrix]] = defaultdict(list)
@@ -136,9 +141,21 @@ class Muon(AdamW):
                 by_shape[rows, p.shape[1]].append(Matrix(p, first, first + rows))
                 first += rows
         for (rows, columns), matrices in by_shape.items():
-            n = max(1, STACK_BYTES // (4 * rows * columns))
+            n = self.ranks.count * max(1, STACK_BYTES // (4 * rows * columns))
             for start in range(0, len(matrices), n):
                 yield matrices[start : start + n]
+
+    def _orthogonalize(self, matrices: Tensor, dtype: torch.dtype, steps: Sequence[Any]) -> Tensor:
+        """`orthogonalize`, of several ranks each a part of the matrices."""
+        ranks, n = self.ranks, len(matrices)
+        if ranks.count == 1:
+            return orthogonalize(matrices, dtype, steps)
+        share = -(-n // ranks.count)
+        mine = matrices[ranks.rank * share : (ranks.rank + 1) * share]
+        part = matrices.new_zeros(share, *matrices.shape[1:], dtype=dtype)
+        if len(mine):
+            part[: len(mine)] = orthogonalize(mine, dtype, steps)
+        return ranks.collect(part)[:n]
 
     def _update_stack(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> None:
         """Move matrices of one shape. What is skipped is multiplied by 1 and has -0.0 added: no bit of it changes."""
@@ -154,7 +171,7 @@ class Muon(AdamW):
         g.lerp_(m, beta)  # Nesterov: where the momentum will be
         del m
         steps = SHORTER if of(p).kind == "cpu" else POLAR_EXPRESS
-        change = orthogonalize(g, step_type(p), steps).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
+        change = self._orthogonalize(g, step_type(p), steps).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
         del g
         if skip is not None:
             change.masked_fill_(skip, -0.0)

@@ -12,6 +12,7 @@ from nnx_cli.errors import DoesNotFit, MissingFeature, counted
 from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes, reset_peak_rss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANK_STRIDE = 2**61 - 1  # a prime: no two ranks come upon one number in the steps of a run
 RESERVE_BYTES = int(0.75 * 2**30)  # of a GPU: context and desktop, left outside the allocator
 
 
@@ -36,7 +37,9 @@ def pick_device(name: str) -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise MissingFeature("there is no Apple GPU here", fix="see what is there: nnx doctor")
-    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
+    return (
+        torch.device(name if index else f"cuda:{torch.cuda.current_device()}") if kind == "cuda" else torch.device(kind)
+    )
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -65,9 +68,9 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "fp16" if capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device) else "fp32"
 
 
-def set_seed(seed: int, step: int = 0) -> None:
-    """Make every random draw that follows a function of (seed, step)."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+def set_seed(seed: int, step: int = 0, rank: int = 0) -> None:
+    """Make every random draw that follows a function of (seed, step, rank)."""
+    torch.manual_seed((seed * 1_000_003 + step + rank * RANK_STRIDE) % 2**63)
 
 
 def set_threads(threads: int | None) -> None:

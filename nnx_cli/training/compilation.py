@@ -106,7 +106,7 @@ def _verify_graph(stepper: Stepper, now: Execution, conditions: Conditions) -> E
     problem = _record(stepper)
     if problem is not None:
         return replace(now, step_s=eager_s, notes=(*now.notes, problem))
-    graph_s = step_seconds(stepper)
+    graph_s = stepper.ranks.most(step_seconds(stepper))
     if conditions.requested == "auto" and graph_s >= WORTHWHILE * eager_s:
         stepper.release_graphs()
         return replace(now, step_s=eager_s)
@@ -117,7 +117,7 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     """Compile blocks, if that works, is right, and for `auto` is faster; graphs are recorded anew."""
     on_cuda = stepper.device.type == "cuda"
     eager = None if on_cuda else try_micro_batch(stepper, compiled=False)
-    step_s = now.step_s if eager is None else eager.seconds * stepper.grad_accum
+    step_s = now.step_s if eager is None else stepper.ranks.most(eager.seconds) * stepper.n_micro
     assert step_s is not None
     if not choose(conditions, step_s).compiled:
         return now
@@ -127,7 +127,9 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     compiled, problem = _compile(stepper, eager, conditions.precision)
     problems = [problem, _record(stepper) if had_graphs else None]
     if compiled is not None:
-        compiled_s = _step_seconds_or_inf(stepper) if on_cuda else compiled.seconds * stepper.grad_accum
+        compiled_s = stepper.ranks.most(
+            _step_seconds_or_inf(stepper) if on_cuda else compiled.seconds * stepper.n_micro
+        )
         if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
             note = f"{COMPILED} {compiled_s / step_s:.0%} of its time before"
             return _settled(stepper, now, [*problems, note], compiled=True, step_s=compiled_s)
@@ -143,16 +145,23 @@ def _settled(stepper: Stepper, now: Execution, notes: list[str | None], *, compi
 
 
 def _record(stepper: Stepper) -> str | None:
-    """Let steps be CUDA graphs; returns why that does not work, or None."""
+    """Let steps be CUDA graphs; returns why that does not work, here or on another rank, or None."""
+    problem = None
     try:
         stepper.record_graphs()
-        return None
     except torch.OutOfMemoryError:
         problem = "no CUDA graph: not enough memory"
     except RuntimeError as error:
         problem = f"no CUDA graph: {in_a_line(error)}"
-    stepper.release_graphs()
+    problem = _first_of_all(stepper, problem)
+    if problem is not None:
+        stepper.release_graphs()
     return problem
+
+
+def _first_of_all(stepper: Stepper, problem: str | None) -> str | None:
+    """The first problem of any rank: where one has one, none goes on without it."""
+    return next((found for found in stepper.ranks.gather(problem) if found is not None), None)
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
     model = stepper.step.model
     torch.manual_seed(0)
     model.train(model.config.dropout == 0)  # dropout draws other masks when compiled
-    input_ids, targets = stepper.loader.batch(0, stepper.batch_size)
+    input_ids, targets = stepper.part(n_micro=1)
     loss = torch.zeros(())
 
     def pass_through() -> None:
@@ -199,6 +208,7 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
 def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Trial | None, str | None]:
     """Compile the blocks; returns how a micro-batch went then. None and why, and all is undone, where that fails, or
     where loss or gradient differ from those of eager blocks, which are tried now unless they have been."""
+    trial = problem = None
     try:
         eager = eager or try_micro_batch(stepper, compiled=False)
         compile_blocks(stepper.step.model)
@@ -210,9 +220,10 @@ def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Tri
     else:
         errors = zip(("loss", "gradient"), trial.relative_error(eager), TOLERANCE[precision], strict=True)
         wrong = [(what, error) for what, error, allowed in errors if not error <= allowed]
-        if not wrong:
-            return trial, None
-        problem = "the {} differs from eager by {:.1e}".format(*wrong[0])
+        problem = "the {} differs from eager by {:.1e}".format(*wrong[0]) if wrong else None
+    problem = _first_of_all(stepper, problem)
+    if problem is None:
+        return trial, None
     undo_compile(stepper.step.model)
     if stepper.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -230,10 +241,9 @@ def _first_step_seconds(stepper: Stepper, number: int) -> float:
     `number` is that of the step that comes next.
     """
     while True:
-        try:
-            return step_seconds(stepper)
-        except torch.OutOfMemoryError:
-            pass  # the exception holds on to what was computed: it has to go first
+        seconds = stepper.ranks.most(_step_seconds_or_inf(stepper))
+        if seconds < math.inf:
+            return seconds
         stepper.halve_micro_batch(number)
 
 
@@ -250,11 +260,10 @@ def _step_seconds_or_inf(stepper: Stepper) -> float:
 def step_seconds(stepper: Stepper) -> float:
     """Median time of an optimizer step as it is taken now, told from its first micro-batch and its second one; changes
     nothing."""
-    size, n_micro = stepper.batch_size, stepper.grad_accum
+    n_micro = stepper.n_micro
     times = []
     with stepper.step.without_effects():
         for n in range(1, min(n_micro, 2) + 1):
-            samples = stepper.loader.batch(0, n * size)
-            call = partial(stepper.run, *samples)
+            call = partial(stepper.run, *stepper.part(n_micro=n))
             times.append(median_seconds(call, stepper.device, TIMED_STEPS, TIMED_SECONDS))
     return times[0] + (n_micro - 1) * max(0.0, times[-1] - times[0])

@@ -29,7 +29,7 @@ from nnx_cli.training.divergence import (
     part_losses,
 )
 from nnx_cli.training.journal import Journal
-from nnx_cli.training.state import TrainState, restore_checkpoint
+from nnx_cli.training.state import TrainState, restore_checkpoint, spread_state
 from nnx_cli.training.step import StepNumbers
 from nnx_cli.training.stepper import Stepper
 
@@ -75,13 +75,11 @@ class Recovery:
         state, stepper = self.state, self.stepper
         if state.lr_factor < 1.0:
             self._give_up(run, config)
-        checkpoint, notes = run.newest_checkpoint()
         had_graphs = stepper.graphs is not None
         stepper.graphs = None  # they know the optimizer's state by its address
-        for name, tensor in stepper.step.model.state_without_ties().items():
-            tensor.copy_(checkpoint.model[name])
         failed_at, skipped, time_s = state.step, state.skipped_steps, state.time_s
-        restore_checkpoint(stepper.step, state, checkpoint)
+        notes = stepper.ranks.first(lambda: self._restore_newest(run))
+        spread_state(stepper.step, state, stepper.ranks)
         state.lr_factor = ROLLBACK_LR
         state.time_s = time_s
         state.skipped_steps, state.bad_steps = skipped, 0
@@ -95,6 +93,13 @@ class Recovery:
             f"no finite gradient in {MAX_BAD_STEPS} steps up to step {failed_at}: back to step {state.step}, "
             f"going on with {ROLLBACK_LR:g} of the learning rate"
         )
+
+    def _restore_newest(self, run: Run) -> list[str]:
+        checkpoint, notes = run.newest_checkpoint()
+        for name, tensor in self.stepper.step.model.state_without_ties().items():
+            tensor.copy_(checkpoint.model[name])
+        restore_checkpoint(self.stepper.step, self.state, checkpoint)
+        return notes
 
     def turn_back(self, run: Run, config: TrainConfig, progress: float, result: Evaluation) -> bool:
         """Where the validation that was just logged says that a run whose length is a time has turned: go back to the
@@ -111,22 +116,30 @@ class Recovery:
         )
         if not has_turned(rise, error, progress * (1 - state.best_step / state.step)):
             return False
-        course = self.course(run)
-        if course is None or course.since_best > rise / 2:  # its training loss went there with it
+        ranks = self.stepper.ranks
+        if not ranks.first(lambda: self._restore_best(run, rise)):
             return False
-        found = run.best_found()
-        if not found or found.get("best_step") != state.best_step:  # the disk refused them
-            return False
-        _, best = ModelRef(run.folder).weights()
-        for name, tensor in self.stepper.step.model.state_without_ties().items():
-            tensor.copy_(best[name])
         state.turned_at, state.turned_to = progress, progress * state.best_step / state.step
         state.worse_validations = 0
+        spread_state(self.stepper.step, state, ranks)
         self.spikes = LossSpikeDetector()
         self.journal.event(
             f"validation turned: {state.best_val_loss:.3f} at step {state.best_step}, {result.loss:.3f} at step "
             f"{state.step}; back to the weights of step {state.best_step}, to anneal those"
         )
+        return True
+
+    def _restore_best(self, run: Run, rise: float) -> bool:
+        """Take the best weights, unless the training loss rose with that of validation, or the disk lacks them; returns
+        whether it did."""
+        course, found = self.course(run), run.best_found()
+        if course is None or course.since_best > rise / 2:  # its training loss went there with it
+            return False
+        if not found or found.get("best_step") != self.state.best_step:  # the disk refused them
+            return False
+        _, best = ModelRef(run.folder).weights()
+        for name, tensor in self.stepper.step.model.state_without_ties().items():
+            tensor.copy_(best[name])
         return True
 
     def course(self, run: Run) -> LossCourse | None:
@@ -139,6 +152,9 @@ class Recovery:
 
     def check_end(self, run: Run, config: TrainConfig, tokens: np.ndarray) -> None:
         """Raise QualityError where the losses of a run that is over say that it went wrong. `tokens` is its text."""
+        self.stepper.ranks.first(lambda: self._check_end(run, config, tokens))
+
+    def _check_end(self, run: Run, config: TrainConfig, tokens: np.ndarray) -> None:
         model, course = self.stepper.step.model, self.course(run)
         why = course and course.why_diverged(model.config.vocab_size, lambda: count_used(tokens))
         if why is not None:
@@ -154,7 +170,7 @@ class Recovery:
         state, stepper = self.state, self.stepper
         with eagerly(stepper.execution.compiled):
             first = state.step * stepper.samples_per_step
-            where = first_overflow(stepper.step.model, *stepper.loader.batch(first, stepper.batch_size))
+            where = first_overflow(stepper.step.model, *stepper.part(first, n_micro=1))
         raise QualityError(
             f"the run diverged: no finite gradient in {MAX_BAD_STEPS} steps up to step {state.step}, also at a "
             f"lower learning rate; {where}",

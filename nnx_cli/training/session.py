@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from nnx_cli import models
 from nnx_cli.config import LENGTHS, TrainConfig, coerce, own_fields
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.errors import CheckpointError, DataError, MissingFeature, UsageError, counted, quoted
-from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
@@ -26,10 +26,9 @@ from nnx_cli.runs.checkpoint import Checkpoint, step_folder
 from nnx_cli.runs.find import WEIGHTS, find_runs
 from nnx_cli.runs.load import ModelRef, architecture_of, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
-from nnx_cli.runs.run import BLANK_STATUS, Run, live_status
+from nnx_cli.runs.run import BLANK_STATUS, Run, live_status, read_status
 from nnx_cli.runs.tensors import load_weights
 from nnx_cli.system.device import (
-    DTYPES,
     describe,
     limit_memory,
     pick_device,
@@ -40,11 +39,13 @@ from nnx_cli.system.device import (
 )
 from nnx_cli.system.files import follow, free_name, relative
 from nnx_cli.system.machine import keep_freed_memory
+from nnx_cli.system.ranks import ALONE, Ranks
+from nnx_cli.training.distributed import lead
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import Sampling
 from nnx_cli.training.state import TrainState, restore_checkpoint
 from nnx_cli.training.stepper import divide_step
-from nnx_cli.training.trainer import Trainer
+from nnx_cli.training.trainer import Trainer, make_trainer
 from nnx_cli.training.vocabulary import extend_rows
 
 MANY = 0.05  # of the conversations, whose length is worth a note
@@ -84,6 +85,7 @@ def start(
     sampling: Sampling,
     command: str,
     init_from: ModelRef | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Run, Trainer]:
     """Make a new run: its model, its folder, its first checkpoint."""
     set_seed(plan.train.seed)
@@ -94,23 +96,25 @@ def start(
         load_weights(model, extend_rows(widen(state), model, old, new), path, device)
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
-    trainer = make_trainer(model, data, plan.train, device, observer, sampling)
+    trainer = make_trainer(model, data, plan.train, device, observer, sampling, ranks)
     seq_len = model.config.seq_len
     if data.begins_at_documents and (share := data.share_longer_than(seq_len)) > MANY:
         observer.note(f"{share:.0%} of the conversations are longer than --seq-len {seq_len}: their ends stand alone")
     trainer.flops_per_token = plan.flops_per_token
-    config = trainer.choose_execution(plan.train.compile)
     n_parameters, tokenizer = count_parameters(model)["total"], data.tokenizer
     described = {
         **describe_model(plan.model, plan.size, plan.model_config, n_parameters, tokenizer),
-        "training": asdict(config),
+        "training": asdict(plan.train),
         "automatic": {field: why for field, why in plan.sources.items() if why.startswith("derived")},
         "sampling": asdict(sampling),
         "data": _describe_data(data, out),
         "init_from": None if init_from is None else init_from.label,
-        "lora": None if config.lora_rank is None else {"rank": config.lora_rank},
+        "lora": None if plan.train.lora_rank is None else {"rank": plan.train.lora_rank},
         "machine": describe(device),
     }
+    lead(trainer, out, described)
+    config = trainer.choose_execution(plan.train.compile)
+    described["training"] = asdict(config)
     file = Path(plan.model) if models.is_file(plan.model) else None
     with trainer.cadence.saving.timed():
         status = first_status(config, device, command)
@@ -144,23 +148,6 @@ def first_status(config: TrainConfig, device: torch.device, command: str) -> dic
     }
 
 
-def make_trainer(
-    model: LanguageModel,
-    data: TokenFolder,
-    config: TrainConfig,
-    device: torch.device,
-    observer: Observer,
-    sampling: Sampling,
-) -> Trainer:
-    """A trainer of a model on the CPU, which it moves to `device` and prepares for `config`."""
-    if config.weight_precision == "bf16":
-        cast_matrices(model, "bf16")
-    model.to(device)
-    model.compute_dtype = DTYPES[config.precision]
-    checkpoint_blocks(model, config.activation_checkpointing)
-    return Trainer(model, data, config, device, observer, sampling)
-
-
 def find_unfinished() -> Path:
     """The newest run that was interrupted. Raises CheckpointError where there is none: one that diverged would do so
     again."""
@@ -180,6 +167,16 @@ def find_unfinished() -> Path:
             fix=f"nnx train --resume {quoted(diverged)}",
         )
     raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
+
+
+def find_begun(command: str) -> Path | None:
+    """The newest run that was begun by a command line and is not over."""
+    for folder in find_runs():
+        with suppress(CheckpointError):
+            status = read_status(folder)
+            if status.get("command") == command and live_status(folder, status) == "interrupted":
+                return folder
+    return None
 
 
 @dataclass(frozen=True)
@@ -269,17 +266,18 @@ def _derive_anew(
     return replace(config, **values), sources
 
 
-def resume(restart: Restart, observer: Observer) -> tuple[Trainer, list[str]]:
+def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[Trainer, list[str]]:
     """Continue a run; returns the trainer and what there is to say about it."""
     run, data, device = restart.run, restart.data, restart.device
     config = replace(restart.config, precision=restart.precision)
     model = load_model_of(run, restart.checkpoint, config, device, restart.file)
-    trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]))
+    trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]), ranks)
     name = architecture_of(run.config, run.folder, restart.file)
     trainer.flops_per_token = flops_per_token(meta_model(name, model.config))["train"]
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
     if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
         trainer.state.turned_at = None  # it follows the schedule of another length
+    lead(trainer, run.folder, run.config)
     config = trainer.choose_execution(config.compile)
     notes = [*restart.notes, *differences(run, restart.old, trainer), *run.cut_logs(trainer.state.step)]
     where = run.config["data"] | _describe_data(data, run.folder)

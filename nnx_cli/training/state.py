@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import torch
+
 from nnx_cli.config import TrainConfig
 from nnx_cli.optim._state import load_optimizer_state, optimizer_state
 from nnx_cli.runs.checkpoint import FORMAT, Checkpoint
+from nnx_cli.system.ranks import Ranks
 from nnx_cli.training.schedule import after_turn
 from nnx_cli.training.step import Step
 
@@ -70,4 +73,24 @@ def restore_checkpoint(step: Step, state: TrainState, checkpoint: Checkpoint) ->
         step.scaler.load_state_dict(checkpoint.state["scaler"])
     for key in TrainState.__dataclass_fields__.keys() & checkpoint.state.keys():
         setattr(state, key, checkpoint.state[key])
+    step.stats.set_skipped(state.skipped_steps, state.bad_steps)
+
+
+def spread_state(step: Step, state: TrainState, ranks: Ranks) -> None:
+    """Let all ranks be where the first one is: its weights, its optimizer's state, its counters."""
+    if ranks.count == 1:
+        return
+    optimizer = step.optimizer
+    ranks.spread([*step.model.state_without_ties().values()])
+    has_moments, counters, scale = ranks.first(lambda: (bool(optimizer.state), asdict(state), step.scaler.state_dict()))
+    if not has_moments:
+        optimizer.state.clear()
+    for p, spec in optimizer.state_specs().items() if has_moments else ():
+        for name, (shape, dtype) in spec.items():
+            optimizer.state[p].setdefault(name, torch.zeros(shape, dtype=dtype, device=p.device))
+        ranks.spread([optimizer.state[p][name] for name in spec])
+    if scale:
+        step.scaler.load_state_dict(scale)
+    for name, value in counters.items():
+        setattr(state, name, value)
     step.stats.set_skipped(state.skipped_steps, state.bad_steps)

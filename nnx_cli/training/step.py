@@ -14,6 +14,7 @@ from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._in_backward import InBackward
 from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.ranks import ALONE, Ranks
 
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
 WARM_MICRO_BATCHES = 2  # of such a step: the second one adds to the gradients of the first
@@ -59,6 +60,10 @@ class StepStats:
         self.bad_steps.fill_(bad_steps)
 
 
+class OutOfMemoryElsewhere(torch.OutOfMemoryError):
+    """Another rank ran out of memory, so that all take smaller micro-batches."""
+
+
 class Step:
     """Takes optimizer steps without asking the device anything.
 
@@ -66,6 +71,8 @@ class Step:
     gradient that is not finite never reaches the weights: the optimizer is told on the device, by `found_inf`, to leave
     weights and state as they are. `frozen` makes it do so whatever the gradients are. With `in_backward` the optimizer
     moves each weight as soon as its gradient is there, and only one micro-batch makes a step.
+
+    Of several ranks each has a part of the samples; gradients are added up once, after the last micro-batch of all.
     """
 
     def __init__(
@@ -75,9 +82,11 @@ class Step:
         scaler: torch.amp.GradScaler,
         grad_clip: float,
         in_backward: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.ranks = optimizer.ranks = ranks
         self.scaler = scaler
         self.micro_step = LossModule(model)
         self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit
@@ -98,16 +107,17 @@ class Step:
             self.updating = True
             (loss / n_targets).backward()
             norm, bad = self.in_backward.finish()
-            self.after_update(loss.detach() / n_targets, norm, bad)
+            self.after_update(self._added(loss.detach()) / n_targets, norm, bad)
             return
         total = torch.zeros((), device=input_ids.device)
         for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
             total += self.accumulate(ids, wanted, n_targets)
+        self.add_up(self.gradients(), total)
         self.end(total / n_targets)
 
     def count_targets(self, targets: Tensor) -> Tensor:
-        """Targets that the mask leaves, int64 (); at least 1, so that a step without any has loss 0."""
-        return (targets != self.model.ignore_index).sum().clamp(min=1)
+        """Targets of all ranks that the mask leaves, int64 (); at least 1, so that a step without any has loss 0."""
+        return self._added((targets != self.model.ignore_index).sum()).clamp(min=1)
 
     def accumulate(self, input_ids: Tensor, targets: Tensor, n_targets: Tensor) -> Tensor:
         """Gradient accumulation, under loss scaling: add a micro-batch's (B, T) part of the mean over `n_targets`.
@@ -117,6 +127,20 @@ class Step:
         loss, _ = self.micro_step(input_ids, targets)
         self.scaler.scale(loss / n_targets).backward()
         return loss.detach()
+
+    def add_up(self, gradients: list[Tensor], total: Tensor) -> None:
+        """Add up the ranks' gradients and summed losses, in place. Raises OutOfMemoryElsewhere, before anything is
+        changed, where another rank has none."""
+        if self.ranks.count == 1:
+            return
+        if self.ranks.any(False):
+            raise OutOfMemoryElsewhere
+        self.updating = True
+        self.ranks.add_up([*gradients, total])
+
+    def _added(self, value: Tensor) -> Tensor:
+        self.ranks.add_up([value])
+        return value
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are there."""
@@ -162,10 +186,13 @@ class Step:
         state = self.model.state_without_ties() if touched else {}
         before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         stats, scale = self.stats.values.clone(), self.scaler.state_dict()
+        ranks = self.ranks
+        self.ranks = self.optimizer.ranks = ALONE  # others may take fewer of them
         self.frozen.fill_(1.0)
         try:
             yield
         finally:
+            self.ranks = self.optimizer.ranks = ranks
             self.forget()
             self.frozen.zero_()
             for name, tensor in state.items():
@@ -178,7 +205,8 @@ class Step:
 class StepGraphs:
     """A `Step` as CUDA graphs. A step of several micro-batches is two of them: one is replayed for each micro-batch, so
     that many do not take longer to record than one, the other is the end of the step. One that is a single micro-batch
-    is one graph. Where the optimizer is not `capturable`, the end of a step runs op by op after the replays.
+    is one graph, unless ranks have to add up their gradients in between. What the optimizer cannot have recorded, the
+    end of a step, runs op by op after the replays.
 
     Raises RuntimeError where something in the step cannot be recorded, torch.OutOfMemoryError where memory does not
     suffice.
@@ -192,7 +220,10 @@ class StepGraphs:
         self.gradients: dict[Tensor, Tensor] = {}  # of each parameter: what micro-batches add to
         self.whole: CudaGraph | None = None
         self.end: CudaGraph | None = None
-        capturable = step.optimizer.capturable
+        capturable = step.optimizer.may_be_captured
+        several = step.ranks.count > 1
+        if step.in_backward and several:
+            raise RuntimeError("gradients of several GPUs are added up within the backward pass")
         if step.in_backward and not capturable:
             raise RuntimeError("this optimizer's step cannot be recorded, and is part of the backward pass")
         warm_ids, warm_targets = (x[: WARM_MICRO_BATCHES * batch_size].clone() for x in (input_ids, targets))
@@ -211,7 +242,7 @@ class StepGraphs:
             self.total += step.accumulate(input_ids, targets, self.n_targets)
 
         with step.without_effects():
-            if len(input_ids) == batch_size and capturable:
+            if len(input_ids) == batch_size and capturable and not several:
                 self.whole = CudaGraph(lambda ids, wanted: step(ids, wanted, batch_size), first, warm_up=warm_up)
                 return
             self.micro_batch = CudaGraph(accumulate, first, warm_up=warm_up_and_accumulate)
@@ -229,6 +260,7 @@ class StepGraphs:
         torch._foreach_zero_(list(self.gradients.values()))
         for ids, wanted in zip(input_ids.split(self.batch_size), targets.split(self.batch_size), strict=True):
             self.micro_batch(ids, wanted)
+        self.step.add_up(list(self.gradients.values()), self.total)
         if self.end is not None:
             self.end()
             return

@@ -19,7 +19,8 @@ from nnx_cli.optim._base import set_lr
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.fit import SMALLER
 from nnx_cli.system.device import set_seed
-from nnx_cli.training.step import Step, StepGraphs
+from nnx_cli.system.ranks import ALONE, Ranks
+from nnx_cli.training.step import OutOfMemoryElsewhere, Step, StepGraphs
 
 AHEAD = 2  # steps that the host may prepare while a GPU is still busy
 
@@ -69,7 +70,7 @@ def ordered_sums(execution: Execution, device: torch.device) -> Iterator[None]:
 
 class Stepper:
     """Takes the steps of a run. What samples a step has never changes; how many of them are a micro-batch does, where
-    memory runs out.
+    memory runs out. Of several ranks each takes its part of a step's samples.
 
     `report` is told what happened; `on_release` is called when graphs and the memory they kept are gone, or
     micro-batches got smaller.
@@ -82,6 +83,7 @@ class Stepper:
         config: TrainConfig,
         device: torch.device,
         report: Callable[[str], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         assert config.batch_size is not None and config.grad_accum is not None
         self.device = device
@@ -91,7 +93,8 @@ class Stepper:
         self.samples_per_step = config.batch_size * config.grad_accum
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         optimizer = build_optimizer(model, config)
-        self.step = Step(model, optimizer, scaler, config.grad_clip, config.optimizer_in_backward)
+        self.ranks = ranks
+        self.step = Step(model, optimizer, scaler, config.grad_clip, config.optimizer_in_backward, ranks)
         self.execution = Execution()
         self.graphs: StepGraphs | None = None
         self.report = report
@@ -100,9 +103,14 @@ class Stepper:
         self._running: deque[torch.cuda.Event] = deque()
 
     @property
-    def grad_accum(self) -> int:
-        """Micro-batches of a step."""
-        return self.samples_per_step // self.batch_size
+    def n_micro(self) -> int:
+        """Micro-batches that a rank takes in a step."""
+        return -(-self.samples_per_step // (self.ranks.count * self.batch_size))
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences of such a micro-batch, at most `batch_size`."""
+        return -(-self.samples_per_step // (self.ranks.count * self.n_micro))
 
     def take(self, number: int, lr: float) -> int:
         """Step `number` of the run; returns its number of tokens, masked ones too. A GPU may still be at work on it.
@@ -111,27 +119,35 @@ class Stepper:
         """
         n = self.samples_per_step
         while True:
-            set_seed(self.seed, number)
+            set_seed(self.seed, number, self.ranks.rank)
             set_lr(self.step.optimizer, lr)
             try:
-                self.run(*self._samples(number * n, n))
+                self.run(*self._samples(number * n))
                 break
-            except torch.OutOfMemoryError:
-                pass  # the exception holds on to what was computed: it has to go first
+            except torch.OutOfMemoryError as error:  # it holds on to what was computed: it has to go first
+                others_know = isinstance(error, OutOfMemoryElsewhere)
+            if not (others_know or self.step.updating or self.step.in_backward):
+                self.ranks.any(True)
             self.halve_micro_batch(number)
         if self.device.type == "cuda":
             self._wait_for_older_steps()
         return n * self.loader.seq_len
 
-    def _samples(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Samples of the loader. Where they are not on the device, and it is idle by the time they are, it waited for
-        them: to ask whether it is does not synchronize."""
+    def _samples(self, first: int) -> tuple[Tensor, Tensor]:
+        """This rank's part of a step's samples, which begin at `first`. Where they are not on the device, and it is
+        idle by the time they are, it waited for them: to ask whether it is does not synchronize."""
         started = time.perf_counter()
-        batch = self.loader.batch(first, count)
+        batch = self.part(first)
         is_idle = not self._running or self._running[-1].query()
         if is_idle and self.loader.resident is None:
             self.data_wait_s += time.perf_counter() - started
         return batch
+
+    def part(self, first: int = 0, n_micro: int | None = None) -> tuple[Tensor, Tensor]:
+        """Samples of this rank in the step whose samples begin at `first`, or of as many of its micro-batches."""
+        rows = self.micro_rows * self.n_micro
+        wanted = self.micro_rows * (n_micro or self.n_micro)
+        return self.loader.part(first, self.samples_per_step, self.ranks.rank * rows, wanted)
 
     def waited(self) -> float:
         """Seconds that it waited for samples since it was asked the last time."""
@@ -144,7 +160,7 @@ class Stepper:
             self.graphs(input_ids, targets)
             return
         with ordered_sums(self.execution, self.device):
-            self.step(input_ids, targets, self.batch_size)
+            self.step(input_ids, targets, self.micro_rows)
 
     def _wait_for_older_steps(self) -> None:
         """Keep the host at most AHEAD steps before the GPU: that is enough to never leave it idle, and little enough
@@ -162,28 +178,27 @@ class Stepper:
         """
         self.graphs = None
         self.step.optimizer.zero_grad(set_to_none=True)
-        if self.batch_size == 1 or self.step.in_backward or self.step.updating:
+        n, size, several = self.samples_per_step, self.micro_rows, self.ranks.count > 1
+        if size == 1 or self.step.in_backward or self.step.updating:
             raise DoesNotFit(
-                f"out of memory at step {number + 1}, {counted(self.batch_size, 'sequence')} at a time; the last "
+                f"out of memory at step {number + 1}, {counted(size, 'sequence')} at a time; the last "
                 "checkpoint is intact",
                 fix=SMALLER,
             )
         self.step.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        n, size = self.samples_per_step, self.batch_size
         self.batch_size = max(divisor for divisor in range(1, size // 2 + 1) if n % divisor == 0)
         self.on_release()
         self.report(
-            f"out of memory at step {number + 1}: {counted(self.batch_size, 'sequence')} at a time instead of {size}, "
-            f"{counted(self.grad_accum, 'time')} a step; the samples stay the same"
+            f"out of memory at step {number + 1}: {counted(self.micro_rows, 'sequence')} at a time instead of {size}, "
+            f"{counted(self.n_micro, 'time')} a step{' on every GPU' if several else ''}; the samples stay the same"
         )
 
     def record_graphs(self) -> None:
         """Run steps as CUDA graphs from now on, recorded anew. Raises RuntimeError, torch.OutOfMemoryError."""
         self.release_graphs()
-        input_ids, targets = self.loader.batch(0, self.samples_per_step)
-        self.graphs = StepGraphs(self.step, input_ids, targets, self.batch_size)
+        self.graphs = StepGraphs(self.step, *self.part(), self.micro_rows)
 
     def release_graphs(self) -> None:
         """Forget what was recorded, and give its memory back."""

@@ -16,14 +16,16 @@ from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import OutputError, counted, quoted
 from nnx_cli.evaluation.losses import Evaluation
-from nnx_cli.layers.blocks import eagerly
+from nnx_cli.layers.blocks import checkpoint_blocks, eagerly
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.rates import mfu
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.run import Run
-from nnx_cli.system.device import memory_budget, peak_memory_bytes, synchronize
-from nnx_cli.training.cadence import Cadence
+from nnx_cli.system.device import DTYPES, memory_budget, peak_memory_bytes, synchronize
+from nnx_cli.system.ranks import ALONE, Ranks
+from nnx_cli.training.cadence import Cadence, Due
 from nnx_cli.training.compilation import choose, conditions_of, verify
 from nnx_cli.training.journal import Journal, finite
 from nnx_cli.training.observer import Observer
@@ -39,7 +41,11 @@ RESIDENT_SHARE = 1 / 64  # of the memory to plan for: what the tokens of a small
 
 
 class Trainer:
-    """A run in progress. `config` has every value filled in."""
+    """A run in progress. `config` has every value filled in.
+
+    Every rank of a run on several GPUs has a trainer that takes the same turns; what clocks and files say, they have
+    from the first one.
+    """
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class Trainer:
         device: torch.device,
         observer: Observer,
         sampling: Sampling,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.data = data
@@ -58,7 +65,8 @@ class Trainer:
         self.sampling = sampling
         self.state = TrainState()
         self.journal = Journal(observer)
-        self.stepper = Stepper(model, make_loader(model, data, config, device), config, device, self.journal.event)
+        loader = make_loader(model, data, config, device)
+        self.stepper = Stepper(model, loader, config, device, self.journal.event, ranks)
         self.cadence = Cadence(config)
         self.recovery = Recovery(self.stepper, self.state, self.journal)
         self.validation = Validation(model, data, self.stepper, self.recovery)
@@ -87,9 +95,8 @@ class Trainer:
                 state.step += 1
                 if self.config is not config:  # memory ran out
                     self.write_config(run)
-            done, stop = self.progress(), should_stop()
+            done, stop, due = self.decide(before, should_stop())
             self.observer.moved(done)
-            due = self.cadence.due(state.step, before, done, must_save=stop or self.is_overdue())
             if due.log or due.save or self.device.type != "cuda":
                 with self.training_time():
                     numbers = self.recovery.read_numbers()
@@ -104,8 +111,7 @@ class Trainer:
                     record |= {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
                 journal.log_step(run, record, done)
             if due.sample:
-                with self.cadence.sampling.timed():
-                    self.sample(run)
+                self.sample(run)
             gave_up = due.validate and state.is_out_of_patience(self.config)
             turned = due.validate and not gave_up and self.turn_back(run, done, result)
             if stop or gave_up or done >= 1.0:
@@ -128,18 +134,18 @@ class Trainer:
         """The part of the run that is done, 0 to 1."""
         return self.state.progress(self.config)
 
+    def decide(self, before: float, asked: bool) -> tuple[float, bool, Due]:
+        """How far the run is, whether it is to stop, as any rank may be `asked` to, and what is due by the first one's
+        clock."""
+        due = self.cadence.due(self.state.step, before, self.progress(), must_save=self.is_overdue())
+        told = self.stepper.ranks.gather((self.state.time_s, due, asked))
+        self.state.time_s, due, _ = told[0]
+        stop = any(asked for *_, asked in told)
+        return self.progress(), stop, replace(due, save=due.save or stop)
+
     def lr(self, progress: float) -> float:
         """Learning rate of the next step."""
-        config = self.config
-        assert config.lr is not None and config.warmup_steps is not None
-        return self.state.lr_factor * lr_at(
-            self.state.step,
-            progress,
-            schedule=config.schedule,
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup_steps=config.warmup_steps,
-        )
+        return self.state.lr_factor * scheduled_lr(self.config, self.state.step, progress)
 
     @contextmanager
     def training_time(self) -> Iterator[None]:
@@ -224,7 +230,7 @@ class Trainer:
     def record(self, numbers: StepNumbers, lr: float) -> dict[str, Any]:
         """A line of metrics.jsonl, without a validation."""
         state, speed = self.state, self.journal.tokens_per_s(self.state)
-        flops = self.flops_per_token
+        flops, ranks = self.flops_per_token, self.stepper.ranks
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -237,7 +243,7 @@ class Trainer:
             "tokens_per_s": speed,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "skipped_steps": state.skipped_steps,
-            "mfu": None if flops is None else mfu(flops * speed, self.device, self.config.precision),
+            "mfu": None if flops is None else mfu(flops * speed / ranks.count, self.device, self.config.precision),
             "data_wait_share": round(min(1.0, self.stepper.waited() / self.journal.seconds(state)), 4),
         }
         self.journal.mark(state)
@@ -258,10 +264,12 @@ class Trainer:
         return result
 
     def sample(self, run: Run) -> None:
-        """Draw a sample, show it and log it."""
+        """Draw a sample, show it and log it: the first rank does."""
+        if not self.stepper.ranks.is_first:
+            return
         step, seed = self.state.step, self.config.seed + self.state.step
         draw = partial(draw_sample, self.model, self.data.tokenizer, self.sampling, seed)
-        with eagerly(self.stepper.execution.compiled):
+        with eagerly(self.stepper.execution.compiled), self.cadence.sampling.timed():
             prompt, text = self.recovery.retry_on_oom(draw)
         self.journal.log(run, "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
         self.observer.sampled(step, prompt + text)
@@ -269,7 +277,11 @@ class Trainer:
     def save(self, run: Run) -> None:
         """Write a checkpoint and drop those that are no longer kept. Raises OutputError; then the older ones stand."""
         synchronize(self.device)
-        try:
+        self.stepper.ranks.first(lambda: self._write(run))
+        self.journal.saved(self.state.step)
+
+    def _write(self, run: Run) -> None:
+        with saying_how_to_go_on(run):
             self.journal.write_lines(run)
             run.sync_logs()
             with self.cadence.saving.timed():
@@ -278,13 +290,50 @@ class Trainer:
             ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
             self.journal.status |= {"step": self.state.step, **(self.best.saved_best or {})}
             run.set_status(**self.journal.status)
-        except OutputError as error:
-            newest = max(ckpt.steps_in(run.checkpoints), default=0)
-            raise OutputError(
-                f"{error}; the newest checkpoint is of step {newest}",
-                fix=f"free some space, then: nnx train --resume {quoted(run.folder)}",
-            ) from error
-        self.journal.saved(self.state.step)
+
+
+def scheduled_lr(config: TrainConfig, step: int, progress: float) -> float:
+    """Learning rate of a run's schedule."""
+    assert config.lr is not None and config.warmup_steps is not None
+    return lr_at(
+        step,
+        progress,
+        schedule=config.schedule,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        warmup_steps=config.warmup_steps,
+    )
+
+
+@contextmanager
+def saying_how_to_go_on(run: Run) -> Iterator[None]:
+    """Let an OutputError inside say which checkpoint stands, and how a run goes on from it."""
+    try:
+        yield
+    except OutputError as error:
+        newest = max(ckpt.steps_in(run.checkpoints), default=0)
+        raise OutputError(
+            f"{error}; the newest checkpoint is of step {newest}",
+            fix=f"free some space, then: nnx train --resume {quoted(run.folder)}",
+        ) from error
+
+
+def make_trainer(
+    model: LanguageModel,
+    data: TokenFolder,
+    config: TrainConfig,
+    device: torch.device,
+    observer: Observer,
+    sampling: Sampling,
+    ranks: Ranks = ALONE,
+) -> Trainer:
+    """A trainer of a model on the CPU, which it moves to `device` and prepares for `config`."""
+    if config.weight_precision == "bf16":
+        cast_matrices(model, "bf16")
+    model.to(device)
+    model.compute_dtype = DTYPES[config.precision]
+    checkpoint_blocks(model, config.activation_checkpointing)
+    return Trainer(model, data, config, device, observer, sampling, ranks)
 
 
 def make_loader(model: LanguageModel, data: TokenFolder, config: TrainConfig, device: torch.device) -> Loader:

@@ -36,7 +36,7 @@ class Validation:
 
     def reset(self) -> None:
         """Take as much memory as steps do."""
-        self.batch_size = self.stepper.batch_size
+        self.batch_size = self.stepper.micro_rows
         self.losses_of: LossFunction = token_losses
         self.may_record = not self.model.syncs_in_eval
 
@@ -74,6 +74,7 @@ class Validation:
             n_windows=n_windows,
             losses_of=self.losses_of,
             masked=self.masked,
+            group=self.stepper.ranks,
         )
 
 

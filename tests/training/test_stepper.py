@@ -31,7 +31,7 @@ def test_micro_batches_halve_until_one_sequence_is_left(start, workspace):
     while stepper.batch_size > 1:
         stepper.graphs = object()
         stepper.halve_micro_batch(3)
-        assert stepper.graphs is None and stepper.batch_size * stepper.grad_accum == 12
+        assert stepper.graphs is None and stepper.batch_size * stepper.n_micro == 12
         sizes.append(stepper.batch_size)
     assert sizes == released == [3, 1] and len(trainer.journal.events) == 2
     with pytest.raises(DoesNotFit, match="out of memory at step 4, 1 sequence at a time"):

@@ -1,0 +1,158 @@
+"""Runs on several processes against the same runs on one. `python -m tests.distributed --full`: every architecture,
+optimizer and number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nnx_cli import models
+from nnx_cli.config import PrepareConfig, TrainConfig, module_names
+from nnx_cli.data.prepare import prepare
+from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.planning.plan import plan_run
+from nnx_cli.runs.logs import read_log
+from nnx_cli.runs.run import Run
+from nnx_cli.system.ranks import ALONE, Group, Ranks
+from nnx_cli.training import session
+from nnx_cli.training.distributed import follow
+from nnx_cli.training.observer import Silent
+
+TINY = dict(n_layers=2, dim=32, n_heads=2, seq_len=32)
+SETTINGS = dict(
+    max_steps=4,
+    batch_size=2,
+    grad_accum=3,
+    val_every=2,
+    val_batches=3,
+    save_every=2,
+    sample_every=0,
+    lr=3e-3,
+    optimizer="adamw",
+    compile="off",
+    device="cpu",
+    threads=1,
+)
+SHORT = [dict(model=name) for name in models.names()] + [
+    dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1),
+    dict(model="llama", optimizer="adamw8bit", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1),
+]
+FULL = [
+    dict(model=name, optimizer=optimizer, weight_precision=weights, grad_accum=n)
+    for name in models.names()
+    for optimizer in module_names("optim")
+    for weights in ("fp32", "bf16")
+    for n in (1, 3)
+]
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3}  # nats: sums in another order; weights that are rounded at random
+CPU = torch.device("cpu")
+
+
+def start(data: Path, out: Path, case: dict, ranks: Ranks = ALONE) -> tuple:
+    """A new run of a case, on these ranks."""
+    tokens = open_token_folder(data)
+    settings = SETTINGS | {"lr": 0.03 if case.get("optimizer") == "wolf" else 3e-3} | case
+    name = settings.pop("model")
+    plan = plan_run(
+        name,
+        "nano",
+        TINY,
+        TrainConfig(**settings),
+        vocab_size=tokens.vocab_size,
+        train_tokens=len(tokens.train),
+        val_tokens=len(tokens.val),
+        device=CPU,
+        precision="fp32",
+        sources={},
+    )
+    return session.start(plan, tokens, out, CPU, Silent(), session.Sampling([10], 8), "nnx train", None, ranks)
+
+
+def train(run: Run, trainer: session.Trainer, stop_at: int | None = None) -> Path:
+    """Train to the end, or to a step; returns the run's folder."""
+    with run.lock():
+        trainer.train(run, lambda: trainer.state.step == stop_at)
+    return run.folder
+
+
+def losses(folder: Path) -> list[float]:
+    """Training and validation losses of a run, and the norm of its gradients."""
+    names = ("train_loss", "val_loss", "grad_norm")
+    return [record[name] for record in read_log(folder / "metrics.jsonl") for name in names if record[name] is not None]
+
+
+def work(job: Path) -> None:
+    """What every process of a launch does: the cases of a job in turn."""
+    torch.set_num_threads(1)
+    described = json.loads(job.read_text())
+    ranks = Group(CPU, lambda why: print(why, file=sys.stderr))
+    for case in described["cases"]:
+        out, stop_at = Path(case.pop("out")), case.pop("stop_at", None)
+        if not ranks.is_first:
+            train(*follow(ranks, None, None, CPU), stop_at)
+        elif out.exists():
+            restart = session.plan_restart(Run(out), {})
+            train(restart.run, session.resume(restart, Silent(), ranks)[0], stop_at)
+        else:
+            train(*start(Path(described["data"]), out, case, ranks), stop_at)
+    ranks.close()
+
+
+def launch(n: int, data: Path, job: Path, cases: list[dict]) -> None:
+    """Take cases, with the folder of each as `out`, on `n` processes of one launch."""
+    job.write_text(json.dumps({"data": str(data), "cases": cases}))
+    words = ["--standalone", f"--nproc-per-node={n}", __file__, "--job", str(job)]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True)
+
+
+def label(case: dict) -> str:
+    """A case in a word."""
+    return "-".join(str(value) for value in case.values())
+
+
+def compare(n: int, folder: Path, data: Path, cases: list[dict]) -> dict[str, float]:
+    """How far losses on `n` processes are from those on one, by case."""
+    outs = [folder / f"{label(case)}-{n}" for case in cases]
+    launch(n, data, folder / f"{n}.json", [case | {"out": str(out)} for case, out in zip(cases, outs, strict=True)])
+    found = {}
+    for case, out in zip(cases, outs, strict=True):
+        alone = folder / f"{label(case)}-1"
+        if not alone.exists():
+            train(*start(data, alone, case))
+        found[label(case)] = max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True))
+    return found
+
+
+def main() -> None:
+    """Compare, and say where the losses differ by more than they may."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every architecture and optimizer, on 2, 3 and 4 processes")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job is not None:
+        work(options.job)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        text = folder / "text.txt"
+        text.write_text("".join(f"{i * i} is the square of {i}, and {i * i + i} is more.\n" for i in range(500)))
+        data = folder / "data"
+        prepare([text], data, PrepareConfig(workers=1, tokenizer="byte"))
+        wrong = 0
+        for n in (2, 3, 4) if options.full else (2,):
+            cases = FULL if options.full else SHORT
+            for name, difference in compare(n, folder, data, cases).items():
+                allowed = TOLERANCE["bf16" if "bf16" in name else "fp32"]
+                wrong += difference > allowed
+                print(f"{n} processes, {name}: {difference:.1e}{'' if difference <= allowed else ' TOO MUCH'}")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
