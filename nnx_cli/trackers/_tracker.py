@@ -88,7 +88,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("model", "training", "data", "tokenizer")
     )
     values = {
-        "model": Path(str(model.get("name"))).stem,
+        "model": Path(str(model.get("name") or "")).stem,
         **{name: value for name, value in model.items() if name not in ("name", "file", "sha256")},
         **{name: value for name, value in training.items() if name != "log_to"},
         "parameters": config.get("parameters"),
@@ -103,4 +103,4 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_no_path(value: Any) -> bool:
-    return isinstance(value, str) and not any(sign in value for sign in "/\\~")
+    return isinstance(value, str) and value != "" and not any(sign in value for sign in "/\\~")

@@ -56,7 +56,8 @@ class WandbRun:
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
         self.folder = run.folder / "wandb" / Path(self.run.dir).parent.name
-        self.place = f"offline; send it: wandb sync {quoted(self.folder)}" if self.run.offline else str(self.run.url)
+        offline = f"offline; send it: wandb sync {quoted(self.folder)}"
+        self.place = offline if self.run.offline else str(self.run.url or "disabled by WANDB_MODE")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """As in Tracker."""
