@@ -22,6 +22,7 @@ from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
 
 torch.set_num_threads(1)  # these models are too small to share
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many tests start a process, and each would compile the package anew
 
 TINY = dict(n_layers=2, dim=32, n_heads=2, seq_len=32)
 SETTINGS = dict(

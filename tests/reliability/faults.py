@@ -145,7 +145,7 @@ class SlowStep:
 class SlowSave:
     """Makes every write of a checkpoint, but those of the first, take a while."""
 
-    seconds: float = 0.2
+    seconds: float = 0.1
 
     def __call__(self) -> None:
         from nnx_cli.runs import checkpoint

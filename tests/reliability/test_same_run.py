@@ -24,7 +24,7 @@ from tests.reliability.processes import (
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 
-STEPS = 40
+STEPS = 24
 MODELS = ("nyx", "llama", "n4", "neon", "ngpt", "tape")
 
 
@@ -79,12 +79,22 @@ def records(run: Path) -> list[dict]:
     return [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def moved(folder: Path, model: str, options: tuple, pretended: dict, says: str, tolerance: float) -> None:
+def uninterrupted(folder: Path, model: str) -> Path:
+    """Data and a run that nobody stops; returns the folder they are in."""
+    whole = Command(folder, *train_words(make_data(folder), "weights/whole", model, STEPS))
+    assert whole.wait() == 0, whole.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return uninterrupted(tmp_path_factory.mktemp("moved"), "nyx")
+
+
+def moved(folder: Path, model: str, change: str, options: tuple, pretended: dict, says: str, tolerance: float) -> None:
     """Stop a run, resume it under other conditions: it says so, and follows the uninterrupted one's data and schedule,
     its losses within `tolerance` nats."""
-    data, out = make_data(folder), folder / "weights" / "run"
-    whole = Command(folder, *train_words(data, "weights/whole", model, STEPS))
-    assert whole.wait() == 0, whole.output
+    data, out = folder / "data" / "words", folder / "weights" / change
     first = Command(folder, *train_words(data, out, model, STEPS))
     assert first.wait_for("saving", times=3)
     first.send(signal.SIGTERM)
@@ -127,9 +137,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", ["threads", "batch", "torch", "device"])
-def test_resuming_under_other_conditions(tmp_path, change):
-    options, pretended, says, tolerance = CHANGES[change]
-    moved(tmp_path, "nyx", options, pretended, says, tolerance)
+def test_resuming_under_other_conditions(place, change):
+    moved(place, "nyx", change, *CHANGES[change])
 
 
 def determinism(full: bool) -> Result:
@@ -146,9 +155,10 @@ def determinism(full: bool) -> Result:
 def machines(full: bool) -> Result:
     models = ("nyx", "llama", "n4") if full else ("nyx",)
     for model in models:
-        for options, pretended, says, tolerance in CHANGES.values():
-            with workplace() as folder:
-                moved(folder, model, options, pretended, says, tolerance)
+        with workplace() as folder:
+            uninterrupted(folder, model)
+            for change, how in CHANGES.items():
+                moved(folder, model, change, *how)
     times = len(models) * len(CHANGES)
     return Result(7, f"resumed with other {', '.join(CHANGES)}: {', '.join(models)}", times, times)
 
