@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import SampleConfig
-from nnx_cli.inference.decoding import window_start
+from nnx_cli.inference.decoding import span, window_start
 from nnx_cli.inference.sampler import UNIFORMS_AT_ONCE, numbers_of, stages_of, stream_seed
 from nnx_cli.kernels.next_token import Numbers, Stages, draw, next_probabilities, penalised
 from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.models._base import LanguageModel
+from nnx_cli.system.cuda_graph import CudaGraphs
 
 
 class Row:
@@ -59,7 +60,8 @@ class Batch:
     """Up to `most` rows that a model draws tokens of together.
 
     They lie in the slots of one cache, whose number doubles when there are too few, and falls when a quarter suffices:
-    what is in a free slot is computed in vain, and to move rows takes longer than a step.
+    what is in a free slot is computed in vain, and to move rows takes longer than a step. On a GPU, which computes few
+    rows no faster than many, there are always as many as may be, and a pass over the newest tokens is a CUDA graph.
     """
 
     def __init__(self, model: LanguageModel, most: int) -> None:
@@ -69,6 +71,10 @@ class Batch:
         self.slots: list[Row | None] = []
         self.counts: list[int] = []  # positions of the cache that are filled, also in free slots
         self.cache: Cache | None = None
+        self.captures = model.device.type == "cuda" and not model.syncs_in_eval
+        self.has_spans = self.captures  # whether a pass does the same operations whatever the cache holds
+        self.newest = torch.empty(0)  # (slots, 1), int64: what the next pass reads
+        self.graphs = CudaGraphs(self._pass)
 
     @property
     def rows(self) -> list[Row]:
@@ -93,6 +99,7 @@ class Batch:
     def clear(self) -> None:
         """Have all rows leave, and give the memory of the cache back."""
         self.slots, self.counts, self.cache = [], [], None
+        self.graphs = CudaGraphs(self._pass)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, int]]:
@@ -103,8 +110,8 @@ class Batch:
             self._resize(len(self.rows))
         self._read([slot for slot, row in enumerate(self.slots) if row is not None and self._is_unread(row)])
         self._forget_free()
-        newest = [[0 if row is None else row.ids[-1]] for row in self.slots]
-        logits = self.model(torch.tensor(newest, device=self.model.device), cache=self.cache)[:, -1]
+        self.newest.copy_(torch.tensor([[0 if row is None else row.ids[-1]] for row in self.slots]))
+        logits = self._logits()
         self.counts = [count + 1 for count in self.counts]
         tokens = self._draw(logits)
         for row, token in tokens:
@@ -113,26 +120,49 @@ class Batch:
                 row.occurred[token] = True
         return tokens
 
+    def _logits(self) -> Tensor:
+        """Logits (slots, V) after the newest tokens, good until the next step."""
+        cache = self.cache
+        if not self.has_spans or cache is None or not hasattr(cache, "span"):  # which somebody's own may lack
+            return self._pass()
+        cache.span = span(max(self.counts) + 1, self.seq_len)
+        logits: Tensor = self.graphs(cache.span) if self.captures else self._pass()
+        cache.note_advance(1)
+        return logits
+
+    def _pass(self) -> Tensor:
+        """Everything of it that happens on the device."""
+        return self.model(self.newest, cache=self.cache)[:, -1]
+
     def _is_unread(self, row: Row) -> bool:
         """Whether the model's view of a row is not what the cache has: it is new, or its older half is to go."""
         return row.start != window_start(len(row.ids), self.seq_len)
 
     def _resize(self, n: int) -> None:
         """Have slots for `n` rows, as many as a power of two, and rows side by side."""
-        wanted = min(self.most, 1 << max(0, n - 1).bit_length())
+        wanted = self.most if self.has_spans else min(self.most, 1 << max(0, n - 1).bit_length())
         if wanted == len(self.slots) or (wanted < len(self.slots) and 4 * n > len(self.slots)):
             return
         kept = [slot for slot, row in enumerate(self.slots) if row is not None]
+        try:
+            cache = self.model.make_cache(wanted, self.seq_len)
+        except torch.OutOfMemoryError:
+            if not self.has_spans:
+                raise
+            self.has_spans = self.captures = False
+            self._resize(n)
+            return
         old, counts = self.cache, [self.counts[slot] for slot in kept]
         self.slots = [self.slots[slot] for slot in kept] + [None] * (wanted - len(kept))
         self.counts = counts + [0] * (wanted - len(kept))
-        cache = self.model.make_cache(wanted, self.seq_len)
         if kept and old is not None and hasattr(old, "take"):
             cache.put(torch.arange(len(kept), device=self.model.device), old.take(self._indices(kept)))
         else:  # nothing is there yet, or it is somebody's own cache
             for row in self.rows:
                 row.start = -1
         self.cache = cache
+        self.newest = torch.zeros(wanted, 1, dtype=torch.int64, device=self.model.device)
+        self.graphs = CudaGraphs(self._pass)
 
     def _indices(self, slots: Sequence[int]) -> Tensor:
         return torch.tensor(slots, device=self.model.device)
@@ -143,6 +173,8 @@ class Batch:
             return
         assert self.cache is not None
         if not hasattr(self.cache, "put"):
+            if self.has_spans:
+                self.cache.span = None  # of more than one token at a time, or exactly one
             self._fill(self.cache.reset(), range(len(self.slots)))
             return
         for part in self._alike(slots):

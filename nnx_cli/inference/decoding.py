@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nnx_cli.config import SampleConfig
 from nnx_cli.inference.sampler import Rules, Uniforms
-from nnx_cli.kernels.next_token import Stages, State, append_next
+from nnx_cli.kernels.next_token import State, append_next
 from nnx_cli.layers.kv_cache import Cache
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.system.cuda_graph import CudaGraph, on_capture_stream
+from nnx_cli.system.cuda_graph import CudaGraphs
 
 GRAPH_FROM = 16  # tokens still to draw, from which on capturing a step pays
 SPAN = 256  # positions that a captured step covers at least; those of the next are twice as many
@@ -103,7 +103,7 @@ class Decoder:
         spans = device.type == "cuda" and not model.syncs_in_eval and hasattr(self.cache, "span")
         self.has_spans = spans and config.max_new_tokens >= GRAPH_FROM
         self.captures = self.has_spans
-        self.graphs: dict[tuple[int, Stages], CudaGraph | None] = {}  # None: a step has run, and may be captured
+        self.graphs = CudaGraphs(self._step)
         if self.cache is not None:
             self._read(self.cache, list(range(len(prompts))))
         if n > 1:
@@ -168,7 +168,9 @@ class Decoder:
         self._make_room()
         if not self.rules.stages.greedy:
             self.uniforms.prepare()
-        if not self.captures or not self._replay():
+        if self.captures and self.cache is not None:
+            self.graphs((self.cache.span, self.rules.stages))
+        else:
             self._step()
         self.window.note_append()
         if self.has_spans and self.cache is not None:
@@ -194,26 +196,6 @@ class Decoder:
         """Logits (R, V) after the newest tokens, from a pass over all that the model sees."""
         states = self.model.trunk(self.window.tokens[:, : self.window.longest])  # padded on the right
         return self.model.head(states[torch.arange(len(states)), self.window.lengths - 1])
-
-    def _replay(self) -> bool:
-        """Take a step as a CUDA graph. The first with a span runs as it is, for libraries choose kernels and make their
-        workspaces; the second is captured. False where it cannot be, for want of memory: decoding goes on op by op."""
-        assert self.cache is not None and self.cache.span is not None
-        key = self.cache.span, self.rules.stages
-        if key not in self.graphs:
-            on_capture_stream(self._step)
-            self.graphs[key] = None
-            return True
-        graph = self.graphs[key]
-        if graph is None:
-            pool = next((graph.pool() for graph in self.graphs.values() if graph is not None), None)
-            try:
-                graph = self.graphs[key] = CudaGraph(self._step, warm_up=lambda: None, pool=pool)
-            except RuntimeError:
-                self.captures = False
-                return False
-        graph()
-        return True
 
 
 def aligned(n: int) -> int:

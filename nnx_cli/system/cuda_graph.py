@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,13 +16,13 @@ def capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def on_capture_stream(fn: Callable[[], object]) -> None:
+def on_capture_stream(fn: Callable[[], Any]) -> Any:
     """Run a function on the stream that graphs are recorded on, between what comes before and after."""
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
-            fn()
+            return fn()
     finally:  # what is undone after a failure comes after what had begun
         torch.cuda.current_stream().wait_stream(stream)
 
@@ -67,3 +67,34 @@ class CudaGraph:
     def pool(self) -> Any:
         """Handle of the graph's memory pool."""
         return self.graph.pool()
+
+
+class CudaGraphs:
+    """A function that is recorded once for every key; what it does must depend on nothing but the key, and the values
+    of tensors that stay where they are.
+
+    The first call with a key runs it as it is, for libraries choose kernels and make their workspaces; the second
+    records it. Where that cannot be, for want of memory, every call from there on runs it as it is.
+    """
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        self.fn = fn
+        self.recorded: dict[Hashable, CudaGraph | None] = {}  # None: it has run once
+        self.fails = False
+
+    def __call__(self, key: Hashable) -> Any:
+        """What the function returns; its tensors are good until the next call."""
+        if self.fails:
+            return self.fn()
+        if key not in self.recorded:
+            self.recorded[key] = None
+            return on_capture_stream(self.fn)
+        graph = self.recorded[key]
+        if graph is None:
+            pool = next((graph.pool() for graph in self.recorded.values() if graph is not None), None)
+            try:
+                graph = self.recorded[key] = CudaGraph(self.fn, warm_up=lambda: None, pool=pool)
+            except RuntimeError:
+                self.fails = True
+                return self.fn()
+        return graph()

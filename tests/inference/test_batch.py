@@ -44,11 +44,23 @@ def run(batch, rows, n):
     return [drawn[id(row)] for row in rows]
 
 
+@pytest.fixture(params=[False, True], ids=["", "spans"])
+def batch_of(request):
+    """Makes a batch; with spans it does on a CPU what is captured on a GPU."""
+
+    def make(model, most):
+        batch = Batch(model, most)
+        batch.has_spans |= request.param and not model.syncs_in_eval
+        return batch
+
+    return make
+
+
 @pytest.mark.parametrize("name", models.names())
-def test_every_architecture_writes_the_same_together_as_alone(tiny, name):
+def test_every_architecture_writes_the_same_together_as_alone(tiny, name, batch_of):
     model = tiny(name).eval()
     rows = [Row(prompt, GREEDY) for prompt in prompts(5)]
-    batch = Batch(model, 8)
+    batch = batch_of(model, 8)
     batch.add(rows)
     together = run(batch, rows, 40)  # beyond the context of 32
     assert together == [alone(model, row.ids[:-40], GREEDY, 40) for row in rows]
@@ -74,10 +86,10 @@ def test_samples_of_one_seed_are_numbered(tiny):
 
 
 @pytest.mark.parametrize("name", ["llama", "n4", "tape"])
-def test_rows_come_and_go_while_others_go_on(tiny, name):
-    """Some join late, some leave early; slots grow, are used again and fall in number."""
+def test_rows_come_and_go_while_others_go_on(tiny, name, batch_of):
+    """Some join late, some leave early; slots are used again, and but for spans grow and fall in number."""
     model = tiny(name).eval()
-    batch, sizes = Batch(model, 16), set()
+    batch, sizes = batch_of(model, 16), set()
     waiting = [Row(prompt, GREEDY) for prompt in prompts(30)]
     lengths = {id(row): 3 + 7 * n % 41 for n, row in enumerate(waiting)}
     done = []
@@ -93,20 +105,20 @@ def test_rows_come_and_go_while_others_go_on(tiny, name):
         sizes.add(len(batch.slots))
         if not waiting and not batch.rows:
             break
-    assert len(done) == 30 and sizes >= {1, 4, 16}
+    assert len(done) == 30 and (sizes == {16} if batch.has_spans else sizes >= {1, 4, 16})
     for row in done[::3]:
         n = next(k for k in range(1, len(row.ids)) if prompts(30).count(row.ids[:-k]))
         assert row.ids[-n:] == alone(model, row.ids[:-n], GREEDY, n)
 
 
-def test_a_cache_that_knows_no_rows_is_read_anew(tiny, monkeypatch):
+def test_a_cache_that_knows_no_rows_is_read_anew(tiny, monkeypatch, batch_of):
     from nnx_cli.layers.kv_cache import KVCache
 
     model = tiny("llama").eval()
     want = [alone(model, prompt, GREEDY, 12) for prompt in prompts(3)]
     monkeypatch.delattr(KVCache, "put")
     monkeypatch.delattr(KVCache, "take")
-    batch, rows = Batch(model, 4), [Row(prompt, GREEDY) for prompt in prompts(3)]
+    batch, rows = batch_of(model, 4), [Row(prompt, GREEDY) for prompt in prompts(3)]
     batch.add(rows[:1])
     first = [token for _ in range(4) for _, token in batch.step()]
     batch.add(rows[1:])
@@ -130,3 +142,36 @@ def test_logprobs_are_those_of_the_model(tiny):
         assert [token for token, _ in likeliest] == best.indices.tolist()
         assert [value for _, value in likeliest] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert Row([1], GREEDY).likeliest == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", models.names())
+def test_captured_passes_draw_what_plain_ones_draw(tiny, name):
+    model = tiny(name).eval().to("cuda")
+    found = []
+    for captures in (True, False):
+        batch, rows = Batch(model, 8), [Row(prompt, GREEDY) for prompt in prompts(5)]
+        batch.captures &= captures
+        batch.add(rows[:2])
+        first = [token for _ in range(6) for _, token in batch.step()]
+        batch.add(rows[2:])
+        found.append((first, run(batch, rows, 40)))
+        assert len(batch.graphs.recorded) == (captures and not model.syncs_in_eval)
+    assert found[0] == found[1]
+
+
+def test_where_memory_lacks_for_all_rows_there_are_as_few_as_needed(tiny, monkeypatch):
+    model = tiny("llama").eval()
+    make_cache = model.make_cache
+
+    def scarce(batch_size, max_seq_len):
+        if batch_size == 16:
+            raise torch.OutOfMemoryError("no room")
+        return make_cache(batch_size, max_seq_len)
+
+    monkeypatch.setattr(model, "make_cache", scarce)
+    batch, rows = Batch(model, 16), [Row(prompt, GREEDY) for prompt in prompts(3)]
+    batch.has_spans = True
+    batch.add(rows)
+    assert run(batch, rows, 5) == [alone(model, row.ids[:-5], GREEDY, 5) for row in rows]
+    assert len(batch.slots) <= 4 and not batch.has_spans

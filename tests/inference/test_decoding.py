@@ -223,7 +223,8 @@ def test_captured_steps_draw_what_plain_ones_draw(model, precision):
         plain.captures = False
         found, wanted = ([list(tokens) for tokens in made.tokens(100)] for made in (captured, plain))
         assert found == wanted
-        assert all(captured.graphs.values()) and len(captured.graphs) == (not model.syncs_in_eval)
+        recorded = captured.graphs.recorded
+        assert all(recorded.values()) and len(recorded) == (not model.syncs_in_eval)
 
 
 @needs_gpu
@@ -242,15 +243,15 @@ def test_other_numbers_capture_nothing_anew(tiny):
     made = decoder(model, [[1, 2, 3]], max_new_tokens=200, top_k=9, num_samples=3)
     for _ in range(20):
         made.step()
-    assert len(made.graphs) == 1
+    assert len(made.graphs.recorded) == 1
     made.rules.set(SampleConfig(temperature=1e-3, top_k=12))  # as good as greedy
     tokens = [made.step().flatten().tolist() for _ in range(20)]
-    assert len(made.graphs) == 1 and all(len(set(step)) >= 1 for step in tokens)
+    assert len(made.graphs.recorded) == 1 and all(len(set(step)) >= 1 for step in tokens)
     known = made.window.tokens[0, : made.window.counts()[0]].tolist()
     assert full_pass(model, known[:-1]).argmax() == known[-1]
     made.rules.set(SampleConfig(greedy=True))
     made.step()
-    assert len(made.graphs) == 2
+    assert len(made.graphs.recorded) == 2
 
 
 def test_rules_that_need_no_numbers_draw_none(tiny):
