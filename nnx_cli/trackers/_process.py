@@ -21,7 +21,7 @@ from nnx_cli.training.observer import Silent
 START = "import sys; sys.path.append(sys.argv[1]); from nnx_cli.trackers._follow import main; main()"
 PACKAGES = Path(nnx_cli.__file__).parents[1]
 PATIENCE_SECONDS = 120.0  # without an answer, after which a tracker is dropped
-END_SECONDS = 30.0  # that trackers have when the run has ended
+END_SECONDS, STOP_SECONDS = 30.0, 5.0  # that trackers have when the run has ended, and when it was stopped
 WORTH_A_NOTE = 2.0  # seconds of waiting at the end
 KEPT = "metrics.jsonl has all of its numbers"
 
@@ -110,15 +110,15 @@ class Tracking(Silent):
     ) -> None:
         for process in self.processes:
             process.end()
-        began, noted = time.monotonic(), False
+        began, noted, patience = time.monotonic(), False, END_SECONDS if error is None else STOP_SECONDS
         try:
             while self.look():
                 waited = time.monotonic() - began
-                if waited > END_SECONDS:
-                    self._drop_all(f"not done {END_SECONDS:.0f} s after the run")
+                if waited > patience:
+                    self._drop_all(f"not done {patience:.0f} s after the run")
                 elif waited > WORTH_A_NOTE and not noted:
                     names = ", ".join(process.name for process in self.processes)
-                    self.show_note(f"waiting up to {END_SECONDS:.0f} s for {names}; the run is saved")
+                    self.show_note(f"waiting up to {patience:.0f} s for {names}; the run is saved")
                     noted = True
                 time.sleep(0.05)
         except BaseException:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from trackers.fake import CALLS
 
+from nnx_cli.errors import Interrupted
 from nnx_cli.trackers import _process
 from nnx_cli.trackers._process import Tracking
 
@@ -106,6 +107,13 @@ def test_what_hangs_is_dropped_and_nothing_of_it_stays(tracked, fakes, said, mon
     assert time.monotonic() - began < 10 and all(process.returncode is not None for process in processes)
     assert sorted(line.partition(" ")[0] for line in said["warnings"]) == sorted(modules)
     assert all("is dropped: not done" in line for line in said["warnings"])
+
+
+def test_a_run_that_was_stopped_waits_less(tracked, fakes, said, monkeypatch):
+    monkeypatch.setattr(_process, "STOP_SECONDS", 0.1)
+    with pytest.raises(Interrupted), track(tracked.folder, fakes(("finish", "sleep")), said):
+        raise Interrupted("stopped")
+    assert len(said["warnings"]) == 1 and "not done 0 s after the run" in said["warnings"][0]
 
 
 def test_what_does_not_answer_for_long_is_dropped_on_the_way(tracked, fakes, said, monkeypatch):
