@@ -241,7 +241,7 @@ def _report(output: Output, record: Mapping[str, Any], folder: Path, bench: Benc
     from nnx_cli.experiments.sweep_file import NAME, PAGE
 
     trials, names = record["trials"], list(record["searched"])
-    output.made = folder / NAME
+    output.made = folder
     output.show_json(record)
     columns = ["trial", "bits/byte", *names, "params", "steps", "time", "peak", "status"]
     output.table(columns, [_row(trial, names) for trial in trials], expendable=EXPENDABLE)

@@ -47,6 +47,10 @@ LINES: dict[str, tuple[Any, ...]] = {  # every command; what it makes is called 
     "report": ("report", RUN),
     "visualize": ("visualize", RUN, "--prompt", "the"),
     "compare": ("compare", "--runs", RUN, RIVAL, "--device", "cpu"),
+    "sweep": (
+        *("sweep", "--data", BYTE, *SHAPE, "--set", "batch_size=2,4", "--max-steps", 10, "--out", "made"),
+        *("--device", "cpu", "--threads", 1, "--compile", "off"),
+    ),
     "list": ("list",),
     "doctor": ("doctor",),
     "bench": ("bench", "--seconds", 0.01, "--batch-size", 1, "--seq-len", 16),
@@ -114,7 +118,7 @@ def check_made(words: tuple[Any, ...]) -> None:
     """What a command that makes something left behind is whole, and can be used."""
     if "made" in words:
         made = Path("made")
-        assert made.is_file() or (made / "config.json").exists() or (made / "meta.json").exists()
+        assert made.is_file() or any((made / f"{name}.json").exists() for name in ("config", "meta", "sweep"))
         if words[0] == "train":
             assert b'"finished"' in Path("made", "run.json").read_bytes()
     assert not list(Path().rglob(".tmp-*"))
