@@ -77,14 +77,22 @@ def build_app(service: Service, access: Access) -> ASGIApp:
             form = Form.of(service.name, service.tokenizer, asked, job.n_likeliest is not None)
             return await _respond(service, request, asked, job, form)
 
-    filled = service.page(locked=access.api_key is not None)
+    _add_page(app, service, locked=access.api_key is not None)
+    return Guard(app, access)
+
+
+def _add_page(app: FastAPI, service: Service, locked: bool) -> None:
+    """The page of the model, and what it has to know, which takes the key where there is one."""
+    filled = service.page(locked)
     content, policy = filled.text.encode(), f"{filled.policy}; frame-ancestors 'none'"
 
     @app.get("/")
     async def page() -> Response:
         return Response(content, media_type="text/html", headers={"content-security-policy": policy})
 
-    return Guard(app, access)
+    @app.get("/v1/page")
+    async def described() -> Response:
+        return JSONResponse(service.described())
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:

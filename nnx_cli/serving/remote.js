@@ -4,24 +4,24 @@
 const LIKELIEST = 9, MARK = "token_id:"; // before an id among the tokens of an answer
 
 class Model {
-  constructor({ config, tokenizer, locked }) {
+  constructor({ config, tokenizer }, headers) {
     this.config = config;
     this.tokenizer = new Tokenizer(tokenizer);
-    this.key = locked ? this.askForKey() : null;
+    this.headers = headers;
   }
 
+  /** A model that is described in the page; where the server has a key, it tells that only who brings it. */
   static async open(data) {
-    return new Model(JSON.parse(data));
-  }
-
-  /** A field for the key that the server asks for. */
-  askForKey() {
-    const label = document.createElement("label"), key = document.createElement("input");
-    label.textContent = "Key ";
-    Object.assign(key, { id: "key", type: "password", autocomplete: "off" });
-    label.append(key);
-    document.querySelector(".settings").append(label);
-    return key;
+    const described = JSON.parse(data);
+    if (described) return new Model(described, {});
+    for (const key = keyField(); ; ) {
+      await new Promise((resolve) => key.addEventListener("change", resolve, { once: true }));
+      const headers = { authorization: `Bearer ${key.value}` }, response = await fetch("/v1/page", { headers });
+      if (response.ok) return new Model(await response.json(), headers);
+      key.setCustomValidity("The server has another key.");
+      key.reportValidity();
+      key.setCustomValidity("");
+    }
   }
 
   /** The tokens that follow `ids`, one by one. Throws what the server says where it refuses. */
@@ -30,7 +30,7 @@ class Model {
     const prompt = ids.slice(windowStart(ids.length, seq_len)).slice(-max_prompt_tokens);
     const asked = { prompt, temperature, max_tokens: count, logprobs: LIKELIEST, stream: true, return_tokens_as_token_ids: true };
     const body = JSON.stringify(topK ? { ...asked, top_k: topK } : asked);
-    const headers = { "content-type": "application/json", ...(this.key && { authorization: `Bearer ${this.key.value}` }) };
+    const headers = { "content-type": "application/json", ...this.headers };
     try {
       const response = await fetch("/v1/completions", { method: "POST", headers, body, signal });
       if (!response.ok) throw new Error((await response.json()).error.message);
@@ -46,6 +46,17 @@ class Model {
       throw error instanceof TypeError ? new Error("The server does not answer.") : error;
     }
   }
+}
+
+/** A field for the key that the server asks for. */
+function keyField() {
+  const label = document.createElement("label"), key = document.createElement("input");
+  label.textContent = "Key of the server ";
+  Object.assign(key, { id: "key", type: "password", autocomplete: "off" });
+  label.append(key);
+  document.querySelector(".settings").append(label);
+  document.getElementById("status").textContent = "Enter the key of the server.";
+  return key;
 }
 
 function drawn(token, logprob) {

@@ -74,15 +74,16 @@ class Service:
             prompt = self.tokenizer.encode(prompt).tolist()
         return list(prompt) or list(self.start_ids)  # type: ignore[arg-type]  # ids by now
 
-    def page(self, locked: bool) -> Page:
-        """The page of the model, which asks here for tokens; `locked`: requests have to bring a key."""
+    def described(self) -> dict[str, Any]:
+        """What the page has to know of the model."""
         config = self.engine.model.config
         shape = {"vocab_size": config.vocab_size, "seq_len": config.seq_len}
-        data = {
-            "config": shape | {"max_prompt_tokens": self.max_prompt_tokens},
-            "tokenizer": describe_tokenizer(self.tokenizer, list(self.start_ids)),
-            "locked": locked,
-        }
+        tokenizer = describe_tokenizer(self.tokenizer, list(self.start_ids))
+        return {"config": shape | {"max_prompt_tokens": self.max_prompt_tokens}, "tokenizer": tokenizer}
+
+    def page(self, locked: bool) -> Page:
+        """The page of the model, which asks here for tokens; `locked`: requests have to bring a key, also that for what
+        it has to know."""
         backend = resources.files(__package__).joinpath("remote.js").read_text(encoding="utf-8")
-        content, most = json.dumps(data), self.max_new_tokens
+        content, most = json.dumps(None if locked else self.described()), self.max_new_tokens
         return fill_page(self.about, self.tokenizer, backend, content, where=WHERE, most=most, connects=True)

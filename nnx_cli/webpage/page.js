@@ -199,7 +199,8 @@ async function write() {
   const speed = n > 1 ? `, ${Math.round((n - 1) / seconds)} a second` : "";
   const ended = written.length > 0 && model.tokenizer.ends.has(written.at(-1).id);
   const end = n && ended ? ` The ${HERE} ends here.` : "";
-  status.textContent = `${failed}${n === 1 ? "1 token" : `${n} tokens`}${speed}.${end}${note}`;
+  const told = failed && !n ? failed : `${failed}${n === 1 ? "1 token" : `${n} tokens`}${speed}.`;
+  status.textContent = told + end + note;
   text.setAttribute("aria-busy", "false");
   stopping = null;
   primary.textContent = WRITE;

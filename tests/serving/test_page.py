@@ -63,12 +63,17 @@ def test_the_page_writes_with_the_model(browser, server, width, scheme):
 def test_it_says_why_it_cannot_write_and_stops(browser, byte_model):
     access = Access("127.0.0.1", api_key="open <sesame>")
     with served(byte_model, build_tokenizer("byte"), max_new_tokens=10**6, access=access) as server:
+        page, keyless = server.ask("/"), server.ask("/v1/page")
+        assert b'"tokenizer"' not in page.body and keyless.status == 401, "the vocabulary is for who has the key"
         with browser.open(f"{server.url}/") as page:
+            enter = "part('key').value = {!r}; part('key').dispatchEvent(new Event('change')); 1".format
+            assert "key" in page("status.textContent") and page("primary.disabled")
+            page(enter("sesame"))
+            page("fetch('/v1/page').then(() => 1)")
+            assert page("primary.disabled")
+            page(enter("open <sesame>"))
             wait(page, "model")
-            write(page, "a")
-            assert "asks for its key" in page("status.textContent") and page("written.length") == 0
-            page("part('key').value = 'open <sesame>'; part('count').value = 10 ** 6; 1")
-            page("part('form').requestSubmit(); 1")
+            page("part('count').value = 10 ** 6; part('form').requestSubmit(); 1")
             wait(page, "written.length > 5")
             page.key("Escape")
             wait(page)
@@ -77,6 +82,9 @@ def test_it_says_why_it_cannot_write_and_stops(browser, byte_model):
             page("part('count').value = 4; goOn.click(); 1")
             wait(page)
             assert page("written.length") == n + 4
+            page("model.headers = {}; 1")
+            write(page, "a")
+            assert "asks for its key" in page("status.textContent") and page("written.length") == 0
         wait(lambda condition: not server.engine.working, "free again")
 
 
