@@ -22,6 +22,7 @@ START = "import sys; sys.path.append(sys.argv[1]); from nnx_cli.trackers._follow
 PACKAGES = Path(nnx_cli.__file__).parents[1]
 PATIENCE_SECONDS = 120.0  # without an answer, after which a tracker is dropped
 END_SECONDS, STOP_SECONDS = 30.0, 5.0  # that trackers have when the run has ended, and when it was stopped
+KILLED_SECONDS = 5.0  # that the system may take to end a process
 WORTH_A_NOTE = 2.0  # seconds of waiting at the end
 KEPT = "metrics.jsonl has all of its numbers"
 
@@ -70,9 +71,11 @@ class TrackerProcess:
 
     def kill(self) -> None:
         """End it now, and what it has begun."""
-        with suppress(OSError):
-            os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
-        self.process.wait()
+        if self.process.poll() is None:  # else its number may be another's
+            with suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILLED_SECONDS)
 
 
 class Tracking(Silent):
