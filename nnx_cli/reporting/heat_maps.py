@@ -14,7 +14,8 @@ DESCRIBED = 8  # rows that a description for those who cannot see the map goes t
 N_SHADES = 10  # of a heat map, besides none
 CHOICE_SHADE = 4  # behind the number of a choice
 CELL, LETTER, LINE = 18, 7, 12  # pixels of a heat map's cells, and of a letter and a line beside them
-SMALL_CELL, MANY_COLUMNS = 7, 64  # where there are more columns than that
+SMALL_CELL, ROOM = 7, 1200  # the least of a cell, and what a wide page has room for beside each other
+NUMBERED_CELL = 14  # the least that holds a number
 MOST_LETTERS, UPRIGHT_LETTERS = 28, 3  # beside cells, and as many as fit above one
 NARROW_MAPS = 4  # small maps that stand in a row of half a page
 MOST_CELLS = 1200  # of a heat map whose values are a table, too
@@ -44,10 +45,10 @@ class Layout:
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
-        self.cell = CELL if len(matrix.columns) <= MANY_COLUMNS else SMALL_CELL
         longest = max(map(len, matrix.columns))
         self.is_upright = longest <= UPRIGHT_LETTERS
         self.left = 8 + LETTER * min(MOST_LETTERS, max(map(len, matrix.rows)))
+        self.cell = max(SMALL_CELL, min(CELL, (ROOM - 8 - self.left) // len(matrix.columns)))
         self.above = 18 if self.is_upright else 8 + LETTER * min(MOST_LETTERS, longest)
         self.width, self.height = self.cell * len(matrix.columns), self.cell * len(matrix.rows)
 
@@ -80,7 +81,7 @@ def heat_map(title: str, about: str, matrix: Matrix) -> str:
     layout = Layout(matrix)
     place = f'x="{layout.left}" y="{layout.above}" width="{layout.width}" height="{layout.height}"'
     parts = [cells(matrix, place), *layout.names()]
-    if matrix.kind == "choice":
+    if matrix.kind == "choice" and layout.cell >= NUMBERED_CELL:
         parts += layout.numbers_in_cells()
     shown = scrolled(title, told(matrix), parts, layout.left + layout.width + 8, layout.above + layout.height + 4)
     return figure(title, about, scale_words(matrix), shown, _values(title, matrix), is_wide=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nnx_cli.reporting.heat_maps import Matrix, heat_map, heat_maps
+from nnx_cli.reporting.heat_maps import ROOM, SMALL_CELL, Layout, Matrix, heat_map, heat_maps
 
 
 def cells(figure):
@@ -33,6 +33,26 @@ def test_the_darkest_shade_may_be_set():
 def test_choices_are_numbers():
     figure = heat_map("t", "a", Matrix(["r"], ["x", "y", "z"], [[1, 12, 1]], "choice"))
     assert re.findall(r'<text class="choice"[^>]*>(\d+)<', figure) == ["1", "12", "1"] and "darkest" not in figure
+
+
+@pytest.mark.parametrize(
+    ("n_columns", "row", "cell"),
+    [
+        (40, "slot 1", 18),
+        (64, "slot 1", 17),
+        (64, "a name of more than 28 letters", 15),
+        (100, "slot 1", 11),
+        (500, "", 7),
+    ],
+)
+def test_cells_are_as_large_as_a_page_has_room_for(n_columns, row, cell):
+    layout = Layout(Matrix([row], [str(n) for n in range(n_columns)], [[1.0] * n_columns]))
+    assert layout.cell == cell and (layout.left + layout.width + 8 <= ROOM or cell == SMALL_CELL)
+
+
+def test_choices_in_small_cells_are_colours_alone():
+    columns = [str(n) for n in range(100)]
+    assert "choice" not in heat_map("t", "a", Matrix(["r"], columns, [range(100)], "choice"))
 
 
 @pytest.mark.parametrize("values", [[], [[]]])

@@ -82,8 +82,9 @@ def test_a_browser_shows_every_picture(tiny, browser, tmp_path, name, fields, ti
 def test_the_newest_token_is_seen_without_scrolling(browser, tmp_path, layer, n_tokens):
     shown, ids = even(1, 12, n_tokens), [repr(chr(97 + n % 26)) for n in range(n_tokens)]
     panel = Panel("Gates", "About them.", torch.rand(2, n_tokens), [f"{layer}, key head {n}" for n in (1, 2)], "signed")
+    memories = Panel("Memories", "About them.", torch.rand(4, 64), ["slot 9"] * 4, "signed", [*map(str, range(64))])
     path = tmp_path / "insides.html"
-    path.write_text(insides_page("m", "a", ids, Insides(shown.attention, [layer], [panel])), encoding="utf-8")
+    path.write_text(insides_page("m", "a", ids, Insides(shown.attention, [layer], [panel, memories])), encoding="utf-8")
     with browser.open(path, width=1400) as page:
         wide = "[...document.querySelectorAll('.scroll.whole')].map(each => each.scrollWidth - each.clientWidth)"
         assert page(f"Math.max(...{wide})") <= 0 and page(f"{wide}.length") >= 2
