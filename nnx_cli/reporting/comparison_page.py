@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nnx_cli.reporting.charts import Line, learning_curves, thinned
+from nnx_cli.reporting.charts import Line, Reference, learning_curves, thinned
 from nnx_cli.reporting.foreign import mapping, number, written
 from nnx_cli.reporting.page import charts, page, paragraph, sample, section, table
-from nnx_cli.reporting.run_record import RunRecord
+from nnx_cli.reporting.run_record import ABOUT_NGRAM, NGRAM, RunRecord
 from nnx_cli.reporting.scales import Axis, short
 from nnx_cli.system.text import duration
 
 POINTS = 120  # of a line, of which there may be thirty
 MOST_SHADED = 6  # runs, of which each line may have a spread
+MOST_REFERENCES = 3  # of runs on so many texts
 MOST_SAMPLE_CHARS = 1500
 OPEN_SAMPLES = 6
 BITS, LOSS = "val_bits_per_byte", "val_loss"
@@ -120,7 +121,20 @@ def _course(runs: Sequence[RunRecord], x: str, y: str, title: str, about: str) -
     lines = [thinned(run.name, run.series(y, x), most=POINTS) for run in runs]
     if len(lines) > MOST_SHADED:
         lines = [Line(line.name, line.points) for line in lines]
-    return learning_curves(title, about, x, Axis(MEASURED[y], from_zero=y == "lr"), lines)
+    counting = _references(runs) if y == BITS else []
+    about += f" {ABOUT_NGRAM}" if counting else ""
+    return learning_curves(title, about, x, Axis(MEASURED[y], from_zero=y == "lr"), lines, counting)
+
+
+def _references(runs: Sequence[RunRecord]) -> list[Reference]:
+    """What a byte 5-gram gets on the text of the runs; on each, where there are several, up to a few."""
+    found: dict[float, str] = {}
+    for run in runs:
+        if run.ngram_bits_per_byte is not None:
+            found.setdefault(round(run.ngram_bits_per_byte, 4), run.name)
+    names = found.values() if len(found) > 1 else []
+    told = [f"{NGRAM} on the text of {name}" for name in names] or [NGRAM]
+    return [Reference(name, bits) for name, bits in zip(told, found, strict=False)][:MOST_REFERENCES]
 
 
 def _differences(runs: Sequence[RunRecord], measured: str) -> str:

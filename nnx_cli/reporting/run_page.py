@@ -15,7 +15,7 @@ from nnx_cli.reporting.foreign import mapping, number, written
 from nnx_cli.reporting.insides_figures import attention_maps
 from nnx_cli.reporting.learning import STEP, learning_section, surprise_figure
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, text, write_page
-from nnx_cli.reporting.run_record import RunRecord, read_run
+from nnx_cli.reporting.run_record import ABOUT_NGRAM, NGRAM, RunRecord, read_run
 from nnx_cli.reporting.scales import Axis, memory_unit, spans
 from nnx_cli.system.text import duration, size
 
@@ -129,8 +129,8 @@ def _bits_per_byte(run: RunRecord) -> str:
     )
     ngram = run.ngram_bits_per_byte
     if ngram is not None:
-        about += " A byte 5-gram only counts which bytes follow four others: a model that learned more ends below it."
-    counting = [Reference("a byte 5-gram", ngram)] if ngram is not None else []
+        about += f" {ABOUT_NGRAM}"
+    counting = [Reference(NGRAM, ngram)] if ngram is not None else []
     axis = Axis("bits per byte", log=_is_wide([line]))
     return chart("Bits per byte", about, STEP, axis, [line], counting) if line.points else ""
 

@@ -23,6 +23,10 @@ from nnx_cli.system.files import open_regular
 from nnx_cli.system.text import well_formed
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a text that a spreadsheet would compute
+NGRAM, ABOUT_NGRAM = (
+    "a byte 5-gram",
+    "A byte 5-gram only counts which bytes follow four others: a model that learned more ends below it.",
+)
 OWN_CSV = (b"step", b"run,step")
 
 

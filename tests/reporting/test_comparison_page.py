@@ -64,6 +64,26 @@ def test_runs_that_cannot_be_compared_are_named(school):
     assert "learned from different texts" in page and "left out of the logs of pupil-01" in page
 
 
+@pytest.mark.parametrize(
+    ("bits", "lines"),
+    [
+        ([1.9, 1.9, None], ["a byte 5-gram 1.9"]),
+        ([None, None, None], []),
+        ([1.9, 2.0, 1.9], ["a byte 5-gram on the text of pupil-02 1.9", "a byte 5-gram on the text of pupil-01 2"]),
+    ],
+)
+def test_a_5_gram_is_a_reference_where_it_was_measured(school, bits, lines):
+    folders = school(3)
+    for folder, measured in zip(folders, bits, strict=True):
+        config = Run(folder).config
+        Run(folder).set_config(config | {"data": config["data"] | {"ngram_bits_per_byte": measured}})
+    first, second, training, rate = comparison_page(read_runs(folders)).split("<figure>")[1:5]
+    for figure in (first, second):
+        assert re.findall("<span>(a byte 5-gram[^<]*)", figure) == lines
+        assert ("only counts which bytes follow" in figure) == bool(lines)
+    assert "5-gram" not in training + rate
+
+
 def test_runs_without_bits_per_byte_are_compared_by_their_loss(school):
     folders = school(2)
     for folder in folders:
@@ -86,6 +106,8 @@ def test_a_class_of_thirty_opens_in_a_browser(browser, school, tmp_path):
     for width, scheme in ((375, "dark"), (1400, "light")):
         with browser.open(path, width, scheme=scheme) as page:
             assert page("document.querySelectorAll('figure svg[role=img]').length") == 4
-            assert page("document.querySelectorAll('figure')[0].querySelectorAll('.legend li').length") == 30
+            assert (
+                page("document.querySelectorAll('figure')[0].querySelectorAll('.legend li').length") == 30 + 1
+            )  # a 5-gram
             assert page("document.documentElement.scrollWidth <= innerWidth"), width
             assert page.complaints == [] and page.requests == []
