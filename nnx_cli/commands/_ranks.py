@@ -28,9 +28,9 @@ def is_started() -> bool:
     return all(name in os.environ for name in STARTED) and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def was_restarted() -> bool:
-    """Whether torchrun has started this process in place of one that died."""
-    return is_started() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def count_restarts() -> int:
+    """How often torchrun has started all processes anew since one died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if is_started() else 0
 
 
 def how_many(gpus: str | None, device: str) -> int:
@@ -104,7 +104,7 @@ def connected(output: Output, device: str) -> Iterator[Ranks]:
     from nnx_cli.system.signals import stop_signals
     from nnx_cli.training.distributed import check_versions
 
-    group = Group(_own_device(device), lambda why: output.warn(str(why)) if group.speaks else None)
+    group = Group(_own_device(device), lambda why: output.warn(str(why)) if group.speaks else None, count_restarts())
     try:
         check_versions(group)
         yield group

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
 from nnx_cli.commands._plan_table import PlanTable, show_settings
-from nnx_cli.commands._ranks import connected, how_many, is_started, start_all, was_restarted
+from nnx_cli.commands._ranks import connected, count_restarts, how_many, is_started, start_all
 from nnx_cli.commands._run_verdict import RunVerdict
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
 from nnx_cli.config import LENGTHS
@@ -99,7 +99,7 @@ def run(output: Output, **options: Any) -> None:
         if not ranks.is_first:
             _follow_run(request, ranks)
             return
-        if was_restarted() and isinstance(request, Request) and (begun := _begun(request)) is not None:
+        if count_restarts() and isinstance(request, Request) and (begun := _begun(request)) is not None:
             request = begun
         if isinstance(request, ResumeRequest):
             _resume_run(output, request, ranks)

@@ -77,14 +77,16 @@ class Group(Ranks):
     """One of several ranks, connected by torch.distributed: NCCL between GPUs, gloo between CPUs, and for what is said
     about the work. A thread gives signs of life and watches those of the others.
 
-    `on_gone` is called with the reason where the process has to end while it waits for a rank that is gone.
+    `on_gone` is called with the reason where the process has to end while it waits for a rank that is gone. Processes
+    that torchrun has started anew meet at the store of those before them, from whom `n_restarts` tells them apart.
     """
 
-    def __init__(self, device: torch.device, on_gone: Callable[[NnxError], None]) -> None:
+    def __init__(self, device: torch.device, on_gone: Callable[[NnxError], None], n_restarts: int = 0) -> None:
         try:
-            self.store, self.rank, self.count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+            store, self.rank, self.count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
         except dist.DistNetworkError as error:
             raise _unreachable(error) from error
+        self.store, watched = (dist.PrefixStore(f"start {n_restarts}", each) for each in (store, store.clone()))
         self.on_gone = on_gone
         self.has_first = True  # as far as is known: it shows how the others ended
         self._beats: dict[int, tuple[bytes, float]] = {}  # of each other rank: its newest sign, and when it came
@@ -98,7 +100,7 @@ class Group(Ranks):
             timeout=PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
-        threading.Thread(target=self._watch, args=(self.store.clone(),), daemon=True).start()
+        threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
 
     @property
     def speaks(self) -> bool:
