@@ -67,6 +67,7 @@ def start_all(n: int, device: str) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # what went wrong, a process says itself
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     config = LaunchConfig(
@@ -110,11 +111,14 @@ def connected(output: Output, device: str) -> Iterator[Ranks]:
         yield group
     except Exception as error:
         with stop_signals():  # torchrun stops those that are left, which are about to say why
-            why = error if isinstance(error, NnxError) else group.why_gone()
-        group.leave(why or error)
-        if group.speaks:
-            raise (why or error) from error
-        raise typer.Exit(getattr(why, "exit_code", NnxError.exit_code)) from None
+            gone = None if isinstance(error, NnxError) else group.why_gone()
+        group.leave(gone or error)
+        if not group.speaks:
+            raise typer.Exit(getattr(gone or error, "exit_code", NnxError.exit_code)) from None
+        if gone is None:
+            raise
+        gone.fix = gone.fix or "go on from the newest checkpoint: nnx train --resume last"
+        raise gone from error
 
 
 def _own_device(device: str) -> torch.device:

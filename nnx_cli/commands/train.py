@@ -108,8 +108,24 @@ def run(output: Output, **options: Any) -> None:
 
 
 def _device_of(request: Request | ResumeRequest) -> str:
-    """The value of --device, as far as it is given."""
-    return request.train.device if isinstance(request, Request) else request.settings.get("device", "auto")
+    """The value of --device, as it is given, or as a run that goes on has it."""
+    if isinstance(request, Request):
+        return request.train.device
+    if "device" not in request.settings and (request.gpus is not None or is_started()):
+        from nnx_cli.runs.run import Run
+        from nnx_cli.training import session
+
+        with suppress(CheckpointError):  # on another machine
+            return session.settings_of(Run(_folder_of(request))).device
+    return request.settings.get("device", "auto")
+
+
+def _folder_of(request: ResumeRequest) -> Path:
+    """The folder of the run to go on with."""
+    from nnx_cli.runs.find import find_folder
+    from nnx_cli.training import session
+
+    return session.find_unfinished() if request.run == "last" else find_folder(request.run)
 
 
 def _follow_run(request: Request | ResumeRequest, ranks: Ranks) -> None:
@@ -357,7 +373,6 @@ def _start(
 
 def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     """Continue a run from its newest checkpoint."""
-    from nnx_cli.runs.find import find_folder
     from nnx_cli.runs.logs import read_intact
     from nnx_cli.runs.run import Run
     from nnx_cli.system.torch_private import compiler_is_loaded
@@ -365,7 +380,7 @@ def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     from nnx_cli.training import session
     from nnx_cli.training.observer import Several
 
-    folder = session.find_unfinished() if request.run == "last" else find_folder(request.run)
+    folder = _folder_of(request)
     run = Run(folder)
     status, lost = _read_or_lost(run)
     if status.get("status") == "finished" and not any(name in request.settings for name in LENGTHS):

@@ -262,4 +262,4 @@ def _unreachable(error: Exception) -> NnxError:
             "the port at which the processes meet is in use by another program",
             fix="take another one: torchrun --master-port PORT, or --standalone",
         )
-    return NnxError(f"the process at which all meet is gone: {str(error).splitlines()[0][:120]}")
+    return NnxError("the process that started the others is gone, or its machine is")
