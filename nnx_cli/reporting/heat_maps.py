@@ -15,6 +15,7 @@ N_SHADES = 10  # of a heat map, besides none
 CHOICE_SHADE = 4  # behind the number of a choice
 CELL, LETTER, LINE = 18, 7, 12  # pixels of a heat map's cells, and of a letter and a line beside them
 SMALL_CELL, ROOM = 7, 1200  # the least of a cell, and what a wide page has room for beside each other
+NARROW_ROOM = 300  # pixels, which a telephone has room for
 NUMBERED_CELL = 14  # the least that holds a number
 MOST_LETTERS, UPRIGHT_LETTERS = 28, 3  # beside cells, and as many as fit above one
 NARROW_MAPS = 4  # small maps that stand in a row of half a page
@@ -25,7 +26,8 @@ MOST_CELLS = 1200  # of a heat map whose values are a table, too
 class Matrix:
     """Values of rows and columns that have names. `signed` ones have a colour on either side of 0; of a `choice` each
     is the number of something. None: there is no value. The darkest is `full`, or else the largest value. With `root`,
-    shades grow by the square root of values, so that faint ones are seen."""
+    shades grow by the square root of values, so that faint ones are seen. Where columns are tokens, the `latest` are
+    seen first."""
 
     rows: Sequence[str]
     columns: Sequence[str]
@@ -33,6 +35,7 @@ class Matrix:
     kind: str = "share"  # or signed, or choice
     full: float | None = None
     root: bool = False
+    latest: bool = False
 
     @property
     def most(self) -> float:
@@ -41,23 +44,28 @@ class Matrix:
 
 
 class Layout:
-    """Where the cells of a matrix lie in a picture, and the names of its columns above and of its rows beside them."""
+    """Where the cells of a matrix lie in a picture, the names of its columns above them, and those of its rows on their
+    left, or on the right where a telephone would else show names beside the oldest tokens alone."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         longest = max(map(len, matrix.columns))
         self.is_upright = longest <= UPRIGHT_LETTERS
-        self.left = 8 + LETTER * min(MOST_LETTERS, max(map(len, matrix.rows)))
-        self.cell = max(SMALL_CELL, min(CELL, (ROOM - 8 - self.left) // len(matrix.columns)))
+        beside = 8 + LETTER * min(MOST_LETTERS, max(map(len, matrix.rows)))
+        self.cell = max(SMALL_CELL, min(CELL, (ROOM - 8 - beside) // len(matrix.columns)))
         self.above = 18 if self.is_upright else 8 + LETTER * min(MOST_LETTERS, longest)
         self.width, self.height = self.cell * len(matrix.columns), self.cell * len(matrix.rows)
+        self.whole = beside + self.width + 8, self.above + self.height + 4
+        self.is_latest = matrix.latest and self.whole[0] > NARROW_ROOM
+        self.left = 8 if self.is_latest else beside
 
     def names(self) -> Iterator[str]:
         """The names, as many as have room."""
         cell, above, left = self.cell, self.above, self.left
         for number, name in list(enumerate(self.matrix.rows))[:: -(-LINE // cell)]:
             y = above + cell * (number + 0.5)
-            yield words("tick", f'x="{left - 5}" y="{y}" dy=".35em" text-anchor="end"', _cut(name))
+            at = f'x="{left + self.width + 5}"' if self.is_latest else f'x="{left - 5}" text-anchor="end"'
+            yield words("tick", f'{at} y="{y}" dy=".35em"', _cut(name))
         for number, name in list(enumerate(self.matrix.columns))[:: -(-(CELL if self.is_upright else LINE) // cell)]:
             x = left + cell * (number + 0.5)
             turned = f'transform="translate({x} {above - 5}) rotate(-90)" dy=".35em"'
@@ -83,16 +91,20 @@ def heat_map(title: str, about: str, matrix: Matrix) -> str:
     parts = [cells(matrix, place), *layout.names()]
     if matrix.kind == "choice" and layout.cell >= NUMBERED_CELL:
         parts += layout.numbers_in_cells()
-    shown = scrolled(title, told(matrix), parts, layout.left + layout.width + 8, layout.above + layout.height + 4)
+    shown = scrolled(title, told(matrix), parts, *layout.whole, is_latest=layout.is_latest)
     return figure(title, about, scale_words(matrix), shown, _values(title, matrix), is_wide=True)
 
 
-def scrolled(title: str, description: str, parts: Sequence[str], width: float, height: float) -> str:
-    """A picture of a size of its own, which can be scrolled where the screen is narrow."""
+def scrolled(
+    title: str, description: str, parts: Sequence[str], width: float, height: float, is_latest: bool = False
+) -> str:
+    """A picture of a size of its own, which can be scrolled where the screen is narrow; with `is_latest` its right side
+    is seen first."""
     shown = picture(
         title, description, parts, f'class=heat width="{width}" height="{height}" {_view_box(width, height)}'
     )
-    return f'<div class="scroll whole" tabindex="0" role="region" aria-label="{text(title)}">{shown}</div>'
+    kind = "scroll whole latest" if is_latest else "scroll whole"
+    return f'<div class="{kind}" tabindex="0" role="region" aria-label="{text(title)}">{shown}</div>'
 
 
 def heat_maps(title: str, about: str, maps: Sequence[tuple[str, Matrix]]) -> str:

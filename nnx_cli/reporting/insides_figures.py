@@ -65,7 +65,9 @@ def panel_figure(panel: Panel, tokens: Sequence[str]) -> str:
     if values.shape != panel.values.shape:
         shape, whole = (" x ".join(map(str, each.shape)) for each in (values, panel.values))
         about += f" Shown are {shape} of {whole} values."
-    return heat_map(panel.title, about, Matrix(panel.rows[rows_shown], names[columns], present(values), panel.kind))
+    is_text = panel.columns is None
+    shown = Matrix(panel.rows[rows_shown], names[columns], present(values), panel.kind, latest=is_text)
+    return heat_map(panel.title, about, shown)
 
 
 def bare(tokens: Sequence[str]) -> list[str]:

@@ -55,7 +55,6 @@ def _last(tokens: Sequence[str], insides: Insides) -> Iterator[str]:
     if step > 1:
         yield paragraph(f"One head in {step} of {len(rows):,} is shown.")
     kind = "signed" if any(value < 0 for _, values in picked for value in values) else "share"
-    matrix = Matrix(
-        [name for name, _ in picked], bare(tokens[shown]), [values for _, values in picked], kind, full=1, root=True
-    )
+    names, columns = [name for name, _ in picked], bare(tokens[shown])
+    matrix = Matrix(names, columns, [values for _, values in picked], kind, full=1, root=True, latest=True)
     yield charts(heat_map(f"What {tokens[-1]} reads", LAST, matrix))

@@ -106,8 +106,7 @@ def test_a_class_of_thirty_opens_in_a_browser(browser, school, tmp_path):
     for width, scheme in ((375, "dark"), (1400, "light")):
         with browser.open(path, width, scheme=scheme) as page:
             assert page("document.querySelectorAll('figure svg[role=img]').length") == 4
-            assert (
-                page("document.querySelectorAll('figure')[0].querySelectorAll('.legend li').length") == 30 + 1
-            )  # a 5-gram
+            legend = "document.querySelectorAll('figure')[0].querySelectorAll('.legend li')"
+            assert page(f"{legend}.length") == 30 + 1, "the runs, and a 5-gram"
             assert page("document.documentElement.scrollWidth <= innerWidth"), width
             assert page.complaints == [] and page.requests == []

@@ -90,6 +90,21 @@ def test_the_newest_token_is_seen_without_scrolling(browser, tmp_path, layer, n_
         assert page(f"Math.max(...{wide})") <= 0 and page(f"{wide}.length") >= 2
 
 
+def test_a_telephone_shows_the_newest_token_first_and_the_rows_names_beside_it(browser, tmp_path):
+    shown, ids = even(1, 2, 60), [repr(chr(97 + n % 26)) for n in range(60)]
+    panel = Panel("Gates", "About them.", torch.rand(2, 60), ["key head 1", "key head 2"])
+    path = tmp_path / "insides.html"
+    path.write_text(insides_page("m", "a", ids, Insides(shown.attention, ["layer 1"], [panel])), encoding="utf-8")
+    with browser.open(path, width=375) as page:
+        boxes = "each => [each, ...each.querySelectorAll('text')].map(e => e.getBoundingClientRect())"
+        inside = f"[...document.querySelectorAll('.latest')].map({boxes}).map(([all, ...words]) => words.map("
+        inside += "one => one.left >= all.left && one.right <= all.right))"
+        first, last = page(inside)
+        for seen in (first, last):  # the rows' names, and then the tokens
+            assert all(seen[:2]) and seen[-8:] == [True] * 8 and not any(seen[2:40])
+        assert page("document.documentElement.scrollWidth") <= 375
+
+
 def test_a_table_stands_below_its_words(tiny, browser, tmp_path):
     path = tmp_path / "insides.html"
     insides = look_inside(tiny("ngpt"), [5, 9, 2])
