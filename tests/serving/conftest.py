@@ -12,7 +12,7 @@ from nnx_cli.data.tokenizers.build import build_tokenizer
 
 
 @contextlib.contextmanager
-def served(model, tokenizer, n_rows=4, queue=4, access=None, **limits):
+def served(model, tokenizer, n_rows=4, queue=4, access=None, title="A tiny model", **limits):
     """A server in this process, on a thread of its own."""
     pytest.importorskip("fastapi", reason="nnx-cli[serve] is not installed")
     uvicorn = pytest.importorskip("uvicorn", reason="nnx-cli[serve] is not installed")
@@ -25,7 +25,9 @@ def served(model, tokenizer, n_rows=4, queue=4, access=None, **limits):
 
     engine = Engine(model, tokenizer, n_rows, queue)
     limits = {"max_prompt_tokens": 100, "max_new_tokens": 1000} | limits
-    app = build_app(Service("tiny", engine, [10], About("A tiny model"), **limits), access or Access("127.0.0.1"))
+    app = build_app(
+        Service("tiny", engine, [10], About(title, {title: title}, [title]), **limits), access or Access("127.0.0.1")
+    )
     with bind("127.0.0.1", 0) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -5,11 +5,14 @@ import time
 
 import pytest
 import torch
+from reporting.hostile import HOSTILE
 from serving.conftest import served
 
 from nnx_cli.data.conversations import Message, Template, with_template
 from nnx_cli.data.tokenizers.build import build_tokenizer
+from nnx_cli.data.tokenizers.char import CharTokenizer
 from nnx_cli.serving.access import Access
+from nnx_cli.system.text import well_formed
 
 
 def wait(page, condition="stopping === null", times=400):
@@ -108,6 +111,20 @@ def test_a_conversation_is_that_of_the_chat_completions(browser, tiny):
             messages.append(Message("assistant", answer))
         assert page("text.children[2].textContent") == "<i>a</i>" and page("document.querySelector('i')") is None
         assert page("document.querySelector('#text').getAttribute('role')") == "log" and faults(page) == []
+
+
+def test_hostile_text_stays_text(browser, tiny):
+    """In the model's name, its vocabulary and what is asked and written."""
+    hostile = "".join(HOSTILE) + "<!--</script><script>alert(1)</script>"
+    tokenizer = CharTokenizer(c for c in hostile if not "\ud800" <= c <= "\udfff")
+    model = tiny("llama", vocab_size=tokenizer.vocab_size).eval()
+    with served(model, tokenizer, title=hostile) as server, browser.open(f"{server.url}/") as page:
+        wait(page, "model")
+        elements = page("document.querySelectorAll('*').length")
+        write(page, hostile, count=40)
+        assert page("document.querySelectorAll('*').length") == elements + 41, "the prompt and its tokens"
+        asked = page(f"model.tokenizer.encode({json.dumps(hostile)})")
+        assert asked == tokenizer.encode(well_formed(hostile)).tolist() and faults(page) == []
 
 
 def test_an_answer_that_ends_is_told_with_its_last_token(browser, tiny):
