@@ -38,7 +38,7 @@ def plain_words(command: Any, words: Sequence[str]) -> Iterator[str]:
         elif equals or left:
             value = value if equals else left.pop()
             if value != "None" or option.name in TEXTS:
-                yield from (name, _integer(value) if _is_integer(kinds[option.name]) else value)
+                yield f"{name}={_integer(value) if _is_integer(kinds[option.name]) else value}"
         else:
             yield word
 

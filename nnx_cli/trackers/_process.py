@@ -113,6 +113,8 @@ class Tracking(Silent):
     ) -> None:
         for process in self.processes:
             process.end()
+        if kind is KeyboardInterrupt:  # they have all that there is, and end by themselves
+            return
         began, noted, patience = time.monotonic(), False, END_SECONDS if error is None else STOP_SECONDS
         try:
             while self.look():

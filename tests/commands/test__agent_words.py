@@ -13,18 +13,18 @@ def plain(*words, command="train"):
 @pytest.mark.parametrize(
     ("given", "plainly"),
     [
-        ("--lr=0.001 --n_layers=4", "--lr 0.001 --n-layers 4"),
+        ("--lr=0.001 --n_layers=4", "--lr=0.001 --n-layers=4"),
         ("--watch=True --report=False", "--watch --no-report"),
         ("--no_watch=False --no-report=true", "--watch --no-report"),
-        ("--watch True --deterministic False --lr 1", "--watch --no-deterministic --lr 1"),
+        ("--watch True --deterministic False --lr 1", "--watch --no-deterministic --lr=1"),
         ("--dry_run=True --json=False", "--dry-run"),
         ("--patience=None --lr=None --watch=None", ""),
         ("--patience None --lr None", ""),
-        ("--sample_prompt=None --max_time=20m", "--sample-prompt None --max-time 20m"),
-        ("--dim=128.0 --max_steps 1e4 --n-layers=2.5", "--dim 128 --max-steps 10000 --n-layers 2.5"),
-        ("--lr=128.0 --seed=inf --max-steps=nan", "--lr 128.0 --seed inf --max-steps nan"),
-        ("--filepath=a=b.txt --out=", "--filepath a=b.txt --out "),
-        ("--out --watch=True --watch", "--out --watch=True --watch"),  # the first is a name
+        ("--sample_prompt=None --max_time=20m", "--sample-prompt=None --max-time=20m"),
+        ("--dim=128.0 --max_steps 1e4 --n-layers=2.5", "--dim=128 --max-steps=10000 --n-layers=2.5"),
+        ("--lr=128.0 --seed=inf --max-steps=nan", "--lr=128.0 --seed=inf --max-steps=nan"),
+        ("--filepath=a=b.txt --out=", "--filepath=a=b.txt --out="),
+        ("--out --watch=True --watch", "--out=--watch=True --watch"),  # the first is a name
         ("--wach=True -- --watch=True", "--wach=True -- --watch=True"),
         ("--out", "--out"),
     ],

@@ -116,6 +116,13 @@ def test_a_run_that_was_stopped_waits_less(tracked, fakes, said, monkeypatch):
     assert len(said["warnings"]) == 1 and "not done 0 s after the run" in said["warnings"][0]
 
 
+def test_a_second_ctrl_c_is_not_kept_waiting(tracked, fakes, said):
+    with pytest.raises(KeyboardInterrupt), track(tracked.folder, fakes(("nowhere", "never")), said) as tracking:
+        (process,) = tracking.processes
+        raise KeyboardInterrupt
+    assert not said["warnings"] and process.process.wait(20) == 0 and fakes.told("nowhere", "never")[-1][0] == "finish"
+
+
 def test_what_does_not_answer_for_long_is_dropped_on_the_way(tracked, fakes, said, monkeypatch):
     with track(tracked.folder, fakes(("scalars", "sleep")), said) as tracking:
         monkeypatch.setattr(_process, "PATIENCE_SECONDS", 0.2)
