@@ -76,7 +76,7 @@ class _Reader(HTMLParser):
             self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        self.open[-1].words += data
+        self.open[-1].words += data.replace("\u2423", "_")  # a blank, for which Pillow's font has no sign
 
 
 def picture_of(figure: str) -> Picture | None:

@@ -67,6 +67,11 @@ def test_names_of_long_columns_stand_upright_beside_them():
     assert len(top.getcolors(2**16)) > 10, "letters"
 
 
+def test_a_blank_is_a_sign_that_the_font_has():
+    blank, other = (heat_map("Map", "about", Matrix(["row"], [name], [[1.0]])) for name in ("\u2423", "_"))
+    assert picture_of(blank).png == picture_of(other).png
+
+
 def test_what_is_no_picture_is_left_out():
     assert picture_of(shaded_text("Text", "about", ["a", "b"], [1.0, 2.0], "nats")) is None
     assert picture_of(chart("Nothing", "about", Axis("x"), Axis("y"), [])) is None
