@@ -194,11 +194,11 @@ class Predictor:
 
     def upper_bound(self, train: TrainConfig, rows: int) -> int:
         """Upper bound on peak memory, at least 20 % above every prediction: half a GiB, 24 bytes for a
-        parameter with all that belongs to it, half as much again where there are buckets of its gradients, and more of
-        what a forward pass computes than is kept."""
+        parameter with all that belongs to it, twice as much on one of several GPUs, and more of what a forward pass
+        computes than is kept."""
         parameters = self._once("parameters", lambda: count_parameters(self.model())["total"])
         kept = KEPT_WITH_DROPOUT if self._keeps_scores else KEPT[train.precision]
-        resting = (24 if self.n_gpus == 1 else 36) * parameters
+        resting = (24 if self.n_gpus == 1 else 48) * parameters
         return GIB // 2 + resting + int(rows * self._once("computed", self._computed_bytes) * kept)
 
     def _computed_bytes(self) -> int:

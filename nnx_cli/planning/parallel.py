@@ -12,6 +12,7 @@ from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.memory import Memory, rounded
 from nnx_cli.planning.rates import nominal_flops
 from nnx_cli.system.device import describe, memory_budget
+from nnx_cli.system.ranks import BUCKET_BYTES
 
 GATHERED_BLOCKS = 3  # of FSDP at once: the block that runs, and the buffers of all-gathers into it and the next one
 REDUCED_BLOCKS = 3  # gradients of the block that runs, and the inputs of reduce-scatters of it and the one before
@@ -57,14 +58,15 @@ def unlike_note(ranks: Sequence[RankDevice]) -> str | None:
 
 
 def per_gpu(memory: Memory, model: LanguageModel, parallel: str, n_gpus: int) -> Memory:
-    """What one of `n_gpus` holds of the training that `memory` describes: all of it and DDP's buckets, or with FSDP
-    shards of weights, gradients and optimizer states, the weights that are gathered for the moment, and gradients on
-    their way. FSDP adds gradients to shards that exist: `memory` is to count them in all phases, or in none.
+    """What one of `n_gpus` holds of the training that `memory` describes: all of it, and buckets in which gradients are
+    added up between backward pass and step; or with FSDP shards of weights, gradients and optimizer states, the weights
+    that are gathered for the moment, and gradients on their way. FSDP adds gradients to shards that exist: `memory` is
+    to count them in all phases, or in none.
     """
     if parallel != "fsdp":
-        buckets = sum(rounded(p.nbytes) for p in model.parameters() if p.requires_grad)
-        phases = {name: n_bytes + buckets for name, n_bytes in memory.phases.items()}
-        return replace(memory, buckets_bytes=buckets, phases=phases)
+        buckets = min(BUCKET_BYTES, memory.gradients_bytes)
+        end = memory.phases["optimizer"] - memory.step_bytes + max(memory.step_bytes, buckets)
+        return replace(memory, buckets_bytes=buckets, phases=memory.phases | {"optimizer": end})
     whole, shard = _sizes(model.parameters(), 1), _sizes(model.parameters(), n_gpus)
     weights = memory.weights_bytes - whole + shard  # buffers stay whole
     gradients, states = (-(-n_bytes * shard // whole) for n_bytes in (memory.gradients_bytes, memory.optimizer_bytes))

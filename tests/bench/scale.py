@@ -48,11 +48,11 @@ from nnx_cli import models
 from nnx_cli.data.sources import builtin_corpus
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.system.device import describe, pick_device
+from nnx_cli.system.ranks import BUCKET_BYTES
 
 NNX = (sys.executable, "-m", "nnx_cli")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 PREDICTED = (4, 8)  # GPUs that the model of communication speaks of
-MESSAGE_BYTES = 64 * 2**20  # of one all-reduce
 SMALL_BYTES = 4096  # of one that is all latency
 TRIALS = 10
 RESTARTS = 3
@@ -89,7 +89,7 @@ class Traffic:
 
     def messages(self, parallel: str) -> int:
         """Collective operations in a step."""
-        return math.ceil(self.n_bytes / MESSAGE_BYTES) if parallel == "ddp" else 3 * self.n_micro * (self.n_blocks + 1)
+        return math.ceil(self.n_bytes / BUCKET_BYTES) if parallel == "ddp" else 3 * self.n_micro * (self.n_blocks + 1)
 
 
 def predicted(traffic: Traffic, link: Link, parallel: str, n: int, alone_s: float) -> tuple[float, float]:
@@ -108,7 +108,7 @@ def probe(device: str) -> None:
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     took = {}
-    for n_bytes in (SMALL_BYTES, MESSAGE_BYTES):
+    for n_bytes in (SMALL_BYTES, BUCKET_BYTES):
         message, times = torch.zeros(n_bytes // 4, device=place), []
         for _ in range(TRIALS + 3):
             dist.barrier()
@@ -118,9 +118,9 @@ def probe(device: str) -> None:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         took[n_bytes] = statistics.median(times[3:])
-    sent = 2 * (n - 1) / n * MESSAGE_BYTES
+    sent = 2 * (n - 1) / n * BUCKET_BYTES
     if rank == 0:
-        speed = sent / max(1e-9, took[MESSAGE_BYTES] - took[SMALL_BYTES])
+        speed = sent / max(1e-9, took[BUCKET_BYTES] - took[SMALL_BYTES])
         print(json.dumps({"n": n, "latency_s": took[SMALL_BYTES], "bytes_per_s": speed}))
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning.fit import Predictor, advice, first_that_fits, fit_memory, rows_of_rank, savings
 from nnx_cli.planning.memory import ANY_GPU, CPU
 from nnx_cli.planning.parallel import RankDevice, common_budget, rank_device, unlike_note
+from nnx_cli.system.ranks import BUCKET_BYTES
 
 GIB = 2**30
 PLAIN = dict(precision="fp32", optimizer="adamw", activation_checkpointing="off", weight_precision="fp32")
@@ -64,7 +65,8 @@ def test_fsdp_divides_what_ddp_copies(name):
     train = TrainConfig(**PLAIN)
     alone = predictor(1, name).memory(train, 1)
     ddp, fsdp = (predictor(4, name).memory(replace(train, parallel=kind), 1) for kind in ("ddp", "fsdp"))
-    assert ddp.peak_bytes == alone.peak_bytes + ddp.buckets_bytes and ddp.buckets_bytes == alone.gradients_bytes
+    assert ddp.phases["backward"] == alone.phases["backward"] and 0 < ddp.buckets_bytes <= BUCKET_BYTES
+    assert ddp.phases["optimizer"] <= alone.phases["optimizer"] + ddp.buckets_bytes
     for part in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
         assert getattr(ddp, part) == getattr(alone, part)
         assert getattr(fsdp, part) == pytest.approx(getattr(alone, part) / 4, rel=0.02)
@@ -82,7 +84,8 @@ def test_more_gpus_take_less_of_each_down_to_what_is_gathered():
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["llama", "tape"])
 def test_the_bounds_hold_on_several_gpus(name, kind):
-    found = predictor(2, name, "nano")
+    config = models.make_config(name, size="nano", n_layers=1)
+    found = Predictor(name, config, None, ANY_GPU, 2)
     for settings, _ in savings(TrainConfig(precision="bf16", parallel=kind)):
         for rows in (1, 64):
             assert found.lower_bound(settings) < found.peak(settings, rows)
@@ -93,7 +96,7 @@ def test_the_bounds_hold_on_several_gpus(name, kind):
     ("size", "n_gpus", "gib", "kind", "n_savers"),
     [
         ("base", 2, 7, "ddp", 0),
-        ("large", 2, 7, "ddp", 1),  # all blocks run again, which costs time alone
+        ("large", 2, 6, "ddp", 1),  # all blocks run again, which costs time alone
         ("xl", 8, 7, "fsdp", 0),
         ("xl", 2, 7, "fsdp", 2),  # 8-bit moments, where a GPU alone would also take bf16 weights
         ("xl", 4, 23, "ddp", 0),
@@ -102,7 +105,7 @@ def test_the_bounds_hold_on_several_gpus(name, kind):
 )
 def test_the_model_is_divided_where_a_gpu_would_not_hold_it(size, n_gpus, gib, kind, n_savers):
     settings, savers, fits = first_that_fits(predictor(n_gpus, size=size), TrainConfig(precision="bf16"), 1, gib * GIB)
-    assert (settings.parallel, len({saver.field for saver in savers}), fits) == (kind, min(n_savers, 3), gib > 1)
+    assert (settings.parallel, len({saver.field for saver in savers}), fits) == (kind, n_savers, gib > 1)
 
 
 def test_what_was_asked_for_is_not_chosen():
