@@ -77,14 +77,19 @@ class PlanTable:
 
     def _head(self) -> str:
         plan = self.plan
+        times = f"{len(plan.ranks)} x " if plan.ranks else ""
         return (
-            f"{models.stem(plan.model)} on {self.device}, {plan.train.precision}; "
+            f"{models.stem(plan.model)} on {times}{self.device}, {plan.train.precision}; "
             f"{len(self.tokens.train):,} tokens to train on"
         )
 
     def _given_up(self) -> list[str]:
+        from nnx_cli.planning.parallel import unlike_note
+
         plan = self.plan
-        return [f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {saver.text}" for saver in plan.savers]
+        savers = [f"to fit in {plan.budget_bytes / 2**30:.2f} GiB, {saver.text}" for saver in plan.savers]
+        unlike = unlike_note(plan.ranks) if plan.ranks else None
+        return savers if unlike is None else [unlike, *savers]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """What was decided, and why; then what that takes."""

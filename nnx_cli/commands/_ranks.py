@@ -17,6 +17,7 @@ from nnx_cli.errors import Interrupted, MissingFeature, NnxError, UsageError, co
 if TYPE_CHECKING:
     import torch
 
+    from nnx_cli.planning.parallel import RankDevice
     from nnx_cli.system.ranks import Ranks
 
 STARTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process
@@ -119,6 +120,24 @@ def connected(output: Output, device: str) -> Iterator[Ranks]:
             raise
         gone.fix = gone.fix or "go on from the newest checkpoint: nnx train --resume last"
         raise gone from error
+
+
+def devices_of(ranks: Ranks, n: int, device: str, vram_bytes: int | None) -> list[RankDevice]:
+    """The devices of all ranks, who ask each other; alone, those that `n` processes would have; of one process none."""
+    if ranks.count == n == 1:
+        return []
+    import torch
+
+    from nnx_cli.planning.parallel import rank_device
+    from nnx_cli.system.device import pick_device, pick_precision
+
+    def described(device: torch.device, n_sharing: int) -> RankDevice:
+        return rank_device(device, pick_precision("auto", device), vram_bytes, n_sharing)
+
+    own = pick_device(device)
+    if ranks.count > 1:
+        return ranks.gather(described(own, int(os.environ["LOCAL_WORLD_SIZE"])))
+    return [described(torch.device("cuda", i) if own.type == "cuda" else own, n) for i in range(n)]
 
 
 def _own_device(device: str) -> torch.device:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
 from nnx_cli.commands._plan_table import PlanTable, show_settings
-from nnx_cli.commands._ranks import connected, count_restarts, how_many, is_started, start_all
+from nnx_cli.commands._ranks import connected, count_restarts, devices_of, how_many, is_started, start_all
 from nnx_cli.commands._run_verdict import RunVerdict
 from nnx_cli.commands._train_options import BETA2, OPTIONS, Request, ResumeRequest, read_request
-from nnx_cli.config import LENGTHS
+from nnx_cli.config import LENGTHS, parse_bytes
 from nnx_cli.console.output import Output
 from nnx_cli.console.run_screen import RunFacts
 from nnx_cli.console.run_view import TrainingView
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nnx_cli.data.token_folder import TokenFolder
     from nnx_cli.data.tokenizers.build import Vocabularies
     from nnx_cli.layers.insides import Panel
+    from nnx_cli.planning.parallel import RankDevice
     from nnx_cli.planning.plan import Plan
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import Run
@@ -92,10 +93,12 @@ def run(output: Output, **options: Any) -> None:
     """Train a model from scratch: on --filepath, on --data, or on the language documentation that Python ships."""
     request = read_request(options)
     device = _device_of(request)
-    if not is_started() and not request.dry_run and (n := how_many(request.gpus, device)) > 1:
+    n = 1 if is_started() else how_many(request.gpus, device)
+    if n > 1 and not request.dry_run:
         start_all(n, device)
         return
     with connected(output, device) as ranks:
+        devices = devices_of(ranks, n, device, _vram_of(request))
         if not ranks.is_first:
             _follow_run(request, ranks)
             return
@@ -104,7 +107,7 @@ def run(output: Output, **options: Any) -> None:
         if isinstance(request, ResumeRequest):
             _resume_run(output, request, ranks)
         else:
-            _new_run(output, request, ranks)
+            _new_run(output, request, ranks, devices)
 
 
 def _device_of(request: Request | ResumeRequest) -> str:
@@ -118,6 +121,11 @@ def _device_of(request: Request | ResumeRequest) -> str:
         with suppress(CheckpointError):  # on another machine
             return session.settings_of(Run(_folder_of(request))).device
     return request.settings.get("device", "auto")
+
+
+def _vram_of(request: Request | ResumeRequest) -> int | None:
+    """--vram in bytes, as far as it is given."""
+    return request.train.vram_bytes if isinstance(request, Request) else parse_bytes(request.settings.get("vram"))
 
 
 def _folder_of(request: ResumeRequest) -> Path:
@@ -158,13 +166,13 @@ def _begun(request: Request) -> ResumeRequest | None:
     return ResumeRequest(run=str(folder), file=file, settings={}, data=None, dry_run=False, gpus=None)
 
 
-def _new_run(output: Output, request: Request, ranks: Ranks) -> None:
+def _new_run(output: Output, request: Request, ranks: Ranks, devices: list[RankDevice]) -> None:
     """A new run. Where there is none in the end, what was made for it goes."""
     made: list[list[Path]] = []
     begins_anew = request.init_from is None and request.checkpoint is None
     try:
         with nullcontext() if begins_anew else _advising("take a smaller --seq-len, or start from a smaller model"):
-            _prepare_and_train(output, request, made, ranks)
+            _prepare_and_train(output, request, made, ranks, devices)
     finally:
         if made:
             from nnx_cli.training.inputs import take_back
@@ -185,9 +193,11 @@ def _advising(instead: str) -> Iterator[None]:
         raise
 
 
-def _prepare_and_train(output: Output, request: Request, made: list[list[Path]], ranks: Ranks) -> None:
+def _prepare_and_train(
+    output: Output, request: Request, made: list[list[Path]], ranks: Ranks, devices: list[RankDevice]
+) -> None:
     """Prepare what has to be prepared, plan, and train. `made` has the folders that were made for a run that does not
-    exist yet."""
+    exist yet, `devices` are those of all ranks, where there are several."""
     check_named(request)
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.trackers._tracker import check_installed
@@ -207,16 +217,18 @@ def _prepare_and_train(output: Output, request: Request, made: list[list[Path]],
     made.append(prepared)
     brings_none = base is None or base.tokenizer is None
     named = request.data is not None and brings_none and "tokenizer" in request.sources
+    train = replace(request.train, parallel="ddp") if devices else request.train
     with output.spinner(PLANNING):
         tokens, plan = open_and_plan(
             folder,
             shape,
-            request.train,
+            train,
             device=device,
             precision=precision,
             sources=sources,
             base=base,
             tokenizer=request.prepare.tokenizer if named and request.prepare.tokenizer != "auto" else None,
+            ranks=devices,
         )
     for note in check_read(_planned(tokens), asdict(plan.train), request.sources).values():
         output.note(note)

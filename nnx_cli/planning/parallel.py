@@ -41,6 +41,11 @@ def common_budget(ranks: Sequence[RankDevice]) -> int:
     return min(rank.budget_bytes for rank in ranks)
 
 
+def common_flops(ranks: Sequence[RankDevice]) -> float:
+    """FLOPs a second of all ranks together, which wait for the slowest."""
+    return len(ranks) * min(rank.flops for rank in ranks)
+
+
 def unlike_note(ranks: Sequence[RankDevice]) -> str | None:
     """A line where one rank holds the others up: by its memory, which sets the micro-batch of all, or its speed."""
     smallest, largest = (pick(ranks, key=lambda rank: rank.budget_bytes) for pick in (min, max))

@@ -15,7 +15,7 @@ from nnx_cli.errors import DataError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
-from nnx_cli.planning.parallel import RankDevice
+from nnx_cli.planning.parallel import RankDevice, common_flops
 from nnx_cli.planning.rates import expected_mfu, expected_speed, nominal_flops
 from nnx_cli.planning.recipe import (
     Horizon,
@@ -37,7 +37,7 @@ LEAST_VALIDATION_ROWS = 8
 class Plan:
     """A run with every value filled in. `sources` says where each value came from, `savers` what was given up for it to
     fit, `predict` its peak memory in bytes, when asked, `tokens_per_s` the speed that was assumed, `flops_per_token`
-    what training on a token costs."""
+    what training on a token costs, `ranks` the devices, where there are several."""
 
     model: str
     size: str | None  # None: shapes of the user's own
@@ -49,6 +49,7 @@ class Plan:
     predict: Callable[[], int] = lambda: 0
     tokens_per_s: float = 0.0
     flops_per_token: int = 0
+    ranks: Sequence[RankDevice] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def plan_run(
     values that disagree, DoesNotFit where not even one sequence fits.
     """
     settings, data = Settings(train, sources), Data(vocab_size, train_tokens, val_tokens)
-    rate = nominal_flops(device, precision)
+    rate = common_flops(ranks) if ranks else nominal_flops(device, precision)
     label, config = model_shape(settings, name, size, fields, data, device, rate)
     if epoch_tokens is not None:
         data = replace(data, train_tokens=epoch_tokens(config.seq_len, train.seed))
@@ -115,6 +116,7 @@ def plan_run(
         fitted.predict,
         horizon.tokens_per_s,
         horizon.flops_per_token,
+        ranks,
     )
 
 

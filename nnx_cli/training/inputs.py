@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from nnx_cli.data.tokenizers.base import N_BYTES
 from nnx_cli.data.tokenizers.build import Vocabularies, build_tokenizer, needs_training
 from nnx_cli.errors import CheckpointError, DataError, OutputError, UsageError
 from nnx_cli.planning.flops import count_parameters, meta_model
+from nnx_cli.planning.parallel import RankDevice
 from nnx_cli.planning.plan import Plan, auto_size, plan_run
 from nnx_cli.planning.rates import nominal_flops
 from nnx_cli.planning.tokenizer import vocabularies_for
@@ -163,8 +164,10 @@ def open_and_plan(
     sources: dict[str, str],
     base: ModelRef | None,
     tokenizer: str | None,
+    ranks: Sequence[RankDevice] = (),
 ) -> tuple[TokenFolder, Plan]:
-    """Open the tokens and fill in every value. `tokenizer` is what the folder is said to be made with.
+    """Open the tokens and fill in every value. `tokenizer` is what the folder is said to be made with, `ranks` are the
+    devices of a run on several.
 
     Raises DataError or UsageError where vocabularies disagree.
     """
@@ -193,5 +196,6 @@ def open_and_plan(
         precision=precision,
         sources=sources,
         epoch_tokens=tokens.epoch_tokens,
+        ranks=ranks,
     )
     return tokens, plan

@@ -1045,3 +1045,14 @@ def test_trackers_of_a_run_stay_until_others_are_named(nnx, data, monkeypatch):
     run = Run(Path("weights/nyx-words"))
     wandb, trackio = ["nnx_cli.trackers.wandb"], ["nnx_cli.trackers.trackio"]
     assert taken == [(wandb, 0), (wandb, 3), (trackio, 4)] and run.config["training"]["log_to"] == ["none"]
+
+
+def test_a_plan_for_several_processes(nnx, text_file):
+    words = ("train", "--filepath", text_file, "--size", "nano", "--max-steps", 3, "--device", "cpu", "--dry-run")
+    alone, two, three = (
+        {row["setting"]: row["value"] for row in json.loads(nnx(*words, "--gpus", n, "--json").stdout)}
+        for n in (1, 2, 3)
+    )
+    assert alone["tokens_per_step"] == two["tokens_per_step"] == three["tokens_per_step"]
+    assert alone["batch_size"] == 2 * two["batch_size"] and two["grad_accum"] == 2, "each takes as many sequences"
+    assert "on 2 x CPU" in nnx(*words, "--gpus", 2).stdout
