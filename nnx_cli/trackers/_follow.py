@@ -25,6 +25,7 @@ from nnx_cli.trackers._tracker import TrackedRun, Tracker, scalars_of, settings_
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 45.0  # that a tracker has left when nobody waits for it any more
+BEAT = 100  # lines, after which it says that it is alive
 NICER = 10  # than the run
 FIGURES_SPACING = 1.5  # figures are sent when the run is so many times as old as it was the last time
 FIGURES_SECONDS = 60.0
@@ -78,8 +79,9 @@ class Follower:
     """Hands what a run writes to a tracker, from `begin` on, the step where the run goes on, or from its first step
     where the tracker is new to it."""
 
-    def __init__(self, folder: Path, name: str, begin: int) -> None:
+    def __init__(self, folder: Path, name: str, begin: int, say: Say) -> None:
         self.folder = folder
+        self.say = say
         self.kept = folder / "trackers" / f"{name}.json"
         state = read_json(self.kept) if self.kept.is_file() else {}
         self.id = str(state.get("id") or secrets.token_hex(4))
@@ -109,8 +111,10 @@ class Follower:
         if cut is not None:
             tracker.rewind(cut)
         epoch_tokens = (self.config.get("data") or {}).get("train_tokens")
-        for record in records:
+        for number, record in enumerate(records):
             tracker.scalars(record["step"], scalars_of(record, epoch_tokens))
+            if number % BEAT == BEAT - 1:  # a tracker that is new to a long run has much to be told
+                self.say(step=record["step"])
         _, samples = self.samples.look()
         for sample in samples:
             tracker.sample(sample["step"], str(sample.get("prompt", "")), str(sample.get("text", "")))
@@ -136,7 +140,7 @@ class Follower:
 
 def follow(module: str, folder: Path, begin: int, parent: int, say: Say, ended: threading.Event) -> None:
     """Follow a run until it has ended."""
-    follower = Follower(folder, module.rpartition(".")[2], begin)
+    follower = Follower(folder, module.rpartition(".")[2], begin, say)
     tracker = importlib.import_module(module).start(follower.run)
     follower.id = getattr(tracker, "id", follower.id)  # where the environment names another run
     if follower.is_back_at is not None:

@@ -54,7 +54,10 @@ class Told(list):
 def follower(run):
     (run.folder / "samples.jsonl").write_text('{"step": 10, "prompt": "a", "text": "b"}\n')
     (run.folder / "report.html").write_text("<figure>1</figure>")
-    return Follower(run.folder, "fake", 0)
+    said = []
+    follower = Follower(run.folder, "fake", 0, lambda **message: said.append(message))
+    follower.said = said
+    return follower
 
 
 def test_figures_come_with_samples_ever_more_seldom(follower):
@@ -83,6 +86,13 @@ def test_each_line_of_the_log_is_one_call(follower):
     assert last["train/loss"] == metrics[-1]["train_loss"] and last["eval/loss"] == metrics[-1]["val_loss"]
     epochs = metrics[-1]["tokens"] / follower.config["data"]["train_tokens"]
     assert last["train/epoch"] == pytest.approx(epochs) and last["train/global_step"] == metrics[-1]["step"]
+
+
+def test_while_much_is_told_it_says_that_it_is_alive(follower):
+    path = follower.folder / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "train_loss": 1.0}}\n' for step in range(1, 1001)))
+    follower.tell(Told())
+    assert follower.said == [{"step": step} for step in range(100, 1001, 100)]
 
 
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("diverged", 6), ("interrupted", 130), ("running", 1)])
