@@ -239,7 +239,7 @@ def training(
         raise DoesNotFit(
             f"out of memory: the trainer went on with {counted(trainer.config.batch_size, 'sequence')} at a time"
         )
-    flops = cost.flops_per_token(cost.meta_model(case.model, case.config))["train"]
+    flops = cost.training_flops(case.model, case.config)
     return case.row(
         "training",
         compile=trainer.config.compile,

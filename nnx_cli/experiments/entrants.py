@@ -14,7 +14,7 @@ from nnx_cli.config import RaceConfig, TrainConfig, parse_count
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted, nearest
 from nnx_cli.planning.fit import check_batch_shape
-from nnx_cli.planning.flops import flops_per_token, meta_model
+from nnx_cli.planning.flops import meta_model, training_flops
 from nnx_cli.planning.match import Match, match_shape, size_target
 from nnx_cli.planning.plan import Plan, plan_run
 from nnx_cli.planning.recipe import default_tokens_per_step
@@ -163,7 +163,7 @@ def enter(
     train = replace(train, tokens_per_step=tokens_per_step, sample_every=0, stop_early="off")
     check_batch_shape(train, seq_len)
     field = Field(config, target, seq_len, tokens_per_step, data, device, precision)
-    costs = {name: flops_per_token(network)["train"] for name, network in networks.items()}
+    costs = {name: training_flops(name, match.config) for name, match in shapes.items()}
     entrants = [*_entrants(field, shapes, costs, train)]
     windows = _val_windows([plan for entrant in entrants if (plan := entrant.plan) is not None], seq_len)
     alike = (replace(e, plan=e.plan and _with_validation(e.plan, windows)) for e in entrants)

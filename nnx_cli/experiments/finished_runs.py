@@ -14,7 +14,7 @@ from nnx_cli.errors import CheckpointError, DataError, UsageError, quoted
 from nnx_cli.experiments import race_file
 from nnx_cli.experiments.one_run import bits_per_byte
 from nnx_cli.experiments.race_run import run_entry, sample_of
-from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
+from nnx_cli.planning.flops import count_parameters, training_flops
 from nnx_cli.planning.match import parameters_without_tables
 from nnx_cli.runs.find import find_folder
 from nnx_cli.runs.load import ModelRef, architecture_of, load_model, model_from_config
@@ -139,7 +139,7 @@ def _competitor(
     described, training = dict(first.config["model"]), first.config.get("training") or {}
     network = model_from_config(first.config, first.folder)
     name = architecture_of(first.config, first.folder)
-    flops = flops_per_token(meta_model(name, network.config))["train"]
+    flops = training_flops(name, network.config)
     runs = []
     for run in group:
         model = load_model(ModelRef(run.folder), device, precision)

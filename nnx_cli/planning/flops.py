@@ -4,6 +4,7 @@ GPU)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ def flops_per_token(model: LanguageModel, seq_len: int | None = None) -> dict[st
     """FLOPs of matmuls per token: forward, and in training (three times that)."""
     forward = count_flops(model, seq_len) // (seq_len or model.config.seq_len)
     return {"forward": forward, "train": 3 * forward}
+
+
+@cache
+def training_flops(name: str, config: ModelConfig) -> int:
+    """FLOPs of matmuls per token in training a model of that architecture and shape, counted once."""
+    return flops_per_token(meta_model(name, config))["train"]
 
 
 def count_parameters(model: LanguageModel) -> dict[str, int]:

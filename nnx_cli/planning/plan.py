@@ -14,7 +14,7 @@ from nnx_cli.data.loader import check_length
 from nnx_cli.errors import DataError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
-from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
+from nnx_cli.planning.flops import count_parameters, meta_model, training_flops
 from nnx_cli.planning.parallel import RankDevice, common_flops
 from nnx_cli.planning.rates import expected_mfu, expected_speed, nominal_flops
 from nnx_cli.planning.recipe import (
@@ -152,7 +152,7 @@ def affordable_size(name: str, flops: float) -> str:
     chosen, device = models.sizes(name)[0], torch.device("cpu")
     for size in models.sizes(name):
         model = meta_model(name, models.make_config(name, size=size))
-        tokens = flops * expected_mfu(device, model.config.dim) / flops_per_token(model)["train"]
+        tokens = flops * expected_mfu(device, model.config.dim) / training_flops(name, model.config)
         if tokens < TOKENS_PER_PARAMETER * count_parameters(model)["total"]:
             break
         chosen = size
@@ -168,7 +168,7 @@ def expected_tokens(
     params_per_token = count_parameters(learner)["trainable"] / data.train_tokens
     rows = (train.batch_size or 0) * (train.grad_accum or 0) * config.seq_len
     step_tokens = train.tokens_per_step or rows or default_tokens_per_step(model, device)
-    half_width, flops = models.recipe(name).gpu_half_width, flops_per_token(model)["train"]
+    half_width, flops = models.recipe(name).gpu_half_width, training_flops(name, config)
     speed = expected_speed(device, config.dim, half_width, rate, flops, step_tokens)
     tokens = speed * (train.max_time_s or DEFAULT_SECONDS)
     if train.epochs is not None:

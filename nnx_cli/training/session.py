@@ -19,7 +19,7 @@ from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import widen
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
-from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
+from nnx_cli.planning.flops import count_parameters, training_flops
 from nnx_cli.planning.plan import Plan, replan, steps_in
 from nnx_cli.planning.settings import Derived
 from nnx_cli.runs.checkpoint import Checkpoint, step_folder
@@ -273,7 +273,7 @@ def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[
     model = load_model_of(run, restart.checkpoint, config, device, restart.file)
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]), ranks)
     name = architecture_of(run.config, run.folder, restart.file)
-    trainer.flops_per_token = flops_per_token(meta_model(name, model.config))["train"]
+    trainer.flops_per_token = training_flops(name, model.config)
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
     if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
         trainer.state.turned_at = None  # it follows the schedule of another length

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nnx_cli import models
+from nnx_cli.planning import flops
 from nnx_cli.planning.flops import (
     FlopCounter,
     count_flops,
@@ -55,6 +58,14 @@ def test_operations_of_llama():
     matrices = 2 * (128 * (128 + 2 * 32) + 128 * 128 + 3 * 128 * 320) + 256 * 128
     assert flops_per_token(model)["forward"] == 2 * matrices + 4 * 2 * 128 * 32
     assert flops_per_token(model, seq_len=16)["forward"] == 2 * matrices + 4 * 2 * 128 * 8
+
+
+def test_a_shape_is_counted_once(monkeypatch):
+    config = models.make_config("llama", dim=48, n_layers=1, n_heads=2, seq_len=16)
+    counted = flops_per_token(meta_model("llama", config))["train"]
+    assert flops.training_flops("llama", config) == counted
+    monkeypatch.setattr(flops, "meta_model", None)
+    assert flops.training_flops("llama", replace(config)) == counted
 
 
 def test_tied_and_frozen_parameters():
