@@ -46,6 +46,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: for a fifth of the time tests wait for processes, terminals and the disk."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_waits_for_the_disk():
     """No test cuts the power: what is written is there for every reader, whether or not it is on the disk."""
