@@ -58,10 +58,10 @@ from zoo import make_trainer
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
+from nnx_cli.data.aligned_windows import windows_in_order
 from nnx_cli.data.find import find_sources
 from nnx_cli.data.formats import FORMATS
 from nnx_cli.data.loader import Loader, windows_at
-from nnx_cli.data.permutation import permute
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.sources import Reader, Report
 from nnx_cli.data.token_folder import open_token_folder
@@ -70,7 +70,7 @@ from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import NnxError
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers.loss import token_losses
-from nnx_cli.planning.flops import flops_per_token, meta_model
+from nnx_cli.planning.flops import training_flops
 from nnx_cli.system.device import describe, pick_device, reset_peak_memory, synchronize
 from nnx_cli.training.schedule import lr_at
 
@@ -105,34 +105,10 @@ KEYS = (
 )  # that make two jobs the same
 
 
-class AlignedLoader(Loader):
-    """Training batches of windows that begin at documents: an epoch is a permutation of `aligned_starts`."""
-
-    def __init__(self, free: Loader, documents: np.ndarray) -> None:
-        self.__dict__ |= free.__dict__
-        self.places = aligned_starts(documents, len(free.tokens), free.seq_len)
-        self.windows = len(self.places)
-
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """Positions in the stream where samples first … first + count − 1 begin."""
-        epochs, places = np.divmod(np.arange(first, first + count), self.windows)
-        starts = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            starts[inside] = self.places[permute(places[inside], self.windows, (self.seed << 20) + int(epoch))]
-        return starts
-
-
 def aligned_starts(documents: np.ndarray, n_tokens: int, seq_len: int) -> np.ndarray:
-    """Where windows begin that together have every token but the first as a target: at the separator before the last
-    document that the window before reaches, or where that ends."""
-    begins, last = np.maximum(documents.astype(np.int64) - 1, 0), n_tokens - 1 - seq_len
-    starts = [0]
-    while starts[-1] < last:
-        end = starts[-1] + seq_len
-        reached = int(begins[np.searchsorted(begins, end, side="right") - 1])
-        starts.append(min(reached if reached > starts[-1] else end, last))
-    return np.array(starts)
+    """Where windows begin that go through documents and together have every token but the first as a target; the last
+    ones end with the stream."""
+    return np.unique(np.minimum(windows_in_order(documents, n_tokens, seq_len), n_tokens - 1 - seq_len))
 
 
 def cut_text(path: Path, megabytes: float | None, folder: Path, most: int = 10**6) -> Path:
@@ -167,14 +143,16 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     data = open_token_folder(job["data"])
     if job["flops"]:
         shape = make_trainer(job["model"], job["size"], data, TrainConfig(max_steps=1), device)
-        flops = flops_per_token(meta_model(job["model"], shape.model.config))["train"]
+        flops = training_flops(job["model"], shape.model.config)
         cost = flops * shape.config.tokens_per_step
         config = TrainConfig(max_steps=max(10, round(job["flops"] / cost)), seed=job["seed"])
     else:
         config = TrainConfig(max_time=f"{job['seconds']}s", seed=job["seed"])
     trainer = make_trainer(job["model"], job["size"], data, config, device)
     if job["windows"] == "aligned":
-        trainer.stepper.loader = AlignedLoader(trainer.stepper.loader, data.documents["train"])
+        free, documents = trainer.stepper.loader, data.documents["train"]
+        room = 0 if free.resident is None else data.train.nbytes
+        trainer.stepper.loader = Loader(data.train, free.seq_len, free.seed, device, room, documents=documents)
     trainer.model.train()
     trainer.choose_execution("graph")
     seen = train(trainer, config)
