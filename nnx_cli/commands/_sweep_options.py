@@ -77,10 +77,11 @@ class Asked:
 
 def read_sweep_request(options: Mapping[str, Any]) -> tuple[Asked, list[str]]:
     """What the options ask for, and notes on it. Raises UsageError where they disagree."""
-    request = read_request({p.name: options.get(p.name) for p in OPTIONS_OF_TRAIN})
+    typed = given(options, SWEEPING)
+    of_training = {name: value for name, value in options.items() if name not in typed}
+    request = read_request({p.name: of_training.get(p.name) for p in OPTIONS_OF_TRAIN})
     assert not isinstance(request, ResumeRequest)  # no such option here
     space, filed, notes = _searched(options, request)
-    typed = given(options, SWEEPING)
     config = SweepConfig(**(filed | typed))
     sources = dict.fromkeys(filed, f"file: {options['wandb_yaml']}") | dict.fromkeys(typed, COMMAND_LINE)
     notes += check_read(BRANCHES, {"sampler": config.sampler}, sources).values()

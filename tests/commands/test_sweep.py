@@ -78,9 +78,10 @@ def test_a_sweep_that_is_killed_ends_like_one_that_is_not(nnx, words):
 
 
 def test_a_sweep_of_weights_and_biases(nnx, words, monkeypatch):
+    pytest.importorskip("yaml", reason="PyYAML is an extra: pip install 'nnx-cli[sweep]'")
     monkeypatch.setattr(sweeps, "LEAST_STEPS", 2)
     Path("s.yaml").write_text(YAML)
-    line = ["--wandb-yaml", "s.yaml", "--set", "dropout=0.05", "--budget", "600"]
+    line = ["--wandb-yaml", "s.yaml", "--set", "dropout=0.05", "--budget", "600", "--keep", "none"]
     small = [word for word in SMALL if word not in ("--max-steps", 12)]
     assert nnx(*small, *line).exit_code == 2  # a number without a unit
     line[line.index("600")] = "0.6K"
@@ -91,6 +92,7 @@ def test_a_sweep_of_weights_and_biases(nnx, words, monkeypatch):
     assert record["length"] == {"tokens": 600} and [trial["steps"] for trial in record["trials"]] == [2, 2, 2]
     assert {trial["settings"]["schedule"] for trial in record["trials"]} == {"cosine"}
     assert {trial["settings"]["dropout"] for trial in record["trials"]} == {0.05}
+    assert not [*Path("weights").glob("*/*/*.safetensors")]
     assert all(1e-3 <= trial["settings"]["lr"] <= 3e-2 for trial in record["trials"])
 
 
@@ -113,6 +115,7 @@ def test_a_sweep_of_weights_and_biases(nnx, words, monkeypatch):
         (2, "two lengths: --budget and --max-steps", [*LR, "--budget", "2m"]),
         (2, "max_steps is searched and given", ["--set", "max_steps=20,30"]),
         (2, "neither a length of time nor a number of tokens", [*LR, "--budget", "2 parsecs"]),
+        (2, "--keep has no choice 'all'", [*LR, "--keep", "all"]),
         (2, "--sampler has no choice 'bayes'", [*LR, "--sampler", "bayes"]),
         (2, "--trials does nothing with --sampler grid", ["--set", "lr=1,2", "--sampler", "grid", "--trials", 4]),
         (2, "is any number from 0.001 to 0.03", [*LR, "--sampler", "grid"]),
@@ -125,47 +128,6 @@ def test_a_sweep_of_weights_and_biases(nnx, words, monkeypatch):
 )
 def test_what_a_sweep_refuses(refused, words, code, message, options):
     refused(code, message, *SMALL, *options)
-
-
-@pytest.mark.parametrize(
-    ("why", "content"),
-    [
-        ("is not YAML", "parameters: ["),
-        ("must have names and values", "- a\n- b"),
-        ("has no parameters", "method: grid\nparameters: {}"),
-        ("must have names and values", "method: grid"),
-        ("'methode' is not known here; did you mean method?", "methode: grid\nparameters: {lr: {value: 1}}"),
-        ("the method 'annealing' is not known", "method: annealing\nparameters: {lr: {value: 1}}"),
-        ("is not known here; did you mean random?", "method: [random]\nparameters: {lr: {value: 1}}"),
-        ("no setting 'lrr'; did you mean lr?", "parameters: {lrr: {value: 1}}"),
-        ("lr is there twice", "parameters: {lr: {value: 1}, learning_rate: {value: 2}}"),
-        ("the distribution 'normal' is not known", "parameters: {lr: {distribution: normal, mu: 1, sigma: 1}}"),
-        ("'parameters' is not known here", "parameters: {lr: {parameters: {a: {value: 1}}}}"),
-        ("needs max", "parameters: {lr: {distribution: uniform, min: 1}}"),
-        ("needs q", "parameters: {lr: {distribution: q_uniform, min: 1, max: 2}}"),
-        ("neither value, values nor min and max", "parameters: {lr: {min: 1}}"),
-        ("q does nothing with", "parameters: {lr: {min: 1.0, max: 2, q: 1}}"),
-        ("upside down", "parameters: {lr: {min: 2.0, max: 1.0}}"),
-        ("above 0", "parameters: {lr: {distribution: log_uniform_values, min: 0, max: 1.0}}"),
-        ("no exponent of e", "parameters: {lr: {distribution: log_uniform, min: -9, max: 1000}}"),
-        ("is no number", "parameters: {lr: {values: [1, null]}}"),
-        ("has no values", "parameters: {lr: {values: []}}"),
-        (
-            "the metric (name accuracy, goal maximize) is not ours",
-            "metric: {name: accuracy, goal: maximize}\nparameters: {lr: {value: 1}}",
-        ),
-        ("run_cap is 'many'", "run_cap: many\nparameters: {lr: {value: 1}}"),
-        ("early_terminate: the type 'envelope'", "early_terminate: {type: envelope}\nparameters: {lr: {value: 1}}"),
-        (
-            "goes with the method random alone",
-            "method: bayes\nearly_terminate: {type: hyperband}\nparameters: {lr: {value: 1}}",
-        ),
-    ],
-)
-def test_what_a_file_of_weights_and_biases_may_not_have(refused, words, why, content):
-    pytest.importorskip("yaml", reason="an extra: pip install 'nnx-cli[sweep]'")
-    Path("s.yaml").write_text(content)
-    refused(2, why, *SMALL, "--wandb-yaml", "s.yaml")
 
 
 def test_libraries_that_are_missing(refused, words, monkeypatch):
