@@ -209,22 +209,22 @@ def _runtime(architecture: str) -> str:
 def to_text(content: bytes) -> str:
     """Bytes as text with 7 bits a character, an eighth shorter than base64. A DEL stands before those characters that
     markup cannot hold, which have a bit turned."""
-    codes = b""
+    codes = []
     for piece in np.split(np.frombuffer(content, np.uint8), range(PIECE, len(content), PIECE)):
         bits = np.unpackbits(piece)
         sevens = np.pad(bits, (0, -len(bits) % 7)).reshape(-1, 7)
-        codes += np.packbits(np.pad(sevens, ((0, 0), (1, 0))), axis=1).tobytes()
-    return re.sub(rb"[\0\r<\x7f]", lambda found: bytes((127, found[0][0] ^ 64)), codes).decode("ascii")
+        codes.append(np.packbits(np.pad(sevens, ((0, 0), (1, 0))), axis=1).tobytes())
+    return re.sub(rb"[\0\r<\x7f]", lambda found: bytes((127, found[0][0] ^ 64)), b"".join(codes)).decode("ascii")
 
 
 def from_text(text: str) -> bytes:
     """The bytes that `to_text` was given."""
     codes = re.sub(rb"\x7f(.)", lambda found: bytes((found[1][0] ^ 64,)), text.encode("ascii"), flags=re.DOTALL)
-    content, step = b"", PIECE // 7 * 8
+    content, step = [], PIECE // 7 * 8
     for piece in np.split(np.frombuffer(codes, np.uint8), range(step, len(codes), step)):
         bits = np.unpackbits(piece[:, None], axis=1)[:, 1:].ravel()
-        content += np.packbits(bits[: len(bits) // 8 * 8]).tobytes()
-    return content
+        content.append(np.packbits(bits[: len(bits) // 8 * 8]).tobytes())
+    return b"".join(content)
 
 
 def read_page(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
