@@ -295,6 +295,7 @@ def test_what_differs_in_the_browser_is_found(source, browser, tmp_path, monkeyp
 def test_a_page_can_be_used_by_keyboard(source, opened):
     page = opened(source(), width=375, height=700)
     assert page("document.documentElement.scrollWidth <= innerWidth")
+    assert page("[...document.querySelectorAll('input, textarea')].every((field) => field.labels.length === 1)")
     page("part('prompt').focus()")
     page("part('prompt').value = 'a cat'; part('count').value = 40")
     page("part('write').focus()")
