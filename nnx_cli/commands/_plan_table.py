@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.console.output import Output
 from nnx_cli.errors import counted
-from nnx_cli.system.text import duration, size
+from nnx_cli.system.text import duration, listed, size
 
 if TYPE_CHECKING:
     import torch
@@ -161,4 +161,5 @@ def show_settings(
     rows = [{"setting": name, "value": value, "source": sources[name]} for name, value in values.items()]
     more = [{"setting": name, "value": value, "source": OUTLOOK} for name, value in (expected or {}).items()]
     output.show_json(rows + more)
-    output.table(["setting", "value", "source"], [[row["setting"], row["value"], row["source"]] for row in rows])
+    shown = [[row["setting"], listed(row["value"]), row["source"]] for row in rows]
+    output.table(["setting", "value", "source"], shown)

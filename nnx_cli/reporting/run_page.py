@@ -17,7 +17,7 @@ from nnx_cli.reporting.learning import STEP, learning_section, surprise_figure
 from nnx_cli.reporting.page import charts, facts, page, paragraph, sample, section, table, text, write_page
 from nnx_cli.reporting.run_record import ABOUT_NGRAM, NGRAM, RunRecord, read_run
 from nnx_cli.reporting.scales import Axis, memory_unit, spans
-from nnx_cli.system.text import duration, size
+from nnx_cli.system.text import duration, listed, size
 
 NAME = "report.html"
 MOST_SAMPLES = 12  # of a run, evenly spread
@@ -213,7 +213,7 @@ def _plan(run: RunRecord) -> str:
         told.append(paragraph("On the way:"))
         told.append(f"<ul>{''.join(f'<li>{text(event)}</li>' for event in events[:MOST_EVENTS])}</ul>")
     chosen = [
-        [name, value, str(automatic.get(name, "given, or the default")).removeprefix("derived: ")]
+        [name, listed(value), str(automatic.get(name, "given, or the default")).removeprefix("derived: ")]
         for name, value in {**mapping(run.config.get("model")), **training}.items()
         if value is not None
     ]

@@ -1,5 +1,7 @@
 """Text that every program can read, and quantities as people say them."""
 
+from typing import Any
+
 BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # what Unicode calls Bidi_Control
 
 
@@ -22,6 +24,11 @@ def escaped(char: str) -> str:
     if not harmful:
         return char
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def listed(value: Any) -> Any:
+    """A list as people write it, its values one after the other; anything else as it is."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -1031,6 +1032,7 @@ def test_a_mere_folder_is_no_library(refused, data, monkeypatch, workspace):
 
 def test_trackers_of_a_run_stay_until_others_are_named(nnx, data, monkeypatch):
     taken = []
+    words = "--log-to", "wandb", "--log_to=trackio"
 
     def note(self):
         taken.append((self.modules, self.begin))
@@ -1038,6 +1040,8 @@ def test_trackers_of_a_run_stay_until_others_are_named(nnx, data, monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: sys.__spec__)
     monkeypatch.setattr(Tracking, "__enter__", note)
+    shown = nnx("train", "--data", data, *FIRST, *words, "--dry-run").stdout
+    assert re.search(r"log_to +wandb, trackio +command line", shown)
     Path("file.toml").write_text('log_to = "wandb"\n')
     assert nnx("train", "--data", data, *FIRST, "--config", "file.toml").exit_code == 0
     for more, words in enumerate(([], ["--log-to", "trackio", "--log-to", "trackio"], ["--log-to", "none"]), start=4):
@@ -1045,6 +1049,8 @@ def test_trackers_of_a_run_stay_until_others_are_named(nnx, data, monkeypatch):
     run = Run(Path("weights/nyx-words"))
     wandb, trackio = ["nnx_cli.trackers.wandb"], ["nnx_cli.trackers.trackio"]
     assert taken == [(wandb, 0), (wandb, 3), (trackio, 4)] and run.config["training"]["log_to"] == ["none"]
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "<th scope=row>log_to</th><td class=said>none</td>" in page
 
 
 def test_a_plan_for_several_processes(nnx, text_file):
