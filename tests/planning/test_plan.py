@@ -191,6 +191,7 @@ def test_every_value_is_filled_in():
         "patience",
         "lora_rank",
         "val_batches",
+        "log_to",
     }
     assert "auto" not in (train.optimizer, train.precision)
 
