@@ -21,8 +21,10 @@ from nnx_cli.errors import DataError, Interrupted, OutputError, QualityError, Us
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
+    import torch
+
     from nnx_cli.experiments.samplers import Settings
-    from nnx_cli.experiments.sweep import Bench, Search
+    from nnx_cli.experiments.sweep import Conditions, Search
     from nnx_cli.planning.plan import Plan
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.training.inputs import Shape
@@ -48,16 +50,16 @@ def run(output: Output, **options: Any) -> None:
         output.note(note)
     made: list[list[Path]] = []
     try:
-        search, bench, folder = _open(output, asked, made)
+        search, conditions, folder = _open(output, asked, made)
     finally:
         if made:
             from nnx_cli.training.inputs import take_back
 
             take_back(made)
-    _run(output, search, bench, folder)
+    _run(output, search, conditions, folder)
 
 
-def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search, Bench, Path]:
+def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search, Conditions, Path]:
     """Prepare the text, and find or make the folder of the sweep. `made` gets the folders that were made for a sweep
     that is not to be."""
     from nnx_cli.experiments import samplers, sweep
@@ -74,29 +76,31 @@ def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search,
         raise UsageError(f"halving needs at least {eta} trials, not {n_trials}: one in {eta} goes on")
     seed = TrainConfig.seed if "seed" in space else request.train.seed
     search = sweep.Search(space, config.sampler, n_trials, eta, seed)
-    bench = _bench(output, asked, search, made)
+    conditions = _conditions(output, asked, search, made)
     identity = _identity(asked, search)
-    path = bench.data.path
+    path = conditions.data.path
     stem = path.resolve().name if request.data else path.name.rpartition("-")[0]  # without the hash
     while True:  # another process may begin the same sweep meanwhile
-        folder, is_begun = sweep.find_sweep(identity, bench.data.fingerprint, describe(bench.device), stem, asked.out)
+        folder, is_begun = sweep.find_sweep(
+            identity, conditions.data.fingerprint, describe(conditions.device), stem, asked.out
+        )
         if is_begun:
             break
         with output.spinner("planning, for which torch loads its compiler"):
-            record = sweep.new_record(search, bench, identity, asked.length)
+            record = sweep.new_record(search, conditions, identity, asked.length)
         try:
             sweep.begin(folder, record)
         except OutputError:
             if not folder.exists():
                 raise
     made.clear()
-    return search, bench, folder
+    return search, conditions, folder
 
 
-def _bench(output: Output, asked: Asked, search: Search, made: list[list[Path]]) -> Bench:
+def _conditions(output: Output, asked: Asked, search: Search, made: list[list[Path]]) -> Conditions:
     """What the trials share. The text is prepared for the first of them that can be."""
     from nnx_cli.commands.train import check_named, chosen_shape, token_folder
-    from nnx_cli.experiments.sweep import Bench, first_that_can_be
+    from nnx_cli.experiments.sweep import Conditions, first_that_can_be
     from nnx_cli.training import session
     from nnx_cli.training.inputs import open_and_plan, open_tokens
 
@@ -128,7 +132,7 @@ def _bench(output: Output, asked: Asked, search: Search, made: list[list[Path]])
     n_tokens = asked.length.get("tokens")
     epochs = {"epochs": n_tokens / len(tokens.train)} if n_tokens else asked.length
     command = _commands(asked, folder)
-    return Bench(tokens, device, plan, command, base, asked.config.keep)
+    return Conditions(tokens, device, plan, command, base, asked.config.keep)
 
 
 def _ending(plan: Plan, length: Mapping[str, Any]) -> Plan:
@@ -187,7 +191,7 @@ def _identity(asked: Asked, search: Search) -> dict[str, Any]:
     }
 
 
-def _run(output: Output, search: Search, bench: Bench, folder: Path) -> None:
+def _run(output: Output, search: Search, conditions: Conditions, folder: Path) -> None:
     """Run what is left of a sweep and show it. Raises Interrupted where it was stopped, after saving."""
     from nnx_cli.experiments.one_run import Stopped
     from nnx_cli.experiments.sweep import Sweep
@@ -198,17 +202,17 @@ def _run(output: Output, search: Search, bench: Bench, folder: Path) -> None:
     line = pasteable(["nnx", *sys.argv[1:]])
     changed = page_writer(output, folder / PAGE, sweep_page)
     with stop_signals() as should_stop, RunsView(output) as view:
-        _tell(output, search, read_sweep(folder), folder)
+        _tell(output, search, read_sweep(folder), folder, conditions.device)
         try:
-            record = Sweep(search, bench, folder, view, should_stop, changed).run()
+            record = Sweep(search, conditions, folder, view, should_stop, changed).run()
         except Stopped as error:
             view.close()
             output.note("")
             raise Interrupted(f"{error}; everything is saved", fix=f"go on: {line}") from error
-    _report(output, record, folder, bench)
+    _report(output, record, folder, conditions)
 
 
-def _tell(output: Output, search: Search, record: Mapping[str, Any], folder: Path) -> None:
+def _tell(output: Output, search: Search, record: Mapping[str, Any], folder: Path, device: torch.device) -> None:
     """What is searched, how, and how far it is."""
     from nnx_cli.experiments.halving import is_over, lengths
 
@@ -220,11 +224,26 @@ def _tell(output: Output, search: Search, record: Mapping[str, Any], folder: Pat
         rungs = ", ".join(f"{share:.0%}" for share in shares[:-1])
         whole = lengths(n_trials, shares, search.eta)
         output.note(f"at {rungs} of it, one in {search.eta} goes on: as much as {whole:.3g} whole trials")
+    if (others := _other_gpus(device)) is not None:
+        output.note(others)
     done = sum(map(is_over, record["trials"]))
     if record["state"] == "finished" and done >= n_trials:
         output.note(f"{folder} is finished; another one: --out FOLDER")
     elif record["trials"]:
         output.note(f"going on with {folder}: {done} of {counted(n_trials, 'trial')} done")
+
+
+def _other_gpus(device: torch.device) -> str | None:
+    """What to do where this process sees GPUs that it leaves idle."""
+    import torch
+
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count == 1:
+        return None
+    return (
+        f"this process trains on one of {count} GPUs; in a terminal for each other one, start the same command with "
+        "CUDA_VISIBLE_DEVICES=1 before it, =2, …"
+    )
 
 
 def _length_words(length: Mapping[str, Any]) -> str:
@@ -236,7 +255,7 @@ def _length_words(length: Mapping[str, Any]) -> str:
     return "the lengths that are searched"
 
 
-def _report(output: Output, record: Mapping[str, Any], folder: Path, bench: Bench) -> None:
+def _report(output: Output, record: Mapping[str, Any], folder: Path, conditions: Conditions) -> None:
     """A sweep as a table, the best first, or as JSON. Raises QualityError where no trial has a result."""
     from nnx_cli.experiments.sweep_file import NAME, PAGE
 
@@ -255,7 +274,7 @@ def _report(output: Output, record: Mapping[str, Any], folder: Path, bench: Benc
     output.show(
         f"best: {best['out']}, {best['bits_per_byte']:.4f} bits per byte of {record['judged_tokens']:,} tokens of the "
         "validation text",
-        f"train longer with its settings: {bench.command(best['settings'], None)} --max-time 20m",
+        f"train longer with its settings: {conditions.command(best['settings'], None)} --max-time 20m",
         f"{folder / NAME}: all numbers; {folder / PAGE}: bits per byte by each setting",
     )
 

@@ -99,7 +99,9 @@ class Range:
 
     def described(self) -> dict[str, Any]:
         """It as sweep.json has it."""
-        return {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
+        kind = int if self.whole else float
+        step = None if self.step is None else kind(self.step)
+        return {"low": kind(self.low), "high": kind(self.high), "log": self.log, "step": step}
 
     def __str__(self) -> str:
         step = f" in steps of {self.step:g}" if self.step is not None else ""

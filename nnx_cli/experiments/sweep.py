@@ -81,7 +81,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Conditions:
     """What the trials of a sweep share: the text, the device, and how settings become a plan and a command line."""
 
     data: TokenFolder
@@ -92,10 +92,10 @@ class Bench:
     keep: str
 
 
-def first_plan(search: Search, bench: Bench) -> Plan:
+def first_plan(search: Search, conditions: Conditions) -> Plan:
     """The plan of the first trial that can be. Raises what refused the first one where none can, UsageError where a
     trial is too short to tell something."""
-    plan = first_that_can_be(search, bench.plan)
+    plan = first_that_can_be(search, conditions.plan)
     check_steps(plan, search.shares[0])
     return plan
 
@@ -114,7 +114,7 @@ def first_that_can_be(search: Search, make: Callable[[Settings], Made]) -> Made:
 
 def check_steps(plan: Plan, share: float) -> None:
     """Raise UsageError where the first part of a trial that is judged has too few steps."""
-    steps = int(share * _steps(plan))
+    steps = int(share * _steps(plan) + 1e-9)
     if steps < LEAST_STEPS:
         part = "" if share == 1 else f" in the first {share:.2g} of it, after which halving judges it"
         raise UsageError(
@@ -133,16 +133,18 @@ def _steps(plan: Plan) -> float:
     return min(train.max_steps or float("inf"), train.max_time_s * plan.tokens_per_s / train.tokens_per_step)
 
 
-def new_record(search: Search, bench: Bench, settings: Mapping[str, Any], length: Mapping[str, Any]) -> dict[str, Any]:
+def new_record(
+    search: Search, conditions: Conditions, settings: Mapping[str, Any], length: Mapping[str, Any]
+) -> dict[str, Any]:
     """sweep.json of a sweep that has not begun. Raises what `first_plan` does."""
-    plan, data = first_plan(search, bench), bench.data
+    plan, data = first_plan(search, conditions), conditions.data
     assert data.tokenizer is not None and plan.train.tokens_per_step is not None
     seen = _steps(plan) * plan.train.tokens_per_step
     return {
         "format": sweep_file.FORMAT,
         "versions": versions(),
         "settings": dict(settings),
-        "device": describe(bench.device),
+        "device": describe(conditions.device),
         "fingerprint": data.fingerprint,
         "data": str(data.path),
         "tokenizer": {
@@ -195,14 +197,14 @@ class Sweep:
     def __init__(
         self,
         search: Search,
-        bench: Bench,
+        conditions: Conditions,
         folder: Path,
         view: Spectator,
         should_stop: Callable[[], bool],
         changed: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         self.search = search
-        self.bench = bench
+        self.conditions = conditions
         self.folder = folder
         self.view = view
         self.should_stop = should_stop
@@ -237,7 +239,7 @@ class Sweep:
             for trial in trials:
                 trial["out"] = str(self.folder / trial["trial"])
             record["n_trials"] = max(search.trials, len(trials))
-            record["data"] = str(self.bench.data.path)
+            record["data"] = str(self.conditions.data.path)
             record["state"] = "running"
 
     def _propose(self) -> bool:
@@ -263,7 +265,7 @@ class Sweep:
             self.changed(record)
         for each in record["trials"]:
             if is_over(each):
-                drop_weights(self.folder / each["trial"], self.bench.keep)
+                drop_weights(self.folder / each["trial"], self.conditions.keep)
 
     def _finish(self) -> dict[str, Any]:
         """Record that all trials are over."""
@@ -294,7 +296,7 @@ class Sweep:
         """Train a trial to its next rung, from where it is, and record how it went there."""
         until = shares[len(trial["rungs_reached"])]
         try:
-            plan = self.bench.plan(trial["settings"])
+            plan = self.conditions.plan(trial["settings"])
             check_steps(plan, shares[0])
         except (UsageError, DataError) as error:
             trial |= {"status": REFUSED, "problem": str(error)}
@@ -307,23 +309,23 @@ class Sweep:
 
     def _train(self, trial: dict[str, Any], plan: Plan, until: float, n_tokens: int) -> None:
         """Train a trial so far, and judge it there."""
-        bench, folder = self.bench, self.folder / trial["trial"]
+        conditions, folder = self.conditions, self.folder / trial["trial"]
         file = Path(plan.model) if models.is_file(plan.model) else None
-        sampling = choose_sampling(bench.data.tokenizer, bench.data, None, 0, None)
-        trial["command"] = bench.command(trial["settings"], plan)
+        sampling = choose_sampling(conditions.data.tokenizer, conditions.data, None, 0, None)
+        trial["command"] = conditions.command(trial["settings"], plan)
         trial["parameters"] = count_parameters(meta_model(plan.model, plan.model_config))["total"]
 
         def begin() -> tuple[Run, Any]:
             return session.start(
-                plan, bench.data, folder, bench.device, self.view, sampling, trial["command"], bench.base
+                plan, conditions.data, folder, conditions.device, self.view, sampling, trial["command"], conditions.base
             )
 
-        peak_known = reset_peak_memory(bench.device)
+        peak_known = reset_peak_memory(conditions.device)
         here = {
             "device": plan.train.device,
             "threads": plan.train.threads,
         }  # another process may have begun it elsewhere
-        run = OneRun(folder, begin, bench.data, file, self.view, self.should_stop, until, here)
+        run = OneRun(folder, begin, conditions.data, file, self.view, self.should_stop, until, here)
         status, problem = run.train()
         trial |= {"status": status, "problem": problem, "bits_per_byte": None} | _measured(folder, peak_known)
         if status in ("finished", PAUSED):
@@ -335,8 +337,8 @@ class Sweep:
 
     def _judged(self, ref: ModelRef, precision: str, reached: Sequence[float], n_tokens: int) -> dict[str, Any]:
         """What the validation text says of a model at a rung."""
-        data = self.bench.data
-        bits = bits_per_byte(load_model(ref, self.bench.device, precision), data, data.val, n_tokens)
+        data = self.conditions.data
+        bits = bits_per_byte(load_model(ref, self.conditions.device, precision), data, data.val, n_tokens)
         if bits is None or not math.isfinite(bits):
             return {"status": "diverged", "problem": "its validation loss is no number"}
         return {"bits_per_byte": bits, "rungs_reached": [*reached, bits]}

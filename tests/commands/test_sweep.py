@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from nnx_cli.commands.sweep import _other_gpus
 from nnx_cli.experiments import sweep as sweeps
 from nnx_cli.experiments.sweep_file import read_sweep
 
@@ -128,6 +130,14 @@ def test_a_sweep_of_weights_and_biases(nnx, words, monkeypatch):
 )
 def test_what_a_sweep_refuses(refused, words, code, message, options):
     refused(code, message, *SMALL, *options)
+
+
+def test_gpus_that_are_left_idle_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "one of 4 GPUs" in _other_gpus(torch.device("cuda"))
+    assert _other_gpus(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _other_gpus(torch.device("cuda")) is None
 
 
 def test_libraries_that_are_missing(refused, words, monkeypatch):

@@ -11,7 +11,7 @@ from nnx_cli.errors import CheckpointError, DoesNotFit, MissingFeature, OutputEr
 from nnx_cli.experiments import samplers, sweep
 from nnx_cli.experiments.one_run import Stopped
 from nnx_cli.experiments.search_space import Choice, Range
-from nnx_cli.experiments.sweep import Bench, Search, Sweep
+from nnx_cli.experiments.sweep import Conditions, Search, Sweep
 from nnx_cli.experiments.sweep_file import change_sweep, read_sweep
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.find import LOCKS, find_model, list_models
@@ -46,7 +46,7 @@ def short_trials(monkeypatch):
 
 
 @pytest.fixture
-def bench(tokens):
+def conditions(tokens):
     """What trials share; a plan takes fields of a model and settings of training. 12 steps each."""
 
     def plan(chosen):
@@ -70,16 +70,16 @@ def bench(tokens):
     def command(chosen, plan):
         return f"nnx train {chosen}"
 
-    return Bench(tokens, torch.device("cpu"), plan, command, None, "best")
+    return Conditions(tokens, torch.device("cpu"), plan, command, None, "best")
 
 
-def run_sweep(search, bench, folder, should_stop=None, changed=lambda record: None):
+def run_sweep(search, conditions, folder, should_stop=None, changed=lambda record: None):
     """What is left of a sweep in a folder: its record and its watcher."""
     if not folder.exists():
-        sweep.begin(folder, sweep.new_record(search, bench, {}, {"max_steps": 12}))
+        sweep.begin(folder, sweep.new_record(search, conditions, {}, {"max_steps": 12}))
     watcher = Watcher()
     stop = (lambda: should_stop(watcher)) if should_stop else lambda: False
-    return Sweep(search, bench, folder, watcher, stop, changed).run(), watcher
+    return Sweep(search, conditions, folder, watcher, stop, changed).run(), watcher
 
 
 def table(record):
@@ -88,15 +88,15 @@ def table(record):
     return [{name: value for name, value in trial.items() if name not in left_out} for trial in record["trials"]]
 
 
-def test_a_sweep_that_is_stopped_again_and_again_finds_the_same(bench, workspace):
+def test_a_sweep_that_is_stopped_again_and_again_finds_the_same(conditions, workspace):
     seen = []
-    whole, _ = run_sweep(HALVING, bench, Path("whole"), changed=lambda record: seen.append(len(record["trials"])))
+    whole, _ = run_sweep(HALVING, conditions, Path("whole"), changed=lambda record: seen.append(len(record["trials"])))
     assert whole["state"] == "finished" and set(seen) == {4}
     assert [path.name for path in Path("whole").iterdir() if path.name in (LOCKS, "checkpoints")] == []
     stops = 0
     while True:
         with contextlib.suppress(Stopped):
-            cut, _ = run_sweep(HALVING, bench, Path("cut"), lambda watcher: watcher.steps >= 9)
+            cut, _ = run_sweep(HALVING, conditions, Path("cut"), lambda watcher: watcher.steps >= 9)
             break
         stops += 1
     assert stops >= 2
@@ -112,12 +112,12 @@ def test_a_sweep_that_is_stopped_again_and_again_finds_the_same(bench, workspace
     ]
 
 
-def test_a_finished_sweep(bench, workspace):
+def test_a_finished_sweep(conditions, workspace):
     folder = Path("weights/sweep-words")
-    run_sweep(RANDOM, bench, folder)
-    record, watcher = run_sweep(Search(SPACE, "random", 4, 3, seed=1), bench, folder)  # one trial more
+    run_sweep(RANDOM, conditions, folder)
+    record, watcher = run_sweep(Search(SPACE, "random", 4, 3, seed=1), conditions, folder)  # one trial more
     assert len(record["trials"]) == 4 and watcher.steps == 12
-    record, watcher = run_sweep(RANDOM, bench, folder)
+    record, watcher = run_sweep(RANDOM, conditions, folder)
     assert len(record["trials"]) == 4 and watcher.steps == 0
     (row,) = list_models()
     best = read_sweep(folder)["trials"][0]["bits_per_byte"]
@@ -137,9 +137,9 @@ def test_a_finished_sweep(bench, workspace):
     assert Run(find_model("sweep-words/001").folder).status()["status"] == "finished"
 
 
-def test_trials_that_cannot_be_are_rows(bench, workspace, monkeypatch):
+def test_trials_that_cannot_be_are_rows(conditions, workspace, monkeypatch):
     space = {"n_layers": Choice((1, 77)), "dropout": Choice((0.0, 2.0)), "lr": Choice((0.01,))}
-    record, watcher = run_sweep(Search(space, "grid", 4, 3, 1), bench, Path("s"))
+    record, watcher = run_sweep(Search(space, "grid", 4, 3, 1), conditions, Path("s"))
     rows = {tuple(trial["settings"].values())[:2]: trial for trial in record["trials"]}
     assert rows[1, 0.0]["status"] == "finished" and record["trials"][0] is rows[1, 0.0]
     assert rows[77, 0.0]["status"] == rows[77, 2.0]["status"] == "out of memory"
@@ -148,31 +148,31 @@ def test_trials_that_cannot_be_are_rows(bench, workspace, monkeypatch):
     assert not Path("s", rows[1, 2.0]["trial"]).exists()
 
 
-def test_a_trial_that_diverges_is_a_row(bench, workspace):
+def test_a_trial_that_diverges_is_a_row(conditions, workspace):
     space = {"lr": Choice((0.01, 900.0)), "grad_clip": Choice((0.0,))}
-    record, _ = run_sweep(Search(space, "grid", 2, 3, 1), bench, Path("s"))
+    record, _ = run_sweep(Search(space, "grid", 2, 3, 1), conditions, Path("s"))
     good, bad = record["trials"]
     assert good["status"] == "finished" and bad["status"] == "diverged"
     assert bad["bits_per_byte"] is None and bad["problem"] and bad["steps"]
 
 
-def test_processes_share_the_trials(bench, workspace, monkeypatch):
+def test_processes_share_the_trials(conditions, workspace, monkeypatch):
     with contextlib.ExitStack() as other:
 
         def begin(folder):  # another process is at the first trial, and is killed while we wait for it
             (folder / LOCKS).mkdir()
             other.enter_context(hold_lock(folder / LOCKS / "001"))
 
-        sweep.begin(Path("s"), sweep.new_record(RANDOM, bench, {}, {"max_steps": 12}))
+        sweep.begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
         begin(Path("s"))
         monkeypatch.setattr(sweep.time, "sleep", lambda seconds: other.close())
-        record, watcher = run_sweep(RANDOM, bench, Path("s"))
+        record, watcher = run_sweep(RANDOM, conditions, Path("s"))
     assert [note[:9] for note in watcher.notes] == ["trial 002", "trial 003", "trial 001"]
     assert any(what.startswith("waiting") for what, _, _ in watcher.parts)
     assert record["state"] == "finished"
 
 
-def test_a_trial_that_another_process_did_meanwhile_is_not_done_again(bench, workspace, monkeypatch):
+def test_a_trial_that_another_process_did_meanwhile_is_not_done_again(conditions, workspace, monkeypatch):
     def hold(path):
         if path.name == "001":
             with change_sweep(Path("s")) as record:
@@ -181,12 +181,12 @@ def test_a_trial_that_another_process_did_meanwhile_is_not_done_again(bench, wor
         return hold_lock(path)
 
     monkeypatch.setattr(sweep, "hold_lock", hold)
-    record, watcher = run_sweep(RANDOM, bench, Path("s"))
+    record, watcher = run_sweep(RANDOM, conditions, Path("s"))
     assert watcher.steps == 24 and record["trials"][0]["bits_per_byte"] == 1.0
 
 
-def test_a_sweep_is_not_changed_by_two_at_once(bench, workspace, monkeypatch):
-    sweep.begin(Path("s"), sweep.new_record(RANDOM, bench, {}, {"max_steps": 12}))
+def test_a_sweep_is_not_changed_by_two_at_once(conditions, workspace, monkeypatch):
+    sweep.begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
     (Path("s") / ".tmp-sweep.json-1").write_text("{")  # of one that was killed
     with contextlib.ExitStack() as other:
         assert other.enter_context(hold_lock(Path("s/lock")))
@@ -211,18 +211,18 @@ def test_a_sweep_is_not_changed_by_two_at_once(bench, workspace, monkeypatch):
         (Search({"n_layers": Choice((77,))}, "random", 1, 3, 1), DoesNotFit, "too large"),
     ],
 )
-def test_a_sweep_of_trials_that_cannot_be_does_not_begin(bench, search, error, why):
+def test_a_sweep_of_trials_that_cannot_be_does_not_begin(conditions, search, error, why):
     with pytest.raises(error, match=why):
-        sweep.new_record(search, bench, {}, {})
+        sweep.new_record(search, conditions, {}, {})
 
 
-def test_whose_folder_it_is(bench, workspace):
+def test_whose_folder_it_is(conditions, workspace):
     settings = {"lr": [1, 2.5], "model": "nyx"}
     found = sweep.find_sweep(settings, "a", "a CPU", "words", None)
     assert found == (Path("weights/sweep-words"), False)
-    sweep.begin(found[0], sweep.new_record(RANDOM, bench, settings, {"max_time": "9s"}) | {"device": "a CPU"})
+    sweep.begin(found[0], sweep.new_record(RANDOM, conditions, settings, {"max_time": "9s"}) | {"device": "a CPU"})
     path = Path("weights/sweep-words/sweep.json")
-    text = bench.data.fingerprint
+    text = conditions.data.fingerprint
     assert sweep.find_sweep(settings, text, "a CPU", "words", None) == (path.parent, True)
     assert sweep.find_sweep(settings, text, "a GPU", "words", None) == (Path("weights/sweep-words-2"), False)
     for changed, why in ((settings | {"model": "n4"}, "its model is nyx"), (settings | {"dim": 3}, "its dim is None")):
