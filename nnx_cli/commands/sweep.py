@@ -63,7 +63,9 @@ def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search,
     """Prepare the text, and find or make the folder of the sweep. `made` gets the folders that were made for a sweep
     that is not to be."""
     from nnx_cli.experiments import samplers, sweep
+    from nnx_cli.experiments.folders import make_folder
     from nnx_cli.experiments.search_space import combinations
+    from nnx_cli.experiments.sweep_file import NAME
     from nnx_cli.system.device import describe
 
     config, space, request = asked.config, asked.space, asked.request
@@ -89,7 +91,7 @@ def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search,
         with output.spinner("planning, for which torch loads its compiler"):
             record = sweep.new_record(search, conditions, identity, asked.length)
         try:
-            sweep.begin(folder, record)
+            make_folder(folder, NAME, record)
         except OutputError:
             if not folder.exists():
                 raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from nnx_cli.errors import CheckpointError, OutputError
-from nnx_cli.system.files import numbered
+from nnx_cli.system.files import new_folder, numbered, to_json, write_synced
 
 ANOTHER = "name another folder with --out"
 
@@ -33,3 +34,25 @@ def find_or_name(place: Path, out: Path | None, kind: str, differs: Callable[[Pa
         if out is not None:
             raise OutputError(f"{out} exists already, and is another {kind}: {difference}", fix=ANOTHER)
     raise AssertionError("names are endless")
+
+
+def difference(
+    record: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str, device: str | None
+) -> str | None:
+    """What makes the work of a record another one than that with these settings on this text, and on that device unless
+    it is None; None where nothing does."""
+    if record["fingerprint"] != fingerprint:
+        return "its text differs"
+    theirs = record["settings"] or {}
+    for name in sorted(theirs.keys() | settings.keys()):
+        if theirs.get(name) != settings.get(name):
+            return f"its {name} is {theirs.get(name)}, not {settings.get(name)}"
+    if device is not None and record["device"] != device:
+        return f"its time is that of {record['device']}, and this is {device}"
+    return None
+
+
+def make_folder(folder: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Make a folder that holds a record in a file of that name. Raises OutputError."""
+    with new_folder(folder) as temporary:
+        write_synced(temporary / name, to_json(dict(record)))

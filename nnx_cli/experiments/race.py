@@ -16,14 +16,14 @@ from nnx_cli import models
 from nnx_cli.errors import CheckpointError
 from nnx_cli.experiments import race_file, rate_search
 from nnx_cli.experiments.entrants import Entrant, Field
-from nnx_cli.experiments.folders import ANOTHER, find_or_name
+from nnx_cli.experiments.folders import ANOTHER, difference, find_or_name, make_folder
 from nnx_cli.experiments.one_run import OUT_OF_MEMORY, Spectator, Stopped, drop_weights
 from nnx_cli.experiments.race_run import Runner
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.find import WEIGHTS
 from nnx_cli.runs.manifest import versions
 from nnx_cli.system.device import describe
-from nnx_cli.system.files import new_folder, sha256_file, to_json, write_synced
+from nnx_cli.system.files import sha256_file
 from nnx_cli.system.text import duration
 from nnx_cli.training.sampling import choose_sampling
 
@@ -112,28 +112,15 @@ def find_race(
     """
 
     def differs(folder: Path) -> str | None:
-        return _difference(race_file.read_race(folder / race_file.NAME), settings, fingerprint, device)
+        record, by_clock = race_file.read_race(folder / race_file.NAME), settings["equal"] == "time"
+        return difference(record, settings, fingerprint, device if by_clock else None)
 
     return find_or_name(WEIGHTS / f"race-{stem}", out, "race", differs)
 
 
-def _difference(record: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str, device: str) -> str | None:
-    """What makes a race another one than that of these settings on this text; None where nothing does."""
-    if record["fingerprint"] != fingerprint:
-        return "its text differs"
-    theirs = record["settings"] or {}
-    for name in sorted(theirs.keys() | settings.keys()):
-        if theirs.get(name) != settings.get(name):
-            return f"its {name} is {theirs.get(name)}, not {settings.get(name)}"
-    if settings["equal"] == "time" and record["device"] != device:
-        return f"its time is that of {record['device']}, and this is {device}"
-    return None
-
-
 def begin(folder: Path, record: Mapping[str, Any]) -> None:
     """Make the folder of a race. Raises OutputError."""
-    with new_folder(folder) as temporary:
-        write_synced(temporary / race_file.NAME, to_json(dict(record)))
+    make_folder(folder, race_file.NAME, record)
 
 
 class Race:

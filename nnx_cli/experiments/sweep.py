@@ -21,7 +21,7 @@ from nnx_cli import models
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted
 from nnx_cli.experiments import sweep_file
-from nnx_cli.experiments.folders import find_or_name
+from nnx_cli.experiments.folders import difference, find_or_name
 from nnx_cli.experiments.halving import is_over, lengths, open_trials, rungs
 from nnx_cli.experiments.one_run import (
     EVAL_TOKENS,
@@ -44,7 +44,6 @@ from nnx_cli.runs.logs import read_log
 from nnx_cli.runs.manifest import versions
 from nnx_cli.runs.run import Run, hold_lock
 from nnx_cli.system.device import describe, reset_peak_memory
-from nnx_cli.system.files import new_folder, to_json, write_synced
 from nnx_cli.system.text import duration
 from nnx_cli.training import session
 from nnx_cli.training.sampling import choose_sampling
@@ -172,23 +171,9 @@ def find_sweep(
 
     def differs(folder: Path) -> str | None:
         record = sweep_file.read_sweep(folder)
-        if record["fingerprint"] != fingerprint:
-            return "its text differs"
-        theirs = record["settings"]
-        for name in sorted(theirs.keys() | settings.keys()):
-            if theirs.get(name) != settings.get(name):
-                return f"its {name} is {theirs.get(name)}, not {settings.get(name)}"
-        if "max_time" in record["length"] and record["device"] != device:
-            return f"its time is that of {record['device']}, and this is {device}"
-        return None
+        return difference(record, settings, fingerprint, device if "max_time" in record["length"] else None)
 
     return find_or_name(WEIGHTS / f"sweep-{stem}", out, "sweep", differs)
-
-
-def begin(folder: Path, record: Mapping[str, Any]) -> None:
-    """Make the folder of a sweep. Raises OutputError."""
-    with new_folder(folder) as temporary:
-        write_synced(temporary / sweep_file.NAME, to_json(dict(record)))
 
 
 class Sweep:

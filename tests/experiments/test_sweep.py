@@ -9,6 +9,7 @@ from conftest import SETTINGS, TINY
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import CheckpointError, DoesNotFit, MissingFeature, OutputError, UsageError
 from nnx_cli.experiments import samplers, sweep
+from nnx_cli.experiments.folders import make_folder
 from nnx_cli.experiments.one_run import Stopped
 from nnx_cli.experiments.search_space import Choice, Range
 from nnx_cli.experiments.sweep import Conditions, Search, Sweep
@@ -73,10 +74,14 @@ def conditions(tokens):
     return Conditions(tokens, torch.device("cpu"), plan, command, None, "best")
 
 
+def begin(folder, record):
+    make_folder(folder, "sweep.json", record)
+
+
 def run_sweep(search, conditions, folder, should_stop=None, changed=lambda record: None):
     """What is left of a sweep in a folder: its record and its watcher."""
     if not folder.exists():
-        sweep.begin(folder, sweep.new_record(search, conditions, {}, {"max_steps": 12}))
+        begin(folder, sweep.new_record(search, conditions, {}, {"max_steps": 12}))
     watcher = Watcher()
     stop = (lambda: should_stop(watcher)) if should_stop else lambda: False
     return Sweep(search, conditions, folder, watcher, stop, changed).run(), watcher
@@ -158,13 +163,9 @@ def test_a_trial_that_diverges_is_a_row(conditions, workspace):
 
 def test_processes_share_the_trials(conditions, workspace, monkeypatch):
     with contextlib.ExitStack() as other:
-
-        def begin(folder):  # another process is at the first trial, and is killed while we wait for it
-            (folder / LOCKS).mkdir()
-            other.enter_context(hold_lock(folder / LOCKS / "001"))
-
-        sweep.begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
-        begin(Path("s"))
+        begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
+        Path("s", LOCKS).mkdir()  # another process is at the first trial, and is killed while we wait for it
+        other.enter_context(hold_lock(Path("s", LOCKS, "001")))
         monkeypatch.setattr(sweep.time, "sleep", lambda seconds: other.close())
         record, watcher = run_sweep(RANDOM, conditions, Path("s"))
     assert [note[:9] for note in watcher.notes] == ["trial 002", "trial 003", "trial 001"]
@@ -186,7 +187,7 @@ def test_a_trial_that_another_process_did_meanwhile_is_not_done_again(conditions
 
 
 def test_a_sweep_is_not_changed_by_two_at_once(conditions, workspace, monkeypatch):
-    sweep.begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
+    begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
     (Path("s") / ".tmp-sweep.json-1").write_text("{")  # of one that was killed
     with contextlib.ExitStack() as other:
         assert other.enter_context(hold_lock(Path("s/lock")))
@@ -220,7 +221,7 @@ def test_whose_folder_it_is(conditions, workspace):
     settings = {"lr": [1, 2.5], "model": "nyx"}
     found = sweep.find_sweep(settings, "a", "a CPU", "words", None)
     assert found == (Path("weights/sweep-words"), False)
-    sweep.begin(found[0], sweep.new_record(RANDOM, conditions, settings, {"max_time": "9s"}) | {"device": "a CPU"})
+    begin(found[0], sweep.new_record(RANDOM, conditions, settings, {"max_time": "9s"}) | {"device": "a CPU"})
     path = Path("weights/sweep-words/sweep.json")
     text = conditions.data.fingerprint
     assert sweep.find_sweep(settings, text, "a CPU", "words", None) == (path.parent, True)
