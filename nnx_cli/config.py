@@ -152,6 +152,10 @@ class TrainConfig:
             raise UsageError(f"--optimizer-in-backward sees one micro-batch, not --grad-accum {self.grad_accum}")
         if self.optimizer_in_backward and self.precision == "fp16":
             raise UsageError("--optimizer-in-backward has no loss scale, which fp16 needs", fix="take --precision fp32")
+        if self.parallel == "fsdp" and self.optimizer_in_backward:
+            raise UsageError("--optimizer-in-backward needs whole gradients, not --parallel fsdp", fix="leave it out")
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise UsageError("fp16's loss scale needs whole gradients, not --parallel fsdp", fix="take --parallel ddp")
         if self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {typed(self.min_lr)} is above --lr {typed(self.lr)}")
         if self.max_steps and self.warmup_steps and self.warmup_steps > self.max_steps:

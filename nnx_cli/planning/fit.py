@@ -71,6 +71,7 @@ MEMORY_SAVERS = (  # exact ones first
     MemorySaver("weight_precision", "bf16", "weights are kept in bf16, rounded at random: noisier steps"),
 )
 SMALLER = "take a smaller --size or --seq-len"  # where they are options
+MORE_GPUS = "take more GPUs, or a smaller --size or --seq-len"
 
 
 def savings(train: TrainConfig, optimizer: str = "adamw") -> Iterator[tuple[TrainConfig, tuple[MemorySaver, ...]]]:
@@ -291,6 +292,8 @@ def first_that_fits(
     """The first settings of `savings`, each of which takes less memory than those before it, with which micro-batches
     of `rows` fit; the last settings where none do. With several GPUs, `parallel` on auto is chosen too."""
     if predictor.n_gpus > 1 and train.parallel == "auto":
+        if not may_be_divided(train):
+            return first_that_fits(predictor, replace(train, parallel="ddp"), rows, budget, optimizer)
         return _choose_parallel(
             lambda kind: first_that_fits(predictor, replace(train, parallel=kind), rows, budget, optimizer)
         )
@@ -298,6 +301,11 @@ def first_that_fits(
     n = bisect_left(steps, True, key=lambda step: predictor.fits(step[0], rows, budget))
     chosen, taken = steps[min(n, len(steps) - 1)]
     return chosen, taken, n < len(steps)
+
+
+def may_be_divided(train: TrainConfig) -> bool:
+    """Whether FSDP can do what is asked for: no rank has whole gradients then."""
+    return not train.optimizer_in_backward and train.precision != "fp16"
 
 
 def _choose_parallel(find: Callable[[str], Found]) -> Found:
@@ -313,7 +321,9 @@ def _choose_parallel(find: Callable[[str], Found]) -> Found:
 def strongest(train: TrainConfig, n_gpus: int) -> TrainConfig:
     """The settings that take least memory."""
     *_, (last, _) = savings(train)
-    return replace(last, parallel="fsdp") if n_gpus > 1 and last.parallel == "auto" else last
+    if n_gpus == 1 or last.parallel != "auto":
+        return last
+    return replace(last, parallel="fsdp" if may_be_divided(train) else "ddp")
 
 
 def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) -> str:
@@ -328,6 +338,8 @@ def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) 
     freed = replace(train, **auto)
     if given and first_that_fits(predictor, freed, 1, budget)[2]:
         return "leave out " + " and ".join("--" + field.replace("_", "-") for field in sorted(given))
+    if predictor.n_gpus > 1 and may_be_divided(train):
+        return MORE_GPUS
     last = replace(strongest(freed, predictor.n_gpus), optimizer_in_backward=True, grad_accum=1, batch_size=None)
     if not train.optimizer_in_backward and predictor.peak(last, 1) <= budget:
         return "add --optimizer-in-backward, which has no accumulation and no clipping by the norm of all gradients"

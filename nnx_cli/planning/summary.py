@@ -11,7 +11,7 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.lora import check_rank
 from nnx_cli.models._base import ModelConfig
-from nnx_cli.planning.fit import Predictor, advice, first_that_fits, strongest
+from nnx_cli.planning.fit import Predictor, advice, first_that_fits, may_be_divided, strongest
 from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, meta_model, sampling_bytes
 from nnx_cli.planning.memory import ANY_GPU
 from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
@@ -54,7 +54,8 @@ def summary(
     }
     if n_gpus > 1:
         facts |= {"gpus": n_gpus, "parallel": chosen.parallel, "per_gpu": {}}
-        for kind in PARALLEL if train.parallel == "auto" else (train.parallel,):
+        both = train.parallel == "auto" and may_be_divided(train)
+        for kind in PARALLEL if both else (chosen.parallel,):
             how, found = _fitting(predictor, replace(train, parallel=kind), preferred, budget, rows_per_step, whole)
             facts["per_gpu"][kind] = {"memory": _parts(predictor, how, found["batch_size"]), "fits": found}
     return facts

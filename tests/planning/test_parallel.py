@@ -7,6 +7,7 @@ from torch import distributed
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig
+from nnx_cli.errors import UsageError
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.planning.fit import Predictor, advice, first_that_fits, fit_memory, rows_of_rank, savings
 from nnx_cli.planning.memory import ANY_GPU, CPU
@@ -110,6 +111,15 @@ def test_what_was_asked_for_is_not_chosen():
     train = TrainConfig(precision="bf16", parallel="ddp")
     assert first_that_fits(predictor(8, size="xl"), train, 1, 3 * GIB)[2] is False
     assert advice(predictor(8, size="xl"), train, 3 * GIB, 0) == "leave out --parallel"
+    assert "more GPUs" in advice(predictor(2, size="xl"), replace(train, parallel="auto"), 2 * GIB, 0)
+
+
+@pytest.mark.parametrize("asked", [dict(optimizer_in_backward=True), dict(precision="fp16")], ids=str)
+def test_what_needs_whole_gradients_is_not_divided(asked):
+    train = TrainConfig(**(dict(precision="bf16") | asked))
+    assert first_that_fits(predictor(8, size="xl"), train, 1, 2 * GIB)[0].parallel == "ddp"
+    with pytest.raises(UsageError, match="not --parallel fsdp"):
+        replace(train, parallel="fsdp")
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4, 8, 100])
