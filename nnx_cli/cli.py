@@ -221,8 +221,15 @@ def _shortened(text: str) -> str:
     return line if len(line) <= MAX_LINE_CHARS else f"{line[: MAX_LINE_CHARS // 2]} … {line[-MAX_LINE_CHARS // 2 :]}"
 
 
+FIRST_STEPS = """First steps:
+
+  nnx train --filepath book.txt    (without it: Python's documentation)
+  nnx sample --prompt "Once upon a time"
+  nnx report    (how the training went, as a page)"""
+
 app = typer.Typer(
     cls=Group,
+    epilog=FIRST_STEPS,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={

@@ -25,6 +25,12 @@ from nnx_cli.system.text import size as size_text
 if TYPE_CHECKING:
     from nnx_cli.experiments.benchmark import Benchmark
 
+EXAMPLES = """Examples:
+
+  nnx bench
+  nnx bench --model all --size tiny
+  nnx bench --batch-size 1,16 --seconds 0.5"""
+
 COMPUTING = {"on": ", compiled", "graph": ", graph", "off": ""}
 SHOWN = {"training": "model FLOPs, of large matmuls", "decoding": "bytes read, of a large copy"}
 TRAINED_AS = [field for field in own_fields(TrainConfig) if field.name in ("compile", "device", "vram", "threads")]

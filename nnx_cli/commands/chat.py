@@ -14,6 +14,12 @@ from nnx_cli.console.line_input import LineInput
 from nnx_cli.console.output import Output
 from nnx_cli.errors import UsageError
 
+EXAMPLES = """Examples:
+
+  nnx chat
+  nnx chat book --temperature 0.7 --max-new-tokens 100
+  nnx chat book --greedy"""
+
 BRANCHES = (STOP, *DRAWING, Branch({"system"}, lambda v: v["system"], "without text"))
 
 

@@ -8,6 +8,12 @@ from nnx_cli.commands._options import command
 from nnx_cli.console.output import Output
 from nnx_cli.errors import MissingFeature
 
+EXAMPLES = """Examples:
+
+  nnx doctor
+  nnx doctor --quiet
+  nnx doctor --json"""
+
 
 @command()
 def run(output: Output) -> None:

@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from nnx_cli.models._base import LanguageModel
     from nnx_cli.runs.load import ModelRef
 
+EXAMPLES = """Examples:
+
+  nnx eval
+  nnx eval book --by-position --context 2x,4x
+  nnx eval book@last --filepath other.txt"""
+
 OPTIONS = settings(PrepareConfig, only=READING)
 
 

@@ -12,6 +12,12 @@ from nnx_cli.commands._options import command, model_fields
 from nnx_cli.console.output import Output
 from nnx_cli.errors import UsageError, quoted
 
+EXAMPLES = """Examples:
+
+  nnx import nyx.pth --model nyx
+  nnx import nyx.pth --model nyx --out weights/mine
+  nnx import llama-folder --model llama    (of Hugging Face's Hub)"""
+
 VARIANT = model_fields()["variant"]
 
 

@@ -11,6 +11,12 @@ from nnx_cli.commands._options import command
 from nnx_cli.console.output import Output
 from nnx_cli.system.text import duration
 
+EXAMPLES = """Examples:
+
+  nnx list
+  nnx list --all
+  nnx list --json"""
+
 COLUMNS = ["name", "kind", "model", "size", "status", "steps", "bits/byte", "age"]
 EXPENDABLE = ["size", "steps", "age", "model", "bits/byte", "kind", "status"]  # on a narrow screen, in this order
 

@@ -12,6 +12,12 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.console.output import Output
 from nnx_cli.errors import quoted
 
+EXAMPLES = """Examples:
+
+  nnx merge
+  nnx merge book-lora
+  nnx merge book-lora --out weights/mine"""
+
 
 @command()
 def run(

@@ -16,6 +16,12 @@ from nnx_cli.console.progress import Progress
 from nnx_cli.errors import UsageError, counted, quoted
 from nnx_cli.system.text import size
 
+EXAMPLES = """Examples:
+
+  nnx prepare book.txt
+  nnx prepare books/ 'web-*.jsonl.gz' --out data/mine
+  nnx prepare chats.jsonl --prompt-key question --answer-key answer"""
+
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
 NAME_COLUMNS, LINE_CHARS = 17, 60  # of the first lines as tokens
 TOKEN_MARK = "·"  # between two of them

@@ -25,6 +25,12 @@ from nnx_cli.console.progress import Progress
 from nnx_cli.errors import quoted
 from nnx_cli.system.text import size
 
+EXAMPLES = """Examples:
+
+  nnx quantize
+  nnx quantize book --bits 4
+  nnx quantize book --keep head --out weights/book-small"""
+
 BRANCHES = (
     *READING_BRANCHES,
     Branch(

@@ -27,6 +27,12 @@ from nnx_cli.errors import CheckpointError, UsageError, counted
 if TYPE_CHECKING:
     from nnx_cli.runs.load import ModelRef
 
+EXAMPLES = """Examples:
+
+  nnx sample --prompt "Once upon a time"
+  nnx sample book --num-samples 3 --temperature 0.7
+  nnx sample book@last --greedy --max-new-tokens 100"""
+
 # Options of the original NYX that choose the newest run of a shape, and our names of these values.
 SHAPE = {name: ALIASES.get(name, name) for name in ("vocab_size", "model_dim", "layer_depth", "num_attention_heads")}
 

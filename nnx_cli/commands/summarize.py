@@ -30,6 +30,12 @@ from nnx_cli.system.text import size
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
 
+EXAMPLES = """Examples:
+
+  nnx summarize --vram 8GB
+  nnx summarize --model nyx --size tiny
+  nnx summarize book"""
+
 DEFAULT_SIZE = "small"
 MOST_GPUS = 2**16
 SETTINGS = (
