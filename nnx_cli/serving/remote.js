@@ -51,7 +51,7 @@ class Model {
 /** A field for the key that the server asks for. */
 function keyField() {
   const label = document.createElement("label"), key = document.createElement("input");
-  label.textContent = "Key of the server ";
+  label.textContent = "Key ";
   Object.assign(key, { id: "key", type: "password", autocomplete: "off" });
   label.append(key);
   document.querySelector(".settings").append(label);
