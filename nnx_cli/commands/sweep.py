@@ -17,7 +17,7 @@ from nnx_cli.commands._train_options import TRAINING, Request
 from nnx_cli.config import LENGTHS, TrainConfig, parse_duration
 from nnx_cli.console.output import Output
 from nnx_cli.console.run_view import RunsView
-from nnx_cli.errors import DataError, Interrupted, OutputError, QualityError, UsageError, counted, pasteable
+from nnx_cli.errors import DataError, DoesNotFit, Interrupted, OutputError, QualityError, UsageError, counted, pasteable
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
@@ -258,7 +258,10 @@ def _length_words(length: Mapping[str, Any]) -> str:
 
 
 def _report(output: Output, record: Mapping[str, Any], folder: Path, conditions: Conditions) -> None:
-    """A sweep as a table, the best first, or as JSON. Raises QualityError where no trial has a result."""
+    """A sweep as a table, the best first, or as JSON. Raises QualityError, or what refused the trials, where none
+    has a result."""
+    from nnx_cli.experiments.one_run import OUT_OF_MEMORY
+    from nnx_cli.experiments.sweep import REFUSED
     from nnx_cli.experiments.sweep_file import NAME, PAGE
 
     trials, names = record["trials"], list(record["searched"])
@@ -272,7 +275,8 @@ def _report(output: Output, record: Mapping[str, Any], folder: Path, conditions:
         output.show(f"{counted(len(failed) - MOST_PROBLEMS, 'more trial')} failed: {folder / NAME} says why")
     best = trials[0]
     if best["bits_per_byte"] is None:
-        raise QualityError(f"no trial of {folder} has a result: {best['problem']}", fix="search other values: --set")
+        kind = {REFUSED: UsageError, OUT_OF_MEMORY: DoesNotFit}.get(best["status"], QualityError)
+        raise kind(f"no trial of {folder} has a result: {best['problem']}", fix="search other values: --set")
     output.show(
         f"best: {best['out']}, {best['bits_per_byte']:.4f} bits per byte of {record['judged_tokens']:,} tokens of the "
         "validation text",

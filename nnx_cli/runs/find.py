@@ -142,9 +142,12 @@ def _describe_sweep(folder: Path) -> dict[str, Any]:
         sweep = read_json(folder / SWEEP)
         check_types(sweep, {"state": str, "trials": list, "settings": {}}, folder / SWEEP)
         trials = [each for each in sweep.get("trials", []) if isinstance(each, dict)]
+        for each in trials:
+            check_types(each, {"settings": {}}, folder / SWEEP)
         bits = [each.get("bits_per_byte") for each in trials if each.get("status") == "finished"]
+        settings = [(sweep.get("settings") or {}) | (each.get("settings") or {}) for each in trials]
         row |= {
-            "model": (sweep.get("settings") or {}).get("model"),
+            "model": ", ".join(sorted({str(each.get("model")) for each in settings})),
             "size": None,
             "status": sweep_status(folder, sweep.get("state")),
             "steps": None,

@@ -132,6 +132,16 @@ def test_what_a_sweep_refuses(refused, words, code, message, options):
     refused(code, message, *SMALL, *options)
 
 
+@pytest.mark.parametrize(("status", "code"), [("diverged", 6), ("out of memory", 4)])
+def test_a_sweep_without_a_result(nnx, words, monkeypatch, status, code):
+    monkeypatch.setattr(sweeps.OneRun, "train", lambda run: (status, "it went wrong"))
+    result = nnx(*SMALL, "--set", "lr=0.1,0.2", "--sampler", "grid")
+    assert result.exit_code == code and "no trial of weights/sweep-words has a result" in result.stderr
+    assert result.stdout.count(status) == 2 and "002: it went wrong" in result.stdout
+    (row,) = json.loads(nnx("list", "--json").stdout)
+    assert (row["model"], row["status"], row["best_val_bits_per_byte"]) == ("nyx", "finished", None)
+
+
 def test_gpus_that_are_left_idle_are_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert "one of 4 GPUs" in _other_gpus(torch.device("cuda"))
