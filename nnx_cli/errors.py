@@ -34,6 +34,10 @@ class DataError(NnxError):
     exit_code = 3
 
 
+class FunctionError(DataError):
+    """A function of the user's that raises, hangs or returns something else than it is to."""
+
+
 class DoesNotFit(NnxError):
     """More memory asked for than there is."""
 

@@ -15,7 +15,7 @@ import typer
 from nnx_cli import models
 from nnx_cli.config import Field, TrainConfig, own_fields
 from nnx_cli.console.output import Output
-from nnx_cli.errors import DataError, NnxError, UsageError, quoted
+from nnx_cli.errors import DataError, NnxError, UsageError
 
 if TYPE_CHECKING:
     from nnx_cli.models._base import ModelConfig
@@ -58,7 +58,10 @@ Model = Annotated[
     ),
 ]
 ModelFile = Annotated[
-    Path | None, typer.Option("--model", help="File of its architecture, for a model from a file of yours: my.py.")
+    Path | None,
+    typer.Option(
+        "--model", "--bank-file", help="File of its architecture, or of its bank, where that is yours: my.py, bank.py."
+    ),
 ]
 Device = Annotated[str, typer.Option(help=TRAINING["device"].sentence)]
 Precision = Annotated[str, typer.Option(help=TRAINING["precision"].sentence)]
@@ -211,12 +214,6 @@ def at_home(value: Any, name: str = "") -> Any:
     if name in TEXTS or not isinstance(value, (str, Path)):
         return value
     return type(value)(os.path.expanduser(value))
-
-
-def naming(architecture: str | Path | None) -> str:
-    """What commands on a run need besides its name: the file of its architecture, where that is the user's."""
-    name = str(architecture)
-    return f" --model {quoted(name)}" if models.is_file(name) else ""
 
 
 def _check_current_folder() -> None:

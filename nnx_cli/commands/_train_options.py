@@ -153,7 +153,7 @@ BEGIN_ANEW = "leave it out, or start a new run with --init-from MODEL"
 BETA2 = Branch({"beta2"}, _averages_squares, "with --optimizer {optimizer}, which averages no squared gradients")
 BRANCHES = (
     Branch(
-        AllBut("resume", "checkpoint_path", "filepath", "model", "data", "dry_run", "gpus", *RESUMABLE),
+        AllBut("resume", "checkpoint_path", "filepath", "model", "bank_file", "data", "dry_run", "gpus", *RESUMABLE),
         lambda v: not _resumes(v),
         KEPT,
         BEGIN_ANEW,
@@ -213,6 +213,13 @@ class Request:
     generate_length: int | None  # tokens of a sample
     notes: list[str]  # what to say about how the command line is understood
 
+    @property
+    def file(self) -> Path | None:
+        """The file of the user's whose code the model runs."""
+        is_own = self.model is not None and models.is_file(self.model)
+        named = self.model if is_own else self.fields.get("bank_file")
+        return None if named is None else Path(named)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeRequest:
@@ -242,7 +249,7 @@ def read_request(options: Mapping[str, Any]) -> Request | ResumeRequest:
     if not _resumes(options):
         return _new_request(settings, filed, aliases, options)
     check_read(BRANCHES, options, dict.fromkeys((*settings, *_given_besides(options)), COMMAND_LINE), aliases)
-    file = options["model"]  # of its architecture: no other model is read on resuming
+    file = options["model"] or settings.pop("bank_file", None)  # whose code it runs: nothing else is read of a model
     return _resume_request(options["resume"] or options["checkpoint_path"], file, settings, options)
 
 

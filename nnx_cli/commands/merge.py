@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nnx_cli.commands._options import Device, ModelFile, command, naming
+from nnx_cli.commands._options import Device, ModelFile, command
 from nnx_cli.config import TrainConfig
 from nnx_cli.console.output import Output
 from nnx_cli.errors import quoted
@@ -40,5 +40,5 @@ def run(
     output.show(
         f"{result['out']}: {result['parameters']:,} parameters; largest difference of a logit "
         f"{result['largest_logit_difference']:.1e}",
-        f"next: nnx sample {quoted(result['out'])}{naming(file)}",
+        f"next: nnx sample {quoted(result['out'])}{ref.naming}",
     )

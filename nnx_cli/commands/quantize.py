@@ -16,7 +16,6 @@ from nnx_cli.commands._options import (
     ModelFile,
     command,
     given,
-    naming,
     settings,
 )
 from nnx_cli.config import PrepareConfig, QuantizeConfig, TrainConfig, own_fields
@@ -97,7 +96,7 @@ def run(
     )
     output.show(
         f"divergence {receipt['kl_divergence']:.5f} nats per token, same top token {receipt['same_top_token']:.2%}",
-        f"{folder}: try it with: nnx sample {quoted(folder)}{naming(file)}",
+        f"{folder}: try it with: nnx sample {quoted(folder)}{ref.naming}",
     )
 
 

@@ -50,7 +50,7 @@ SETTINGS = (
 )
 OF_A_RUN = "beside a MODEL: it has its own shape"
 BRANCHES = (
-    Branch(AllBut("ref", "model", "precision", "gpus", *SETTINGS), lambda v: v["ref"] is None, OF_A_RUN),
+    Branch(AllBut("ref", "model", "bank_file", "precision", "gpus", *SETTINGS), lambda v: v["ref"] is None, OF_A_RUN),
     Branch({"model"}, lambda v: v["ref"] is None or models.is_file(v["model"]), OF_A_RUN),
     Branch({"model"}, lambda v: not v["all"], "with --all, which shows every architecture"),
     Branch({"parallel"}, lambda v: v["gpus"] > 1, "on one GPU", "add --gpus 2"),
@@ -76,7 +76,8 @@ def run(
     check_range("gpus", gpus, 1, MOST_GPUS)
     train = TrainConfig(precision=precision, **given(options, [TRAINING[name] for name in SETTINGS]))
     fields = given(options, model_fields(model).values())
-    file = Path(model) if model is not None and models.is_file(model) else None
+    named = model if model is not None and models.is_file(model) else fields.get("bank_file")
+    file = None if named is None else Path(named)
     if all or (ref is None and model is None and not fields):
         shapes = {name: models.make_config(name, size=size or DEFAULT_SIZE, **fields) for name in models.names()}
         with output.spinner(WAITING):
@@ -141,7 +142,9 @@ def show_layers(output: Output, name: str, config: ModelConfig) -> None:
     model = cost.meta_model(name, config)
     ids = torch.zeros(1, config.seq_len, dtype=torch.int64, device="meta")
     with ShapeCache():
-        layers = torchinfo.summary(model, input_data=[ids], depth=5, verbose=0, device="meta").summary_list
+        layers = torchinfo.summary(
+            model, input_data=[ids], depth=5, verbose=0, device="meta", mode="train"
+        ).summary_list
     alike = copies(model)
     hidden = {id(part) for block, n in alike.items() if n == 0 for part in block.modules()}
     seen: set[int] = set()

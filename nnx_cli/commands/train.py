@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, naming
+from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches
 from nnx_cli.commands._plan_table import PlanTable, show_settings
 from nnx_cli.commands._ranks import connected, count_restarts, devices_of, how_many, is_started, start_all
 from nnx_cli.commands._run_verdict import RunVerdict
@@ -24,6 +24,7 @@ from nnx_cli.console.run_view import TrainingView
 from nnx_cli.errors import (
     CheckpointError,
     DoesNotFit,
+    FunctionError,
     Interrupted,
     NnxError,
     OutputError,
@@ -143,11 +144,9 @@ def _follow_run(request: Request | ResumeRequest, ranks: Ranks) -> None:
     from nnx_cli.training import session
     from nnx_cli.training.distributed import follow
 
-    named = request.model if isinstance(request, Request) else request.file
-    file = Path(named) if named is not None and models.is_file(str(named)) else None
     config = request.train if isinstance(request, Request) else TrainConfig(**request.settings)
     device, _ = session.configure_device(config, strict=False)
-    run, trainer = follow(ranks, request.data, file, device)
+    run, trainer = follow(ranks, request.data, request.file, device)
     with stop_signals() as should_stop:
         ended = trainer.train(run, should_stop)
     ranks.close()
@@ -162,8 +161,7 @@ def _begun(request: Request) -> ResumeRequest | None:
     folder = request.out if request.out is not None else session.find_begun(_command_line())
     if folder is None or not (folder / "run.json").exists():
         return None
-    file = Path(request.model) if request.model is not None and models.is_file(request.model) else None
-    return ResumeRequest(run=str(folder), file=file, settings={}, data=None, dry_run=False, gpus=None)
+    return ResumeRequest(run=str(folder), file=request.file, settings={}, data=None, dry_run=False, gpus=None)
 
 
 def _new_run(output: Output, request: Request, ranks: Ranks, devices: list[RankDevice]) -> None:
@@ -199,6 +197,7 @@ def _prepare_and_train(
     """Prepare what has to be prepared, plan, and train. `made` has the folders that were made for a run that does not
     exist yet, `devices` are those of all ranks, where there are several."""
     check_named(request)
+    from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.trackers._tracker import check_installed
     from nnx_cli.training import session
@@ -246,7 +245,8 @@ def _prepare_and_train(
         started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base, ranks)
         made.clear()
         with started.lock():
-            _finish(output, started, trainer, view, observers, naming(plan.model))
+            ref = ModelRef(started.folder, file=models.own_file(plan.model, plan.model_config))
+            _finish(output, started, trainer, view, observers, ref.naming)
 
 
 def check_named(request: Request) -> None:
@@ -385,6 +385,7 @@ def _start(
 
 def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     """Continue a run from its newest checkpoint."""
+    from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.logs import read_intact
     from nnx_cli.runs.run import Run
     from nnx_cli.system.torch_private import compiler_is_loaded
@@ -403,9 +404,8 @@ def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
         restart = session.plan_restart(run, request.settings, request.data, request.file)
         _say_over(output, restart, status) if restart.is_over else _show_restart(output, restart)
         return
-    elsewhere = (
-        f"go on where there is more memory: nnx train --resume {quoted(folder)}{naming(request.file)} --device cpu"
-    )
+    named = ModelRef(folder, file=request.file).naming
+    elsewhere = f"go on where there is more memory: nnx train --resume {quoted(folder)}{named} --device cpu"
     with _advising(elsewhere), run.lock():
         with output.spinner("planning what is left"):
             restart = session.plan_restart(run, request.settings, request.data, request.file)
@@ -423,7 +423,7 @@ def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
                 output.warn(note)
             output.note(f"resuming {folder} at step {trainer.state.step}")
             view.remember(read_intact(folder / "metrics.jsonl")[0])
-            _finish(output, run, trainer, view, observers, naming(request.file))
+            _finish(output, run, trainer, view, observers, named)
 
 
 def _show_restart(output: Output, restart: Restart) -> None:
@@ -515,6 +515,10 @@ def _train_to_end(output: Output, run: Run, trainer: Trainer, view: TrainingView
         except NnxError as error:
             diverged = isinstance(error, QualityError)
             with suppress(OutputError):  # a full disk is what the error may be
+                if isinstance(error, FunctionError) and trainer.stepper.ranks.count == 1:  # else others do not wait
+                    trainer.save(run)
+                    resume = f"nnx train --resume {quoted(run.folder)}{named}"
+                    error.fix = f"step {trainer.state.step:,} is saved; once it is mended: {resume}"
                 status = session.record_end(run, trainer, "diverged" if diverged else "interrupted")
                 if diverged:
                     output.show_json(_as_json(run, status))

@@ -8,7 +8,7 @@ et al. 2022, https://arxiv.org/abs/2101.03961).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,13 @@ def dispatch(h: Tensor, choice: Tensor, functions: nn.ModuleList) -> Tensor:
     return torch.empty_like(y).index_copy(0, order, y)
 
 
+class MoreFunctions(Protocol):
+    """Functions that stand behind the learned ones of a bank and see more than their input."""
+
+    def apply(self, h: Tensor, p: Tensor, choice: Tensor, learned: nn.ModuleList, dense: bool) -> Tensor:
+        """Every row of h (N, D) through its function; `dense` with a gradient for p (N, n)."""
+
+
 class FunctionBank(nn.Module):
     """G(h) + F(h): one of the functions that all layers share, and one of this layer's own; either may be absent.
 
@@ -119,9 +126,14 @@ class FunctionBank(nn.Module):
         self.balance: list[Tensor] = []
 
     def forward(
-        self, h: Tensor, functions: nn.ModuleList, noise: Mapping[str, Tensor] | None, temperature: Tensor | float
+        self,
+        h: Tensor,
+        functions: nn.ModuleList,
+        noise: Mapping[str, Tensor] | None,
+        temperature: Tensor | float,
+        outside: MoreFunctions | None = None,
     ) -> Tensor:
-        """h (B, T, D) to (B, T, D). `functions` are the shared ones.
+        """h (B, T, D) to (B, T, D). `functions` are the shared ones, which those from `outside` follow.
 
         With `noise` (B, T, n) the choice is drawn from softmax(scores / temperature), so that a low temperature comes
         close to the highest score, which is what counts without noise.
@@ -130,18 +142,21 @@ class FunctionBank(nn.Module):
         y = torch.zeros_like(rows)
         counts, balance = {}, []
         for kind, scores, bank in zip(KINDS, self.scorer(rows), (functions, self.functions), strict=True):
-            n = len(bank)
+            n = scores.shape[-1]
             if n == 0:
                 continue
             scores = scores.float()
             logits = scores if noise is None else scores / temperature + noise[kind].flatten(0, 1)
             choice = logits.argmax(-1)
             counts[kind] = (choice[:, None] == torch.arange(n, device=h.device)).sum(0)
-            if self.training or torch.compiler.is_compiling():  # dispatch cannot be captured in a graph
+            if outside is not None and kind == "global":
+                dense = self.training or torch.compiler.is_compiling()
+                y = y + outside.apply(rows, logits.softmax(-1), choice, bank, dense)
+            elif self.training or torch.compiler.is_compiling():  # dispatch cannot be captured in a graph
                 y = y + StraightThrough.apply(rows, logits.softmax(-1), choice, *map(matrix, bank))
-                if self.balanced and self.training:
-                    balance.append(n * (counts[kind] / len(rows) * scores.softmax(-1).mean(0)).sum())
             else:
                 y = y + dispatch(rows, choice, bank)
+            if self.balanced and self.training:
+                balance.append(n * (counts[kind] / len(rows) * scores.softmax(-1).mean(0)).sum())
         self.counts, self.balance = counts, balance
         return y.view_as(h)

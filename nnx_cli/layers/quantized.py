@@ -29,6 +29,7 @@ from nnx_cli.errors import CheckpointError
 from nnx_cli.kernels import quantized_matmul as kernels
 from nnx_cli.kernels.quantized_matmul import KERNELS, Matmul
 from nnx_cli.layers.linear import Linear, PackedLinear
+from nnx_cli.layers.outside_functions import OutsideFunction
 from nnx_cli.layers.unit_norm import length, unit
 
 FORMAT = 1
@@ -267,14 +268,16 @@ REPLACEMENTS: dict[type[nn.Module], type[QuantizedMatrix]] = {
 def quantizable(model: nn.Module, kept: Iterable[str] = ()) -> dict[str, Linear | nn.Embedding]:
     """The modules that quantization replaces, by name.
 
-    Left out are those in `kept` or inside a module in `kept`, and all that share their matrix with one that stays.
+    Left out are those in `kept` or inside a module in `kept`, functions of the user's, and all that share their matrix
+    with one that stays.
     """
     found = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (Linear, nn.Embedding)) and type(module) in REPLACEMENTS
     }
-    inside = tuple(f"{name}." for name in kept)
+    outside = (name for name, module in model.named_modules() if isinstance(module, OutsideFunction))
+    inside = tuple(f"{name}." for name in (*kept, *outside))
     staying: list[nn.Module] = [module for name, module in found.items() if f"{name}.".startswith(inside)]
     staying += [module for module in model.modules() if type(module) not in REPLACEMENTS]
     floats = {id(tensor) for module in staying for tensor in module.parameters(recurse=False)}

@@ -57,11 +57,20 @@ def _module(name: str) -> ModuleType:
     return load_file(name) if is_file(name) else importlib.import_module(f"nnx_cli.models.{name}")
 
 
-def describe(name: str) -> dict[str, str]:
-    """How config.json names an architecture: with the file and its SHA-256 where it is the user's."""
-    if not is_file(name):
-        return {"name": name}
-    return {"name": stem(name), "file": Path(name).name, "sha256": sha256_source(name)}
+def own_file(name: str, config: ModelConfig) -> Path | None:
+    """The file of the user's whose code a model runs: that of its architecture, or one that its configuration names."""
+    file = name if is_file(name) else config.code_file()
+    return None if file is None else Path(file)
+
+
+def describe(name: str, size: str | None, config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a model: its architecture, size and fields, and the file whose code it runs where that
+    is the user's, with its SHA-256."""
+    file, fields = own_file(name, config), config_dict(config)
+    if file is None:
+        return {"name": name, "size": size, **fields}
+    fields = {key: file.name if value == str(file) else value for key, value in fields.items()}
+    return {"name": stem(name), "file": file.name, "sha256": sha256_source(str(file)), "size": size, **fields}
 
 
 def make_config(name: str, *, size: str | None = None, **overrides: Any) -> ModelConfig:
@@ -85,7 +94,10 @@ def make_config(name: str, *, size: str | None = None, **overrides: Any) -> Mode
         if "dim" in overrides:
             optional = {field.name for field in config_fields(name) if field.default is None}
             shape = {key: value for key, value in shape.items() if key not in optional}
-    return module.Config(**(shape | overrides))
+    config = module.Config(**(shape | overrides))
+    if is_file(name) and config.code_file() is not None:
+        raise UsageError(f"{config.code_file()} goes with nnx's own architectures alone, not with {name}")
+    return config
 
 
 def build(name: str, *, vocab_size: int = 256, size: str | None = None, **overrides: Any) -> LanguageModel:

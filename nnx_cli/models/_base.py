@@ -57,6 +57,10 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+    def code_file(self) -> str | None:
+        """A file of the user's that the model runs besides its architecture."""
+        return None
+
     def unread(self) -> dict[str, str]:
         """Fields that change nothing beside the values of others, each with the option that it needs."""
         return {}
@@ -98,6 +102,8 @@ class LanguageModel(nn.Module):
     recipe = Recipe()
     ignore_index = -100  # a target that does not count; -100 is never a token
     syncs_in_eval = False  # whether a pass in evaluation mode synchronizes, so that no CUDA graph can hold it
+
+    capturable = True  # whether CUDA graphs may hold training steps: nothing but tensors decides what they compute
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

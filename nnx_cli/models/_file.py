@@ -1,4 +1,5 @@
-"""An architecture in a file of the user's: read as text until it is named to run, and then run as that very text."""
+"""Files of the user's, with an architecture or with functions: read as text until one is named to run, and then run as
+that very text."""
 
 from __future__ import annotations
 
@@ -31,15 +32,15 @@ def stem(name: str) -> str:
     return Path(name).stem if is_file(name) else name
 
 
-def read_source(path: str) -> bytes:
-    """The text of a file. Raises UsageError where it is none, or too long for an architecture."""
+def read_source(path: str, option: str = "--model") -> bytes:
+    """The text of a file that an option names. Raises UsageError where it is none, or too long for a program."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read --model {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {option} {path}: {error.strerror}") from error
     if len(text) > MAX_BYTES:
-        raise UsageError(f"--model {path} is longer than {MAX_BYTES:,} bytes")
+        raise UsageError(f"{option} {path} is longer than {MAX_BYTES:,} bytes")
     return text
 
 
@@ -84,8 +85,17 @@ def sizes_in(source: bytes) -> tuple[str, ...]:
 
 
 def load_file(path: str) -> ModuleType:
-    """Run a file and return its module, once for every text. Raises UsageError where that fails."""
-    text = read_source(path)
+    """Run the file of an architecture and return its module. Raises UsageError where that fails."""
+    module = run_file(path, "--model")
+    if missing := sorted({"Config", "SIZES", "Model"} - vars(module).keys()):
+        raise UsageError(f"--model {path} fails: it defines no {missing[0]}")
+    return module
+
+
+def run_file(path: str, option: str) -> ModuleType:
+    """Run the file that an option names and return its module, once for every text. Raises UsageError where that
+    fails."""
+    text = read_source(path, option)
     digest = hashlib.sha256(text).hexdigest()
     called = re.sub(r"\W", "_", stem(path))
     name = f"nnx_cli.models.file_{digest[:16]}.{called}"
@@ -97,11 +107,9 @@ def load_file(path: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-        if missing := sorted({"Config", "SIZES", "Model"} - vars(module).keys()):
-            raise AttributeError(f"it defines no {missing[0]}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"--model {path} fails: {type(error).__name__}: {error}", fix="see where: --debug") from error
+        raise UsageError(f"{option} {path} fails: {type(error).__name__}: {error}", fix="see where: --debug") from error
     return module
 
 

@@ -6,7 +6,8 @@ difference of two softmax maps (Differential Transformer, Ye et al. 2024, https:
 `normalized` keeps weights and stream on the unit sphere (nGPT, Loshchilov et al. 2024,
 https://arxiv.org/abs/2410.01131): Neon's README names it, its code never had it. (Weight decay has no effect on
 matrices then.) The banks are described at `FunctionBank` and `Memory`; `linear-control` has one or two plain matrices
-in their place, a control for their parameters.
+in their place, a control for their parameters. `bank_file` adds functions from a file of the user's to the learned ones
+that all layers share: what Neon's README wishes for.
 
 Parameters at the original's vocabulary of 32,000, of the original and of this:
 
@@ -42,8 +43,10 @@ from nnx_cli.layers.kv_cache import KVCache
 from nnx_cli.layers.linear import Linear, PackedLinear
 from nnx_cli.layers.memory_slots import Memory
 from nnx_cli.layers.norm import RMSNorm
+from nnx_cli.layers.outside_functions import Outside, TokenCache, contexts_of
 from nnx_cli.layers.rope import rotary_tables, tables_of
 from nnx_cli.layers.unit_norm import Interpolation, ScaledHead, normalize_matrices, unit
+from nnx_cli.models._bank_file import check_bank_file, load_functions
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 from nnx_cli.models.insides.neon import insides as insides_of_neon
 
@@ -75,6 +78,7 @@ class Config(ModelConfig):
     n_layer_functions: int = DERIVED  # functions of each layer's own; default 4 (linear-control: 1)
     n_global_memories: int = DERIVED  # memory slots that all layers share; default 64
     n_layer_memories: int = DERIVED  # memory slots of each layer's own; default 64
+    bank_file: str | None = None  # file of yours with further functions, torch.nn.Modules; default none
     function_temperature: float = 1.0  # temperature of the random choice of functions in training
     function_min_temperature: float = 0.1  # temperature where annealing ends
     function_anneal_steps: int | None = None  # optimizer steps until then; default no annealing
@@ -104,6 +108,12 @@ class Config(ModelConfig):
         if self.function_anneal_steps is not None and self.function_anneal_steps < 1:
             raise UsageError(f"--function-anneal-steps is {self.function_anneal_steps}; it must be at least 1")
         self.count_banks()
+        if self.bank_file is not None and self.decoder == "function":
+            check_bank_file(self.bank_file)
+
+    def code_file(self) -> str | None:
+        """As in the base."""
+        return self.bank_file
 
     def count_banks(self) -> None:
         """Fill in how many functions and memories there are. Raises UsageError where the decoder has no use for some,
@@ -128,7 +138,7 @@ class Config(ModelConfig):
             found["function_min_temperature"] = "--function-anneal-steps"
         if self.decoder != "function":
             names = ("temperature", "min_temperature", "anneal_steps", "balance")
-            found |= {f"function_{name}": "--decoder function" for name in names}
+            found |= dict.fromkeys(("bank_file", *(f"function_{name}" for name in names)), "--decoder function")
         if self.diff_attention == "off" and not self.diff_mlp:
             found["paper_lambda"] = "--diff-attention expressive"
         if self.normalized:
@@ -303,6 +313,7 @@ class Model(LanguageModel):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.functions = self.memories = None
+        self.outside: Any = None  # functions from a file, in a ModuleList
         if config.decoder == "function":
             self.functions = nn.ModuleList(Linear(config.dim, config.dim) for _ in range(config.n_global_functions))
             self.noise = GumbelNoise(
@@ -318,6 +329,21 @@ class Model(LanguageModel):
             matrix.weight = self.embedding.weight
         self.syncs_in_eval = config.decoder == "function"  # every function takes the rows that chose it
         self.init_weights()
+        if config.bank_file is not None and config.decoder == "function":
+            self.add_outside(config.bank_file)
+
+    def add_outside(self, path: str) -> None:
+        """Let tokens choose among the functions of a file too."""
+        config = self.config
+        outside = load_functions(path, dim=config.dim, vocab_size=config.vocab_size, seq_len=config.seq_len)
+        self.capturable = False
+        for _, bank in self.banks():
+            sizes = (config.n_global_functions + len(outside), config.n_layer_functions)
+            bank.scorer = PackedLinear(config.dim, sizes)
+            nn.init.normal_(bank.scorer.weight, std=0.02)
+        self.outside = outside
+        if config.normalized:
+            self.normalize_weights()
 
     def init_weights(self) -> None:
         """N(0, 0.02) for matrices, as in the original; lambda vectors so that both exponents start near 0 ± 0.08."""
@@ -336,7 +362,7 @@ class Model(LanguageModel):
         normalize_matrices(
             (parameter, 0 if any(part in f".{name}" for part in WRITERS) else 1)
             for name, parameter in self.named_parameters()
-            if parameter.dim() == 2 and ".lora_" not in name
+            if parameter.dim() == 2 and ".lora_" not in name and not name.startswith("outside.")
         )
 
     @torch.no_grad()
@@ -374,24 +400,29 @@ class Model(LanguageModel):
         return {}
 
     def drawn(self, layer: int, input_ids: Tensor, cache: KVCache | None) -> dict[str, Any]:
-        """Noise and temperature of the choice of functions."""
+        """Noise and temperature of the choice of functions, and those from outside with what they may ask for."""
         draws = self.training or self.config.variant == "original"
         B, T = input_ids.shape
         positions = torch.arange(T, device=input_ids.device) if cache is None else cache.positions(T)
         noise = self.noise(layer, self.bank_sizes(), B, positions) if draws else None
-        return {"noise": noise, "temperature": self.noise.temperature()}
+        given = {"noise": noise, "temperature": self.noise.temperature()}
+        if self.outside is None:
+            return given
+        length = max(function.context for function in self.outside)
+        return given | {"outside": Outside(self.outside, *contexts_of(input_ids, length, cache))}
 
     def bank_sizes(self) -> dict[str, int]:
         """Number of functions that a token chooses one of, by kind."""
-        counts = zip(KINDS, (self.config.n_global_functions, self.config.n_layer_functions), strict=True)
+        n_shared = self.config.n_global_functions + (0 if self.outside is None else len(self.outside))
+        counts = zip(KINDS, (n_shared, self.config.n_layer_functions), strict=True)
         return {kind: n for kind, n in counts if n and self.config.decoder == "function"}
 
     def active_parameters(self) -> int:
-        """Without the functions that no token uses: it takes one of a layer's own, and of the shared ones at most one
-        in each layer."""
+        """Without the learned functions that no token uses: it takes one of a layer's own, and of the shared ones at
+        most one in each layer."""
         config, sizes = self.config, self.bank_sizes()
         idle = config.n_layers * (sizes.get("layer", 1) - 1)
-        idle += max(0, sizes.get("global", 0) - config.n_layers)
+        idle += max(0, config.n_global_functions - config.n_layers) if sizes else 0
         return super().active_parameters() - idle * config.dim**2
 
     def set_noise(self, noise: Mapping[str, Tensor]) -> None:
@@ -429,4 +460,5 @@ class Model(LanguageModel):
         config = self.config
         n_heads = config.n_heads if config.variant == "original" else config.n_kv_heads
         shape = (config.n_layers, batch_size, n_heads, max_seq_len, config.n_maps * config.head_dim)
-        return KVCache(shape, self.device, self.compute_dtype)
+        kind = KVCache if self.outside is None else TokenCache
+        return kind(shape, self.device, self.compute_dtype)

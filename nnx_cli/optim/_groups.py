@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnx_cli.layers.linear import Linear
+from nnx_cli.layers.outside_functions import OutsideFunction
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -43,9 +44,10 @@ def split_group(groups: list[dict[str, Any]], special: set[Tensor], **options: b
 
 
 def cast_matrices(model: nn.Module, precision: str) -> None:
-    """Keep a model's matrices in float32 ("fp32") or bfloat16 ("bf16"); vectors stay in float32. In place: tied
-    parameters stay tied, and there must be no optimizer yet."""
+    """Keep a model's matrices in float32 ("fp32") or bfloat16 ("bf16"); vectors and functions of the user's stay in
+    float32. In place: tied parameters stay tied, and there must be no optimizer yet."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    apart = {p for m in model.modules() if isinstance(m, OutsideFunction) for p in m.parameters()}
     for p in model.parameters():
-        if p.dim() >= 2:
+        if p.dim() >= 2 and p not in apart:
             p.data = p.data.to(dtype)

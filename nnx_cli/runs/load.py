@@ -30,7 +30,7 @@ class ModelRef:
 
     folder: Path
     which: str = "best"  # best, last or a step
-    file: Path | None = None  # of its architecture, where it is the user's own and was named
+    file: Path | None = None  # of the user's, whose code it runs, where that was named
 
     @property
     def label(self) -> str:
@@ -40,7 +40,12 @@ class ModelRef:
     @property
     def as_argument(self) -> str:
         """How a command names it that can be pasted."""
-        return quoted(self.label) + ("" if self.file is None else f" --model {quoted(self.file)}")
+        return quoted(self.label) + self.naming
+
+    @property
+    def naming(self) -> str:
+        """What commands on it need besides its name: the file of the user's whose code it runs."""
+        return "" if self.file is None else f" {option_of(self.config)} {quoted(self.file)}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -95,38 +100,56 @@ class ModelRef:
         return path / name, read_tensors(path / name, read_digests(path, (name,))[name])
 
 
+BANK = "bank_file"  # the field that names a file with functions
+
+
+def option_of(config: Mapping[str, Any]) -> str:
+    """The option that names the file of the user's whose code a model runs."""
+    return "--model" if config["model"].get(BANK) is None else "--bank-file"
+
+
+def shape_of(config: Mapping[str, Any], source: Path, file: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """The architecture that a config.json describes, as `architecture_of` says, and the values of its fields."""
+    name = architecture_of(config, source, file)
+    fields = {key: value for key, value in config["model"].items() if key not in ("name", "size", "file", "sha256")}
+    if fields.get(BANK) is not None and not models.is_file(name):
+        fields[BANK] = str(file)
+    return name, fields
+
+
 def architecture_of(config: Mapping[str, Any], source: Path, file: Path | None = None) -> str:
     """The architecture that a config.json describes: its name, or the path of the user's `file` that it came from.
 
-    Raises CheckpointError where it is none, where it came from a file and none is named, or one of another content:
-    opening a folder runs no code. Raises UsageError where a file is named for one that has none.
+    Raises CheckpointError where it is none, where the model runs code of a file and none is named, or one of another
+    content: opening a folder runs no code. Raises UsageError where a file is named for one that needs none.
     """
     described = config.get("model")
     if not isinstance(described, dict) or "name" not in described:
         raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
-    if (origin := described.get("file")) is not None:
+    is_known, has_bank = described["name"] in models.names(), described.get(BANK) is not None
+    if (origin := described.get("file", described[BANK] if has_bank else None)) is not None:
         if file is None:
+            what = "bank" if has_bank else "architecture"
             raise CheckpointError(
-                f"the architecture of {source} is in {origin}, and opening a folder runs no code",
-                fix=f"name the file: --model {quoted(origin)} (its text is in {source / SOURCE})",
+                f"the {what} of {source} is in {origin}, and opening a folder runs no code",
+                fix=f"name the file: {option_of(config)} {quoted(origin)} (its text is in {source / SOURCE})",
             )
         if models.sha256_source(str(file)) != described.get("sha256"):
             raise CheckpointError(
                 f"{file} is not the file that {source} was made with: its SHA-256 differs",
                 fix=f"the text it was made with is in {source / SOURCE}",
             )
-        return str(file)
+        return described["name"] if has_bank and is_known else str(file)
     if file is not None:
-        raise UsageError(f"{source} is a {described['name']}, which needs no file", fix="leave out --model")
-    if described["name"] not in models.names():
+        raise UsageError(f"{source} is a {described['name']}, which needs no file", fix="leave it out")
+    if not is_known:
         raise CheckpointError(f"{source / 'config.json'} names no model of this version of nnx")
     return described["name"]
 
 
 def model_from_config(config: Mapping[str, Any], source: Path, file: Path | None = None) -> LanguageModel:
     """The model that a config.json describes, on the meta device. Raises CheckpointError where it describes none."""
-    name, described = architecture_of(config, source, file), config["model"]
-    fields = {key: value for key, value in described.items() if key not in ("name", "size", "file", "sha256")}
+    name, fields = shape_of(config, source, file)
     try:
         stated = {key: value for key, value in fields.items() if value is not None}
         coerce(models.config_fields(name), stated, "its model")
@@ -136,7 +159,7 @@ def model_from_config(config: Mapping[str, Any], source: Path, file: Path | None
                 add_adapters(model, config["lora"]["rank"])
             return model
     except (UsageError, TypeError, KeyError, RuntimeError) as error:  # the last: a size beyond what torch can count
-        raise CheckpointError(f"{source / 'config.json'} describes no {described['name']}: {error}") from error
+        raise CheckpointError(f"{source / 'config.json'} describes no {models.stem(name)}: {error}") from error
 
 
 def load_model(ref: ModelRef, device: torch.device, precision: str = "fp32") -> LanguageModel:

@@ -32,7 +32,7 @@ from nnx_cli.system.files import (
 
 FORMAT = 1
 BEST = "model.safetensors"
-SOURCE = "model.py.txt"  # of an architecture in a file of the user's: to be read, never run
+SOURCE = "model.py.txt"  # of a file of the user's whose code the model runs: to be read, never run
 CONFIG_TYPES = {  # of what config.json may hold, that which something here relies on
     "model": {"name": str, "file": str, "sha256": str},
     "parameters": int,
@@ -64,7 +64,7 @@ def describe_model(
         }
     return {
         "format": FORMAT,
-        "model": {**models.describe(name), "size": size, **models.config_dict(config)},
+        "model": models.describe(name, size, config),
         "parameters": n_parameters,
         "tokenizer": known,
         "versions": versions(),
@@ -80,7 +80,7 @@ def write_model_folder(
 ) -> None:
     """Write config.json, tokenizer.json, the weights where there are any, and their manifest into an empty folder.
 
-    The text of the architecture is copied where it is a `file` of the user's.
+    The text of a `file` of the user's is copied whose code the model runs.
     """
     write_synced(folder / "config.json", to_json(dict(config)))
     files = {"config.json": sha256_file(folder / "config.json")}

@@ -166,3 +166,5 @@ def load_weights(model: LanguageModel, state: Mapping[str, Tensor], source: Path
                     is_parameter = isinstance(old, nn.Parameter)
                     loaded[name] = nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value
                 setattr(module, key, loaded[name])
+            elif not old.is_meta:  # a buffer that is made, not saved
+                setattr(module, key, old.to(device))

@@ -102,6 +102,8 @@ def verify(stepper: Stepper, wanted: Execution, conditions: Conditions) -> Execu
 
 def _verify_graph(stepper: Stepper, now: Execution, conditions: Conditions) -> Execution:
     """Record steps, if that works, and for `auto` if it is faster."""
+    if not stepper.step.model.capturable:
+        return replace(now, notes=(*now.notes, "no CUDA graph: functions from outside would be asked once and for all"))
     eager_s = _first_step_seconds(stepper, conditions.steps)
     problem = _record(stepper)
     if problem is not None:

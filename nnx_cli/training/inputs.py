@@ -23,7 +23,7 @@ from nnx_cli.planning.plan import Plan, auto_size, plan_run
 from nnx_cli.planning.rates import nominal_flops
 from nnx_cli.planning.tokenizer import vocabularies_for
 from nnx_cli.runs.find import find_model
-from nnx_cli.runs.load import ModelRef, architecture_of
+from nnx_cli.runs.load import ModelRef, shape_of
 from nnx_cli.system.files import discard_folder, is_forbidden
 
 
@@ -41,7 +41,9 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
 
     Raises CheckpointError where it is quantized or has adapters, UsageError where another shape is asked for.
     """
-    file = None if model is None or not models.is_file(model) else Path(model)
+    is_own = model is not None and models.is_file(model)
+    named = model if is_own else fields.get("bank_file")
+    file = None if named is None else Path(named)
     base = find_model(spec, file)
     if base.config.get("lora"):
         raise CheckpointError(
@@ -49,11 +51,9 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
         )
     if base.config.get("quantization"):
         raise CheckpointError(f"{spec} is no plain model", fix="take the run that it was made from")
-    described = dict(base.config["model"])
-    architecture = architecture_of(base.config, base.folder, file)
-    name, *_ = (described.pop(key, None) for key in ("name", "size", "file", "sha256"))
-    if file is None and model not in (None, name) or size != "auto":
-        raise UsageError(f"{spec} is a {name} of its own size", fix="leave out --model and --size")
+    architecture, described = shape_of(base.config, base.folder, file)
+    if not is_own and model not in (None, architecture) or size != "auto":
+        raise UsageError(f"{spec} is a {models.stem(architecture)} of its own size", fix="leave out --model and --size")
     config = models.make_config(architecture, **described)
     for field in fields.keys() - {"seq_len", "dropout"}:
         if field not in described or replace(config, **{field: fields[field]}) != config:

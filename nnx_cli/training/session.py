@@ -115,7 +115,7 @@ def start(
     lead(trainer, out, described)
     config = trainer.choose_execution(plan.train.compile)
     described["training"] = asdict(config)
-    file = Path(plan.model) if models.is_file(plan.model) else None
+    file = models.own_file(plan.model, plan.model_config)
     with trainer.cadence.saving.timed():
         status = first_status(config, device, command)
         run = Run.create(out, described, tokenizer, status, trainer.checkpoint(), file)

@@ -101,14 +101,15 @@ def _text(ref: ModelRef, model: LanguageModel) -> Tensor:
 def _check_held(format_name: str, form: Format, name: str, config: ModelConfig) -> None:
     """Raise UsageError where a format cannot hold a model, naming the architectures and the formats that go together
     with it."""
-    why = "it comes from a file of yours" if models.is_file(name) else form.why_not(name, config)
+    own = models.own_file(name, config) is not None
+    why = "it runs code from a file of yours" if own else form.why_not(name, config)
     if why is None:
         return
     held = [other for other in models.names() if form.why_not(other, models.make_config(other)) is None]
     others = [
         other
         for other in names()
-        if other != format_name and not models.is_file(name) and load_format(other).why_not(name, config) is None
+        if other != format_name and not own and load_format(other).why_not(name, config) is None
     ]
     raise UsageError(
         f"--format {format_name} cannot hold this {models.stem(name)}, for {why}; it holds {', '.join(held)}",

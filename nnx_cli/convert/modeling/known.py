@@ -10,7 +10,9 @@ from typing import Any
 
 FALSE = {"self.training", "torch.compiler.is_compiling()"}
 FALSE_CALLS = {"packed_for_kernel", "takes_triton"}
-NONE = re.compile(r"(.*\.)?lora_a|noise|\(packed := packed_for_kernel\(.*")  # without adapters, noise, fast paths
+NONE = re.compile(
+    r"(.*\.)?lora_a|noise|(self\.)?outside|\(packed := packed_for_kernel\(.*"
+)  # without adapters, noise, code of the user's, fast paths
 UNKNOWN, PRESENT = object(), object()  # PRESENT: something that is not None
 COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Is: operator.is_,

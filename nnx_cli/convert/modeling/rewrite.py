@@ -18,10 +18,17 @@ FAST = {"cached", "step"}  # methods that do what forward does, for one token, i
 GONE = {  # what is assigned to these names, or to attributes of these names
     "": {"dropout", "ignore_index", "recipe", "stores_int8", "syncs_in_eval", "turned"},
     "nnx_cli.layers.function_bank": {"balance", "balanced", "counts", "kind"},
-    "nnx_cli.models.neon": {"noise"},
+    "nnx_cli.models.neon": {"noise", "outside"},
     "nnx_cli.models.tape": {"_entropy", "entropies", "entropy", "rewarded"},
 }
-PARAMETERS = {"balanced", "ctx", "dropout", "noise", "temperature"}  # of functions, and arguments of their calls
+PARAMETERS = {
+    "balanced",
+    "ctx",
+    "dropout",
+    "noise",
+    "outside",
+    "temperature",
+}  # of functions, and arguments of their calls
 CALLS = ("self.init_weights(", "nn.init.", "ctx.", "entropies.append(")  # with which statements begin that do nothing
 AUTOGRAD = "torch.autograd.Function"
 INHERITED = "As in the base"  # with which docstrings begin that stand there

@@ -219,7 +219,7 @@ def test_a_model_from_a_file_of_the_users_is_refused(refused, nnx, workspace, to
     words = ["--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--max-steps", 1, "--batch-size", 2]
     words += ["--threads", 1, "--sample-every", 0, "--data", token_path, "--out", "weights/mine"]
     assert nnx("train", "--model", "my.py", *words).exit_code == 0
-    refused(2, "it comes from a file of yours", "export", "mine", "--model", "my.py", "--format", "hf")
+    refused(2, "it runs code from a file of yours", "export", "mine", "--model", "my.py", "--format", "hf")
 
 
 def test_an_exported_folder_in_weights_is_no_run(nnx, run, form):
