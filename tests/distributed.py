@@ -39,13 +39,15 @@ SETTINGS = dict(
     device="cpu",
     threads=1,
 )
-SHORT = [dict(model=name) for name in models.names()] + [
-    dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1),
+KINDS = ("ddp", "fsdp")
+SHORT = [dict(model=name, parallel=kind) for name in models.names() for kind in KINDS] + [
+    *(dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1, parallel=kind) for kind in KINDS),
     dict(model="llama", optimizer="adamw8bit", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1),
 ]
 FULL = [
-    dict(model=name, optimizer=optimizer, weight_precision=weights, grad_accum=n)
+    dict(model=name, parallel=kind, optimizer=optimizer, weight_precision=weights, grad_accum=n)
     for name in models.names()
+    for kind in KINDS
     for optimizer in module_names("optim")
     for weights in ("fp32", "bf16")
     for n in (1, 3)
@@ -122,9 +124,10 @@ def compare(n: int, folder: Path, data: Path, cases: list[dict]) -> dict[str, fl
     launch(n, data, folder / f"{n}.json", [case | {"out": str(out)} for case, out in zip(cases, outs, strict=True)])
     found = {}
     for case, out in zip(cases, outs, strict=True):
-        alone = folder / f"{label(case)}-1"
+        single = {name: value for name, value in case.items() if name != "parallel"}
+        alone = folder / f"{label(single)}-1"
         if not alone.exists():
-            train(*start(data, alone, case))
+            train(*start(data, alone, single))
         found[label(case)] = max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True))
     return found
 

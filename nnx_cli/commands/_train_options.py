@@ -30,6 +30,7 @@ from nnx_cli.commands._options import (
     model_options,
     settings,
 )
+from nnx_cli.commands._ranks import is_started
 from nnx_cli.config import (
     LENGTHS,
     MILESTONES,
@@ -95,7 +96,18 @@ NYX_RECIPE = {
     "dropout": 0.0,
 }
 SMALLER_PATIENCE = "take a smaller --patience or --val-every"
-RESUMABLE = (*LENGTHS, "warmup_steps", "device", "threads", "batch_size", "grad_accum", "compile", "vram", "log_to")
+RESUMABLE = (
+    *LENGTHS,
+    "warmup_steps",
+    "device",
+    "threads",
+    "batch_size",
+    "grad_accum",
+    "compile",
+    "vram",
+    "log_to",
+    "parallel",
+)
 NAMED = (Field("model", "str", None, ""), Field("size", "str", None, ""))  # what a file may give besides settings
 TRAINING = own_fields(TrainConfig)
 PREPARING = tuple(field for field in own_fields(PrepareConfig) if field.name in PANELS["Data"])
@@ -181,7 +193,7 @@ BRANCHES = (
     ),
     Branch({"min_lr"}, lambda v: v["schedule"] != "constant", "with --schedule constant: the rate never falls"),
     BETA2,
-    Branch({"parallel"}, lambda v: False, "on one GPU"),
+    Branch({"parallel"}, lambda v: v["gpus"] is not None or is_started(), "on one GPU", "add --gpus N"),
     Branch(
         {"sample_prompt", "prime_length", "generate_length"},
         lambda v: v["sample_every"] != 0,

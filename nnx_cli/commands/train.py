@@ -473,7 +473,9 @@ def _watched(
             modules = [f"nnx_cli.trackers.{name}" for name in trainer.config.trackers]
             tracking = Tracking(run.folder, modules, trainer.state.step, view.note, output.warn)
             observers.observers.append(stack.enter_context(tracking))
-        if trainer.config.watch:
+        if trainer.config.watch and trainer.stepper.step.shards is not None:
+            view.note("with --parallel fsdp nothing is kept of what happens inside the model")
+        elif trainer.config.watch:
             from nnx_cli.reporting.watch import Watch
 
             observers.observers.append(Watch(run.folder, trainer, view.note, partial(_show_panel, view)))

@@ -166,8 +166,9 @@ def evaluate(
     nats: list[Tensor] = []
     n_bytes: list[np.ndarray] = []
     n_targets: list[np.ndarray] = []
+    batches = [*_batches(len(tokens), seq_len, batch_size, n_windows, masked, group)]
     with evaluating(model):
-        for begin, length, counts in _batches(len(tokens), seq_len, batch_size, n_windows, masked, group):
+        for begin, length, counts in batches:
             input_ids, targets = windows_at(tokens, begin, length)
             on_device = input_ids.to(model.device), targets.to(model.device)
             if watchers:
@@ -184,6 +185,8 @@ def evaluate(
             if token_bytes is not None:
                 lengths = token_bytes[targets.numpy()]
                 n_bytes.append((lengths if counts is None else lengths * counts).sum(1))
+        for _ in range(round(group.most(len(batches))) - len(batches)):  # passes that other ranks take part in
+            token_losses(model, *(tensor[None, :1] for tensor in windows_at(tokens, np.zeros(1, int), 1)[0:2]))
     mine = [torch.cat(nats).cpu().numpy() if nats else np.empty(0), _joined(n_targets), _joined(n_bytes)]
     windows = [np.concatenate(parts) for parts in zip(*group.gather(mine), strict=True)]
     return _evaluation(time.perf_counter() - started, *windows)

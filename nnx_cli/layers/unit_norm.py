@@ -59,12 +59,23 @@ def normalize_matrices(matrices: Iterable[tuple[Tensor, int]]) -> None:
     """
     groups = defaultdict(list)
     for matrix, axis in matrices:
-        if not matrix.is_meta:
+        if hasattr(matrix, "placements"):  # divided among ranks
+            _normalize_divided(matrix, axis)
+        elif not matrix.is_meta:
             groups[matrix.shape, matrix.dtype, axis].append(matrix)
     for (_, _, axis), group in groups.items():
         n = max(1, GROUP_BYTES // (group[0].numel() * group[0].element_size())) if group[0].is_cuda else 1
         for start in range(0, len(group), n):
             normalize_stacked(group[start : start + n], axis)
+
+
+def _normalize_divided(matrix: Any, axis: int) -> None:
+    """Divide a matrix by its L2 norms along an axis, in place, where ranks have rows of it each."""
+    from torch.distributed.tensor import Replicate
+
+    lengths = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True, dtype=torch.float32)
+    whole = [place if place.is_shard() else Replicate() for place in lengths.placements]
+    matrix.div_(lengths.redistribute(placements=whole).clamp_(min=1e-12))
 
 
 def normalize_stacked(matrices: list[Tensor], axis: int) -> None:

@@ -65,6 +65,13 @@ class DeviceOptimizer(torch.optim.Optimizer):
         if self.capturable and device.type == "cuda" and not isinstance(group["lr"], Tensor):
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
+    def move(self, local: Mapping[Tensor, Tensor], rank: int) -> None:
+        """Move other tensors in place of the parameters that it was built with: the rows of each that a rank has.
+        What is rounded at random is so with bits of the rank's own. There must be no state yet."""
+        for group in self.param_groups:
+            group["params"] = [local[p] for p in group["params"]]
+        self.keys = {local[p]: key + rank * (local[p] is not p) for p, key in self.keys.items()}
+
     @property
     def may_be_captured(self) -> bool:
         """Whether a CUDA graph can hold a step, with the ranks that there are."""

@@ -10,9 +10,13 @@ from nnx_cli.errors import CheckpointError
 from nnx_cli.optim._base import DeviceOptimizer
 
 
-def optimizer_state(optimizer: DeviceOptimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the optimizer's state as "PARAMETER.FIELD"."""
+def optimizer_state(
+    optimizer: DeviceOptimizer, model: nn.Module, local: Mapping[Tensor, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of the optimizer's state as "PARAMETER.FIELD"; `local` are tensors that it moves in place of the
+    model's."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names |= {mine: names[p] for p, mine in (local or {}).items()}
     return {
         f"{names[parameter]}.{field}": value
         for parameter, fields in optimizer.state.items()

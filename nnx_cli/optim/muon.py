@@ -106,6 +106,13 @@ class Muon(AdamW):
     ) -> None:
         super().__init__(params, lr, *args, momentum=momentum, orthogonal=False, **options)
         self.splits = splits or {}
+        self.rows: dict[Tensor, int] = {}  # of the whole of each matrix that is divided among ranks
+
+    def move(self, local: Mapping[Tensor, Tensor], rank: int) -> None:
+        """As in the base."""
+        super().move(local, rank)
+        self.rows = {local[p]: len(p) for p in self.splits if local[p] is not p}
+        self.splits = {local[p]: rows for p, rows in self.splits.items()}
 
     def state_spec(self, p: Tensor, group: Group) -> StateSpec:
         """The momentum of a matrix; of all else AdamW's moments."""
@@ -123,8 +130,11 @@ class Muon(AdamW):
             super().update(parameters, group, found_inf)
             return
         skip = None if found_inf is None else found_inf != 0
-        for stack in self.stacks(parameters):
+        whole = [p for p in parameters if p not in self.rows]
+        for stack in self.stacks(whole):
             self._update_stack(stack, group, skip)
+        for some in self._of_one_shape([p for p in parameters if p in self.rows]):
+            self._update_divided(some, group, skip)
         self.count_step(parameters, found_inf)
 
     @property
@@ -145,9 +155,35 @@ class Muon(AdamW):
             for start in range(0, len(matrices), n):
                 yield matrices[start : start + n]
 
-    def _orthogonalize(self, matrices: Tensor, dtype: torch.dtype, steps: Sequence[Any]) -> Tensor:
+    def _of_one_shape(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Matrices that ranks have rows of, by their shape and splits, as many as are worked on together."""
+        alike: dict[Any, list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            alike[self.rows[p], p.shape[1], tuple(self.splits[p])].append(p)
+        for (rows, columns, _), group in alike.items():
+            n = self.ranks.count * max(1, STACK_BYTES // (4 * rows * columns))
+            for start in range(0, len(group), n):
+                yield group[start : start + n]
+
+    def _update_divided(self, some: list[Tensor], group: Group, skip: Tensor | None) -> None:
+        """Move matrices of one shape that ranks have rows of: joined, changed, and divided again."""
+        ranks, rows, (mine, columns) = self.ranks, self.rows[some[0]], some[0].shape
+        stack = [Matrix(p, 0, mine) for p in some]
+        share = -(-rows // ranks.count)
+        part = some[0].new_zeros(len(some), share, columns, dtype=torch.float32)
+        part[:, :mine] = self._nesterov(stack, group, skip)
+        joined = ranks.collect(part).view(ranks.count, *part.shape).transpose(0, 1).reshape(len(some), -1, columns)
+        changes = []
+        for whole in joined[:, :rows].split(list(self.splits[some[0]]), dim=1):
+            scale = -0.2 * math.sqrt(max(whole.shape[1:])) * group["lr"]
+            changes.append(self._orthogonalize(whole.contiguous()).float() * scale)
+        begin = ranks.rank * share
+        self._add(stack, torch.cat(changes, dim=1)[:, begin : begin + mine].contiguous(), group, skip)
+
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
         """`orthogonalize`, of several ranks each a part of the matrices."""
-        ranks, n = self.ranks, len(matrices)
+        ranks, n, dtype = self.ranks, len(matrices), step_type(matrices)
+        steps = SHORTER if of(matrices).kind == "cpu" else POLAR_EXPRESS
         if ranks.count == 1:
             return orthogonalize(matrices, dtype, steps)
         share = -(-n // ranks.count)
@@ -159,22 +195,30 @@ class Muon(AdamW):
 
     def _update_stack(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> None:
         """Move matrices of one shape. What is skipped is multiplied by 1 and has -0.0 added: no bit of it changes."""
-        p, beta, lr = stack[0].p, group["momentum"], group["lr"]
-        decay, keep = 1 - lr * group["weight_decay"], beta
+        lr = group["lr"]
+        g = self._nesterov(stack, group, skip)
+        change = self._orthogonalize(g).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
+        del g
+        self._add(stack, change, group, skip)
+
+    def _nesterov(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> Tensor:
+        """Move the momenta of matrices of one shape; returns (N, R, C) where they will be, in float32."""
+        beta = keep = group["momentum"]
         g = torch.stack([matrix.of(matrix.p.grad) for matrix in stack if matrix.p.grad is not None]).float()
         if skip is not None:
             g.masked_fill_(skip, -0.0)
-            decay, keep = torch.where(skip, 1.0, decay), torch.where(skip, 1.0, keep)
+            keep = torch.where(skip, 1.0, keep)
         momenta = [matrix.of(self.state[matrix.p]["momentum"]) for matrix in stack]
         m = torch.stack(momenta).float().mul_(keep).add_(g, alpha=1 - beta)
         torch._foreach_copy_(momenta, list(m.unbind()))
-        g.lerp_(m, beta)  # Nesterov: where the momentum will be
-        del m
-        steps = SHORTER if of(p).kind == "cpu" else POLAR_EXPRESS
-        change = self._orthogonalize(g, step_type(p), steps).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
-        del g
+        return g.lerp_(m, beta)
+
+    def _add(self, stack: list[Matrix], change: Tensor, group: Group, skip: Tensor | None) -> None:
+        """Let weights decay, and add changes (N, R, C) to them."""
+        p, decay = stack[0].p, 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
             change.masked_fill_(skip, -0.0)
+            decay = torch.where(skip, 1.0, decay)
         weights = [matrix.of(matrix.p) for matrix in stack]
         if p.dtype == torch.float32:
             torch._foreach_mul_(weights, decay)

@@ -66,6 +66,15 @@ class Ranks:
         """The parts of all ranks, of one shape, one after the other along the first dimension."""
         return part
 
+    def join(self, part: Tensor) -> Tensor:
+        """As `collect`, of parts whose first dimension may differ."""
+        return part
+
+    def divide(self, whole: Tensor | None, part: Tensor) -> None:
+        """Undo `join`: fill `part` from what the first rank has whole."""
+        assert whole is not None
+        part.copy_(whole)
+
     def close(self) -> None:
         """The work is done: no rank watches another any more."""
 
@@ -158,6 +167,24 @@ class Group(Ranks):
         parts = [torch.empty_like(part) for _ in range(self.count)]
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts)
+
+    def join(self, part: Tensor) -> Tensor:
+        """As in Ranks."""
+        rows = self.gather(len(part))
+        padded = part.new_zeros(max(rows), *part.shape[1:])
+        padded[: len(part)] = part
+        pieces = self.collect(padded).split(max(rows))
+        return torch.cat([piece[:n] for piece, n in zip(pieces, rows, strict=True)])
+
+    def divide(self, whole: Tensor | None, part: Tensor) -> None:
+        """As in Ranks."""
+        rows = self.gather(len(part))
+        passed_on = part.new_empty(sum(rows), *part.shape[1:])
+        if whole is not None:
+            passed_on.copy_(whole)
+        self.spread([passed_on])
+        begin = sum(rows[: self.rank])
+        part.copy_(passed_on[begin : begin + len(part)])
 
     def leave(self, error: BaseException) -> None:
         """Tell the others that this rank ends with an error, unless one has told them that of itself."""

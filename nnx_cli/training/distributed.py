@@ -17,6 +17,7 @@ from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.errors import DataError, MissingFeature, NnxError
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
+from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.load import model_from_config
 from nnx_cli.runs.manifest import versions
 from nnx_cli.runs.run import Run
@@ -25,7 +26,7 @@ from nnx_cli.system.ranks import Ranks
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.sampling import Sampling
 from nnx_cli.training.state import spread_state
-from nnx_cli.training.trainer import Trainer, make_trainer
+from nnx_cli.training.trainer import Trainer, is_divided, make_trainer
 
 
 class FollowedRun(Run):
@@ -96,9 +97,9 @@ def check_versions(ranks: Ranks) -> None:
                 )
 
 
-def lead(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
-    """Tell the other ranks what is trained, and let them begin where the first one does. Raises DataError where one has
-    other tokens."""
+def lead(trainer: Trainer, folder: Path, config: dict[str, Any], whole: Checkpoint | None) -> None:
+    """Tell the other ranks what is trained, and let them begin where the first one does; `whole` has the tensors of a
+    model that is divided. Raises DataError where one has other tokens."""
     ranks, data = trainer.stepper.ranks, trainer.data
     if ranks.count == 1:
         return
@@ -106,7 +107,7 @@ def lead(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
     tokens, flops = data.path.resolve(), trainer.flops_per_token
     ranks.first(lambda: Offer(folder, config, trainer.config, tokens, data.fingerprint, tokenizer, flops))
     _check_tokens(ranks, data.fingerprint, None)
-    spread_state(trainer.stepper.step, trainer.state, ranks)
+    spread_state(trainer.stepper.step, trainer.state, ranks, whole)
 
 
 def follow(ranks: Ranks, tokens: Path | None, file: Path | None, device: torch.device) -> tuple[Run, Trainer]:
@@ -121,7 +122,8 @@ def follow(ranks: Ranks, tokens: Path | None, file: Path | None, device: torch.d
     _check_tokens(ranks, None if data is None else data.fingerprint, problem)
     assert data is not None
     model = model_from_config(offer.config, offer.folder, file)
-    _materialize(model, offer.training, device)
+    if not is_divided(offer.training, ranks):
+        _materialize(model, offer.training, device)
     sampling = Sampling(**offer.config["sampling"])
     trainer = make_trainer(model, data, offer.training, device, Silent(), sampling, ranks)
     trainer.flops_per_token = offer.flops_per_token

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import CheckpointError, QualityError
@@ -15,6 +16,7 @@ from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.planning.recipe import default_lr
+from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.command_line import changed_command
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.logs import read_log
@@ -29,7 +31,7 @@ from nnx_cli.training.divergence import (
     part_losses,
 )
 from nnx_cli.training.journal import Journal
-from nnx_cli.training.state import TrainState, restore_checkpoint, spread_state
+from nnx_cli.training.state import TrainState, restore_checkpoint, spread_state, spread_weights
 from nnx_cli.training.step import StepNumbers
 from nnx_cli.training.stepper import Stepper
 
@@ -68,7 +70,8 @@ class Recovery:
         scaling = step.scaler.is_enabled() and step.scaler.get_scale() > 1
         if self.state.bad_steps >= MAX_BAD_STEPS and not scaling:
             return True
-        return check_weights and not all_finite(step.model.state_without_ties().values())
+        weights = step.model.state_without_ties().values() if step.shards is None else step.parameters
+        return check_weights and self.stepper.ranks.any(not all_finite(weights))
 
     def roll_back(self, run: Run, config: TrainConfig) -> None:
         """Go back to the last checkpoint and go on with a lower learning rate. Raises QualityError the second time."""
@@ -78,8 +81,9 @@ class Recovery:
         had_graphs = stepper.graphs is not None
         stepper.graphs = None  # they know the optimizer's state by its address
         failed_at, skipped, time_s = state.step, state.skipped_steps, state.time_s
-        notes = stepper.ranks.first(lambda: self._restore_newest(run))
-        spread_state(stepper.step, state, stepper.ranks)
+        found: list[Checkpoint] = []  # on the first rank
+        notes = stepper.ranks.first(lambda: self._restore_newest(run, found))
+        spread_state(stepper.step, state, stepper.ranks, found[0] if found else None)
         state.lr_factor = ROLLBACK_LR
         state.time_s = time_s
         state.skipped_steps, state.bad_steps = skipped, 0
@@ -94,12 +98,18 @@ class Recovery:
             f"going on with {ROLLBACK_LR:g} of the learning rate"
         )
 
-    def _restore_newest(self, run: Run) -> list[str]:
+    def _restore_newest(self, run: Run, found: list[Checkpoint]) -> list[str]:
         checkpoint, notes = run.newest_checkpoint()
-        for name, tensor in self.stepper.step.model.state_without_ties().items():
-            tensor.copy_(checkpoint.model[name])
+        found.append(checkpoint)
+        self._take_weights(checkpoint.model)
         restore_checkpoint(self.stepper.step, self.state, checkpoint)
         return notes
+
+    def _take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights, unless they are to be divided."""
+        if self.stepper.step.shards is None:
+            for name, tensor in self.stepper.step.model.state_without_ties().items():
+                tensor.copy_(weights[name])
 
     def turn_back(self, run: Run, config: TrainConfig, progress: float, result: Evaluation) -> bool:
         """Where the validation that was just logged says that a run whose length is a time has turned: go back to the
@@ -117,11 +127,13 @@ class Recovery:
         if not has_turned(rise, error, progress * (1 - state.best_step / state.step)):
             return False
         ranks = self.stepper.ranks
-        if not ranks.first(lambda: self._restore_best(run, rise)):
+        found: list[Mapping[str, Tensor]] = []  # on the first rank
+        if not ranks.first(lambda: self._restore_best(run, rise, found)):
             return False
         state.turned_at, state.turned_to = progress, progress * state.best_step / state.step
         state.worse_validations = 0
-        spread_state(self.stepper.step, state, ranks)
+        spread_weights(self.stepper.step, ranks, found[0] if found else None)
+        state.time_s = ranks.first(lambda: state.time_s)
         self.spikes = LossSpikeDetector()
         self.journal.event(
             f"validation turned: {state.best_val_loss:.3f} at step {state.best_step}, {result.loss:.3f} at step "
@@ -129,7 +141,7 @@ class Recovery:
         )
         return True
 
-    def _restore_best(self, run: Run, rise: float) -> bool:
+    def _restore_best(self, run: Run, rise: float, weights: list[Mapping[str, Tensor]]) -> bool:
         """Take the best weights, unless the training loss rose with that of validation, or the disk lacks them; returns
         whether it did."""
         course, found = self.course(run), run.best_found()
@@ -137,9 +149,8 @@ class Recovery:
             return False
         if not found or found.get("best_step") != self.state.best_step:  # the disk refused them
             return False
-        _, best = ModelRef(run.folder).weights()
-        for name, tensor in self.stepper.step.model.state_without_ties().items():
-            tensor.copy_(best[name])
+        weights.append(ModelRef(run.folder).weights()[1])
+        self._take_weights(weights[0])
         return True
 
     def course(self, run: Run) -> LossCourse | None:
@@ -168,14 +179,20 @@ class Recovery:
 
     def _give_up(self, run: Run, config: TrainConfig) -> None:
         state, stepper = self.state, self.stepper
-        with eagerly(stepper.execution.compiled):
-            first = state.step * stepper.samples_per_step
-            where = first_overflow(stepper.step.model, *stepper.part(first, n_micro=1))
+        where = "divided among GPUs as it is, none of its layers can be named"
+        if stepper.step.shards is None:
+            where = self._first_overflow()
         raise QualityError(
             f"the run diverged: no finite gradient in {MAX_BAD_STEPS} steps up to step {state.step}, also at a "
             f"lower learning rate; {where}",
             fix=retry_command(run, stepper.step.model, config),
         )
+
+    def _first_overflow(self) -> str:
+        stepper = self.stepper
+        with eagerly(stepper.execution.compiled):
+            first = self.state.step * stepper.samples_per_step
+            return first_overflow(stepper.step.model, *stepper.part(first, n_micro=1))
 
     def retry_on_oom(self, look: Callable[[], T], use_less: Callable[[], bool] = lambda: False) -> T:
         """What `look` returns.

@@ -43,9 +43,9 @@ from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.distributed import lead
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.sampling import Sampling
-from nnx_cli.training.state import TrainState, restore_checkpoint
+from nnx_cli.training.state import TrainState, describe_state, restore_checkpoint
 from nnx_cli.training.stepper import divide_step
-from nnx_cli.training.trainer import Trainer, make_trainer
+from nnx_cli.training.trainer import Trainer, is_divided, make_trainer
 from nnx_cli.training.vocabulary import extend_rows
 
 MANY = 0.05  # of the conversations, whose length is worth a note
@@ -96,12 +96,16 @@ def start(
         load_weights(model, extend_rows(widen(state), model, old, new), path, device)
     if plan.train.lora_rank is not None:
         add_adapters(model, plan.train.lora_rank)
+    n_parameters, whole = count_parameters(model)["total"], None
+    if is_divided(plan.train, ranks):
+        whole = Checkpoint(0, model.state_without_ties(), {}, {})
+        model = blank_like(model, plan.model, plan.train.lora_rank)
     trainer = make_trainer(model, data, plan.train, device, observer, sampling, ranks)
     seq_len = model.config.seq_len
     if data.begins_at_documents and (share := data.share_longer_than(seq_len)) > MANY:
         observer.note(f"{share:.0%} of the conversations are longer than --seq-len {seq_len}: their ends stand alone")
     trainer.flops_per_token = plan.flops_per_token
-    n_parameters, tokenizer = count_parameters(model)["total"], data.tokenizer
+    tokenizer = data.tokenizer
     described = {
         **describe_model(plan.model, plan.size, plan.model_config, n_parameters, tokenizer),
         "training": asdict(plan.train),
@@ -112,14 +116,26 @@ def start(
         "lora": None if plan.train.lora_rank is None else {"rank": plan.train.lora_rank},
         "machine": describe(device),
     }
-    lead(trainer, out, described)
+    if whole is not None:
+        whole = replace(whole, state=describe_state(trainer.stepper.step, trainer.state, plan.train.seed))
+    lead(trainer, out, described, whole)
     config = trainer.choose_execution(plan.train.compile)
     described["training"] = asdict(config)
     file = models.own_file(plan.model, plan.model_config)
     with trainer.cadence.saving.timed():
         status = first_status(config, device, command)
-        run = Run.create(out, described, tokenizer, status, trainer.checkpoint(), file)
+        first = trainer.checkpoint() if whole is None else whole
+        run = Run.create(out, described, tokenizer, status, first, file)
     return run, trainer
+
+
+def blank_like(model: LanguageModel, name: str, lora_rank: int | None) -> LanguageModel:
+    """A model of the same shape on the meta device."""
+    with torch.device("meta"):
+        blank = models.from_config(name, model.config)
+        if lora_rank is not None:
+            add_adapters(blank, lora_rank)
+    return blank
 
 
 def _describe_data(data: TokenFolder, folder: Path) -> dict[str, Any]:
@@ -270,14 +286,14 @@ def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[
     """Continue a run; returns the trainer and what there is to say about it."""
     run, data, device = restart.run, restart.data, restart.device
     config = replace(restart.config, precision=restart.precision)
-    model = load_model_of(run, restart.checkpoint, config, device, restart.file)
+    model = load_model_of(run, restart.checkpoint, config, device, restart.file, is_divided(config, ranks))
     trainer = make_trainer(model, data, config, device, observer, Sampling(**run.config["sampling"]), ranks)
     name = architecture_of(run.config, run.folder, restart.file)
     trainer.flops_per_token = training_flops(name, model.config)
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
     if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
         trainer.state.turned_at = None  # it follows the schedule of another length
-    lead(trainer, run.folder, run.config)
+    lead(trainer, run.folder, run.config, restart.checkpoint)
     config = trainer.choose_execution(config.compile)
     notes = [*restart.notes, *differences(run, restart.old, trainer), *run.cut_logs(trainer.state.step)]
     where = run.config["data"] | _describe_data(data, run.folder)
@@ -321,15 +337,22 @@ def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
 
 
 def load_model_of(
-    run: Run, checkpoint: Checkpoint, config: TrainConfig, device: torch.device, file: Path | None = None
+    run: Run,
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    device: torch.device,
+    file: Path | None = None,
+    divided: bool = False,
 ) -> LanguageModel:
-    """The model of a run with a checkpoint's weights. Raises CheckpointError where they are not its own."""
+    """The model of a run with a checkpoint's weights; on the meta device without them where it is to be `divided`.
+    Raises CheckpointError where they are not its own."""
     model = model_from_config(run.config, run.folder, file)
     if config.weight_precision == "bf16":
         cast_matrices(model, "bf16")
     path = step_folder(run.checkpoints, checkpoint.step)
     check_format(checkpoint.state, path / "state.json")
-    load_weights(model, checkpoint.model, path, device)
+    if not divided:
+        load_weights(model, checkpoint.model, path, device)
     return model
 
 

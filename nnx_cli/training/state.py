@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.optim._state import load_optimizer_state, optimizer_state
@@ -56,19 +59,49 @@ class TrainState:
 def make_checkpoint(step: Step, state: TrainState, seed: int) -> Checkpoint:
     """Everything that `restore_checkpoint` needs. Random numbers are a function of seed and step, so the step is their
     state."""
-    described = asdict(state) | {
-        "format": FORMAT,
-        "scaler": step.scaler.state_dict(),
-        "random": {"seed": seed, "step": state.step},
-    }
-    weights = step.model.state_without_ties()
-    return Checkpoint(state.step, weights, optimizer_state(step.optimizer, step.model), described)
+    return Checkpoint(state.step, whole_weights(step), _whole_moments(step), describe_state(step, state, seed))
+
+
+def describe_state(step: Step, state: TrainState, seed: int) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    scaler, random = step.scaler.state_dict(), {"seed": seed, "step": state.step}
+    return asdict(state) | {"format": FORMAT, "scaler": scaler, "random": random}
+
+
+def whole_weights(step: Step) -> dict[str, Tensor]:
+    """A model's tensors by their names; of one that is divided, on the first rank alone, in its host's memory."""
+    return step.model.state_without_ties() if step.shards is None else step.shards.whole_weights()
+
+
+def _whole_moments(step: Step) -> dict[str, Tensor]:
+    """The optimizer's state, as `whole_weights`."""
+    if step.shards is None:
+        return optimizer_state(step.optimizer, step.model)
+    parts = _sorted_state(step)
+    return step.shards.whole(parts, _divided(step, parts))
+
+
+def _sorted_state(step: Step) -> dict[str, Tensor]:
+    """This rank's optimizer state, in an order that all have."""
+    local = None if step.shards is None else step.shards.local
+    return dict(sorted(optimizer_state(step.optimizer, step.model, local).items()))
+
+
+def _divided(step: Step, parts: Mapping[str, Tensor]) -> Callable[[str], bool]:
+    """Which tensors of an optimizer's state are divided: not its counts, and none of a parameter that is not."""
+    assert step.shards is not None
+    names = {f"{name}." for name in step.shards.divided()}
+    return lambda key: parts[key].dim() > 0 and f"{key.rpartition('.')[0]}." in names
 
 
 def restore_checkpoint(step: Step, state: TrainState, checkpoint: Checkpoint) -> None:
-    """Continue from a checkpoint whose weights the model has. Raises CheckpointError where it is another model's."""
-    step.optimizer.state.clear()
-    load_optimizer_state(step.optimizer, step.model, checkpoint.optimizer)
+    """Continue from a checkpoint whose weights the model has. Raises CheckpointError where it is another model's.
+
+    Of a model that is divided, counters alone are set: tensors are for `spread_state`.
+    """
+    if step.shards is None:
+        step.optimizer.state.clear()
+        load_optimizer_state(step.optimizer, step.model, checkpoint.optimizer)
     if step.scaler.is_enabled() and checkpoint.state["scaler"]:
         step.scaler.load_state_dict(checkpoint.state["scaler"])
     for key in TrainState.__dataclass_fields__.keys() & checkpoint.state.keys():
@@ -76,21 +109,35 @@ def restore_checkpoint(step: Step, state: TrainState, checkpoint: Checkpoint) ->
     step.stats.set_skipped(state.skipped_steps, state.bad_steps)
 
 
-def spread_state(step: Step, state: TrainState, ranks: Ranks) -> None:
-    """Let all ranks be where the first one is: its weights, its optimizer's state, its counters."""
+def spread_state(step: Step, state: TrainState, ranks: Ranks, whole: Checkpoint | None = None) -> None:
+    """Let all ranks be where the first one is: its weights, its optimizer's state, its counters. Of a model that is
+    divided, it has the tensors in `whole`, and keeps its part of them."""
     if ranks.count == 1:
         return
+    spread_weights(step, ranks, None if whole is None else whole.model)
     optimizer = step.optimizer
-    ranks.spread([*step.model.state_without_ties().values()])
-    has_moments, counters, scale = ranks.first(lambda: (bool(optimizer.state), asdict(state), step.scaler.state_dict()))
+    stored = optimizer.state if step.shards is None else whole and whole.optimizer
+    has_moments, counters, scale = ranks.first(lambda: (bool(stored), asdict(state), step.scaler.state_dict()))
     if not has_moments:
         optimizer.state.clear()
     for p, spec in optimizer.state_specs().items() if has_moments else ():
         for name, (shape, dtype) in spec.items():
             optimizer.state[p].setdefault(name, torch.zeros(shape, dtype=dtype, device=p.device))
-        ranks.spread([optimizer.state[p][name] for name in spec])
+    if step.shards is None:
+        ranks.spread([*_sorted_state(step).values()])
+    else:
+        parts = _sorted_state(step)
+        step.shards.fill(parts, _divided(step, parts), None if whole is None else whole.optimizer)
     if scale:
         step.scaler.load_state_dict(scale)
     for name, value in counters.items():
         setattr(state, name, value)
     step.stats.set_skipped(state.skipped_steps, state.bad_steps)
+
+
+def spread_weights(step: Step, ranks: Ranks, whole: Mapping[str, Tensor] | None) -> None:
+    """Give all ranks the weights of the first one, which are `whole` where the model is divided."""
+    if step.shards is None:
+        ranks.spread([*step.model.state_without_ties().values()])
+    else:
+        step.shards.fill_weights(whole)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.models._base import LanguageModel
@@ -15,6 +16,7 @@ from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._in_backward import InBackward
 from nnx_cli.system.cuda_graph import CudaGraph
 from nnx_cli.system.ranks import ALONE, Ranks
+from nnx_cli.training.shards import Shards
 
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
 WARM_MICRO_BATCHES = 2  # of such a step: the second one adds to the gradients of the first
@@ -83,14 +85,17 @@ class Step:
         grad_clip: float,
         in_backward: bool = False,
         ranks: Ranks = ALONE,
+        shards: Shards | None = None,
     ) -> None:
         self.model = model
+        self.shards = shards
         self.optimizer = optimizer
         self.ranks = optimizer.ranks = ranks
         self.scaler = scaler
         self.micro_step = LossModule(model)
         self.grad_clip = grad_clip  # largest norm of the gradient; 0: no limit
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        moved = model.parameters() if shards is None else shards.local.values()
+        self.parameters = [p for p in moved if p.requires_grad]
         self.stats = StepStats(model.device)
         self.frozen = torch.zeros((), device=model.device)
         self.in_backward = InBackward(model, optimizer, grad_clip) if in_backward else None
@@ -125,7 +130,8 @@ class Step:
         Returns the sum of its losses.
         """
         loss, _ = self.micro_step(input_ids, targets)
-        self.scaler.scale(loss / n_targets).backward()
+        mean = loss / n_targets
+        self.scaler.scale(mean if self.shards is None else mean * self.ranks.count).backward()
         return loss.detach()
 
     def add_up(self, gradients: list[Tensor], total: Tensor) -> None:
@@ -133,7 +139,11 @@ class Step:
         changed, where another rank has none."""
         if self.ranks.count == 1:
             return
-        if self.ranks.any(False):
+        if self.shards is not None:  # which has added up its own
+            gradients = self.shards.undivided_gradients()
+            for gradient in gradients:
+                gradient /= self.ranks.count
+        elif self.ranks.any(False):
             raise OutOfMemoryElsewhere
         self.updating = True
         self.ranks.add_up([*gradients, total])
@@ -144,12 +154,14 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are there."""
+        if self.shards is not None:
+            self.shards.take_gradients()
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def end(self, loss: Tensor) -> None:
         """What follows the last micro-batch of a step whose mean loss is `loss`."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
+        norm = get_total_norm(self.gradients(), foreach=True) if self.shards is None else self.shards.norm()
         if self.grad_clip:
             self.optimizer.clip(norm, self.grad_clip)
         self.update(loss, norm)
@@ -175,6 +187,7 @@ class Step:
     def forget(self) -> None:
         """Forget what an unfinished step has left: gradients, and that they were unscaled or being used."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.updating = False
         if self.scaler.is_enabled():
             getattr(self.scaler, "_per_optimizer_states", {}).clear()

@@ -20,6 +20,7 @@ from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.fit import SMALLER
 from nnx_cli.system.device import set_seed
 from nnx_cli.system.ranks import ALONE, Ranks
+from nnx_cli.training.shards import Shards
 from nnx_cli.training.step import OutOfMemoryElsewhere, Step, StepGraphs
 
 AHEAD = 2  # steps that the host may prepare while a GPU is still busy
@@ -84,6 +85,7 @@ class Stepper:
         device: torch.device,
         report: Callable[[str], None],
         ranks: Ranks = ALONE,
+        shards: Shards | None = None,
     ) -> None:
         assert config.batch_size is not None and config.grad_accum is not None
         self.device = device
@@ -94,13 +96,21 @@ class Stepper:
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         optimizer = build_optimizer(model, config)
         self.ranks = ranks
-        self.step = Step(model, optimizer, scaler, config.grad_clip, config.optimizer_in_backward, ranks)
+        if shards is not None:
+            optimizer.move(shards.local, ranks.rank)
+        in_backward = config.optimizer_in_backward
+        self.step = Step(model, optimizer, scaler, config.grad_clip, in_backward, ranks, shards)
         self.execution = Execution()
         self.graphs: StepGraphs | None = None
         self.report = report
         self.on_release: Callable[[], None] = lambda: None
         self.data_wait_s = 0.0  # in which the device had nothing to do but to wait for samples
         self._running: deque[torch.cuda.Event] = deque()
+
+    @property
+    def cannot_heal(self) -> bool:
+        """Whether a step that ran out of memory cannot be taken again: weights moved, or other ranks wait inside it."""
+        return self.step.in_backward is not None or self.step.shards is not None
 
     @property
     def n_micro(self) -> int:
@@ -126,7 +136,7 @@ class Stepper:
                 break
             except torch.OutOfMemoryError as error:  # it holds on to what was computed: it has to go first
                 others_know = isinstance(error, OutOfMemoryElsewhere)
-            if not (others_know or self.step.updating or self.step.in_backward):
+            if not (others_know or self.step.updating or self.cannot_heal):
                 self.ranks.any(True)
             self.halve_micro_batch(number)
         if self.device.type == "cuda":
@@ -179,7 +189,7 @@ class Stepper:
         self.graphs = None
         self.step.optimizer.zero_grad(set_to_none=True)
         n, size, several = self.samples_per_step, self.micro_rows, self.ranks.count > 1
-        if size == 1 or self.step.in_backward or self.step.updating:
+        if size == 1 or self.cannot_heal or self.step.updating:
             raise DoesNotFit(
                 f"out of memory at step {number + 1}, {counted(size, 'sequence')} at a time; the last "
                 "checkpoint is intact",

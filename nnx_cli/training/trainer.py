@@ -14,8 +14,9 @@ import torch
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import OutputError, counted, quoted
+from nnx_cli.errors import OutputError, UsageError, counted, quoted
 from nnx_cli.evaluation.losses import Evaluation
+from nnx_cli.kernels.log8 import BLOCK
 from nnx_cli.layers.blocks import checkpoint_blocks, eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
@@ -32,6 +33,7 @@ from nnx_cli.training.observer import Observer
 from nnx_cli.training.recovery import Recovery
 from nnx_cli.training.sampling import Sampling, draw_sample
 from nnx_cli.training.schedule import lr_at
+from nnx_cli.training.shards import Shards
 from nnx_cli.training.state import TrainState, make_checkpoint
 from nnx_cli.training.step import StepNumbers
 from nnx_cli.training.stepper import Execution, Stepper, divide_step
@@ -56,6 +58,7 @@ class Trainer:
         observer: Observer,
         sampling: Sampling,
         ranks: Ranks = ALONE,
+        shards: Shards | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -66,12 +69,12 @@ class Trainer:
         self.state = TrainState()
         self.journal = Journal(observer)
         loader = make_loader(model, data, config, device)
-        self.stepper = Stepper(model, loader, config, device, self.journal.event, ranks)
+        self.stepper = Stepper(model, loader, config, device, self.journal.event, ranks, shards)
         self.cadence = Cadence(config)
         self.recovery = Recovery(self.stepper, self.state, self.journal)
         self.validation = Validation(model, data, self.stepper, self.recovery)
         self.stepper.on_release = self.validation.reset
-        self.best = BestWeights(model, self.state, self.journal)
+        self.best = BestWeights(self.stepper, self.state, self.journal)
         self.flops_per_token: int | None = None  # in training; None: not counted
         self.verify_later: Callable[[], Execution] | None = None  # what is left to do once a step has been shown
 
@@ -89,7 +92,7 @@ class Trainer:
         while (before := done) < 1.0:  # not the progress by now: what is due in between would be missed
             if journal.has_shown_steps:
                 self.settle_execution(run)
-            with self.training_time():
+            with training_time(state):
                 config, lr = self.config, self.lr(before)
                 state.tokens += self.take_step(lr)
                 state.step += 1
@@ -98,7 +101,7 @@ class Trainer:
             done, stop, due = self.decide(before, should_stop())
             self.observer.moved(done)
             if due.log or due.save or self.device.type != "cuda":
-                with self.training_time():
+                with training_time(state):
                     numbers = self.recovery.read_numbers()
                 if self.recovery.has_diverged(check_weights=due.save):
                     done = min(before, self.roll_back(run))
@@ -147,13 +150,6 @@ class Trainer:
         """Learning rate of the next step."""
         return self.state.lr_factor * scheduled_lr(self.config, self.state.step, progress)
 
-    @contextmanager
-    def training_time(self) -> Iterator[None]:
-        """What happens inside counts as time spent in training steps."""
-        started = time.perf_counter()
-        yield
-        self.state.time_s += time.perf_counter() - started
-
     def is_overdue(self) -> bool:
         """Whether a checkpoint is due by the clock: the last one is old, or was refused a while ago."""
         return self.cadence.is_overdue() if self.journal.refused_at is None else self.journal.should_retry()
@@ -178,6 +174,10 @@ class Trainer:
         what is requested meanwhile. Where its bits are promised it is compiled from the first step on, as it is without
         `postpone`.
         """
+        if self.stepper.step.shards is not None:
+            if self.device.type == "cuda" or requested == "on":
+                self.observer.note("no CUDA graph and no compiled blocks: with --parallel fsdp steps run op by op")
+            return self.config
         conditions = conditions_of(self.config, self.device, requested, self.state)
         wanted = choose(conditions)
         postponed = postpone and wanted.compiled and self.device.type == "cuda" and not self.config.deterministic
@@ -265,10 +265,12 @@ class Trainer:
 
     def sample(self, run: Run) -> None:
         """Draw a sample, show it and log it: the first rank does."""
-        if not self.stepper.ranks.is_first:
+        shards = self.stepper.step.shards
+        model = self.model if shards is None else shards.copied()
+        if model is None or not self.stepper.ranks.is_first:
             return
         step, seed = self.state.step, self.config.seed + self.state.step
-        draw = partial(draw_sample, self.model, self.data.tokenizer, self.sampling, seed)
+        draw = partial(draw_sample, model, self.data.tokenizer, self.sampling, seed)
         with eagerly(self.stepper.execution.compiled), self.cadence.sampling.timed():
             prompt, text = self.recovery.retry_on_oom(draw)
         self.journal.log(run, "samples.jsonl", {"step": step, "prompt": prompt, "text": text})
@@ -277,19 +279,34 @@ class Trainer:
     def save(self, run: Run) -> None:
         """Write a checkpoint and drop those that are no longer kept. Raises OutputError; then the older ones stand."""
         synchronize(self.device)
-        self.stepper.ranks.first(lambda: self._write(run))
+        ranks = self.stepper.ranks
+        with saying_how_to_go_on(run):
+            with self.cadence.saving.timed():
+                checkpoint = self.checkpoint()
+                ranks.first(lambda: write_checkpoint(run, self.journal, checkpoint))
+            self.best.write(run)
+            ranks.first(lambda: self._tidy(run))
         self.journal.saved(self.state.step)
 
-    def _write(self, run: Run) -> None:
-        with saying_how_to_go_on(run):
-            self.journal.write_lines(run)
-            run.sync_logs()
-            with self.cadence.saving.timed():
-                ckpt.save_checkpoint(run.checkpoints, self.checkpoint())
-            self.best.write(run)
-            ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
-            self.journal.status |= {"step": self.state.step, **(self.best.saved_best or {})}
-            run.set_status(**self.journal.status)
+    def _tidy(self, run: Run) -> None:
+        ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
+        self.journal.status |= {"step": self.state.step, **(self.best.saved_best or {})}
+        run.set_status(**self.journal.status)
+
+
+def write_checkpoint(run: Run, journal: Journal, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, and before that what the logs lack. Raises OutputError."""
+    journal.write_lines(run)
+    run.sync_logs()
+    ckpt.save_checkpoint(run.checkpoints, checkpoint)
+
+
+@contextmanager
+def training_time(state: TrainState) -> Iterator[None]:
+    """What happens inside counts as time spent in training steps."""
+    started = time.perf_counter()
+    yield
+    state.time_s += time.perf_counter() - started
 
 
 def scheduled_lr(config: TrainConfig, step: int, progress: float) -> float:
@@ -327,13 +344,29 @@ def make_trainer(
     sampling: Sampling,
     ranks: Ranks = ALONE,
 ) -> Trainer:
-    """A trainer of a model on the CPU, which it moves to `device` and prepares for `config`."""
+    """A trainer of a model on the CPU, which it moves to `device` and prepares for `config`; of one on the meta device
+    where it is to be divided."""
     if config.weight_precision == "bf16":
         cast_matrices(model, "bf16")
-    model.to(device)
+    divided = is_divided(config, ranks)
+    if not divided:
+        model.to(device)
     model.compute_dtype = DTYPES[config.precision]
     checkpoint_blocks(model, config.activation_checkpointing)
-    return Trainer(model, data, config, device, observer, sampling, ranks)
+    unit = BLOCK if config.optimizer == "adamw8bit" else 1
+    shards = Shards(model, ranks, device, unit) if divided else None
+    return Trainer(model, data, config, device, observer, sampling, ranks, shards)
+
+
+def is_divided(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether each rank has a part of the model. Raises UsageError for settings that need whole gradients."""
+    if config.parallel != "fsdp" or ranks.count == 1:
+        return False
+    if config.optimizer_in_backward:
+        raise UsageError("--optimizer-in-backward comes before FSDP divides a gradient", fix="leave it out")
+    if config.precision == "fp16":
+        raise UsageError("fp16's loss scale needs whole gradients, not --parallel fsdp", fix="take --parallel ddp")
+    return True
 
 
 def make_loader(model: LanguageModel, data: TokenFolder, config: TrainConfig, device: torch.device) -> Loader:

@@ -17,7 +17,7 @@ from nnx_cli.runs.run import Run
 from nnx_cli.training.divergence import part_losses
 from nnx_cli.training.journal import Journal
 from nnx_cli.training.recovery import Recovery
-from nnx_cli.training.state import TrainState
+from nnx_cli.training.state import TrainState, whole_weights
 from nnx_cli.training.stepper import Stepper
 
 
@@ -56,6 +56,8 @@ class Validation:
         """Losses of the model as it is. Raises torch.OutOfMemoryError."""
         assert config.batch_size is not None
         n_windows = None if config.val_batches is None else config.val_batches * config.batch_size
+        if self.stepper.step.shards is not None:  # in turns that all ranks take together
+            return self._evaluate(n_windows)
         with eagerly(self.stepper.execution.compiled):
             return self.recovery.retry_on_oom(lambda: self._evaluate(n_windows), self.halve_eval_batch)
 
@@ -82,8 +84,8 @@ class BestWeights:
     """The best weights of a run, and whether the disk has them: `saved_best` is step and losses of those that are on
     it, `pending_best` of better ones that it refused."""
 
-    def __init__(self, model: LanguageModel, state: TrainState, journal: Journal) -> None:
-        self.model = model
+    def __init__(self, stepper: Stepper, state: TrainState, journal: Journal) -> None:
+        self.stepper = stepper
         self.state = state
         self.journal = journal
         self.saved_best: dict[str, Any] | None = None
@@ -92,7 +94,7 @@ class BestWeights:
     def find(self, run: Run) -> None:
         """Learn which best weights the run folder has. They may be of a later step than the newest checkpoint, where
         the run was killed between the two; or missing, where the disk was full."""
-        state, found = self.state, run.best_found()
+        state, found = self.state, self.stepper.ranks.first(run.best_found)
         known: dict[str, Any] | None = None
         if state.best_val_loss is not None:
             known = {key: getattr(state, key) for key in ("best_step", "best_val_loss", "best_val_bits_per_byte")}
@@ -125,5 +127,6 @@ class BestWeights:
     def write(self, run: Run) -> None:
         """Write the weights as the best ones, if that is what they are. Raises OutputError."""
         if self.pending_best is not None and self.pending_best["best_step"] == self.state.step:
-            run.save_best(self.model.state_without_ties(), self.pending_best)
+            weights, found = whole_weights(self.stepper.step), self.pending_best
+            self.stepper.ranks.first(lambda: run.save_best(weights, found))
             self.saved_best, self.pending_best = self.pending_best, None
