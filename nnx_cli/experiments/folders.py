@@ -1,14 +1,14 @@
-"""Where a command with many runs keeps them: the folder that it began, or a new one."""
+"""Where a command with many runs keeps them, the folder that it began or a new one, and the record of them there."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from nnx_cli.errors import CheckpointError, OutputError
-from nnx_cli.system.files import new_folder, numbered, to_json, write_synced
+from nnx_cli.system.files import check_types, new_folder, numbered, to_json, write_synced
 
 ANOTHER = "name another folder with --out"
 
@@ -56,3 +56,14 @@ def make_folder(folder: Path, name: str, record: Mapping[str, Any]) -> None:
     """Make a folder that holds a record in a file of that name. Raises OutputError."""
     with new_folder(folder) as temporary:
         write_synced(temporary / name, to_json(dict(record)))
+
+
+def check_record(part: Any, types: Mapping[str, Any], needed: Set[str], path: Path) -> None:
+    """Raise CheckpointError for a part that is not of these types or lacks what is needed; let it lack nothing else."""
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{path} is damaged: {repr(part)[:40]} is no object")
+    check_types(part, types, path)
+    if missing := sorted(needed - part.keys()):
+        raise CheckpointError(f"{path} is damaged: it lacks {missing[0]}")
+    for key, kind in types.items():
+        part.setdefault(key, [] if kind is list else None)

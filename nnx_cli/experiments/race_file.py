@@ -44,9 +44,10 @@ from pathlib import Path
 from typing import Any
 
 from nnx_cli.errors import CheckpointError
+from nnx_cli.experiments.folders import check_record
 from nnx_cli.experiments.statistics import mean_and_error, ties
 from nnx_cli.runs.find import RACE as NAME
-from nnx_cli.system.files import check_types, read_json, replace_file, to_json
+from nnx_cli.system.files import read_json, replace_file, to_json
 
 FORMAT = 1
 NUMBER = (int, float, type(None))
@@ -111,32 +112,21 @@ def read_race(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no race: it has no format and no competitors")
     if version != FORMAT:
         raise CheckpointError(f"{path} has race format {version}; this version of nnx reads {FORMAT}")
-    _check(race, RACE_TYPES, NEEDED[0], path)
+    check_record(race, RACE_TYPES, NEEDED[0], path)
     search = race["learning_rate_search"] or {}
     for tried in (search.get("rates") or {}).values():
         for rate in tried if isinstance(tried, list) else [tried]:
-            _check(rate, RATE_TYPES, {"lr", "bits_per_byte", "time_s"}, path)
+            check_record(rate, RATE_TYPES, {"lr", "bits_per_byte", "time_s"}, path)
     for competitor in race["competitors"]:
-        _check(competitor, COMPETITOR_TYPES, NEEDED[1], path)
+        check_record(competitor, COMPETITOR_TYPES, NEEDED[1], path)
         for run in competitor["runs"]:
-            _check(run, RUN_TYPES, NEEDED[2], path)
+            check_record(run, RUN_TYPES, NEEDED[2], path)
             for point in run["curve"] or []:
-                _check(point, POINT_TYPES, set(), path)
+                check_record(point, POINT_TYPES, set(), path)
             for pair in run["recall"] or []:
                 if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair):
                     raise CheckpointError(f"{path} is damaged: its recall is {repr(pair)[:40]}")
     return race
-
-
-def _check(part: Any, types: Mapping[str, Any], needed: set[str], path: Path) -> None:
-    """Raise CheckpointError for a part that is not of these types or lacks what is needed; let it lack nothing else."""
-    if not isinstance(part, dict):
-        raise CheckpointError(f"{path} is damaged: {repr(part)[:40]} is no object")
-    check_types(part, types, path)
-    if missing := sorted(needed - part.keys()):
-        raise CheckpointError(f"{path} is damaged: it lacks {missing[0]}")
-    for key, kind in types.items():
-        part.setdefault(key, [] if kind is list else None)
 
 
 def write_race(folder: Path, race: Mapping[str, Any]) -> None:

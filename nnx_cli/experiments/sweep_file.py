@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from nnx_cli.errors import CheckpointError
+from nnx_cli.experiments.folders import check_record
 from nnx_cli.experiments.halving import WAITING, stop_losers
 from nnx_cli.runs.find import SWEEP as NAME
 from nnx_cli.runs.run import hold_lock
-from nnx_cli.system.files import check_types, read_json, replace_file, to_json
+from nnx_cli.system.files import read_json, replace_file, to_json
 
 FORMAT = 1
 PAGE = "sweep.html"
@@ -83,19 +84,10 @@ def read_sweep(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no sweep: it has no format and no trials")
     if version != FORMAT:
         raise CheckpointError(f"{path} has sweep format {version}; this version of nnx reads {FORMAT}")
-    _check(record, SWEEP_TYPES, path)
+    check_record(record, SWEEP_TYPES, SWEEP_TYPES.keys(), path)
     for trial in record["trials"]:
-        _check(trial, TRIAL_TYPES, path)
+        check_record(trial, TRIAL_TYPES, TRIAL_TYPES.keys(), path)
     return record
-
-
-def _check(part: Any, types: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError for a part that lacks one of these keys, or has another type there."""
-    if not isinstance(part, dict):
-        raise CheckpointError(f"{path} is damaged: {repr(part)[:40]} is no object")
-    check_types(part, types, path)
-    if missing := sorted(types.keys() - part.keys()):
-        raise CheckpointError(f"{path} is damaged: it lacks {missing[0]}")
 
 
 @contextmanager
