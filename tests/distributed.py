@@ -43,7 +43,9 @@ KINDS = ("ddp", "fsdp")
 SHORT = [dict(model=name, parallel=kind) for name in models.names() for kind in KINDS] + [
     *(dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1, parallel=kind) for kind in KINDS),
     dict(model="llama", optimizer="adamw8bit", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1),
+    dict(model="llama", batch_size=6, grad_accum=1, fails="memory"),
 ]
+STOPPED = [dict(model="llama", stop_at=2, parallel="fsdp"), dict(model="nyx", stop_at=2, parallel="ddp")]
 FULL = [
     dict(model=name, parallel=kind, optimizer=optimizer, weight_precision=weights, grad_accum=n)
     for name in models.names()
@@ -95,15 +97,32 @@ def work(job: Path) -> None:
     described = json.loads(job.read_text())
     ranks = Group(CPU, lambda why: print(why, file=sys.stderr))
     for case in described["cases"]:
-        out, stop_at = Path(case.pop("out")), case.pop("stop_at", None)
+        out, stop_at, fails = Path(case.pop("out")), case.pop("stop_at", None), case.pop("fails", None)
         if not ranks.is_first:
-            train(*follow(ranks, None, None, CPU), stop_at)
+            run, trainer = follow(ranks, None, None, CPU)
         elif out.exists():
-            restart = session.plan_restart(Run(out), {})
-            train(restart.run, session.resume(restart, Silent(), ranks)[0], stop_at)
+            restart = session.plan_restart(Run(out), {"parallel": case.get("parallel", "auto")})
+            run, trainer = restart.run, session.resume(restart, Silent(), ranks)[0]
         else:
-            train(*start(Path(described["data"]), out, case, ranks), stop_at)
+            run, trainer = start(Path(described["data"]), out, case, ranks)
+        if fails and ranks.rank == ranks.count - 1:
+            run_out_of_memory_once(trainer)
+        train(run, trainer, stop_at)
     ranks.close()
+
+
+def run_out_of_memory_once(trainer: session.Trainer) -> None:
+    """Let the second step of this rank fail."""
+    step, failed = trainer.stepper.step, []
+    accumulate = step.accumulate
+
+    def failing(*args: torch.Tensor) -> torch.Tensor:
+        if trainer.state.step == 1 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("as a GPU that others use too")
+        return accumulate(*args)
+
+    step.accumulate = failing
 
 
 def launch(n: int, data: Path, job: Path, cases: list[dict]) -> None:
@@ -118,13 +137,23 @@ def label(case: dict) -> str:
     return "-".join(str(value) for value in case.values())
 
 
-def compare(n: int, folder: Path, data: Path, cases: list[dict]) -> dict[str, float]:
-    """How far losses on `n` processes are from those on one, by case."""
+def take(n: int, folder: Path, data: Path, cases: list[dict]) -> list[Path]:
+    """The run folders of cases on `n` processes."""
     outs = [folder / f"{label(case)}-{n}" for case in cases]
     launch(n, data, folder / f"{n}.json", [case | {"out": str(out)} for case, out in zip(cases, outs, strict=True)])
+    return outs
+
+
+def compare(n: int, folder: Path, data: Path, cases: list[dict]) -> dict[str, float]:
+    """How far losses on `n` processes are from those on one, by case."""
+    return differences(folder, data, cases, take(n, folder, data, cases))
+
+
+def differences(folder: Path, data: Path, cases: list[dict], outs: list[Path]) -> dict[str, float]:
+    """How far the losses of runs are from those on one process, by case."""
     found = {}
     for case, out in zip(cases, outs, strict=True):
-        single = {name: value for name, value in case.items() if name != "parallel"}
+        single = {name: value for name, value in case.items() if name not in ("parallel", "fails", "stop_at")}
         alone = folder / f"{label(single)}-1"
         if not alone.exists():
             train(*start(data, alone, single))

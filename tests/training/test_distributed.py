@@ -7,19 +7,51 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
+from nnx_cli.runs.run import Run
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.stepper import Stepper
 
+CASES = [*distributed.SHORT, *distributed.STOPPED]
+
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory, token_path):
-    """How far losses on two processes are from those on one, of every case, in one launch."""
-    return distributed.compare(2, tmp_path_factory.mktemp("ranks"), token_path, distributed.SHORT)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def outs(folder, token_path):
+    """The run of every case on two processes, all in one launch; some stop on their way."""
+    found = distributed.take(2, folder, token_path, CASES)
+    return dict(zip(map(distributed.label, CASES), found, strict=True))
 
 
 @pytest.mark.parametrize("case", distributed.SHORT, ids=distributed.label)
-def test_losses_do_not_depend_on_the_number_of_processes(differences, case):
-    assert differences[distributed.label(case)] <= distributed.TOLERANCE[case.get("weight_precision", "fp32")]
+def test_losses_do_not_depend_on_the_number_of_processes(outs, folder, token_path, case):
+    name = distributed.label(case)
+    found = distributed.differences(folder, token_path, [case], [outs[name]])
+    assert found[name] <= distributed.TOLERANCE[case.get("weight_precision", "fp32")]
+
+
+def test_all_take_smaller_micro_batches_when_one_runs_out_of_memory(outs):
+    run = Run(outs[distributed.label(next(case for case in CASES if "fails" in case))])
+    assert run.config["training"]["batch_size"] * run.config["training"]["grad_accum"] == 6
+    assert run.config["training"]["batch_size"] < 3 and "out of memory at step 2" in run.status()["events"][0]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(outs, folder, token_path):
+    """Begun on two, whole tensors in its checkpoint, the rest on four, which divide the model if they did before."""
+    stopped = [outs[distributed.label(case)] for case in distributed.STOPPED]
+    for out in stopped:
+        checkpoint = Run(out).newest_checkpoint()[0]
+        assert checkpoint.step == 2 and checkpoint.model["embedding.weight"].shape == (256, 32)
+    cases = [{name: value for name, value in case.items() if name != "stop_at"} for case in distributed.STOPPED]
+    distributed.launch(
+        4, token_path, folder / "4.json", [case | {"out": str(out)} for case, out in zip(cases, stopped, strict=True)]
+    )
+    found = distributed.differences(folder, token_path, cases, stopped)
+    assert max(found.values()) <= distributed.TOLERANCE["fp32"]
+    assert all(Run(out).newest_checkpoint()[0].step == distributed.SETTINGS["max_steps"] for out in stopped)
 
 
 class Rank(Ranks):
