@@ -62,3 +62,38 @@ def test_numbers_of_things_that_may_be_one_are_counted():
                     continue
                 plural = re.match(r" (?:[\w-]+ )?([a-z]{3,}s)\b(?!/)", getattr(behind, "value", ""))
                 assert not plural or plural[1] in always_many, (name, ast.unparse(text))
+
+
+MESSAGES = {"note", "warn", "event", "show"}  # what is called to say something
+OLD_WORDS = {  # words of our own, and the field's
+    "averages": "moments",
+    "card": "GPU",
+    "cards": "GPUs",
+    "pass over the text": "epoch",
+    "passes over the text": "epochs",
+    "processor": "CPU",
+    "product": "matmul",
+    "products": "matmuls",
+    "sums of exponentials": "logsumexp",
+}
+
+
+def messages():
+    """(file:line, text) of every literal that an error, a note or a `fix=` is given."""
+    for name, tree in TREES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func).rpartition(".")[2]
+            says = called in MESSAGES or called.endswith("Error") or called == "DoesNotFit"
+            given = [word.value for word in call.keywords if word.arg == "fix"] + (call.args if says else [])
+            for node in (node for argument in given for node in ast.walk(argument)):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield f"{name}:{node.lineno}", node.value
+
+
+def test_messages_use_the_words_of_the_field():
+    found = [*messages()]
+    assert len(found) > 1000 and any("nnx train --resume" in text for _, text in found)
+    old = re.compile(rf"\b({'|'.join(OLD_WORDS)})\b", re.IGNORECASE)
+    wrong = [(where, match[0], OLD_WORDS[match[0].lower()]) for where, text in found if (match := old.search(text))]
+    assert wrong == []
+    assert old.search("it fits on no card")[0] == "card" and not old.search("a cardinal of productions")
