@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,12 +216,11 @@ def _prepare_and_train(
     made.append(prepared)
     brings_none = base is None or base.tokenizer is None
     named = request.data is not None and brings_none and "tokenizer" in request.sources
-    train = replace(request.train, parallel="ddp") if devices else request.train
     with output.spinner(PLANNING):
         tokens, plan = open_and_plan(
             folder,
             shape,
-            train,
+            request.train,
             device=device,
             precision=precision,
             sources=sources,

@@ -22,8 +22,8 @@ class Shards:
     """Divides a model of the meta device among ranks by `fully_shard`: blocks one by one, and all else together.
 
     The optimizer moves `local`: of every parameter the rows of this rank, as a plain tensor. Parameters that cannot be
-    divided so that a rank's part has a multiple of `unit` elements stay whole on all ranks. Weights are zeros until
-    `fill`.
+    divided so that a rank's part has a multiple of `unit` elements stay whole on all ranks, and so do vectors beside
+    matrices of another type, for FSDP gathers one type at a time. Weights are zeros until `fill`.
     """
 
     def __init__(self, model: LanguageModel, ranks: Ranks, device: torch.device, unit: int = 1) -> None:
@@ -32,6 +32,8 @@ class Shards:
         self.ranks = ranks
         self.blank = copy.deepcopy(model)
         odd = {p for p in model.parameters() if p.dim() > 1 and -(-len(p) // ranks.count) * p[0].numel() % unit}
+        if len({p.dtype for p in model.parameters()}) > 1:
+            odd |= {p for p in model.parameters() if p.dim() < 2}
         mesh = init_device_mesh(device.type, (ranks.count,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh, ignored_params=odd)
