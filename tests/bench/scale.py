@@ -1,7 +1,7 @@
 """How training scales with GPUs: speed, memory, what communication costs, a model too large for one, and kills.
 
     python tests/bench/scale.py speed  [--gpus 1,2,4,8] [--models llama,nyx] [--parallel ddp,fsdp]
-    python tests/bench/scale.py capped [--gpus 2] [--vram 4.75GB] [--resume-on 2] [-- --size xl ...]
+    python tests/bench/scale.py capped [--gpus 2] [--vram 4.75GB] [--resume-on 2 [--resume-vram 24GB]] [-- ...]
     python tests/bench/scale.py kills  [--gpus 2] [--kills 10]
 
 Every part drives the command itself, `nnx train --gpus N --parallel …`, on the text of --filepath or the built-in one,
@@ -16,7 +16,8 @@ speed: each GPU takes --rows sequences of --seq-len tokens a step, --batch-size 
     meanwhile, if all is that can be. Memory is the peak of the first rank, of its allocator (on a CPU of its process),
     and on GPUs what nvidia-smi saw on each.
 capped: what one GPU held to --vram refuses trains on all of --gpus so held, 50 steps; then goes on on fewer. With
-    4.75GB the allocator may take 4 GiB.
+    4.75GB the allocator may take 4 GiB. What follows -- is a model of 3 billion parameters, say, for four GPUs:
+    --gpus 4 --vram 16.75GB --resume-on 2 --resume-vram 32GB -- --model llama --dim 3072 --n-layers 27 --n-heads 24
 kills: one process of `torchrun --max-restarts` is killed at a random moment after its first step, in one run after the
     other; losses are set beside those of a run that nobody disturbed.
 """
@@ -273,7 +274,8 @@ def capped(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]
         status = json.loads(checked([*NNX, *train(options, out, *on_gpus(n), *model, *length)]))
     yield capped_row(out, n, status, memory)
     if options.resume_on:
-        more = ("--resume", str(out), *on_gpus(options.resume_on), "--max-steps", str(options.steps + MORE_STEPS))
+        more = ["--resume", str(out), *on_gpus(options.resume_on), "--max-steps", str(options.steps + MORE_STEPS)]
+        more += ["--vram", options.resume_vram] if options.resume_vram else []
         with GpuMemory() as memory:
             status = json.loads(checked([*NNX, "train", *more, "--device", options.device, "--json"]))
         yield capped_row(out, options.resume_on, status, memory)
@@ -391,6 +393,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--vram", default="4.75GB")
     parser.add_argument("--resume-on", type=int, default=None)
+    parser.add_argument("--resume-vram", default=None)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
