@@ -241,20 +241,24 @@ class QuantizeConfig:
 class RaceConfig:
     """A race between architectures. None means: derived from the device."""
 
-    models: str = "all"  # architectures, with commas between them: all, {models}, or files of yours
+    models: str = (
+        "all"  # architectures, with commas between them: all, {models}, files of yours; ngpt+adamw: so trained
+    )
     size: str | None = None  # named size of all, by parameters outside embedding and head; default on a GPU: tiny
     parameters: str | None = None  # instead: so many outside embedding and head, such as 10.7M; default on a CPU: 300K
     equal: str = "tokens"  # what every run may use as much of: tokens, time, flops
     budget: str | None = None  # how much of it: 20M tokens, 10m of training, 1e15 FLOPs; default 2M, 2m, 1e14
     seeds: int = 3  # runs of each architecture, with seeds from 1 on
     target: float | None = None  # bits per byte to tell the way to, in tokens, time and FLOPs; default: none
-    task: str = "text"  # what is raced on: text, recall (generated text that asks for what it said before)
+    task: str = "text"  # what is raced on: text, recall (generated text that asks for what it said before), plasticity
     keep: str = "best"  # weights to keep of runs that are done: best, none
 
     def __post_init__(self) -> None:
         check_choice("equal", self.equal, tuple(BUDGETS))
         check_choice("keep", self.keep, ("best", "none"))
-        check_choice("task", self.task, ("text", "recall"))
+        check_choice("task", self.task, ("text", "recall", "plasticity"))
+        if self.task == "plasticity" and self.equal != "tokens":
+            raise UsageError("--task plasticity compares losses at equal steps", fix="leave out --equal")
         check_range("seeds", self.seeds, 1, 1000)
         check_range("target", self.target, 0.0, 1e3, low_open=True)
         if self.size is not None and self.parameters is not None:

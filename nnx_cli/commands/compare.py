@@ -33,7 +33,7 @@ from nnx_cli.commands._pages import page_writer
 from nnx_cli.config import PrepareConfig, RaceConfig, TrainConfig, check_range, coerce, own_fields
 from nnx_cli.console.output import Output
 from nnx_cli.console.run_view import RunsView
-from nnx_cli.errors import Interrupted, UsageError, counted, pasteable
+from nnx_cli.errors import DataError, Interrupted, UsageError, counted, pasteable
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
@@ -190,12 +190,43 @@ def _enter(
     device, precision = configure_device(train)
     target = target_of(config, device)
     seq_len = values.get("seq_len") or context_for(target)
+    texts: tuple[TokenFolder, ...] = ()
     if config.task == "recall":
         tokens = _recall_text(output, config, seq_len, made)
+    elif config.task == "plasticity":
+        texts = _texts(output, target, seq_len, values, options, made)
+        tokens = texts[0]
     else:
         tokens = _text(output, target, values, options, made)
     with output.spinner("planning, for which torch loads its compiler"):
-        return enter(config, train, target, seq_len, tokens, device, precision)
+        return replace(enter(config, train, target, seq_len, tokens, device, precision), texts=texts)
+
+
+def _texts(
+    output: Output,
+    target: int,
+    seq_len: int,
+    values: Mapping[str, Any],
+    options: Mapping[str, Any],
+    made: list[list[Path]],
+) -> tuple[TokenFolder, ...]:
+    """The texts of a sequence, each a --filepath of its own, in one vocabulary: bytes where none is named."""
+    from nnx_cli.data.tokenizers.build import needs_training
+
+    paths = options["filepath"] or []
+    if len(paths) < 2:
+        raise UsageError("--task plasticity needs several texts, in turn", fix="name them: --filepath A --filepath B")
+    tokenizer = values.get("tokenizer", "byte")
+    if tokenizer == "auto" or needs_training(tokenizer):
+        raise UsageError(f"--tokenizer {tokenizer} is another one for every text", fix="take --tokenizer byte")
+    alike = {**values, "tokenizer": tokenizer}
+    found = tuple(_text(output, target, alike, {**options, "filepath": [path]}, made) for path in paths)
+    for path, text in zip(paths, found, strict=True):
+        if len(text.val) <= seq_len:
+            raise DataError(f"{path} is too short: {counted(len(text.val), 'token')} to validate on")
+    if len({text.fingerprint for text in found}) < len(found):
+        raise UsageError("--filepath names a text twice", fix="a sequence has every text once")
+    return found
 
 
 def _recall_text(output: Output, config: RaceConfig, seq_len: int, made: list[list[Path]]) -> TokenFolder:
@@ -239,7 +270,7 @@ def _open(field: Field, values: Mapping[str, Any], options: Mapping[str, Any], m
     identity = race.identity(field, asked)
     path = field.data.path
     stem = path.resolve().name if options["data"] else path.name.rpartition("-")[0]  # without the hash
-    stem = field.config.task if field.config.task != "text" else stem
+    stem = stem if field.config.task == "text" else field.config.task
     folder, is_begun = race.find_race(identity, field.data.fingerprint, describe(field.device), stem, options["out"])
     if not is_begun:
         race.begin(folder, race.new_record(field, identity))
@@ -281,7 +312,8 @@ def _gpus(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
 
     named = values.get("device", TrainConfig.device)
     if (
-        field.device.type != "cuda"
+        field.texts
+        or field.device.type != "cuda"
         or named not in ("auto", "cuda")
         or not (field.data.path / "tokenizer.json").exists()
     ):
@@ -378,6 +410,7 @@ def _report(output: Output, record: Mapping[str, Any], path: Path | None) -> Non
     rows = [_row(entry, with_target) for entry in record["competitors"]]
     output.table(columns, rows, expendable=EXPENDABLE)
     _show_recall(output, record["competitors"])
+    _show_plasticity(output, record["competitors"])
     samples = {entry["model"]: _sample_of(entry) for entry in record["competitors"]}
     if written := {name: text for name, text in samples.items() if text}:
         output.show("what they write, from the same prompt and seed:", "")
@@ -427,6 +460,28 @@ def _show_recall(output: Output, competitors: Sequence[Mapping[str, Any]]) -> No
         for name, by_distance in found.items()
     ]
     output.table(["model", *(f"{distance} back" for distance in distances)], rows, "answers recalled")
+
+
+PLASTICITY = ["model", "new texts", "fresh", "behind, last", "old lost", "rank", "dead units", "weight rms"]
+
+
+def _show_plasticity(output: Output, competitors: Sequence[Mapping[str, Any]]) -> None:
+    """What models that learned several texts in turn are beside fresh ones, mean over the seeds."""
+    found = {entry["model"]: entry["plasticity"] for entry in competitors if entry["plasticity"]}
+    if not found:
+        return
+    rows = []
+    for name, each in found.items():
+        forms = {"effective_rank": ".1f", "dead_units": ".1%", "weight_rms": ".4f"}
+        used = [" → ".join("–" if x is None else format(x, form) for x in each[key]) for key, form in forms.items()]
+        bits = [f"{each['new']:.4f}", f"{each['fresh']:.4f}", f"{each['behind'][-1]:+.4f}", f"{each['lost']:+.4f}"]
+        rows.append([name, *bits, *used])
+    (texts,) = {tuple(each["texts"]) for each in found.values()}
+    output.table(PLASTICITY, rows, f"bits per byte after {', then '.join(texts)}", expendable=PLASTICITY[:4:-1])
+    output.show(
+        "new texts: all but the first, by the model that goes on; fresh: by one that begins; behind: the difference on",
+        "the last; old lost: what the earlier texts rose by; the others: after the first text → after the last",
+    )
 
 
 def _sample_of(entry: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nnx_cli import models
-from nnx_cli.config import RaceConfig, TrainConfig, parse_count
+from nnx_cli.config import RaceConfig, TrainConfig, module_names, parse_count
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted, nearest
 from nnx_cli.planning.fit import check_batch_shape
@@ -36,11 +36,17 @@ class Entrant:
     asked: TrainConfig
     plan: Plan | None
     problem: str | None = None
+    optimizer: str | None = None  # where `--models` names one
 
     @property
     def name(self) -> str:
         """What it is called."""
-        return models.stem(self.model)
+        return models.stem(self.model) + (f"+{self.optimizer}" if self.optimizer else "")
+
+    @property
+    def spec(self) -> str:
+        """How `--models` names it."""
+        return self.model + (f"+{self.optimizer}" if self.optimizer else "")
 
     @property
     def file(self) -> Path | None:
@@ -60,6 +66,7 @@ class Field:
     device: torch.device
     precision: str
     entrants: tuple[Entrant, ...] = ()
+    texts: tuple[TokenFolder, ...] = ()  # of --task plasticity, in turn; `data` is the first
     val_windows: int | None = None  # that every validation reads, the same in all runs; None: the whole text
 
     def expected_tokens(self, entrant: Entrant) -> float:
@@ -109,18 +116,30 @@ def _val_windows(plans: Sequence[Plan], seq_len: int) -> int | None:
     return -(-max(wanted) // whole) * whole
 
 
+def _split(spec: str) -> tuple[str, str | None]:
+    """An architecture, and the optimizer that `--models` names with it."""
+    name, plus, optimizer = spec.rpartition("+")
+    return (name, optimizer) if plus and optimizer in module_names("optim") else (spec, None)
+
+
 def competitors_of(text: str) -> list[str]:
-    """The architectures that `--models` names. Raises UsageError for one that is none, or is named twice."""
+    """The architectures that `--models` names, with their optimizers. Raises UsageError for one that is none, or is
+    named twice."""
     words = text.replace(",", " ").split()
     names = models.names() if words == ["all"] else words
-    for name in names:
+    for name, optimizer in map(_split, names):
+        if "+" in name and not optimizer and name.partition("+")[0] in models.names():
+            raise UsageError(
+                f"--models: there is no optimizer {name.partition('+')[2]!r}",
+                fix=f"choose from {', '.join(module_names('optim'))}",
+            )
         if name not in models.names() and not models.is_file(name):
             known = ", ".join(models.names())
             raise UsageError(
                 f"--models: there is no {name!r}{nearest(name, models.names())}", fix=f"choose from {known}"
             )
         models.check_name(name)
-    called = [models.stem(name) for name in names]
+    called = [models.stem(name) + (f"+{optimizer}" if optimizer else "") for name, optimizer in map(_split, names)]
     if twice := [name for name in called if called.count(name) > 1]:
         raise UsageError(f"--models names {twice[0]} twice", fix="a race has every architecture once")
     if len(names) < 2:
@@ -153,7 +172,8 @@ def enter(
     """
     if data.tokenizer is None:
         raise DataError(f"bits per byte of {data.path} need its tokenizer", fix="name it: --tokenizer FILE")
-    names = competitors_of(config.models)
+    specs = competitors_of(config.models)
+    names = [*dict.fromkeys(name for name, _ in map(_split, specs))]
     shapes = {name: match_shape(name, target, vocab_size=data.vocab_size, seq_len=seq_len) for name in names}
     networks = {name: meta_model(name, match.config) for name, match in shapes.items()}
     tokens_per_step = train.tokens_per_step
@@ -164,27 +184,30 @@ def enter(
     check_batch_shape(train, seq_len)
     field = Field(config, target, seq_len, tokens_per_step, data, device, precision)
     costs = {name: training_flops(name, match.config) for name, match in shapes.items()}
-    entrants = [*_entrants(field, shapes, costs, train)]
+    entrants = [*_entrants(field, specs, shapes, costs, train)]
     windows = _val_windows([plan for entrant in entrants if (plan := entrant.plan) is not None], seq_len)
     alike = (replace(e, plan=e.plan and _with_validation(e.plan, windows)) for e in entrants)
     return replace(field, val_windows=windows, entrants=tuple(alike))
 
 
-def _entrants(field: Field, shapes: dict[str, Match], costs: dict[str, int], train: TrainConfig) -> Iterable[Entrant]:
+def _entrants(
+    field: Field, specs: Sequence[str], shapes: dict[str, Match], costs: dict[str, int], train: TrainConfig
+) -> Iterable[Entrant]:
     """Competitors with the plans of their runs, which end where the budget does."""
     config = field.config
-    for name, match in shapes.items():
-        asked = _with_length(train, config, costs[name])
+    for name, optimizer in map(_split, specs):
+        match = shapes[name]
+        asked = _with_length(train if optimizer is None else replace(train, optimizer=optimizer), config, costs[name])
         try:
             plan = field.draft(name, match, asked)
         except DoesNotFit as error:
-            yield Entrant(name, match, costs[name], asked, None, str(error))
+            yield Entrant(name, match, costs[name], asked, None, str(error), optimizer)
             continue
         if config.equal == "time":
             _check_steps(
                 config, int(config.amount() * plan.tokens_per_s / field.tokens_per_step), field.tokens_per_step
             )
-        yield Entrant(name, match, costs[name], asked, plan)
+        yield Entrant(name, match, costs[name], asked, plan, optimizer=optimizer)
 
 
 def _with_length(train: TrainConfig, config: RaceConfig, flops: int) -> TrainConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nnx_cli import models
 from nnx_cli.errors import CheckpointError
-from nnx_cli.experiments import race_file, rate_search
+from nnx_cli.experiments import plasticity, race_file, rate_search
 from nnx_cli.experiments.entrants import Entrant, Field
 from nnx_cli.experiments.folders import ANOTHER, difference, find_or_name, make_folder
 from nnx_cli.experiments.one_run import OUT_OF_MEMORY, Spectator, Stopped, drop_weights
@@ -92,7 +92,8 @@ def identity(field: Field, asked: Mapping[str, Any]) -> dict[str, Any]:
         **asked,
         **({"sha256": files} if files else {}),
         "task": config.task,
-        "models": [entrant.model for entrant in field.entrants],
+        "models": [entrant.spec for entrant in field.entrants],
+        **({"texts": [text.fingerprint for text in field.texts]} if field.texts else {}),
         "parameters": field.target,
         "equal": config.equal,
         "budget": config.amount(),
@@ -248,16 +249,22 @@ class Race:
             plan = self._plan(entrant)
             plan = replace(plan, train=replace(plan.train, seed=seed))
             peak_known = self.runner.forget()
-            status, problem = self.runner.train(entrant, plan, self.field.data, folder)
-            result, judging = self.runner.result(entrant, folder, seed, status, peak_known)
+            if self.field.texts:
+                result, problem = plasticity.learn_in_turn(self.runner, entrant, plan, folder, seed)
+            else:
+                status, problem = self.runner.train(entrant, plan, self.field.data, folder)
+                result, judging = self.runner.result(entrant, folder, seed, status, peak_known)
+                problem = problem or judging
             entry["runs"].append(result)
-            entry["problem"] = problem or judging or entry["problem"]
+            entry["problem"] = problem or entry["problem"]
             self._set_status(entry)
             self._save()
             self.changed(self.record)
             self.view.note(told(entrant.name, result))
         self.done_s += self._run_s(entrant)
-        drop_weights(folder, self.field.config.keep)
+        for places in plasticity.folders(folder, len(self.field.texts) or 1):
+            for each in filter(None, places):
+                drop_weights(each, self.field.config.keep)
 
     def _plan(self, entrant: Entrant) -> Plan:
         """The plan of a competitor's runs, with the rate that was found."""
@@ -275,7 +282,8 @@ class Race:
     def _run_s(self, entrant: Entrant) -> float:
         """What a run takes on a device of this kind, about."""
         assert entrant.plan is not None
-        return self.field.expected_tokens(entrant) / entrant.plan.tokens_per_s
+        n_runs = max(1, 2 * len(self.field.texts) - 1)
+        return n_runs * self.field.expected_tokens(entrant) / entrant.plan.tokens_per_s
 
     def _short_s(self, entrant: Entrant) -> float:
         assert entrant.plan is not None

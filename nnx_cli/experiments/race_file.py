@@ -29,11 +29,17 @@ competitors             as many as there are, best first:
         tokens, time_s, flops, peak_memory_bytes           of training; null: not known
         curve           [{step, tokens, time_s, flops, train_loss, val_bits_per_byte}], null where not measured
         recall          [[distance, accuracy]] of --task recall: tokens back, share of right answers; else null
+        plasticity      of --task plasticity, else null: [{text, bits_per_byte, earlier_bits_per_byte, effective_rank,
+                        dead_units, weight_rms, curve: [[step, bits]], fresh}], a text each, measured after it on
+                        its own validation text and on those of the earlier ones; fresh: the same of a model that
+                        learned this text alone. bits_per_byte above is then the mean over all texts but the first
         sample          text, its prompt included, drawn with the same seed from every competitor
     bits_per_byte       {mean, stderr} over the seeds that finished; stderr is null with one, all is with none. Where
                         one failed there is no verdict, and the competitor stands behind those of whom none did
     tokens_per_s        mean over them
     to_target           {tokens, time_s, flops} until the target, mean over the seeds; null where one missed it
+    plasticity          means over the seeds, of --task plasticity: {texts, new, fresh, behind, behind_by_seed, lost,
+                        effective_rank, dead_units, weight_rms: [after the first text, after the last]}
     ties_with           [MODEL]: the 95 % interval of the mean difference, paired by seed, holds 0; null: no verdict
 """
 
@@ -41,6 +47,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from nnx_cli.errors import CheckpointError
@@ -84,6 +91,7 @@ COMPETITOR_TYPES = {
     "tokens_per_s": NUMBER,
     "to_target": dict.fromkeys(AXES, NUMBER),
     "ties_with": (list, type(None)),
+    "plasticity": {},
 }
 RUN_TYPES = {
     "seed": int,
@@ -97,6 +105,7 @@ RUN_TYPES = {
     "curve": list,
     "sample": WORDS,
     "recall": (list, type(None)),
+    "plasticity": (list, type(None)),
 }
 RATE_TYPES = dict.fromkeys(("factor", "lr", "bits_per_byte", "time_s"), NUMBER)
 POINT_TYPES = dict.fromkeys(("step", "train_loss", "val_bits_per_byte", *AXES), NUMBER)
@@ -150,11 +159,46 @@ def judge(race: dict[str, Any]) -> None:
             competitor["bits_per_byte"] = {"mean": mean, "stderr": error}
             timed = [run["tokens"] / run["time_s"] for run in finished if run["tokens"] and run["time_s"]]
             competitor["tokens_per_s"] = round(mean_and_error(timed)[0], 1) if timed else None
+        competitor["plasticity"] = _plasticity(competitor["runs"])
         competitor["to_target"] = _to_target(competitor["runs"], race["target_bits_per_byte"])
     tied, race["comparisons"] = ties(results)
     for competitor in competitors:
         competitor["ties_with"] = tied[competitor["model"]]
     competitors.sort(key=_rank)
+
+
+def _plasticity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Means over the seeds of a competitor: bits per byte of the new texts, of fresh models on them, the difference by
+    text, what the earlier texts lost since they were learned, and what is in use after the first text and the last."""
+    found = [run["plasticity"] for run in runs if run.get("plasticity")]
+    if not found:
+        return None
+    new = [[stage["bits_per_byte"] for stage in stages[1:]] for stages in found]
+    fresh = [[stage["fresh"]["bits_per_byte"] for stage in stages[1:]] for stages in found]
+    behind = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(new, fresh, strict=True)]
+    learned = [[stage["bits_per_byte"] for stage in stages[:-1]] for stages in found]
+    lost = [
+        mean(now - then for now, then in zip(stages[-1]["earlier_bits_per_byte"], at, strict=True))
+        for stages, at in zip(found, learned, strict=True)
+    ]
+    used = {
+        name: [_mean_or_none([stages[place][name] for stages in found]) for place in (0, -1)]
+        for name in ("effective_rank", "dead_units", "weight_rms")
+    }
+    return {
+        "texts": [stage["text"] for stage in found[0]],
+        "new": mean(map(mean, new)),
+        "fresh": mean(map(mean, fresh)),
+        "behind": [mean(values) for values in zip(*behind, strict=True)],
+        "behind_by_seed": [values[-1] for values in behind],
+        "lost": mean(lost),
+        **used,
+    }
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
 
 
 def _rank(competitor: Mapping[str, Any]) -> tuple[bool, bool, float, str]:

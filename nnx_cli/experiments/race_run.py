@@ -37,14 +37,16 @@ class Runner:
     command: str
     should_stop: Callable[[], bool]
 
-    def train(self, entrant: Entrant, plan: Plan, data: TokenFolder, folder: Path) -> tuple[str, str | None]:
-        """Train a run to its end, from where it is. Returns finished, diverged or out of memory, and why.
+    def train(
+        self, entrant: Entrant, plan: Plan, data: TokenFolder, folder: Path, init_from: ModelRef | None = None
+    ) -> tuple[str, str | None]:
+        """Train a run to its end, from where it is; a new one from fresh weights or those of `init_from`. Returns
+        finished, diverged or out of memory, and why.
 
         Raises Stopped where it was asked to stop, after saving.
         """
-        begin = partial(
-            session.start, plan, data, folder, self.field.device, self.observer, self.sampling, self.command, None
-        )
+        device, command = self.field.device, self.command
+        begin = partial(session.start, plan, data, folder, device, self.observer, self.sampling, command, init_from)
         return OneRun(folder, begin, data, entrant.file, self.observer, self.should_stop).train()
 
     def result(
@@ -95,6 +97,7 @@ def run_entry(folder: Path, seed: int, status: str, flops: int) -> dict[str, Any
         "curve": curve_of(records, flops),
         "sample": None,
         "recall": None,
+        "plasticity": None,
     }
 
 

@@ -249,6 +249,43 @@ def _recall(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
     return section("Recall", charts(chart("Accuracy by distance", about, across, Axis("accuracy"), lines)))
 
 
+def _plasticity(race: Mapping[str, Any], competitors: Sequence[_Competitor]) -> str:
+    """What a sequence of texts did to each, where the race had that task."""
+    rows, lines = [], []
+    for each in competitors:
+        found = mapping(each.facts.get("plasticity"))
+        behind = [value for x in found.get("behind") or [] if (value := number(x)) is not None]
+        if not behind:
+            continue
+        lines.append(Line(each.name, [(place, value) for place, value in enumerate(behind, start=2)]))
+        used = [
+            " → ".join(written(x, form) or "–" for x in found.get(name) or [])
+            for name, form in (("effective_rank", ".1f"), ("dead_units", ".1%"), ("weight_rms", ".4f"))
+        ]
+        bits = [written(found.get(name), ".4f") for name in ("new", "fresh")]
+        rows.append([each.name, *bits, written(behind[-1], "+.4f"), written(found.get("lost"), "+.4f"), *used])
+    if not rows:
+        return ""
+    columns = [
+        "competitor",
+        "new texts",
+        "fresh",
+        "behind on the last",
+        "old texts lost",
+        "effective rank",
+        "dead units",
+    ]
+    caption = (
+        "Bits per byte, mean over the seeds; of rank, dead units and weights: after the first text → after the last."
+    )
+    about = (
+        "Bits per byte of the model that went on, less those of one that began with this text. Above 0 it learns worse"
+    )
+    about += " for what it learned before; rising is a loss of plasticity. Below 0 what it knew helps."
+    figure = chart("Behind a fresh model", about, Axis("text, in turn"), Axis("bits per byte"), lines)
+    return section("Plasticity", table([*columns, "weights (RMS)"], rows, caption, "whole"), charts(figure))
+
+
 def _pair(value: Any) -> Point | None:
     """A point, where a value is a pair of numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
@@ -360,4 +397,4 @@ def _words(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-SECTIONS = (_verdict, _table, _courses, _recall, _samples, _runs, _search, _shapes, _conditions)
+SECTIONS = (_verdict, _table, _courses, _recall, _plasticity, _samples, _runs, _search, _shapes, _conditions)

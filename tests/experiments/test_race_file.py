@@ -28,6 +28,7 @@ def a_run(seed, bits, curve=((100, 4.0), (200, 3.0), (300, 2.0))):
         "curve": points,
         "sample": "a",
         "recall": None,
+        "plasticity": None,
     }
 
 
