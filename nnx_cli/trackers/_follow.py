@@ -86,7 +86,6 @@ class Follower:
         state = read_json(self.kept) if self.kept.is_file() else {}
         self.id = str(state.get("id") or secrets.token_hex(4))
         told = int(state.get("metrics", -1)), int(state.get("samples", -1))
-        self.is_back_at = begin if max(told) > begin else None
         self.metrics = Log(folder / "metrics.jsonl", min(told[0], begin))
         self.samples = Log(folder / "samples.jsonl", min(told[1], begin))
         self.config = read_json(folder / "config.json")
@@ -143,8 +142,7 @@ def follow(module: str, folder: Path, begin: int, parent: int, say: Say, ended: 
     follower = Follower(folder, module.rpartition(".")[2], begin, say)
     tracker = importlib.import_module(module).start(follower.run)
     follower.id = getattr(tracker, "id", follower.id)  # where the environment names another run
-    if follower.is_back_at is not None:
-        tracker.rewind(follower.is_back_at)
+    tracker.rewind(max(0, follower.metrics.last_step))  # the process before may have told more, or left no word of it
     follower.save()
     say(place=tracker.place)
     is_last = False

@@ -59,7 +59,15 @@ def test_a_tracker_is_told_everything_once(tracked, fakes, said):
         pass
     calls = fakes.told("nowhere", "never")
     records = [json.loads(line) for line in (tracked.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["start", *["scalars"] * len(records), "sample", "figures", "finish"]
+    assert [call[0] for call in calls] == [
+        "start",
+        "rewind",
+        *["scalars"] * len(records),
+        "sample",
+        "figures",
+        "finish",
+    ]
+    assert calls[1] == ["rewind", 0]
     assert [call[1] for call in calls if call[0] == "scalars"] == [record["step"] for record in records]
     assert calls[-3:] == [
         ["sample", 20, "a", "b\x07"],
@@ -85,7 +93,7 @@ def test_a_run_that_goes_on_is_the_same_run(tracked, fakes, said):
 
 
 def test_what_raises_or_dies_is_dropped_with_one_warning(tracked, fakes, said):
-    places = [*((where, "raise") for where in CALLS if where != "rewind"), ("scalars", "exit"), ("finish", "exit")]
+    places = [*((where, "raise") for where in CALLS), ("scalars", "exit"), ("finish", "exit")]
     modules = fakes(*places)
     with track(tracked.folder, [*modules, "no_such_module"], said):
         pass
@@ -99,7 +107,7 @@ def test_what_raises_or_dies_is_dropped_with_one_warning(tracked, fakes, said):
 
 def test_what_hangs_is_dropped_and_nothing_of_it_stays(tracked, fakes, said, monkeypatch):
     monkeypatch.setattr(_process, "END_SECONDS", 1.5)
-    modules = fakes(*((where, "sleep") for where in CALLS if where != "rewind"), ("finish", "spin"))
+    modules = fakes(*((where, "sleep") for where in CALLS), ("finish", "spin"))
     tracking = track(tracked.folder, modules, said)
     with tracking:
         processes = [each.process for each in tracking.processes]

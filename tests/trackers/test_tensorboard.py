@@ -1,8 +1,12 @@
 import io
+import itertools
 import os
 import socket
 
 import pytest
+
+from nnx_cli.trackers import tensorboard
+from nnx_cli.trackers._tracker import TrackedRun
 
 
 @pytest.fixture
@@ -45,3 +49,19 @@ def test_nothing_private_is_in_it(twice, leaks):
     assert len(list((twice / "tensorboard").iterdir())) == 2
     assert not leaks(twice / "tensorboard", twice.parent, "/a/path")
     assert socket.gethostname() not in "".join(os.listdir(twice / "tensorboard"))
+
+
+def test_a_run_that_is_told_anew_is_there_once(run, monkeypatch):
+    """The folder has event files, and nothing that says what they are told of: trackers/ is gone."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    seconds = itertools.count(1_000_000_000)  # by which files have their names, and their order
+    monkeypatch.setattr(tensorboard.time, "time", lambda: next(seconds))
+    for begin in (0, 0, 2, 40):  # steps after which it is told, as `follow` does
+        tracker = tensorboard.start(TrackedRun("a", run.folder, "id", {"dim": 32}))
+        tracker.rewind(begin)
+        for step in range(begin + 1, 5):
+            tracker.scalars(step, {"train/loss": step / 2})
+        tracker.finish(0)
+    events = accumulator.EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(n, n / 2) for n in range(1, 5)]
+    assert "config" in events.Tags()["tensors"]
