@@ -13,7 +13,7 @@ from nnx_cli.commands._config_file import read_settings_text
 from nnx_cli.config import Field
 from nnx_cli.errors import MissingFeature, UsageError, nearest
 from nnx_cli.experiments.samplers import INSTALL
-from nnx_cli.experiments.search_space import Choice, Range, choice, find_field, make_range
+from nnx_cli.experiments.search_space import Choice, Range, brief, choice, find_field, make_range
 
 METHODS = {"random": "random", "grid": "grid", "bayes": "tpe"}
 METRICS = ("val_bits_per_byte", "bits_per_byte", "val_loss", "val/loss", "validation_loss", "eval_loss", "eval/loss")
@@ -71,7 +71,7 @@ def _read_yaml(path: Path) -> Any:
 
 def _mapping(value: Any, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f"{origin} is {repr(value)[:40]}; it must have names and values")
+        raise UsageError(f"{origin} is {brief(value)}; it must have names and values")
     return value
 
 
@@ -79,16 +79,17 @@ def _check_keys(found: Iterable[Any], known: Iterable[str], origin: str) -> None
     """Raise UsageError for a key that is not known, with the nearest one."""
     for key in found:
         if key not in known:
-            raise UsageError(f"{origin}: {key!r} is not known here{nearest(str(key), known)}")
+            near = nearest(key, known) if isinstance(key, str) else ""
+            raise UsageError(f"{origin}: {brief(key)} is not known here{near}")
 
 
 def _parameter(origin: str, described: Mapping[str, Any], field: Field) -> Choice | Range:
     """What a setting is chosen from."""
     kind = described["distribution"] if "distribution" in described else _kind(described, origin)
     if kind not in (*LISTS, *RANGES):
-        near = nearest(str(kind), (*LISTS, *RANGES))
+        near = nearest(kind, (*LISTS, *RANGES)) if isinstance(kind, str) else ""
         raise UsageError(
-            f"{origin}: the distribution {kind!r} is not known here{near}",
+            f"{origin}: the distribution {brief(kind)} is not known here{near}",
             fix=f"known are {', '.join((*LISTS, *RANGES))}",
         )
     _check_keys(described, PARAMETER, origin)
@@ -126,17 +127,18 @@ def _power(exponent: Any, origin: str) -> float:
         return float(f"{math.exp(float(exponent)):.12g}")
     except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(
-            f"{origin}: {exponent!r} is no exponent of e", fix="log_uniform_values takes the values themselves"
+            f"{origin}: {brief(exponent)} is no exponent of e", fix="log_uniform_values takes the values themselves"
         ) from error
 
 
 def _how(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
     """Settings of the sweep, and notes on them."""
     notes = []
-    method = str(content.get("method", "random"))
-    if method not in METHODS:
+    method = content.get("method", "random")
+    if not isinstance(method, str) or method not in METHODS:
+        near = nearest(method, METHODS) if isinstance(method, str) else ""
         raise UsageError(
-            f"{origin}: the method {method!r} is not known here{nearest(method, METHODS)}",
+            f"{origin}: the method {brief(method)} is not known here{near}",
             fix=f"known are {', '.join(METHODS)}",
         )
     settings: dict[str, Any] = {"sampler": METHODS[method]}
@@ -149,14 +151,14 @@ def _how(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[
         or metric.get("name", "val_loss") not in METRICS
         or "target" in metric
     ):
-        told = ", ".join(f"{key} {value}" for key, value in metric.items())
+        told = ", ".join(f"{key} {brief(value)}" for key, value in metric.items())
         raise UsageError(
             f"{origin}: the metric ({told}) is not ours: trials are ranked by bits per byte of the validation text",
             fix="leave metric out, or name val_bits_per_byte with the goal minimize",
         )
     if (cap := content.get("run_cap")) is not None:
         if isinstance(cap, bool) or not isinstance(cap, int):
-            raise UsageError(f"{origin}: run_cap is {cap!r}; it must be a whole number")
+            raise UsageError(f"{origin}: run_cap is {brief(cap)}; it must be a whole number")
         settings["trials"] = cap
     if (early := content.get("early_terminate")) is not None:
         notes += _halving(settings, _mapping(early, f"{origin}: early_terminate"), f"{origin}: early_terminate")
@@ -167,13 +169,13 @@ def _halving(settings: dict[str, Any], early: Mapping[str, Any], origin: str) ->
     """Take halving for Hyperband; returns notes on it."""
     _check_keys(early, HYPERBAND, origin)
     if early.get("type") != "hyperband":
-        raise UsageError(f"{origin}: the type {early.get('type')!r} is not known here", fix="known is hyperband")
+        raise UsageError(f"{origin}: the type {brief(early.get('type'))} is not known here", fix="known is hyperband")
     if settings["sampler"] != "random":
         raise UsageError(f"{origin} goes with the method random alone", fix="leave it out")
     settings["sampler"] = "halving"
     if "eta" in early:
         if isinstance(early["eta"], bool) or not isinstance(early["eta"], int):
-            raise UsageError(f"{origin}: eta is {early['eta']!r}; it must be a whole number")
+            raise UsageError(f"{origin}: eta is {brief(early['eta'])}; it must be a whole number")
         settings["eta"] = early["eta"]
     unread = [key for key in HYPERBAND if key in early and key not in ("type", "eta")]
     told = f"; {', '.join(unread)} not read: rungs follow from trials and eta" if unread else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +14,16 @@ from nnx_cli.config import Field
 from nnx_cli.errors import UsageError, nearest
 
 Value = bool | int | float | str
+BRIEF = 40  # letters
 DIGITS = 4  # of a number that is drawn
 LIKE = "write it like --set lr=1e-4..1e-2:log or --set dim=128,256"
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+
+
+def brief(value: Any) -> str:
+    """What a file has for a value, in a message: lists of lists, a few bytes of YAML, are endless in words."""
+    return reprlib.repr(value)[:BRIEF]
 
 
 def shown(value: Value) -> str:
@@ -142,9 +150,11 @@ def find_field(name: str, fields: Mapping[str, Field | None], origin: str) -> Fi
     if plain in fields and (field := fields[plain]) is not None:
         return field
     if plain in fields:
-        raise UsageError(f"{origin}: {plain} is the same for all trials", fix=f"give it as an option: --{plain}")
+        raise UsageError(
+            f"{origin}: {plain} is the same for all trials", fix=f"give it as an option: --{plain.replace('_', '-')}"
+        )
     near = nearest(plain, fields)
-    raise UsageError(f"{origin}: there is no setting {plain!r}{near}", fix="see: nnx train --help")
+    raise UsageError(f"{origin}: there is no setting {plain!r}{near}", fix="see: nnx sweep --help")
 
 
 def choice(origin: str, values: Iterable[Any], field: Field) -> Choice:
@@ -152,7 +162,7 @@ def choice(origin: str, values: Iterable[Any], field: Field) -> Choice:
     found = [convert(value, field, origin) for value in values]
     if not found:
         raise UsageError(f"{origin} has no values", fix=LIKE)
-    if twice := [value for value in found if found.count(value) > 1]:
+    if twice := [value for value, times in Counter(found).items() if times > 1]:
         raise UsageError(f"{origin} names {twice[0]} twice", fix="name each value once")
     return Choice(tuple(found))
 
@@ -177,7 +187,7 @@ def make_range(origin: str, low: Any, high: Any, field: Field, *, log: bool = Fa
 def convert(value: Any, field: Field, origin: str) -> Value:
     """A value of text or of a file in the type of its setting. Raises UsageError where it is none."""
     found: Value | None = None
-    text = str(value).strip()
+    text = str(value).strip() if isinstance(value, (bool, int, float, str)) else ""
     if field.type == "bool":
         found = value if isinstance(value, bool) else WORDS.get(text.lower())
     elif field.type == "str":
@@ -185,8 +195,10 @@ def convert(value: Any, field: Field, origin: str) -> Value:
     elif not isinstance(value, bool) and re.fullmatch(NUMBER, text) and abs(float(text)) < 2**63:
         number = float(text)
         found = number if field.type == "float" else int(number) if number == int(number) else None
-    if found is None or isinstance(value, (dict, list)) or value is None:
-        raise UsageError(f"{origin}: {text!r} is no {'whole number' if field.type == 'int' else KINDS[field.type]}")
+    if found is None:
+        raise UsageError(
+            f"{origin}: {brief(value)} is no {'whole number' if field.type == 'int' else KINDS[field.type]}"
+        )
     return found
 
 

@@ -204,7 +204,9 @@ class Sweep:
             if self._take_one(waiting) or self._propose():
                 continue
             if not waiting:
-                return self._finish()
+                if (finished := self._finish()) is not None:
+                    return finished
+                continue
             if self.should_stop():
                 raise Stopped(f"interrupted {self.folder}")
             self.view.begins("waiting for the trials of other processes", self._done(record), 0.0)
@@ -248,16 +250,23 @@ class Sweep:
             record["trials"] = [*others, trial]
             sweep_file.rank(record)
             self.changed(record)
+        self._delete_weights(record)
+
+    def _delete_weights(self, record: Mapping[str, Any]) -> None:
+        """Delete what trials that are over need no more."""
         for each in record["trials"]:
             if is_over(each):
                 drop_weights(self.folder / each["trial"], self.conditions.keep)
 
-    def _finish(self) -> dict[str, Any]:
-        """Record that all trials are over."""
+    def _finish(self) -> dict[str, Any] | None:
+        """Record that all trials are over; None where another process has added some meanwhile."""
         with sweep_file.change_sweep(self.folder) as record:
+            if open_trials(record["trials"]):
+                return None
             record["state"] = "finished"
+            self._delete_weights(record)
             self.changed(record)
-        shutil.rmtree(self.folder / LOCKS, ignore_errors=True)
+            shutil.rmtree(self.folder / LOCKS, ignore_errors=True)  # nobody takes a trial: none is open
         return record
 
     # what is run

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -75,7 +76,7 @@ def test_how_it_is_searched(tmp_path, content, settings, told):
         ("must have names and values", "method: grid"),
         ("'methode' is not known here; did you mean method?", "methode: grid\nparameters: {lr: {value: 1}}"),
         ("the method 'annealing' is not known", "method: annealing\nparameters: {lr: {value: 1}}"),
-        ("is not known here; did you mean random?", "method: [random]\nparameters: {lr: {value: 1}}"),
+        ("the method ['random'] is not known here", "method: [random]\nparameters: {lr: {value: 1}}"),
         ("no setting 'lrr'; did you mean lr?", "parameters: {lrr: {value: 1}}"),
         ("lr is there twice", "parameters: {lr: {value: 1}, learning_rate: {value: 2}}"),
         ("the distribution 'normal' is not known", "parameters: {lr: {distribution: normal, mu: 1, sigma: 1}}"),
@@ -90,7 +91,7 @@ def test_how_it_is_searched(tmp_path, content, settings, told):
         ("is no number", "parameters: {lr: {values: [1, null]}}"),
         ("has no values", "parameters: {lr: {values: []}}"),
         (
-            "the metric (name accuracy, goal maximize) is not ours",
+            "the metric (name 'accuracy', goal 'maximize') is not ours",
             "metric: {name: accuracy, goal: maximize}\nparameters: {lr: {value: 1}}",
         ),
         ("run_cap is 'many'", "run_cap: many\nparameters: {lr: {value: 1}}"),
@@ -102,6 +103,40 @@ def test_how_it_is_searched(tmp_path, content, settings, told):
     ],
 )
 def test_what_a_file_may_not_have(tmp_path, why, content):
+    check_refused(tmp_path, why, content)
+
+
+def check_refused(tmp_path, why, content):
     with pytest.raises(UsageError) as refused:
         read(tmp_path, content)
     assert why in str(refused.value) and len(str(refused.value)) < 400
+
+
+BOMB = [f"&{level} [{', '.join(['*' + below] * 10)}]" for below, level in itertools.pairwise("abcdefghijklm")]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "parameters: {lr: {values: *m}}",
+        "parameters: {lr: {value: *m}}",
+        "parameters: {n_layers: {min: *m, max: *m}}",
+        "parameters: {lr: {distribution: log_uniform, min: *m, max: 2}}",
+        "parameters: {lr: {distribution: *m, min: 1, max: 2}}",
+        "parameters: {lr: *m}",
+        "parameters: *m",
+        "method: *m\nparameters: {lr: {value: 1}}",
+        "metric: {name: *m}\nparameters: {lr: {value: 1}}",
+        "run_cap: *m\nparameters: {lr: {value: 1}}",
+        "early_terminate: {type: *m}\nparameters: {lr: {value: 1}}",
+        "early_terminate: {type: hyperband, eta: *m}\nparameters: {lr: {value: 1}}",
+    ],
+)
+def test_what_is_endless_when_written_out_is_not_written_out(tmp_path, place):
+    """Lists of ten lists of ten lists: a trillion words in half a kilobyte."""
+    check_refused(tmp_path, "--wandb-yaml", f"description: [{', '.join(['&a [x]', *BOMB])}]\n{place}")
+
+
+def test_many_values_take_no_longer_than_reading_them(tmp_path):
+    found = read(tmp_path, f"parameters: {{lr: {{values: {[n / 10_000 for n in range(1, 20_000)]}}}}}")
+    assert found.space["lr"].count == 19_999

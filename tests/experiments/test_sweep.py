@@ -186,6 +186,23 @@ def test_a_trial_that_another_process_did_meanwhile_is_not_done_again(conditions
     assert watcher.steps == 24 and record["trials"][0]["bits_per_byte"] == 1.0
 
 
+def test_a_sweep_to_which_others_add_trials_at_its_end_is_not_finished(conditions, workspace, monkeypatch):
+    """More trials come in the moment between the last look and the end."""
+    folder, more = workspace / "s", Search(SPACE, "random", 4, 3, seed=1)
+    finish, ends = Sweep._finish, []
+
+    def at_the_end(self):
+        if not ends:
+            Sweep(more, conditions, folder, Watcher(), lambda: False)._take_over()
+        ends.append(finish(self))
+        return ends[-1]
+
+    monkeypatch.setattr(Sweep, "_finish", at_the_end)
+    record, _ = run_sweep(RANDOM, conditions, folder)
+    assert ends[0] is None and len(ends) == 2 and record["state"] == "finished"
+    assert [trial["status"] for trial in record["trials"]] == ["finished"] * 4 and not (folder / LOCKS).exists()
+
+
 def test_a_sweep_is_not_changed_by_two_at_once(conditions, workspace, monkeypatch):
     begin(Path("s"), sweep.new_record(RANDOM, conditions, {}, {"max_steps": 12}))
     (Path("s") / ".tmp-sweep.json-1").write_text("{")  # of one that was killed
