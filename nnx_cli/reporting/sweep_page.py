@@ -126,10 +126,15 @@ def _conditions(sweep: Mapping[str, Any], names: Sequence[str], trials: Sequence
         "fingerprint of the text": sweep.get("fingerprint"),
     }
     settings = mapping(sweep.get("settings"))
-    rows = [[name, value] for name, value in settings.items() if name != "searched" and value is not None]
+    described = {name: mapping(space) for name, space in mapping(sweep.get("searched")).items()}
+    rows = [
+        [name, value]
+        for name, value in settings.items()
+        if name != "searched" and name not in described and value is not None
+    ]
     searched = [
-        [name, ", ".join(f"{key} {value}" for key, value in mapping(described).items() if value not in (None, False))]
-        for name, described in mapping(sweep.get("searched")).items()
+        [name, ", ".join(f"{key} {_listed(value)}" for key, value in space.items() if value not in (None, False))]
+        for name, space in described.items()
     ]
     return section(
         "Conditions",
@@ -137,6 +142,11 @@ def _conditions(sweep: Mapping[str, Any], names: Sequence[str], trials: Sequence
         table(["setting", "searched"], searched, "What was searched", "words"),
         table(["setting", "value"], rows, "The same for all trials", "words"),
     )
+
+
+def _listed(value: Any) -> str:
+    """A value, or each of several, in words."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 SECTIONS = (_verdict, _settings, _table, _conditions)

@@ -57,6 +57,13 @@ def test_a_page_of_halving_keeps_rungs_apart():
     assert "whole length" in by_lr and "rung 1" in by_lr and by_lr.count("<circle") == 2  # one in the legend
 
 
+def test_what_is_searched_is_not_said_to_be_the_same_for_all():
+    searched = {"model": {"values": ["nyx", "llama"]}}
+    shown = sweep_page(a_sweep(searched=searched, settings={"model": "nyx", "size": "nano"}))
+    assert "values nyx, llama" in shown and ">nano<" in shown
+    assert ">nyx<" not in shown[shown.index("The same for all trials") :]
+
+
 def test_a_page_of_little_or_nonsense():
     assert "No trial has a result yet" in sweep_page(a_sweep(trials=[]))
     assert "No trial has a result yet" in sweep_page({})
