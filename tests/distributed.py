@@ -54,7 +54,7 @@ FULL = [
     for weights in ("fp32", "bf16")
     for n in (1, 3)
 ]
-TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3}  # nats: sums in another order; weights that are rounded at random
+TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}  # nats: sums in another order; weights that are rounded at random
 CPU = torch.device("cpu")
 
 
@@ -180,7 +180,7 @@ def main() -> None:
         for n in (2, 3, 4) if options.full else (2,):
             cases = FULL if options.full else SHORT
             for name, difference in compare(n, folder, data, cases).items():
-                allowed = TOLERANCE["bf16" if "bf16" in name else "fp32"]
+                allowed = TOLERANCE["bf16" if "bf16" in name or "8bit" in name else "fp32"]
                 wrong += difference > allowed
                 print(f"{n} processes, {name}: {difference:.1e}{'' if difference <= allowed else ' TOO MUCH'}")
     sys.exit(1 if wrong else 0)
