@@ -107,6 +107,11 @@ RUN_TYPES = {
     "recall": (list, type(None)),
     "plasticity": (list, type(None)),
 }
+USED = ("effective_rank", "dead_units", "weight_rms")
+PLASTICITY_TYPES = {"texts": list, "new": float, "fresh": float, "behind": list, "lost": float} | dict.fromkeys(
+    USED, list
+)
+STAGE_TYPES = {"text": str, "bits_per_byte": float, "earlier_bits_per_byte": list, "fresh": {"bits_per_byte": float}}
 RATE_TYPES = dict.fromkeys(("factor", "lr", "bits_per_byte", "time_s"), NUMBER)
 POINT_TYPES = dict.fromkeys(("step", "train_loss", "val_bits_per_byte", *AXES), NUMBER)
 NEEDED = {"state", "competitors"}, {"model", "status", "runs", "parameters", "parameters_without_tables"}, {"seed"}
@@ -128,14 +133,27 @@ def read_race(path: Path) -> dict[str, Any]:
             check_record(rate, RATE_TYPES, {"lr", "bits_per_byte", "time_s"}, path)
     for competitor in race["competitors"]:
         check_record(competitor, COMPETITOR_TYPES, NEEDED[1], path)
+        if (means := competitor["plasticity"]) is not None:
+            check_record(means, PLASTICITY_TYPES, {*PLASTICITY_TYPES}, path)
+            _check_numbers([*means["behind"], *(x for name in USED for x in means[name])], path)
         for run in competitor["runs"]:
             check_record(run, RUN_TYPES, NEEDED[2], path)
+            for stage in run["plasticity"] or []:
+                check_record(stage, STAGE_TYPES, {*STAGE_TYPES, *USED}, path)
+                _check_numbers([*stage["earlier_bits_per_byte"], *(stage[name] for name in USED)], path)
             for point in run["curve"] or []:
                 check_record(point, POINT_TYPES, set(), path)
             for pair in run["recall"] or []:
                 if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair):
                     raise CheckpointError(f"{path} is damaged: its recall is {repr(pair)[:40]}")
     return race
+
+
+def _check_numbers(values: Sequence[Any], path: Path) -> None:
+    """Raise CheckpointError where one of several is no number."""
+    for value in values:
+        if not isinstance(value, NUMBER):
+            raise CheckpointError(f"{path} is damaged: {repr(value)[:40]} is no number")
 
 
 def write_race(folder: Path, race: Mapping[str, Any]) -> None:
@@ -181,10 +199,7 @@ def _plasticity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         mean(now - then for now, then in zip(stages[-1]["earlier_bits_per_byte"], at, strict=True))
         for stages, at in zip(found, learned, strict=True)
     ]
-    used = {
-        name: [_mean_or_none([stages[place][name] for stages in found]) for place in (0, -1)]
-        for name in ("effective_rank", "dead_units", "weight_rms")
-    }
+    used = {name: [_mean_or_none([stages[place][name] for stages in found]) for place in (0, -1)] for name in USED}
     return {
         "texts": [stage["text"] for stage in found[0]],
         "new": mean(map(mean, new)),
