@@ -241,9 +241,7 @@ class QuantizeConfig:
 class RaceConfig:
     """A race between architectures. None means: derived from the device."""
 
-    models: str = (
-        "all"  # architectures, with commas between them: all, {models}, files of yours; ngpt+adamw: so trained
-    )
+    models: str = "all"  # architectures, with commas: all, {models}, files of yours; ngpt+adamw: so trained
     size: str | None = None  # named size of all, by parameters outside embedding and head; default on a GPU: tiny
     parameters: str | None = None  # instead: so many outside embedding and head, such as 10.7M; default on a CPU: 300K
     equal: str = "tokens"  # what every run may use as much of: tokens, time, flops

@@ -52,6 +52,15 @@ def pytest_xdist_auto_num_workers(config):
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What a command of a test has chosen is not for the tests behind it: where there are more threads than cores, they
+    wait for each other twenty times as long as they work."""
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_waits_for_the_disk():
     """No test cuts the power: what is written is there for every reader, whether or not it is on the disk."""

@@ -79,9 +79,11 @@ def test_what_to_do_next_can_be_pasted(nnx, run, workspace, text_file, name):
         assert all(leads_to(hint, folder) for hint in found), found
 
 
-def test_a_model_with_a_file_names_it(workspace):
+@pytest.mark.parametrize(("model", "option"), [({}, "--model"), ({"bank_file": "x.py"}, "--bank-file")])
+def test_a_model_with_a_file_names_it(workspace, monkeypatch, model, option):
+    monkeypatch.setattr(ModelRef, "config", {"model": model})
     ref = ModelRef(Path("my run"), "last", Path("-my file.py"))
-    assert shlex.split(ref.as_argument) == ["my run@last", "--model", "./-my file.py"]
+    assert shlex.split(ref.as_argument) == ["my run@last", option, "./-my file.py"]
 
 
 def test_blanks_of_a_name_stay(nnx, workspace):
