@@ -40,6 +40,22 @@ SETTINGS = dict(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes more than ten seconds, and another test or command looks there too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        skipped = pytest.mark.skip(reason="long: pytest --long")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(skipped)
+
+
 def pytest_collection_finish():
     """Look for garbage among what tests make only: modules and tests stay, and to look through them takes long."""
     gc.collect()

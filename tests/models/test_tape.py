@@ -273,6 +273,7 @@ def test_recurrence_equals_steps_written_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.long
 def test_levels_are_captured_whole(tiny, dtype):
     torch._dynamo.reset()
     model = tiny("tape", n_critics=1, entropy_weight=0.1).train()  # a level of each kind

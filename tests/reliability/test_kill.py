@@ -114,6 +114,7 @@ def kill_at_every_call(folder: Path, model: str, moments: tuple[str, ...], step:
     return kills
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(tmp_path):
     killed = kill_often(tmp_path, ("nyx", "n4"), 12, seed=1)
     assert killed.total() == 12 and len(killed) > 2

@@ -813,6 +813,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
+@pytest.mark.long
 def test_damage(name):
     check(PARTS[name](False))
 

@@ -39,6 +39,7 @@ def test_all_take_smaller_micro_batches_when_one_runs_out_of_memory(outs):
     assert run.config["training"]["batch_size"] < 3 and "out of memory at step 2" in run.status()["events"][0]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(outs, folder, token_path):
     """Begun on two, whole tensors in its checkpoint, the rest on four, which divide the model if they did before."""
     stopped = [outs[distributed.label(case)] for case in distributed.STOPPED]
