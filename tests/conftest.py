@@ -50,7 +50,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
-        skipped = pytest.mark.skip(reason="long: pytest --long")
+        skipped = pytest.mark.skip(reason="takes more than ten seconds: pytest --long")
         for item in items:
             if "long" in item.keywords:
                 item.add_marker(skipped)

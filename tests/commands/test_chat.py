@@ -213,7 +213,7 @@ def test_a_small_model_answers_questions_that_it_has_not_seen(nnx, workspace):
 def at_terminal(request):
     """Starts `nnx chat` at a terminal, with a library to edit lines or without."""
     if request.param == "prompt_toolkit":
-        pytest.importorskip("prompt_toolkit")
+        pytest.importorskip("prompt_toolkit", reason="an extra: pip install 'nnx-cli[chat]'")
     opened = []
     hidden = {"readline": ["prompt_toolkit"], "prompt_toolkit": [], "plain": ["prompt_toolkit", "readline"]}[
         request.param
