@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import json
 import statistics
 import tempfile
@@ -32,7 +31,7 @@ from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.planning.plan import Plan
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.load import load_model
-from nnx_cli.system.device import describe
+from nnx_cli.system.device import describe, release_memory
 from nnx_cli.training import session
 from nnx_cli.training.inputs import Shape, model_vocabularies, open_and_plan
 from nnx_cli.training.observer import Silent
@@ -61,10 +60,8 @@ def is_same_run(longer: Plan, shorter: Plan) -> bool:
 
 def run(folder: Path, shape: Shape, config: TrainConfig, out: Path) -> dict[str, Any]:
     """Train one model to its end; returns losses and what the run was."""
-    gc.collect()
+    release_memory()
     tokens, planned, device = plan(folder, shape, config)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     sampling = choose_sampling(tokens.tokenizer, tokens, None, 0, None)
     started, trainer = session.start(planned, tokens, out, device, Silent(), sampling, "", None)
     with started.lock():
