@@ -17,8 +17,9 @@ MOST_DIGITS = 18  # of an integer
 def plain_words(command: Any, words: Sequence[str]) -> Iterator[str]:
     """The words behind a command as people write them. Raises UsageError for a flag that is set to neither true nor
     false."""
-    options = {name: param for param in command.params for name in (*param.opts, *param.secondary_opts)}
-    takes_arguments = any(param.param_type_name == "argument" for param in command.params)
+    by_type = {kind: [p for p in command.params if p.param_type_name == kind] for kind in ("option", "argument")}
+    options = {name: option for option in by_type["option"] for name in (*option.opts, *option.secondary_opts)}
+    takes_arguments = bool(by_type["argument"])
     kinds = inspect.unwrap(command.callback).__annotations__
     left = [*reversed(words)]
     while left:

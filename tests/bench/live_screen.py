@@ -1,12 +1,13 @@
 """What watching a run costs: whole runs on a terminal with and without the live screen, with and without the report.
 
-    python tests/bench/live_screen.py [--part screen|report ...] [--pairs 5] [--size 80x24] [--results FILE]
+    python tests/bench/live_screen.py [--part screen|report ...] [--pairs 6] [--size 80x24] [--results FILE]
                                       [--markdown FILE] [-- WORDS OF nnx train]
 
 Each run is a process on a pseudo-terminal that somebody reads, with the same seed and number of steps. The screen's
-cost is that of a run with it beside one with NO_COLOR; the report's that of --report beside --no-report. Runs of a pair
-come in turn, so that a machine that grows hot or busy slows both; a cost is the mean of the pairs' differences in the
-time of the whole command, with its standard error. Run it on a quiet machine.
+cost is that of a run with it beside one with NO_COLOR; the report's that of --report beside --no-report. The runs of a
+pair go at the same time, each with all of its threads on one core of its own, and change cores from pair to pair: so
+whatever else slows the machine slows both. A cost is the mean of the pairs' differences in the time of the whole
+command, with its standard error. Linux only, on an otherwise idle machine.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ import torch
 
 from nnx_cli.system.machine import cpu_model
 
-WORDS = {  # about a minute, and about four, of two CPU cores
+WORDS = {  # two to three minutes, and about eight, of one CPU core
     "screen": ["--model", "nyx", "--size", "nano", "--max-steps", "500"],
     "report": ["--model", "nyx", "--size", "nano", "--max-steps", "1850"],
 }
@@ -43,15 +45,18 @@ WITHOUT: dict[str, tuple[list[str], dict[str, str]]] = {  # words and variables 
 MOST = {"screen": 0.01, "report": 0.02}  # that it is to cost
 
 
-def timed(folder: Path, words: list[str], size: tuple[int, int], variables: dict[str, str]) -> dict[str, float]:
+def timed(
+    folder: Path, words: list[str], size: tuple[int, int], variables: dict[str, str], core: int
+) -> dict[str, float]:
     """Seconds of a whole command and of its training steps, and bytes that it wrote to the terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
     environment = kept | {"TERM": "xterm-256color"} | variables
-    command = [sys.executable, "-m", "nnx_cli", "train", *words, "--out", str(folder)]
+    command = [sys.executable, "-m", "nnx_cli", "train", *words, "--threads", "1", "--out", str(folder)]
+    on_core = ["taskset", "--cpu-list", str(core), *command]
     started = time.perf_counter()
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+    with subprocess.Popen(on_core, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         n_bytes = 0
         with suppress(OSError):  # what Linux raises at the end
@@ -66,12 +71,16 @@ def timed(folder: Path, words: list[str], size: tuple[int, int], variables: dict
 
 
 def measure(part: str, pair: int, words: list[str], size: tuple[int, int], work: Path) -> dict[str, Any]:
-    """One pair of runs, with and without a part; which comes first changes from pair to pair."""
+    """One pair of runs, with and without a part; which core they have changes from pair to pair."""
     more, variables = WITHOUT[part]
-    found = {}
-    for whole in (True, False) if pair % 2 == 0 else (False, True):
-        folder = work / f"{part}-{pair}-{whole}"
-        found[whole] = timed(folder, words + ([] if whole else more), size, {} if whole else variables)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+
+    def side(whole: bool) -> dict[str, float]:
+        folder, core = work / f"{part}-{pair}-{whole}", cores[(whole + pair) % 2]
+        return timed(folder, words + ([] if whole else more), size, {} if whole else variables, core)
+
+    with ThreadPoolExecutor() as sides:
+        found = dict(zip((True, False), sides.map(side, (True, False)), strict=True))
     cost = found[True]["seconds"] / found[False]["seconds"] - 1.0
     return {
         "part": part,
@@ -93,9 +102,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def as_markdown(rows: list[dict[str, Any]], machine: str) -> str:
     """What pairs of runs found, as the page live_screen.md."""
     lines = ["# What watching a run costs", "", machine, ""]
-    lines += ["Whole runs of `nnx train` on a pseudo-terminal, in turn with and without: the screen beside `NO_COLOR`,"]
+    lines += ["Whole runs of `nnx train` on a pseudo-terminal, with and without: the screen beside `NO_COLOR`,"]
     lines += [
-        "`report.html` beside `--no-report`. A cost is the mean of the pairs' differences ± its standard error.",
+        "`report.html` beside `--no-report`. The two of a pair run at the same time, one core each, which they change;",
+        "a cost is the mean of the pairs' differences ± its standard error.",
         "",
     ]
     lines += ["| part | terminal | run | pairs | with, s | without, s | cost | may cost |"]
@@ -115,7 +125,7 @@ def main() -> None:
     """Measure pairs, and print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=list(WORDS), help="default: both")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--size", default="80x24", help="columns x lines of the terminal")
     parser.add_argument("--results", type=Path, help="JSON lines: what stands there counts too")
     parser.add_argument("--markdown", type=Path)
@@ -134,7 +144,7 @@ def main() -> None:
                     with options.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
     machine = (
-        f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+        f"{cpu_model()}, one thread a run, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {platform.system()}, {datetime.date.today().isoformat()}. "
         "Made by `python tests/bench/live_screen.py`."
     )

@@ -38,6 +38,12 @@ def test_an_argument_may_be_called_true():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_may_be_called_as_the_argument_that_takes_it(name):
+    words = [word for param in _load(name).params for word in (param.name, *param.opts) if word[0] != "-"]
+    assert plain(*words, command=name) == words
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_what_people_write_stays(name):
     words = [option.opts[0] for option in _load(name).params if option.param_type_name == "option" and option.is_flag]
     assert words and plain(*words, command=name) == words
