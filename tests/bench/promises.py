@@ -1,6 +1,10 @@
 """What authors of the zoo's architectures promise and did not build, as options here: what each brings.
 
-    python tests/bench/promises.py latents --text FILE [--size tiny] [--tokens 4000000] [--seeds 3] [--markdown FILE]
+    python tests/bench/promises.py PART --text FILE [--size tiny] [--tokens N] [--seeds 3] [--limit SECONDS]
+                                   [--rows FILE] [--markdown FILE]
+
+A row that stands in --rows is not measured again, and none is begun that would end after --limit: the same command
+goes on.
 
 latents: N4 with keys and values of each head, of fewer heads that queries share, and risen from a latent that takes at
     most as much cache as those; the width of the feed-forward makes up for the parameters. Loss is the mean over the
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import Rows
 from zoo import coerced, race, table
 
 from nnx_cli import models
@@ -59,27 +64,37 @@ def as_large(fields: dict[str, int], size: str) -> ModelConfig:
     return widened(min(range(plain.ffn_dim // 2, 2 * plain.ffn_dim, FFN_STEP), key=excess))
 
 
-def latents(data: TokenFolder, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+def latents(
+    data: TokenFolder, options: argparse.Namespace, device: torch.device, rows: Rows
+) -> Iterator[dict[str, Any]]:
     """A row for every way to keep keys and values."""
-    precision = pick_precision("auto", device)
     for fields in caches(options.size):
-        config = as_large(fields, options.size)
-        settings = coerced("n4", {key: str(value) for key, value in fields.items()} | {"ffn_dim": str(config.ffn_dim)})
-        raced = race("n4", options.size, data, options.tokens, options.seeds, device, **settings)
-        model = meta_model("n4", replace(config, seq_len=options.context))
-        row: dict[str, Any] = {
-            "keys and values": " ".join(f"{key}={value}" for key, value in fields.items()) or "of each head"
-        }
-        row |= {"ffn_dim": config.ffn_dim, "parameters": raced["parameters"]}
-        row |= {"cache of a token, bytes": sampling_bytes(model, precision)[1], "loss": raced["loss"]}
-        row |= {"±": raced["spread"] / 2, "training tokens/s": raced["tokens/s"]}
-        for batch in BATCHES:
-            case = Case("n4", None, model.config, precision, batch)
-            row[f"decoding tokens/s, batch {batch}"] = round(decoding(case, device, NO_LIMITS, 5.0).tokens_per_s or 0)
-        yield row
+        name = " ".join(f"{key}={value}" for key, value in fields.items()) or "of each head"
+        measured = rows.get(lambda fields=fields: with_cache(fields, data, options, device), cache=name)
+        if measured is not None:
+            yield {"keys and values": name} | measured
+
+
+def with_cache(
+    fields: dict[str, int], data: TokenFolder, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """What N4 with these fields takes and brings."""
+    precision = pick_precision("auto", device)
+    config = as_large(fields, options.size)
+    settings = coerced("n4", {key: str(value) for key, value in fields.items()} | {"ffn_dim": str(config.ffn_dim)})
+    raced = race("n4", options.size, data, options.tokens, options.seeds, device, **settings)
+    model = meta_model("n4", replace(config, seq_len=options.context))
+    row: dict[str, Any] = {"ffn_dim": config.ffn_dim, "parameters": raced["parameters"]}
+    row |= {"cache of a token, bytes": sampling_bytes(model, precision)[1], "loss": raced["loss"]}
+    row |= {"±": raced["spread"] / 2, "training tokens/s": raced["tokens/s"]}
+    for batch in BATCHES:
+        case = Case("n4", None, model.config, precision, batch)
+        row[f"decoding tokens/s, batch {batch}"] = round(decoding(case, device, NO_LIMITS, 5.0).tokens_per_s or 0)
+    return row
 
 
 PARTS = {"latents": latents}
+TOKENS = {"latents": 4_000_000}  # of a run
 
 
 def main() -> None:
@@ -88,25 +103,32 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--size", default="tiny")
-    parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--limit", type=float)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
+    options.tokens = options.tokens or TOKENS[options.part]
     device = pick_device(options.device)
-    rows = []
+    shape = {"text": options.text.name, "size": options.size, "tokens": options.tokens}
+    machine = {"device": describe(device), "torch": torch.__version__}
+    rows = Rows(options.rows, options.limit, part=options.part, **shape, **machine)
     with tempfile.TemporaryDirectory() as folder:
         prepare([options.text], Path(folder) / "tokens", PrepareConfig(tokenizer="byte"))
-        for row in PARTS[options.part](open_token_folder(Path(folder) / "tokens"), options, device):
-            rows.append(row)
-            print(table(rows)[-1], flush=True)
+        lines = list(PARTS[options.part](open_token_folder(Path(folder) / "tokens"), options, device, rows))
+    if rows.missing:
+        print(f"{rows.missing} rows are missing; the same command goes on, with --rows where this one ended")
+    if not lines:
+        return
     head = f"{options.part}, size {options.size}, {options.tokens:,} tokens of {options.text.name}, "
     head += f"{options.seeds} seeds: "
     head += f"{describe(device)}, torch {torch.__version__}, {datetime.date.today()}."
-    output = "\n".join([head, "", *table(rows), ""])
+    output = "\n".join([head, "", *table(lines), ""])
     print(output)
-    if options.markdown:
+    if options.markdown and not rows.missing:
         with options.markdown.open("a", encoding="utf-8") as file:
             file.write("\n" + output)
 

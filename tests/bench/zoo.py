@@ -103,27 +103,36 @@ def train(trainer: Trainer) -> tuple[float, float, float]:
     return result.loss, speed, used
 
 
+def make_trainer_for(
+    tokens: int, name: str, size: str, data: TokenFolder, seed: int, device: torch.device, **settings: Any
+) -> Trainer:
+    """A trainer of as many steps as read so many tokens. `settings` override the default recipe, and fields of the
+    model."""
+    own = {field.name for field in models.config_fields(name)}
+    fields = {key: value for key, value in settings.items() if key in own}
+    recipe = {key: value for key, value in settings.items() if key not in own}
+    shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **recipe), device, fields).config
+    config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **recipe)
+    return make_trainer(name, size, data, config, device, fields)
+
+
 def race(
     name: str, size: str, data: TokenFolder, tokens: int, seeds: int, device: torch.device, **settings: Any
 ) -> dict[str, Any]:
     """One row of the table. `settings` override the default recipe, and fields of the model."""
     losses, row = [], {}
-    own = {field.name for field in models.config_fields(name)}
-    fields = {key: value for key, value in settings.items() if key in own}
-    recipe = {key: value for key, value in settings.items() if key not in own}
     for seed in range(seeds):
         reset_peak_memory(device)
-        shape = make_trainer(name, size, data, TrainConfig(max_steps=1, seed=seed, **recipe), device, fields).config
-        config = TrainConfig(max_steps=tokens // shape.tokens_per_step, seed=seed, **recipe)
-        trainer = make_trainer(name, size, data, config, device, fields)
+        trainer = make_trainer_for(tokens, name, size, data, seed, device, **settings)
+        config = trainer.config
         loss, speed, used = train(trainer)
         losses.append(loss)
         row = {
             "model": name,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "step": f"{config.max_steps} x {shape.tokens_per_step}",
-            "optimizer": trainer.config.optimizer,
-            "lr": trainer.config.lr,
+            "step": f"{config.max_steps} x {config.tokens_per_step}",
+            "optimizer": config.optimizer,
+            "lr": config.lr,
             "set": " ".join(f"{key}={value}" for key, value in settings.items()),
             "loss": statistics.mean(losses),
             "spread": max(losses) - min(losses),
