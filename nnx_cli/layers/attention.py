@@ -70,7 +70,7 @@ def cached_rotary_attention(
     """Attention over everything stored and the new positions, whose queries, keys and values lie side by side in `qkv`
     (B, T, (H + 2G)·K); returns (B, T, H·K)."""
     if len(tables) == 1:
-        assert cache.span is not None
+        assert cache.span is not None and cache.window is None
         return attend(qkv, tables[0], cache.layer(layer), cache.lengths, cache.span, n_heads, scale)
     (B, T, _), (cos, sin) = qkv.shape, tables
     heads = turn(qkv.view(B, T, *cos.shape[-2:]), cos, sin).transpose(1, 2)  # (B, H + 2G, T, K)

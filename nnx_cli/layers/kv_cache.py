@@ -45,9 +45,12 @@ class KVCache:
     `span` a pass of one position does the same operations on the same memory whatever was stored before, so that it can
     be captured as a CUDA graph: attention covers the first `span` positions, with a mask, and the host's count is left
     to the caller, who calls `note_advance` after every such pass, replayed or not.
+
+    With a `window` attention reaches so many of the newest positions, its own included. All positions stay, so that any
+    length can be returned to. A first pass over more than that must limit itself.
     """
 
-    window: int | None = None  # newest positions that attention reaches; None: all
+    window: int | None = None  # None: attention reaches all positions
     n_parts = 2  # of what is kept of a head: its keys and its values
 
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
@@ -105,11 +108,23 @@ class KVCache:
 
     def _sees_all(self, n_new: int) -> bool:
         """Whether each new position may look at all before it that `update` returns."""
-        return self._even and (self._longest == 0 or n_new == 1) and not self.has_span(n_new)
+        reached = self._longest + n_new - self._first(n_new)
+        is_within = self.window is None or self._longest == 0 or reached <= self.window
+        return is_within and self._even and (self._longest == 0 or n_new == 1) and not self.has_span(n_new)
 
     def _seen(self, n_new: int) -> Tensor:
         """Where each new position may look, (B, T, S), among what `update` returns."""
-        return torch.arange(self._end(n_new), device=self.lengths.device) <= self.positions(n_new)[..., None]
+        newest = self.positions(n_new)[..., None]
+        stored = torch.arange(self._first(n_new), self._end(n_new), device=self.lengths.device)
+        seen = stored <= newest
+        return seen if self.window is None else seen & (stored > newest - self.window)
+
+    def _first(self, n_new: int) -> int:
+        """The first position that `update` returns: what lies before the window of all sequences is left out where
+        they are equally long."""
+        if self.window is None or not self._even or self.has_span(n_new):
+            return 0
+        return max(0, self._longest + 1 - self.window)
 
     def is_causal(self, n_new: int) -> bool:
         """Whether attention over T new positions needs a causal mask of its own (the first fill does)."""
@@ -132,7 +147,8 @@ class KVCache:
         else:
             index = self.positions(n_new)[:, None, :, None]
             stored.scatter_(2, index.expand_as(kv), kv.to(stored.dtype))
-        return stored.narrow(2, 0, self._end(n_new)).chunk(self.n_parts, dim=1)
+        first = self._first(n_new)
+        return stored.narrow(2, first, self._end(n_new) - first).chunk(self.n_parts, dim=1)
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every sequence."""

@@ -35,18 +35,9 @@ class LatentCache(KVCache):
         super().__init__((n_layers, batch_size, 1, max_seq_len, width), device, dtype)
         self.window = window
 
-    def _sees_all(self, n_new: int) -> bool:
-        """As in KVCache; a first fill must window itself."""
-        is_within = self.window is None or self._longest == 0 or self._longest + n_new <= self.window
-        return is_within and super()._sees_all(n_new)
-
-    def _seen(self, n_new: int) -> Tensor:
-        """As in KVCache. Averages go back to the first position, so that none is left out."""
-        seen = super()._seen(n_new)
-        if self.window is None:
-            return seen
-        position = torch.arange(seen.shape[-1], device=seen.device)
-        return seen & (position > self.positions(n_new)[..., None] - self.window)
+    def _first(self, n_new: int) -> int:
+        """As in KVCache, but averages go back to the first position, so that none is left out."""
+        return 0
 
 
 def latent_attention(

@@ -81,8 +81,7 @@ class AveragedKeyCache(KVCache):
     """Averaged keys and values as attention reads them, and the running sums (L, B, G, K), float32, they go on from.
 
     Nothing more is kept per position: a sum over j positions is j² times the average stored there. `truncate` takes it
-    from there where a row gets shorter, exact to the rounding of one key in the cache's type. All positions stay, also
-    beyond the window, so that any length can be returned to.
+    from there where a row gets shorter, exact to the rounding of one key in the cache's type.
     """
 
     def __init__(self, config: Config, batch_size: int, max_seq_len: int, device: torch.device, dtype: torch.dtype):
@@ -90,25 +89,6 @@ class AveragedKeyCache(KVCache):
         super().__init__((config.n_layers, batch_size, config.n_kv_heads, max_seq_len, head_dim), device, dtype)
         self.window = config.window
         self.sums = torch.zeros(config.n_layers, batch_size, config.n_kv_heads, head_dim, device=device)
-
-    def _seen(self, n_new: int) -> Tensor:
-        """As in KVCache; a first fill must window itself."""
-        seen = super()._seen(n_new)
-        if self.window is None:
-            return seen
-        position = torch.arange(seen.shape[-1], device=seen.device)
-        return (seen & (position > self.positions(n_new)[..., None] - self.window))[..., self._first(n_new) :]
-
-    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, ...]:
-        """As in KVCache; where all rows are equally long, without what lies before the window."""
-        first = self._first(kv.shape[2])
-        return tuple(stored[:, :, first:] for stored in super().extend(layer, kv))
-
-    def _first(self, n_new: int) -> int:
-        """The first position that the next one sees, in any row."""
-        if self.window is None or not self._even or self.has_span(n_new):
-            return 0
-        return max(0, self._longest + 1 - self.window)
 
     def truncate(self, lengths: Tensor | int) -> Self:
         """As in KVCache; the sums of shorter rows come from the averages stored there."""
