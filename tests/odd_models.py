@@ -22,7 +22,7 @@ ODD = [  # of every architecture: grouped queries, untied, one layer, and what i
     ("ngpt", dict(n_layers=1, tie_embeddings=False, normalize_on_use=True, qk_norm=False, value_residual=False)),
     ("ngpt", dict(alpha_attn_init=0.1, s_qk_init=2.0, head_dim=8)),
     ("nyx", {}),
-    ("nyx", dict(n_layers=1, qk_norm=True, head_dim=10, ffn_dim=37)),
+    ("nyx", dict(n_layers=1, qk_norm=True, head_dim=10, ffn_dim=37, xpos=False)),
     ("nyx", dict(qk_norm=True, variant="original")),
     ("tape", {}),
     ("tape", dict(n_layers=1, coda_layers=1, n_critics=1, variant="sound")),

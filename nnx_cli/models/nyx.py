@@ -3,8 +3,9 @@
 The block adds attention and feed-forward of one shared norm (PaLM, Chowdhery et al. 2022,
 https://arxiv.org/abs/2204.02311); all query heads share one key and value head (Shazeer 2019,
 https://arxiv.org/abs/1911.02150); the feed-forward is gated (Shazeer 2020, https://arxiv.org/abs/2002.05202); rotary
-positions decay with distance (xPos, Sun et al. 2022, https://arxiv.org/abs/2212.10554); queries and keys may be
-normalised (Henry et al. 2020, https://arxiv.org/abs/2010.04245).
+positions decay with distance (xPos, Sun et al. 2022, https://arxiv.org/abs/2212.10554) unless they are to be plain
+(Su et al. 2021, https://arxiv.org/abs/2104.09864); queries and keys may be normalised (Henry et al. 2020,
+https://arxiv.org/abs/2010.04245).
 
 `small` is the size that NYX's author publishes: 30,020,096 parameters. Differs from the original: normalised queries
 and keys are scaled by 8, as intended there and never applied; target 0 counts in the loss (variant `original` keeps
@@ -38,6 +39,8 @@ from nnx_cli.layers.unit_norm import unit
 from nnx_cli.models._base import DERIVED, LanguageModel, ModelConfig, Recipe
 from nnx_cli.models.insides.nyx import insides as insides_of_nyx
 
+LONGEST_IN_BASES = 128  # a context in scale bases: its ends are 64 off the centre, where factors are 1e-35 and 1e35
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
@@ -47,6 +50,7 @@ class Config(ModelConfig):
     ffn_dim: int = DERIVED  # width of the feed-forward; default 4 x dim
     qk_norm: bool = False  # normalise queries and keys, with a learned gain each
     qk_norm_scale: float = 8.0  # softmax scale with qk-norm
+    xpos: bool = True  # rotary positions that decay with distance; off: plain ones
     xpos_scale_base: float = 512.0  # positions after which the slowest pair has lost a factor 3.5
 
     def __post_init__(self) -> None:
@@ -58,14 +62,21 @@ class Config(ModelConfig):
             raise UsageError(
                 f"--head-dim {self.head_dim} must be even and at least 2, --ffn-dim {self.ffn_dim} at least 1"
             )
-        if not self.xpos_scale_base > 0 or not self.qk_norm_scale > 0:
-            raise UsageError("--xpos-scale-base and --qk-norm-scale must be above 0")
+        if not self.qk_norm_scale > 0:
+            raise UsageError(f"--qk-norm-scale is {self.qk_norm_scale:g}; it must be above 0")
+        base, least = self.xpos_scale_base, self.seq_len / LONGEST_IN_BASES
+        if self.xpos and base < least:
+            raise UsageError(
+                f"--xpos-scale-base is {base:g}; for --seq-len {self.seq_len} it must be at least {least:g}",
+                fix="take --no-xpos for plain rotary positions",
+            )
 
     def unread(self) -> dict[str, str]:
         """Fields that change nothing beside the values of others, each with the option that it needs."""
-        if self.qk_norm and self.variant == "sound":
-            return {}
-        return {"qk_norm_scale": "--variant sound" if self.qk_norm else "--qk-norm"}
+        unread = {} if self.xpos else {"xpos_scale_base": "--xpos"}
+        if not self.qk_norm or self.variant != "sound":
+            unread["qk_norm_scale"] = "--variant sound" if self.qk_norm else "--qk-norm"
+        return unread
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -183,8 +194,11 @@ class Model(LanguageModel):
         return self.norm(x)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rotary tables of `positions`."""
+        """Rotary tables of `positions` (S,), as `xpos_tables` has them; without the decay where there is none."""
         config = self.config
+        if not config.xpos:
+            tables = rotary_tables(positions, config.head_dim)
+            return *tables, *tables
         return xpos_tables(positions, config.head_dim, config.xpos_scale_base, config.seq_len // 2)
 
     def insides(self, input_ids: Tensor) -> Insides:

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from nnx_cli import models
+from nnx_cli.errors import UsageError
 from nnx_cli.layers.lora import merge_adapters, remove_adapters
 from nnx_cli.layers.loss import LossModule
+from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.models.nyx import xpos_tables
 
 FOLDER = Path(__file__).parent
@@ -79,3 +81,27 @@ def test_position_factors_stay_within_sixteen_bits():
     tables = xpos_tables(torch.arange(8192), 64, 512.0, 4096)
     assert all(table.abs().max() < torch.finfo(torch.float16).max for table in tables)
     assert all(table.half().isfinite().all() for table in tables)
+
+
+def test_without_xpos_positions_are_plain_rotary(tiny):
+    ids = torch.arange(32)[None]
+    plain, slow, decaying = (
+        tiny(**fields)(ids) for fields in (dict(xpos=False), dict(xpos_scale_base=1e30), dict(xpos_scale_base=8.0))
+    )
+    assert torch.equal(plain, slow) and not torch.allclose(plain, decaying, atol=1e-3)
+    positions = torch.arange(8)
+    found, wanted = tiny(xpos=False).rotary_tables(positions), 2 * rotary_tables(positions, 16)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("base", "seq_len"), [(0.0, 32), (-1.0, 32), (0.2, 32), (7.9, 1024), (63.9, 8192)])
+def test_a_decay_that_no_number_holds_is_refused(base, seq_len):
+    with pytest.raises(UsageError, match="xpos-scale-base"):
+        models.make_config("nyx", xpos_scale_base=base, seq_len=seq_len)
+
+
+@pytest.mark.parametrize("seq_len", [32, 1024, 8192])
+def test_the_steepest_decay_is_finite(seq_len):
+    config = models.make_config("nyx", xpos_scale_base=seq_len / 128, seq_len=seq_len)
+    tables = xpos_tables(torch.arange(seq_len), 64, config.xpos_scale_base, seq_len // 2)
+    assert all(table.isfinite().all() for table in tables) and min(tables[0].abs().amax(1)) > 0

@@ -9,6 +9,7 @@ from nnx_cli import models
 CASES = [
     ("nyx", {}, {"qk_norm": True}, {"qk_norm_scale": 2.0}),
     ("nyx", {"qk_norm": True, "variant": "original"}, {"qk_norm": True}, {"qk_norm_scale": 2.0}),
+    ("nyx", {"xpos": False}, {}, {"xpos_scale_base": 8.0}),
     ("neon", {}, {"decoder": "function"}, {"function_temperature": 3.0}),
     ("neon", {"decoder": "memory"}, {"decoder": "function"}, {"function_balance": 0.5}),
     ("neon", {}, {"decoder": "function"}, {"function_anneal_steps": 1}),

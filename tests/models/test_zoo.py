@@ -20,7 +20,7 @@ SIZES = {"nano": 0.8e6, "tiny": 10.7e6, "small": 30e6, "base": 124e6, "large": 3
 TOLERANCE = {"tape": 0.10}  # the least adjustable one
 V = 64
 
-OTHERS = [("n4", dict(kv_latent_dim=12))]  # models of another make, which promise as much
+OTHERS = [("n4", dict(kv_latent_dim=12)), ("nyx", dict(xpos=False))]  # models of another make, which promise as much
 
 
 def pytest_generate_tests(metafunc):

@@ -266,9 +266,10 @@ ARCHITECTURES.nyx = class extends Architecture {
     };
   }
 
-  /** Rotation with the decay of xPos: queries shrink with their position as keys grow with theirs. */
+  /** Rotation with the decay of xPos, if there is one: queries shrink with their position as keys grow with theirs. */
   turns(position) {
-    const { head_dim: K, xpos_scale_base, seq_len } = this.config, { cos, sin } = rotary(position, K);
+    const { head_dim: K, xpos, xpos_scale_base, seq_len } = this.config, { cos, sin } = rotary(position, K);
+    if (!xpos) return [{ cos, sin }, { cos, sin }];
     const decay = cos.map((_, i) => {
       const zeta = Math.fround((2 * i + 0.4 * K) / (1.4 * K));
       return zeta ** Math.fround((position - Math.floor(seq_len / 2)) / xpos_scale_base);

@@ -17,10 +17,12 @@ DECAY = (
 
 
 def insides(model: Any, input_ids: Tensor) -> Insides:
-    """Attention, and the decay of every head with distance."""
+    """Attention, and the decay of every head with distance, if there is one."""
     with AttentionRecorder(model.blocks) as recorder:
         model(input_ids)
     maps, names = maps_of(recorder.passes, input_ids.shape[1])
+    if not model.config.xpos:
+        return Insides(maps, names)
     K, base = model.config.head_dim, model.config.xpos_scale_base
     pair = torch.arange(0, K, 2, device=input_ids.device)
     zeta = (pair + 0.4 * K) / (1.4 * K)

@@ -108,7 +108,7 @@ SHAPES = {
     ],
     "nyx": [
         {},
-        dict(qk_norm=True, head_dim=10, seq_len=33),
+        dict(qk_norm=True, head_dim=10, seq_len=33, xpos=False),
         dict(qk_norm=True, variant="original", n_heads=1, xpos_scale_base=20.0),
     ],
     "ngpt": [
