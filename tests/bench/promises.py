@@ -10,34 +10,53 @@ latents: N4 with keys and values of each head, of fewer heads that queries share
     most as much cache as those; the width of the feed-forward makes up for the parameters. Loss is the mean over the
     validation split and the seeds, ± half of their spread. Decoding is of the same shapes, untrained, at a context
     of --context tokens.
+beyond: NYX of several xPos scale bases, and with plain rotary positions, at 1 to 8 times the context that it was
+    trained with, in bits per byte of validation text: of the last quarter of the trained context, the same targets in
+    contexts of all lengths, and over all positions, the same text cut into windows of all lengths. With a window,
+    attention reaches as many positions as the trained context has, as it would in decoding: through the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from rows import Rows
-from zoo import coerced, race, table
+from torch import Tensor
+from zoo import coerced, make_trainer_for, race, table, train
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig
+from nnx_cli.data.loader import windows_at
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
+from nnx_cli.evaluation.context import check_text
+from nnx_cli.evaluation.losses import evaluating
 from nnx_cli.experiments.benchmark import Case, Limits, decoding
-from nnx_cli.models._base import ModelConfig
+from nnx_cli.experiments.statistics import mean_and_error
+from nnx_cli.layers.loss import token_losses
+from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.planning.flops import count_parameters, meta_model, sampling_bytes
-from nnx_cli.system.device import describe, pick_device, pick_precision
+from nnx_cli.system.device import describe, pick_device, pick_precision, release_memory
+from nnx_cli.training.trainer import Trainer
 
 FFN_STEP = 8  # of widths that are tried
 BATCHES = (1, 16)
 NO_LIMITS = Limits({}, 1.0)
+
+SCALE_BASES = (64.0, 256.0, 512.0, 2048.0, None)  # None: plain rotary positions
+FACTORS = (1, 2, 4, 8)  # of the trained context
+N_WINDOWS = 256  # at most, whose last quarters are measured
+TOKENS_AT_ONCE = 32_768
 
 
 def caches(size: str) -> Iterator[dict[str, int]]:
@@ -93,8 +112,84 @@ def with_cache(
     return row
 
 
-PARTS = {"latents": latents}
-TOKENS = {"latents": 4_000_000}  # of a run
+def beyond(
+    data: TokenFolder, options: argparse.Namespace, device: torch.device, rows: Rows
+) -> Iterator[dict[str, Any]]:
+    """Two rows for every scale base: the last positions, and all."""
+    found: dict[float | None, list[dict[str, list[float]]]] = {base: [] for base in SCALE_BASES}
+    for seed in range(options.seeds):
+        for base in SCALE_BASES:
+            fields = {"xpos": False} if base is None else {"xpos_scale_base": base}
+
+            def measure(seed: int = seed, fields: dict[str, Any] = fields) -> dict[str, list[float]]:
+                release_memory()
+                trainer = make_trainer_for(options.tokens, "nyx", options.size, data, seed, device, **fields)
+                train(trainer)
+                return by_length(trainer)
+
+            if (measured := rows.get(measure, scale_base=base, seed=seed)) is not None:
+                found[base].append(measured)
+    for base, runs in found.items():
+        for at, positions in enumerate(("last", "all")):
+            if runs:
+                row = {"scale base": "plain rotary" if base is None else f"{base:g}", "positions": positions}
+                yield row | {name: with_error([run[name][at] for run in runs]) for name in runs[0]}
+
+
+def by_length(trainer: Trainer) -> dict[str, list[float]]:
+    """Bits per byte of the last positions and of all, by length of the context and with a window or without."""
+    seq_len, tokens = trainer.model.config.seq_len, trainer.data.val
+    longest = FACTORS[-1] * seq_len
+    check_text(len(tokens), seq_len, longest)
+    ends = np.arange(longest, len(tokens), seq_len)
+    ends = ends[:: -(-len(ends) // N_WINDOWS)]
+    tiles = np.arange(0, len(tokens) - longest, longest)[: N_WINDOWS // FACTORS[-1]]
+    found = {}
+    for factor in FACTORS:
+        length = factor * seq_len
+        parts = (tiles[:, None] + np.arange(0, longest, length)).ravel()
+        for window in (None, seq_len)[: 1 + (factor > 1)]:
+            last = losses_of(trainer.model, tokens, ends - length, length, window)[:, -(seq_len // 4) :]
+            every = losses_of(trainer.model, tokens, parts, length, window)
+            name = f"{factor}x" if window is None else f"{factor}x, window"
+            found[name] = [float(losses.mean()) / math.log(2) for losses in (last, every)]
+    return found
+
+
+@torch.no_grad()
+def losses_of(
+    model: LanguageModel, tokens: np.ndarray, starts: np.ndarray, length: int, window: int | None
+) -> np.ndarray:
+    """Losses (N, `length`) of the windows of text that begin at `starts` (N,)."""
+    parts, size = [], max(1, TOKENS_AT_ONCE // length)
+    with evaluating(model):
+        for i in range(0, len(starts), size):
+            ids, targets = (x.to(model.device) for x in windows_at(tokens, starts[i : i + size], length))
+            losses = token_losses(model, ids, targets) if window is None else decoded(model, ids, targets, window)
+            parts.append(losses.double().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def decoded(model: LanguageModel, input_ids: Tensor, targets: Tensor, window: int) -> Tensor:
+    """Losses (B, T) with attention to the newest `window` positions of a cache, which holds all of them."""
+    cache = model.make_cache(*input_ids.shape)
+    cache.window = window
+    pieces = zip(input_ids.split(window, dim=1), targets.split(window, dim=1), strict=True)
+    losses = [
+        F.cross_entropy(model(ids, cache=cache).transpose(1, 2).float(), wanted, reduction="none")
+        for ids, wanted in pieces
+    ]
+    return torch.cat(losses, dim=1)
+
+
+def with_error(values: list[float]) -> str:
+    """The mean, and its standard error where there are several."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+PARTS = {"latents": latents, "beyond": beyond}
+TOKENS = {"latents": 4_000_000, "beyond": 2_000_000}  # of a run
 
 
 def main() -> None:
