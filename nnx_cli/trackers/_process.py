@@ -22,6 +22,7 @@ START = "import sys; sys.path.append(sys.argv[1]); from nnx_cli.trackers._follow
 PACKAGES = Path(nnx_cli.__file__).parents[1]
 PATIENCE_SECONDS = 120.0  # without an answer, after which a tracker is dropped
 END_SECONDS, STOP_SECONDS = 30.0, 5.0  # that trackers have when the run has ended, and when it was stopped
+SILENT_SECONDS = 10.0  # without an answer at the run's end, after which one that had begun gets nothing of these
 KILLED_SECONDS = 5.0  # that the system may take to end a process
 WORTH_A_NOTE = 2.0  # seconds of waiting at the end
 KEPT = "metrics.jsonl has all of its numbers"
@@ -60,8 +61,12 @@ class TrackerProcess:
         if self.process.poll() is not None and "done" not in self.heard:
             self.listener.join(1.0)
             return str(self.heard.get("error", f"its process ended with code {self.process.returncode}"))
+        return self.silence(PATIENCE_SECONDS)
+
+    def silence(self, patience: float) -> str | None:
+        """That it was silent for longer than so many seconds, or None."""
         silent = time.monotonic() - self.heard_at
-        return f"no answer for {silent:.0f} s" if silent > PATIENCE_SECONDS else None
+        return f"no answer for {silent:.0f} s" if silent > patience else None
 
     def end(self) -> None:
         """Let it tell the rest."""
@@ -111,8 +116,11 @@ class Tracking(Silent):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self.processes:
-            process.end()
+        for process in [*self.processes]:
+            if process.heard and (trouble := process.silence(SILENT_SECONDS)) is not None:
+                self._drop(process, trouble)
+            else:
+                process.end()
         if kind is KeyboardInterrupt:  # they have all that there is, and end by themselves
             return
         began, noted, patience = time.monotonic(), False, END_SECONDS if error is None else STOP_SECONDS

@@ -117,6 +117,17 @@ def test_what_hangs_is_dropped_and_nothing_of_it_stays(tracked, fakes, said, mon
     assert all("is dropped: not done" in line for line in said["warnings"])
 
 
+def test_what_hung_before_the_end_is_not_waited_for(tracked, fakes, said, monkeypatch):
+    monkeypatch.setattr(_process, "SILENT_SECONDS", 0.5)
+    with track(tracked.folder, fakes(("scalars", "sleep")), said) as tracking:
+        (process,) = tracking.processes
+        until = time.monotonic() + 20
+        while "place" not in process.heard and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.6)
+    assert len(said["warnings"]) == 1 and "no answer for" in said["warnings"][0]
+
+
 def test_a_run_that_was_stopped_waits_less(tracked, fakes, said, monkeypatch):
     monkeypatch.setattr(_process, "STOP_SECONDS", 0.1)
     with pytest.raises(Interrupted), track(tracked.folder, fakes(("finish", "sleep")), said):
