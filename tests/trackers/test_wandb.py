@@ -74,7 +74,7 @@ def test_nothing_private_is_in_it(history, twice, leaks):
 def test_an_agent_of_a_sweep_runs_the_command_of_the_readme(token_path, workspace, monkeypatch):
     agents = pytest.importorskip("wandb.wandb_agent", reason="needs wandb")
     yaml = pytest.importorskip("yaml", reason="needs PyYAML")
-    readme = Path(nnx_cli.__file__).parents[1] / "README.md"
+    readme = Path(nnx_cli.__file__).parents[1] / "weights" / "README.md"
     sweep = yaml.safe_load(readme.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0])
     assert sweep["command"][:2] == ["nnx", "train"] and sweep["metric"]["name"] == "eval/loss"
     replaced = {"nnx": sys.executable, "--filepath=book.txt": f"--data={token_path}", "--max-time=5m": "--max_steps=3"}
