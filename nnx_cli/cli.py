@@ -114,7 +114,7 @@ class Group(TyperGroup):
         arguments = (sys.argv[1:] if args is None else list(args)) or ["--help"]
         debug = "--debug" in arguments
         try:
-            code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
+            code = super().main(arguments, prog_name or "nnx", complete_var, False, windows_expand_args, **extra)
             sys.stdout.flush()
         except TyperException as error:
             code = _report(_with_choice(error, self, arguments), debug)
@@ -252,6 +252,18 @@ def _root(
     ] = False,
 ) -> None:
     """Train a small language model from scratch on your own text, on the computer you already have."""
+
+
+def call(words: Sequence[str]) -> None:
+    """Run a command line inside of another program. Raises NnxError where it fails."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, Group)
+    try:
+        TyperGroup.main(group, [*words], "nnx", standalone_mode=False)
+    except TyperException as error:
+        raise _with_choice(error, group, words) from error
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,11 +52,21 @@ ALIASES = {
 }
 
 TRAINING = {field.name: field for field in own_fields(TrainConfig)}
+
+
+def runs_named(incomplete: str) -> list[str]:
+    """What a shell completes a MODEL to: names of folders in weights/, those of a race or a sweep by theirs too."""
+    folders = [path.parent for depth in ("*", "*/*") for path in Path("weights").glob(f"{depth}/config.json")]
+    found = [folder.relative_to("weights") for folder in folders]
+    return sorted(path.as_posix() for path in found if path.as_posix().startswith(incomplete))
+
+
 Model = Annotated[
     str | None,
     typer.Argument(
         help="A run folder or its name, RUN@best, RUN@last, RUN@500, or a quantized folder.",
         show_default="the newest run",
+        autocompletion=runs_named,
     ),
 ]
 ModelFile = Annotated[
@@ -65,6 +77,23 @@ ModelFile = Annotated[
 ]
 Device = Annotated[str, typer.Option(help=TRAINING["device"].sentence)]
 Precision = Annotated[str, typer.Option(help=TRAINING["precision"].sentence)]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A program that runs a command: the words of the command line, and what takes the place of its screen."""
+
+    words: Sequence[str]
+    screen: Output
+
+
+CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
+
+
+def typed_words() -> list[str]:
+    """The command line behind `nnx`."""
+    caller = CALLER.get()
+    return sys.argv[1:] if caller is None else [*caller.words]
 
 
 def option(field: Field, panel: str | None = None) -> inspect.Parameter:
@@ -85,11 +114,12 @@ def shown_default(field: Field) -> str | bool:
 
 
 def extra(
-    name: str, kind: Any, text: str, panel: str | None = None, default: str | bool = False, *spelling: str
+    name: str, kind: Any, text: str, panel: str | None = None, default: str | bool = False, *spelling: str, **how: Any
 ) -> inspect.Parameter:
-    """The keyword parameter of an option that is no setting; None where it is not given, `default` is for help."""
+    """The keyword parameter of an option that is no setting; None where it is not given, `default` is for help, `how`
+    what else Typer is told."""
     names = spelling or ("--" + name.replace("_", "-"),)
-    info = typer.Option(*names, help=text, show_default=default, rich_help_panel=panel)
+    info = typer.Option(*names, help=text, show_default=default, rich_help_panel=panel, **how)
     return inspect.Parameter(name, KEYWORD, default=None, annotation=Annotated[kind | None, info])
 
 
@@ -258,7 +288,8 @@ def command(
             if not gc.isenabled():  # since the start of the process: what is there by now stays
                 gc.freeze()
                 gc.enable()
-            function(Output(json=json, quiet=quiet or json), **options)
+            caller = CALLER.get()
+            function(Output(json=json, quiet=quiet or json) if caller is None else caller.screen, **options)
 
         run.__doc__ = function.__doc__
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what Typer reads

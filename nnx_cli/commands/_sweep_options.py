@@ -21,6 +21,7 @@ from nnx_cli.commands._options import (
     given,
     model_fields,
     model_options,
+    runs_named,
     settings,
 )
 from nnx_cli.commands._train_options import NAMED, PANELS, PREPARING, TRAINING, Request, ResumeRequest, read_request
@@ -47,7 +48,7 @@ OPTIONS = [
     extra("model", str, ARCHITECTURE_HELP, MAIN, DEFAULT_MODEL),
     extra("size", str, SIZE_HELP, MAIN, "auto"),
     extra("out", Path, "Folder of the sweep: a new one, or one to go on with.", MAIN, "weights/sweep-STEM"),
-    extra("init_from", str, "MODEL whose shape and weights to start from.", MAIN),
+    extra("init_from", str, "MODEL whose shape and weights to start from.", MAIN, autocompletion=runs_named),
     extra("config", Path, "TOML file with settings of training; the command line wins.", MAIN),
     *settings(TrainConfig, "Length and batch", only=("max_time", "max_steps")),
     *(

@@ -28,6 +28,7 @@ from nnx_cli.commands._options import (
     may_have_rows,
     model_fields,
     model_options,
+    runs_named,
     settings,
 )
 from nnx_cli.commands._ranks import is_started
@@ -115,6 +116,13 @@ GPUS_HELP = (
     "Number of GPUs of this machine to train on, or all: the same run on any number. With --dropout, what is dropped "
     "follows seed, step and GPU."
 )
+
+
+def _resumable(incomplete: str) -> list[str]:
+    """What a shell completes --resume to."""
+    return [name for name in ("last", *runs_named(incomplete)) if name.startswith(incomplete)]
+
+
 OPTIONS = [
     extra("model", str, ARCHITECTURE_HELP, MAIN, DEFAULT_MODEL),
     extra("size", str, SIZE_HELP, MAIN, "auto"),
@@ -122,8 +130,8 @@ OPTIONS = [
     extra("data", Path, "Token folder made by nnx prepare.", MAIN),
     *settings(TrainConfig, MAIN, only=("max_time", "max_steps", "vram")),
     extra("out", Path, "Run folder to make.", MAIN, "weights/MODEL-STEM"),
-    extra("resume", str, "Run to continue: folder, name, or last.", MAIN),
-    extra("init_from", str, "MODEL whose shape and weights to start from.", MAIN),
+    extra("resume", str, "Run to continue: folder, name, or last.", MAIN, autocompletion=_resumable),
+    extra("init_from", str, "MODEL whose shape and weights to start from.", MAIN, autocompletion=runs_named),
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
     extra("dry_run", bool, "Show the plan, every value and where it comes from, and stop.", MAIN, False, "--dry-run"),
     *(p for panel, names in PANELS.items() for p in settings((*TRAINING, *PREPARING), panel, only=names)),

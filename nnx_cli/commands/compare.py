@@ -27,6 +27,7 @@ from nnx_cli.commands._options import (
     hidden,
     may_have_rows,
     model_fields,
+    runs_named,
     settings,
 )
 from nnx_cli.commands._pages import page_writer
@@ -71,7 +72,7 @@ OPTIONS = [
     extra("filepath", list[str], "Text to race on: a file, folder or glob; may be repeated.", MAIN),
     extra("data", Path, "Token folder made by nnx prepare.", MAIN),
     extra("out", Path, "Folder of the race: a new one, or one to go on with.", MAIN, "weights/race-STEM"),
-    extra("runs", list[str], "Compare these finished runs instead: --runs A B C.", MAIN),
+    extra("runs", list[str], "Compare these finished runs instead: --runs A B C.", MAIN, autocompletion=runs_named),
     extra("show", Path, "Show the race of this race.json, or of its folder, instead.", MAIN),
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),
     hidden("competitor", str),
@@ -105,7 +106,8 @@ BRANCHES = (
 def run(
     output: Output,
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="Further runs of --runs.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Further runs of --runs.", show_default=False, autocompletion=runs_named),
     ] = None,
     **options: Any,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nnx_cli.commands._options import Device, ModelFile, command
+from nnx_cli.commands._options import Device, ModelFile, command, runs_named
 from nnx_cli.config import TrainConfig
 from nnx_cli.console.output import Output
 from nnx_cli.errors import quoted
@@ -22,7 +22,9 @@ EXAMPLES = """Examples:
 @command()
 def run(
     output: Output,
-    model: Annotated[str | None, typer.Argument(help="Run with adapters.", show_default="the newest run")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Run with adapters.", show_default="the newest run", autocompletion=runs_named)
+    ] = None,
     file: ModelFile = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="weights/NAME-merged")] = None,
     device: Device = TrainConfig.device,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nnx_cli.commands._options import command
+from nnx_cli.commands._options import command, runs_named
 from nnx_cli.console.output import Output
 from nnx_cli.errors import CheckpointError, OutputError, UsageError, counted
 
@@ -17,14 +17,21 @@ EXAMPLES = """Examples:
   nnx report book-a book-b book-c
   nnx report book --csv book.csv"""
 
+Runs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN",
+        help="Run folders or their names.",
+        show_default="the newest run",
+        autocompletion=runs_named,
+    ),
+]
+
 
 @command()
 def run(
     output: Output,
-    runs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RUN", help="Run folders or their names.", show_default="the newest run"),
-    ] = None,
+    runs: Runs = None,
     csv: Annotated[
         Path | None, typer.Option(help="File to write the numbers of metrics.jsonl to, as CSV; - prints them.")
     ] = None,

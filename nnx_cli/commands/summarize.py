@@ -20,6 +20,7 @@ from nnx_cli.commands._options import (
     given,
     model_fields,
     model_options,
+    runs_named,
     settings,
 )
 from nnx_cli.config import TrainConfig, check_choice, check_range
@@ -61,7 +62,9 @@ WAITING = "counting operations and memory, for which torch loads its compiler"
 @command(*model_options(), *settings(TrainConfig, only=SETTINGS), branches=BRANCHES)
 def run(
     output: Output,
-    ref: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.")] = None,
+    ref: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Run folder or its name.", autocompletion=runs_named)
+    ] = None,
     model: Annotated[str | None, typer.Option(help=ARCHITECTURE_HELP)] = None,
     size: Annotated[
         str | None, typer.Option(help="Named size: nano, tiny, small, base, large, xl.", show_default=DEFAULT_SIZE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
-from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches
+from nnx_cli.commands._options import DEFAULT_MODEL, Branch, check_read, command, field_branches, typed_words
 from nnx_cli.commands._plan_table import PlanTable, show_settings
 from nnx_cli.commands._ranks import connected, count_restarts, devices_of, how_many, is_started, start_all
 from nnx_cli.commands._run_verdict import RunVerdict
@@ -542,4 +541,4 @@ def _as_json(run: Run, status: dict[str, Any]) -> dict[str, Any]:
 
 def _command_line() -> str:
     """This command as it was typed, in words that `shlex.split` finds again on every system."""
-    return shlex.join(["nnx", *sys.argv[1:]])
+    return shlex.join(["nnx", *typed_words()])

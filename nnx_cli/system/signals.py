@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,11 @@ _half_made: list[None] = []
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT, SIGTERM or SIGHUP has come; a second Ctrl-C raises KeyboardInterrupt."""
+    """A function that says whether SIGINT, SIGTERM or SIGHUP has come; a second Ctrl-C raises KeyboardInterrupt. Python
+    hears signals in its first thread alone: in another one none comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
@@ -71,7 +76,7 @@ def _handled(handler: Any) -> Iterator[None]:
 def on_interrupt(handler: Any) -> Iterator[None]:
     """Handle Ctrl-C meanwhile, where it is not ignored: by a function, or by None, which raises KeyboardInterrupt."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return
     signal.signal(signal.SIGINT, handler or signal.default_int_handler)

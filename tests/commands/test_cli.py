@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nnx_cli import __version__, commands, models
-from nnx_cli.cli import COMMANDS
+from nnx_cli.cli import COMMANDS, app
 from nnx_cli.commands._train_options import PANELS, PREPARING
 from nnx_cli.config import TrainConfig, own_fields
 from nnx_cli.errors import DataError, quoted
@@ -278,3 +278,27 @@ def test_ctrl_c_is_code_130(nnx, monkeypatch):
 )
 def test_usage_is_checked_before_files(refused, words):
     assert "nofile" not in refused(2, "", *words.split()).stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("nnx sample b", ["book", "book-int8"]),
+        ("nnx report book race", ["race-book/llama-1"]),
+        ("nnx train --resume ", ["book", "book-int8", "last", "race-book/llama-1"]),
+        ("nnx train --init-from race-book/", ["race-book/llama-1"]),
+        ("nnx compare --runs book-", ["book-int8"]),
+        ("nnx exp", ["export"]),
+    ],
+)
+def test_shells_complete_names_of_runs(workspace, typed, completed, monkeypatch, capsys):
+    for name in ("book", "book-int8", "race-book/llama-1", "race-book/search/deep"):
+        (workspace / "weights" / name).mkdir(parents=True)
+        (workspace / "weights" / name / "config.json").touch()
+    words = typed.split(" ")
+    monkeypatch.setenv("_NNX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    with pytest.raises(SystemExit):
+        app()
+    assert sorted(capsys.readouterr().out.split()) == completed

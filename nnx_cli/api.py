@@ -1,0 +1,140 @@
+"""nnx from Python: `prepare`, `train`, `load` and `sample` take the options of the commands, with underscores.
+
+They run the same code and raise the same errors, `nnx_cli.errors.NnxError` and its kinds. Nothing is printed unless
+`progress=True`; warnings are Python's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnx_cli.cli import call
+from nnx_cli.commands._options import CALLER, Caller
+from nnx_cli.console.output import Output
+from nnx_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from nnx_cli.data.tokenizers.base import Tokenizer
+    from nnx_cli.models._base import LanguageModel
+    from nnx_cli.runs.load import ModelRef
+
+OF_THE_COMMAND_LINE = ("gpus", "dry_run", "json", "quiet", "debug", "help")
+
+
+class TrainedModel:
+    """A run, or what was quantized, merged or imported: its weights, numbers and text."""
+
+    def __init__(self, ref: ModelRef) -> None:
+        self._ref = ref
+
+    def __repr__(self) -> str:
+        return f"TrainedModel({self._ref.label!r})"
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self._ref.folder
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The network in evaluation mode, fp32, on the GPU where there is one: input_ids (B, T) to logits (B, T, V)."""
+        from nnx_cli.runs.load import load_model
+        from nnx_cli.system.device import pick_device
+
+        return load_model(self._ref, pick_device("auto"))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to ids and back; None for a model over bare ids."""
+        return self._ref.tokenizer
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one for each logged step."""
+        from nnx_cli.runs.logs import read_intact
+
+        path = self.folder / "metrics.jsonl"
+        return read_intact(path)[0] if path.exists() else []
+
+    def sample(self, prompt: str = "", **options: Any) -> str:
+        """`prompt` and what the model writes behind it; options of `nnx sample`, such as max_new_tokens."""
+        return sample(self, prompt, **options)
+
+
+def prepare(*paths: str | Path, progress: bool = False, **options: Any) -> dict[str, Any]:
+    """Make a token folder of text; what `nnx prepare --json` prints, `out` is the folder."""
+    return _run("prepare", [*map(str, paths)], options, progress)
+
+
+def train(*filepath: str | Path, progress: bool = False, **options: Any) -> TrainedModel:
+    """Train on files of text, on `data`, or on the documentation that Python ships; `resume` goes on with a run."""
+    if filepath:
+        options["filepath"] = [*map(str, filepath)]
+    file = options.get("bank_file") or (options.get("model") if str(options.get("model")).endswith(".py") else None)
+    return load(_run("train", [], options, progress)["out"], file)
+
+
+def load(model: str | Path | None = None, file: str | Path | None = None) -> TrainedModel:
+    """A MODEL by its folder or name, also RUN@last; by default the newest run. `file` is that of its architecture or
+    bank, where that is yours."""
+    from nnx_cli.runs.find import find_model
+
+    ref = find_model(None if model is None else str(model), None if file is None else Path(file))
+    assert ref.config
+    return TrainedModel(ref)
+
+
+def sample(model: TrainedModel | str | Path | None = None, prompt: str = "", **options: Any) -> str:
+    """`prompt` and what a model writes behind it; options of `nnx sample`, such as max_new_tokens."""
+    if options.get("num_samples", 1) != 1:
+        raise UsageError("num_samples is for the command line", fix="call sample several times, with another seed each")
+    if isinstance(model, TrainedModel):
+        ref = model._ref
+        model = ref.label
+        if ref.file is not None:
+            options.setdefault("model", ref.file)
+    made = _run("sample", [] if model is None else [str(model)], options | ({"prompt": prompt} if prompt else {}))
+    return made["prompt"] + made["samples"][0]["text"]
+
+
+class _Returned(Output):
+    """A screen whose product is kept instead of printed."""
+
+    def __init__(self, progress: bool) -> None:
+        super().__init__(json=True, quiet=not progress)
+        self.value: dict[str, Any] = {}
+
+    def show_json(self, value: Any) -> None:
+        """Keep the product."""
+        self.value = value
+
+    def warn(self, text: str) -> None:
+        """Warn as Python does."""
+        warnings.warn(text, stacklevel=2)
+
+
+def _run(command: str, arguments: list[str], options: dict[str, Any], progress: bool = False) -> dict[str, Any]:
+    """The product of a command. Raises NnxError."""
+    for name in OF_THE_COMMAND_LINE:
+        if name in options:
+            raise UsageError(f"{name} is for the command line: nnx {command} --help")
+    screen = _Returned(progress)
+    words = [command, *_words(options), *(["--", *arguments] if arguments else [])]
+    token = CALLER.set(Caller(words, screen))
+    try:
+        call(words)
+    finally:
+        CALLER.reset(token)
+    return screen.value
+
+
+def _words(options: dict[str, Any]) -> Iterator[str]:
+    """Options as they are typed; those that are None are left out."""
+    for name, value in options.items():
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if each is not None:
+                yield f"--{name.replace('_', '-')}={each}"
