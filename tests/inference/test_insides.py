@@ -193,7 +193,7 @@ def test_decay_of_nyx_lies_between_those_of_its_pairs(tiny):
     assert found.columns == ["0", "1", "2", "4", "8", "16", "31"] and torch.allclose(found.values[:, 0], torch.ones(4))
     assert (found.values <= slowest ** (distances / 8) + 1e-6).all()
     assert (found.values >= fastest ** (distances / 8) - 1e-6).all() and (found.values.diff(dim=-1) < 0).all()
-    assert look_inside(tiny("nyx", xpos=False), IDS).panels == ()
+    assert [each.title for each in look_inside(tiny("nyx", xpos=False), IDS).panels] == ["Heads"]
 
 
 def test_a_step_of_ngpt_is_what_it_began_with(tiny):
