@@ -31,6 +31,7 @@ from nnx_cli.training.divergence import (
     part_losses,
 )
 from nnx_cli.training.journal import Journal
+from nnx_cli.training.pace import SlowRankDetector
 from nnx_cli.training.state import TrainState, restore_checkpoint, spread_state, spread_weights
 from nnx_cli.training.step import StepNumbers
 from nnx_cli.training.stepper import Stepper
@@ -50,6 +51,7 @@ class Recovery:
         self.state = state
         self.journal = journal
         self.spikes = LossSpikeDetector()
+        self.slow_ranks = SlowRankDetector()
 
     def read_numbers(self) -> StepNumbers:
         """Numbers of the newest step; synchronizes. Notices a spike of the loss since the last reading."""
@@ -60,6 +62,12 @@ class Recovery:
                 f"loss spike: {numbers.highest_loss:.3f} up to step {self.state.step}, after {self.spikes.mean:.3f}"
             )
         return numbers
+
+    def watch_ranks(self, is_due: bool) -> None:
+        """Notice, once, ranks that work longer at a step than the others, where it is time to look; synchronizes."""
+        ranks = self.stepper.ranks
+        if is_due and ranks.count > 1 and (line := self.slow_ranks.line(self.stepper.step.clock, ranks)):
+            self.journal.event(line)
 
     def has_diverged(self, check_weights: bool) -> bool:
         """Whether steps fail one after the other, or, where those are checked, weights are not finite.

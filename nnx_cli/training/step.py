@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._in_backward import InBackward
 from nnx_cli.system.cuda_graph import CudaGraph
 from nnx_cli.system.ranks import ALONE, Ranks
+from nnx_cli.training.pace import WorkClock
 from nnx_cli.training.shards import Shards
 
 WARM_UPS = 2  # steps before capture: libraries choose kernels and make their workspaces
@@ -98,6 +99,9 @@ class Step:
         self.parameters = [p for p in moved if p.requires_grad]
         self.stats = StepStats(model.device)
         self.frozen = torch.zeros((), device=model.device)
+        self.clock = WorkClock(model.device)
+        if shards is not None:
+            self.clock.follow(model.blocks)
         self.in_backward = InBackward(model, optimizer, grad_clip) if in_backward else None
         if self.in_backward:
             self.frozen = self.in_backward.frozen
@@ -107,7 +111,8 @@ class Step:
         """One step on all samples (N, T), `batch_size` at a time."""
         n_targets = self.count_targets(targets)
         if self.in_backward:
-            loss, _ = self.micro_step(input_ids, targets)
+            with self.work():  # gradients are added up within the backward pass
+                loss, _ = self.micro_step(input_ids, targets)
             self.in_backward.begin()
             self.updating = True
             (loss / n_targets).backward()
@@ -115,10 +120,16 @@ class Step:
             self.after_update(self._added(loss.detach()) / n_targets, norm, bad)
             return
         total = torch.zeros((), device=input_ids.device)
-        for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
-            total += self.accumulate(ids, wanted, n_targets)
+        with self.work():
+            for ids, wanted in zip(input_ids.split(batch_size), targets.split(batch_size), strict=True):
+                total += self.accumulate(ids, wanted, n_targets)
         self.add_up(self.gradients(), total)
         self.end(total / n_targets)
+
+    def work(self) -> AbstractContextManager[None]:
+        """Around what a rank does between two moments in which it waits for others: it is timed, where there are any.
+        Of a model that is divided, the clock follows the blocks."""
+        return nullcontext() if self.ranks.count == 1 or self.shards is not None else self.clock.running()
 
     def count_targets(self, targets: Tensor) -> Tensor:
         """Targets of all ranks that the mask leaves, int64 (); at least 1, so that a step without any has loss 0."""
@@ -271,8 +282,9 @@ class StepGraphs:
         self.n_targets.copy_(self.step.count_targets(targets))
         self.total.zero_()
         torch._foreach_zero_(list(self.gradients.values()))
-        for ids, wanted in zip(input_ids.split(self.batch_size), targets.split(self.batch_size), strict=True):
-            self.micro_batch(ids, wanted)
+        with self.step.work():
+            for ids, wanted in zip(input_ids.split(self.batch_size), targets.split(self.batch_size), strict=True):
+                self.micro_batch(ids, wanted)
         self.step.add_up(list(self.gradients.values()), self.total)
         if self.end is not None:
             self.end()

@@ -105,6 +105,7 @@ class Trainer:
                     numbers = self.recovery.read_numbers()
                 if self.recovery.has_diverged(check_weights=due.save):
                     done = min(before, self.roll_back(run))
+                self.recovery.watch_ranks(due.log)
                     continue
                 journal.report_events(run)
             if due.log:
