@@ -64,14 +64,13 @@ def nominal_flops(device: torch.device, precision: str) -> float:
     return gpu_flops(properties.name, properties.multi_processor_count, (properties.major, properties.minor), precision)
 
 
-def mfu(flops: float, device: torch.device, precision: str) -> float | None:
-    """Of the rate that large matmuls reach on a device, the share that so many `flops` a second are; None where no
-    data sheet says the rate."""
+def known_flops(device: torch.device, precision: str) -> float | None:
+    """As `nominal_flops`; None where no data sheet says the rate."""
     if device.type == "cpu":
         is_known = torch.backends.cpu.get_cpu_capability() in CPU_CORE
     else:
         is_known = device.type == "cuda" and bool(_named_in(torch.cuda.get_device_name(device)))
-    return flops / nominal_flops(device, precision) if is_known else None
+    return nominal_flops(device, precision) if is_known else None
 
 
 def cpu_core_flops(capability: str) -> float:

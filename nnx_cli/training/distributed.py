@@ -107,6 +107,7 @@ def lead(trainer: Trainer, folder: Path, config: dict[str, Any], whole: Checkpoi
     tokens, flops = data.path.resolve(), trainer.flops_per_token
     ranks.first(lambda: Offer(folder, config, trainer.config, tokens, data.fingerprint, tokenizer, flops))
     _check_tokens(ranks, data.fingerprint, None)
+    _add_up_rates(trainer)
     spread_state(trainer.stepper.step, trainer.state, ranks, whole)
 
 
@@ -127,9 +128,17 @@ def follow(ranks: Ranks, tokens: Path | None, file: Path | None, device: torch.d
     sampling = Sampling(**offer.config["sampling"])
     trainer = make_trainer(model, data, offer.training, device, Silent(), sampling, ranks)
     trainer.flops_per_token = offer.flops_per_token
+    _add_up_rates(trainer)
     spread_state(trainer.stepper.step, trainer.state, ranks)
     trainer.choose_execution(offer.training.compile)
     return FollowedRun(offer.folder, offer.config), trainer
+
+
+def _add_up_rates(trainer: Trainer) -> None:
+    """Let the rate that speed is set beside be that of all ranks, unless it is unknown of one."""
+    rates = trainer.stepper.ranks.gather(trainer.stepper.rate)
+    known = [rate for rate in rates if rate is not None]
+    trainer.stepper.rate = sum(known) if len(known) == len(rates) else None
 
 
 def _only_followed() -> Any:

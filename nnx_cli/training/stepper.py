@@ -18,6 +18,7 @@ from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._base import set_lr
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.fit import SMALLER
+from nnx_cli.planning.rates import known_flops
 from nnx_cli.system.device import set_seed
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.shards import Shards
@@ -100,6 +101,7 @@ class Stepper:
             optimizer.move(shards.local, ranks.rank)
         in_backward = config.optimizer_in_backward
         self.step = Step(model, optimizer, scaler, config.grad_clip, in_backward, ranks, shards)
+        self.rate = known_flops(device, config.precision)  # FLOPs a second of large matmuls, of all ranks together
         self.execution = Execution()
         self.graphs: StepGraphs | None = None
         self.report = report

@@ -20,7 +20,7 @@ from nnx_cli.kernels.log8 import BLOCK
 from nnx_cli.layers.blocks import checkpoint_blocks, eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
-from nnx_cli.planning.rates import mfu
+from nnx_cli.optim.adamw8bit import eight_bit_matrices
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.run import Run
@@ -244,10 +244,16 @@ class Trainer:
             "tokens_per_s": speed,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "skipped_steps": state.skipped_steps,
-            "mfu": None if flops is None else mfu(flops * speed / ranks.count, self.device, self.config.precision),
+            "mfu": self.mfu(speed),
             "data_wait_share": round(min(1.0, self.stepper.waited() / self.journal.seconds(state)), 4),
         }
         self.journal.mark(state)
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilization at a speed: of the rate that large matmuls reach on the devices of all ranks, the
+        share that training takes. None where that is not known."""
+        flops, rate = self.flops_per_token, self.stepper.rate
+        return None if flops is None or rate is None else flops * tokens_per_s / rate
+
         return record
 
     def validate(self, run: Run, train_loss: float) -> Evaluation:

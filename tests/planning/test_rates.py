@@ -5,7 +5,15 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.planning.flops import flops_per_token, meta_model
-from nnx_cli.planning.rates import GPUS, cpu_core_flops, expected_speed, gpu_flops, mfu, nominal_flops, pace_note
+from nnx_cli.planning.rates import (
+    GPUS,
+    cpu_core_flops,
+    expected_speed,
+    gpu_flops,
+    known_flops,
+    nominal_flops,
+    pace_note,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,15 +83,15 @@ def test_only_a_pace_far_from_the_plan_is_noted(seen, words):
     assert "3.0 times as fast" in pace_note(100, 300) and pace_note(0, 5) is None and pace_note(5, 0) is None
 
 
-def test_mfu_is_a_share_of_what_a_data_sheet_says(monkeypatch):
+def test_a_rate_is_known_where_a_data_sheet_says_it(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert mfu(nominal_flops(cpu, "fp32") / 4, cpu, "fp32") == pytest.approx(0.25)
+    assert known_flops(cpu, "fp32") == nominal_flops(cpu, "fp32")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ZVECTOR")
-    assert mfu(1e9, cpu, "fp32") is None and mfu(1e9, torch.device("mps"), "fp32") is None
+    assert known_flops(cpu, "fp32") is None and known_flops(torch.device("mps"), "fp32") is None
     for name, is_known in (("NVIDIA H200", True), ("NVIDIA A100-SXM4-40GB", True), ("Some Other GPU", False)):
         properties = SimpleNamespace(name=name, multi_processor_count=132, major=9, minor=0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
-        share = mfu(1e14, torch.device("cuda"), "bf16")
-        assert (share is not None) == is_known and (share is None or 0 < share < 1)
+        rate = known_flops(torch.device("cuda"), "bf16")
+        assert (rate is not None) == is_known and (rate is None or rate > 1e14)
