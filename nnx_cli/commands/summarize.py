@@ -23,9 +23,10 @@ from nnx_cli.commands._options import (
     runs_named,
     settings,
 )
+from nnx_cli.commands._ranks import how_many
 from nnx_cli.config import TrainConfig, check_choice, check_range
 from nnx_cli.console.output import Output
-from nnx_cli.errors import DoesNotFit, quoted
+from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError, quoted
 from nnx_cli.system.text import size
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ BRANCHES = (
     Branch(AllBut("ref", "model", "bank_file", "precision", "gpus", *SETTINGS), lambda v: v["ref"] is None, OF_A_RUN),
     Branch({"model"}, lambda v: v["ref"] is None or models.is_file(v["model"]), OF_A_RUN),
     Branch({"model"}, lambda v: not v["all"], "with --all, which shows every architecture"),
-    Branch({"parallel"}, lambda v: v["gpus"] > 1, "on one GPU", "add --gpus 2"),
+    Branch({"parallel"}, lambda v: _count(v["gpus"]) > 1, "on one GPU", "add --gpus 2"),
 )
 WAITING = "counting operations and memory, for which torch loads its compiler"
 
@@ -71,12 +72,14 @@ def run(
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Set the whole zoo side by side.")] = False,
     precision: Annotated[str, typer.Option(help="Arithmetic in training: fp32, bf16, fp16.")] = "bf16",
-    gpus: Annotated[int, typer.Option(help="GPUs to train on; memory is then that of each.")] = 1,
+    gpus: Annotated[
+        str, typer.Option(help="GPUs to train on, or all that are here; memory is then that of each.")
+    ] = "1",
     **options: Any,
 ) -> None:
     """Show layers, parameters, FLOPs, memory, file sizes, and whether training fits."""
     check_choice("precision", precision, ("fp32", "bf16", "fp16"))
-    check_range("gpus", gpus, 1, MOST_GPUS)
+    n_gpus = _count(gpus)
     train = TrainConfig(precision=precision, **given(options, [TRAINING[name] for name in SETTINGS]))
     fields = given(options, model_fields(model).values())
     named = model if model is not None and models.is_file(model) else fields.get("bank_file")
@@ -86,7 +89,7 @@ def run(
         with output.spinner(WAITING):
             from nnx_cli.planning.summary import summary
 
-            zoo = [summary(name, size or DEFAULT_SIZE, config, train, n_gpus=gpus) for name, config in shapes.items()]
+            zoo = [summary(name, size or DEFAULT_SIZE, config, train, n_gpus=n_gpus) for name, config in shapes.items()]
         output.show_json(zoo)
         show_zoo(output, zoo)
         return
@@ -101,7 +104,7 @@ def run(
         from nnx_cli.planning.fit import SMALLER
         from nnx_cli.planning.summary import summary
 
-        facts = summary(name, label, config, train, whole=output.json, n_gpus=gpus)
+        facts = summary(name, label, config, train, whole=output.json, n_gpus=n_gpus)
     output.show_json(facts)
     show_layers(output, name, config)
     show_facts(output, facts)
@@ -113,6 +116,21 @@ def run(
             f"and does not fit in {fits['budget_bytes'] / 2**30:.2f} GiB; {enough}",
             fix=see_all(train) if ref is not None and fits["advice"] == SMALLER else fits["advice"],
         )
+
+
+def _count(gpus: str) -> int:
+    """The GPUs of --gpus, which need not be here unless all are meant. Raises UsageError, MissingFeature."""
+    if gpus == "all":
+        try:
+            return how_many(gpus, "auto")
+        except MissingFeature as error:
+            error.fix = "say how many: --gpus 4"
+            raise
+    if not (gpus.isascii() and gpus.isdecimal()):
+        raise UsageError(f"--gpus is {gpus!r}; it must be a number of GPUs, or all")
+    n_gpus = int(gpus)
+    check_range("gpus", n_gpus, 1, MOST_GPUS)
+    return n_gpus
 
 
 def see_all(train: TrainConfig) -> str:

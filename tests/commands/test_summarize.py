@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from nnx_cli import models
+from nnx_cli.commands import summarize
 
 KEYS = {
     "model",
@@ -143,6 +145,15 @@ def test_memory_of_each_of_several_gpus(nnx):
     assert one["parallel"] == "fsdp" and list(one["per_gpu"]) == ["fsdp"] and one["memory"].items() >= fsdp.items()
 
 
+def test_all_gpus_are_those_that_are_here(nnx, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(7, "--gpus all: there is no GPU here", "summarize", "--gpus", "all")
+    monkeypatch.setattr(summarize, "how_many", lambda gpus, device: 3)
+    shown = nnx("summarize", "--model", "llama", "--size", "nano", "--gpus", "all", "--json").stdout
+    assert json.loads(shown)["gpus"] == 3
+
+
 def test_a_model_too_large_for_a_gpu_is_divided(nnx, refused):
     words = ("summarize", "--model", "llama", "--size", "xl", "--vram", "8GB", "--gpus", 8)
     found = json.loads(nnx(*words, "--json").stdout)
@@ -150,4 +161,5 @@ def test_a_model_too_large_for_a_gpu_is_divided(nnx, refused):
     assert json.loads(nnx("summarize", "--gpus", 2, "--size", "nano", "--all", "--json").stdout)[0]["gpus"] == 2
     refused(2, "--parallel does nothing on one GPU", "summarize", "--parallel", "ddp")
     refused(2, "--gpus is 0", "summarize", "--gpus", 0)
+    refused(2, "--gpus is 'many'; it must be a number of GPUs, or all", "summarize", "--gpus", "many")
     refused(2, "--parallel has no choice 'dpp'; did you mean ddp?", "summarize", "--gpus", 2, "--parallel", "dpp")
