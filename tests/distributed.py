@@ -8,14 +8,18 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig, module_names
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import open_token_folder
+from nnx_cli.planning.memory import StorageTracker, rounded
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.logs import read_log
 from nnx_cli.runs.run import Run
@@ -43,8 +47,11 @@ KINDS = ("ddp", "fsdp")
 SHORT = [dict(model=name, parallel=kind) for name in models.names() for kind in KINDS] + [
     *(dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1, parallel=kind) for kind in KINDS),
     dict(model="llama", optimizer="adamw8bit", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1),
-    dict(model="llama", batch_size=6, grad_accum=1, fails="memory"),
+    dict(model="llama", batch_size=6, grad_accum=1, fails=True),
 ]
+SLOWED = [dict(model="llama", parallel=kind, slows=True) for kind in KINDS]
+OWNED = dict(model="llama", optimizer="adamw8bit", parallel="fsdp", ffn_dim=129, saves=True, stop_at=2, resumes=True)
+OF_PROCESSES = ("parallel", "fails", "slows", "saves", "stop_at", "resumes")  # what a run on one has not
 STOPPED = [dict(model="llama", stop_at=2, parallel="fsdp"), dict(model="nyx", stop_at=2, parallel="ddp")]
 FULL = [
     dict(model=name, parallel=kind, optimizer=optimizer, weight_precision=weights, grad_accum=n)
@@ -62,11 +69,11 @@ def start(data: Path, out: Path, case: dict, ranks: Ranks = ALONE) -> tuple:
     """A new run of a case, on these ranks."""
     tokens = open_token_folder(data)
     settings = SETTINGS | {"lr": 0.03 if case.get("optimizer") == "wolf" else 3e-3} | case
-    name = settings.pop("model")
+    name, shape = settings.pop("model"), TINY | {key: settings.pop(key) for key in ("ffn_dim",) if key in settings}
     plan = plan_run(
         name,
         "nano",
-        TINY,
+        shape,
         TrainConfig(**settings),
         vocab_size=tokens.vocab_size,
         train_tokens=len(tokens.train),
@@ -97,22 +104,32 @@ def work(job: Path) -> None:
     described = json.loads(job.read_text())
     ranks = Group(CPU, lambda why: print(why, file=sys.stderr))
     for case in described["cases"]:
-        out, stop_at, fails = Path(case.pop("out")), case.pop("stop_at", None), case.pop("fails", None)
-        if not ranks.is_first:
-            run, trainer = follow(ranks, None, None, CPU)
-        elif out.exists():
-            restart = session.plan_restart(Run(out), {"parallel": case.get("parallel", "auto")})
-            run, trainer = restart.run, session.resume(restart, Silent(), ranks)[0]
-        else:
-            run, trainer = start(Path(described["data"]), out, case, ranks)
-        if fails and ranks.rank == ranks.count - 1:
-            run_out_of_memory_once(trainer)
-        train(run, trainer, stop_at)
+        out, stop_at, resumes = Path(case.pop("out")), case.pop("stop_at", None), case.pop("resumes", False)
+        does = {name: case.pop(name, False) for name in ("fails", "slows", "saves")}
+        for until in (stop_at, None) if resumes else (stop_at,):
+            run, trainer = opened(Path(described["data"]), out, case, ranks)
+            if ranks.rank == ranks.count - 1:
+                misbehave(trainer, does["fails"], does["slows"])
+            train(run, trainer, until)
+        if does["saves"]:
+            told = ranks.gather(bytes_of_a_save(run, trainer))
+            if ranks.is_first:
+                out.with_suffix(".json").write_text(json.dumps(told))
     ranks.close()
 
 
-def run_out_of_memory_once(trainer: session.Trainer) -> None:
-    """Let the second step of this rank fail."""
+def opened(data: Path, out: Path, case: dict, ranks: Ranks) -> tuple:
+    """The run of a case, which may have been begun, and its trainer on this rank."""
+    if not ranks.is_first:
+        return follow(ranks, None, None, CPU)
+    if not out.exists():
+        return start(data, out, case, ranks)
+    restart = session.plan_restart(Run(out), {"parallel": case.get("parallel", "auto")})
+    return restart.run, session.resume(restart, Silent(), ranks)[0]
+
+
+def misbehave(trainer: session.Trainer, fails: bool, slows: bool) -> None:
+    """Let the second step of this rank run out of memory once, or all take long."""
     step, failed = trainer.stepper.step, []
     accumulate = step.accumulate
 
@@ -122,7 +139,36 @@ def run_out_of_memory_once(trainer: session.Trainer) -> None:
             raise torch.OutOfMemoryError("as a GPU that others use too")
         return accumulate(*args)
 
-    step.accumulate = failing
+    if fails:
+        step.accumulate = failing
+    if slows:
+        trainer.model.blocks[0].register_forward_pre_hook(lambda block, inputs: time.sleep(0.05))
+
+
+class LocalTracker(StorageTracker):
+    """Counts what a rank has itself: a DTensor is but a view of the whole."""
+
+    def count(self, tensors: Iterable, workspace: int = 0) -> None:
+        super().count([tensor for tensor in tensors if not isinstance(tensor, DTensor)], workspace)
+
+
+def bytes_of_a_save(run: Run, trainer: session.Trainer) -> dict[str, int]:
+    """What a rank keeps of a model, and the most that it holds besides while a checkpoint is written."""
+    step, tracker = trainer.stepper.step, LocalTracker()
+    moments = [tensor for fields in step.optimizer.state.values() for tensor in fields.values()]
+    tracker.leave_out([*step.shards.local.values(), *trainer.model.buffers(), *moments])
+    trainer.best.pending_best = {"best_step": trainer.state.step, "best_val_loss": 0.0, "best_val_bits_per_byte": 0.0}
+    with tracker:
+        trainer.save(run)
+    return {
+        "moments": sum(tensor.nbytes for tensor in moments),
+        "most": max(section.peak for section in tracker.sections),
+    }
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, as the tracker counts them."""
+    return sum(rounded(tensor.nbytes) for tensor in tensors)
 
 
 def launch(n: int, data: Path, job: Path, cases: list[dict]) -> None:
@@ -153,7 +199,7 @@ def differences(folder: Path, data: Path, cases: list[dict], outs: list[Path]) -
     """How far the losses of runs are from those on one process, by case."""
     found = {}
     for case, out in zip(cases, outs, strict=True):
-        single = {name: value for name, value in case.items() if name not in ("parallel", "fails", "stop_at")}
+        single = {name: value for name, value in case.items() if name not in OF_PROCESSES}
         alone = folder / f"{label(single)}-1"
         if not alone.exists():
             train(*start(data, alone, single))

@@ -53,6 +53,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int = 0) -> None:
         self.seed = seed
         self.keys: dict[Tensor, int] = {}  # of the random bits that round a parameter
+        self.owners: dict[Tensor, int] = {}  # the rank that alone moves a parameter, where not all do
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -65,12 +66,18 @@ class DeviceOptimizer(torch.optim.Optimizer):
         if self.capturable and device.type == "cuda" and not isinstance(group["lr"], Tensor):
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
-    def move(self, local: Mapping[Tensor, Tensor], rank: int) -> None:
+    def move(self, local: Mapping[Tensor, Tensor], rank: int, owners: Mapping[Tensor, int]) -> None:
         """Move other tensors in place of the parameters that it was built with: the rows of each that a rank has.
-        What is rounded at random is so with bits of the rank's own. There must be no state yet."""
+        What is rounded at random is so with bits of the rank's own. Of parameters that have an owner only that rank has
+        the state, and tells the others what becomes of them. There must be no state yet."""
         for group in self.param_groups:
             group["params"] = [local[p] for p in group["params"]]
         self.keys = {local[p]: key + rank * (local[p] is not p) for p, key in self.keys.items()}
+        self.owners = dict(owners)
+
+    def is_mine(self, p: Tensor) -> bool:
+        """Whether this rank moves a parameter, or its part of it."""
+        return self.owners.get(p, self.ranks.rank) == self.ranks.rank
 
     @property
     def may_be_captured(self) -> bool:
@@ -107,7 +114,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf = self._readable(self.found_inf)
         for group in self.param_groups:
-            self.step_on([p for p in group["params"] if p.grad is not None], group, found_inf)
+            self.step_on([p for p in group["params"] if p.grad is not None and self.is_mine(p)], group, found_inf)
+        for p, owner in self.owners.items():
+            self.ranks.spread([p], owner)
         return loss
 
     def step_on(self, parameters: list[Tensor], group: Group, found_inf: Tensor | None) -> None:

@@ -40,9 +40,14 @@ class AdamW8bit(AdamW):
         return spec
 
 
+def eight_bit_matrices(model: nn.Module) -> set[Tensor]:
+    """Parameters with moments in 8 bits: large matrices that are trained, except embedding and head."""
+    wide = embedding_and_head(model)
+    trained = (p for p in model.parameters() if p.requires_grad and p not in wide)
+    return {p for p in trained if p.dim() >= 2 and p.numel() >= MIN_ELEMENTS}
+
+
 def build(model: nn.Module, config: OptimizerConfig) -> AdamW8bit:
     """AdamW with 8-bit moments for large matrices, except embedding and head."""
-    wide = embedding_and_head(model)
-    large: set[Tensor] = {p for p in model.parameters() if p.dim() >= 2 and p.numel() >= MIN_ELEMENTS and p not in wide}
-    groups = split_group(parameter_groups(model, config.weight_decay), large, eight_bit=True)
+    groups = split_group(parameter_groups(model, config.weight_decay), eight_bit_matrices(model), eight_bit=True)
     return AdamW8bit(groups, config.lr, config.betas, eight_bit=False, seed=config.seed)

@@ -108,9 +108,9 @@ class Muon(AdamW):
         self.splits = splits or {}
         self.rows: dict[Tensor, int] = {}  # of the whole of each matrix that is divided among ranks
 
-    def move(self, local: Mapping[Tensor, Tensor], rank: int) -> None:
+    def move(self, local: Mapping[Tensor, Tensor], rank: int, owners: Mapping[Tensor, int]) -> None:
         """As in the base."""
-        super().move(local, rank)
+        super().move(local, rank, owners)
         self.rows = {local[p]: len(p) for p in self.splits if local[p] is not p}
         self.splits = {local[p]: rows for p, rows in self.splits.items()}
 

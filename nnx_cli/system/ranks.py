@@ -59,15 +59,15 @@ class Ranks:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Add the tensors of all ranks, in place; they are on one device."""
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
-        """Give all ranks the tensors of the first one, in place."""
+    def spread(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Give all ranks the tensors of one, in place."""
 
     def collect(self, part: Tensor) -> Tensor:
         """The parts of all ranks, of one shape, one after the other along the first dimension."""
         return part
 
     def join(self, part: Tensor) -> Tensor:
-        """As `collect`, of parts whose first dimension may differ."""
+        """As `collect`, of parts of which the last ones may be shorter, or empty."""
         return part
 
     def divide(self, whole: Tensor | None, part: Tensor) -> None:
@@ -154,27 +154,26 @@ class Group(Ranks):
             parts = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view_as(t) for t, part in zip(bucket, parts, strict=True)])
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def spread(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """As in Ranks."""
         for tensor in tensors:
             flat = tensor.detach().contiguous().reshape(-1)
-            dist.broadcast(flat.view(torch.uint8), src=0)
+            dist.broadcast(flat.view(torch.uint8), src=source)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view_as(tensor))
 
     def collect(self, part: Tensor) -> Tensor:
         """As in Ranks."""
-        parts = [torch.empty_like(part) for _ in range(self.count)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
+        whole = part.new_empty(self.count * len(part), *part.shape[1:])
+        dist.all_gather([*whole.chunk(self.count)], part.contiguous())
+        return whole
 
     def join(self, part: Tensor) -> Tensor:
         """As in Ranks."""
         rows = self.gather(len(part))
-        padded = part.new_zeros(max(rows), *part.shape[1:])
-        padded[: len(part)] = part
-        pieces = self.collect(padded).split(max(rows))
-        return torch.cat([piece[:n] for piece, n in zip(pieces, rows, strict=True)])
+        if len(part) < max(rows):
+            part = torch.cat([part, part.new_zeros(max(rows) - len(part), *part.shape[1:])])
+        return self.collect(part)[: sum(rows)]
 
     def divide(self, whole: Tensor | None, part: Tensor) -> None:
         """As in Ranks."""

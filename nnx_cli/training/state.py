@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.optim._state import load_optimizer_state, optimizer_state
+from nnx_cli.optim._state import load_optimizer_state, named_specs, optimizer_state
 from nnx_cli.runs.checkpoint import FORMAT, Checkpoint
 from nnx_cli.system.ranks import Ranks
 from nnx_cli.training.schedule import after_turn
+from nnx_cli.training.shards import Part
 from nnx_cli.training.step import Step
 
 
@@ -77,21 +78,21 @@ def _whole_moments(step: Step) -> dict[str, Tensor]:
     """The optimizer's state, as `whole_weights`."""
     if step.shards is None:
         return optimizer_state(step.optimizer, step.model)
-    parts = _sorted_state(step)
-    return step.shards.whole(parts, _divided(step, parts))
+    return step.shards.whole(_parts_of_state(step))
 
 
-def _sorted_state(step: Step) -> dict[str, Tensor]:
-    """This rank's optimizer state, in an order that all have."""
-    local = None if step.shards is None else step.shards.local
-    return dict(sorted(optimizer_state(step.optimizer, step.model, local).items()))
-
-
-def _divided(step: Step, parts: Mapping[str, Tensor]) -> Callable[[str], bool]:
-    """Which tensors of an optimizer's state are divided: not its counts, and none of a parameter that is not."""
+def _parts_of_state(step: Step) -> Iterator[Part]:
+    """What this rank has of every tensor of a divided optimizer's state, in an order that all have. The state of a
+    parameter that is not divided is whole, counts of steps are as everywhere."""
     assert step.shards is not None
-    names = {f"{name}." for name in step.shards.divided()}
-    return lambda key: parts[key].dim() > 0 and f"{key.rpartition('.')[0]}." in names
+    mine = optimizer_state(step.optimizer, step.model, step.shards.local)
+    there = set().union(*step.ranks.gather([*mine]))
+    divided = {p for original, p in step.shards.local.items() if p is not original}
+    specs = named_specs(step.optimizer, step.model, step.shards.local)
+    for name in sorted(there):
+        p, _, shape, dtype = specs[name]
+        tensor = mine[name] if name in mine else torch.empty(shape, dtype=dtype, device=p.device)
+        yield Part(name, tensor, None if p in divided and shape else step.optimizer.owners.get(p, 0))
 
 
 def restore_checkpoint(step: Step, state: TrainState, checkpoint: Checkpoint) -> None:
@@ -121,13 +122,12 @@ def spread_state(step: Step, state: TrainState, ranks: Ranks, whole: Checkpoint 
     if not has_moments:
         optimizer.state.clear()
     for p, spec in optimizer.state_specs().items() if has_moments else ():
-        for name, (shape, dtype) in spec.items():
+        for name, (shape, dtype) in spec.items() if optimizer.is_mine(p) else ():
             optimizer.state[p].setdefault(name, torch.zeros(shape, dtype=dtype, device=p.device))
     if step.shards is None:
-        ranks.spread([*_sorted_state(step).values()])
+        ranks.spread([tensor for _, tensor in sorted(optimizer_state(optimizer, step.model).items())])
     else:
-        parts = _sorted_state(step)
-        step.shards.fill(parts, _divided(step, parts), None if whole is None else whole.optimizer)
+        step.shards.fill(_parts_of_state(step), None if whole is None else whole.optimizer)
     if scale:
         step.scaler.load_state_dict(scale)
     for name, value in counters.items():

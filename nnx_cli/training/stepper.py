@@ -98,7 +98,7 @@ class Stepper:
         optimizer = build_optimizer(model, config)
         self.ranks = ranks
         if shards is not None:
-            optimizer.move(shards.local, ranks.rank)
+            optimizer.move(shards.local, ranks.rank, shards.owners)
         in_backward = config.optimizer_in_backward
         self.step = Step(model, optimizer, scaler, config.grad_clip, in_backward, ranks, shards)
         self.rate = known_flops(device, config.precision)  # FLOPs a second of large matmuls, of all ranks together

@@ -16,7 +16,6 @@ from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import OutputError, UsageError, counted, quoted
 from nnx_cli.evaluation.losses import Evaluation
-from nnx_cli.kernels.log8 import BLOCK
 from nnx_cli.layers.blocks import checkpoint_blocks, eagerly
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.optim._groups import cast_matrices
@@ -105,8 +104,8 @@ class Trainer:
                     numbers = self.recovery.read_numbers()
                 if self.recovery.has_diverged(check_weights=due.save):
                     done = min(before, self.roll_back(run))
-                self.recovery.watch_ranks(due.log)
                     continue
+                self.recovery.watch_ranks(due.log)
                 journal.report_events(run)
             if due.log:
                 record = self.record(numbers, lr)
@@ -231,7 +230,6 @@ class Trainer:
     def record(self, numbers: StepNumbers, lr: float) -> dict[str, Any]:
         """A line of metrics.jsonl, without a validation."""
         state, speed = self.state, self.journal.tokens_per_s(self.state)
-        flops, ranks = self.flops_per_token, self.stepper.ranks
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -248,13 +246,13 @@ class Trainer:
             "data_wait_share": round(min(1.0, self.stepper.waited() / self.journal.seconds(state)), 4),
         }
         self.journal.mark(state)
+        return record
+
     def mfu(self, tokens_per_s: float) -> float | None:
         """Model FLOPs utilization at a speed: of the rate that large matmuls reach on the devices of all ranks, the
         share that training takes. None where that is not known."""
         flops, rate = self.flops_per_token, self.stepper.rate
         return None if flops is None or rate is None else flops * tokens_per_s / rate
-
-        return record
 
     def validate(self, run: Run, train_loss: float) -> Evaluation:
         """Loss on fixed windows of the validation split; the best weights so far are kept in the run folder."""
@@ -289,11 +287,14 @@ class Trainer:
         ranks = self.stepper.ranks
         with saying_how_to_go_on(run):
             with self.cadence.saving.timed():
-                checkpoint = self.checkpoint()
-                ranks.first(lambda: write_checkpoint(run, self.journal, checkpoint))
+                self._write_checkpoint(run)  # of which no tensor is left when the best weights are gathered
             self.best.write(run)
             ranks.first(lambda: self._tidy(run))
         self.journal.saved(self.state.step)
+
+    def _write_checkpoint(self, run: Run) -> None:
+        checkpoint = self.checkpoint()
+        self.stepper.ranks.first(lambda: write_checkpoint(run, self.journal, checkpoint))
 
     def _tidy(self, run: Run) -> None:
         ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
@@ -360,8 +361,8 @@ def make_trainer(
         model.to(device)
     model.compute_dtype = DTYPES[config.precision]
     checkpoint_blocks(model, config.activation_checkpointing)
-    unit = BLOCK if config.optimizer == "adamw8bit" else 1
-    shards = Shards(model, ranks, device, unit) if divided else None
+    in_blocks = eight_bit_matrices(model) if config.optimizer == "adamw8bit" else ()
+    shards = Shards(model, ranks, device, in_blocks) if divided else None
     return Trainer(model, data, config, device, observer, sampling, ranks, shards)
 
 

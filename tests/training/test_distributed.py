@@ -1,5 +1,8 @@
 """Runs on several processes are those of one."""
 
+import json
+import re
+
 import distributed
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from nnx_cli.runs.run import Run
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.stepper import Stepper
 
-CASES = [*distributed.SHORT, *distributed.STOPPED]
+CASES = [*distributed.SHORT, *distributed.STOPPED, *distributed.SLOWED, distributed.OWNED]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,30 @@ def test_all_take_smaller_micro_batches_when_one_runs_out_of_memory(outs):
     run = Run(outs[distributed.label(next(case for case in CASES if "fails" in case))])
     assert run.config["training"]["batch_size"] * run.config["training"]["grad_accum"] == 6
     assert run.config["training"]["batch_size"] < 3 and "out of memory at step 2" in run.status()["events"][0]
+
+
+@pytest.mark.parametrize("case", distributed.SLOWED, ids=distributed.label)
+def test_a_rank_that_is_slower_is_named_once(outs, case):
+    """By its own work: the other one is as long at a step, for it waits."""
+    (event,) = Run(outs[distributed.label(case)]).status()["events"]
+    assert re.fullmatch(r"rank 1 \(cpu of .+\) takes \d+ % longer for its part of a step than the others, .+", event)
+
+
+def test_a_rank_holds_no_more_of_the_others_than_a_file_needs(outs, folder, token_path):
+    """A checkpoint and the best weights are written in turn. Moments that cannot be divided are on one rank alone."""
+    case = distributed.OWNED
+    out = outs[distributed.label(case)]
+    first, second = json.loads(out.with_suffix(".json").read_text())
+    checkpoint = Run(out).newest_checkpoint()[0]
+    weights, moments = (distributed.bytes_of(part.values()) for part in (checkpoint.model, checkpoint.optimizer))
+    largest = max(tensor.nbytes for part in (checkpoint.model, checkpoint.optimizer) for tensor in part.values())
+    assert weights + moments <= first["most"] <= weights + moments + largest + 2048 < 2 * weights + moments
+    assert second["most"] <= largest + 2048
+    kept, exact = first["moments"] + second["moments"], sum(t.nbytes for t in checkpoint.optimizer.values())
+    counts = sum(t.nbytes for t in checkpoint.optimizer.values() if t.dim() == 0)
+    assert exact <= kept <= exact + counts and abs(first["moments"] - second["moments"]) <= counts
+    found = distributed.differences(folder, token_path, [case], [out])
+    assert max(found.values()) <= distributed.TOLERANCE["fp32"]
 
 
 @pytest.mark.long
