@@ -68,12 +68,13 @@ class RunVerdict:
     def _costs(self) -> list[tuple[str, str, str]]:
         """What it was trained on, how fast, in what memory."""
         from nnx_cli.system.device import peak_memory_bytes
+        from nnx_cli.training.trainer import mfu
 
         trainer, state = self.trainer, self.trainer.state
         speed, peak = state.tokens / max(state.time_s, 1e-9), peak_memory_bytes(trainer.device)
         length = f"{counted(state.step, 'step')}, {state.tokens:,} tokens"
         rows = [("trained", length, f"in {duration(state.time_s)}")]
-        share = trainer.mfu(speed)
+        share = mfu(trainer, speed)
         rows.append(("speed", f"{speed:,.0f} tokens/s", f"MFU {100 * share:.0f} %" if share else ""))
         return rows + ([("memory", size(peak), "peak")] if peak else [])
 

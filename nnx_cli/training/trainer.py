@@ -242,17 +242,11 @@ class Trainer:
             "tokens_per_s": speed,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "skipped_steps": state.skipped_steps,
-            "mfu": self.mfu(speed),
+            "mfu": mfu(self, speed),
             "data_wait_share": round(min(1.0, self.stepper.waited() / self.journal.seconds(state)), 4),
         }
         self.journal.mark(state)
         return record
-
-    def mfu(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilization at a speed: of the rate that large matmuls reach on the devices of all ranks, the
-        share that training takes. None where that is not known."""
-        flops, rate = self.flops_per_token, self.stepper.rate
-        return None if flops is None or rate is None else flops * tokens_per_s / rate
 
     def validate(self, run: Run, train_loss: float) -> Evaluation:
         """Loss on fixed windows of the validation split; the best weights so far are kept in the run folder."""
@@ -286,20 +280,23 @@ class Trainer:
         synchronize(self.device)
         ranks = self.stepper.ranks
         with saying_how_to_go_on(run):
-            with self.cadence.saving.timed():
-                self._write_checkpoint(run)  # of which no tensor is left when the best weights are gathered
+            with self.cadence.saving.timed():  # after it nothing keeps the tensors
+                ranks.first(partial(write_checkpoint, run, self.journal, self.checkpoint()))
             self.best.write(run)
             ranks.first(lambda: self._tidy(run))
         self.journal.saved(self.state.step)
-
-    def _write_checkpoint(self, run: Run) -> None:
-        checkpoint = self.checkpoint()
-        self.stepper.ranks.first(lambda: write_checkpoint(run, self.journal, checkpoint))
 
     def _tidy(self, run: Run) -> None:
         ckpt.prune_checkpoints(run.checkpoints, self.config.keep, self.state.step)
         self.journal.status |= {"step": self.state.step, **(self.best.saved_best or {})}
         run.set_status(**self.journal.status)
+
+
+def mfu(trainer: Trainer, tokens_per_s: float) -> float | None:
+    """Model FLOPs utilization at a speed: of the rate that large matmuls reach on the devices of all ranks, the share
+    that training takes. None where that is not known."""
+    flops, rate = trainer.flops_per_token, trainer.stepper.rate
+    return None if flops is None or rate is None else flops * tokens_per_s / rate
 
 
 def write_checkpoint(run: Run, journal: Journal, checkpoint: Checkpoint) -> None:
