@@ -13,36 +13,40 @@
     256 times what the next one gives. This takes a third less time than to read codes one by one. */
 class Matrix {
   constructor(rows, columns, codes, scales, group = columns) {
-    const padded = 4 * Math.ceil(rows / 4), groups = scales.length / rows, bytes = new Uint8Array(padded * columns);
+    const padded = 4 * Math.ceil(rows / 4), groups = scales.length / rows, bytes = new Uint8Array(padded * columns + 4);
     for (let r = 0, from = 0; r < rows; r++, from += columns) {
       for (let c = 0, at = 4 * (r >> 2) * columns + (r & 3); c < columns; c++, at += 4) bytes[at] = codes[from + c] + 128;
     }
     Object.assign(this, { rows, columns, words: new Uint32Array(bytes.buffer), group, groups, factors: null });
     this.scales = new Float32Array(padded * groups);
     this.scales.set(scales);
+    this.values = new Float64Array(columns); // a vector that it is multiplied with
+    this.offsets = new Float64Array(groups);
   }
 
-  /** Matrix times vector. */
+  /** Matrix times vector. Two columns at a time. */
   times(x) {
-    const { rows, columns, words, scales, group, groups, factors } = this;
-    const values = new Float64Array(columns), offsets = new Float64Array(groups), y = new Float32Array(scales.length / groups);
+    const { rows, columns, words, scales, group, groups, factors, values, offsets } = this;
+    const y = new Float32Array(scales.length / groups);
     for (let g = 0, c = 0; g < groups; g++) {
+      offsets[g] = 0;
       for (const to = Math.min(c + group, columns); c < to; c++) {
         values[c] = factors ? x[c] * factors[c] : x[c];
         offsets[g] += 128 * values[c];
       }
     }
-    for (let r = 0, at = 0; r < rows; r += 4) {
+    for (let r = 0; r < rows; r += 4) {
+      const start = (r >> 2) * columns;
       let y0 = 0, y1 = 0, y2 = 0, y3 = 0;
-      for (let g = 0, c = 0, i = r * groups; g < groups; g++, i++) {
-        const to = Math.min(c + group, columns), offset = offsets[g];
+      for (let g = 0, from = 0, i = r * groups; g < groups; g++, from += group, i++) {
+        const to = Math.min(from + group, columns), offset = offsets[g];
         let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        for (; c < to; c++, at++) {
-          const word = words[at], value = values[c];
-          s0 += word * value;
-          s1 += (word >>> 8) * value;
-          s2 += (word >>> 16) * value;
-          s3 += (word >>> 24) * value;
+        for (let c = from; c < to; c += 2) {
+          const w = words[start + c], x0 = values[c], v = words[start + c + 1], x1 = c + 1 < to ? values[c + 1] : 0;
+          s0 += w * x0 + v * x1;
+          s1 += (w >>> 8) * x0 + (v >>> 8) * x1;
+          s2 += (w >>> 16) * x0 + (v >>> 16) * x1;
+          s3 += (w >>> 24) * x0 + (v >>> 24) * x1;
         }
         y0 += (s0 - 256 * s1 - offset) * scales[i];
         y1 += (s1 - 256 * s2 - offset) * scales[i + groups];
@@ -122,6 +126,12 @@ function sum(x, y) {
   return z;
 }
 
+/** y += x */
+function add(y, x) {
+  for (let i = 0; i < y.length; i++) y[i] += x[i];
+  return y;
+}
+
 function product(x, y) {
   const z = new Float32Array(x.length);
   for (let i = 0; i < x.length; i++) z[i] = x[i] * y[i];
@@ -170,15 +180,21 @@ function erf(x) {
 /** The activation of Tape: odd, of slope 1 at 0, with limits of 0.2014. */
 function saturate(x) {
   const decay = Math.exp(-Math.abs(x)), log = Math.log(1 + (2 * (1 - decay)) / (1 + decay));
-  const half = log / Math.sqrt(1 + 24 * log * log) / 2, square = half * half; // half is 0.1003 at most
-  const atanh = half * (1 + square * (1 / 3 + square * (1 / 5 + square / 7))); // 1e-9 off at most
-  return x < 0 ? -2 * atanh : 2 * atanh;
+  const half = log / Math.sqrt(1 + 24 * log * log) / 2;
+  return Math.sign(x) * Math.log((1 + half) / (1 - half));
 }
 
+let curve = null; // `saturate` of 0 to 16, where it has its limit, in steps of 2^-12: 4e-8 off at most between them
+
+/** `saturate` of every element, in its place. */
 function saturated(x) {
-  const y = new Float32Array(x.length);
-  for (let i = 0; i < x.length; i++) y[i] = saturate(x[i]);
-  return y;
+  const steps = (curve ??= Float32Array.from({ length: 2 ** 16 + 2 }, (_, i) => saturate(i / 4096)));
+  for (let i = 0; i < x.length; i++) {
+    const at = Math.min(Math.abs(x[i]) * 4096, 2 ** 16), j = Math.floor(at);
+    const y = steps[j] + (at - j) * (steps[j + 1] - steps[j]);
+    x[i] = x[i] < 0 ? -y : y;
+  }
+  return x;
 }
 
 /** Consecutive parts of a vector. */
@@ -439,7 +455,7 @@ ARCHITECTURES.n4 = class extends Architecture {
 
   projection(name) {
     if (!this.config.bias) return (x) => this.weights.matrix(name).times(x);
-    return (x) => sum(this.weights.matrix(name + ".linear").times(x), this.weights.vector(name + ".bias"));
+    return (x) => add(this.weights.matrix(name + ".linear").times(x), this.weights.vector(name + ".bias"));
   }
 
   /** tanh in the place of a norm. */
@@ -593,7 +609,7 @@ ARCHITECTURES.tape = class extends Architecture {
     const isCritic = number >= coda_layers, isFirst = isCritic && (number - coda_layers) % n_layers === 0;
     const counts = number === 0 || variant !== "tape" ? ONCE : isFirst ? [1, 1, 1] : [2, 1];
     const room = () => new Rows(seq_len * counts.length, 2 * dim);
-    const norm = (name) => (x) => layerNorm(x, vector(name + ".weight"), vector(name + ".bias"));
+    const norm = (name, gain = vector(name + ".weight"), bias = vector(name + ".bias")) => (x) => layerNorm(x, gain, bias);
     const stream = (side) => {
       const out = this.affine(side + "out"), up = this.affine(side + "up"), down = matrix(side + "down");
       const attentionNorm = norm(side + "attention_norm"), mlpNorm = norm(side + "mlp_norm");
@@ -610,7 +626,7 @@ ARCHITECTURES.tape = class extends Architecture {
 
   affine(name) {
     const matrix = this.weights.matrix(name + ".linear"), bias = this.weights.vector(name + ".bias");
-    return (x) => sum(matrix.times(x), bias);
+    return (x) => add(matrix.times(x), bias);
   }
 
   reset() {
@@ -624,8 +640,8 @@ ARCHITECTURES.tape = class extends Architecture {
   /** Two recurrent layers over the embeddings. */
   prophecy(x) {
     for (const name of ["first", "second"]) {
-      const at = "prophet." + name, inputs = sum(this.affine(at + ".input")(x), this.weights.vector(at + ".bias"));
-      const cells = saturated(saturated(sum(inputs, this.weights.matrix(at).times(this.states[name]))));
+      const at = "prophet." + name, inputs = add(this.affine(at + ".input")(x), this.weights.vector(at + ".bias"));
+      const cells = saturated(saturated(add(inputs, this.weights.matrix(at).times(this.states[name]))));
       x = this.states[name] = softXor(...split(cells, cells.length / 2, cells.length / 2));
     }
     return this.affine("prophet.out")(x);
@@ -748,13 +764,13 @@ class Weights {
   }
 }
 
+const channel = new MessageChannel(), paused = []; // what goes on behind a pause
+channel.port1.onmessage = () => paused.shift()();
+
 /** Let the browser draw and hear the user. */
 function pause() {
-  return new Promise((resolve) => {
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => (port1.close(), resolve());
-    port2.postMessage(null);
-  });
+  channel.port2.postMessage(null);
+  return new Promise((resolve) => paused.push(resolve));
 }
 
 /** A model that has read some tokens. */

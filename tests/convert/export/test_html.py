@@ -104,7 +104,7 @@ SHAPES = {
     "llama": [
         dict(n_kv_heads=2),
         dict(n_kv_heads=1, tie_embeddings=False, rope_theta=500_000.0),
-        dict(dim=36, n_heads=3, n_kv_heads=3, ffn_dim=50, n_layers=1),
+        dict(dim=36, n_heads=3, n_kv_heads=3, ffn_dim=51, n_layers=1),
     ],
     "nyx": [
         {},
@@ -170,6 +170,14 @@ def test_the_page_computes_what_python_computes(source, opened, name, fields, bi
         followed = generate(model, None, [again], replace(how, max_new_tokens=4)).samples[0].tokens
         found = page(f"opened.then(async (m) => likeliest(await m.logits({again}), 1)[0])")
         assert found == followed[0]
+
+
+@pytest.mark.parametrize("group_size", [2, 5, 31])
+def test_scales_may_have_any_number_of_columns(source, opened, monkeypatch, group_size):
+    monkeypatch.setattr(form, "GROUP_SIZE", group_size)
+    made = source(bits=4, dim=36, n_heads=3, n_kv_heads=3, ffn_dim=51, n_layers=1)
+    expected = form.Packed.of(made).model(made)(made.ids[:1])[0]
+    assert (logits(opened(made), made.ids[0].tolist()) - expected).abs().max() < form.TOLERANCE
 
 
 def bpe_of(pattern):
