@@ -27,6 +27,8 @@ ODD = [  # of every architecture: grouped queries, untied, one layer, and what i
     ("tape", {}),
     ("tape", dict(n_layers=1, coda_layers=1, n_critics=1, variant="sound")),
     ("tape", dict(variant="original", entropy_weight=0.1)),
+    ("tape", dict(n_critics=0, tails="normal")),
+    ("tape", dict(n_layers=1, prophet=False, moderator=False, tails="learned")),
 ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """Logits of x (N, D) are scale · (x @ weight.T) + bias, in the type of x.
+    """Logits of x (N, D) are scale · (x @ weight.T) + bias, in the type of x, `wide` at least in float32.
 
     With `df`, the ν of a Student-t kernel, they are −(ν + D)/2 · ln(1 + d²/ν) instead, up to a constant for each row,
     with d the distance of x to a row of the weight; at least float32.
@@ -21,6 +21,7 @@ class LinearHead:
     scale: Tensor | None = None  # (V,)
     bias: Tensor | None = None  # (V,)
     df: float | None = None
+    wide: bool = False
 
 
 def as_linear_head(head: nn.Module) -> LinearHead | None:

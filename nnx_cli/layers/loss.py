@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from nnx_cli.kernels.cross_entropy import cross_entropy_rows
 from nnx_cli.kernels.gemm import linear, prefers_onednn
+from nnx_cli.kernels.precision import widened
 from nnx_cli.kernels.student_t import StudentT
 from nnx_cli.layers.head import LinearHead, as_linear_head
 from nnx_cli.system.hardware import of
@@ -262,6 +263,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, ignore_index: in
     """
     if (linear := as_linear_head(head)) is None:
         return ChunkedCrossEntropy.apply(hidden, targets, head, ignore_index, *head.parameters())
+    hidden = widened(hidden) if linear.wide else hidden
     return FusedLinearCrossEntropy.apply(
         hidden, targets, ignore_index, linear.df, once, linear.weight, linear.scale, linear.bias
     )
@@ -328,7 +330,7 @@ def _scores(model: TrunkAndHead, input_ids: Tensor, targets: Tensor, *, ranked: 
             if ranked:
                 ranks.append(_ranks(logits, target))
     else:
-        chunks, V = LogitChunks(hidden, linear), len(linear.weight)
+        chunks, V = LogitChunks(widened(hidden) if linear.wide else hidden, linear), len(linear.weight)
         for rows, x, logits in chunks:
             student_t = chunks.student_t(x)
             if ranked:  # before the logits are used up; nearest centres are likeliest

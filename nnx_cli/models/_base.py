@@ -33,14 +33,16 @@ class ModelConfig:
     variant: str = "sound"  # function computed: sound, or original, with the original's defects
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("sound", "original")
+    LEAST: ClassVar[Mapping[str, int]] = {}  # least values of whole numbers, where they are not 1
 
     def __post_init__(self) -> None:
         if self.variant == "seed":  # its older name
             object.__setattr__(self, "variant", "original")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and field.default is not None and value < 1:
-                raise UsageError(f"--{field.name.replace('_', '-')} is {typed(value)}; it must be at least 1")
+            least = self.LEAST.get(field.name, 1)
+            if field.type == "int" and field.default is not None and value < least:
+                raise UsageError(f"--{field.name.replace('_', '-')} is {typed(value)}; it must be at least {least}")
             most = MAX_LAYERS if field.name == "n_layers" else MAX_WIDTH
             if isinstance(value, int) and value > most:
                 raise UsageError(f"--{field.name.replace('_', '-')} is {typed(value)}; it must be at most {most:,}")

@@ -7,7 +7,9 @@ said, the last one being the moderator; distances under a Student-t kernel in pl
 harmonic loss, Baek et al. 2025, https://arxiv.org/abs/2502.01628), so that `forward` returns log-probabilities.
 Positions are absolute: a sinusoid is added to a level's tokens and the sum is rotated as in RoPE (Su et al. 2021,
 https://arxiv.org/abs/2104.09864), before the projections. Blocks are post-norm. `entropy_weight` rewards attention for
-entropy (Attanasio et al. 2022, https://arxiv.org/abs/2203.09192).
+entropy (Attanasio et al. 2022, https://arxiv.org/abs/2203.09192). Each part can be left out, to see what it brings:
+`n_critics` 0 predicts from the coda, `prophet` and `moderator` are switches, and `tails` makes the kernel's degrees of
+freedom a parameter, or takes its limit for infinitely many: a normal distribution around every centre.
 
 Variants:
 
@@ -27,6 +29,7 @@ centres by the vocabulary's size instead of the width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -48,6 +51,8 @@ from nnx_cli.layers.segment_attention import attend, attention_entropy
 from nnx_cli.models._base import DERIVED, MAX_LAYERS, LanguageModel, ModelConfig, Recipe
 from nnx_cli.models.insides.tape import insides as insides_of_tape
 
+TAILS = ("fixed", "learned", "normal")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
@@ -58,15 +63,23 @@ class Config(ModelConfig):
     n_heads: int = 4  # query heads of a block
     variant: str = "tape"  # function computed: tape; sound, the original made causal; original
     coda_layers: int = 2  # levels of the coda
-    n_critics: int = 2  # critics, one after the other; the last one is the moderator
+    n_critics: int = 2  # critics, one after the other; the last one is the moderator; 0: the coda predicts
+    prophet: bool = True  # a recurrent network over the embeddings, which every critic reads
+    moderator: bool = True  # critics hear the one before, the last one decides; without: none does, their mean counts
     ffn_dim: int = DERIVED  # width of the feed-forward; default 8 x dim
     student_df: float = 2.718281828459  # degrees of freedom of the head's Student-t kernel: lower is heavier-tailed
+    tails: str = "fixed"  # of that kernel: fixed; learned, from --student-df on; normal, the limit of infinite freedom
     entropy_weight: float = 0.0  # reward for the entropy of attention, in nats of loss per nat; 0: none
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("tape", "sound", "original")
+    LEAST: ClassVar[dict[str, int]] = {"n_critics": 0}
 
     def __post_init__(self) -> None:
+        if self.student_df == math.inf:
+            raise UsageError("--student-df is inf; it must be a finite number", fix="take its limit: --tails normal")
         super().__post_init__()
+        if self.tails not in TAILS:
+            raise UsageError(f"--tails is {self.tails!r}; choose from {', '.join(TAILS)}")
         self.check_head_dim(even=False)
         if self.dim % 2:
             raise UsageError(f"--dim is {self.dim}; it must be even: positions turn pairs of features")
@@ -78,7 +91,13 @@ class Config(ModelConfig):
 
     def unread(self) -> dict[str, str]:
         """Fields that change nothing beside the values of others, each with the option that it needs."""
-        return {} if self.variant == "tape" else {"n_critics": "--variant tape"}
+        if self.variant != "tape":
+            found = dict.fromkeys(("n_critics", "prophet", "moderator"), "--variant tape")
+        elif self.n_critics == 0:
+            found = dict.fromkeys(("n_layers", "prophet", "moderator"), "critics: --n-critics")
+        else:
+            found = {"moderator": "--n-critics 2 or more"} if self.n_critics == 1 else {}
+        return found | ({"student_df": "--tails fixed or learned"} if self.tails == "normal" else {})
 
     @property
     def n_segments(self) -> int:
@@ -89,6 +108,11 @@ class Config(ModelConfig):
     def live_critics(self) -> int:
         """Critics that the output depends on."""
         return self.n_critics if self.variant == "tape" else 1
+
+    @property
+    def has_prophet(self) -> bool:
+        """Whether a critic reads a prophet."""
+        return self.variant == "tape" and self.prophet and self.n_critics > 0
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -238,23 +262,31 @@ class Prophet(nn.Module):
 
 
 class StudentT(nn.Module):
-    """log p(v) ∝ −(ν + D)/2 · ln(1 + d²/ν), d the distance to the centre of v. In float32: half-precision distances
-    would be nats off, for D multiplies their error."""
+    """log p(v) ∝ −(ν + D)/2 · ln(1 + d²/ν), d the distance to the centre of v, or −d²/2, its limit for ν to infinity.
+    In float32: half-precision distances would be nats off, for D multiplies their error."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.df = config.student_df
+        self.df, self.is_normal = config.student_df, config.tails == "normal"
+        self.log_df = nn.Parameter(torch.empty(1)) if config.tails == "learned" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) to log-probabilities (..., V)."""
         x, centres = widened(x), self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        if self.is_normal:  # without |x|², of which the softmax is independent
+            return (F.linear(x, centres) - centres.square().sum(-1) / 2).log_softmax(-1)
+        df = self.df if self.log_df is None else self.log_df.to(x.dtype).exp()
         distance = x.square().sum(-1, keepdim=True) - 2 * F.linear(x, centres) + centres.square().sum(-1)
-        scores = torch.log1p(distance.clamp(min=1e-12) / self.df) * (-(self.df + x.shape[-1]) / 2)
+        scores = torch.log1p(distance.clamp(min=1e-12) / df) * (-(df + x.shape[-1]) / 2)
         return scores.log_softmax(-1)  # (..., V)
 
-    def linear_head(self) -> LinearHead:
-        """The head as the fused loss takes it."""
+    def linear_head(self) -> LinearHead | None:
+        """The head as the fused loss takes it, which has no gradient for the degrees of freedom."""
+        if self.log_df is not None:
+            return None
+        if self.is_normal:
+            return LinearHead(weight=self.weight, bias=widened(self.weight).square().sum(1) / -2, wide=True)
         return LinearHead(weight=self.weight, df=self.df)
 
 
@@ -347,7 +379,7 @@ class Model(LanguageModel):
         super().__init__(config)
         n_critic_levels = config.live_critics * config.n_layers
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.prophet = Prophet(config.dim) if config.variant == "tape" else None
+        self.prophet = Prophet(config.dim) if config.has_prophet else None
         self.blocks = nn.ModuleList(
             Level(config, layer, is_critic=layer >= config.coda_layers)
             for layer in range(config.coda_layers + n_critic_levels)
@@ -377,6 +409,8 @@ class Model(LanguageModel):
             for affine in (level.q, level.kv, level.left.out, level.right.out):
                 nn.init.zeros_(affine.bias)
         nn.init.uniform_(self.head.weight, -(config.vocab_size**-0.5), config.vocab_size**-0.5)
+        if self.head.log_df is not None:
+            nn.init.constant_(self.head.log_df, math.log(config.student_df))
 
     def trunk(self, input_ids: Tensor, cache: TapeCache | None = None) -> Tensor:
         """As in the base."""
@@ -393,12 +427,17 @@ class Model(LanguageModel):
             entropies.append(entropy)
         assert h is not None  # a coda has a level at least
         coda = h
+        voices = []  # what critics say whom nobody moderates
         for number, level in enumerate(self.blocks[config.coda_layers :]):
             is_first = number % config.n_layers == 0
-            if is_first and number > 0:
+            if is_first and number > 0 and config.moderator:
                 tokens = embed_positions(h, cos, sin)  # what the critic before says
             h, entropy = level(tokens, coda if is_first else h, prophecy if is_first else None, cache)
             entropies.append(entropy)
+            if not config.moderator and number % config.n_layers == config.n_layers - 1:
+                voices.append(h)
+        if not config.moderator and voices:
+            h = torch.stack(voices).mean(0)
         if cache is not None:
             cache.advance(T)
         self._entropy = None if entropies[0] is None else torch.stack(entropies).mean()

@@ -1,6 +1,7 @@
 import importlib.util
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ HEADS = {
     "ngpt": lambda: ngpt.Head(ngpt.Config(dim=D, vocab_size=V, n_heads=1)),
     "ngpt, normalised on use": lambda: ngpt.Head(ngpt.Config(dim=D, vocab_size=V, n_heads=1, normalize_on_use=True)),
     "student-t": lambda: tape.StudentT(tape.Config(dim=D, vocab_size=V, n_heads=1)),
+    "normal": lambda: tape.StudentT(tape.Config(dim=D, vocab_size=V, n_heads=1, tails="normal")),
 }
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
@@ -157,6 +159,22 @@ def test_a_head_that_computes_something_else_is_not_linear():
     for head in (adapted, capped, scaled, nn.Linear(D, V)):
         assert as_linear_head(head) is None
         torch.testing.assert_close(head_loss(head, x, targets, -100), loss_module.summed_loss(head, x, targets, -100))
+
+
+def test_distances_are_float32_whatever_the_kernel():
+    for tails in ("fixed", "learned", "normal"):
+        head = tape.StudentT(tape.Config(dim=D, vocab_size=V, n_heads=1, tails=tails))
+        nn.init.normal_(head.weight, std=10.0)
+        if head.log_df is not None:
+            nn.init.zeros_(head.log_df)
+        x, targets = rows_of(7, torch.bfloat16)
+        exact = loss_module.summed_loss(head.double(), x.double(), targets, -100)
+        loss = head_loss(head.float(), x, targets, -100)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+        config = SimpleNamespace(vocab_size=V)
+        model = SimpleNamespace(config=config, head=head, ignore_index=-100, trunk=lambda states: states)
+        losses = token_losses(model, x.detach()[None], targets[None])
+        torch.testing.assert_close(losses.sum().double(), exact.detach(), rtol=1e-5, atol=0)
 
 
 def test_fp16_keeps_the_gradients_of_unlikely_tokens():

@@ -10,7 +10,8 @@ from nnx_cli.errors import CheckpointError, UsageError
 from nnx_cli.kernels import soft_xor as soft_xor_module
 from nnx_cli.kernels.soft_xor import Activation, Recurrence, activation_and_slope, soft_xor
 from nnx_cli.layers import segment_attention as segments
-from nnx_cli.layers.loss import LossModule
+from nnx_cli.layers.loss import LossModule, head_loss
+from nnx_cli.models import tape
 from nnx_cli.planning.flops import count_parameters, flops_per_token, meta_model
 
 from .reference_cases import load_case
@@ -171,6 +172,100 @@ def test_tailedness_is_an_option(tiny):
     assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
 
 
+@torch.no_grad()
+def test_the_normal_kernel_is_the_limit_of_the_others(tiny):
+    ids, loss = torch.arange(24).view(2, 12), {}
+    for fields in ({"tails": "normal"}, {"student_df": 1e9}, {"student_df": 3.0}):
+        model = tiny("tape", **fields).double().eval()
+        loss[str(fields)] = LossModule(model)(ids, ids)[0].item()
+    normal, near, far = loss.values()
+    assert normal == pytest.approx(near, rel=1e-6) and normal != pytest.approx(far, rel=1e-3)
+
+
+def test_degrees_of_freedom_are_learned(tiny):
+    ids = torch.arange(24).view(2, 12)
+    learned, fixed = (tiny("tape", student_df=3.0, tails=tails).double() for tails in ("learned", "fixed"))
+    assert learned.head.log_df.exp().item() == pytest.approx(3.0)
+    losses = [LossModule(model)(ids, ids)[0] for model in (learned, fixed)]
+    torch.testing.assert_close(*losses)
+    head = tape.StudentT(tape.Config(dim=4, vocab_size=5, n_heads=1, tails="learned")).double()
+    torch.nn.init.ones_(head.log_df), torch.nn.init.normal_(head.weight)
+    x, targets = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.arange(3)
+    parameters = (head.weight, head.log_df)
+    assert torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, -100), (x, *parameters))
+
+
+@torch.no_grad()
+def test_without_a_moderator_critics_hear_the_coda_alone(tiny):
+    ids = torch.arange(12)[None]
+    models_of = {n: tiny("tape", n_critics=n, moderator=False).eval() for n in (1, 2)}
+    whole, said = models_of[2], []
+    for first in (2, 4):  # levels of the coda stand before those of two critics
+        alone = models_of[1]
+        alone.load_state_dict(whole.state_dict(), strict=False)
+        for number in (0, 1):
+            alone.blocks[2 + number].load_state_dict(whole.blocks[first + number].state_dict())
+        said.append(alone.trunk(ids))
+    torch.testing.assert_close(whole.trunk(ids), sum(said) / 2)
+    heard = tiny("tape", n_critics=2).eval()
+    heard.load_state_dict(whole.state_dict())
+    assert not torch.allclose(heard.trunk(ids), whole.trunk(ids), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"n_critics": 0, "tails": "normal"}, {"n_critics": 1, "prophet": False}, {"moderator": False, "tails": "learned"}],
+    ids=str,
+)
+def test_without_some_parts_it_promises_as_much(tiny, fields):
+    model, ids = tiny("tape", **fields), torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0 if parameter.dim() > 1 else 1.0)
+    loss, _ = LossModule(model)(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+    with torch.no_grad():
+        logits, changed = model.eval()(ids), ids.clone()
+        changed[:, 12:] += 1
+        assert torch.equal(model(changed)[:, :12], logits[:, :12])
+        cache = model.make_cache(2, 20)
+        steps = [model(ids[:, :7], cache=cache)] + [model(ids[:, i : i + 1], cache=cache) for i in range(7, 20)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_run_without_some_parts_goes_the_whole_way(nnx, text_file):
+    small = "--dim 32 --n-layers 1 --n-heads 2 --seq-len 32 --batch-size 2 --grad-accum 1 --threads 1".split()
+    given = ["--model", "tape", "--no-prophet", "--no-moderator", "--tails", "learned", *small]
+    text = ["--filepath", text_file, "--tokenizer", "byte", "--max-steps", 2]
+    for words in (
+        ("train", *text, *given, "--out", "weights/whole"),
+        ("train", "--resume", "whole", "--max-steps", 3),
+        ("train", *text, "--init-from", "whole", "--lora-rank", 2, "--out", "weights/adapter"),
+        ("merge", "adapter", "--out", "weights/merged"),
+        ("quantize", "merged", "--bits", 8, "--max-drop", 9, "--out", "weights/eight"),
+        ("sample", "eight", "--prompt", "the", "--max-new-tokens", 3),
+    ):
+        result = nnx(*words)
+        assert result.exit_code == 0, result.output
+    refused = nnx("train", *text, *given, "--n-critics", 1)
+    assert refused.exit_code == 2 and "--moderator does nothing without --n-critics 2 or more" in refused.stderr
+
+
+@torch.no_grad()
+def test_what_is_left_out_is_not_there(tiny):
+    whole, ids = tiny("tape").eval(), torch.arange(12)[None]
+    coda = tiny("tape", n_critics=0).eval()
+    assert coda.prophet is None and len(coda.blocks) == 2
+    coda.load_state_dict(whole.state_dict(), strict=False)
+    found = []
+    whole.blocks[1].register_forward_hook(lambda _, inputs, output: found.append(output[0]))
+    whole(ids)
+    torch.testing.assert_close(coda.trunk(ids), found[0])
+    assert tiny("tape", prophet=False).prophet is None
+
+
 def test_head_stays_in_float32(tiny):
     model = tiny("tape", dim=256, n_heads=4).eval()
     x = model.trunk(torch.arange(12)[None])
@@ -208,7 +303,14 @@ def test_cache_counts_what_it_holds(tiny):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"student_df": 0.0}, {"entropy_weight": -1.0}, {"ffn_dim": -1}, {"n_critics": 1000, "n_layers": 1000}],
+    [
+        {"student_df": 0.0},
+        {"tails": "heavy"},
+        {"entropy_weight": -1.0},
+        {"ffn_dim": -1},
+        {"n_critics": -1},
+        {"n_critics": 1000, "n_layers": 1000},
+    ],
     ids=str,
 )
 def test_bad_values_are_refused(fields):

@@ -23,6 +23,10 @@ CASES = [
     ("neon", {"normalized": True}, {}, {"norm_eps": 0.5}),
     ("tape", {"variant": "sound"}, {"variant": "tape"}, {"n_critics": 1}),
     ("tape", {"variant": "original"}, {"variant": "tape"}, {"n_critics": 3}),
+    ("tape", {"n_critics": 0}, {}, {"prophet": False}),
+    ("tape", {"n_critics": 1}, {"n_critics": 3}, {"moderator": False}),
+    ("tape", {"n_critics": 0}, {"n_critics": 1}, {"n_layers": 3}),
+    ("tape", {"tails": "normal"}, {"tails": "learned"}, {"student_df": 9.0}),
 ]
 
 

@@ -21,14 +21,18 @@ TOLERANCE = {"tape": 0.10}  # the least adjustable one
 V = 64
 
 OTHERS = [("n4", dict(kv_latent_dim=12)), ("nyx", dict(xpos=False))]  # models of another make, which promise as much
+FURTHER = [("tape", dict(prophet=False, moderator=False, tails="learned"))]  # the same, with --long
 
 
 def pytest_generate_tests(metafunc):
-    """Every test is run on all architectures, and on OTHERS where it does not build its model by name alone."""
+    """Every test is run on all architectures, and on OTHERS and FURTHER where it does not build its model by name
+    alone."""
     if "fields" in metafunc.fixturenames:
-        made = [(name, {}) for name in NAMES] + OTHERS
+        made = [(name, {}) for name in NAMES] + OTHERS + FURTHER
         ids = [" ".join([name, *fields]) for name, fields in made]
-        metafunc.parametrize(("name", "fields"), made, ids=ids)
+        marks = [pytest.mark.long if each in FURTHER else () for each in made]
+        params = [pytest.param(*each, marks=mark) for each, mark in zip(made, marks, strict=True)]
+        metafunc.parametrize(("name", "fields"), params, ids=ids)
     else:
         metafunc.parametrize("name", NAMES)
 

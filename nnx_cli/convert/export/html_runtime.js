@@ -604,10 +604,15 @@ ARCHITECTURES.tape = class extends Architecture {
     return coda_layers + (variant === "tape" ? n_critics : 1) * n_layers;
   }
 
+  get hasProphet() {
+    const { variant, prophet, n_critics } = this.config;
+    return variant === "tape" && prophet && n_critics > 0;
+  }
+
   layer(at, number) {
     const { vector, matrix } = this.weights, { dim, seq_len, variant, coda_layers, n_layers } = this.config;
-    const isCritic = number >= coda_layers, isFirst = isCritic && (number - coda_layers) % n_layers === 0;
-    const counts = number === 0 || variant !== "tape" ? ONCE : isFirst ? [1, 1, 1] : [2, 1];
+    const isCritic = number >= coda_layers, nth = (number - coda_layers) % n_layers, isFirst = isCritic && nth === 0;
+    const counts = number === 0 || variant !== "tape" ? ONCE : isFirst && this.hasProphet ? [1, 1, 1] : [2, 1];
     const room = () => new Rows(seq_len * counts.length, 2 * dim);
     const norm = (name, gain = vector(name + ".weight"), bias = vector(name + ".bias")) => (x) => layerNorm(x, gain, bias);
     const stream = (side) => {
@@ -620,7 +625,7 @@ ARCHITECTURES.tape = class extends Architecture {
     };
     return {
       q: this.affine(at + "q"), kv: this.affine(at + "kv"), left: stream(at + "left."), right: stream(at + "right."),
-      keys: room(), values: room(), counts, isCritic, isFirst,
+      keys: room(), values: room(), counts, isCritic, isFirst, isLast: isCritic && nth === n_layers - 1,
     };
   }
 
@@ -664,29 +669,32 @@ ARCHITECTURES.tape = class extends Architecture {
   }
 
   step(id, position) {
-    const { dim, coda_layers, variant } = this.config, { cos, sin } = rotary(position, dim);
+    const { dim, coda_layers, moderator } = this.config, { cos, sin } = rotary(position, dim);
     const placed = (x) => x.map((_, i) => {
       const j = i >> 1, even = x[2 * j] + sin[j], odd = x[2 * j + 1] + cos[j];
       return i % 2 ? odd * cos[j] + even * sin[j] : even * cos[j] - odd * sin[j];
     });
-    const x = this.embedding.row(id), prophecy = variant === "tape" ? this.prophecy(x) : null;
+    const x = this.embedding.row(id), prophecy = this.hasProphet ? this.prophecy(x) : null, voices = [];
     let tokens = placed(x), h = null, coda = null;
     this.layers.forEach((layer, number) => {
       if (number === coda_layers) coda = h;
-      if (layer.isFirst && number > coda_layers) tokens = placed(h); // what the critic before says
+      if (layer.isFirst && number > coda_layers && moderator) tokens = placed(h); // what the critic before says
       h = this.level(layer, position, tokens, layer.isFirst ? coda : h, prophecy);
+      if (layer.isLast) voices.push(h);
     });
-    return h;
+    return moderator || !voices.length ? h : voices.reduce((x, y) => sum(x, y)).map((all) => all / voices.length);
   }
 
   /** Log-probabilities by the distance to the centre of every token. */
   head(x) {
-    const matrix = this.weights.matrix("head"), { dim, student_df } = this.config, y = matrix.times(x), own = dot(x, x);
+    const matrix = this.weights.matrix("head"), { dim, tails, student_df } = this.config;
+    const y = matrix.times(x), own = dot(x, x);
+    const df = tails === "learned" ? Math.exp(this.weights.vector("head.log_df")[0]) : student_df;
     this.centres ??= y.map((_, id) => dot(matrix.row(id), matrix.row(id)));
     let largest = -Infinity, total = 0;
     for (let id = 0; id < y.length; id++) {
       const distance = Math.max(own - 2 * y[id] + this.centres[id], 1e-12);
-      y[id] = Math.log1p(distance / student_df) * (-(student_df + dim) / 2);
+      y[id] = tails === "normal" ? -distance / 2 : Math.log1p(distance / df) * (-(df + dim) / 2);
       largest = Math.max(largest, y[id]);
     }
     for (let id = 0; id < y.length; id++) total += Math.exp(y[id] - largest);

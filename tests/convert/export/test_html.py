@@ -135,6 +135,8 @@ SHAPES = {
         {},
         dict(variant="sound", n_layers=1),
         dict(coda_layers=1, n_critics=3, n_layers=1, student_df=2.0, dim=24),
+        dict(n_critics=0, tails="normal"),
+        dict(n_layers=1, prophet=False, moderator=False, tails="learned"),
     ],
 }
 CASES = [(name, fields, bits) for name in SHAPES for fields in SHAPES[name] for bits in (8, 4)]
