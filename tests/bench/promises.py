@@ -1,6 +1,6 @@
 """What authors of the zoo's architectures promise and did not build, as options here: what each brings.
 
-    python tests/bench/promises.py PART --text FILE [--size tiny] [--tokens N] [--seeds 3] [--limit SECONDS]
+    python tests/bench/promises.py PART --text FILE [--size SIZE] [--tokens N] [--seeds 3] [--limit SECONDS]
                                    [--rows FILE] [--markdown FILE]
 
 A row that stands in --rows is not measured again, and none is begun that would end after --limit: the same command
@@ -14,6 +14,10 @@ beyond: NYX of several xPos scale bases, and with plain rotary positions, at 1 t
     trained with, in bits per byte of validation text: of the last quarter of the trained context, the same targets in
     contexts of all lengths, and over all positions, the same text cut into windows of all lengths. With a window,
     attention reaches as many positions as the trained context has, as it would in decoding: through the cache.
+tape: Tape (nano) with other tails of its head's kernel, without its critics, moderator or prophet, and with a reward
+    for the entropy of attention; the width of the feed-forward makes up for the parameters. Loss of the validation
+    split ± its standard error, and what it is less that of Tape as it is with the same seeds; speed of the fastest
+    run, peak of memory, and the degrees of freedom that were learned.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import argparse
 import datetime
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +50,14 @@ from nnx_cli.experiments.statistics import mean_and_error
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.planning.flops import count_parameters, meta_model, sampling_bytes
-from nnx_cli.system.device import describe, pick_device, pick_precision, release_memory
+from nnx_cli.system.device import (
+    describe,
+    peak_memory_bytes,
+    pick_device,
+    pick_precision,
+    release_memory,
+    reset_peak_memory,
+)
 from nnx_cli.training.trainer import Trainer
 
 FFN_STEP = 8  # of widths that are tried
@@ -57,6 +68,22 @@ SCALE_BASES = (64.0, 256.0, 512.0, 2048.0, None)  # None: plain rotary positions
 FACTORS = (1, 2, 4, 8)  # of the trained context
 N_WINDOWS = 256  # at most, whose last quarters are measured
 TOKENS_AT_ONCE = 32_768
+
+TOKENS_PER_STEP = 4096  # of Tape, whose prophet takes as long for a small batch
+TAPES: dict[str, dict[str, Any]] = {
+    "as it is: ν = e, a critic and the moderator, the prophet": {},
+    "ν = 1": {"student_df": 1.0},
+    "ν = 10": {"student_df": 10.0},
+    "ν = 100": {"student_df": 100.0},
+    "ν learned, from e on": {"tails": "learned"},
+    "normal, the limit of ν": {"tails": "normal"},
+    "the coda alone, nobody reads a prophet": {"n_critics": 0},
+    "the moderator alone": {"n_critics": 1},
+    "two critics, no moderator": {"moderator": False},
+    "no prophet": {"prophet": False},
+    "entropy rewarded with 0.01": {"entropy_weight": 0.01},
+    "entropy rewarded with 0.1": {"entropy_weight": 0.1},
+}
 
 
 def caches(size: str) -> Iterator[dict[str, int]]:
@@ -69,18 +96,18 @@ def caches(size: str) -> Iterator[dict[str, int]]:
         yield {"kv_latent_dim": (2 * n_kv_heads * head_dim - plain.n_heads) // 8 * 8}
 
 
-def as_large(fields: dict[str, int], size: str) -> ModelConfig:
-    """N4 with these fields, whose feed-forward brings it to the parameters of the plain one."""
-    plain = models.make_config("n4", size=size)
-    wanted = count_parameters(meta_model("n4", plain))["total"]
+def as_large(name: str, fields: dict[str, Any], size: str) -> ModelConfig:
+    """A model with these fields, whose feed-forward brings it to the parameters of the plain one."""
+    plain = models.make_config(name, size=size)
 
-    def widened(ffn_dim: int) -> ModelConfig:
-        return models.make_config("n4", size=size, **fields, ffn_dim=ffn_dim)
+    def widened(steps: int) -> ModelConfig:
+        return models.make_config(name, size=size, **fields, ffn_dim=plain.ffn_dim + steps * FFN_STEP)
 
-    def excess(ffn_dim: int) -> int:
-        return abs(count_parameters(meta_model("n4", widened(ffn_dim)))["total"] - wanted)
+    def parameters(config: ModelConfig) -> int:
+        return count_parameters(meta_model(name, config))["total"]
 
-    return widened(min(range(plain.ffn_dim // 2, 2 * plain.ffn_dim, FFN_STEP), key=excess))
+    start = parameters(widened(0))
+    return widened(round((parameters(plain) - start) / (parameters(widened(1)) - start)))
 
 
 def latents(
@@ -99,7 +126,7 @@ def with_cache(
 ) -> dict[str, Any]:
     """What N4 with these fields takes and brings."""
     precision = pick_precision("auto", device)
-    config = as_large(fields, options.size)
+    config = as_large("n4", fields, options.size)
     settings = coerced("n4", {key: str(value) for key, value in fields.items()} | {"ffn_dim": str(config.ffn_dim)})
     raced = race("n4", options.size, data, options.tokens, options.seeds, device, **settings)
     model = meta_model("n4", replace(config, seq_len=options.context))
@@ -182,14 +209,65 @@ def decoded(model: LanguageModel, input_ids: Tensor, targets: Tensor, window: in
     return torch.cat(losses, dim=1)
 
 
-def with_error(values: list[float]) -> str:
+def tapes(data: TokenFolder, options: argparse.Namespace, device: torch.device, rows: Rows) -> Iterator[dict[str, Any]]:
+    """A row for every Tape."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in TAPES}
+    for seed in range(options.seeds):
+        for name, fields in TAPES.items():
+            measured = rows.get(
+                lambda fields=fields, seed=seed: tape_run(fields, seed, data, options, device),
+                tokens_per_step=TOKENS_PER_STEP,
+                **fields,
+                seed=seed,
+            )
+            if measured is not None:
+                runs[name][seed] = measured
+    plain = next(iter(runs.values()))
+    for name, own in runs.items():
+        if own:
+            yield {"tape": name} | tape_row(own, plain)
+
+
+def tape_run(
+    fields: dict[str, Any], seed: int, data: TokenFolder, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """What a run of Tape with these fields brings and takes."""
+    release_memory()
+    reset_peak_memory(device)
+    settings = fields | {"ffn_dim": as_large("tape", fields, options.size).ffn_dim, "tokens_per_step": TOKENS_PER_STEP}
+    trainer = make_trainer_for(options.tokens, "tape", options.size, data, seed, device, **settings)
+    loss, speed, _ = train(trainer)
+    log_df = trainer.model.state_dict().get("head.log_df")
+    return {
+        "ffn_dim": settings["ffn_dim"],
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "loss": loss,
+        "tokens/s": round(speed),
+        "peak MiB": round((peak_memory_bytes(device) or 0) / 2**20),
+        "ν": None if log_df is None else log_df.exp().item(),
+    }
+
+
+def tape_row(runs: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Runs by seed as a row, beside those of the plain one."""
+    every = [*runs.values()]
+    less = [run["loss"] - plain[seed]["loss"] for seed, run in runs.items() if seed in plain and runs is not plain]
+    learned = [run["ν"] for run in every if run["ν"] is not None]
+    row: dict[str, Any] = {key: every[0][key] for key in ("ffn_dim", "parameters")} | {"seeds": len(runs)}
+    row |= {"loss": with_error([run["loss"] for run in every]), "less as it is": with_error(less, "+") if less else ""}
+    row |= {key: max(run[key] for run in every) for key in ("tokens/s", "peak MiB")}
+    return row | {"ν at the end": with_error(learned) if learned else ""}
+
+
+def with_error(values: Sequence[float], sign: str = "") -> str:
     """The mean, and its standard error where there are several."""
     mean, error = mean_and_error(values)
-    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:{sign}.3f}" if error is None else f"{mean:{sign}.3f} ± {error:.3f}"
 
 
-PARTS = {"latents": latents, "beyond": beyond}
-TOKENS = {"latents": 4_000_000, "beyond": 2_000_000}  # of a run
+PARTS = {"latents": latents, "beyond": beyond, "tape": tapes}
+SIZES = {"latents": "tiny", "beyond": "tiny", "tape": "nano"}
+TOKENS = {"latents": 4_000_000, "beyond": 2_000_000, "tape": 1_000_000}  # of a run
 
 
 def main() -> None:
@@ -197,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--size")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--context", type=int, default=2048)
@@ -206,7 +284,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    options.tokens = options.tokens or TOKENS[options.part]
+    options.size, options.tokens = options.size or SIZES[options.part], options.tokens or TOKENS[options.part]
     device = pick_device(options.device)
     shape = {"text": options.text.name, "size": options.size, "tokens": options.tokens}
     machine = {"device": describe(device), "torch": torch.__version__}
