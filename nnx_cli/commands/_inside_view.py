@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from nnx_cli.console.output import Output
-from nnx_cli.console.shades import Group, lettered, ramp_for, shaded, that_fit
+from nnx_cli.console.shades import MOST_LABEL, Group, fitted, lettered, ramp_for, shaded, that_fit
 from nnx_cli.console.terminal import COLUMNS, columns_of
 from nnx_cli.errors import counted
 
@@ -157,6 +157,9 @@ def _show_panel(output: Output, panel: Panel, tokens: Sequence[str], shown: slic
         _numbers(output, panel)
         return
     values = panel.values[:, shown]
+    if panel.tokens is not None:
+        _named_tokens(output, panel, tokens, shown)
+        return
     groups = _grouped(panel.rows, _cells(values))
     if panel.kind != "choice":
         _over_text(output, tokens[shown], groups)
@@ -172,6 +175,17 @@ def _show_panel(output: Output, panel: Panel, tokens: Sequence[str], shown: slic
     fitting = that_fit(short, tokens[shown], _width())
     output.show(*legend, *lettered(tokens[shown], fitting))
     _say_left_out(output, len(lettered_groups) - len(fitting))
+
+
+def _named_tokens(output: Output, panel: Panel, tokens: Sequence[str], shown: slice) -> None:
+    """The tokens that the values of a panel are of, with these, in a column for every row of it."""
+    columns = []
+    for name, named, values in zip(panel.rows, panel.tokens or (), panel.values.tolist(), strict=True):
+        pairs = zip(named[shown], values[shown], strict=True)
+        columns.append((name, [[f"{fitted(token, MOST_LABEL).rstrip()} {value:.2f}" for token, value in pairs]]))
+    fitting = that_fit(columns, tokens[shown], _width())
+    output.show(*lettered(tokens[shown], fitting))
+    _say_left_out(output, len(columns) - len(fitting))
 
 
 def _over_text(output: Output, tokens: Sequence[str], groups: Sequence[Group]) -> None:

@@ -125,7 +125,7 @@ def _kept(ref: ModelRef, snapshots: Sequence[Snapshot]) -> _Seen:
 
 def _read(output: Output, ref: ModelRef, prompt: str, device: str) -> _Seen:
     """What a model does with a prompt."""
-    from nnx_cli.inference.insides import look_inside, token_as_code
+    from nnx_cli.inference.insides import look_inside, spelled_out, token_as_code
     from nnx_cli.runs.load import load_model
     from nnx_cli.system.device import pick_device
 
@@ -137,7 +137,7 @@ def _read(output: Output, ref: ModelRef, prompt: str, device: str) -> _Seen:
     network = load_model(ref, where)
     text, ids = prompt_ids(text, ref, network.config.vocab_size)
     ids = _that_fit(output, ids, network)
-    insides = look_inside(network, ids)
+    insides = spelled_out(look_inside(network, ids), ref.tokenizer)
     if not insides.attention:
         _refuse(ref)
     tokens = [token_as_code(ref.tokenizer, token) for token in ids]
@@ -212,4 +212,5 @@ def _panel_as_json(panel: Panel) -> dict[str, Any]:
         "rows": list(panel.rows),
         "columns": columns,
         "values": rounded(panel.values),
+        "tokens": panel.tokens,
     }

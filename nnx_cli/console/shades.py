@@ -67,7 +67,7 @@ def lettered(labels: Sequence[str], groups: Sequence[tuple[str, Sequence[Sequenc
     lines = [f"{' ' * width} {head}".rstrip()]
     for row, label in enumerate(labels):
         parts = zip(groups, widths, strict=True)
-        cells = ("".join(column[row] for column in columns).ljust(n) for (_, columns), n in parts)
+        cells = (fitted("".join(column[row] for column in columns), n) for (_, columns), n in parts)
         lines.append(f"{fitted(label, width)} {' '.join(cells)}".rstrip())
     return lines
 
@@ -81,7 +81,9 @@ def label_width(labels: Sequence[str]) -> int:
 
 def group_width(name: str, columns: Sequence[Sequence[str | float]]) -> int:
     """Columns of the screen that a group takes, of values of one character or of words of one width."""
-    each = max((len(cell) if isinstance(cell, str) else 1 for column in columns for cell in column), default=1)
+    from rich.cells import cell_len
+
+    each = max((cell_len(cell) if isinstance(cell, str) else 1 for column in columns for cell in column), default=1)
     return max(len(name), each * len(columns))
 
 

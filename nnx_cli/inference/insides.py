@@ -51,6 +51,15 @@ def with_heads(insides: Insides) -> Insides:
     return replace(insides, panels=[_heads(insides.attention, insides.layers), *insides.panels])
 
 
+def spelled_out(insides: Insides, tokenizer: Tokenizer | None) -> Insides:
+    """With tokens as code would write them in the place of their ids."""
+
+    def spelled(panel: Panel) -> Panel:
+        return replace(panel, tokens=[[token_as_code(tokenizer, token) for token in row] for row in panel.tokens or ()])
+
+    return replace(insides, panels=[panel if panel.tokens is None else spelled(panel) for panel in insides.panels])
+
+
 def take_snapshot(model: LanguageModel, tokenizer: Tokenizer | None, ids: Sequence[int], step: int) -> Snapshot:
     """What a model in training does inside, after `step` steps, with the text `ids` (two tokens or more) and with the
     beginning of it.
@@ -62,6 +71,7 @@ def take_snapshot(model: LanguageModel, tokenizer: Tokenizer | None, ids: Sequen
     prompt, text = ids[: min(room, MOST_TOKENS, config.seq_len)], ids[: config.seq_len + 1]
     with _left_as_it_was(model):
         insides = model.insides(torch.tensor([list(prompt)], device=model.device))
+        insides = replace(insides, panels=[panel for panel in insides.panels if panel.tokens is None])
         states, lost = _read(model, text)
     layers = [f"layer {number}" for number in range(1, len(model.blocks) + 1)]
     norms = torch.stack((torch.stack([_weight_rms(block) for block in model.blocks]).cpu(), states), dim=-1)

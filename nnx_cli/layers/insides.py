@@ -26,7 +26,8 @@ class Panel:
     """A matrix of values with a name for every row and column; `columns` None: the tokens of the text.
 
     A `share` is shown as a shade from 0 up, a `signed` value as one of two colours, a `choice` as the number it is, and
-    a `number` in digits, each column for itself.
+    a `number` in digits, each column for itself. Where each value is of a token, `tokens` has their ids, or, spelled
+    out, their text.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Panel:
     kind: Kind = "share"
     columns: Sequence[str] | None = None
     is_live: bool = False  # worth to be shown while a run goes on
+    tokens: Sequence[Sequence[Any]] | None = None  # R of C each
 
 
 @dataclass(frozen=True)

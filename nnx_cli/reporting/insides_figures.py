@@ -58,6 +58,8 @@ def panel_figure(panel: Panel, tokens: Sequence[str]) -> str:
         ]
         numbers = table(["", *panel.columns], rows, panel.title, "bare whole" if len(rows) <= MOST_WHOLE else "bare")
         return figure(panel.title, panel.about, numbers, is_wide=len(panel.columns) > NARROW)
+    if panel.tokens is not None:
+        return _tokens_figure(panel, tokens)
     names, about = (bare(tokens) if panel.columns is None else panel.columns), panel.about
     columns = slice(max(0, len(names) - MOST_TOKENS), None) if panel.columns is None else slice(MOST_COLUMNS)
     rows_shown = slice(MOST_ROWS)
@@ -68,6 +70,19 @@ def panel_figure(panel: Panel, tokens: Sequence[str]) -> str:
     is_text = panel.columns is None
     shown = Matrix(panel.rows[rows_shown], names[columns], present(values), panel.kind, latest=is_text)
     return heat_map(panel.title, about, shown)
+
+
+def _tokens_figure(panel: Panel, tokens: Sequence[str]) -> str:
+    """A table of what the rows of a panel say of each token of the text, the last ones."""
+    cells = [
+        [f"{token} {share:.2f}" for token, share in zip(row, shares, strict=True)]
+        for row, shares in zip(panel.tokens or (), panel.values.tolist(), strict=True)
+    ]
+    rows = list(zip(tokens, *cells, strict=True))[-MOST_TOKENS:]
+    shown = table(["token", *panel.rows], rows, panel.title, "bare")
+    return figure(
+        panel.title, panel.about, cut_words(len(tokens), MOST_TOKENS), shown, is_wide=len(panel.rows) > NARROW
+    )
 
 
 def bare(tokens: Sequence[str]) -> list[str]:

@@ -78,6 +78,9 @@ def test_every_architecture_is_shown(train, nnx, name):
     assert result.exit_code == 0 and own[name] in result.stdout.splitlines() and result.stderr == ""
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert ("Values below 0 are - and" in " ".join(result.stdout.split())) == (name == "n4")
+    if name == "tape":
+        assert re.search(r"^ +coda +critic 1 +moderator$", result.stdout, re.MULTILINE)
+        assert re.search(r"^'t'( +\S.* [01]\.\d\d){3}$", result.stdout, re.MULTILINE)
     page = nnx("visualize", "--prompt", PROMPT, "--html", "page.html")
     assert page.exit_code == 0 and own[name] in Path("page.html").read_text(encoding="utf-8")
     assert page.stdout.startswith("page.html: ") and page.stdout.count("\n") == 1

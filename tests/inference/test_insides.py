@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from nnx_cli import models
-from nnx_cli.inference.insides import look_inside
+from nnx_cli.data.tokenizers.byte import ByteTokenizer
+from nnx_cli.inference.insides import look_inside, spelled_out
 from nnx_cli.layers.insides import AttentionRecorder, each_query_head, watched
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.models.insides.tape import segment_weights
@@ -24,6 +25,7 @@ CASES = [
     ("tape", {}),
     ("tape", {"variant": "sound"}),
     ("tape", {"variant": "original"}),
+    ("tape", {"n_critics": 0}),
 ]
 IDS = [5, 9, 2, 2, 60, 17, 33, 5, 9, 1, 0, 44, 8]
 
@@ -214,6 +216,26 @@ def test_a_silent_prophet_contributes_nothing(tiny):
         affine.data.zero_()
     found = panel(look_inside(model, IDS), "Contribution to the prediction").values
     assert found[0].max() == 0 and found[3].min() > 0
+
+
+@torch.no_grad()
+def test_what_each_part_of_tape_predicts_is_told(tiny):
+    title, ids = "What is, what could be, what can be", torch.tensor([IDS])
+    model = tiny("tape", n_critics=3, vocab_size=128)
+    found = panel(look_inside(model, IDS), title)
+    assert found.rows == ["coda", "critic 1", "critic 2", "moderator"] and model.eval()
+    likelihood, best = model(ids)[0].max(-1)
+    assert found.tokens[-1] == best.tolist() and found.values[-1].tolist() == pytest.approx(likelihood.exp().tolist())
+    coda = tiny("tape", n_critics=0, vocab_size=128).eval()
+    coda.load_state_dict(model.state_dict(), strict=False)
+    assert found.tokens[0] == coda(ids)[0].argmax(-1).tolist() != found.tokens[-1]
+    assert panel(look_inside(coda, IDS), title).rows == ["coda"]
+    model = tiny("tape", moderator=False).eval()
+    found = panel(look_inside(model, IDS), title)
+    assert found.rows == ["coda", "critic 1", "critic 2", "their mean"]
+    assert found.tokens[-1] == model(ids)[0].argmax(-1).tolist()
+    spelled = panel(spelled_out(look_inside(model, IDS), ByteTokenizer()), title)
+    assert spelled.tokens[-1] == [repr(chr(token)) for token in found.tokens[-1]]
 
 
 def test_heads_are_described(tiny):

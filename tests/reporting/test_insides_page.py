@@ -52,7 +52,16 @@ def test_no_text_breaks_a_page():
         ("n4", {}, ["Copying gate", "Average key of the last token"]),
         ("neon", {"decoder": "function"}, ["Functions chosen", "Lambda"]),
         ("neon", {"decoder": "memory"}, ["Memory read", "Slot read most", "Memories, shared", "Memories, layer 2"]),
-        ("tape", {}, ["Contribution to the prediction", "Read by the last token", "Segments"]),
+        (
+            "tape",
+            {},
+            [
+                "Contribution to the prediction",
+                "What is, what could be, what can be",
+                "Read by the last token",
+                "Segments",
+            ],
+        ),
     ],
 )
 def test_a_browser_shows_every_picture(tiny, browser, tmp_path, name, fields, titles):

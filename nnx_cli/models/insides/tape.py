@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -18,6 +18,12 @@ CONTRIBUTIONS = (
     "How much the prediction after each token changes when a part is silenced: 0 not at all, 1 entirely. A silenced "
     "critic passes on the coda's output, a silenced prophet says nothing. Normal: the moderator, who speaks last, "
     "matters most; one near 0 everywhere does no work yet."
+)
+PREDICTED = (
+    "The token that each part expects next, and how likely it finds that, if the head reads its output in place of the "
+    "last part's: the coda says what is, critics what could be, the moderator what can be, and that is what the model "
+    "predicts. The line below says what came. Normal: parts that differ, and a moderator that is right more often; the "
+    "head never learned to read the others."
 )
 READING = (
     "What the last token reads of the text, of each part, as a mean over its levels and heads: shares that sum to 1. "
@@ -37,6 +43,7 @@ def insides(model: Any, input_ids: Tensor) -> Insides:
     with (
         watched([level.q for level in levels], lambda _, output: output) as queries,
         watched([level.kv for level in levels], lambda _, output: output) as keys_values,
+        watched(levels, lambda _, output: output[0]) as states,
     ):
         log_probs = model(input_ids)
     by_segment = [
@@ -48,7 +55,8 @@ def insides(model: Any, input_ids: Tensor) -> Insides:
     maps = [weights.sum(-1).cpu() for weights in by_segment]
     last = [torch.stack([maps[i][:, -1].mean(0) for i in members]).mean(0) for members in parts.values()]
     panels = [
-        _contributions(model, input_ids, log_probs, parts),
+        *_contributions(model, input_ids, log_probs, parts),
+        _predictions(model, states, parts),
         Panel("Read by the last token", READING, torch.stack(last), list(parts)),
     ]
     if config.n_segments == 3:
@@ -62,7 +70,8 @@ def _parts(config: Any) -> dict[str, range]:
     parts = {"coda": range(config.coda_layers)}
     for number in range(1, config.live_critics + 1):
         start = config.coda_layers + (number - 1) * config.n_layers
-        name = "moderator" if number == config.live_critics else f"critic {number}"
+        moderates = number == config.live_critics and config.moderator
+        name = "moderator" if moderates else f"critic {number}"
         parts[name] = range(start, start + config.n_layers)
     return parts
 
@@ -90,8 +99,19 @@ def _segment_shares(weights: Tensor) -> Tensor:
     return torch.tensor([math.nan, float(shares[0]), math.nan])
 
 
-def _contributions(model: Any, input_ids: Tensor, log_probs: Tensor, parts: dict[str, range]) -> Panel:
-    """By how much predictions change, as total variation, without the prophet and without each critic."""
+def _predictions(model: Any, states: Sequence[Tensor], parts: dict[str, range]) -> Panel:
+    """The token that each part finds likeliest to come next, and how likely."""
+    said = {name: states[members[-1]] for name, members in parts.items()}
+    if len(parts) > 2 and not model.config.moderator:
+        said["their mean"] = torch.stack(list(said.values())[1:]).mean(0)
+    log_probs = torch.stack([model.head(model.norm(h))[0] for h in said.values()])  # (R, T, V)
+    values, ids = log_probs.max(-1)
+    title = "What is, what could be, what can be"
+    return Panel(title, PREDICTED, values.exp().float().cpu(), list(said), tokens=ids.tolist())
+
+
+def _contributions(model: Any, input_ids: Tensor, log_probs: Tensor, parts: dict[str, range]) -> Iterator[Panel]:
+    """By how much predictions change, as total variation, without the prophet and without each critic, if any."""
     silenced: dict[str, Callable[[ExitStack], None]] = {}
     if model.prophet is not None:
         silenced["prophet"] = partial(_replace, module=model.prophet, make=torch.zeros_like)
@@ -103,8 +123,9 @@ def _contributions(model: Any, input_ids: Tensor, log_probs: Tensor, parts: dict
             silence(hooks)
             without = model(input_ids)
         changes.append((without.exp() - log_probs.exp()).abs().sum(-1)[0] / 2)
-    values = torch.stack(changes).float().cpu()
-    return Panel("Contribution to the prediction", CONTRIBUTIONS, values, list(silenced), is_live=True)
+    if changes:
+        values = torch.stack(changes).float().cpu()
+        yield Panel("Contribution to the prediction", CONTRIBUTIONS, values, list(silenced), is_live=True)
 
 
 def _replace(hooks: ExitStack, module: nn.Module, make: Callable[[Any], Any]) -> None:
