@@ -3,6 +3,8 @@
     python tests/bench/scale.py speed  [--gpus 1,2,4,8] [--models llama,nyx] [--parallel ddp,fsdp]
     python tests/bench/scale.py capped [--gpus 2] [--vram 4.75GB] [--resume-on 2 [--resume-vram 24GB]] [-- ...]
     python tests/bench/scale.py kills  [--gpus 2] [--kills 10]
+    python tests/bench/scale.py sent   [--gpus 2] [--models llama,nyx] [--parallel ddp,fsdp]
+    python tests/bench/scale.py predict [--gpus 2,8] [--models nyx,llama] --alone-ms 89.8,101.9 --batch-size 8
 
 Every part drives the command itself, `nnx train --gpus N --parallel …`, on the text of --filepath or the built-in one,
 and prints a table in Markdown (--markdown FILE appends it there), with lines of JSON in --results. On a machine without
@@ -20,6 +22,10 @@ capped: what one GPU held to --vram refuses trains on all of --gpus so held, 50 
     --gpus 4 --vram 16.75GB --resume-on 2 --resume-vram 32GB -- --model llama --dim 3072 --n-layers 27 --n-heads 24
 kills: one process of `torchrun --max-restarts` is killed at a random moment after its first step, in one run after the
     other; losses are set beside those of a run that nobody disturbed.
+sent: the bytes that a process sends in a step, counted at the calls of torch.distributed, beside that model. They are
+    the same on every device, so that CPUs will do: --device cpu --size nano --seq-len 64 --rows 4 --batch-size 2.
+predict: what the model of communication says where there is one GPU or none: of a step whose time --alone-ms on one GPU
+    is known, with links of the bandwidths --gb-per-s and a --latency-us of each message, which are assumed.
 """
 
 from __future__ import annotations
@@ -45,10 +51,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnx_cli import models
 from nnx_cli.data.sources import builtin_corpus
+from nnx_cli.optim._groups import hidden_matrices
 from nnx_cli.planning.flops import count_parameters, meta_model
+from nnx_cli.planning.recipe import preferred_optimizer
 from nnx_cli.system.device import describe, pick_device
 from nnx_cli.system.ranks import BUCKET_BYTES
 
@@ -77,21 +86,31 @@ class Link:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a model of so many bytes sends in a step of `n_micro` micro-batches; its blocks go one by one."""
+    """What a model sends in a step of `n_micro` micro-batches, in fp32: `inside` bytes are of its blocks, which go one
+    by one, `outside` of all else. Muon works on `n_elements` of its matrices, in so many bytes each."""
 
-    n_bytes: int
+    inside: int
+    outside: int
     n_blocks: int
     n_micro: int
+    n_elements: int
+    n_bytes: int
 
     def sent(self, parallel: str, n: int) -> float:
         """Bytes that each of `n` GPUs sends in a step. A ring: an all-reduce sends all but an nth part twice, an
-        all-gather and a reduce-scatter once. FSDP gathers weights for each forward and each backward pass."""
-        part = (n - 1) / n * self.n_bytes
-        return 2 * part if parallel == "ddp" else 3 * self.n_micro * part
+        all-gather and a reduce-scatter once. FSDP gathers a block's weights for each forward and each backward pass,
+        all else once for both. Muon's updates are gathered, and before that momenta that are divided, in fp32."""
+        updates = self.n_bytes * self.n_elements
+        if parallel == "ddp":
+            return (n - 1) / n * (2 * (self.inside + self.outside) + updates)
+        weights = self.n_micro * (3 * self.inside + 2 * self.outside)
+        return (n - 1) / n * (weights + 4 * self.n_elements + updates)
 
     def messages(self, parallel: str) -> int:
-        """Collective operations in a step."""
-        return math.ceil(self.n_bytes / BUCKET_BYTES) if parallel == "ddp" else 3 * self.n_micro * (self.n_blocks + 1)
+        """Collective operations in a step, without Muon's few."""
+        if parallel == "ddp":
+            return math.ceil((self.inside + self.outside) / BUCKET_BYTES)
+        return self.n_micro * (3 * self.n_blocks + 2)
 
 
 def predicted(traffic: Traffic, link: Link, parallel: str, n: int, alone_s: float) -> tuple[float, float]:
@@ -125,6 +144,51 @@ def probe(device: str) -> None:
         speed = sent / max(1e-9, took[BUCKET_BYTES] - took[SMALL_BYTES])
         print(json.dumps({"n": n, "latency_s": took[SMALL_BYTES], "bytes_per_s": speed}))
     dist.destroy_process_group()
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes that a rank sends in collective operations, if they go around a ring."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.share = (n - 1) / n
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("c10d.allreduce_"):
+            self.sent += 2 * self.share * sum(tensor.nbytes for tensor in args[0])
+        elif name.startswith("c10d.allgather_"):
+            self.sent += self.share * sum(tensor.nbytes for tensor in args[0][0])
+        elif name.startswith("c10d._allgather_base_"):
+            self.sent += self.share * args[0].nbytes
+        elif name.startswith("c10d._reduce_scatter_base_"):
+            self.sent += self.share * args[1].nbytes
+        elif name.startswith("c10d."):
+            raise ValueError(f"not counted yet: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def count(words: list[str]) -> None:
+    """One of several processes of `nnx train`: the first one prints the bytes that a step sends."""
+    from nnx_cli.__main__ import main
+    from nnx_cli.training.step import Step
+
+    counter, n_steps, take = Counter(int(os.environ["WORLD_SIZE"])), 0, Step.__call__
+
+    def counted(self: Step, *args: Any) -> None:
+        nonlocal n_steps
+        n_steps += 1
+        with counter:
+            take(self, *args)
+
+    Step.__call__ = counted  # type: ignore[method-assign]
+    sys.argv[1:] = words
+    try:
+        main()
+    finally:
+        if os.environ["RANK"] == "0":
+            print(json.dumps({"sent_bytes": counter.sent / max(1, n_steps)}), file=sys.stderr)
 
 
 def measure_link(n: int, device: str) -> Link:
@@ -208,8 +272,39 @@ def of_size(name: str, options: argparse.Namespace) -> tuple[str, ...]:
 def traffic_of(name: str, options: argparse.Namespace) -> Traffic:
     """What the model sends in a step, in fp32."""
     model = meta_model(name, models.make_config(name, size=options.size, seq_len=options.seq_len))
-    n_micro = -(-options.rows // options.batch_size)
-    return Traffic(4 * count_parameters(model)["total"], len(model.blocks), n_micro)
+    inside = 4 * sum({id(p): p.numel() for p in model.blocks.parameters()}.values())
+    outside = 4 * count_parameters(model)["total"] - inside
+    matrices = hidden_matrices(model) if preferred_optimizer(name, None) == "muon" else ()
+    n_micro, n_elements = -(-options.rows // options.batch_size), sum(p.numel() for p in matrices)
+    n_bytes = 4 if options.device == "cpu" else 2  # of Muon's arithmetic
+    return Traffic(inside, outside, len(model.blocks), n_micro, n_elements, n_bytes)
+
+
+def sent(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The bytes that a rank sends in a step, counted where they go out, beside what the model of communication says."""
+    for name in options.models:
+        for n in options.gpus:
+            for parallel in options.parallel:
+                tokens, out = n * options.rows * options.seq_len, folder / f"{name}-{parallel}-{n}"
+                steps = ("--max-steps", "2", "--tokens-per-step", str(tokens), "--batch-size", str(options.batch_size))
+                words = train(options, out, *of_size(name, options), *steps, "--parallel", parallel, "--compile", "off")
+                command = [*TORCHRUN, "--nproc-per-node", str(n), __file__, "count", "--", *words]
+                told = subprocess.run(command, capture_output=True, text=True, check=False)
+                if told.returncode:
+                    sys.exit(told.stderr[-3000:])
+                counted = json.loads(told.stderr.splitlines()[-1])["sent_bytes"]
+                said = traffic_of(name, options).sent(parallel, n)
+                yield {"model": name, "gpus": n, "parallel": parallel, "counted": counted, "model_says": said}
+
+
+def sent_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `sent` in Markdown."""
+    lines = ["| model | processes | | counted, KiB a step | by the model | |", "|" + 6 * "---|"]
+    for row in rows:
+        counted, said = row["counted"], row["model_says"]
+        start = f"| {row['model']} | {row['gpus']} | {row['parallel']} | {counted / 1024:,.1f} | {said / 1024:,.1f} |"
+        lines.append(f"{start} {said / counted - 1:+.1%} |")
+    return "\n".join(lines)
 
 
 def speed(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
@@ -375,14 +470,46 @@ def kills_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"speed": (speed, speed_table), "capped": (capped, capped_table), "kills": (kills, kills_table)}
+def predict(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """What a step sends on more GPUs, and what that costs of its time on links of several bandwidths."""
+    for name, alone_ms in zip(options.models, options.alone_ms, strict=True):
+        traffic = traffic_of(name, options)
+        for n in options.gpus:
+            for parallel in options.parallel:
+                links = {gb: Link(n, options.latency_us / 1e6, gb * 1e9) for gb in options.gb_per_s}
+                found = {gb: predicted(traffic, link, parallel, n, alone_ms / 1000) for gb, link in links.items()}
+                row = {"model": name, "alone_ms": alone_ms, "gpus": n, "parallel": parallel}
+                yield row | {"sent_bytes": traffic.sent(parallel, n), "efficiency": found}
+
+
+def predict_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `predict` in Markdown."""
+    speeds = [*rows[0]["efficiency"]]
+    columns = "|".join(["model", "one GPU, ms", "GPUs", "", "sent a step", *(f"at {gb:g} GB/s" for gb in speeds)])
+    lines = [f"|{columns}|", "|" + (5 + len(speeds)) * "---|"]
+    for row in rows:
+        shares = [
+            f"{a:.0%}" if round(a, 2) == round(b, 2) else f"{a:.0%} to {b:.0%}" for a, b in row["efficiency"].values()
+        ]
+        start = [row["model"], f"{row['alone_ms']:.1f}", str(row["gpus"]), row["parallel"]]
+        lines.append("| " + " | ".join([*start, f"{row['sent_bytes'] / 2**20:,.0f} MiB", *shares]) + " |")
+    return "\n".join(lines)
+
+
+PARTS = {
+    "speed": (speed, speed_table),
+    "capped": (capped, capped_table),
+    "kills": (kills, kills_table),
+    "sent": (sent, sent_table),
+    "predict": (predict, predict_table),
+}
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line; what follows `--` is for `nnx train`."""
     own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*PARTS, "probe"])
+    parser.add_argument("part", choices=[*PARTS, "probe", "count"])
     parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[2])
     parser.add_argument("--models", type=lambda text: text.split(","), default=["llama", "nyx"])
     parser.add_argument("--parallel", type=lambda text: text.split(","), default=["ddp", "fsdp"])
@@ -395,34 +522,44 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume-on", type=int, default=None)
     parser.add_argument("--resume-vram", default=None)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--alone-ms", type=lambda text: [float(ms) for ms in text.split(",")], default=[])
+    parser.add_argument("--gb-per-s", type=lambda text: [float(gb) for gb in text.split(",")], default=[300, 50, 20])
+    parser.add_argument("--latency-us", type=float, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--filepath", default=None)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args(own)
-    options.steps = options.steps or {"speed": 60, "capped": 50, "kills": 100, "probe": 0}[options.part]
+    options.steps = options.steps or {"speed": 60, "capped": 50, "kills": 100}.get(options.part, 0)
     options.more = more
     return options
 
 
+def prepare_text(options: argparse.Namespace, folder: Path) -> None:
+    """Make the token folder that runs are trained on."""
+    text = Path(options.filepath or folder / "text.txt")
+    if options.filepath is None:
+        text.write_text(builtin_corpus(), encoding="utf-8")
+    checked([*NNX, "prepare", str(text), "--tokenizer", "byte", "--no-xray", "--out", str(options.data)])
+
+
 def main() -> None:
     options = parse(sys.argv[1:])
-    if options.part == "probe":
-        probe(options.device)
+    if options.part in ("probe", "count"):
+        probe(options.device) if options.part == "probe" else count(options.more)
         return
     measure, table = PARTS[options.part]
     rows = []
     with tempfile.TemporaryDirectory() as work:
         options.data = Path(work) / "data"
-        text = Path(options.filepath or f"{work}/text.txt")
-        if options.filepath is None:
-            text.write_text(builtin_corpus(), encoding="utf-8")
-        checked([*NNX, "prepare", str(text), "--tokenizer", "byte", "--no-xray", "--out", str(options.data)])
+        if options.part != "predict":
+            prepare_text(options, Path(work))
         for row in measure(options, Path(work)):
             print(json.dumps(row), file=sys.stderr, flush=True)
             rows.append(row)
-    head = f"{options.part}, {describe(pick_device(options.device))}, torch {torch.__version__}, {date.today()}: "
+    place = "no GPU" if options.part == "predict" else describe(pick_device(options.device))
+    head = f"{options.part}, {place}, torch {torch.__version__}, {date.today()}: "
     page = f"{head}`scale.py {' '.join(sys.argv[1:])}`\n\n{table(rows)}\n"
     print(page)
     if options.markdown:
