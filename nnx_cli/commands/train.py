@@ -515,10 +515,8 @@ def _train_to_end(output: Output, run: Run, trainer: Trainer, view: TrainingView
         except NnxError as error:
             diverged = isinstance(error, QualityError)
             with suppress(OutputError):  # a full disk is what the error may be
-                if isinstance(error, FunctionError) and trainer.stepper.ranks.count == 1:  # else others do not wait
-                    trainer.save(run)
-                    resume = f"nnx train --resume {quoted(run.folder)}{named}"
-                    error.fix = f"step {trainer.state.step:,} is saved; once it is mended: {resume}"
+                if isinstance(error, FunctionError):
+                    _keep_before(error, run, trainer, named)
                 status = session.record_end(run, trainer, "diverged" if diverged else "interrupted")
                 if diverged:
                     output.show_json(_as_json(run, status))
@@ -532,6 +530,16 @@ def _train_to_end(output: Output, run: Run, trainer: Trainer, view: TrainingView
             fix=f"resume: nnx train --resume {quoted(run.folder)}{named}",
         )
     return status
+
+
+def _keep_before(error: FunctionError, run: Run, trainer: Trainer, named: str) -> None:
+    """Save the last whole step before a function failed, and say how to go on from there."""
+    resume = f"once it is mended: nnx train --resume {quoted(run.folder)}{named}"
+    if trainer.stepper.ranks.count > 1 or trainer.stepper.step.updating:  # others do not wait; weights moved already
+        error.fix = f"the last checkpoint is intact; {resume}"
+        return
+    trainer.save(run)
+    error.fix = f"step {trainer.state.step:,} is saved; {resume}"
 
 
 def _as_json(run: Run, status: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -26,9 +27,9 @@ class OutsideFunction(nn.Module):
     """A module of the user's, called as `function(x)` or, where its `forward` asks for them, with `input_ids` and
     `positions` too.
 
-    x (N, D) is float32 and its own; input_ids (N, C) are the newest ids of each row's text, that of the row last and -1
-    before the text begins, C being the module's attribute `context` (1 where it has none); positions (N,) are those of
-    the rows. It returns (N, D). A row of a batch is a token: nothing says which others are there.
+    x (N, D) is float32; input_ids (N, C) are the newest ids of each row's text, that of the row last and -1 before the
+    text begins, C being the module's attribute `context` (1 where it has none); positions (N,) are those of the rows.
+    All of it is its own. It returns (N, D). A row of a batch is a token: nothing says which others are there.
     """
 
     def __init__(self, name: str, function: nn.Module) -> None:
@@ -50,21 +51,45 @@ class OutsideFunction(nn.Module):
     def forward(self, h: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
         """h (N, D), input_ids (N, C or more) and positions (N,) to (N, D). Raises FunctionError where that fails."""
         given = {"input_ids": input_ids[:, -self.context :], "positions": positions}
-        asked = {name: given[name] for name in self.asks}
+        asked = {name: given[name].clone() for name in self.asks}
         if h.is_meta:
             return self._planned(h, asked)
-        x = h.float() if h.dtype != torch.float32 else h.clone()
+        learned = [parameter for parameter in self.function.parameters() if parameter.requires_grad]
+        if torch.is_grad_enabled() and (h.requires_grad or learned):
+            y: Tensor = Guarded.apply(self, asked, h, *learned)
+            return y
+        return self.call(h, asked)
+
+    def call(self, h: Tensor, asked: dict[str, Tensor]) -> Tensor:
+        """What the function makes of h, in time and of the right kind."""
+        return self.named(partial(self._checked, h, asked), h)
+
+    def named(self, call: Callable[[], Any], x: Tensor, where: str = "") -> Any:
+        """What a call that runs the user's code on tensors like x returns; `where` is said of it. Raises FunctionError
+        where it raises or takes too long. The backward pass on a GPU may take as long as it likes: a thread of autograd
+        waits here, and no other computes meanwhile."""
         try:
-            y = WORKER.run(_as_here(self.function, x, asked), SECONDS)
+            return call() if where and x.is_cuda else WORKER.run(_as_here(call, x), SECONDS)
         except TookTooLong:
-            raise FunctionError(f"{self.name} did not return within {SECONDS:g} seconds") from None
-        except (Exception, SystemExit) as error:
+            raise FunctionError(f"{self.name} did not return within {SECONDS:g} seconds{where}") from None
+        except (FunctionError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # those of asyncio and sys.exit are no Exception
             if is_out_of_memory(error):
                 raise
-            raise FunctionError(f"{self.name} raises {type(error).__name__}: {error}") from error
-        if not isinstance(y, Tensor) or y.shape != h.shape:
-            found = f"a tensor {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-            raise FunctionError(f"{self.name} returns {found}, not one of {tuple(h.shape)} like its input")
+            raise FunctionError(f"{self.name} raises {type(error).__name__}{where}: {error}") from error
+
+    def _checked(self, h: Tensor, asked: dict[str, Tensor]) -> Tensor:
+        y = self.function(h.float() if h.dtype != torch.float32 else h.clone(), **asked)
+        odd = None
+        if not isinstance(y, Tensor):
+            odd = f"a {type(y).__name__}"
+        elif y.shape != h.shape:
+            odd = f"a tensor {tuple(y.shape)}"
+        elif y.layout != torch.strided or y.is_complex():
+            odd = f"a tensor of {y.layout} and {y.dtype}"
+        if odd:
+            raise FunctionError(f"{self.name} returns {odd}, not one of {tuple(h.shape)} like its input")
         y = y.to(h.device, h.dtype)
         if not y.isfinite().all():
             raise FunctionError(f"{self.name} returns elements that are not finite")
@@ -88,8 +113,31 @@ class OutsideFunction(nn.Module):
             self(torch.zeros(3, dim), input_ids, torch.arange(3))
 
 
-def _as_here(function: nn.Module, x: Tensor, asked: dict[str, Tensor]) -> Any:
-    """A call that runs on another thread as it would on this one."""
+class Guarded(torch.autograd.Function):
+    """A function whose backward pass fails by its name too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: OutsideFunction, asked: dict[str, Tensor], h: Tensor, *learned: nn.Parameter
+    ) -> Tensor:
+        """The function's output for h (N, D); `learned` are its parameters."""
+        ctx.function, ctx.given = function, (h.detach().requires_grad_(), *learned)
+        with torch.enable_grad():
+            ctx.y = function.call(ctx.given[0], asked)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of h and of the parameters; None where the function has none."""
+        y, ctx.y = ctx.y, None
+        if not y.requires_grad:
+            return None, None, *(None for _ in ctx.given)
+        call = partial(torch.autograd.grad, y, ctx.given, dy, allow_unused=True)
+        return None, None, *ctx.function.named(call, dy, " in its backward pass")
+
+
+def _as_here(call: Callable[[], Any], x: Tensor) -> Callable[[], Any]:
+    """A call that runs on another thread as it would on this one, on tensors like x."""
     with_grad, is_inference, n_threads = (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -97,7 +145,7 @@ def _as_here(function: nn.Module, x: Tensor, asked: dict[str, Tensor]) -> Any:
     )
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
 
-    def call() -> Any:
+    def called() -> Any:
         if torch.get_num_threads() != n_threads:
             torch.set_num_threads(n_threads)
         with ExitStack() as modes:
@@ -105,9 +153,9 @@ def _as_here(function: nn.Module, x: Tensor, asked: dict[str, Tensor]) -> Any:
                 modes.enter_context(torch.cuda.stream(stream))
             modes.enter_context(torch.inference_mode(is_inference))
             modes.enter_context(torch.set_grad_enabled(with_grad))
-            return function(x, **asked)
+            return call()
 
-    return call
+    return called
 
 
 @dataclass(frozen=True)

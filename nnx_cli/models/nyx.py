@@ -68,7 +68,7 @@ class Config(ModelConfig):
         if self.xpos and base < least:
             raise UsageError(
                 f"--xpos-scale-base is {base:g}; for --seq-len {self.seq_len} it must be at least {least:g}",
-                fix="take --no-xpos for plain rotary positions",
+                fix=f"take --xpos-scale-base {least:g}, or --no-xpos for plain rotary positions",
             )
 
     def unread(self) -> dict[str, str]:

@@ -251,6 +251,10 @@ BUSY = "import time; begun = time.monotonic()\n        while time.monotonic() < 
         ("return None", "a NoneType"),
         ("return x.tolist()", "a list"),
         ("return x / 0", "not finite"),
+        ("return x.to_sparse()", "a tensor of torch.sparse_coo"),
+        ("return x + 1j", "a tensor of torch.strided and torch.complex64"),
+        ("return x.to('meta')", "raises NotImplementedError"),
+        ("import asyncio; raise asyncio.CancelledError", "raises CancelledError"),
         ("raise KeyError('no such word')", "raises KeyError: 'no such word'"),
         ("import sys; sys.exit(3)", "raises SystemExit: 3"),
         ("return x @ torch.ones(7, 7)", "raises RuntimeError: "),
@@ -269,6 +273,55 @@ def test_what_a_function_does_wrong_is_said_by_its_name(body, message, monkeypat
     with pytest.raises(FunctionError):
         function.check(8)
     assert OutsideFunction("Fine", torch.nn.ReLU()).check(8) is None, "the next one is asked as ever"
+
+
+BACKWARD = """
+class Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+    @staticmethod
+    def backward(ctx, dy):
+        {body}
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        return Back.apply(x)
+"""
+
+
+def odd_backward(body):
+    scope = {"torch": torch}
+    exec(BACKWARD.format(body=body), scope)
+    h = torch.ones(4, 8, requires_grad=True)
+    OutsideFunction("Odd", scope["Odd"]())(h * 3, torch.zeros(4, 1).long(), torch.arange(4)).sum().backward()
+    return h.grad
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('no such word')", "raises KeyError in its backward pass: 'no such word'"),
+        ("return dy[:, :3]", "raises RuntimeError in its backward pass: .* invalid gradient"),
+        ("import sys; sys.exit(3)", "raises SystemExit in its backward pass: 3"),
+        ("import time; time.sleep(1)", "did not return within 0.2 seconds in its backward pass"),
+    ],
+)
+def test_what_its_backward_pass_does_wrong_is_said_by_its_name(body, message, monkeypatch):
+    monkeypatch.setattr(outside_functions, "SECONDS", 0.2)
+    with pytest.raises(FunctionError, match=f"^Odd {message}"):
+        odd_backward(body)
+    assert odd_backward("return 2 * dy").unique().tolist() == [6.0], "the next one is asked as ever"
+
+
+def test_what_a_function_is_given_is_its_own():
+    class Writes(torch.nn.Module):
+        def forward(self, x, input_ids, positions):
+            return x.mul_(2) + input_ids.add_(1) + positions.add_(1)[:, None]
+
+    h, ids, positions = torch.ones(3, 2), torch.arange(3)[:, None], torch.arange(3)
+    y = OutsideFunction("Writes", Writes())(h, ids, positions)
+    assert y.tolist() == [[4.0] * 2, [6.0] * 2, [8.0] * 2]
+    assert h.unique().tolist() == [1.0] and ids.flatten().tolist() == positions.tolist() == [0, 1, 2]
 
 
 def test_a_lack_of_memory_is_none_of_the_functions(monkeypatch):
@@ -370,6 +423,18 @@ def test_a_run_whose_function_raises_is_saved_and_goes_on(nnx, token_path, fails
     Path("trouble").unlink()
     done = nnx("train", "--resume", "weights/mine", "--bank-file", "bank.py", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["step"] == 9, done.stderr
+
+
+def test_weights_that_moved_in_the_backward_pass_are_not_saved(nnx, token_path, fails):
+    """A step that the optimizer has begun is no whole one."""
+    line = fails("1 / 0")
+    body = "return eval(Path('trouble').read_text()) if Path('trouble').exists() else dy"
+    Path("bank.py").write_text("import torch\nfrom pathlib import Path\n" + BACKWARD.format(body=body))
+    in_backward = ["--optimizer", "adamw", "--optimizer-in-backward", "--save-every", 2]
+    done = train(nnx, *line, *in_backward, "--data", token_path)
+    assert done.exit_code == 3 and "Odd raises ZeroDivisionError in its backward pass" in done.stderr, done.stderr
+    assert "the last checkpoint is intact" in done.stderr and "--resume weights/mine --bank-file bank.py" in done.stderr
+    assert Run(Path("weights/mine")).newest_checkpoint()[0].step == 4
 
 
 def test_a_run_whose_function_hangs_is_saved(nnx, token_path, fails):
