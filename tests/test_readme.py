@@ -65,6 +65,20 @@ def test_links_lead_somewhere(folder):
         follow_links(document)
 
 
+def test_pictures_are_small_and_described():
+    pictures = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", README)
+    pictures += [pair[::-1] for pair in re.findall(r'<img src="([^"]+)" [^>]*alt="([^"]+)"', README)]
+    assert {Path(path).name for _, path in pictures} == {"live_screen.svg", "race.svg", "report.png", "web_page.png"}
+    for alt, path in pictures:
+        assert len(alt.split()) >= 8 and (ROOT / path).stat().st_size <= 150_000, path
+
+
+def test_a_cpu_gets_no_cuda_build():
+    """The first command lets uv choose the build of PyTorch by the driver that there is."""
+    first = re.findall(r"```bash\n(.*?)```", README, re.S)[0]
+    assert "uv pip install" in first and "--torch-backend=auto" in first
+
+
 def test_commands_parse(workspace):
     Path("my.py").write_bytes((ROOT / "nnx_cli/models/llama.py").read_bytes())
     group = typer.main.get_command(app)

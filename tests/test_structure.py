@@ -268,6 +268,22 @@ def test_only_the_command_line_prints():
             assert not {"print", "sys.stdout.write", "sys.stderr.write"} & calls, name
 
 
+NOT_EVERYWHERE = {"fork", "forkpty", "symlink", "link", "mkfifo", "symlink_to", "hardlink_to"}
+
+
+def test_processes_are_started_by_their_command_and_files_are_never_linked():
+    """So that a system without fork, or one that lets few people make links, runs the same code."""
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in NOT_EVERYWHERE, (name, node.lineno)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                named = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not any(each.split(".")[0] == "multiprocessing" for each in named), (name, node.lineno)
+            elif isinstance(node, ast.keyword):
+                assert node.arg != "preexec_fn", name
+
+
 def test_the_environment_is_read_by_the_command_line_only():
     for name, tree in TREES.items():
         if name.split("/")[0] in ("models", "layers"):
