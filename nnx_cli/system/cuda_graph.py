@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,18 @@ def on_capture_stream(fn: Callable[[], Any]) -> Any:
         torch.cuda.current_stream().wait_stream(stream)
 
 
+def _end_failed_recording(pool: tuple[int, int]) -> None:
+    """Undo what PyTorch leaves behind of a recording that CUDA has given up: memory that goes to its pool for ever, and
+    a random generator that no graph with dropout can be replayed with ("Offset increment outside graph capture")."""
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # that had ended by itself
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    flag = torch.zeros((), device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=capture_stream()):  # whose end is the generator's too
+        flag.zero_()
+
+
 class CudaGraph:
     """A function recorded once and replayed: one launch for all its kernels, which a host launches slower than a GPU
     runs them.
@@ -36,7 +49,7 @@ class CudaGraph:
     kernels and make their workspaces. Graphs that never run at once may share the memory `pool` of one of them.
 
     Raises RuntimeError where something cannot be recorded, torch.OutOfMemoryError where memory does not suffice; the
-    current stream is then the one it was.
+    current stream, the random generator and graphs recorded before are then what they were.
     """
 
     def __init__(
@@ -50,12 +63,19 @@ class CudaGraph:
         self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
         on_capture_stream(lambda: (warm_up or fn)(*self.inputs))
-        # the outer context: torch.cuda.graph stays on its stream where CUDA refuses to end the recording
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(self.graph, stream=capture_stream(), pool=pool),
-        ):
-            self.output = fn(*self.inputs)
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        try:
+            # the outer context: torch.cuda.graph stays on its stream where CUDA refuses to end the recording
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(self.graph, stream=capture_stream(), pool=pool),
+            ):
+                self.output = fn(*self.inputs)
+        except RuntimeError as error:
+            _end_failed_recording(pool)
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # whereupon CUDA refused to end the recording
+                raise error.__context__ from None
+            raise
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What `fn` returns for `inputs` of the recorded shapes; its tensors are good until the next call."""

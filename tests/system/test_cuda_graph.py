@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.device import release_memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -30,3 +31,53 @@ def test_graphs_share_a_pool():
     first = CudaGraph(lambda x: (x + 1).sum(), (x,))
     second = CudaGraph(lambda x: (x + 2).sum(), (x,), pool=first.pool())
     assert first(x) == 2 * x.numel() and second(x) == 3 * x.numel()
+
+
+def waits(x):
+    """What cannot be recorded, with memory of its own."""
+    return (x + 1).sum().item()
+
+
+@needs_cuda
+def test_a_recording_that_fails_leaves_dropout_as_it_was():
+    x = torch.ones(2**16, device="cuda")
+    torch.manual_seed(1)
+    dropout = CudaGraph(lambda x: torch.dropout(x, 0.5, True), (x,))
+    before = dropout(x).clone()
+    state = torch.cuda.get_rng_state()
+    with pytest.raises(RuntimeError):
+        CudaGraph(waits, (x,), warm_up=lambda x: None)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    after = dropout(x).clone()
+    assert not torch.equal(after, before)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(dropout(x), after)
+    torch.dropout(x, 0.5, True)
+
+
+@needs_cuda
+def test_a_recording_that_fails_gives_its_memory_back():
+    x = torch.ones(2**24, device="cuda")
+    release_memory()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            CudaGraph(waits, (x,), warm_up=lambda x: None)
+    release_memory()
+    assert torch.cuda.memory_reserved() <= before + 2**22
+
+
+@needs_cuda
+def test_a_recording_that_memory_does_not_suffice_for_leaves_dropout_as_it_was():
+    x = torch.ones(2**22, device="cuda")
+    dropout = CudaGraph(lambda x: torch.dropout(x, 0.5, True), (x,))
+    release_memory()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**27) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            CudaGraph(lambda x: x.repeat(64), (x,), warm_up=lambda x: None)
+        dropout(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    CudaGraph(lambda x: x.repeat(64), (x,))
