@@ -17,10 +17,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises DataError where the file cannot be read, UsageError where it is no TOML.
     """
-    return parse_toml(read_settings_text(path, "--config", "TOML"), f"--config {path}")
+    return parse_toml(read_settings_text(path, "--config"), f"--config {path}")
 
 
-def read_settings_text(path: Path, option: str, kind: str) -> str:
+def read_settings_text(path: Path, option: str) -> str:
     """The text of a file of settings that an option names, in any encoding that text may have.
 
     Raises DataError where the file cannot be read, UsageError where it is no text.
@@ -36,4 +36,4 @@ def read_settings_text(path: Path, option: str, kind: str) -> str:
     except DataError as error:
         if isinstance(error.__cause__, OSError):
             raise
-        raise UsageError(f"{option} {path} is not {kind}: {error}") from error
+        raise UsageError(str(error)) from error

@@ -57,13 +57,18 @@ def read_wandb_sweep(path: Path, fields: Mapping[str, Field | None]) -> WandbSwe
 
 def _read_yaml(path: Path) -> Any:
     """The content of a YAML file, in which nothing is run."""
-    text = read_settings_text(path, "--wandb-yaml", "YAML")
+    text = read_settings_text(path, "--wandb-yaml")
     try:
         import yaml
     except ModuleNotFoundError as error:
         raise MissingFeature("--wandb-yaml needs PyYAML", fix=INSTALL) from error
     try:
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        why = ", ".join(filter(None, (error.context, error.problem)))
+        raise UsageError(f"--wandb-yaml {path} is not YAML: {why}{where}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"--wandb-yaml {path} is not YAML: {why}") from error
@@ -71,7 +76,7 @@ def _read_yaml(path: Path) -> Any:
 
 def _mapping(value: Any, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f"{origin} is {brief(value)}; it must have names and values")
+        raise UsageError(f"{origin} is {'empty' if value is None else brief(value)}; it must have names and values")
     return value
 
 

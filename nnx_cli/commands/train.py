@@ -517,7 +517,8 @@ def _train_to_end(output: Output, run: Run, trainer: Trainer, view: TrainingView
             with suppress(OutputError):  # a full disk is what the error may be
                 if isinstance(error, FunctionError):
                     _keep_before(error, run, trainer, named)
-                status = session.record_end(run, trainer, "diverged" if diverged else "interrupted")
+                how, problem = ("diverged", str(error)) if diverged else ("interrupted", None)
+                status = session.record_end(run, trainer, how, problem)
                 if diverged:
                     output.show_json(_as_json(run, status))
             raise

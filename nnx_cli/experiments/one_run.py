@@ -65,7 +65,7 @@ class OneRun:
         try:
             run, trainer = self._resumed() if self.folder.exists() else self.begin()
             if trainer is None:
-                return str(run.status()["status"]), None
+                return str(run.status()["status"]), run.status().get("problem")
             with run.lock():
                 return self._finish(run, trainer)
         except (DoesNotFit, MemoryError, RuntimeError) as error:
@@ -92,7 +92,7 @@ class OneRun:
         try:
             ended = "interrupted" if pauses() else trainer.train(run, lambda: pauses() or self.should_stop())
         except QualityError as error:
-            session.record_end(run, trainer, "diverged")
+            session.record_end(run, trainer, "diverged", str(error))
             return "diverged", str(error)
         except (DoesNotFit, MemoryError, RuntimeError):
             session.record_end(run, trainer, "interrupted")

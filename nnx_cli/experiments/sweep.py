@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted
+from nnx_cli.errors import DataError, DoesNotFit, OutputError, UsageError, counted
 from nnx_cli.experiments import sweep_file
 from nnx_cli.experiments.folders import difference, find_or_name
 from nnx_cli.experiments.halving import is_over, lengths, open_trials, rungs
@@ -273,11 +274,10 @@ class Sweep:
 
     def _take_one(self, waiting: Sequence[Mapping[str, Any]]) -> bool:
         """Bring the first trial that no other process is at to its next rung; returns whether there was one."""
-        (self.folder / LOCKS).mkdir(exist_ok=True)
         for trial in waiting:
             if self.should_stop():
                 raise Stopped(f"interrupted {self.folder}")
-            with hold_lock(self.folder / LOCKS / trial["trial"]) as held:
+            with _hold_trial(self.folder / LOCKS / trial["trial"]) as held:
                 record = sweep_file.read_sweep(self.folder)
                 still = [each for each in open_trials(record["trials"]) if each["number"] == trial["number"]]
                 if held and still and still[0]["rungs_reached"] == trial["rungs_reached"]:
@@ -351,6 +351,20 @@ class Sweep:
         part = shares[rung] - [0.0, *shares][rung]
         share = part / lengths(record["n_trials"], shares, record["eta"])
         self.view.begins(f"trial {trial['trial']}: {_words(trial)}", done, min(share, 1.0 - done))
+
+
+@contextmanager
+def _hold_trial(lock: Path) -> Iterator[bool]:
+    """Hold the lock of a trial; yields False where another process does, or takes the locks away, for all are over."""
+    with ExitStack() as stack:
+        lock.parent.mkdir(exist_ok=True)
+        try:
+            held = stack.enter_context(hold_lock(lock))
+        except OutputError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            held = False
+        yield held
 
 
 def _measured(folder: Path, peak_known: bool) -> dict[str, Any]:

@@ -63,6 +63,7 @@ STATUS_TYPES = {
     "best_val_bits_per_byte": NUMBER,
     "skipped_steps": NUMBER,
     "ended": (str, type(None)),
+    "problem": (str, type(None)),
     "events": list,
 }
 BLANK_STATUS: dict[str, Any] = {"format": FORMAT, **{name: None for name in STATUS_TYPES if name != "events"}}

@@ -306,8 +306,8 @@ def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[
     return trainer, notes
 
 
-def record_end(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
-    """Write into run.json how a run stands that has ended or was stopped; returns all of it."""
+def record_end(run: Run, trainer: Trainer, status: str, problem: str | None = None) -> dict[str, Any]:
+    """Write into run.json how a run stands that has ended or was stopped, and why it diverged; returns all of it."""
     state = trainer.state
     return run.set_status(
         status=status,
@@ -316,6 +316,7 @@ def record_end(run: Run, trainer: Trainer, status: str) -> dict[str, Any]:
         tokens=state.tokens,
         time_s=round(state.time_s, 3),
         skipped_steps=state.skipped_steps,
+        problem=problem,
     )
 
 

@@ -70,7 +70,13 @@ def test_how_it_is_searched(tmp_path, content, settings, told):
 @pytest.mark.parametrize(
     ("why", "content"),
     [
-        ("is not YAML", "parameters: ["),
+        (
+            "is not YAML: while parsing a flow node, expected the node content, but found '<stream end>' (line 1,",
+            "parameters: [",
+        ),
+        ("is not YAML: found undefined alias 'y' (line 1, column 4)", "x: *y"),
+        ("s.yaml is empty; it must have names and values", ""),
+        ("s.yaml is not text but a PDF", "%PDF-1.7\n%\x00\x01"),
         ("must have names and values", "- a\n- b"),
         ("has no parameters", "method: grid\nparameters: {}"),
         ("must have names and values", "method: grid"),
@@ -110,6 +116,7 @@ def check_refused(tmp_path, why, content):
     with pytest.raises(UsageError) as refused:
         read(tmp_path, content)
     assert why in str(refused.value) and len(str(refused.value)) < 400
+    assert str(refused.value).count("s.yaml") == 1
 
 
 BOMB = [f"&{level} [{', '.join(['*' + below] * 10)}]" for below, level in itertools.pairwise("abcdefghijklm")]

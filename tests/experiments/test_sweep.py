@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,13 @@ def test_a_trial_that_diverges_is_a_row(conditions, workspace):
     record, _ = run_sweep(Search(space, "grid", 2, 3, 1), conditions, Path("s"))
     good, bad = record["trials"]
     assert good["status"] == "finished" and bad["status"] == "diverged"
-    assert bad["bits_per_byte"] is None and bad["problem"] and bad["steps"]
+    assert bad["bits_per_byte"] is None and "diverged" in bad["problem"] and bad["steps"]
+    with change_sweep(Path("s")) as changed:  # a process that was killed between run.json and sweep.json
+        next(each for each in changed["trials"] if each["number"] == bad["number"]).update(
+            status="paused", problem=None
+        )
+    again, watcher = run_sweep(Search(space, "grid", 2, 3, 1), conditions, Path("s"))
+    assert table(again) == table(record) and watcher.steps == 0
 
 
 def test_processes_share_the_trials(conditions, workspace, monkeypatch):
@@ -184,6 +191,23 @@ def test_a_trial_that_another_process_did_meanwhile_is_not_done_again(conditions
     monkeypatch.setattr(sweep, "hold_lock", hold)
     record, watcher = run_sweep(RANDOM, conditions, Path("s"))
     assert watcher.steps == 24 and record["trials"][0]["bits_per_byte"] == 1.0
+
+
+def test_locks_may_go_while_one_is_opened(conditions, workspace, monkeypatch):
+    """Another process removes them once all trials are over, and this one has read that some are not."""
+    gone = []
+
+    def hold(path):
+        if not gone:
+            gone.append(shutil.rmtree(path.parent))
+        return hold_lock(path)
+
+    monkeypatch.setattr(sweep, "hold_lock", hold)
+    record, watcher = run_sweep(RANDOM, conditions, Path("s"))
+    assert gone and record["state"] == "finished" and watcher.steps == 36
+    Path("s", LOCKS).write_text("")  # no folder: what else is wrong is told
+    with pytest.raises(OSError), sweep._hold_trial(Path("s", LOCKS, "001")):
+        pass
 
 
 def test_a_sweep_to_which_others_add_trials_at_its_end_is_not_finished(conditions, workspace, monkeypatch):
