@@ -319,6 +319,8 @@ def test_the_readme_names_every_room():
 PRIVATE_TORCH = {  # each name once, and tested for its presence
     "_compiled_call_impl": "layers/blocks.py",
     "_convert_weight_to_int4pack_for_cpu": "kernels/quantized_matmul.py",
+    "_cuda_endAllocateToPool": "system/cuda_graph.py",
+    "_cuda_releasePool": "system/cuda_graph.py",
     "_forward_hooks": "layers/blocks.py",
     "_forward_pre_hooks": "layers/blocks.py",
     "_is_vnni_supported": "system/hardware.py",
