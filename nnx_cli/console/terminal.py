@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,8 @@ def make_console(file: IO[str]) -> Console:
             return ConsoleDimensions((columns_of(file) or COLUMNS) - self.legacy_windows, LINES)
 
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    return Screen(file=file, width=COLUMNS, height=LINES, color_system=colours, highlight=False, soft_wrap=True)
+    how: dict[str, Any] = dict(highlight=False, soft_wrap=True, force_jupyter=False)  # which cannot overwrite a line
+    return Screen(file=file, width=COLUMNS, height=LINES, color_system=colours, **how)
 
 
 on_screen: list[Callable[[], str]] = []

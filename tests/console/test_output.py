@@ -242,3 +242,11 @@ def test_a_race_without_a_terminal_says_where_it_is_now_and_then(screen, monkeyp
         " 37.5 %  llama, seed 1  loss 1.500",
         " 87.5 %  llama, seed 3  loss 1.500",
     ]
+
+
+def test_in_the_kernel_of_a_notebook_lines_stay_lines(screen, monkeypatch):
+    """Rich would show each of them as a block of its own, which nothing can overwrite."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    Output().note("a note")
+    Output().show("a result")
+    assert screen() == ("a result\n", "a note\n")
