@@ -186,7 +186,7 @@ def evaluate(
                 lengths = token_bytes[targets.numpy()]
                 n_bytes.append((lengths if counts is None else lengths * counts).sum(1))
         for _ in range(round(group.most(len(batches))) - len(batches)):  # passes that other ranks take part in
-            token_losses(model, *(tensor[None, :1] for tensor in windows_at(tokens, np.zeros(1, int), 1)[0:2]))
+            token_losses(model, *(part.to(model.device) for part in windows_at(tokens, np.zeros(1, int), 1)))
     mine = [torch.cat(nats).cpu().numpy() if nats else np.empty(0), _joined(n_targets), _joined(n_bytes)]
     windows = [np.concatenate(parts) for parts in zip(*group.gather(mine), strict=True)]
     return _evaluation(time.perf_counter() - started, *windows)

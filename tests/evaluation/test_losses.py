@@ -8,6 +8,7 @@ from nnx_cli import models
 from nnx_cli.errors import DataError
 from nnx_cli.evaluation.losses import Accuracy, Masked, evaluate, ratio_with_error, window_starts
 from nnx_cli.layers.loss import _ranks, token_losses, token_scores
+from nnx_cli.system.ranks import Ranks
 
 T = 16
 
@@ -213,3 +214,29 @@ def test_a_text_of_which_nothing_counts_is_refused(tiny):
     masked = Masked(np.zeros(13, np.uint8), np.array([0, 50]))
     with pytest.raises(DataError, match="no token that counts"):
         evaluate(tiny(), stream(100), seq_len=T, batch_size=4, token_bytes=None, masked=masked)
+
+
+class Reader(Ranks):
+    """One of several ranks, of whom the others are not there; one of them takes more passes."""
+
+    def __init__(self, rank, count):
+        self.rank, self.count = rank, count
+
+    def most(self, number):
+        return number + 2
+
+
+@pytest.mark.parametrize(("count", "n_windows"), [(2, None), (3, 7), (5, 3), (2, 1)])
+def test_ranks_read_the_windows_of_one(tiny, count, n_windows):
+    """Each once, in their order; to the digit where a batch has as many windows."""
+    model, tokens = tiny("llama"), stream(11 * T + 5)
+    options = dict(seq_len=T, batch_size=1, token_bytes=np.ones(64, dtype=np.int64), n_windows=n_windows)
+    alone, parts, tails = evaluate(model, tokens, **options), [], 0
+    for rank in range(count):
+        try:
+            part = evaluate(model, tokens, **options, group=Reader(rank, count))
+        except DataError:  # a rank with no window: the others have some
+            continue
+        parts += part.window_losses
+        tails += part.tokens
+    assert tuple(parts) == alone.window_losses and tails == alone.tokens
