@@ -15,6 +15,7 @@ from torch import nn
 from nnx_cli.system.ranks import Ranks
 
 SLOWER = 1.1  # times as long as the others at the same work
+READING_S = 2.0  # of work that are compared at a time, at least
 READINGS = 3  # in a row that have to say so: a machine may be busy for a moment
 
 
@@ -76,14 +77,19 @@ class SlowRankDetector:
     """Compares how long ranks work at the same, and names those that take longer, once."""
 
     def __init__(self) -> None:
-        self.in_a_row: list[int] = []  # readings of each rank that had it among the slower ones
+        self.seconds: list[float] = []  # of each rank, since they were compared the last time
+        self.in_a_row: list[int] = []  # comparisons that had a rank among the slower ones
         self.has_told = False
 
     def update(self, seconds: Sequence[float]) -> dict[int, float]:
         """Take the seconds of all ranks since the last time. Returns how many times as long as the others those work
         that do so for a while, unless it did before."""
-        times = [_relative(seconds, rank) for rank in range(len(seconds))]
-        before = self.in_a_row or [0] * len(seconds)
+        none = [0] * len(seconds)
+        self.seconds = [a + b for a, b in zip(self.seconds or none, seconds, strict=True)]
+        if max(self.seconds) < READING_S:
+            return {}
+        times = [_relative(self.seconds, rank) for rank in range(len(seconds))]
+        before, self.seconds = self.in_a_row or none, []
         self.in_a_row = [n + 1 if many >= SLOWER else 0 for n, many in zip(before, times, strict=True)]
         slow = {rank: times[rank] for rank, n in enumerate(self.in_a_row) if n >= READINGS and not self.has_told}
         self.has_told |= bool(slow)
