@@ -22,9 +22,11 @@ from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
 
 torch.set_num_threads(1)  # these models are too small to share
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its processes would have to import torch, each for itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many tests start a process, and each would compile the package anew
 
 TINY = dict(n_layers=2, dim=32, n_heads=2, seq_len=32)
+OTHERWISE = {"tape": dict(n_layers=1)}  # as its nano: each of its critics has so many, besides two of its coda
 SETTINGS = dict(
     max_steps=12,
     batch_size=4,
@@ -95,11 +97,11 @@ def deterministic_meanwhile():
 
 @pytest.fixture
 def tiny():
-    """Builds a two-layer model of an architecture: tiny(name, **fields)."""
+    """Builds a small model of an architecture, mostly of two layers: tiny(name, **fields)."""
 
     def build(name="nyx", **fields):
         torch.manual_seed(0)
-        return models.build(name, **(dict(vocab_size=64) | TINY | fields))
+        return models.build(name, **(dict(vocab_size=64) | TINY | OTHERWISE.get(name, {}) | fields))
 
     return build
 
@@ -141,7 +143,7 @@ def start(tokens):
         plan = plan_run(
             model,
             "nano",
-            TINY | (fields or {}),
+            TINY | OTHERWISE.get(model, {}) | (fields or {}),
             train,
             vocab_size=tokens.vocab_size,
             train_tokens=len(tokens.train),

@@ -92,7 +92,7 @@ def test_products_are_counted_as_they_are_run():
 
 @torch.no_grad()
 def test_critics_and_prophet_take_part(tiny):
-    model, ids = tiny("tape", n_critics=3).eval(), torch.arange(12)[None]
+    model, ids = tiny("tape", n_layers=2, n_critics=3).eval(), torch.arange(12)[None]
     before = model(ids)
     parts = [*model.prophet.parameters(), *model.blocks[2].parameters(), *model.blocks[4].parameters()]
     for parameter in parts:
@@ -145,7 +145,7 @@ def test_entropy_is_rewarded_on_request(tiny, monkeypatch):
     plain = tiny("tape").train()
     plain(ids)
     assert plain.aux_loss() is None
-    model = tiny("tape", entropy_weight=0.5).train()
+    model = tiny("tape", n_layers=2, entropy_weight=0.5).train()
     losses, gradients = [], []
     for rows in (128, 5):  # in one piece, and in pieces
         monkeypatch.setattr(segments, "ENTROPY_ROWS", rows)
@@ -294,11 +294,11 @@ def test_a_head_may_be_of_odd_width(tiny, variant):
 
 @torch.no_grad()
 def test_cache_counts_what_it_holds(tiny):
-    model = tiny("tape", n_critics=2, seq_len=16)
+    model = tiny("tape", n_layers=2, n_critics=2, seq_len=16)
     cache = model.make_cache(3, 16)
     D, levels = 32, 6
     assert cache.n_bytes == 4 * 3 * 16 * (4 * D + 12 * D * (levels - 1) + 4 * D)
-    assert tiny("tape", variant="sound").make_cache(3, 16).n_bytes == 4 * 3 * 16 * 4 * D * 4
+    assert tiny("tape", n_layers=2, variant="sound").make_cache(3, 16).n_bytes == 4 * 3 * 16 * 4 * D * 4
 
 
 @pytest.mark.parametrize(
@@ -375,10 +375,10 @@ def test_recurrence_equals_steps_written_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.long
 def test_levels_are_captured_whole(tiny, dtype):
+    """By the part of the compiler that captures; what the rest makes of tape, the zoo's tests see."""
     torch._dynamo.reset()
-    model = tiny("tape", n_critics=1, entropy_weight=0.1).train()  # a level of each kind
+    model = tiny("tape", n_layers=2, n_critics=1, entropy_weight=0.1).train()  # a level of each kind
     ids = torch.arange(26).view(2, 13)
     model.compute_dtype = dtype
 
@@ -390,7 +390,7 @@ def test_levels_are_captured_whole(tiny, dtype):
 
     eager = run()
     for block in model.blocks:
-        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
     compiled = run()
     assert compiled[0] == pytest.approx(eager[0], abs=1e-5)
     torch.testing.assert_close(compiled[1], eager[1], rtol=1e-3, atol=1e-5)
