@@ -89,7 +89,7 @@ def test_samples_of_one_seed_are_numbered(tiny):
 
 @pytest.mark.parametrize(
     ("name", "batch_of"),
-    [("llama", False), ("n4", False), ("tape", False), ("n4", True)],
+    [("llama", False), ("n4", False), ("n4", True)],
     indirect=["batch_of"],
 )
 def test_rows_come_and_go_while_others_go_on(tiny, name, batch_of):
