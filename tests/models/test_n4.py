@@ -283,7 +283,7 @@ def test_every_parameter_receives_gradient_with_options(model):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
 
-@pytest.mark.parametrize("model", ["plain", "all"], indirect=True)
+@pytest.mark.parametrize("model", ["all"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_with_options_are_captured_whole(model, dtype):
     torch._dynamo.reset()

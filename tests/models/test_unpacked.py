@@ -1,6 +1,8 @@
 """Models whose heads and gates leave a packed projection in one kernel on a GPU: the same way taken here, by the
 operators' plain side, beside the usual one."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -46,8 +48,10 @@ def loss_and_gradients(model):
     return [loss, *torch.autograd.grad(loss, parameters)]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("how", ["plain", "checkpointed", "compiled", "adapters"])
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [*itertools.product(CASES, ["plain", "checkpointed", "adapters"]), ("llama", "compiled"), ("nyx", "compiled")],
+)
 def test_loss_and_gradients_stay_the_same(case, how, calls, monkeypatch):
     model = build(case)
     if how == "adapters":
