@@ -135,7 +135,7 @@ class SlowStep:
         def take_step(trainer: Any, lr: float) -> Any:
             if trainer.state.step == self.step:
                 Path(self.signs).touch()
-                hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
             return real(trainer, lr)
 
         Trainer.take_step = take_step

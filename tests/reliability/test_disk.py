@@ -181,7 +181,7 @@ def full_file_system(folder: Path, leaves: tuple[int, ...]) -> int:
             if not small.made:
                 pytest.skip("mounting needs root")
             out = small.folder / "run"
-            command = Command(folder, *train_words(data, out, steps=200, save_every=5))
+            command = Command(folder, *train_words(data, out, steps=100, save_every=5))
             assert command.wait_for("stepping", times=8), command.output
             ballast = fill(small.folder, leave)
             assert command.wait() == 8, command.output
@@ -194,7 +194,7 @@ def full_file_system(folder: Path, leaves: tuple[int, ...]) -> int:
             again = Command(folder, "train", "--resume", out)
             assert again.wait() == 0, again.output
             full = outcome(out)
-            roomy = Command(folder, *train_words(data, f"weights/roomy-{number}", steps=200, save_every=5))
+            roomy = Command(folder, *train_words(data, f"weights/roomy-{number}", steps=100, save_every=5))
             assert roomy.wait() == 0, roomy.output
             assert_same(full, outcome(folder / f"weights/roomy-{number}"), "after a full disk")
             fill(small.folder, leave)

@@ -62,7 +62,7 @@ from tests.reliability.scene import (
 
 ROOT = Path(__file__).parents[2]
 RUN, BYTE, CHAR = "weights/run", "data/byte", "data/char"
-EXAMPLES = 60, 5000  # of every parser: in pytest, in the long version
+EXAMPLES = 20, 5000  # of every parser: in pytest, in the long version
 DEEP_JSON = b"[" * 20_000
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="names that other systems cannot have")

@@ -389,7 +389,7 @@ def inside_files(full: bool) -> Result:
     tally = Tally()
     with scene() as folder:
         fresh(BYTE)
-        for name, text in payloads(full, 4):
+        for name, text in payloads(full, 2):
             for what, lines in planted(text):
                 for words in lines:
                     with tally.case(f"{what} of {name}: {words[0]}") as case, watched(folder, limit=False):

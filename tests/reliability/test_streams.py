@@ -25,7 +25,7 @@ import pytest
 from nnx_cli.cli import COMMANDS
 from tests.reliability import Result
 from tests.reliability.processes import Command, Setting, preload
-from tests.reliability.scene import HABITS, SHAPE, Tally, check, fresh, remove, scene
+from tests.reliability.scene import HABITS, SHAPE, Tally, check, fresh, pristine, remove, scene
 from tests.reliability.test_disk import Mount
 from tests.reliability.test_signals import terminal
 
@@ -73,8 +73,12 @@ def furnished() -> Iterator[Path]:
             fresh(name)
         begin = ("train", "--data", BYTE, *HABITS, "--max-steps", 2)
         for words in (("--init-from", RUN, "--lora-rank", 2, "--out", ADAPTED), (*SHAPE, "--seed", 2, "--out", RIVAL)):
+            if (pristine() / words[-1]).exists():
+                fresh(words[-1])
+                continue
             command = Command(folder, *begin, *words)
             assert command.wait() == 0, command.output
+            shutil.copytree(words[-1], pristine() / words[-1])
         yield folder
 
 
