@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -173,10 +176,28 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def launch(n: int, data: Path, job: Path, cases: list[dict]) -> None:
-    """Take cases, with the folder of each as `out`, on `n` processes of one launch."""
+    """Take cases, with the folder of each as `out`, on `n` processes that are told what torchrun would tell them."""
     job.write_text(json.dumps({"data": str(data), "cases": cases}))
-    words = ["--standalone", f"--nproc-per-node={n}", __file__, "--job", str(job)]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    ways: Any = multiprocessing
+    if os.name == "posix":
+        from tests.reliability.processes import preload, warm
+
+        preload()
+        ways = warm  # forked from a process that has imported everything
+    ranks = [ways.Process(target=take_part, args=(job, place | {"RANK": str(i)})) for i in range(n)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert not any(rank.exitcode for rank in ranks), [rank.exitcode for rank in ranks]
+
+
+def take_part(job: Path, place: dict[str, str]) -> None:
+    """In a process of its own: be one of the ranks that work on a job."""
+    os.environ.update(place)
+    work(job)
 
 
 def label(case: dict) -> str:
@@ -212,11 +233,7 @@ def main() -> None:
     """Compare, and say where the losses differ by more than they may."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every architecture and optimizer, on 2, 3 and 4 processes")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job is not None:
-        work(options.job)
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         text = folder / "text.txt"

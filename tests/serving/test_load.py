@@ -9,7 +9,7 @@ from serving.client import Client
 from serving.load import growth, run_load
 
 pytest.importorskip("fastapi", reason="nnx-cli[serve] is not installed")
-SECONDS = 20
+SECONDS = 7
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
@@ -18,7 +18,7 @@ def test_every_answer_is_a_documented_one_and_nothing_is_lost(run):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())[1])
         try:
-            found = run_load(Client("127.0.0.1", port), process.pid, 64, SECONDS)
+            found = run_load(Client("127.0.0.1", port), process.pid, 32, SECONDS)
         finally:
             process.terminate()
         complaints = process.stderr.read()
