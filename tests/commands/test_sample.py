@@ -1,8 +1,8 @@
 import json
 import os
+import select
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -173,16 +173,16 @@ def test_what_it_refuses(refused, run, workspace, code, message, words):
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes are those of POSIX")
 def test_a_reader_who_leaves_is_no_error(run):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nnx_cli", "sample", "words", "--max-new-tokens", "20000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.read(5)
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == b""
-    process.stderr.close()
+    from tests.reliability.processes import Command, Setting
+
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    words = ("sample", "words", "--max-new-tokens", "20000")
+    command = Command(Path.cwd(), *words, setting=Setting(stdout="pipe"))
+    select.select([reader], [], [], 60)
+    assert os.read(reader, 5)
+    os.close(reader)
+    assert command.wait() == 0 and command.output == ""
 
 
 def test_no_run_yet(refused, workspace):
