@@ -200,7 +200,6 @@ def test_validation_turns_where_it_rises_by_more_than_chance_far_from_its_best(r
     assert has_turned(rise, stderr, since_best) == wanted
 
 
-@pytest.mark.long
 def test_a_training_loss_that_rises_too_is_another_trouble(again, whole, monkeypatch):
     run, trainer = again
     course = trainer.recovery.course(run)

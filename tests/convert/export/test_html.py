@@ -139,7 +139,12 @@ SHAPES = {
         dict(n_layers=1, prophet=False, moderator=False, tails="learned"),
     ],
 }
-CASES = [(name, fields, bits) for name in SHAPES for fields in SHAPES[name] for bits in (8, 4)]
+CASES = [  # both for the first shape of an architecture, then in turn
+    (name, fields, bits)
+    for name in SHAPES
+    for number, fields in enumerate(SHAPES[name])
+    for bits in ((8, 4), (8,), (4,))[0 if number == 0 else 1 + number % 2]
+]
 
 
 def test_every_architecture_is_held_and_what_is_not_says_why():
@@ -164,7 +169,7 @@ def test_the_page_computes_what_python_computes(source, opened, name, fields, bi
     ids = made.ids[0].tolist()
     assert (logits(page, ids) - model(made.ids[:1])[0]).abs().max() < form.TOLERANCE
     how = SampleConfig(greedy=True, max_new_tokens=36)
-    for text in ("a", "Once upon", "\n\n", "小猫 🙂", "x" * 70):
+    for text in ("a", "小猫 🙂", "x" * 70):
         prompt = made.tokenizer.encode(text).tolist()
         expected = generate(model, None, [prompt], how).samples[0].tokens
         assert greedy(page, prompt, 36) == expected

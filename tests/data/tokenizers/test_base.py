@@ -78,7 +78,7 @@ ODD = [
     "\u0120",
 ]
 ODD_TEXT = st.lists(st.sampled_from(ODD), max_size=30).map("".join)
-QUICK = settings(max_examples=150, derandomize=True, deadline=None)
+QUICK = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 @pytest.fixture(scope="module")
