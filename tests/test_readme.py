@@ -37,8 +37,8 @@ def anchors(path):
 
 
 def commands():
-    """Command lines of nnx in tables and prose, without those that stand for others."""
-    found = re.findall(r"`(nnx [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
+    """Command lines of nnx in tables and prose, without those that stand for others, or have no command."""
+    found = re.findall(r"`(nnx [a-z][^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
     return sorted({line for line in found if not PLACEHOLDERS & {*line.split()}})
 
 
