@@ -28,7 +28,8 @@ from nnx_cli.planning.recipe import (
 from nnx_cli.planning.settings import Derived, Settings
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
-TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width
+TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width, on a CPU
+TOKENS_PER_PARAMETER_ON_GPU = 0.5  # what `small` should read for that
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 LEAST_VALIDATION_ROWS = 8
 
@@ -61,6 +62,7 @@ class Data:
     val_tokens: int
 
 
+LONG_TEXT = Data(256, 10**12, 10**9)  # of bytes, more than any run reads
 EpochTokens = Callable[[int, int], int]  # of a context and a seed: tokens that an epoch reads
 
 
@@ -132,8 +134,8 @@ def model_shape(
     """The size's name, None where the shape is the user's own, and the configuration. Raises DataError where the text
     is shorter than the context."""
     if size == "auto":
-        size = auto_size(name, settings.requested, device, rate)
-        settings.note("size", "device and planned time")
+        size = auto_size(name, settings.requested, device, rate, data)
+        settings.note("size", "device, planned time and text" if device.type != "cpu" else "device and planned time")
     config = models.make_config(name, size=size, **{**fields, "vocab_size": data.vocab_size})
     check_length(data.train_tokens, config.seq_len)
     settings.note("vocab_size", "tokenizer")
@@ -141,9 +143,17 @@ def model_shape(
     return None if shape & fields.keys() else size, config
 
 
-def auto_size(name: str, train: TrainConfig, device: torch.device, rate: float) -> str:
-    """The size that `auto` is on a device whose large matmuls reach `rate` FLOPs a second."""
-    return affordable_size(name, (train.max_time_s or DEFAULT_SECONDS) * rate) if device.type == "cpu" else "small"
+def auto_size(name: str, train: TrainConfig, device: torch.device, rate: float, data: Data = LONG_TEXT) -> str:
+    """The size that `auto` is on a device whose large matmuls reach `rate` FLOPs a second.
+
+    On a GPU it is `small`, but for runs that are too short, or texts, to train so many parameters. Raced: `tiny` and
+    `small`, six texts, tests/bench/more_time.md.
+    """
+    if device.type == "cpu":
+        return affordable_size(name, (train.max_time_s or DEFAULT_SECONDS) * rate)
+    config = models.make_config(name, size="small", vocab_size=data.vocab_size)
+    horizon = expected_tokens(train, name, config, data, device, rate)
+    return "small" if horizon.epochs >= TOKENS_PER_PARAMETER_ON_GPU * horizon.params_per_token else "tiny"
 
 
 def affordable_size(name: str, flops: float) -> str:

@@ -232,6 +232,28 @@ def test_auto_size_on_a_cpu_follows_its_kind(monkeypatch, rate):
     assert planned.sources["size"].startswith("derived")
 
 
+@pytest.mark.parametrize(
+    ("train_tokens", "train", "size"),
+    [
+        (419_000, {}, "tiny"),  # what the text has is in its sixteenth epoch
+        (1_003_000, {}, "small"),
+        (1_003_000, {"max_time": "5s"}, "tiny"),
+        (3_000_000, {"max_time": "2m"}, "small"),
+        (100_000_000, {"max_steps": 50}, "tiny"),
+        (100_000_000, {"epochs": 1.0}, "small"),
+        (1_003_000, {"epochs": 1.0}, "tiny"),
+    ],
+)
+def test_auto_size_on_a_gpu_follows_what_the_run_reads(train_tokens, train, size):
+    data = planner.Data(256, train_tokens, 10_000)
+    assert planner.auto_size("nyx", TrainConfig(**train), torch.device("cuda"), 200e12, data) == size
+
+
+@pytest.mark.parametrize(("rate", "size"), [(1e12, "tiny"), (200e12, "small")])
+def test_auto_size_on_a_gpu_follows_its_kind(rate, size):
+    assert planner.auto_size("nyx", TrainConfig(), torch.device("cuda"), rate) == size
+
+
 def test_no_clock_decides(monkeypatch):
     """A plan of a busy machine is that of a quiet one."""
     for clock in ("perf_counter", "monotonic", "time", "process_time"):
