@@ -43,6 +43,14 @@ def test_json_has_the_promised_keys(nnx):
     assert facts["cache_bytes_per_token"] == 8 * 2 * 64 * 4
 
 
+def test_a_latent_is_all_that_is_cached_of_it(nnx):
+    words = ["summarize", "--model", "n4", "--size", "nano", "--json"]
+    plain, latent = (json.loads(nnx(*words, *more).stdout) for more in ([], ["--kv-latent-dim", 32]))
+    assert latent["cache_bytes_per_token"] == 4 * (32 + 4) * 4 < plain["cache_bytes_per_token"]  # 4 gates beside it
+    fewer = 4 * (2 * 128 * 128 - 32 * 128 - 2 * 32 * 128)  # keys and values of 4 layers, through 32 elements
+    assert plain["parameters"]["total"] - latent["parameters"]["total"] == fewer
+
+
 def test_the_zoo_stands_side_by_side(nnx):
     zoo = json.loads(nnx("summarize", "--all", "--size", "nano", "--vram", "1.2GB", "--json").stdout)
     assert [facts["model"] for facts in zoo] == models.names()

@@ -19,6 +19,7 @@ CASES = [
     ("ngpt", {"normalize_on_use": True}),
     ("n4", {}),
     ("n4", {"window": 5, "n_kv_heads": 1, "bias": True}),
+    ("n4", {"window": 5, "n_kv_heads": 1, "bias": True, "kv_latent_dim": 12}),
     ("neon", {}),
     ("neon", {"n_kv_heads": 1, "variant": "original", "decoder": "function"}),
     ("neon", {"diff_attention": "off", "decoder": "memory", "normalized": True}),
@@ -69,9 +70,10 @@ def test_maps_times_values_are_what_attention_read(model):
     if model.architecture == "n4":  # in a window, calls see pieces of them
         given = inputs_of(layers, model, IDS)
         packed = [
-            layer.qkvg(x)[2].unflatten(-1, (-1, layer.head_dim)) for layer, (x, *_) in zip(layers, given, strict=True)
+            layer.rise(layer.qcg(x)[1])[1] if hasattr(layer, "rise") else layer.qkvg(x)[2]
+            for layer, (x, *_) in zip(layers, given, strict=True)
         ]
-        values = [v.transpose(1, 2) for v in packed]
+        values = [v.unflatten(-1, (-1, model.blocks[0].attention.head_dim)).transpose(1, 2) for v in packed]
     else:
         values = [calls[0].v for calls in recorder.passes]
     assert len(found.attention) == len(found.layers) == len(values) == len(model.blocks)
