@@ -97,9 +97,11 @@ def matrix(function: nn.Module) -> Tensor:
 def dispatch(h: Tensor, choice: Tensor, functions: nn.ModuleList) -> Tensor:
     """Every row of `h` (N, D) through its function: rows are sorted by it, and each function sees its own rows only."""
     order = choice.argsort()
-    sizes = choice.bincount(minlength=len(functions)).tolist()  # synchronizes
-    pieces = zip(functions, h[order].split(sizes), strict=True)
-    y = torch.cat([function(piece) for function, piece in pieces if len(piece)])
+    if choice.is_meta:  # to be counted, not run
+        pieces = h[order].tensor_split(len(functions))
+    else:
+        pieces = h[order].split(choice.bincount(minlength=len(functions)).tolist())  # synchronizes
+    y = torch.cat([function(piece) for function, piece in zip(functions, pieces, strict=True) if len(piece)])
     return torch.empty_like(y).index_copy(0, order, y)
 
 

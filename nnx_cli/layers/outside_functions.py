@@ -169,7 +169,9 @@ class Outside:
     def apply(self, h: Tensor, p: Tensor, choice: Tensor, learned: nn.ModuleList, dense: bool) -> Tensor:
         """Every row of h (N, D) through the function it chose: `dense` as `StraightThrough` does, with a gradient for
         p (N, n), else each function sees its own rows only."""
-        return self._dense(h, p, choice, learned) if dense else self._dispatch(h, choice, learned)
+        if dense or h.is_meta:  # who chose what has no meaning there
+            return self._dense(h, p, choice, learned)
+        return self._dispatch(h, choice, learned)
 
     def _dense(self, h: Tensor, p: Tensor, choice: Tensor, learned: nn.ModuleList) -> Tensor:
         n = len(learned)

@@ -16,6 +16,7 @@ from nnx_cli.layers import outside_functions
 from nnx_cli.layers.loss import LossModule
 from nnx_cli.layers.outside_functions import OutsideFunction
 from nnx_cli.layers.quantized import quantizable
+from nnx_cli.planning import memory
 from nnx_cli.planning.flops import count_flops, count_parameters, meta_model
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import Run
@@ -218,6 +219,7 @@ def test_it_is_planned_without_numbers(bank, tiny):
     )
     assert count_parameters(model)["total"] - count_parameters(plain)["total"] > 65 * 32
     assert count_flops(model, 32) > 0
+    assert memory.evaluation_bytes(model, 1, 64, memory.CPU) > memory.evaluation_bytes(plain, 1, 64, memory.CPU)
     bank.write_text(
         "import torch\nclass Host(torch.nn.Module):\n    def forward(self, x):\n        return x * x.sum().item()\n"
     )

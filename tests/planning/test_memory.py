@@ -20,6 +20,7 @@ FURTHER = [
     ("neon", dict(decoder="memory", diff_mlp=True)),
     ("neon", dict(normalized=True, n_kv_heads=2)),
     ("n4", dict(window=16, bias=True, dyt_alpha=True, n_kv_heads=2)),
+    ("n4", dict(kv_latent_dim=24, window=16)),
     ("ngpt", dict(normalize_on_use=True)),
     ("nyx", dict(qk_norm=True)),
     ("tape", dict(entropy_weight=0.1)),
@@ -234,3 +235,11 @@ def test_evaluation_takes_memory_by_the_length_of_the_context(name):
     own, longer = (memory.evaluation_bytes(model, 1, n * seq_len, memory.CPU) for n in (1, 99))
     assert own > 4 * seq_len * model.config.dim, "one activation in float32 at least"
     assert 50 * own < longer < 110 * own
+
+
+@pytest.mark.parametrize(("name", "fields"), FURTHER, ids=str)
+def test_evaluation_is_counted_of_every_make(name, fields):
+    """Also where what a token takes depends on its values."""
+    model = meta_model(name, models.make_config(name, **(SHAPE | fields)))
+    short, long = (memory.evaluation_bytes(model, 1, length, memory.CPU) for length in (16, 64))
+    assert 0 < short < long
