@@ -94,7 +94,7 @@ class Config(ModelConfig):
         if self.variant != "tape":
             found = dict.fromkeys(("n_critics", "prophet", "moderator"), "--variant tape")
         elif self.n_critics == 0:
-            found = dict.fromkeys(("n_layers", "prophet", "moderator"), "critics: --n-critics")
+            found = dict.fromkeys(("n_layers", "prophet", "moderator"), "--n-critics 1 or more")
         else:
             found = {"moderator": "--n-critics 2 or more"} if self.n_critics == 1 else {}
         return found | ({"student_df": "--tails fixed or learned"} if self.tails == "normal" else {})
