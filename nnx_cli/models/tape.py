@@ -427,17 +427,18 @@ class Model(LanguageModel):
             entropies.append(entropy)
         assert h is not None  # a coda has a level at least
         coda = h
-        voices = []  # what critics say whom nobody moderates
+        voices = []  # of critics whom nobody hears, but the last one's
         for number, level in enumerate(self.blocks[config.coda_layers :]):
             is_first = number % config.n_layers == 0
-            if is_first and number > 0 and config.moderator:
-                tokens = embed_positions(h, cos, sin)  # what the critic before says
+            if is_first and number > 0:  # the critic before has spoken
+                if config.moderator:
+                    tokens = embed_positions(h, cos, sin)
+                else:
+                    voices.append(h)
             h, entropy = level(tokens, coda if is_first else h, prophecy if is_first else None, cache)
             entropies.append(entropy)
-            if not config.moderator and number % config.n_layers == config.n_layers - 1:
-                voices.append(h)
-        if not config.moderator and voices:
-            h = torch.stack(voices).mean(0)
+        if not config.moderator:
+            h = torch.stack([*voices, h]).mean(0)
         if cache is not None:
             cache.advance(T)
         self._entropy = None if entropies[0] is None else torch.stack(entropies).mean()

@@ -604,15 +604,10 @@ ARCHITECTURES.tape = class extends Architecture {
     return coda_layers + (variant === "tape" ? n_critics : 1) * n_layers;
   }
 
-  get hasProphet() {
-    const { variant, prophet, n_critics } = this.config;
-    return variant === "tape" && prophet && n_critics > 0;
-  }
-
   layer(at, number) {
-    const { vector, matrix } = this.weights, { dim, seq_len, variant, coda_layers, n_layers } = this.config;
-    const isCritic = number >= coda_layers, nth = (number - coda_layers) % n_layers, isFirst = isCritic && nth === 0;
-    const counts = number === 0 || variant !== "tape" ? ONCE : isFirst && this.hasProphet ? [1, 1, 1] : [2, 1];
+    const { vector, matrix } = this.weights, { dim, seq_len, variant, coda_layers, n_layers, prophet } = this.config;
+    const isCritic = number >= coda_layers, isFirst = isCritic && (number - coda_layers) % n_layers === 0;
+    const counts = number === 0 || variant !== "tape" ? ONCE : isFirst && prophet ? [1, 1, 1] : [2, 1];
     const room = () => new Rows(seq_len * counts.length, 2 * dim);
     const norm = (name, gain = vector(name + ".weight"), bias = vector(name + ".bias")) => (x) => layerNorm(x, gain, bias);
     const stream = (side) => {
@@ -625,7 +620,7 @@ ARCHITECTURES.tape = class extends Architecture {
     };
     return {
       q: this.affine(at + "q"), kv: this.affine(at + "kv"), left: stream(at + "left."), right: stream(at + "right."),
-      keys: room(), values: room(), counts, isCritic, isFirst, isLast: isCritic && nth === n_layers - 1,
+      keys: room(), values: room(), counts, isCritic, isFirst,
     };
   }
 
@@ -674,15 +669,15 @@ ARCHITECTURES.tape = class extends Architecture {
       const j = i >> 1, even = x[2 * j] + sin[j], odd = x[2 * j + 1] + cos[j];
       return i % 2 ? odd * cos[j] + even * sin[j] : even * cos[j] - odd * sin[j];
     });
-    const x = this.embedding.row(id), prophecy = this.hasProphet ? this.prophecy(x) : null, voices = [];
+    const x = this.embedding.row(id), voices = [];
+    const prophecy = this.layers.some((layer) => layer.counts.length > 2) ? this.prophecy(x) : null;
     let tokens = placed(x), h = null, coda = null;
     this.layers.forEach((layer, number) => {
       if (number === coda_layers) coda = h;
-      if (layer.isFirst && number > coda_layers && moderator) tokens = placed(h); // what the critic before says
+      if (layer.isFirst && number > coda_layers) moderator ? tokens = placed(h) : voices.push(h);
       h = this.level(layer, position, tokens, layer.isFirst ? coda : h, prophecy);
-      if (layer.isLast) voices.push(h);
     });
-    return moderator || !voices.length ? h : voices.reduce((x, y) => sum(x, y)).map((all) => all / voices.length);
+    return moderator ? h : voices.reduce((x, y) => sum(x, y), h).map((all) => all / (voices.length + 1));
   }
 
   /** Log-probabilities by the distance to the centre of every token. */
