@@ -198,7 +198,7 @@ def test_degrees_of_freedom_are_learned(tiny):
 @torch.no_grad()
 def test_without_a_moderator_critics_hear_the_coda_alone(tiny):
     ids = torch.arange(12)[None]
-    models_of = {n: tiny("tape", n_critics=n, moderator=False).eval() for n in (1, 2)}
+    models_of = {n: tiny("tape", n_layers=2, n_critics=n, moderator=False).eval() for n in (1, 2)}
     whole, said = models_of[2], []
     for first in (2, 4):  # levels of the coda stand before those of two critics
         alone = models_of[1]
@@ -207,7 +207,7 @@ def test_without_a_moderator_critics_hear_the_coda_alone(tiny):
             alone.blocks[2 + number].load_state_dict(whole.blocks[first + number].state_dict())
         said.append(alone.trunk(ids))
     torch.testing.assert_close(whole.trunk(ids), sum(said) / 2)
-    heard = tiny("tape", n_critics=2).eval()
+    heard = tiny("tape", n_layers=2, n_critics=2).eval()
     heard.load_state_dict(whole.state_dict())
     assert not torch.allclose(heard.trunk(ids), whole.trunk(ids), atol=1e-3)
 
