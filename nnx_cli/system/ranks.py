@@ -24,7 +24,7 @@ BUCKET_BYTES = 64 * 2**20  # of small tensors that are added up as one
 PATIENCE = timedelta(days=7)  # with ranks that are alive: one may prepare a text, or write to a slow disk
 BEAT_S = 2.0  # between two signs of life of a rank
 GONE_S = 40.0  # without one, after which a rank is gone
-LOOK_S = 3 * BEAT_S  # in which a rank that is alive gives one, however busy its machine is
+LOOK_S = 4 * BEAT_S  # in the second half of which a rank that is alive gives one, however busy its machine is
 LEAVE_S = 10.0  # that a process may take to leave by itself once another one has
 ENDED = "ended"  # key of how the first rank that left with an error did
 
@@ -202,17 +202,16 @@ class Group(Ranks):
 
     def why_gone(self) -> NnxError | None:
         """Why a message to another rank failed: how that ended, or that it is gone. None where all are there."""
-        until = time.monotonic() + LOOK_S
-        before = {rank: beat for rank, (beat, _) in self._beats.items()}
-        while time.monotonic() < until:
+        started = time.monotonic()
+        while time.monotonic() < started + LOOK_S:
             try:
                 if self.store.check([ENDED]):
                     return self._ended(self.store)
             except dist.DistError as error:
                 return self._lost(error)
             time.sleep(0.1)
-        still = [rank for rank, beat in before.items() if self._beats[rank][0] == beat]
-        return self._missing(still[0]) if still else None
+        silent = [rank for rank, (_, at) in self._beats.items() if at < started + LOOK_S / 2]  # seen late, if at all
+        return self._missing(silent[0]) if silent else None
 
     def _ended(self, store: dist.Store) -> NnxError:
         rank, *described = json.loads(store.get(ENDED))

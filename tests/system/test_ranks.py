@@ -1,8 +1,13 @@
+import threading
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import distributed
 
 from nnx_cli.errors import NnxError
+from nnx_cli.system import ranks
 from nnx_cli.system.ranks import ENDED, Group
 
 
@@ -26,3 +31,24 @@ def test_processes_that_are_started_anew_hear_nothing_of_those_before(restarted)
     again = restarted(1)
     assert not again.store.check([ENDED]) and again.gather("here") == ["here"]
     again.close()
+
+
+@pytest.mark.parametrize(("alive", "gone"), [((), 1), ((1, 2), None), ((2, 3), 1), ((1, 3), 2)])
+def test_a_sign_that_was_given_before_is_no_sign_of_life(monkeypatch, alive, gone):
+    """One rank was killed, and what it said last is read only when a message to it has failed."""
+    monkeypatch.setattr(ranks, "LOOK_S", 1.0)
+    group = object.__new__(Group)
+    group.rank, group.count = 0, 3
+    group.store = SimpleNamespace(check=lambda keys: False)
+    group._beats = {rank: (b"7", time.monotonic()) for rank in (1, 2)}
+
+    def speak(those, sign):
+        group._beats |= {rank: (sign, time.monotonic()) for rank in those if rank < 3}
+
+    timers = [threading.Timer(0.1, speak, [(1, 2), b"8"]), threading.Timer(0.7, speak, [alive, b"9"])]
+    for timer in timers:
+        timer.start()
+    why = group.why_gone()
+    for timer in timers:
+        timer.join()
+    assert why is None if gone is None else str(why).startswith(f"process {gone} of 3 is gone")
