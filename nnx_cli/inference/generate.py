@@ -105,7 +105,7 @@ def ready_to_decode(model: LanguageModel, n_sequences: int) -> Iterator[None]:
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # each thread has one of its own
     try:
-        with weights_cast(model, model.compute_dtype), direct_calls(model):
+        with weights_cast(model, model.compute_dtype), direct_calls(model, model.compute_dtype):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -7,6 +7,8 @@ operations a second on one core of a Zen 5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_exporting() or x.numel() < MIN_ROWS * weight.shape[1]:
         return F.linear(x, weight)
     return onednn_linear(x, weight) if prefers_onednn(x, weight) else F.linear(x, weight)
+
+
+def linear_by(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """`linear` by a weight as one call of torch; None where it may be something else."""
+    return None if of(weight).onednn else partial(F.linear, weight=weight)
 
 
 def prefers_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ Numbers are rounded to the type of the activations wherever single operations wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,19 @@ def plain_normalise(x: Tensor, norm: Norm) -> Tensor:
     if norm.centred:
         return in_type(torch.layer_norm(wide, gain.shape, gain, None, norm.eps), x.dtype)
     return in_type(torch.rms_norm(wide, gain.shape, gain, norm.eps), x.dtype)
+
+
+def cpu_rms_norm(gain: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """`torch.rms_norm` of float32 on a CPU, where it is a dozen operations: five for x (B, 1, D)."""
+    added = torch.tensor(eps)
+
+    def norm(x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[1] > 1:
+            return torch.rms_norm(x, gain.shape, gain, eps)
+        inverse = torch.baddbmm(added, x, x.transpose(1, 2), alpha=1 / len(gain)).rsqrt_()
+        return (x * inverse).mul_(gain)
+
+    return norm
 
 
 def _gated(packed: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` by tables of full width: three operations for all heads of x (..., K), and the same numbers."""
+    if x.dtype == torch.float32:
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
     wide = in_type(x, torch.float32)
     return in_type(torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin), x.dtype)
 

@@ -7,9 +7,9 @@ compiled code, so that models know nothing of it and names in the state dict sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -83,17 +83,20 @@ def undo_compile(model: HasBlocks) -> None:
 
 
 @contextmanager
-def direct_calls(model: nn.Module) -> Iterator[None]:
-    """Call `forward` of modules at once meanwhile, also of compiled ones, and have their parameters and parts as plain
-    attributes: what nn.Module does in between is a third of a pass over one token of a small model.
+def direct_calls(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Call `forward` of modules at once meanwhile, also of compiled ones, or what some have in its place where a CPU
+    computes in float32, `dtype`; and have their parameters and parts as plain attributes: what nn.Module does in
+    between is a third of a pass over one token of a small model.
 
     Modules with hooks keep to the long way; no parameter or part may be replaced.
     """
     modules = [m for m in model.modules() if not _has_hooks(m)] if hasattr(nn.Module, "_compiled_call_impl") else []
+    is_plain = dtype == torch.float32 and all(parameter.is_cpu for parameter in model.parameters())
     direct, before = [], []
     for module in modules:
         parts = (module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children())
-        direct.append(dict(chain(*parts)) | {"_compiled_call_impl": module.forward})
+        found = dict(chain(*parts)) | (_direct_attributes(module) if is_plain else {})
+        direct.append(found | {"_compiled_call_impl": found.get("forward", module.forward)})
         before.append({name: vars(module)[name] for name in direct[-1] if name in vars(module)})
     for module, attributes in zip(modules, direct, strict=True):
         vars(module).update(attributes)
@@ -104,6 +107,14 @@ def direct_calls(model: nn.Module) -> Iterator[None]:
             for name in attributes:
                 del vars(module)[name]
             vars(module).update(old)
+
+
+def _direct_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has in place of methods, for fewer calls, where a CPU computes in float32."""
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return {"forward": partial(torch.embedding, module.weight)}
+    found: Callable[[], dict[str, Any]] | None = getattr(module, "direct_attributes", None)
+    return {} if found is None else found()
 
 
 def _has_hooks(module: nn.Module) -> bool:

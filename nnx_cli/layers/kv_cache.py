@@ -52,6 +52,7 @@ class KVCache:
 
     window: int | None = None  # None: attention reaches all positions
     n_parts = 2  # of what is kept of a head: its keys and its values
+    _mask: Tensor | None  # of the present pass, which all layers share; None also where it has none
 
     def __init__(self, shape: tuple[int, int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
         """`shape` is (L, B, G, S, K): layers, sequences, key-value heads, positions at most, width of a head."""
@@ -63,7 +64,6 @@ class KVCache:
         self.span: int | None = None
         self._longest = 0  # the largest of `lengths`, kept on the host so that no step has to ask the device
         self._even = True  # whether all sequences have that length
-        self._mask: Tensor | None = None  # of the present pass, which all layers share
         self._tables: dict[Callable[[Tensor], Sequence[Tensor]], list[Tensor]] = {}
 
     def _hold(self, stored: Tensor) -> None:
@@ -71,6 +71,12 @@ class KVCache:
         self.stored, self._layers = stored, stored.unbind()
         parts = stored.chunk(self.n_parts, dim=2)
         self.keys, self.values = parts[0], parts[-1]
+        self._end_pass()
+
+    def _end_pass(self) -> None:
+        """Forget what the layers of a pass share."""
+        self._has_mask, self._mask = False, None
+        self._views: list[tuple[Tensor | None, tuple[Tensor, ...]]] | None = None
 
     def positions(self, n_new: int) -> Tensor:
         """Positions (B, T) of the next `n_new` tokens of every sequence."""
@@ -81,13 +87,14 @@ class KVCache:
     def lookup(self, make: Callable[[Tensor], Sequence[Tensor]], n_new: int) -> list[Tensor]:
         """What `make` says of the positions of the next `n_new` tokens: (T, ...) where all sequences have the same,
         else (B, T, ...). It is asked once, for all positions (S,), and returns tensors (S, ...)."""
-        if make not in self._tables:
-            self._tables[make] = list(make(torch.arange(self.max_seq_len, device=self.lengths.device)))
+        tables = self._tables.get(make)
+        if tables is None:
+            tables = self._tables[make] = list(make(torch.arange(self.max_seq_len, device=self.lengths.device)))
         assert self._longest + n_new <= self.max_seq_len, (self._longest, n_new, self.max_seq_len)
-        if self._even and not self.has_span(n_new):
-            return [table[self._longest : self._longest + n_new] for table in self._tables[make]]
+        if self._in_step(n_new):
+            return [table[self._longest : self._longest + n_new] for table in tables]
         positions = self.positions(n_new)
-        return [table[positions] for table in self._tables[make]]
+        return [table[positions] for table in tables]
 
     def has_span(self, n_new: int) -> bool:
         """Whether a pass of T new positions does the same operations whatever was stored before."""
@@ -99,18 +106,21 @@ class KVCache:
     def mask(self, n_new: int) -> Tensor | None:
         """What is added to scores, (B, 1, T, S): 0 where a new position may look, else minus infinity; None where plain
         causal attention says the same."""
-        if self._sees_all(n_new):
-            return None
-        if self._mask is None:
+        if not self._has_mask and not self._sees_all(n_new):
             hidden = ~self._seen(n_new)
             self._mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        self._has_mask = True
         return self._mask
+
+    def _in_step(self, n_new: int) -> bool:
+        """Whether the new positions are the same ones in all sequences, and known to the host."""
+        return self._even and not self.has_span(n_new)
 
     def _sees_all(self, n_new: int) -> bool:
         """Whether each new position may look at all before it that `update` returns."""
         reached = self._longest + n_new - self._first(n_new)
         is_within = self.window is None or self._longest == 0 or reached <= self.window
-        return is_within and self._even and (self._longest == 0 or n_new == 1) and not self.has_span(n_new)
+        return is_within and self._in_step(n_new) and (self._longest == 0 or n_new == 1)
 
     def _seen(self, n_new: int) -> Tensor:
         """Where each new position may look, (B, T, S), among what `update` returns."""
@@ -141,19 +151,30 @@ class KVCache:
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, ...]:
         """`update` of keys and values side by side, (B, 2G, T, K)."""
         kv = kv.detach() if kv.requires_grad else kv  # a cache has no gradients
-        n_new, stored = kv.shape[2], self._layers[layer]
-        if self._even and (self.span is None or n_new > 1):
-            stored.narrow(2, self._longest, n_new).copy_(kv)
+        if self._views is None:
+            self._views = self._views_of_pass(kv.shape[2])
+        new, seen = self._views[layer]
+        if new is not None:
+            new.copy_(kv)
         else:
-            index = self.positions(n_new)[:, None, :, None]
-            stored.scatter_(2, index.expand_as(kv), kv.to(stored.dtype))
+            index = self.positions(kv.shape[2])[:, None, :, None]
+            self._layers[layer].scatter_(2, index.expand_as(kv), kv.to(self.stored.dtype))
+        return seen
+
+    def _views_of_pass(self, n_new: int) -> list[tuple[Tensor | None, tuple[Tensor, ...]]]:
+        """Of every layer the place of the new positions, (B, 2G, T, K), None where sequences have different ones, and
+        what attention covers, (B, G, S, K) each."""
         first = self._first(n_new)
-        return stored.narrow(2, first, self._end(n_new) - first).chunk(self.n_parts, dim=1)
+        parts = self.stored.narrow(3, first, self._end(n_new) - first).chunk(self.n_parts, dim=2)
+        seen = list(zip(*(part.unbind() for part in parts), strict=True))
+        if not self._in_step(n_new):
+            return [(None, each) for each in seen]
+        return list(zip(self.stored.narrow(3, self._longest, n_new).unbind(), seen, strict=True))
 
     def advance(self, n_new: int) -> None:
         """Count `n_new` more positions in every sequence."""
         self.lengths += n_new
-        self._mask = None
+        self._end_pass()
         if not self.has_span(n_new):
             self.note_advance(n_new)
 
@@ -170,7 +191,7 @@ class KVCache:
         """Count on the host what `lengths` says."""
         self._longest = int(self.lengths.max())
         self._even = bool((self.lengths == self._longest).all())
-        self._mask = None
+        self._end_pass()
         return self
 
     def repeat(self, n: int) -> Self:
@@ -188,7 +209,8 @@ class KVCache:
     def reset(self) -> Self:
         """Forget everything."""
         self.lengths.zero_()
-        self._longest, self._even, self._mask = 0, True, None
+        self._longest, self._even = 0, True
+        self._end_pass()
         return self
 
     def put(self, rows: Tensor, other: Self) -> Self:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnx_cli.kernels.gemm import linear
+from nnx_cli.kernels.gemm import linear, linear_by
 from nnx_cli.layers.head import LinearHead
 
 
@@ -21,7 +22,9 @@ class Linear(nn.Linear):
     `weight` and its name as they are.
     """
 
+    direct_method = "forward"
     cast: Tensor | None = None  # the weight in another type, as `weights_cast` holds it
+    columns: Tensor | None = None  # the weight as a CPU's product with one row takes it, (1, in, out)
     has_adapter: bool
     lora_a: nn.Parameter | None  # (rank, in_features)
     lora_b: nn.Parameter  # (out_features, rank); None where lora_a is
@@ -45,6 +48,15 @@ class Linear(nn.Linear):
         if weight.dtype == dtype:
             return weight
         return self.cast if self.cast is not None and self.cast.dtype == dtype else weight.to(dtype)
+
+    def direct_attributes(self) -> dict[str, Any]:
+        """Attributes, some in place of methods, for a while in which a CPU computes in float32 and nothing is
+        replaced."""
+        if type(self) not in (Linear, PackedLinear) or self.has_adapter:
+            return {}
+        matrix = self.matrix(torch.float32)
+        multiply = linear_by(matrix)
+        return {"columns": matrix.t().unsqueeze(0)} | ({} if multiply is None else {self.direct_method: multiply})
 
     def linear_head(self) -> LinearHead | None:
         """What this layer computes as a head; None with an adapter, or in a subclass that computes something else."""
@@ -84,6 +96,7 @@ class PackedLinear(Linear):
     projection may have an adapter of its own: those in `adapted`, whose lora_a and lora_b are stacked by rows.
     """
 
+    direct_method = "packed"
     adapted: tuple[int, ...] = ()
 
     def __init__(self, in_features: int, splits: Sequence[int]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from nnx_cli.kernels.one_token import Norm
+from nnx_cli.kernels.one_token import Norm, cpu_rms_norm
 from nnx_cli.kernels.precision import in_type
 
 
@@ -26,6 +29,12 @@ class LayerNorm(nn.Module):
         """What the norm computes."""
         return Norm(self.weight, self.eps, centred=True)
 
+    def direct_attributes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """As in layers.linear.Linear."""
+        gain = self.weight
+        norm = partial(torch.layer_norm, normalized_shape=gain.shape, weight=gain, bias=None, eps=self.eps)
+        return {"forward": norm} if type(self) is LayerNorm and gain.dtype == torch.float32 else {}
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation with a gain. Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467."""
@@ -43,3 +52,8 @@ class RMSNorm(nn.Module):
     def parts(self) -> Norm:
         """What the norm computes."""
         return Norm(self.weight, self.eps, centred=False)
+
+    def direct_attributes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """As in layers.linear.Linear."""
+        plain = type(self) is RMSNorm and self.weight.dtype == torch.float32
+        return {"forward": cpu_rms_norm(self.weight, self.eps)} if plain else {}

@@ -181,6 +181,8 @@ class QuantizedLinear(QuantizedMatrix):
     a tenth of the error that they have already.
     """
 
+    direct_method = "forward"
+    columns: Tensor | None = None  # which Linear has
     made_for: tuple[Tensor, torch.dtype] | None = None  # codes and type of x that `matmul` belongs to
     matmul: Matmul
     row_scale: Tensor | None = None  # float32 (N,), where codes (N, K) times these are all of the matrix to a GPU
@@ -205,6 +207,11 @@ class QuantizedLinear(QuantizedMatrix):
         if self.n_rows * self.n_columns <= SMALL_MATRIX:
             return 0
         return kernels.kernel(self.weight, self.n_rows, self.n_columns, self.group_size, dtype)
+
+    def direct_attributes(self) -> dict[str, Matmul]:
+        """As in layers.linear.Linear."""
+        self._prepare(torch.float32)
+        return {self.direct_method: self.matmul}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -243,6 +250,7 @@ class QuantizedLinear(QuantizedMatrix):
 class QuantizedPackedLinear(QuantizedLinear):
     """Several projections of one input; returns one tensor for each of `splits`, as PackedLinear does."""
 
+    direct_method = "packed"
     splits: Sequence[int]
 
     def packed(self, x: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ class Block(nn.Module):
         )  # query, key, value, feed-forward value, feed-forward gate
         self.attn_out = Linear(inner, config.dim)
         self.ffn_out = Linear(config.ffn_dim, config.dim)
+        self.gate = Gate(config.ffn_dim, first=False)
         self.scale = config.head_dim**-0.5
         self.q_norm_weight = self.k_norm_weight = None
         if config.qk_norm:
@@ -135,9 +136,9 @@ class Block(nn.Module):
 
     def cached(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
         """`forward` with a cache; of one token of every sequence in few operations."""
-        inner, width, _, ffn_dim, _ = self.in_proj.splits
-        qkv, hidden = norm_gated(self.norm, self.in_proj, x, Gate(ffn_dim, first=False))
+        qkv, hidden = norm_gated(self.norm, self.in_proj, x, self.gate)
         if self.q_norm_weight is not None:
+            inner, width, *_ = self.in_proj.splits
             q, k, v = qkv.split_with_sizes((inner, width, width), -1)
             q, k = self.normalised(q.unflatten(-1, (-1, self.head_dim)), k)
             qkv = torch.cat((q.flatten(-2), k, v), dim=-1)

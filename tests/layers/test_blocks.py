@@ -101,13 +101,13 @@ def test_direct_calls_leave_no_trace(tiny):
     compiled = model.blocks[1]._compiled_call_impl
     with torch.no_grad():
         whole = model(ids)
-        with direct_calls(model):
+        with direct_calls(model, torch.float32):
             assert vars(model.norm)["weight"] is model.norm.weight
             assert model.blocks[1]._compiled_call_impl == model.blocks[1].forward
             assert torch.equal(model(ids), whole) and len(called) == 2
     assert [list(vars(module)) for module in model.modules()] == attributes
     assert model.blocks[1]._compiled_call_impl is compiled
-    with pytest.raises(ZeroDivisionError), direct_calls(model):
+    with pytest.raises(ZeroDivisionError), direct_calls(model, torch.float32):
         raise ZeroDivisionError
     assert "weight" not in vars(model.norm)
     hook.remove()
