@@ -48,6 +48,7 @@ GROUP_SIZE = 32  # columns that share a scale, with 4 bits
 TYPES = {torch.int8: "i8", torch.uint8: "u4", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 ARCHITECTURE = re.compile(r"^ARCHITECTURES\.(\w+) = class .*?^};\n\n", re.DOTALL | re.MULTILINE)
+FUNCTION = re.compile(r"^(?:/\*\*(?:(?!\*/).)*\*/\n)?function (\w+)\(.*?^}\n\n", re.DOTALL | re.MULTILINE)
 MAX_TOKENS = 100_000  # that may be asked for at a time
 WHERE = "It is in this page and runs on your device: nothing is sent anywhere."
 
@@ -175,7 +176,8 @@ def write(source: Source, folder: Path) -> None:
             "config": asdict(model.config),
             "tokenizer": describe_tokenizer(source.tokenizer, source.ref.start_ids),
             "tensors": listed,
-        }
+        },
+        separators=(",", ":"),
     ).encode()
     content = b"".join([len(header).to_bytes(4, "little"), header, *raw])
     weights = to_text(zlib.compress(content, 9))
@@ -201,9 +203,10 @@ def _check_size(n_parameters: int, bits: int, n_bytes: int) -> None:
 
 
 def _runtime(architecture: str) -> str:
-    """The script that computes, without the other architectures."""
+    """The script that computes, without the other architectures and functions that they alone use."""
     script = resources.files(__package__).joinpath("html_runtime.js").read_text(encoding="utf-8")
-    return ARCHITECTURE.sub(lambda found: found[0] * (found[1] == architecture), script)
+    script = ARCHITECTURE.sub(lambda found: found[0] * (found[1] == architecture), script)
+    return FUNCTION.sub(lambda found: found[0] * (len(re.findall(rf"\b{found[1]}\b", script)) > 1), script)
 
 
 def to_text(content: bytes) -> str:

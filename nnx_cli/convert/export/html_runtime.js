@@ -9,8 +9,8 @@
 /** A matrix (rows, columns) of codes, each times the scale of its group of neighbouring columns.
 
     A word holds the codes of four rows in one column, the first row's in its lowest byte, as code + 128. `times` shifts
-    words without masking them: w >>> 8 has the three upper bytes, so that the sum of a row is what its shift gives less
-    256 times what the next one gives. This takes a third less time than to read codes one by one. */
+    words without masking: w >>> 8 has the three upper bytes, so a row's sum is that of its shift less 256 times the
+    next one's. This takes a third less time than codes one by one. */
 class Matrix {
   constructor(rows, columns, codes, scales, group = columns) {
     const padded = 4 * Math.ceil(rows / 4), groups = scales.length / rows, bytes = new Uint8Array(padded * columns + 4);
@@ -112,13 +112,13 @@ class Rows {
   }
 }
 
-const ONCE = [1]; // how often a row counts
+const ONCE = [1];
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 const silu = (x) => x * sigmoid(x);
 const gelu = (x) => (x / 2) * (1 + erf(x / Math.SQRT2));
 const softXor = (x, y) => x.map((value, i) => (value + y[i]) / 2 - value * y[i]);
 
-// Loops, where most elements pass: the methods of arrays call a function for each, which takes ten times as long.
+// Loops where most elements pass: array methods, which call a function for each, take ten times as long.
 
 function sum(x, y) {
   const z = new Float32Array(x.length);
@@ -151,12 +151,11 @@ function dot(x, y) {
   return total;
 }
 
-/** Dot products of x with `count` vectors of `data`, `stride` apart, the first at `from`; to y. Four at a time, so that
-    an element of x is read once for all four. */
+/** Dot products of x with `count` vectors of `data`, `stride` apart from `from` on; to y. Four at a time. */
 function dots(x, data, from, stride, count, y) {
-  for (let r = 0, last = count - 1; r < count; r += 4) {
-    const r1 = Math.min(r + 1, last), r2 = Math.min(r + 2, last), r3 = Math.min(r + 3, last);
-    const i0 = from + r * stride, i1 = from + r1 * stride, i2 = from + r2 * stride, i3 = from + r3 * stride;
+  const row = (r) => Math.min(r, count - 1), at = (r) => from + row(r) * stride;
+  for (let r = 0; r < count; r += 4) {
+    const i0 = at(r), i1 = at(r + 1), i2 = at(r + 2), i3 = at(r + 3);
     let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
     for (let c = 0; c < x.length; c++) {
       const value = x[c];
@@ -165,7 +164,7 @@ function dots(x, data, from, stride, count, y) {
       s2 += data[i2 + c] * value;
       s3 += data[i3 + c] * value;
     }
-    y[r] = s0; y[r1] = s1; y[r2] = s2; y[r3] = s3;
+    y[r] = s0; y[row(r + 1)] = s1; y[row(r + 2)] = s2; y[row(r + 3)] = s3;
   }
   return y;
 }
@@ -253,6 +252,14 @@ function rotate(x, { cos, sin }) {
   return y;
 }
 
+/** Add the sinusoid of a position, and turn pairs of neighbours by its angles. */
+function placed(x, { cos, sin }) {
+  return x.map((_, i) => {
+    const j = i >> 1, even = x[2 * j] + sin[j], odd = x[2 * j + 1] + cos[j];
+    return i % 2 ? odd * cos[j] + even * sin[j] : even * cos[j] - odd * sin[j];
+  });
+}
+
 /** Softmax attention of q (H, K) to rows `from` … `to` - 1 of keys (G, K) and values (G, any width). Row p counts as
     counts[p % counts.length] rows do. */
 function attend(q, keys, values, to, heads, kvHeads, scale, from = 0, counts = ONCE) {
@@ -268,10 +275,10 @@ function attend(q, keys, values, to, heads, kvHeads, scale, from = 0, counts = O
       total += weights[p];
     }
     read.fill(0);
-    for (let p = 0, last = n - 1; p < n; p += 4) {
-      const p1 = Math.min(p + 1, last), p2 = Math.min(p + 2, last), p3 = Math.min(p + 3, last), at = from * width + g * V;
-      const i0 = at + p * width, i1 = at + p1 * width, i2 = at + p2 * width, i3 = at + p3 * width, w0 = weights[p];
-      const w1 = p + 1 < n ? weights[p1] : 0, w2 = p + 2 < n ? weights[p2] : 0, w3 = p + 3 < n ? weights[p3] : 0;
+    const at = (p) => (from + Math.min(p, n - 1)) * width + g * V, weight = (p) => (p < n ? weights[p] : 0);
+    for (let p = 0; p < n; p += 4) {
+      const i0 = at(p), i1 = at(p + 1), i2 = at(p + 2), i3 = at(p + 3);
+      const w0 = weights[p], w1 = weight(p + 1), w2 = weight(p + 2), w3 = weight(p + 3);
       for (let i = 0; i < V; i++) read[i] += w0 * data[i0 + i] + w1 * data[i1 + i] + w2 * data[i2 + i] + w3 * data[i3 + i];
     }
     for (let i = 0; i < V; i++) y[h * V + i] = read[i] / total;
@@ -664,17 +671,13 @@ ARCHITECTURES.tape = class extends Architecture {
   }
 
   step(id, position) {
-    const { dim, coda_layers, moderator } = this.config, { cos, sin } = rotary(position, dim);
-    const placed = (x) => x.map((_, i) => {
-      const j = i >> 1, even = x[2 * j] + sin[j], odd = x[2 * j + 1] + cos[j];
-      return i % 2 ? odd * cos[j] + even * sin[j] : even * cos[j] - odd * sin[j];
-    });
+    const { dim, coda_layers, moderator } = this.config, turn = rotary(position, dim);
     const x = this.embedding.row(id), voices = [];
     const prophecy = this.layers.some((layer) => layer.counts.length > 2) ? this.prophecy(x) : null;
-    let tokens = placed(x), h = null, coda = null;
+    let tokens = placed(x, turn), h = null, coda = null;
     this.layers.forEach((layer, number) => {
       if (number === coda_layers) coda = h;
-      if (layer.isFirst && number > coda_layers) moderator ? tokens = placed(h) : voices.push(h);
+      if (layer.isFirst && number > coda_layers) moderator ? tokens = placed(h, turn) : voices.push(h);
       h = this.level(layer, position, tokens, layer.isFirst ? coda : h, prophecy);
     });
     return moderator ? h : voices.reduce((x, y) => sum(x, y), h).map((all) => all / (voices.length + 1));
@@ -686,15 +689,11 @@ ARCHITECTURES.tape = class extends Architecture {
     const y = matrix.times(x), own = dot(x, x);
     const df = tails === "learned" ? Math.exp(this.weights.vector("head.log_df")[0]) : student_df;
     this.centres ??= y.map((_, id) => dot(matrix.row(id), matrix.row(id)));
-    let largest = -Infinity, total = 0;
     for (let id = 0; id < y.length; id++) {
       const distance = Math.max(own - 2 * y[id] + this.centres[id], 1e-12);
       y[id] = tails === "normal" ? -distance / 2 : Math.log1p(distance / df) * (-(df + dim) / 2);
-      largest = Math.max(largest, y[id]);
     }
-    for (let id = 0; id < y.length; id++) total += Math.exp(y[id] - largest);
-    for (let id = 0; id < y.length; id++) y[id] -= largest + Math.log(total);
-    return y;
+    return logSoftmax(y);
   }
 };
 
@@ -824,6 +823,15 @@ class Model {
       ids.push(id);
     }
   }
+}
+
+/** Log-probabilities, in the place of logits. */
+function logSoftmax(y) {
+  let largest = -Infinity, total = 0;
+  for (let i = 0; i < y.length; i++) largest = Math.max(largest, y[i]);
+  for (let i = 0; i < y.length; i++) total += Math.exp(y[i] - largest);
+  for (let i = 0; i < y.length; i++) y[i] -= largest + Math.log(total);
+  return y;
 }
 
 function softmax(logits) {
