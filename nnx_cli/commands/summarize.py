@@ -100,6 +100,10 @@ def run(
         models.check_name(name)
         label, config = size or DEFAULT_SIZE, models.make_config(name, size=size or DEFAULT_SIZE, **fields)
         check_read(field_branches(config), {}, dict.fromkeys(fields, COMMAND_LINE))
+        if models.is_file(name):
+            from nnx_cli.models._check import check_model
+
+            check_model(name, config)
     with output.spinner(WAITING):
         from nnx_cli.planning.fit import SMALLER
         from nnx_cli.planning.summary import summary

@@ -311,6 +311,7 @@ def chosen_shape(
     before any text is read.
     """
     from nnx_cli.layers.lora import check_rank
+    from nnx_cli.models._check import check_model
     from nnx_cli.planning.fit import check_batch_shape
     from nnx_cli.planning.flops import meta_model
     from nnx_cli.training.inputs import Shape, brings, start_from
@@ -329,6 +330,7 @@ def chosen_shape(
         shape = Shape(request.model or DEFAULT_MODEL, request.size, request.fields)
     smallest = models.sizes(shape.model)[0]
     config = models.make_config(shape.model, size=smallest if shape.size == "auto" else shape.size, **shape.fields)
+    check_model(shape.model, config)
     if shape.size != "auto" or "seq_len" in shape.fields:
         check_batch_shape(request.train, config.seq_len)
     if request.train.lora_rank is not None:

@@ -21,6 +21,7 @@ from nnx_cli.errors import DoesNotFit, counted
 from nnx_cli.inference.generate import generate
 from nnx_cli.kernels.gemm import linear
 from nnx_cli.models._base import ModelConfig
+from nnx_cli.models._check import check_model
 from nnx_cli.planning import flops as cost
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.manifest import versions
@@ -311,6 +312,8 @@ def measure_all(
     device, best = session.configure_device(config)
     size = size or DEFAULT_SIZE.get(device.type, GPU_SIZE)
     configs = {name: models.make_config(name, size=size, **fields) for name in names}
+    for name, shape in configs.items():
+        check_model(name, shape)
     chosen = [pick_precision(precision, device) for precision in precisions] or list(dict.fromkeys([best, "fp32"]))
     tell("large matmuls and copies")
     limits = measure_limits(device, chosen, seconds / 2)

@@ -13,6 +13,7 @@ from nnx_cli import models
 from nnx_cli.config import RaceConfig, TrainConfig, module_names, parse_count
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted, nearest
+from nnx_cli.models._check import check_model
 from nnx_cli.planning.fit import check_batch_shape
 from nnx_cli.planning.flops import meta_model, training_flops
 from nnx_cli.planning.match import Match, match_shape, size_target
@@ -175,6 +176,8 @@ def enter(
     specs = competitors_of(config.models)
     names = [*dict.fromkeys(name for name, _ in map(_split, specs))]
     shapes = {name: match_shape(name, target, vocab_size=data.vocab_size, seq_len=seq_len) for name in names}
+    for name, match in shapes.items():
+        check_model(name, match.config)
     networks = {name: meta_model(name, match.config) for name, match in shapes.items()}
     tokens_per_step = train.tokens_per_step
     if tokens_per_step is None:

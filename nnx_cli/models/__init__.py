@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli.config import Field, read_fields
 from nnx_cli.errors import CheckpointError, UsageError, nearest
-from nnx_cli.models._file import check_file, fields_of, is_file, load_file, read_source, sha256_source, sizes_in, stem
+from nnx_cli.models._file import (
+    blaming,
+    check_file,
+    fields_of,
+    is_file,
+    load_file,
+    read_source,
+    sha256_source,
+    sizes_in,
+    stem,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -94,7 +104,8 @@ def make_config(name: str, *, size: str | None = None, **overrides: Any) -> Mode
         if "dim" in overrides:
             optional = {field.name for field in config_fields(name) if field.default is None}
             shape = {key: value for key, value in shape.items() if key not in optional}
-    config = module.Config(**(shape | overrides))
+    with blaming(name, "making its Config"):
+        config: ModelConfig = module.Config(**(shape | overrides))
     if is_file(name) and config.code_file() is not None:
         raise UsageError(f"{config.code_file()} goes with nnx's own architectures alone, not with {name}")
     return config
@@ -112,7 +123,10 @@ def recipe(name: str) -> Recipe:
 
 def from_config(name: str, config: ModelConfig) -> LanguageModel:
     """A freshly initialised model of architecture `name`."""
-    return _module(name).Model(config)
+    module = _module(name)
+    with blaming(name, "making its Model"):
+        model: LanguageModel = module.Model(config)
+    return model
 
 
 def original(name: str) -> ModuleType:

@@ -4,21 +4,26 @@ that very text."""
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import importlib.abc
 import importlib.util
+import inspect
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from nnx_cli.config import Field, fields_in
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import NnxError, UsageError, is_out_of_memory
 
 SUFFIX = ".py"
 MAX_BYTES = 2**20
 TYPES = {"int", "float", "str", "bool"}  # of the fields that the command line can set
+EXAMPLE = "see a whole example: nnx_cli/models/README.md, One of yours"
 RESERVED = {"name", "size", "file", "sha256"}  # what config.json says of a model besides its fields
 
 
@@ -85,11 +90,53 @@ def sizes_in(source: bytes) -> tuple[str, ...]:
 
 
 def load_file(path: str) -> ModuleType:
-    """Run the file of an architecture and return its module. Raises UsageError where that fails."""
+    """Run the file of an architecture and return its module. Raises UsageError where that fails, or its classes are not
+    made as the base asks."""
     module = run_file(path, "--model")
     if missing := sorted({"Config", "SIZES", "Model"} - vars(module).keys()):
         raise UsageError(f"--model {path} fails: it defines no {missing[0]}")
+    base = importlib.import_module(f"{__package__}._base")
+    for kind, parent in ((module.Config, base.ModelConfig), (module.Model, base.LanguageModel)):
+        if not (isinstance(kind, type) and issubclass(kind, parent)):
+            which = "Config" if parent is base.ModelConfig else "Model"
+            rule = f"{which} must be a subclass of nnx_cli.models._base.{parent.__name__}"
+            raise UsageError(f"--model {path}: {rule}", fix=EXAMPLE)
+    if broken := _broken_rule(module):
+        raise UsageError(f"--model {path}: {broken}")
     return module
+
+
+def _broken_rule(module: ModuleType) -> str | None:
+    """What is wrong with the fields of `Config` and the values that `SIZES` gives them, if anything is."""
+    fields = {field.name: field for field in dataclasses.fields(module.Config)}
+    written = inspect.get_annotations(module.Config)
+    if bare := [name for name in written if name not in fields and "ClassVar" not in str(written[name])]:
+        return f"Config must be a @dataclass(frozen=True, kw_only=True), or its {bare[0]} is no option"
+    missing = dataclasses.MISSING
+    needed = [name for name, field in fields.items() if field.default is field.default_factory is missing]
+    for size, shape in module.SIZES.items():
+        if not isinstance(shape, Mapping):
+            return f"SIZES[{size!r}] must be a dict of fields of Config"
+        if unknown := [name for name in shape if name not in fields]:
+            return f"SIZES[{size!r}] has {unknown[0]!r}, which is no field of Config"
+        if unset := [name for name in needed if name not in shape]:
+            return (
+                f"the field {unset[0]} of Config must have a default, or a value in each of SIZES ({size!r} has none)"
+            )
+    return None
+
+
+@contextmanager
+def blaming(name: str, doing: str) -> Iterator[None]:
+    """Turn what the code of an architecture raises into a UsageError that names its file, where it has one; errors of
+    nnx, and of memory that ran out, stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if not is_file(name) or isinstance(error, NnxError) or is_out_of_memory(error):
+            raise
+        what = f"{doing} raises {type(error).__name__}: {error}"
+        raise UsageError(f"--model {name} fails: {what}", fix="see where: --debug") from error
 
 
 def run_file(path: str, option: str) -> ModuleType:
@@ -109,8 +156,17 @@ def run_file(path: str, option: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"{option} {path} fails: {type(error).__name__}: {error}", fix="see where: --debug") from error
+        what, fix = f"{type(error).__name__}: {error}", "see where: --debug"
+        if isinstance(error, ModuleNotFoundError) and error.name and _is_beside(path, error.name):
+            what, fix = f"{what}; a file must stand alone", f"put what it needs of {error.name} into {path} itself"
+        raise UsageError(f"{option} {path} fails: {what}", fix=fix) from error
     return module
+
+
+def _is_beside(path: str, name: str) -> bool:
+    """Whether a module or package of that name lies in the folder of a file."""
+    beside = Path(path).parent / name.partition(".")[0]
+    return beside.is_dir() or beside.with_suffix(SUFFIX).is_file()
 
 
 class _Text(importlib.abc.SourceLoader):
