@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnx_cli.config import PrepareConfig, SampleConfig
 from nnx_cli.convert.sensitivity import rank_layers, unique_matrices
@@ -158,7 +158,7 @@ def quantize_model(
         raise UsageError(f"--max-drop is in bits per byte; {ref.label} has no tokenizer, so its bytes are not known")
     before = load_model(ref, device, precision)
     _check_kept(before, quantization.kept)
-    read: list[str] = []
+    read = _check_any(before, quantization, ref.label)
     with held_out_text(ref, paths, preparing, lambda event: read.append(event["note"])) as text:
         tokens, n_tokens = text.tokens, len(text.tokens)
         if n_tokens < 2:
@@ -225,6 +225,22 @@ def _check_kept(model: LanguageModel, kept: Sequence[str]) -> None:
                 f"--keep {name}: this model has no such layer{nearest(name, layers)}",
                 fix=f"its layers are {', '.join(layers[:6])}" + (", …" if len(layers) > 6 else ""),
             )
+
+
+def _check_any(model: LanguageModel, quantization: Quantization, label: str) -> list[str]:
+    """What to say of torch's own layers, which stay as they are. Raises UsageError where nothing can be quantized."""
+    modules = model.named_modules()
+    torchs = [name for name, module in modules if isinstance(module, nn.Linear) and not isinstance(module, Linear)]
+    if not quantizable(model, quantization.kept) and not stored_in_int8(model, quantization):
+        if quantization.kept:
+            raise UsageError(f"--keep leaves nothing of {label} to quantize", fix="keep fewer layers")
+        raise UsageError(
+            f"none of the layers of {label} can be quantized"
+            + (f": {torchs[0]} is torch's own Linear" if torchs else ""),
+            fix="train it with Linear of nnx_cli.layers.linear, and an embedding that no layer of torch's shares",
+        )
+    named = ", ".join(torchs[:NAMED]) + (", …" if len(torchs) > NAMED else "")
+    return [f"left in 16 bits, for they are torch's own Linear: {named}"] if torchs else []
 
 
 def _kernels(before: LanguageModel, done: Attempt) -> str:

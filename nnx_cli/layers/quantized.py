@@ -366,6 +366,8 @@ def kernels_in_words(model: nn.Module, n_layers: int, dtype: torch.dtype) -> str
     """What multiplies with the matrices of `n_layers` quantized layers of a model, whose slow ones are unpacked."""
     used = Counter(layer.kernel(dtype) for layer in model.modules() if isinstance(layer, QuantizedLinear))
     used[0] += n_layers - used.total()
+    if not used.total():
+        return "none is quantized"
     if not used[0] or used.total() == used[0]:
         return "; ".join(KERNELS[kernel] for kernel in used if used[kernel])
     return "; ".join(f"{KERNELS[kernel]} ({n} of {used.total()} layers)" for kernel, n in used.items() if n)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from nnx_cli import models
 from nnx_cli.convert import quantize as quantizer
 from nnx_cli.convert.sensitivity import rank_layers
 from nnx_cli.data.loader import windows_at
-from nnx_cli.errors import CheckpointError, QualityError
+from nnx_cli.errors import CheckpointError, QualityError, UsageError
 from nnx_cli.evaluation.losses import Masked, evaluate, window_starts
 from nnx_cli.kernels.quantized_matmul import KERNELS
 from nnx_cli.layers import quantized
@@ -167,6 +168,25 @@ def test_what_the_user_keeps_comes_first(run):
     how = replace(INT4, kept=["blocks.0"])
     receipt, _ = quantizer.quantize_model(ref, Path("weights/small"), how, max_drop=0.05, device=CPU)
     assert receipt["kept"] == ["blocks.0", "blocks.1.attn_out"]
+
+
+def test_where_nothing_is_left_to_quantize_nothing_is_written(refused, run):
+    keep = [word for part in ("blocks", "embedding", "head") for word in ("--keep", part)]
+    refused(2, "--keep leaves nothing of", "quantize", run.folder, *keep)
+
+
+def test_layers_of_torch_are_named(tiny):
+    model = tiny("llama")
+    assert quantizer._check_any(model, INT8, "mine") == []
+    model.blocks[0].mlp.down = nn.Linear(3, 2)
+    model.norm = nn.Bilinear(2, 2, 2)
+    (note,) = quantizer._check_any(model, INT8, "mine")
+    assert note.endswith("torch's own Linear: blocks.0.mlp.down")
+    model.head = nn.Linear(32, 64, bias=False)
+    model.head.weight, model.blocks = model.embedding.weight, nn.ModuleList([nn.GRU(2, 2), nn.Conv1d(2, 2, 2)])
+    with pytest.raises(UsageError, match="none of the layers of mine can be quantized: head is torch's own Linear"):
+        quantizer._check_any(model, INT4, "mine")
+    assert quantized.kernels_in_words(model, 0, torch.float32) == "none is quantized"
 
 
 def test_where_keeping_layers_does_not_suffice_nothing_is_written(run, monkeypatch):
