@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli.cli import call
 from nnx_cli.commands._options import CALLER, Caller
 from nnx_cli.console.output import Output
-from nnx_cli.errors import UsageError
+from nnx_cli.errors import NnxError, UsageError
 
 if TYPE_CHECKING:
     from nnx_cli.data.tokenizers.base import Tokenizer
@@ -75,16 +76,27 @@ def train(*filepath: str | Path, progress: bool = False, **options: Any) -> Trai
     if filepath:
         options["filepath"] = [*map(str, filepath)]
     file = options.get("bank_file") or (options.get("model") if str(options.get("model")).endswith(".py") else None)
-    return load(_run("train", [], options, progress)["out"], file)
+    return load(_run("train", [], options, progress)["out"], model=file)
 
 
-def load(model: str | Path | None = None, file: str | Path | None = None) -> TrainedModel:
-    """A MODEL by its folder or name, also RUN@last; by default the newest run. `file` is that of its architecture or
-    bank, where that is yours."""
+def load(
+    run: str | Path | None = None,
+    /,
+    *,
+    model: str | Path | None = None,
+    bank_file: str | Path | None = None,
+) -> TrainedModel:
+    """A MODEL by its folder or name, also RUN@last; by default the newest run. `model` and `bank_file` are as in `nnx
+    sample`: the file of its architecture or bank, where that is yours."""
     from nnx_cli.runs.find import find_model
+    from nnx_cli.runs.load import architecture_of
 
-    ref = find_model(None if model is None else str(model), None if file is None else Path(file))
-    assert ref.config
+    if model is not None and bank_file is not None:
+        raise UsageError("load takes model or bank_file, not both")
+    file = model if model is not None else bank_file
+    with _advising():
+        ref = find_model(None if run is None else str(run), None if file is None else Path(file))
+        architecture_of(ref.config, ref.folder, ref.file)
     return TrainedModel(ref)
 
 
@@ -126,10 +138,22 @@ def _run(command: str, arguments: list[str], options: dict[str, Any], progress: 
     words = [command, *_words(options), *(["--", *arguments] if arguments else [])]
     token = CALLER.set(Caller(words, screen))
     try:
-        call(words)
+        with _advising():
+            call(words)
     finally:
         CALLER.reset(token)
     return screen.value
+
+
+@contextmanager
+def _advising() -> Iterator[None]:
+    """Give an error what mends it as a note, which Python shows below it."""
+    try:
+        yield
+    except NnxError as error:
+        if error.fix is not None:
+            error.add_note(error.fix)
+        raise
 
 
 def _words(options: dict[str, Any]) -> Iterator[str]:

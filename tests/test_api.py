@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nnx_cli
-from nnx_cli import load, prepare, sample, train
+from nnx_cli import load, models, prepare, sample, train
 from nnx_cli.errors import CheckpointError, DataError, NnxError, UsageError
 
 README = Path(nnx_cli.__file__).parents[1] / "README.md"
@@ -85,3 +85,20 @@ def test_to_import_it_imports_no_torch():
     code = "import sys; from nnx_cli import train; assert 'torch' not in sys.modules; import nnx_cli; nnx_cli.nothing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError" in done.stderr, done.stderr
+
+
+def test_a_file_is_named_as_on_the_command_line(workspace, text_file):
+    source = (models.FOLDER / "llama.py").read_text(encoding="utf-8")
+    Path("mine.py").write_text(f"{source}# {workspace}\n", encoding="utf-8")
+    run = train(text_file, model="mine.py", out="weights/mine", **SHORT)
+    assert load("mine", model="mine.py").model.architecture == run.model.architecture == "mine"
+    for wrong, message, note in (
+        ({}, "in mine.py", "name the file: --model mine.py"),
+        ({"bank_file": "mine.py", "model": "mine.py"}, "not both", None),
+    ):
+        with pytest.raises(NnxError, match=message) as error:
+            load("mine", **wrong)
+        assert note is None or note in error.value.__notes__[0]
+    Path("mine.py").write_text("another text")
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        load("mine", model="mine.py")
