@@ -17,6 +17,7 @@ CONTROL = "llama"  # whose named sizes say how many parameters a size has
 TOLERANCE = 0.02  # of the parameters that are asked for
 STEP, FFN_STEP = 16, 8  # of the widths of heads and of the model, and of the feed-forward
 DEPTHS = (0.6, 1.7)  # of the template's depth
+ODD_DEPTHS = (0.3, 4.0)  # where none of those will do, and no width of a feed-forward makes up the difference
 WIDTHS = 2  # multiples of STEP that are tried around the one that fits best
 MOST_FFN = 0.5  # part by which the feed-forward may be wider or narrower than its architecture has it
 MOST_HEAD = 256
@@ -70,20 +71,31 @@ def match_shape(name: str, target: int, *, vocab_size: int, seq_len: int) -> Mat
     size = _template(name, target)
     template = models.make_config(name, size=size)
     own = _Shape(template.dim, template.n_layers, template.n_heads, getattr(template, "ffn_dim", None), 0.0)
-    for shapes in ((own,), _candidates(name, size, template, target)):
+    tried: list[Match] = []
+    for depths in (None, DEPTHS, *((ODD_DEPTHS,) if own.ffn_dim is None else ())):
+        shapes = (own,) if depths is None else _candidates(name, size, template, target, depths)
         for shape in sorted(shapes, key=lambda shape: shape.odds):
-            if (found := _build(name, size, shape, target, vocab_size, seq_len)) is not None:
-                return found
+            if (found := _build(name, size, shape, vocab_size, seq_len)) is not None:
+                if abs(found.without_tables / target - 1) <= TOLERANCE:
+                    return found
+                tried.append(found)
+    problem = f"no shape of {models.stem(name)} has {target:,} parameters outside embedding and head, within 2 %"
+    if not tried:
+        raise UsageError(problem, fix="take other --parameters; see what sizes have: nnx summarize --all")
+    nearest = min(tried, key=lambda match: abs(match.without_tables - target))
+    dim, n_layers, without = nearest.config.dim, nearest.config.n_layers, nearest.without_tables
     raise UsageError(
-        f"no shape of {models.stem(name)} has {target:,} parameters outside embedding and head, within 2 %",
-        fix="take other --parameters; see what sizes have: nnx summarize --all",
+        f"{problem}; the nearest has {without:,}: --dim {dim} --n-layers {n_layers}",
+        fix=f"take --parameters {without}",
     )
 
 
-def _candidates(name: str, size: str, template: ModelConfig, target: int) -> Iterator[_Shape]:
-    """Shapes that have about `target` parameters, in no order."""
+def _candidates(
+    name: str, size: str, template: ModelConfig, target: int, depths: tuple[float, float]
+) -> Iterator[_Shape]:
+    """Shapes of `depths` times the template's that have about `target` parameters, in no order."""
     own = _own_parameters(name, size)
-    low, high = (max(1, round(part * template.n_layers)) for part in DEPTHS)
+    low, high = (max(1, round(part * template.n_layers)) for part in depths)
     for n_layers in range(low, high + 1):
         ideal = template.dim * math.sqrt(target / own * template.n_layers / n_layers)
         nearest = round(ideal / STEP)
@@ -116,8 +128,8 @@ def _shapes_of_width(
         yield _Shape(dim, n_layers, n_heads, fitting, odds + 2 * abs(math.log(fitting / usual)))
 
 
-def _build(name: str, size: str, shape: _Shape, target: int, vocab_size: int, seq_len: int) -> Match | None:
-    """A candidate with all its figures; None where it has not the parameters, or cannot be."""
+def _build(name: str, size: str, shape: _Shape, vocab_size: int, seq_len: int) -> Match | None:
+    """A candidate with all its figures; None where it cannot be."""
     fields: dict[str, Any] = {"vocab_size": vocab_size, "seq_len": seq_len}
     try:
         config = _config(name, size, shape.dim, shape.n_layers, shape.n_heads, shape.ffn_dim, **fields)
@@ -125,8 +137,6 @@ def _build(name: str, size: str, shape: _Shape, target: int, vocab_size: int, se
         return None
     model = meta_model(name, config)
     without = parameters_without_tables(model)
-    if abs(without / target - 1) > TOLERANCE:
-        return None
     named = replace(models.make_config(name, size=size), **fields)
     return Match(config, size if config == named else None, count_parameters(model)["total"], without)
 

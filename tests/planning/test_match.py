@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from nnx_cli import models
@@ -43,6 +46,21 @@ def test_a_named_size_that_fits_stays_as_it_is(name):
     match = match_shape(name, size_target("tiny"), vocab_size=256, seq_len=256)
     assert match.size == "tiny" and match.config == models.make_config(name, size="tiny", vocab_size=256)
     assert match_shape(name, 3_000_000, vocab_size=256, seq_len=256).size is None
+
+
+@pytest.mark.parametrize("target", [400_000, 787_584, 1_200_000, 6_000_000])
+def test_a_file_of_one_width_for_all_is_matched_by_its_depth(workspace, target):
+    source = re.search(r"```python\n(from dataclasses.*?)```", (models.FOLDER / "README.md").read_text(), re.DOTALL)[1]
+    sized = "SIZES = {'nano': dict(dim=96, n_layers=3), 'tiny': dict(dim=256, n_layers=6)}"
+    Path("mine.py").write_text(re.sub("SIZES = .*", sized, source))
+    assert abs(match_shape("mine.py", target, vocab_size=256, seq_len=64).without_tables / target - 1) <= 0.02
+
+
+def test_the_nearest_of_those_that_are_not_is_told():
+    with pytest.raises(UsageError, match=r"no shape of neon .* the nearest has [\d,]+: --dim") as error:
+        match_shape("neon", 17_000, vocab_size=256, seq_len=256)
+    nearest = int(error.value.fix.removeprefix("take --parameters "))
+    assert abs(match_shape("neon", nearest, vocab_size=256, seq_len=256).without_tables / nearest - 1) <= 0.02
 
 
 @pytest.mark.parametrize("target", [1, 900, 17_000])
