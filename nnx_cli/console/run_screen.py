@@ -138,9 +138,9 @@ class RunScreen:
             is_newest = self.best["step"] == self.validation["step"]
             best = "best so far" if is_newest else f"best {_loss(self.best)}, step {self.best['step']:,}"
             pieces.append([(f"{BEST} ", STYLES["best"]), (best, "")])
-        if self.reference() is not None:
-            bits = f"n-gram model {self.facts.ngram_bits_per_byte:.2f} bits/byte"
-            pieces.append([(f"{REFERENCE} ", STYLES["reference"]), (bits, "")])
+        if (reference := self.reference()) is not None:
+            shown = f"n-gram model {reference:.4f} ({self.facts.ngram_bits_per_byte:.3f} bits/byte)"
+            pieces.append([(f"{REFERENCE} ", STYLES["reference"]), (shown, "")])
         return pieces
 
     def _chart(self, columns: int, rows: int) -> list[Line]:

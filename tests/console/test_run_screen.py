@@ -46,7 +46,7 @@ def test_every_line_fits(size, sample):
 @pytest.mark.parametrize("bits", [None, 2.3])
 def test_what_is_not_known_is_not_shown(bits):
     text = "\n".join(shown(screen(ngram_bits_per_byte=bits).layout(100, 40)))
-    assert ("n-gram model 2.30 bits/byte" in text) == (bits is not None) == ("┄" in text)
+    assert ("n-gram model 1.1500 (2.300 bits/byte)" in text) == (bits is not None) == ("┄" in text)
     assert "MFU" not in text and "3 skipped" in text and "1.00 GiB of 7.00 GiB" in text
 
 

@@ -40,7 +40,7 @@ def test_the_block_stands_below_the_lines(on_terminal, size):
     assert sum(line.count("●") for line in chart) == 1 and "learning rate" in block
     if size[1] >= 24:
         assert any(line.count("┄") > size[0] // 3 for line in lines[top:])
-        assert "n-gram model 2.31 bits/byte" in block and "━ validation" in block and "best so far" in block
+        assert "(2.310 bits/byte)" in block and "━ validation" in block and "best so far" in block
         for words in ("gradient norm 0.8", "7,300 tokens/s", "MFU 31 %", "414.0 MiB of 7.00 GiB"):
             assert words in block
         assert "sample at step 20" in block and "\\x1b[2J\\x1b[31mred\\x07" in block
