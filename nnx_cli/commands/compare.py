@@ -200,7 +200,7 @@ def _enter(
         tokens = texts[0]
     else:
         tokens = _text(output, target, values, options, made)
-    with output.spinner("planning, for which torch loads its compiler"):
+    with output.spinner("planning (loading PyTorch takes some seconds)"):
         return replace(enter(config, train, target, seq_len, tokens, device, precision), texts=texts)
 
 

@@ -57,7 +57,7 @@ BRANCHES = (
     Branch({"model"}, lambda v: not v["all"], "with --all, which shows every architecture"),
     Branch({"parallel"}, lambda v: _count(v["gpus"]) > 1, "on one GPU", "add --gpus 2"),
 )
-WAITING = "counting operations and memory, for which torch loads its compiler"
+WAITING = "counting operations and memory (loading PyTorch takes some seconds)"
 
 
 @command(*model_options(), *settings(TrainConfig, only=SETTINGS), branches=BRANCHES)

@@ -88,7 +88,7 @@ def _open(output: Output, asked: Asked, made: list[list[Path]]) -> tuple[Search,
         )
         if is_begun:
             break
-        with output.spinner("planning, for which torch loads its compiler"):
+        with output.spinner("planning (loading PyTorch takes some seconds)"):
             record = sweep.new_record(search, conditions, identity, asked.length)
         try:
             make_folder(folder, NAME, record)

@@ -58,7 +58,7 @@ EXAMPLES = """Examples:
   nnx train --model ngpt --help    (with the options that only nGPT has)"""
 
 
-PLANNING = "planning, for which torch loads its compiler"
+PLANNING = "planning (loading PyTorch takes some seconds)"
 PACE_SECONDS = 10  # of training after which its speed is known well enough
 
 

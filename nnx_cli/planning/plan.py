@@ -96,7 +96,9 @@ def plan_run(
     if "dropout" not in fields:
         dropout = default_dropout(horizon.epochs, horizon.params_per_token)
         config = replace(config, dropout=dropout or config.dropout)
-        settings.note("dropout", f"{horizon.epochs:.1f} epochs, {horizon.params_per_token:.1f} parameters a token")
+        settings.note(
+            "dropout", f"{horizon.epochs:.1f} epochs, {horizon.params_per_token:.1f} parameters for each token of text"
+        )
     settings.fill_all({"precision": Derived(precision, "device")})
     optimizer = preferred_optimizer(name, train.lora_rank, horizon.overfits)
     fitted = fit_memory(settings.train, config, name, device, optimizer, ranks)
