@@ -122,7 +122,7 @@ def _coach_context(output: Output, ref: ModelRef, verdict: Verdict) -> None:
 
     with suppress(CheckpointError):
         if (found := unused_context(read_run(ref.folder), verdict)) is not None:
-            output.show(f"{found.text}:", f"  {found.command}")
+            output.show(str(found))
 
 
 def show_contexts(

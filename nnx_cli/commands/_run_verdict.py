@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli.console.output import Output
 from nnx_cli.errors import CheckpointError, counted, quoted
+from nnx_cli.runs.command_line import longer_command
 from nnx_cli.system.text import duration, size
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class RunVerdict:
         output.show(f"{run.folder}: {run.config['model']['name']} with {run.config['parameters']:,} parameters")
         output.aligned([*self._qualities(), *self._costs(), ("verdict", self._verdict(), "")], product=True)
         for finding in self.findings:
-            output.show(f"{finding.text}:", f"  {finding.command}")
+            output.show(str(finding))
         output.show(*self._next())
 
     def _coach(self) -> list[Finding]:
@@ -61,7 +62,7 @@ class RunVerdict:
             rows.append(("last", _quality(status["val_loss"], status.get("val_bits_per_byte")), f"at step {step:,}"))
         if self.ngram_bits_per_byte is not None and best is not None:
             share = best / self.ngram_bits_per_byte - 1
-            how = f"the best has {100 * abs(share):.0f} % {'more' if share > 0 else 'less'}"
+            how = f"the run's best takes {100 * abs(share):.0f} % {'more' if share > 0 else 'fewer'} bits"
             rows.append(("n-gram model", f"{self.ngram_bits_per_byte:.3f} bits per byte", how))
         return rows
 
@@ -80,7 +81,7 @@ class RunVerdict:
 
     def _verdict(self) -> str:
         if self.findings:
-            return "this would have helped:" if len(self.findings) == 1 else "these would have helped:"
+            return "it can be better:"
         if self.status["best_val_loss"] is None:
             return "nothing is known of its quality"
         from nnx_cli.reporting.coach import LATE
@@ -104,8 +105,7 @@ class RunVerdict:
             f"  nnx {ask}",
             f"  nnx eval {quoted(run.folder)}{named}",
         ]
-        longer = max(2 * trainer.state.time_s, 60)
-        resume = f"nnx train --resume {quoted(run.folder)}{named} --max-time {longer / 60:.0f}m"
+        resume = longer_command(run.folder, trainer.state.time_s, named)
         is_told = resume in {finding.command for finding in self.findings}
         helps = self.status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in self.findings}
         return lines + [f"  {resume}"] * (helps and not is_told)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from nnx_cli import models
 from nnx_cli.config import module_names
-from nnx_cli.errors import counted, pasteable, quoted
+from nnx_cli.errors import counted, pasteable
 from nnx_cli.evaluation.by_position import Verdict
 from nnx_cli.planning.recipe import default_lr, useful_epochs
 from nnx_cli.reporting.charts import Point
 from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.reporting.run_record import RunRecord
 from nnx_cli.reporting.scales import short
-from nnx_cli.runs.command_line import changed_command
+from nnx_cli.runs.command_line import changed_command, longer_command
 from nnx_cli.system.files import follow
 from nnx_cli.system.text import duration
 from nnx_cli.training.compilation import COMPILED, WORTHWHILE
@@ -51,6 +51,9 @@ class Finding:
     rule: str
     text: str
     command: str
+
+    def __str__(self) -> str:
+        return f"{self.text}; try:\n  {self.command}"
 
 
 def findings(run: RunRecord, named: str = "") -> list[Finding]:
@@ -154,9 +157,8 @@ class _Numbers:
             best = lowest and lowest[1]
         if ngram is None or best is None or best <= ngram or self.done < LATE:
             return ""
-        return (
-            f"it is worse than a byte 5-gram: {best:.2f} bits per byte, {ngram:.2f} by counting which bytes follow four"
-        )
+        table = "a byte 5-gram, a table of what follows four bytes"
+        return f"it is worse than {table}: {best:.2f} bits per byte against {ngram:.2f}"
 
     def suited_lr(self) -> float | None:
         """The peak learning rate that suits optimizer, width and architecture, where it is one of ours."""
@@ -196,8 +198,8 @@ class _Numbers:
 
     def longer(self) -> str:
         """The command that trains the run for twice its time."""
-        minutes = max(2 * (self.run.reached("time_s") or 0.0) / max(self.done, HALF), 60) / 60
-        return f"nnx train --resume {quoted(self.run.folder)}{self.named} --max-time {minutes:.0f}m"
+        time_s = (self.run.reached("time_s") or 0.0) / max(self.done, HALF)
+        return longer_command(self.run.folder, time_s, self.named)
 
 
 def _learning_rate_too_high(run: _Numbers) -> Finding | None:

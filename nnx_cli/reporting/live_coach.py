@@ -36,4 +36,4 @@ class LiveCoach(Silent):
         for found in findings(read_run(self.folder), self.named):
             if found.rule not in self.told:
                 self.told.add(found.rule)
-                self.tell(f"coach: {found.text}:\n  {found.command}")
+                self.tell(f"coach: {found}")

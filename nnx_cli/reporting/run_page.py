@@ -96,7 +96,7 @@ def _warnings(run: RunRecord) -> Iterator[str]:
 
 def _coach(run: RunRecord) -> str:
     """What should be done otherwise."""
-    found = [f"<li><p>{text(each.text)}:</p><pre>{text(each.command)}</pre></li>" for each in findings(run)]
+    found = [f"<li><p>{text(each.text)}; try:</p><pre>{text(each.command)}</pre></li>" for each in findings(run)]
     if not found:
         nothing = "Its numbers ask for no change: they fit none of the rules for what goes wrong often."
         return section("What to change", paragraph(nothing)) if run.metrics else ""

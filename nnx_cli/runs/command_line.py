@@ -7,10 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.errors import pasteable
+from nnx_cli.errors import pasteable, quoted
 from nnx_cli.system.files import free_name
 
 SPELLINGS = {"--lr": "--learning-rate", "--max-steps": "--num-batches"}  # further ones of an option that takes a value
+
+
+def longer_command(folder: Path, time_s: float, named: str = "") -> str:
+    """The command that trains a run for twice the `time_s` that it has, at least a minute in all. `named` stands beside
+    the run in commands on it."""
+    return f"nnx train --resume {quoted(folder)}{named} --max-time {max(2 * time_s, 60) / 60:.0f}m"
 
 
 def changed_command(command: Any, folder: Path, options: Mapping[str, str], dropped: Iterable[str] = ()) -> str | None:

@@ -104,7 +104,7 @@ def test_words_for_people(nnx, data):
     assert "bits per byte, validation loss" in table["best"] and "  3 steps, 192 tokens  " in table["trained"]
 
 
-@pytest.mark.parametrize(("bits", "words"), [(20.0, "less"), (0.5, "more")])
+@pytest.mark.parametrize(("bits", "words"), [(20.0, "fewer bits"), (0.5, "more bits")])
 def test_the_end_says_how_an_n_gram_model_does(nnx, data, bits, words):
     meta = json.loads((data / "meta.json").read_text())
     copy = Path(shutil.copytree(data, "seen"))
@@ -578,7 +578,7 @@ def test_a_loss_that_came_back_is_told(nnx, data):
 
 def test_a_command_is_told_once(nnx, data):
     shown = nnx("train", "--data", data, *SMALL, "--max-steps", 3, "--sample-every", 0, "--out", "weights/short").stdout
-    assert "it is worse than a byte 5-gram: " in shown and shown.count("nnx train --resume weights/short") == 1
+    assert "it is worse than a byte 5-gram, " in shown and shown.count("nnx train --resume weights/short") == 1
 
 
 def test_overfitting_is_told_as_such(nnx, workspace):
@@ -914,10 +914,10 @@ def test_the_coach_speaks_once_while_a_run_goes_on_and_at_its_end(nnx, data, mon
     words = ["train", "--data", data, *SMALL, "--max-steps", 25, "--sample-every", 0, "--out", "r", report]
     done = nnx(*words)
     assert done.exit_code == 0, done.stderr
-    assert done.stderr.count("coach: it is tired at step 1:\n  nnx sleep") == done.stderr.count("coach:") == 1
-    assert done.stdout.count("it is tired at step 25:\n  nnx sleep") == 1
+    assert done.stderr.count("coach: it is tired at step 1; try:\n  nnx sleep") == done.stderr.count("coach:") == 1
+    assert done.stdout.count("  it can be better:\nit is tired at step 25; try:\n  nnx sleep") == 1
     longer = nnx("train", "--resume", "r", "--max-steps", 40)
-    assert longer.stderr.count("coach: it is tired at step 28:") == longer.stderr.count("coach:") == 1
+    assert longer.stderr.count("coach: it is tired at step 28; try:") == longer.stderr.count("coach:") == 1
     assert nnx(*words[:-2], "s", "--quiet").stderr == ""
 
 

@@ -184,7 +184,7 @@ def test_a_low_learning_rate_is_why_a_model_is_worse_than_counting():
     """More of the same steps would not help, even where the loss no longer falls."""
     worse = {"data": {"ngram_bits_per_byte": 1.8}, "training": {"lr": 1e-5}}
     found = only(record(**worse))
-    assert found.rule == "lr-too-low" and "worse than a byte 5-gram: 2.16 bits per byte" in found.text
+    assert found.rule == "lr-too-low" and "worse than a byte 5-gram, a table of" in found.text
     assert "--lr 0.004 " in found.command
     slow = only(record(healthy(train_loss=lambda step: 5.5 - step / 400), **worse))
     assert "still fell by 0.6" in slow.text and "worse than a byte 5-gram" in slow.text
@@ -238,7 +238,8 @@ def test_compiling_that_does_not_pay():
 
 def test_a_model_that_is_worse_than_counting():
     found = only(record(data={"ngram_bits_per_byte": 1.8}))
-    assert found.rule == "worse-than-ngram" and "2.16 bits per byte, 1.80 by counting" in found.text
+    assert found.rule == "worse-than-ngram" and "four bytes: 2.16 bits per byte against 1.80" in found.text
+    assert str(found) == f"{found.text}; try:\n  {found.command}"
     assert found.command == "nnx train --resume weights/words --max-time 7m"
     assert findings(record(healthy()[:8], data={"ngram_bits_per_byte": 1.8}, state="running")) == []
     assert rules(record(healthy()[:8], data={"ngram_bits_per_byte": 1.8}, state="interrupted")) != []
