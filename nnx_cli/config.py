@@ -76,9 +76,9 @@ class PrepareConfig:
 class TrainConfig:
     """A training run. None means: derived from the machine and the data."""
 
-    max_steps: int | None = None  # length of the run in optimizer steps
-    max_time: str | None = None  # length of the run in training time, such as 90s, 20m, 8h
-    epochs: float | None = None  # length of the run in epochs of the training text
+    max_steps: int | None = None  # length of the run in optimizer steps, in all, also after --resume
+    max_time: str | None = None  # length of the run in training time (90s, 20m, 8h), in all, also after --resume
+    epochs: float | None = None  # length of the run in epochs of the training text, in all, also after --resume
     stop_early: str = "auto"  # before --max-time is up: auto (where the text has given what it can), off
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step

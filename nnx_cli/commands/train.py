@@ -385,6 +385,7 @@ def _start(
 
 def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     """Continue a run from its newest checkpoint."""
+    from nnx_cli.runs.command_line import longer_command
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.logs import read_intact
     from nnx_cli.runs.run import Run
@@ -398,7 +399,8 @@ def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     status, lost = _read_or_lost(run)
     if status.get("status") == "finished" and not any(name in request.settings for name in LENGTHS):
         output.show_json(_as_json(run, status))
-        output.show(f"{folder} is finished; train it longer with --max-steps or --max-time")
+        longer = longer_command(folder, status.get("time_s") or 0.0, ModelRef(folder, file=request.file).naming)
+        output.show(f"{folder} is finished; train it longer: {longer}")
         return
     if request.dry_run:
         restart = session.plan_restart(run, request.settings, request.data, request.file)
@@ -446,7 +448,7 @@ def _say_over(output: Output, restart: Restart, status: dict[str, Any]) -> None:
     given = f"--{named.replace('_', '-')} {getattr(restart.config, named)}"
     output.made = run.folder
     output.show_json(_as_json(run, status))
-    output.show(f"{there}: {given} is reached, and nothing is left to do")
+    output.show(f"{there}: {given} is reached, counted from its beginning: nothing is left to do")
 
 
 def _read_or_lost(run: Run) -> tuple[dict[str, Any], list[str]]:

@@ -23,6 +23,7 @@ from nnx_cli.planning.flops import count_parameters, training_flops
 from nnx_cli.planning.plan import Plan, replan, steps_in
 from nnx_cli.planning.settings import Derived
 from nnx_cli.runs.checkpoint import Checkpoint, step_folder
+from nnx_cli.runs.command_line import longer_command
 from nnx_cli.runs.find import WEIGHTS, find_runs
 from nnx_cli.runs.load import ModelRef, architecture_of, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
@@ -165,24 +166,32 @@ def first_status(config: TrainConfig, device: torch.device, command: str) -> dic
 
 
 def find_unfinished() -> Path:
-    """The newest run that was interrupted. Raises CheckpointError where there is none: one that diverged would do so
-    again."""
-    diverged = None
+    """The newest run that was interrupted. Raises CheckpointError where there is none, about a run that is being
+    trained, or else the newest: one that diverged would do so again."""
+    others: dict[str, tuple[Path, dict[str, Any]]] = {}  # the newest of each status
     for folder in find_runs():
         try:
-            status = live_status(folder, Run(folder).status())
+            status = Run(folder).status()
         except CheckpointError:
             continue  # a damaged run does not hide the others
-        if status == "interrupted":
+        live = live_status(folder, status)
+        if live == "interrupted":
             return folder
-        if status == "diverged" and diverged is None:
-            diverged = folder
-    if diverged is not None:
-        raise CheckpointError(
-            f"there is nothing to resume: {diverged} diverged, and no other run is unfinished",
-            fix=f"nnx train --resume {quoted(diverged)}",
-        )
-    raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
+        if live in ("running", "diverged", "finished"):
+            others.setdefault(live, (folder, status))
+    kind = "running" if "running" in others else next(iter(others), None)
+    if kind is None:
+        raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
+    folder, status = others[kind]
+    how, fix = {
+        "running": (
+            "is being trained now, and no other run is unfinished",
+            "wait for it or stop it; how far it is: nnx list",
+        ),
+        "diverged": ("diverged, and no other run is unfinished", f"nnx train --resume {quoted(folder)}"),
+        "finished": ("is finished", f"train it longer: {longer_command(folder, status.get('time_s') or 0.0)}"),
+    }[kind]
+    raise CheckpointError(f"there is nothing to resume: {folder} {how}", fix=fix)
 
 
 def find_begun(command: str) -> Path | None:

@@ -21,6 +21,7 @@ from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.run import Run
 from nnx_cli.trackers._process import Tracking
+from nnx_cli.training import session
 
 SMALL = [
     "--dim",
@@ -630,7 +631,8 @@ def test_a_length_that_is_reached_is_no_error(nnx, run, length):
     for words in ([], ["--dry-run"]):
         result = nnx("train", "--resume", "words", *length, *words)
         (line,) = result.stdout.splitlines()
-        assert result.exit_code == 0 and f"{length[0]} {length[1]} is reached" in line and "step 40" in line
+        assert result.exit_code == 0 and f"{length[0]} {length[1]} is reached, counted from its beginning" in line
+        assert "step 40" in line
     again = json.loads(nnx("train", "--resume", "words", *length, "--json").stdout)
     assert again["step"] == 40 and again["status"] == "finished" and again["out"] == "weights/words"
     assert {path: path.read_bytes() for path in before} == before
@@ -711,8 +713,27 @@ def test_nothing_to_resume(refused, workspace):
     refused(5, "no run or model", "train", "--resume", workspace)
 
 
-def test_last_is_never_a_finished_run(refused, run):
-    refused(5, "nothing to resume", "train", "--resume", "last")
+def test_last_is_never_a_finished_run(nnx, refused, run):
+    result = refused(5, "nothing to resume: weights/words is finished", "train", "--resume", "last")
+    command = result.stderr.splitlines()[-1].partition("longer: ")[2]
+    assert command == "nnx train --resume weights/words --max-time 1m"
+    assert nnx("train", "--resume", "words").stdout.strip().endswith(command)
+    with run.lock():
+        run.set_status(time_s=300.0)
+    assert "--max-time 10m" in refused(5, "is finished", "train", "--resume", "last").stderr
+
+
+def test_last_is_no_run_that_is_being_trained(refused, run):
+    shutil.copytree(run.folder, run.folder.with_name("later"))
+    with run.lock():
+        run.set_status(status="running")
+        again = Run(run.folder.with_name("later"))
+        again.set_status(status="finished")
+        result = refused(5, "weights/words is being trained now", "train", "--resume", "last")
+        assert "how far it is: nnx list" in result.stderr
+        again.set_status(status="diverged")
+        refused(5, "weights/words is being trained now", "train", "--resume", "last")
+    assert session.find_unfinished() == Path("weights", "words"), "killed, it is gone on with"
 
 
 @pytest.mark.parametrize(
