@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -29,6 +30,7 @@ from nnx_cli.errors import (
     OutputError,
     QualityError,
     UsageError,
+    counted,
     quoted,
 )
 from nnx_cli.system.text import duration
@@ -63,11 +65,15 @@ PACE_SECONDS = 10  # of training after which its speed is known well enough
 
 
 class _PacedView(TrainingView):
-    """Says once where a run that ends by the clock is not as fast as its recipe was planned for."""
+    """Says once where a run that ends by the clock is not as fast as its recipe was planned for. `out` is the folder
+    that its command names, if any."""
 
-    def __init__(self, output: Output, plan: Plan, facts: RunFacts) -> None:
+    def __init__(self, output: Output, shown: PlanTable, facts: RunFacts, out: Path | None) -> None:
         super().__init__(output, facts)
-        self.planned = plan.tokens_per_s if plan.train.max_time else None
+        self.plan = shown.plan
+        self.outlook = shown.outlook
+        self.out = out
+        self.planned = self.plan.tokens_per_s if self.plan.train.max_time else None
         self.first: Mapping[str, Any] | None = None  # the first steps load and compile: they say nothing of the others
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
@@ -82,10 +88,30 @@ class _PacedView(TrainingView):
         if seconds >= PACE_SECONDS:
             from nnx_cli.planning.rates import pace_note
 
-            note = pace_note(self.planned, (record["tokens"] - self.first["tokens"]) / seconds)
+            speed = (record["tokens"] - self.first["tokens"]) / seconds
+            note = pace_note(self.planned, speed)
             self.planned = None
             if note is not None:
-                self.note(note)
+                self.note(note + self._other_length(record, speed))
+
+    def _other_length(self, record: Mapping[str, Any], speed: float) -> str:
+        """How far a run gets at that speed, and the command that plans for it; "" where that is about as planned."""
+        from nnx_cli.runs.command_line import changed_command
+
+        train, sources = self.plan.train, self.plan.sources
+        assert train.tokens_per_step is not None and train.max_time_s is not None, "it ends by the clock"
+        planned = max(1, round(self.outlook.tokens / train.tokens_per_step))
+        left = max(0.0, train.max_time_s - record["time_s"]) * speed / train.tokens_per_step
+        steps = int(min(record["step"] + left, train.max_steps or math.inf))
+        if planned / 2 <= steps <= 2 * planned:
+            return ""
+        promised = f"; what such runs reached was for {planned:,}" if self.outlook.reached else ""
+        note = f": about {counted(steps, 'step')} in {train.max_time}, not {planned:,}" + promised
+        options = {"--max-steps": str(steps)}
+        if self.plan.size is not None and sources.get("size", "").startswith("derived"):
+            options["--size"] = self.plan.size
+        command = changed_command(_command_line(), self.out or Path(), options, ("--max-time", "--stop-early"))
+        return note if command is None else f"{note}; to plan for {steps:,}, stop this run and start:\n  {command}"
 
 
 @command(*OPTIONS)
@@ -237,7 +263,7 @@ def _prepare_and_train(
         shown.show(output)
         return
     shown.tell(output)
-    with _PacedView(output, plan, _facts(shown, tokens)) as view:
+    with _PacedView(output, shown, _facts(shown, tokens), request.out) as view:
         stem = folder.resolve().name if request.data else folder.name.rpartition("-")[0]  # without the hash
         observers = Several(view)
         started, trainer = _start(plan, tokens, request.out, stem, device, observers, sampling, base, ranks)

@@ -113,7 +113,4 @@ def pace_note(planned: float, seen: float) -> str | None:
     if not planned > 0 or not seen > 0 or planned / 2 <= seen <= 2 * planned:
         return None
     how = f"{seen / planned:.1f} times as fast" if seen > planned else f"{planned / seen:.1f} times as slow"
-    return (
-        f"training is {how} as planned ({seen:,.0f} instead of {planned:,.0f} tokens a second): "
-        "--max-steps or --epochs would fit the recipe to the length"
-    )
+    return f"training is {how} as planned ({seen:,.0f} instead of {planned:,.0f} tokens a second)"

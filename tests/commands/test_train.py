@@ -6,12 +6,16 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from nnx_cli.commands import train
 from nnx_cli.config import TrainConfig
+from nnx_cli.console.output import Output
+from nnx_cli.console.run_screen import RunFacts
 from nnx_cli.data.aligned_windows import AlignedWindows
 from nnx_cli.data.conversations import template_of
 from nnx_cli.data.token_folder import open_token_folder
@@ -897,6 +901,49 @@ def test_a_run_says_once_that_it_is_not_as_fast_as_planned(nnx, workspace, text_
     done = nnx(*words.split(), *f"--grad-accum 1 --device cpu --threads 1 --compile off --out run {length}".split())
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("as planned") == (1 if said else 0) and said in done.stderr
+
+
+class PacedFor:
+    """A view of a run that is planned for 100 steps of 50 tokens in 90 s, and what it notes at a speed."""
+
+    def __init__(self, monkeypatch, command, max_steps=None, size="derived: device", reached=None, out=None):
+        monkeypatch.setattr(train, "_command_line", lambda: command)
+        settings = TrainConfig(max_time="90s", max_steps=max_steps, tokens_per_step=50)
+        plan = SimpleNamespace(train=settings, tokens_per_s=5000 / 90, size="nano", sources={"size": size})
+        shown = SimpleNamespace(plan=plan, outlook=SimpleNamespace(tokens=5000, reached=reached))
+        self.view = train._PacedView(Output(), shown, RunFacts("nyx"), out)
+
+    def noted(self, steps_per_s):
+        """What is said 20 s after the start, at that speed; "" for nothing."""
+        said = []
+        self.view.note = said.append
+        rest = dict(train_loss=1.0, val_loss=None, lr=1.0, tokens_per_s=1.0, peak_memory_bytes=None, skipped_steps=0)
+        for seconds in (4.0, 20.0):
+            step = round(seconds * steps_per_s)
+            self.view.step({"step": step, "tokens": 50 * step, "time_s": seconds, **rest}, seconds / 90)
+        return said[0] if said else ""
+
+
+def test_a_slow_run_is_told_how_far_it_gets_and_what_plans_for_that(workspace, monkeypatch):
+    (workspace / "r").mkdir()
+    command = "nnx train --filepath 'my book.txt' --max-time 90s --stop-early auto"
+    note = PacedFor(monkeypatch, command, reached=(1, 2)).noted(0.25)
+    first, last = note.splitlines()
+    assert first.endswith(
+        "about 22 steps in 90s, not 100; what such runs reached was for 100; to plan for 22, stop this run and start:"
+    )
+    assert last == "  nnx train --filepath 'my book.txt' --max-steps 22 --size nano"
+    named = PacedFor(monkeypatch, "nnx train --size nano --data d --out r", size="command line", out=Path("r"))
+    note = named.noted(5.0)
+    assert "as fast as planned" in note and "such runs" not in note
+    assert note.endswith("\n  nnx train --size nano --data d --max-steps 450 --out r-2")
+    assert PacedFor(monkeypatch, "python my.py").noted(0.25).endswith("about 22 steps in 90s, not 100")
+
+
+def test_a_run_whose_length_is_as_planned_is_told_its_pace_alone(monkeypatch):
+    note = PacedFor(monkeypatch, "nnx train", max_steps=100).noted(10.0)
+    assert note.endswith("tokens a second)") and "times as fast" in note
+    assert PacedFor(monkeypatch, "nnx train").noted(1.0) == ""
 
 
 @pytest.mark.parametrize(
