@@ -82,7 +82,6 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = PackedLinear(config.dim, (config.ffn_dim, config.ffn_dim))
         self.down = Linear(config.ffn_dim, config.dim)
-        self.gate = Gate(config.ffn_dim, first=True)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
@@ -115,7 +114,7 @@ class Block(nn.Module):
         n_heads, scale = x.shape[-1] // attention.head_dim, attention.head_dim**-0.5
         attended = cached_rotary_attention(qkv, tables, cache, attention.layer, n_heads, scale=scale)
         x = add_linear(x, (attention.out, attended))
-        _, hidden = norm_gated(self.mlp_norm, mlp.gate_up, x, mlp.gate)
+        _, hidden = norm_gated(self.mlp_norm, mlp.gate_up, x, Gate(mlp.gate_up.splits[-1], first=True))
         return add_linear(x, (mlp.down, hidden))
 
 

@@ -116,7 +116,6 @@ class Block(nn.Module):
         )  # query, key, value, feed-forward value, feed-forward gate
         self.attn_out = Linear(inner, config.dim)
         self.ffn_out = Linear(config.ffn_dim, config.dim)
-        self.gate = Gate(config.ffn_dim, first=False)
         self.scale = config.head_dim**-0.5
         self.q_norm_weight = self.k_norm_weight = None
         if config.qk_norm:
@@ -136,7 +135,7 @@ class Block(nn.Module):
 
     def cached(self, x: Tensor, tables: Sequence[Tensor], cache: KVCache) -> Tensor:
         """`forward` with a cache; of one token of every sequence in few operations."""
-        qkv, hidden = norm_gated(self.norm, self.in_proj, x, self.gate)
+        qkv, hidden = norm_gated(self.norm, self.in_proj, x, Gate(self.in_proj.splits[-1], first=False))
         if self.q_norm_weight is not None:
             inner, width, *_ = self.in_proj.splits
             q, k, v = qkv.split_with_sizes((inner, width, width), -1)

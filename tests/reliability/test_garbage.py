@@ -603,7 +603,7 @@ FILES: tuple[tuple[int | set[int], tuple[Any, ...]], ...] = (
     (2, ("train", "--config", "/dev/zero")),
     (3, ("train", "--config", "x" * 300)),
     (3, ("train", "--data", BYTE, "--tokenizer", "empty.txt")),
-    (3, ("train", "--data", BYTE, "--seq-len", 2**20, "--dim", 32)),
+    (3, ("train", "--data", BYTE, "--seq-len", 2**20, "--dim", 32, "--no-xpos")),
     (3, ("train", "--resume", RUN, "--max-steps", 20, "--data", CHAR)),
     (3, ("train", "--init-from", RUN, "--data", CHAR)),
     (3, ("eval", RUN, "--filepath", MISSING)),

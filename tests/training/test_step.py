@@ -230,6 +230,7 @@ class FakeGraphs:
             "current_stream": lambda: stream,
             "stream": lambda stream: nullcontext(),
             "synchronize": lambda: None,
+            "graph_pool_handle": lambda: (0, 1),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         capture_stream.cache_clear()
