@@ -56,6 +56,18 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "doctor": ("doctor", "Look at this machine's set-up and say how to mend it."),
     "bench": ("bench", "Measure training and decoding speed on this machine."),
 }
+ELSEWHERE = {  # command: options of other commands, and what to write in their place, with the value that was given
+    "train": {"budget": "--max-time {10m}", "seconds": "--max-time 10m", "max-new-tokens": "--generate-length {100}"},
+    "compare": {
+        "max-time": "--equal time --budget {10m}",
+        "max-steps": "--budget 2M, a number of tokens",
+        "epochs": "--budget 2M, a number of tokens",
+    },
+    "bench": {"max-time": "--seconds 30", "budget": "--seconds 30"},
+    "visualize": {"out": "--html FILE"},
+    "eval": {"data": "--filepath FILE"},
+    "quantize": {"data": "--filepath FILE"},
+}
 
 
 @cache
@@ -204,14 +216,26 @@ def _no_such_option(error: Any, group: Group, arguments: Sequence[str]) -> NnxEr
     if not option.startswith("--"):  # of -lr, Typer names the first letter that is no option
         words = (word.partition("=")[0] for word in arguments if re.match(r"-\w\w", word) and option[1:] in word)
         option = next(words, option).replace("_", "-")
+    bare = f"--{option.lstrip('-')}"
+    if (here := ELSEWHERE.get(error.ctx.info_name, {}).get(bare[2:])) is not None:
+        written = re.sub(r"\{(.*)}", lambda example: _value_behind(option, arguments) or example[1], here)
+        return UsageError(f"No such option: {option}; in nnx {error.ctx.info_name} it is {written}")
     own = [name for param in command.get_params(error.ctx) for name in param.opts]
     near = nearest(option, own if command is group else [*command.spellings(error.ctx), "--help"])
-    bare = f"--{option.lstrip('-')}"
     owners = [name for name, other in group.commands.items() if any(bare in p.opts for p in other.params)]
     if not near and owners:
         near = f"; it belongs to {', '.join(owners)}" if len(owners) < len(COMMANDS) else "; it stands behind a command"
     shown = "nnx --help" if command is group else f"nnx {error.ctx.info_name} --help"
     return UsageError(f"No such option: {option}{near}", fix=None if near else f"see: {shown}")
+
+
+def _value_behind(option: str, arguments: Sequence[str]) -> str:
+    """What was given to an option, in its word or in the next one."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            return value if equals else "" if after.startswith("-") else after
+    return ""
 
 
 def _shortened(text: str) -> str:

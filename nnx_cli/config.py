@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.errors import UsageError, nearest
+from nnx_cli.errors import UsageError, nearest, nearest_file
 
 GIB = 2**30
 LENGTHS = ("max_steps", "max_time", "epochs")  # of a run: one is given, or derived
@@ -435,7 +435,8 @@ def check_tokenizer(kind_or_file: str) -> None:
     """Raise UsageError for a name that is no kind of tokenizer and no file."""
     if kind_or_file not in TOKENIZERS and not Path(kind_or_file).is_file():
         kinds = ", ".join(TOKENIZERS)
-        raise UsageError(f"--tokenizer is {kind_or_file!r}; choose from {kinds}, or name a tokenizer.json")
+        near = nearest(kind_or_file, TOKENIZERS) or nearest_file(kind_or_file)
+        raise UsageError(f"--tokenizer is {kind_or_file!r}{near or f'; choose from {kinds}, or name a tokenizer.json'}")
 
 
 def check_device(name: str) -> None:

@@ -89,6 +89,17 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {known[found[0]]}?" if found else ""
 
 
+def nearest_file(path: str | os.PathLike[str]) -> str:
+    """ "; did you mean X?" with what lies beside a missing file or folder and has a name like its; else nothing."""
+    folder, name = os.path.split(path)
+    try:
+        known = [found for found in os.listdir(folder or os.curdir) if not found.startswith(".")]
+    except (OSError, ValueError):
+        return ""
+    near = nearest(name, known)
+    return near.replace("mean ", f"mean {os.path.join(folder, '')}", 1) if folder else near
+
+
 def counted(n: int, noun: str) -> str:
     """A number of things: 1 step, 3,780 steps."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -50,7 +50,7 @@ def test_it_is_what_the_command_does(workspace, nnx, text_file):
     ("kind", "message", "wrong"),
     [
         (UsageError, "--dimm", lambda: train("book.txt", dimm=3)),
-        (NnxError, "valid integer", lambda: train("book.txt", dim="wide")),
+        (NnxError, "whole number", lambda: train("book.txt", dim="wide")),
         (UsageError, "no model", lambda: train("book.txt", model="gpt")),
         (DataError, "missing.txt", lambda: train("missing.txt")),
         (DataError, "missing.txt", lambda: prepare("missing.txt")),

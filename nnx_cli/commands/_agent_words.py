@@ -16,7 +16,7 @@ MOST_DIGITS = 18  # of an integer
 
 def plain_words(command: Any, words: Sequence[str]) -> Iterator[str]:
     """The words behind a command as people write them. Raises UsageError for a flag that is set to neither true nor
-    false."""
+    false, and for words where a number is to stand."""
     by_type = {kind: [p for p in command.params if p.param_type_name == kind] for kind in ("option", "argument")}
     options = {name: option for option in by_type["option"] for name in (*option.opts, *option.secondary_opts)}
     takes_arguments = bool(by_type["argument"])
@@ -39,7 +39,7 @@ def plain_words(command: Any, words: Sequence[str]) -> Iterator[str]:
         elif equals or left:
             value = value if equals else left.pop()
             if value != "None" or option.name in TEXTS:
-                yield f"{name}={_integer(value) if _is_integer(kinds[option.name]) else value}"
+                yield f"{name}={_number(name, value, kinds[option.name], command.name)}"
         else:
             yield word
 
@@ -54,14 +54,22 @@ def _flag(option: Any, name: str, value: str) -> Sequence[str]:
     return (option.opts if is_on else option.secondary_opts)[:1]
 
 
-def _is_integer(annotation: Any) -> bool:
-    return annotation is int or any(map(_is_integer, get_args(annotation)))
+def _is_of(kind: type, annotation: Any) -> bool:
+    return annotation is kind or any(_is_of(kind, part) for part in get_args(annotation))
 
 
-def _integer(value: str) -> str:
-    """An integer without its point or exponent where it was written as 128.0 or 1e4."""
+def _number(name: str, value: str, annotation: Any, command: str) -> str:
+    """The value of an option; where it takes an integer, without its point or exponent if it was written as 128.0 or
+    1e4. Raises UsageError for what is no number."""
+    is_integer = _is_of(int, annotation)
+    if not is_integer and not _is_of(float, annotation):
+        return value
     try:
         number = float(value)
-    except ValueError:
-        return value
-    return str(int(number)) if number.is_integer() and abs(number) < 10**MOST_DIGITS else value
+        if is_integer and number.is_integer() and abs(number) < 10**MOST_DIGITS:
+            return str(int(number))
+        (int if is_integer else float)(value)
+    except ValueError as error:
+        kind = "a whole number" if is_integer else "a number"
+        raise UsageError(f"{name} is {value!r}; it must be {kind}", fix=f"see: nnx {command} --help") from error
+    return value

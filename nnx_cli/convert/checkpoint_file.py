@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nnx_cli.errors import CheckpointError, quoted
+from nnx_cli.errors import CheckpointError, nearest_file, quoted
 
 LEGACY_PICKLES = 4  # before its storages a file of torch < 1.6 has: a magic number, versions, the machine, the content
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocol 2 calls these modules
@@ -103,7 +103,7 @@ def _check_file(path: Path) -> None:
             fix = f"it is a MODEL of nnx already: nnx sample {quoted(path)}"
         raise CheckpointError(f"{path} is a folder, not the file of a checkpoint", fix=fix)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise CheckpointError(f"there is no checkpoint {path}{nearest_file(path)}")
     if path.name.endswith(".index.json"):
         raise CheckpointError(f"{path} is the index of a checkpoint in several files", fix=SAVE_WEIGHTS)
     with suppress(OSError), open(path, "rb") as file:

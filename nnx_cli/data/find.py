@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nnx_cli.data.formats import FORMATS, format_of
 from nnx_cli.data.sources import Source
-from nnx_cli.errors import DataError, UsageError
+from nnx_cli.errors import DataError, UsageError, nearest_file
 
 STDIN = "-"
 SEPARATORS = re.escape(os.sep + (os.altsep or ""))
@@ -104,7 +104,7 @@ def _files(path: str, circles: _Examples) -> list[Source]:
     """The files behind one path or glob. DataError where there is none."""
     names = [path] if os.path.lexists(path) else _matches(path, circles)
     if not names:
-        raise DataError(f"there is no {path}")
+        raise DataError(f"there is no {path}{nearest_file(path)}")
     files: dict[str, None] = {}  # a set that remembers the order
     for name in names:
         if name != path and not (os.path.isdir(name) or os.path.isfile(name)):

@@ -23,7 +23,7 @@ from nnx_cli.data.ngram import ngram_reference
 from nnx_cli.data.token_file import START_DTYPE, digest_ids, read_ids
 from nnx_cli.data.tokenizers.base import Tokenizer
 from nnx_cli.data.tokenizers.hf_json import load_tokenizer, save_tokenizer
-from nnx_cli.errors import DataError, OutputError, counted, quoted
+from nnx_cli.errors import DataError, OutputError, counted, nearest_file, quoted
 from nnx_cli.system import files
 
 FORMAT = 2
@@ -124,7 +124,7 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, *, m
     mend = f"nnx prepare FILE --out {quoted(path)}"
     for split in SPLITS:
         if not (path / f"{split}.bin").is_file():
-            found = f"{path} holds no prepared tokens" if path.is_dir() else f"there is no token folder {path}"
+            found = f"{path} holds no prepared tokens" if path.is_dir() else f"there is no token folder {path}{nearest_file(path)}"
             raise DataError(found, fix=mend)
     if not os.path.lexists(path / "meta.json"):
         if os.path.lexists(path / "tokenizer.json"):  # nanoGPT writes none

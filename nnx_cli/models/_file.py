@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nnx_cli.config import Field, fields_in
-from nnx_cli.errors import NnxError, UsageError, is_out_of_memory
+from nnx_cli.errors import NnxError, UsageError, is_out_of_memory, nearest_file
 
 SUFFIX = ".py"
 MAX_BYTES = 2**20
@@ -43,7 +43,8 @@ def read_source(path: str, option: str = "--model") -> bytes:
         with open(path, "rb") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {option} {path}: {error.strerror}") from error
+        near = nearest_file(path) if isinstance(error, FileNotFoundError) else ""
+        raise UsageError(f"cannot read {option} {path}: {error.strerror}{near}") from error
     if len(text) > MAX_BYTES:
         raise UsageError(f"{option} {path} is longer than {MAX_BYTES:,} bytes")
     return text

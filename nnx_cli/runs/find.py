@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnx_cli.errors import CheckpointError, NnxError, UsageError, quoted
+from nnx_cli.errors import CheckpointError, NnxError, UsageError, nearest, nearest_file, quoted
 from nnx_cli.runs.load import ModelRef
 from nnx_cli.runs.manifest import read_verified_config
 from nnx_cli.runs.run import is_held, live_status, read_status
@@ -60,9 +60,11 @@ def find_folder(name: str) -> Path:
         if (kind := _kind_of_many(folder)) is not None:
             known = ", ".join(f"{name}/{run.name}" for run in runs_inside(folder)[:3])
             raise CheckpointError(f"{name!r} is a {kind}" + (f" of {known}, …" if known else ""), fix="nnx list --all")
+    places = [path.parent for depth in ("*", "*/*") for path in WEIGHTS.glob(f"{depth}/config.json")]
+    near = nearest(name, [place.relative_to(WEIGHTS).as_posix() for place in places]) or nearest_file(name)
     known = ", ".join(run.name for run in find_runs()[:5])
     raise CheckpointError(
-        f"there is no run or model {name!r}" + (f"; the newest are {known}" if known else ""),
+        f"there is no run or model {name!r}" + (near or (f"; the newest are {known}" if known else "")),
         fix="see the runs: nnx list",
     )
 

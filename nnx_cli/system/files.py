@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nnx_cli.errors import CheckpointError, NnxError, OutputError
+from nnx_cli.errors import CheckpointError, NnxError, OutputError, nearest_file
 from nnx_cli.system.signals import half_made
 from nnx_cli.system.text import well_formed
 
@@ -262,7 +262,8 @@ def open_regular(path: Path, error: type[NnxError] = CheckpointError, follow_lin
         descriptor = os.open(path, os.O_RDONLY | flags)
     except OSError as refusal:
         why = "it is a link" if path.is_symlink() and not follow_links else refusal.strerror
-        raise error(f"{path} cannot be read: {why}") from refusal
+        near = nearest_file(path) if isinstance(refusal, FileNotFoundError) else ""
+        raise error(f"{path} cannot be read: {why}{near}") from refusal
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise error(f"{path} cannot be read: it is no regular file")
@@ -283,8 +284,12 @@ def _check_size(file: BinaryIO, path: Path, max_bytes: int, error: type[NnxError
 
 
 def why_not_opened(error: OSError | ValueError) -> str:
-    """The system's words; or what Python does not ask it: a name with a NUL, or letters that it has no bytes for."""
-    return error.strerror or str(error) if isinstance(error, OSError) else "no file has such a name"
+    """The system's words, and the file that may be meant; or what Python does not ask it: a name with a NUL, or letters
+    that it has no bytes for."""
+    if not isinstance(error, OSError):
+        return "no file has such a name"
+    missing = isinstance(error, FileNotFoundError) and isinstance(error.filename, (str, os.PathLike))
+    return (error.strerror or str(error)) + (nearest_file(error.filename) if missing else "")
 
 
 def to_json(value: Any) -> bytes:

@@ -21,8 +21,8 @@ def plain(*words, command="train"):
         ("--patience=None --lr=None --watch=None", ""),
         ("--patience None --lr None", ""),
         ("--sample_prompt=None --max_time=20m", "--sample-prompt=None --max-time=20m"),
-        ("--dim=128.0 --max_steps 1e4 --n-layers=2.5", "--dim=128 --max-steps=10000 --n-layers=2.5"),
-        ("--lr=128.0 --seed=inf --max-steps=nan", "--lr=128.0 --seed=inf --max-steps=nan"),
+        ("--dim=128.0 --max_steps 1e4", "--dim=128 --max-steps=10000"),
+        ("--lr=128.0 --min-lr=inf --beta2 nan", "--lr=128.0 --min-lr=inf --beta2=nan"),
         ("--filepath=a=b.txt --out=", "--filepath=a=b.txt --out="),
         ("--out --watch=True --watch", "--out=--watch=True --watch"),  # the first is a name
         ("--wach=True -- --watch=True", "--wach=True -- --watch=True"),
@@ -57,7 +57,7 @@ def test_what_people_write_stays(name):
         ("--dry_run=", "--dry-run is ''"),
         ("--wach=True", "No such option: --wach; did you mean --watch?"),
         ("--n_layer=4", "did you mean --n-layers?"),
-        ("--n_layers=2.5", "valid integer"),
+        ("--n_layers=2.5", "--n-layers is '2.5'; it must be a whole number"),
     ],
 )
 def test_what_an_agent_got_wrong(refused, word, message):

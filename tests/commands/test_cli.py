@@ -1,18 +1,20 @@
 """What all commands share."""
 
 import errno
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
 from nnx_cli import __version__, commands, models
-from nnx_cli.cli import COMMANDS, app
+from nnx_cli.cli import COMMANDS, ELSEWHERE, _load, app
 from nnx_cli.commands._train_options import PANELS, PREPARING
 from nnx_cli.config import TrainConfig, own_fields
 from nnx_cli.errors import DataError, quoted
@@ -165,6 +167,76 @@ def test_a_command_is_one_file_and_one_line(nnx, tmp_path, monkeypatch):
 def test_words_that_mean_nothing(refused, words, message):
     result = refused(2, message, *words)
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_no_number_is_told_in_our_words(nnx, name):
+    command = _load(name)
+    kinds = inspect.unwrap(command.callback).__annotations__
+    for param in command.params:
+        kind = next((each for each in (int, float) if str(each.__name__) in str(kinds[param.name])), None)
+        if kind is not None and param.param_type_name == "option":
+            result = nnx(name, f"{param.opts[-1]}=hot")
+            wanted = "a whole number" if kind is int else "a number"
+            assert result.exit_code == 2 and f"{param.opts[-1]} is 'hot'; it must be {wanted}\n" in result.stderr
+            assert result.stderr.endswith(f"see: nnx {name} --help\n")
+
+
+@pytest.mark.parametrize("word", ["", "2.5", "1e30", "10k", "nan", "inf", "-", "0x10"])
+def test_what_is_no_whole_number(refused, word):
+    refused(2, f"--max-steps is {word!r}; it must be a whole number", "train", f"--max_steps={word}")
+
+
+@pytest.mark.parametrize(
+    ("words", "here"),
+    [
+        (["compare", "--max-time", "15s"], "--equal time --budget 15s"),
+        (["compare", "--models", "nyx,llama", "--max_time=2m"], "--equal time --budget 2m"),
+        (["compare", "--max-time"], "--equal time --budget 10m"),
+        (["compare", "--max-time", "--json"], "--equal time --budget 10m"),
+        (["compare", "--epochs", 2], "--budget 2M, a number of tokens"),
+        (["train", "--budget", "3m"], "--max-time 3m"),
+        (["train", "--max-new-tokens=50"], "--generate-length 50"),
+        (["bench", "--max-time", "15s"], "--seconds 30"),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_called_otherwise_here(refused, words, here):
+    option = next(word for word in words if word.startswith("--") and word != "--models").partition("=")[0]
+    refused(2, f"No such option: {option.replace('_', '-')}; in nnx {words[0]} it is {here}", *words)
+
+
+def test_what_is_called_otherwise_is_no_option_and_what_it_is_called_is_one():
+    for name, options in ELSEWHERE.items():
+        known = {spelling for param in _load(name).params for spelling in param.opts}
+        for option, here in options.items():
+            assert f"--{option}" not in known and {word for word in here.split() if word[0] == "-"} <= known
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["prepare", "mybok.txt"], "there is no mybok.txt; did you mean mybook.txt?"),
+        (["train", "--filepath", "texts/lettrs.txt"], f"did you mean {os.path.join('texts', 'letters.txt')}?"),
+        (["prepare", "mybook.txt", "--val", "mybook.tx"], "did you mean mybook.txt?"),
+        (["train", "--data", "text"], "there is no token folder text; did you mean texts?"),
+        (["train", "--config", "setings.toml"], "did you mean settings.toml?"),
+        (["train", "--model", "setting.py"], "did you mean settings.toml?"),
+        (["train", "--tokenizer", "gpt3"], "did you mean gpt2?"),
+        (["train", "--tokenizer", "./tokeniser.json"], f"did you mean {os.path.join('.', 'tokenizer.json')}?"),
+        (["compare", "--show", "rase.json"], "did you mean race.json?"),
+        (["import", "--model", "nyx", "nyx.ptt"], "did you mean nyx.pth?"),
+    ],
+    ids=str,
+)
+def test_a_missing_file_that_has_a_neighbour_of_almost_its_name(nnx, workspace, words, near):
+    Path("texts").mkdir()
+    files = ("mybook.txt", "texts/letters.txt", "settings.toml", "tokenizer.json", "race.json", "nyx.pth", ".mybok.txt~")
+    for name in files:
+        Path(name).write_text("a\n")
+    result = nnx(*words)
+    assert result.exit_code in (2, 3, 5) and near in result.stderr
+    assert "did you mean" not in nnx("prepare", "nothing/mybook.txt").stderr + nnx("prepare", "zebra").stderr
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,16 @@ def test_other_words_after_the_at_sign_are_usage_errors(run, spec):
 
 def test_an_unknown_name_tells_the_newest(run):
     with pytest.raises(CheckpointError, match="the newest are words") as error:
-        find_folder("word")
+        find_folder("zebra")
     assert "nnx list" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("word", "words"), ("wrods", "words"), (os.path.join("weights", "wordz"), "weights.words")]
+)
+def test_an_unknown_name_tells_the_nearest(run, name, near):
+    with pytest.raises(CheckpointError, match=f"did you mean {near}\\?"):
+        find_folder(name)
 
 
 def test_no_runs_at_all(workspace):
