@@ -112,7 +112,9 @@ def run(
     **options: Any,
 ) -> None:
     """Race architectures on your text: the same batches, one size, one budget, and which differences are more than
-    chance. The same command goes on with a race that was interrupted."""
+    chance. A search of each one's learning rate comes first, 3 or 4 short runs beside the budget; to do without it,
+    train them yourself (nnx train --lr) and compare the runs: --runs A B. The same command goes on with a race that was
+    interrupted."""
     if options["competitor"] is not None:
         _compete(options)
         return
@@ -348,9 +350,35 @@ def _tell(output: Output, race: Race) -> None:
         output.note(f"begun on that device, and going on on {here}: times are those of both")
     if record["state"] == "finished":
         output.note(f"{race.folder} is finished; another one: --out FOLDER")
-    elif done or record["learning_rate_search"]["time_s"]:
-        total = len(field.entrants) * field.config.seeds
-        output.note(f"going on with {race.folder}: {done} of {counted(total, 'run')} done")
+        return
+    tried = sum(len(rates) for rates in record["learning_rate_search"]["rates"].values())
+    if done or tried:
+        total = counted(len(field.entrants) * field.config.seeds, "run")
+        output.note(
+            f"going on with {race.folder}: {counted(tried, 'short run')} of the search and {done} of {total} done"
+        )
+    if words := _work_words(race):
+        output.note(words)
+
+
+def _work_words(race: Race) -> str:
+    """What is left to do and how long that takes; nothing where all is done."""
+    from nnx_cli.experiments.rate_search import FACTORS
+
+    entries = [race.entry(entrant) for entrant in race.racing]
+    searched = [entry["model"] for entry in entries if entry["lr"] is None]
+    n_runs = sum(len(race.seeds) - len(entry["runs"]) for entry in entries)
+    if not searched and not n_runs:
+        return ""
+    tokens_each = race.record["learning_rate_search"]["tokens_each"]
+    search = (
+        f"{len(FACTORS)} or {len(FACTORS) + 1} short runs of {tokens_each:,} tokens each to find the learning rate of "
+        f"{', '.join(searched)}; then "
+    )
+    return (
+        f"to do: {search if searched else ''}{counted(n_runs, 'run')}: about {duration(race.seconds()[1])} of training "
+        "in all, evaluation and saving on top"
+    )
 
 
 def _shape_row(name: str, entry: Mapping[str, Any]) -> tuple[str, str, str]:

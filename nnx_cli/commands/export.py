@@ -74,7 +74,10 @@ def run(
     for note in notes:
         output.note(note)
     output.show_json(receipt)
+    output.show(f"{receipt['out']}: {size(receipt['file_bytes'])}")
+    if suffix == ".html":
+        output.show(f"open it in a browser, here or elsewhere, without a network: {place.resolve().as_uri()}")
     output.show(
-        f"{receipt['out']}: {size(receipt['file_bytes'])}; largest difference of a logit "
-        f"{receipt['max_logit_difference']:.1e}, {receipt['same_greedy_tokens']} greedy tokens the same"
+        f"checked: read again, it writes the same {receipt['same_greedy_tokens']} tokens as the model; scores of "
+        f"tokens (logits) differ by {receipt['max_logit_difference']:.1e} at most"
     )

@@ -17,6 +17,7 @@ from nnx_cli.system.text import printable
 
 MANY_SECONDS = 30.0  # between lines of many runs where there is no terminal
 BAR_COLUMNS = 24
+JUMP = 0.01  # of what is done, that is no work but another reckoning
 ONE_LINE_COLUMNS = 79  # where lines can only be overwritten
 SHARE = 0.005  # of the time that drawing may take
 
@@ -174,6 +175,8 @@ class RunsView(_LiveView):
     def begins(self, what: str, done: float, share: float) -> None:
         """A run begins, where `done` of the whole is over, of which the run is `share`."""
         self.what, self.done, self.share = what, done, share
+        if share and abs(done - self.progress) > JUMP:
+            self.left = TimeLeft()
         self._move(0.0, what)
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
@@ -186,4 +189,4 @@ class RunsView(_LiveView):
         self.draw()
         if not self.block and time.monotonic() - self.last_line > MANY_SECONDS:
             self.last_line = time.monotonic()
-            self.output.note(f"{100 * self.progress:5.1f} %  {line}")
+            self.output.note("  ".join(filter(None, [f"{100 * self.progress:5.1f} %", line, self.left.words()])))

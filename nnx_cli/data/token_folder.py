@@ -124,8 +124,8 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, *, m
     mend = f"nnx prepare FILE --out {quoted(path)}"
     for split in SPLITS:
         if not (path / f"{split}.bin").is_file():
-            found = f"{path} holds no prepared tokens" if path.is_dir() else f"there is no token folder {path}{nearest_file(path)}"
-            raise DataError(found, fix=mend)
+            missing = f"there is no token folder {path}{nearest_file(path)}"
+            raise DataError(f"{path} holds no prepared tokens" if path.is_dir() else missing, fix=mend)
     if not os.path.lexists(path / "meta.json"):
         if os.path.lexists(path / "tokenizer.json"):  # nanoGPT writes none
             raise DataError(f"the token folder {path} is damaged: it has no meta.json", fix=f"remove it, then: {mend}")

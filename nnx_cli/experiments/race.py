@@ -151,10 +151,6 @@ class Race:
         self._take_over()
         self.racing = [entrant for entrant in field.entrants if self._may_race(entrant)]
         self.plans: dict[str, Plan] = {}
-        self.done_s = 0.0
-        self.total_s = sum(
-            SEARCHES * self._short_s(entrant) + len(self.seeds) * self._run_s(entrant) for entrant in self.racing
-        )
 
     def run(self) -> None:
         """Do what is not done yet: search the rates, then run seed after seed. Raises Stopped where it is to stop."""
@@ -236,7 +232,6 @@ class Race:
             folder = self.folder / SEARCH / entrant.name / f"{factor:g}"
             tokens = search["tokens_each"]
             tried.append({"factor": factor} | rate_search.try_rate(self.runner, entrant, rate, tokens, folder))
-            self.done_s += self._short_s(entrant)
             self._save()
 
     def race(self, entrant: Entrant, seed: int) -> None:
@@ -261,7 +256,6 @@ class Race:
             self._save()
             self.changed(self.record)
             self.view.note(told(entrant.name, result))
-        self.done_s += self._run_s(entrant)
         for places in plasticity.folders(folder, len(self.field.texts) or 1):
             for each in filter(None, places):
                 drop_weights(each, self.field.config.keep)
@@ -276,18 +270,51 @@ class Race:
     # how far it is
 
     def _announce(self, what: str, seconds: float) -> None:
-        done = min(1.0, self.done_s / self.total_s)
-        self.view.begins(what, done, min(seconds / self.total_s, 1.0 - done))
+        done_s, left_s = self.seconds()
+        done = done_s / (done_s + left_s or 1.0)
+        self.view.begins(what, done, min(seconds / (done_s + left_s or 1.0), 1.0 - done))
+
+    def seconds(self) -> tuple[float, float]:
+        """Of training that is over, and that is left, about; a run that was interrupted is left."""
+        done = left = 0.0
+        for entrant in self.racing:
+            entry, tried = self.entry(entrant), self.record["learning_rate_search"]["rates"].get(entrant.name, [])
+            n_short = len(tried) if entry["lr"] is not None else max(SEARCHES, len(tried))
+            n_runs = len(entry["runs"]) if entry["status"] == OUT_OF_MEMORY else len(self.seeds)
+            over = len(tried) * self._short_s(entrant) + len(entry["runs"]) * self._run_s(entrant)
+            done += over
+            left += n_short * self._short_s(entrant) + n_runs * self._run_s(entrant) - over
+        return done, left
 
     def _run_s(self, entrant: Entrant) -> float:
         """What a run takes on a device of this kind, about."""
         assert entrant.plan is not None
         n_runs = max(1, 2 * len(self.field.texts) - 1)
-        return n_runs * self.field.expected_tokens(entrant) / entrant.plan.tokens_per_s
+        if self.field.config.equal == "time":
+            return n_runs * self.field.config.amount()
+        planned_s = self.field.expected_tokens(entrant) / entrant.plan.tokens_per_s
+        return n_runs * planned_s * self._slowdown(entrant)
 
     def _short_s(self, entrant: Entrant) -> float:
+        return self._planned_short_s(entrant) * self._slowdown(entrant)
+
+    def _planned_short_s(self, entrant: Entrant) -> float:
         assert entrant.plan is not None
         return rate_search.tokens_each(self.field) / entrant.plan.tokens_per_s
+
+    def _slowdown(self, entrant: Entrant) -> float:
+        """How many times as long as planned short runs took, of a competitor or else of all; 1 before there are any."""
+        rates = self.record["learning_rate_search"]["rates"]
+        for some in ([entrant], self.racing):
+            whole = [
+                (tried["time_s"], self._planned_short_s(each))
+                for each in some
+                for tried in rates.get(each.name, [])
+                if tried["bits_per_byte"] is not None and tried["time_s"]
+            ]
+            if whole:
+                return sum(took for took, _ in whole) / sum(planned for _, planned in whole)
+        return 1.0
 
 
 def told(name: str, result: Mapping[str, Any]) -> str:

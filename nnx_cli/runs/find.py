@@ -61,7 +61,8 @@ def find_folder(name: str) -> Path:
             known = ", ".join(f"{name}/{run.name}" for run in runs_inside(folder)[:3])
             raise CheckpointError(f"{name!r} is a {kind}" + (f" of {known}, …" if known else ""), fix="nnx list --all")
     places = [path.parent for depth in ("*", "*/*") for path in WEIGHTS.glob(f"{depth}/config.json")]
-    near = nearest(name, [place.relative_to(WEIGHTS).as_posix() for place in places]) or nearest_file(name)
+    names = [place.relative_to(WEIGHTS).as_posix() for place in places]
+    near = nearest(name, [each for each in names if each[0] != "."]) or nearest_file(name)
     known = ", ".join(run.name for run in find_runs()[:5])
     raise CheckpointError(
         f"there is no run or model {name!r}" + (near or (f"; the newest are {known}" if known else "")),

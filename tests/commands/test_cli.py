@@ -231,7 +231,15 @@ def test_what_is_called_otherwise_is_no_option_and_what_it_is_called_is_one():
 )
 def test_a_missing_file_that_has_a_neighbour_of_almost_its_name(nnx, workspace, words, near):
     Path("texts").mkdir()
-    files = ("mybook.txt", "texts/letters.txt", "settings.toml", "tokenizer.json", "race.json", "nyx.pth", ".mybok.txt~")
+    files = (
+        "mybook.txt",
+        "texts/letters.txt",
+        "settings.toml",
+        "tokenizer.json",
+        "race.json",
+        "nyx.pth",
+        ".mybok.txt~",
+    )
     for name in files:
         Path(name).write_text("a\n")
     result = nnx(*words)

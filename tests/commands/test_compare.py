@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nnx_cli.experiments import rate_search
+from nnx_cli.experiments.one_run import Stopped
 from nnx_cli.experiments.race_file import read_race
 from nnx_cli.experiments.race_run import Runner
 from nnx_cli.runs.find import find_model
@@ -50,6 +51,11 @@ def race(raced, workspace):
 def test_what_a_race_shows(raced):
     folder, result = raced
     assert result.exit_code == 0
+    for words in (
+        "to do: 1 or 2 short runs of 2,560 tokens each to find the learning rate of",
+        "; then 4 runs: about ",
+    ):
+        assert words in " ".join(result.stderr.split()), words
     for words in ("llama, seed 2: finished at", " layers, ", " outside ", "2,560 tokens a run", "muon"):
         assert words in " ".join(result.stderr.split()), words
     for words in ("1 comparison, paired by seed", "within 2 %", "beside the budget", "race.json", "race.html", "±"):
@@ -74,6 +80,32 @@ def test_the_same_command_shows_a_finished_race(nnx, race, monkeypatch):
     assert not [*race.glob("*/model.safetensors"), *race.glob(".tmp-*")]
     result = nnx("sample", "race-words/llama-1")
     assert result.exit_code == 5 and "model.safetensors" in result.stderr
+
+
+def test_going_on_tells_what_is_over_and_what_is_left(nnx, race, monkeypatch):
+    def stops(*_, **__):
+        raise Stopped("interrupted at step 1")
+
+    record = json.loads((race / "race.json").read_text())
+    for competitor in record["competitors"]:
+        competitor["runs"] = competitor["runs"][: competitor["model"] == "llama"]
+        competitor["lr"] = competitor["lr"] if competitor["model"] == "llama" else None
+    record["learning_rate_search"]["rates"]["nyx"] = []
+    (race / "race.json").write_text(json.dumps(record | {"state": "interrupted"}))
+    monkeypatch.setattr(Runner, "train", stops)
+    result = nnx("compare", *SMALL, "--seeds", 2, "--data", "data/words")
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 130 and "race-words: 2 short runs of the search and 1 of 4 runs done" in said
+    assert "tokens each to find the learning rate of nyx; then 3 runs: about" in said
+    begun = next(line for line in result.stderr.splitlines() if "nyx, trying lr" in line)
+    assert 20 < float(begun.split()[0]) < 60, "the bar begins with what is over"
+
+
+def test_help_tells_of_the_search_and_how_to_do_without(nnx):
+    said = " ".join(nnx("compare", "--help").stdout.split())
+    assert (
+        "A search of each one's learning rate comes first" in said and "nnx train --lr" in said and "--runs A B" in said
+    )
 
 
 def test_other_settings_are_another_race(nnx, race):

@@ -239,8 +239,8 @@ def test_a_race_without_a_terminal_says_where_it_is_now_and_then(screen, monkeyp
     lines = screen().err.splitlines()
     assert lines[0] == "  0.0 %  llama, seed 0" and lines.count("over") == 4
     assert [line for line in lines[1:] if "%" in line] == [
-        " 37.5 %  llama, seed 1  loss 1.500",
-        " 87.5 %  llama, seed 3  loss 1.500",
+        " 37.5 %  llama, seed 1  loss 1.500  1 min 40 s left",
+        " 87.5 %  llama, seed 3  loss 1.500  20 s left",
     ]
 
 

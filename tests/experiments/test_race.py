@@ -168,6 +168,32 @@ def test_a_finished_race_does_nothing_again(undisturbed, tokens):
     assert watcher.told == [] and watcher.steps == 0
 
 
+def test_what_is_recorded_is_over_and_short_runs_tell_how_long_the_rest_takes(undisturbed, tokens, tmp_path):
+    field = enter(tokens)
+    blank = races.new_record(field, races.identity(field, {}))
+
+    def seconds(record, field=field):
+        return Race(field, tmp_path, copy.deepcopy(record), Watcher(), "nnx compare", lambda: False).seconds()
+
+    nothing, planned = seconds(blank)
+    assert nothing == 0 < planned
+    whole = sum(seconds(undisturbed[1]))
+    assert seconds(undisturbed[1]) == (pytest.approx(whole), pytest.approx(0, abs=1e-9))
+    tried = {"factor": 1.0, "lr": 0.01, "bits_per_byte": 2.0, "time_s": 50.0}
+    search = blank["learning_rate_search"] | {"rates": {"llama": [tried]}}
+    done, left = seconds(blank | {"learning_rate_search": search})
+    assert done == pytest.approx(50.0) and left > 3 * planned, "it is slow here"
+    search["rates"]["llama"] = [tried | {"bits_per_byte": None}]
+    assert sum(seconds(blank | {"learning_rate_search": search})) == pytest.approx(planned), (
+        "one that diverged ended soon"
+    )
+    timed = enter(tokens, equal="time", budget="30s")
+    record = races.new_record(timed, races.identity(timed, {}))
+    for competitor in record["competitors"]:
+        competitor["lr"] = 0.01
+    assert seconds(record, timed) == (0, pytest.approx(2 * 2 * 30))
+
+
 class Killed(BaseException):
     """Nothing is saved after it, as with SIGKILL."""
 

@@ -504,7 +504,12 @@ def test_the_command_writes_a_page_as_it_was_quantized(nnx, run, workspace, monk
     measured = json.loads(Path("weights/small/receipt.json").read_text())["after"]["bits_per_byte"]
     assert f"<dt>bits per byte</dt><dd>{measured:.4g}</dd>" in page
     assert "&lt;words&gt;" in page and "<words>" not in page and str(workspace) not in page
-    assert nnx("export", "words", "--format", "html", "--json").exit_code == 0
+    result = nnx("export", "words", "--format", "html")
+    assert result.exit_code == 0 and result.stdout.startswith("words.html: ")
+    assert f"open it in a browser, here or elsewhere, without a network: {Path('words.html').resolve().as_uri()}\n" in (
+        result.stdout
+    )
+    assert "checked: read again, it writes the same " in result.stdout
     page = Path("words.html").read_text(encoding="utf-8")
     assert "<dt>bits per byte, before rounding</dt>" in page and "int8" in page
 
