@@ -515,6 +515,15 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in flat.items()}
 
 
+KINDS_IN_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "list[str]": "text, or a list of texts",
+}
+
+
 def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """`values` of a file in the types of `fields`; raises UsageError for another name or a value of another type."""
     kinds = {field.name: field.type for field in fields}
@@ -535,6 +544,6 @@ def coerce(fields: Iterable[Field], values: Mapping[str, Any], origin: str) -> d
         else:
             fits = type(value).__name__ == kind
         if not fits:
-            raise UsageError(f"{origin}: {name} is {value!r}; it must be of type {kind}")
+            raise UsageError(f"{origin}: {name} is {value!r}; it must be {KINDS_IN_WORDS[kind]}")
         result[name] = value
     return result

@@ -258,7 +258,9 @@ def test_values_take_the_type_of_their_field():
     ids=str,
 )
 def test_values_of_another_type_are_refused(bad):
-    with pytest.raises(UsageError, match="must be of type"):
+    with pytest.raises(
+        UsageError, match="must be (a whole number|a number|text|text, or a list of texts|true or false)$"
+    ):
         coerce([*FIELDS, Field("log_to", "list[str]", None, "")], bad, "file")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from nnx_cli.commands._options import TEXTS
+from nnx_cli.config import KINDS_IN_WORDS
 from nnx_cli.errors import UsageError
 
 YES, NO = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
@@ -49,7 +50,7 @@ def _flag(option: Any, name: str, value: str) -> Sequence[str]:
     if value == "None":
         return []
     if value.lower() not in YES | NO:
-        raise UsageError(f"{name} is {value!r}; it must be true or false")
+        raise UsageError(f"{name} is {value!r}; it must be {KINDS_IN_WORDS['bool']}")
     is_on = (value.lower() in YES) == (name in option.opts)
     return (option.opts if is_on else option.secondary_opts)[:1]
 
@@ -70,6 +71,6 @@ def _number(name: str, value: str, annotation: Any, command: str) -> str:
             return str(int(number))
         (int if is_integer else float)(value)
     except ValueError as error:
-        kind = "a whole number" if is_integer else "a number"
+        kind = KINDS_IN_WORDS["int" if is_integer else "float"]
         raise UsageError(f"{name} is {value!r}; it must be {kind}", fix=f"see: nnx {command} --help") from error
     return value
