@@ -250,6 +250,7 @@ def _text(
     """The tokens that were named, or prepared from text."""
     from nnx_cli.commands.prepare import preparation_view
     from nnx_cli.planning.tokenizer import vocabularies_for
+    from nnx_cli.system.signals import half_made
     from nnx_cli.training.inputs import open_tokens, prepare_tokens
 
     preparing = PrepareConfig(**{name: values[name] for name in PREPARED_AS if name in values})
@@ -259,7 +260,7 @@ def _text(
         named = preparing.tokenizer if preparing.tokenizer != "auto" else None
     else:
         suited = vocabularies_for(target)
-        with preparation_view(output) as show:
+        with half_made(), preparation_view(output) as show:
             folder, new = prepare_tokens(options["filepath"] or [], preparing, None, show, options["out"], suited)
         made.append(new)
     return open_tokens(folder, None, named)

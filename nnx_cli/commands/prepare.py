@@ -13,7 +13,9 @@ from nnx_cli.commands._options import ROW_FIELDS, Branch, command, given, may_ha
 from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
-from nnx_cli.errors import UsageError, counted, quoted
+from nnx_cli.errors import Interrupted, UsageError, counted, quoted
+from nnx_cli.planning.size import SIZES_BY_BYTES
+from nnx_cli.system.signals import half_made
 from nnx_cli.system.text import size
 
 EXAMPLES = """Examples:
@@ -24,6 +26,8 @@ EXAMPLES = """Examples:
 
 MEMORY = f"{PrepareConfig.max_memory_bytes >> 20}MB"
 NAME_COLUMNS, LINE_CHARS = 17, 60  # of the first lines as tokens
+SUITS = "suits so much text; --size of train"
+SUITS_WITH_A_GPU = "suits so much text, given a GPU and time; without --size, train takes what this machine can"
 TOKEN_MARK = "·"  # between two of them
 BRANCHES = (
     Branch({"val_fraction"}, lambda v: v["val"] is None, "with --val: all of the other text is trained on"),
@@ -62,9 +66,9 @@ def run(
 
     output.note_reading(*sources, val)
     val_sources, suited = [val] if val else None, vocabularies_for()
-    if out is None:
-        out = default_folder(sources, config, val_sources, suited)
-    with preparation_view(output) as show:
+    with half_made(), preparation_view(output) as show:
+        if out is None:
+            out = default_folder(sources, config, val_sources, suited)
         result = prepare(sources, out, config, val_sources, show, suited)
     if result["xray"] is not None:
         result["xray"]["suggested_size"] = suited_size(result["xray"]["train_bytes"])
@@ -113,7 +117,7 @@ def _xray_rows(xray: Mapping[str, Any], vocab_size: int) -> list[tuple[str, str,
             "–" if bits is None else f"{bits:.2f}",
             "bits per byte; a model that learned more than it gets less" if bits is not None else "not of such text",
         ),
-        ("size", xray["suggested_size"], "suits so much text; --size of train"),
+        ("size", xray["suggested_size"], SUITS if xray["suggested_size"] == SIZES_BY_BYTES[0][1] else SUITS_WITH_A_GPU),
     ]
 
 
@@ -126,9 +130,18 @@ def _count(value: int | None) -> str:
 
 
 @contextmanager
+def _saying_what_is_kept() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped; nothing was kept", fix="the same command starts over") from error
+
+
+@contextmanager
 def preparation_view(output: Output) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A callback that shows how preparing goes."""
-    with Progress(output) as progress:
+    """A callback that shows how preparing goes. A signal that ends it leaves nothing behind, and that is said: raises
+    Interrupted."""
+    with _saying_what_is_kept(), Progress(output) as progress:
 
         def show(event: dict[str, Any]) -> None:
             if "note" in event:

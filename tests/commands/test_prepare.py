@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from nnx_cli.commands import prepare as prepare_command
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.planning import tokenizer
@@ -42,6 +43,28 @@ def test_words_for_people(nnx, text_file):
     assert result.exit_code == 0
     assert "tokens to train on" in result.stdout and "next: nnx train --data data" in result.stdout
     assert "of text, 1 document, " in result.stdout
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny", "xl"])
+def test_the_xray_says_what_a_large_size_needs(size):
+    xray = dict.fromkeys(("duplicate_share", "overlap_share", "compared", "n_compared", "odd_characters"))
+    xray |= {"documents": {"train": 1, "val": 1}, "odd_characters_named": {}, "vocabulary_used": 1.0}
+    xray |= {"ngram_bits_per_byte": None, "suggested_size": size}
+    name, value, remark = prepare_command._xray_rows(xray, 256)[-1]
+    assert (name, value) == ("size", size) and ("given a GPU and time" in remark) is (size != "nano")
+
+
+@pytest.mark.parametrize("phase", ["encode", "xray"])
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_ctrl_c_says_that_nothing_was_kept(nnx, text_file, workspace, monkeypatch, command, phase):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"nnx_cli.data.prepare.{'_encode' if phase == 'encode' else 'xray'}", stop)
+    before = sorted(workspace.rglob("*"))
+    result = nnx(command, "--filepath", text_file)
+    assert result.exit_code == 130 and sorted(workspace.rglob("*")) == before
+    assert "nnx: stopped; nothing was kept\n     the same command starts over\n" in result.stderr
 
 
 def test_it_ends_with_an_xray(nnx, text_file, workspace):

@@ -13,6 +13,7 @@ from importlib import resources, util
 import numpy as np
 
 from nnx_cli.data.tokenizers import gigatoken
+from nnx_cli.data.tokenizers._trainer import find_tokens
 from nnx_cli.data.tokenizers.base import END_OF_TEXT, N_BYTES, Tokenizer, end_of_text, utf8
 from nnx_cli.data.tokenizers.gigatoken import FastEncoder
 from nnx_cli.errors import DataError, MissingFeature, UsageError, quoted
@@ -214,14 +215,10 @@ def train(pieces: Iterable[str], vocab_size: int, pattern: str | None = None) ->
         raise UsageError(f"--vocab-size is {vocab_size}; bpe needs at least {N_BYTES + 1}: the bytes and end-of-text")
     if not is_installed():
         raise MissingFeature("training a vocabulary needs rustbpe", fix=INSTALL)
-    import rustbpe
-
     sample = spread(pieces, sample_chars(vocab_size))
     pattern = pattern or suited_pattern(sample)
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(sample), vocab_size - 1, buffer_size=64, pattern=pattern)
     # what a longer token is merged into is longer still, so that leaving them out leaves no gap in the merges
-    kept = [bytes(token) for token, _ in trainer.get_mergeable_ranks() if len(token) <= MAX_TOKEN_BYTES]
+    kept = [token for token in find_tokens(sample, vocab_size - 1, pattern) if len(token) <= MAX_TOKEN_BYTES]
     ranks = {token: rank for rank, token in enumerate(kept)}
     return BpeTokenizer(ranks, pattern, {END_OF_TEXT: len(ranks)}, len(ranks))
 
