@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperOption
 from nnx_cli import models
 from nnx_cli.commands._agent_words import plain_words
 from nnx_cli.commands._config_file import read_toml
-from nnx_cli.commands._options import MODEL_PANEL, OUTPUT_PANEL, at_home, option, shown_default
+from nnx_cli.commands._options import DEFAULT_MODEL, MODEL_PANEL, OUTPUT_PANEL, at_home, option, shown_default
 from nnx_cli.config import Field
 from nnx_cli.console.help import prepare_help
 from nnx_cli.errors import NnxError
@@ -66,8 +66,9 @@ class Command(TyperCommand):
         """Write the help of a copy of this command that has only what is to be shown."""
         shown = copy.copy(self)
         prepare_help(shown)
-        fields = fields_of(ctx.meta.get("nnx.model"))
-        shown.params = [_as_shown(p, fields) for p in self.params if _is_shown(p, fields)]
+        name = ctx.meta.get("nnx.model")
+        fields, sized = fields_of(name), models.sized_fields(name or DEFAULT_MODEL)
+        shown.params = [_as_shown(p, fields, sized) for p in self.params if _is_shown(p, fields)]
         TyperCommand.format_help(shown, ctx, formatter)
 
 
@@ -127,11 +128,12 @@ def _with_fields(command: Command, name: str) -> Command:
     return make_command(extended, command.name, command.epilog)
 
 
-def _as_shown(param: Any, fields: dict[str, Field]) -> Any:
+def _as_shown(param: Any, fields: dict[str, Field], sized: set[str]) -> Any:
     """A parameter without its negative spelling, which would take the width of a column; a field of an architecture
-    with its help and default there."""
+    with its help and default there, which is the size's own where that has one."""
     shown = copy.copy(param)
     shown.secondary_opts = []
     if _is_of_model(param):
-        shown.help, shown.show_default = fields[param.name].sentence, shown_default(fields[param.name])
+        default = "of the size" if param.name in sized else shown_default(fields[param.name])
+        shown.help, shown.show_default = fields[param.name].sentence, default
     return shown

@@ -17,6 +17,7 @@ from nnx_cli.models._file import (
     blaming,
     check_file,
     fields_of,
+    fields_of_sizes,
     is_file,
     load_file,
     read_source,
@@ -51,7 +52,16 @@ def config_fields(name: str) -> tuple[Field, ...]:
 
 def sizes(name: str) -> tuple[str, ...]:
     """Names of an architecture's sizes, smallest first, read from the source without importing it."""
-    return sizes_in(read_source(name) if is_file(name) else (FOLDER / f"{name}.py").read_bytes())
+    return sizes_in(_source(name))
+
+
+def sized_fields(name: str) -> set[str]:
+    """The fields that an architecture's sizes set, read from the source without importing it."""
+    return fields_of_sizes(_source(name))
+
+
+def _source(name: str) -> bytes:
+    return read_source(name) if is_file(name) else (FOLDER / f"{name}.py").read_bytes()
 
 
 def check_name(name: str) -> None:

@@ -82,12 +82,24 @@ def check_file(path: str) -> None:
 @cache
 def sizes_in(source: bytes) -> tuple[str, ...]:
     """The keys of `SIZES` in the source of an architecture."""
+    table = _table_of_sizes(source)
+    return () if table is None else tuple(str(ast.literal_eval(key)) for key in table.keys if key is not None)
+
+
+def fields_of_sizes(source: bytes) -> set[str]:
+    """The fields that sizes set in `SIZES` in the source of an architecture."""
+    table = _table_of_sizes(source)
+    shapes = [] if table is None else [shape for shape in table.values if isinstance(shape, ast.Call)]
+    return {str(keyword.arg) for shape in shapes for keyword in shape.keywords if keyword.arg is not None}
+
+
+def _table_of_sizes(source: bytes) -> ast.Dict | None:
     for node in ast.parse(source).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             if isinstance(target, ast.Name) and target.id == "SIZES" and isinstance(node.value, ast.Dict):
-                return tuple(str(ast.literal_eval(key)) for key in node.value.keys if key is not None)
-    return ()
+                return node.value
+    return None
 
 
 def load_file(path: str) -> ModuleType:

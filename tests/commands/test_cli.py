@@ -80,9 +80,19 @@ def test_fields_of_some_architectures_are_shown_beside_their_name(nnx, command):
             found = panels(nnx(command, *words).stdout)
             assert found["Model"] and set(found["Model"]) == set(fields), name
             assert set(found["Model"]) >= set(shared)
+    for option in ("--seq-len", "--dim", "--n-layers"):
+        assert f"{option} <int> of the size" in defaults(nnx(command, "--help").stdout)
+    assert "--vocab-size <int> of the size" not in defaults(nnx(command, "--help").stdout)
+    assert "--n-critics <int> of the size" in defaults(nnx(command, "--model", "tape", "--help").stdout)
     assert "default: (tape)" in nnx(command, "--model", "tape", "--help").stdout
     assert "--no-qk-norm" in nnx(command, "--model", "ngpt", "--help").stdout
     assert panels(nnx(command, "--help", "--model", "nobody").stdout)["Model"] == shared
+
+
+def defaults(shown):
+    """The options of a help with what stands in their brackets."""
+    text = " ".join(shown.replace("│", " ").split())
+    return "; ".join(" ".join(found) for found in re.findall(r"(--[\w-]+) (<\w+>)[^<]*?\[default: \(([^)]*)\)\]", text))
 
 
 @pytest.mark.parametrize("width", [80, 120])
