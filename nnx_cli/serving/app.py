@@ -34,7 +34,7 @@ def build_app(service: Service, access: Access) -> ASGIApp:
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
-        return JSONResponse(error_body(error.status, str(error)), error.status, error.headers)
+        return JSONResponse(error_body(error.status, str(error), error.param), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -102,7 +102,8 @@ async def _body(request: Request, kind: type[Body]) -> Body:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise Refused(422, f"{place}: {first['msg']}".removeprefix(": ")[:MOST_WORDS]) from error
+        said = f"{place}: {first['msg']}".removeprefix(": ")[:MOST_WORDS]
+        raise Refused(422, said, place.partition(".")[0][:MOST_WORDS] or None) from error
 
 
 def _messages(asked: ChatRequest) -> list[Message]:
@@ -110,7 +111,7 @@ def _messages(asked: ChatRequest) -> list[Message]:
     said = [Message(each.role, each.content.strip() or "-") for each in asked.messages]  # an answer may be empty
     checked = conversation([*said, Message("assistant", "-")])
     if isinstance(checked, BadRow):
-        raise Refused(422, f"messages: {checked}")
+        raise Refused(422, f"messages: {checked}", "messages")
     return [Message(each.role, each.content) for each in asked.messages]
 
 
@@ -119,8 +120,9 @@ def _job(
 ) -> Job:
     """What the engine is to do for a request. Raises Refused."""
     service.check_model(asked.model)
-    service.check_tokens(wanted)
-    service.check_prompts(prompts)
+    completes = isinstance(asked, ChatRequest) and asked.max_completion_tokens
+    service.check_tokens(wanted, "max_completion_tokens" if completes else "max_tokens")
+    service.check_prompts(prompts, "messages" if isinstance(asked, ChatRequest) else "prompt")
     config: SampleConfig = asked.config(wanted or min(usual, service.max_new_tokens))
     job = Job(prompts, config, lambda piece: None, asked.stops(), likeliest, bool(asked.return_tokens_as_token_ids))
     if job.n_answers > service.engine.queue + service.engine.n_rows:
@@ -135,7 +137,7 @@ async def _respond(service: Service, request: Request, asked: Sampling, job: Job
     try:
         service.engine.submit(job)
     except QueueFull:
-        raise Refused(429, "too many requests wait already; try again", {"retry-after": "1"}) from None
+        raise Refused(429, "too many requests wait already; try again", headers={"retry-after": "1"}) from None
     except Closed as error:
         raise Refused(503, str(error)) from None
     if asked.stream:

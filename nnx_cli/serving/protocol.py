@@ -22,11 +22,14 @@ Texts = StrictStr | list[StrictStr]
 
 
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """A request that is answered with an error; `param` is the field that is wrong, if it is one."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.param = param
         self.headers = headers
 
 
@@ -60,7 +63,7 @@ class Sampling(BaseModel):
         """The texts that an answer ends before. Raises Refused."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARS for stop in stops):
-            raise Refused(422, f"stop: up to {MOST_STOPS} texts of up to {MOST_STOP_CHARS:,} characters")
+            raise Refused(422, f"stop: up to {MOST_STOPS} texts of up to {MOST_STOP_CHARS:,} characters", "stop")
         return stops
 
     def config(self, default_tokens: int) -> SampleConfig:
@@ -108,14 +111,14 @@ class ChatRequest(Sampling):
     def n_likeliest(self) -> int | None:
         """Likeliest tokens that are told with every token; None where none are asked for. Raises Refused."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise Refused(422, "top_logprobs needs logprobs: true")
+            raise Refused(422, "top_logprobs needs logprobs: true", "top_logprobs")
         return self.top_logprobs or 0 if self.logprobs else None
 
 
-def error_body(status: int, message: str) -> dict[str, Any]:
-    """An error as clients of the protocol read it."""
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as clients of the protocol read it, with the field of the request that is wrong."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 @dataclass(frozen=True)

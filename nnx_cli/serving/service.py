@@ -41,20 +41,21 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise Refused where a request names another model."""
         if name is not None and name != self.name:
-            raise Refused(404, f"there is no model {name[:100]!r} here, but {self.name!r}")
+            raise Refused(404, f"there is no model {name[:100]!r} here, but {self.name!r}", "model")
 
-    def check_tokens(self, wanted: int | None) -> None:
-        """Raise Refused where an answer is to be longer than it may."""
+    def check_tokens(self, wanted: int | None, field: str) -> None:
+        """Raise Refused where an answer is to be longer than it may, as `field` of the request asks for."""
         if wanted is not None and wanted > self.max_new_tokens:
-            raise Refused(422, f"max_tokens is {wanted:,}; up to {self.max_new_tokens:,} are written")
+            raise Refused(422, f"{field} is {wanted:,}; up to {self.max_new_tokens:,} are written", field)
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise Refused where a prompt is longer than it may be, or there are too many."""
+    def check_prompts(self, prompts: Sequence[Sequence[int]], field: str) -> None:
+        """Raise Refused where a prompt, which `field` of the request holds, is longer than it may be, or there is
+        none."""
         if not prompts:
-            raise Refused(422, "prompt: there is none in the list")
+            raise Refused(422, "prompt: there is none in the list", field)
         longest = max(map(len, prompts))
         if longest > self.max_prompt_tokens:
-            raise Refused(413, f"a prompt has {longest:,} tokens; up to {self.max_prompt_tokens:,} are read")
+            raise Refused(413, f"a prompt has {longest:,} tokens; up to {self.max_prompt_tokens:,} are read", field)
 
     def prompts(self, asked: str | list[Any]) -> list[list[int]]:
         """The ids of the prompts of a request; what a text begins with, where one is empty. Raises Refused."""
@@ -66,10 +67,10 @@ class Service:
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str) and self.tokenizer is None and prompt:
-            raise Refused(422, "this model has no tokenizer: a prompt is a list of ids")
+            raise Refused(422, "this model has no tokenizer: a prompt is a list of ids", "prompt")
         vocab_size = self.engine.model.config.vocab_size
         if isinstance(prompt, list) and not all(0 <= token < vocab_size for token in prompt):
-            raise Refused(422, f"a prompt has ids that are not below {vocab_size:,}")
+            raise Refused(422, f"a prompt has ids that are not below {vocab_size:,}", "prompt")
         if isinstance(prompt, str) and self.tokenizer is not None:
             prompt = self.tokenizer.encode(prompt).tolist()
         return list(prompt) or list(self.start_ids)  # type: ignore[arg-type]  # ids by now

@@ -164,6 +164,7 @@ def test_what_is_refused(server, status, words, asked):
     answer = server.ask("/v1/completions", json.dumps({"max_tokens": 1} | asked).encode())
     assert answer.status == status, answer.body
     assert words in answer.json["error"]["message"] and len(answer.body) < 1000
+    assert answer.json["error"]["param"] == (None if words == "answers at once" else next(iter(asked)))
     assert not server.engine.working and not server.engine.waiting
 
 
@@ -312,6 +313,14 @@ def test_a_chat_is_what_the_template_makes_of_it(chat_server):
 def test_conversations_that_are_none(chat_server, words, messages):
     answer = chat_server.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
     assert answer.status == 422 and words in answer.json["error"]["message"], answer.body
+    assert answer.json["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_the_field_of_a_chat_that_is_wrong(chat_server, field):
+    asked = {"messages": [{"role": "user", "content": "a"}], field: 10**7}
+    error = chat_server.ask("/v1/chat/completions", asked).json["error"]
+    assert error["param"] == field and error["message"].startswith(f"{field} is 10,000,000")
 
 
 def test_chats_have_logprobs(chat_server):
