@@ -38,6 +38,7 @@ from nnx_cli.config import PrepareConfig, TrainConfig, check_range, own_fields
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
 from nnx_cli.errors import UsageError, counted
+from nnx_cli.system.text import duration
 
 if TYPE_CHECKING:
     from nnx_cli.evaluation.by_position import ByPosition
@@ -112,6 +113,19 @@ def run(
     output.show_json(product)
 
 
+def _announcement(network: LanguageModel, n_targets: int, source: str) -> str:
+    """What is going to be measured and how long that takes, about: two operations a parameter and token, at the speed
+    that is planned with."""
+    from nnx_cli.planning.rates import expected_mfu, nominal_flops
+    from nnx_cli.system.device import DTYPES
+
+    device, parameters = network.device, sum(p.numel() for p in network.parameters())
+    precision = next(name for name, dtype in DTYPES.items() if dtype == network.compute_dtype)
+    rate = nominal_flops(device, precision) * expected_mfu(device, network.config.dim)
+    seconds = 2 * parameters * n_targets / rate
+    return f"measuring {counted(n_targets, 'token')} of {source}: about {duration(max(1, seconds))} by nominal speed"
+
+
 def _losses(
     output: Output,
     ref: ModelRef,
@@ -129,6 +143,8 @@ def _losses(
     seq_len, accuracy = network.config.seq_len, Accuracy()
     documents = None if token_bytes is None else ByDocument(text.documents, token_bytes)
     watchers = [watcher.add for watcher in (accuracy, documents, positions) if watcher is not None]
+    if not output.live:  # where it is, a bar says it
+        output.note(_announcement(network, text.n_targets, source))
     with Progress(output) as progress:
         n_targets = max(1, text.n_targets)
         result = evaluate(

@@ -51,6 +51,16 @@ def test_text_in_any_encoding_and_said(nnx, run, workspace):
         assert tokens == (wanted if encoding != "cp500" else len(text.encode()) * 30 - 1)
 
 
+@pytest.mark.parametrize("words", [[], ["--filepath", "other.txt"]], ids=str)
+def test_it_says_beforehand_what_it_does_and_how_long(nnx, run, workspace, words):
+    (workspace / "other.txt").write_text("a cat and a dog\n" * 30)
+    shown = nnx("eval", *words)
+    tokens = json.loads(nnx("eval", *words, "--json").stdout)["tokens"]
+    source = "other.txt" if words else "the validation split"
+    assert f"measuring {tokens:,} tokens of {source}: about 1 s" in shown.stderr
+    assert nnx("eval", *words, "--quiet").stderr == ""
+
+
 def test_batches_do_not_matter(nnx, run):
     losses = [json.loads(nnx("eval", "--batch-size", n, "--json").stdout)["loss"] for n in (1, 7)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
