@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.console.output import Output
 from nnx_cli.errors import counted
+from nnx_cli.planning.size import FEW_TOKENS
 from nnx_cli.system.text import duration, listed, size
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class PlanTable:
         self.n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
         self.why_tokenizer = _why_tokenizer(request, base, tokens, self.n_parameters)
         self.outlook: Outlook = outlook(plan, tokens, device)
+        self.begins_anew = base is None
 
     def tell(self, output: Output) -> None:
         """The plan in a few lines of notes."""
@@ -46,6 +48,7 @@ class PlanTable:
         output.aligned(self._rows())
         for line in self._given_up():
             output.note(line)
+        self._warn(output)
 
     def show(self, output: Output) -> None:
         """The plan, then every value and where it comes from, as the product."""
@@ -66,6 +69,18 @@ class PlanTable:
             "such_runs_bits_per_byte": reached,
         }
         show_settings(output, values, sources, extra)
+        self._warn(output)
+
+    def _warn(self, output: Output) -> None:
+        """Say that a new model is so large that it is going to read too little, where there is a smaller size."""
+        name, size, seen = self.plan.model, self.plan.size, self.outlook.tokens / self.n_parameters
+        if not self.begins_anew or seen >= FEW_TOKENS or size not in models.sizes(name)[1:]:
+            return
+        smaller = "take a smaller --size" if self._source("size").startswith("derived") else "leave out --size"
+        output.warn(
+            f"size {size} is large for so short a run: {self.outlook.tokens:,} tokens for {self.n_parameters:,} "
+            f"parameters, {seen:.2g} each; {smaller}, or train longer: --max-time"
+        )
 
     def _source(self, name: str) -> str:
         """Where a value comes from."""

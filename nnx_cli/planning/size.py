@@ -5,6 +5,7 @@ Here and not in the plan, which needs torch: preparing a text does not.
 
 from __future__ import annotations
 
+FEW_TOKENS = 0.25  # that a parameter sees, below which a smaller size learns more in the time: tests/bench/horizon.md
 PARAMETERS_PER_BYTE = 12  # of training text, up to which a larger size was better: tests/bench/horizon.md, of `tiny`
 # bytes of training text from which on each size has no more than that
 SIZES_BY_BYTES = (
