@@ -97,7 +97,7 @@ class TrainConfig:
     weight_precision: str = "auto"  # type of stored matrices: auto, fp32, bf16 (less memory; rounded at random)
     compile: str = "auto"  # use torch.compile and CUDA graphs: auto (if faster), on, graph (no compiler), off
     activation_checkpointing: str = "auto"  # run blocks again in the backward pass: auto (if they must), on, half, off
-    vram: str | None = None  # memory to plan for and stay within, such as 8GB
+    vram: str | None = None  # cap on the memory of this machine's device, such as 8GB; 1 GiB of it is kept free
     parallel: str = "auto"  # on several GPUs: auto, ddp (each holds the model), fsdp (each a part of it)
     threads: int | None = None  # CPU threads
     val_every: int | None = None  # steps between validations

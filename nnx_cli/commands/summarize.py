@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,9 +25,9 @@ from nnx_cli.commands._options import (
     settings,
 )
 from nnx_cli.commands._ranks import how_many
-from nnx_cli.config import TrainConfig, check_choice, check_range
+from nnx_cli.config import TrainConfig, check_choice, check_range, own_fields
 from nnx_cli.console.output import Output
-from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError, quoted
+from nnx_cli.errors import DoesNotFit, MissingFeature, UsageError, counted, quoted
 from nnx_cli.system.text import size
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ BRANCHES = (
     Branch({"model"}, lambda v: not v["all"], "with --all, which shows every architecture"),
     Branch({"parallel"}, lambda v: _count(v["gpus"]) > 1, "on one GPU", "add --gpus 2"),
 )
+OF_A_GPU = "memory of a GPU, here or not, such as 8GB; 1 GiB of it is kept for the driver and the screen"
+OF_ANY_GPU = [replace(field, help=OF_A_GPU) if field.name == "vram" else field for field in own_fields(TrainConfig)]
 WAITING = "counting operations and memory (loading PyTorch takes some seconds)"
 
 
-@command(*model_options(), *settings(TrainConfig, only=SETTINGS), branches=BRANCHES)
+@command(*model_options(), *settings(OF_ANY_GPU, only=SETTINGS), branches=BRANCHES)
 def run(
     output: Output,
     ref: Annotated[
@@ -107,19 +110,26 @@ def run(
     with output.spinner(WAITING):
         from nnx_cli.planning.fit import SMALLER
         from nnx_cli.planning.summary import summary
+        from nnx_cli.system.device import budget_words, check_cap
 
         facts = summary(name, label, config, train, whole=output.json, n_gpus=n_gpus)
+    fits = facts["fits"]
+    room = budget_words(fits["budget_bytes"], train.vram_bytes)
     output.show_json(facts)
     show_layers(output, name, config)
-    show_facts(output, facts)
-    fits = facts["fits"]
+    show_facts(output, facts, train, room)
     if not fits["fits"] and (train.vram or train.batch_size):
-        enough = f"--batch-size {fits['largest']} would" if fits["largest"] else "not even one sequence does"
-        raise DoesNotFit(
-            f"a batch of {fits['batch_size']} takes {fits['predicted_peak_bytes'] / 2**30:.2f} GiB "
-            f"and does not fit in {fits['budget_bytes'] / 2**30:.2f} GiB; {enough}",
-            fix=see_all(train) if ref is not None and fits["advice"] == SMALLER else fits["advice"],
-        )
+        check_cap(train.vram_bytes)
+        _refuse(fits, room, see_all(train) if ref is not None and fits["advice"] == SMALLER else fits["advice"])
+
+
+def _refuse(fits: dict[str, Any], room: str, fix: str) -> None:
+    """Raise DoesNotFit for a batch that takes more than the `room` there is."""
+    enough = f"--batch-size {fits['largest']} would" if fits["largest"] else "not even one sequence does"
+    if not fits["largest"] and fits["batch_size"] > 1:
+        enough += f", which takes {fits['one_sequence_bytes'] / 2**30:.2f} GiB"
+    peak = f"{fits['predicted_peak_bytes'] / 2**30:.2f} GiB"
+    raise DoesNotFit(f"a batch of {fits['batch_size']} takes {peak} and does not fit in {room}; {enough}", fix=fix)
 
 
 def _count(gpus: str) -> int:
@@ -214,36 +224,40 @@ def shape_text(shape: Any) -> str:
     return " x ".join(str(n) for n in shape) if shape and all(isinstance(n, int) for n in shape) else ""
 
 
-def show_facts(output: Output, facts: dict[str, Any]) -> None:
-    """One model's numbers."""
+def show_facts(output: Output, facts: dict[str, Any], train: TrainConfig, room: str) -> None:
+    """One model's numbers, trained as `train` has it in the `room` there is."""
     parameters, memory, flops = facts["parameters"], facts["memory"], facts["flops_per_token"]
     files = ", ".join(f"{kind} {size(n)}" for kind, n in facts["file_bytes"].items())
     gpus = [gb for gb, trains in facts["trains_in_gb"].items() if trains]
     trained = facts.get("per_gpu") or {None: facts}
     kind = f"{facts['gpus']} GPUs" if "gpus" in facts else "GPUs"
+    at_once = f", {counted(train.batch_size or 1, 'sequence')} at once"
+    adapters = f"; {parameters['trainable']:,} of them are trained" if train.lora_rank is not None else ""
     output.show(
         f"{facts['model']} {facts['size'] or 'of your shape'}: {parameters['total']:,} parameters "
-        f"({parameters['embedding']:,} in the embedding)",
+        f"({parameters['embedding']:,} in the embedding){adapters}",
         f"forward {flops['forward'] / 1e6:,.1f} MFLOP a token, training {flops['train'] / 1e6:,.1f}",
-        *(line for kind, how in trained.items() for line in training_lines(how, facts["seq_len"], kind)),
+        *(line for kind, how in trained.items() for line in training_lines(how, facts["seq_len"], kind, room)),
         *([f"--parallel auto is {facts['parallel']}"] if len(trained) > 1 else []),
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
         f"file: {files}",
-        f"trains on {kind} with {', '.join(gpus)} GB" if gpus else f"trains on no {kind} of up to 24 GB",
+        (f"trains on {kind} with {', '.join(gpus)} GB" if gpus else f"trains on no {kind} of up to 24 GB") + at_once,
     )
 
 
-def training_lines(facts: dict[str, Any], seq_len: int, parallel: str | None) -> list[str]:
+def training_lines(facts: dict[str, Any], seq_len: int, parallel: str | None, room: str) -> list[str]:
     """Memory of training on a GPU, of several where `parallel` says in which way, and what is given up for that."""
     memory, fits = facts["memory"], facts["fits"]
     parts = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "activations": "activations"}
     parts |= {"buckets": "gradients on their way", "gathered": "gathered blocks"} if parallel else {}
     shown = ", ".join(f"{text} {size(memory[f'{part}_bytes'])}" for part, text in parts.items())
+    rest = memory["peak_bytes"] - sum(memory[f"{part}_bytes"] for part in parts)
+    shown += f", working memory {size(rest)}" if rest > 0 else ""
     how = f"{parallel}, on each GPU" if parallel else "training"
     verdict = "fits" if fits["fits"] else "does not fit"
     return [
         f"{how} with {fits['batch_size']} x {seq_len} tokens at once: {shown}; "
-        f"peak about {size(memory['peak_bytes'])}, {verdict} in {size(fits['budget_bytes'])}",
+        f"peak about {size(memory['peak_bytes'])}, {verdict} in {room}",
         *(f"  {text}" for text in fits["gives_up"]),
     ]
 

@@ -222,6 +222,9 @@ def _prepare_and_train(
     """Prepare what has to be prepared, plan, and train. `made` has the folders that were made for a run that does not
     exist yet, `devices` are those of all ranks, where there are several."""
     check_named(request)
+    from nnx_cli.system.device import pick_device
+
+    pick_device(request.train.device)  # before all that takes a while
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.run import refuse_taken
     from nnx_cli.trackers._tracker import check_installed
@@ -316,6 +319,7 @@ def token_folder(
 ) -> tuple[Path, list[Path]]:
     """The tokens that were named, or prepared from text now or before, and the folders that were made for them now."""
     from nnx_cli.commands.prepare import preparation_view
+    from nnx_cli.system.signals import half_made
     from nnx_cli.training.inputs import model_vocabularies, prepare_tokens
 
     if request.data is not None:
@@ -324,7 +328,7 @@ def token_folder(
     if base is None and request.prepare.tokenizer in ("auto", "bpe"):
         with output.spinner(PLANNING):
             vocabularies = model_vocabularies(shape, request.train, device, precision)
-    with preparation_view(output) as show:
+    with half_made(), preparation_view(output) as show:
         return prepare_tokens(request.filepath, request.prepare, base, show, request.out, vocabularies)
 
 

@@ -35,7 +35,7 @@ from nnx_cli.planning.parallel import RankDevice, common_budget, per_gpu
 from nnx_cli.planning.recipe import default_tokens_per_step
 from nnx_cli.planning.settings import Derived
 from nnx_cli.planning.shapes import ShapeCache
-from nnx_cli.system.device import memory_budget
+from nnx_cli.system.device import budget_words, check_cap, memory_budget
 from nnx_cli.system.hardware import Hardware
 from nnx_cli.system.torch_private import DispatchMode
 
@@ -327,7 +327,8 @@ def strongest(train: TrainConfig, n_gpus: int) -> TrainConfig:
 
 
 def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) -> str:
-    """What would help training that does not fit, in a few words that can be typed."""
+    """What would help training that does not fit, in a few words that can be typed: with the batch that was asked for,
+    or the largest that there is room for then."""
     if largest:
         return f"take --batch-size {largest}"
     set_by_hand = {saver.field: saver.value for saver in MEMORY_SAVERS}  # the strongest of each
@@ -336,14 +337,23 @@ def advice(predictor: Predictor, train: TrainConfig, budget: int, largest: int) 
     given = {field for field, last in set_by_hand.items() if getattr(train, field) not in ("auto", last)}
     auto: dict[str, Any] = dict.fromkeys(given, "auto")
     freed = replace(train, **auto)
-    if given and first_that_fits(predictor, freed, 1, budget)[2]:
-        return "leave out " + " and ".join("--" + field.replace("_", "-") for field in sorted(given))
+    if given and (found := first_that_fits(predictor, freed, 1, budget))[2]:
+        left_out = " and ".join("--" + field.replace("_", "-") for field in sorted(given))
+        return f"{_batch_first(predictor, found[0], train, budget)}leave out {left_out}"
     if predictor.n_gpus > 1 and may_be_divided(train):
         return MORE_GPUS
     last = replace(strongest(freed, predictor.n_gpus), optimizer_in_backward=True, grad_accum=1, batch_size=None)
     if not train.optimizer_in_backward and predictor.peak(last, 1) <= budget:
-        return "add --optimizer-in-backward, which has no accumulation and no clipping by the norm of all gradients"
+        first = _batch_first(predictor, last, train, budget)
+        return f"{first}add --optimizer-in-backward: no accumulation, no clipping by the norm of all gradients"
     return SMALLER
+
+
+def _batch_first(predictor: Predictor, helped: TrainConfig, train: TrainConfig, budget: int) -> str:
+    """Words for the smaller batch that is needed although `helped` saves memory; none where what was asked for fits."""
+    asked = train.batch_size or 1
+    largest = predictor.largest(helped, budget, asked, fitting=1)
+    return f"take --batch-size {largest} and " if largest < asked else ""
 
 
 @dataclass(frozen=True)
@@ -373,6 +383,7 @@ def fit_memory(
     """
     T, B, A, N = config.seq_len, train.batch_size, train.grad_accum, train.tokens_per_step
     check_batch_shape(train, T)
+    check_cap(train.vram_bytes)
     default = N or default_tokens_per_step(meta_model(name, config), device)
     if train.optimizer_in_backward:
         A = 1
@@ -411,9 +422,11 @@ def _refuse(predictor: Predictor, train: TrainConfig, chosen: TrainConfig, rows:
     """Raise DoesNotFit for micro-batches of `rows`, with what would help."""
     largest = predictor.largest(chosen, budget, rows)
     enough = f"a batch of {largest} would fit" if largest else "not even one sequence fits"
+    if not largest and rows > 1:
+        enough += f", which needs {predictor.peak(chosen, 1) / GIB:.2f} GiB"
     raise DoesNotFit(
-        f"--batch-size {rows} needs about {predictor.peak(chosen, rows) / GIB:.2f} GiB of {budget / GIB:.2f} GiB; "
-        f"{enough}",
+        f"--batch-size {rows} needs about {predictor.peak(chosen, rows) / GIB:.2f} GiB "
+        f"of {budget_words(budget, train.vram_bytes)}; {enough}",
         fix=advice(predictor, train, budget, largest),
     )
 

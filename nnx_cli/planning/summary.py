@@ -38,7 +38,7 @@ def summary(
     rows_per_step = max(1, tokens_per_step // config.seq_len)
     preferred, budget = preferred_optimizer(name, train.lora_rank), memory_budget(device, train.vram_bytes)
     chosen, fits = _fitting(predictor, train, preferred, budget, rows_per_step, whole)
-    smallest = strongest(train, n_gpus)
+    smallest, asked = strongest(train, n_gpus), train.batch_size or 1
     facts: dict[str, Any] = {
         "model": models.stem(name),
         "size": label,
@@ -50,7 +50,7 @@ def summary(
         "cache_bytes_per_token": cache,
         "file_bytes": file_bytes(model),
         "fits": fits,
-        "trains_in_gb": {str(gb): predictor.fits(smallest, 1, memory_budget(device, gb * 2**30)) for gb in GPUS_GB},
+        "trains_in_gb": {str(gb): predictor.fits(smallest, asked, memory_budget(device, gb * 2**30)) for gb in GPUS_GB},
     }
     if n_gpus > 1:
         facts |= {"gpus": n_gpus, "parallel": chosen.parallel, "per_gpu": {}}
@@ -86,6 +86,7 @@ def _fitting(
         "optimizer": chosen.optimizer,
         "weight_precision": chosen.weight_precision,
         "predicted_peak_bytes": predictor.peak(chosen, rows),
+        "one_sequence_bytes": None if fits else predictor.peak(chosen, 1),
         "gives_up": [saver.text for saver in savers],
         "advice": None if fits else advice(predictor, train, budget, largest or 0),
     }

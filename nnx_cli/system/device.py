@@ -10,10 +10,12 @@ import torch
 from nnx_cli.config import check_choice, check_device
 from nnx_cli.errors import DoesNotFit, MissingFeature, counted
 from nnx_cli.system.machine import cpu_model, machine_memory_bytes, peak_rss_bytes, reset_peak_rss
+from nnx_cli.system.text import size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK_STRIDE = 2**61 - 1  # a prime: no two ranks come upon one number in the steps of a run
 RESERVE_BYTES = int(0.75 * 2**30)  # of a GPU: context and desktop, left outside the allocator
+KEPT_FREE_BYTES = 2**30  # of --vram: those, and what the allocator loses to gaps
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,7 +34,10 @@ def pick_device(name: str) -> torch.device:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
-        raise MissingFeature(f"there is no device {name} here", fix="see what is there: nnx doctor")
+        raise MissingFeature(
+            f"there is no device {name} here",
+            fix="see what is there: nnx doctor; what fits on a GPU that is not: nnx summarize --vram 8GB",
+        )
     if kind == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
     if kind == "mps" and not torch.backends.mps.is_available():
@@ -89,19 +94,34 @@ def set_deterministic() -> None:
 
 def limit_memory(device: torch.device, vram_bytes: int | None) -> None:
     """Keep this process within `vram_bytes` of a GPU, less what lies outside the allocator. A CPU has no such
-    limit."""
+    limit. Raises DoesNotFit for a cap of which nothing is left."""
+    check_cap(vram_bytes)
     if vram_bytes is None or device.type != "cuda":
         return
-    if vram_bytes <= RESERVE_BYTES:
-        raise DoesNotFit(f"--vram {vram_bytes / 2**30:g}GB leaves nothing after the 0.75 GiB a GPU keeps for itself")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (vram_bytes - RESERVE_BYTES) / total), device)
+
+
+def check_cap(vram_bytes: int | None) -> None:
+    """Raise DoesNotFit for a --vram of which nothing is left to plan for."""
+    if vram_bytes is not None and vram_bytes <= KEPT_FREE_BYTES:
+        raise DoesNotFit(
+            f"--vram is {size(vram_bytes)}, of which 1 GiB is kept for the driver and the screen: "
+            "nothing is left to train in",
+            fix="name more than that, such as --vram 2GB",
+        )
+
+
+def budget_words(budget: int, vram_bytes: int | None) -> str:
+    """Bytes to plan for in words, with what a cap leaves free."""
+    of_cap = "" if vram_bytes is None else f" (--vram {size(vram_bytes)} less 1 GiB for the driver and the screen)"
+    return f"{budget / 2**30:.2f} GiB{of_cap}"
 
 
 def memory_budget(device: torch.device, vram_bytes: int | None) -> int:
     """Bytes to plan for: `--vram` less 1 GiB, or what is free on the GPU, or half of the machine's memory."""
     if vram_bytes is not None:
-        return max(0, vram_bytes - 2**30)
+        return max(0, vram_bytes - KEPT_FREE_BYTES)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.95)
     return machine_memory_bytes() // 2

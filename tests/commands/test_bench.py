@@ -33,7 +33,7 @@ def test_nothing_fits(nnx, monkeypatch):
     from nnx_cli.experiments import benchmark as bench
 
     monkeypatch.setattr(bench, "decoding", lambda case, *rest: case.row("decoding", problem="out of memory"))
-    result = nnx(*QUICK, "--batch-size", 64, "--vram", "1GB")
+    result = nnx(*QUICK, "--batch-size", 64, "--vram", "1.001GB")
     assert result.exit_code == 4 and "--batch-size 64 needs" in result.stderr and "does not fit" in result.stdout
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -77,6 +78,57 @@ def test_it_says_when_training_does_not_fit(nnx):
     assert result.exit_code == 4 and "take --batch-size" in result.stderr
     result = nnx("summarize", "--model", "llama", "--size", "xl", "--vram", "8GB", "--weight-precision", "fp32")
     assert result.exit_code == 4 and "leave out --weight-precision" in result.stderr
+
+
+def test_a_named_batch_counts_in_every_line(nnx):
+    words = ["summarize", "--model", "llama", "--size", "xl", "--batch-size"]
+    many, one = (nnx(*words, n, "--vram", "8GB", "--seq-len", 2048) for n in (16, 1))
+    assert "take a smaller" not in many.stderr and "take --batch-size" in many.stderr
+    assert "16 sequences at once" in many.stdout and "1 sequence at once" in one.stdout
+    assert gpus_of(many) < gpus_of(one)
+    refused = nnx(*words, 16, "--vram", "7GB", "--seq-len", 4096)
+    assert refused.exit_code == 4 and "not even one sequence does, which takes 6." in refused.stderr
+    assert "take --batch-size 3 and add --optimizer-in-backward" in refused.stderr
+
+
+def gpus_of(result):
+    found = re.search(r"trains on GPUs with (.*) GB", result.stdout)
+    return set(found[1].split(", ")) if found else set()
+
+
+@pytest.mark.parametrize("size", ["nano", "small", "xl"])
+def test_the_parts_of_memory_add_up(nnx, size):
+    shown = nnx("summarize", "--model", "llama", "--size", size, "--batch-size", 4).stdout
+    line = next(line for line in shown.splitlines() if line.startswith("training with"))
+    amounts = [float(n) * UNITS[unit] for n, unit in re.findall(r"([\d.]+) ([KMG]iB)", line)]
+    *parts, peak, _ = amounts
+    assert len(parts) == 5 and sum(parts) == pytest.approx(peak, rel=0.02)
+
+
+UNITS = {"KiB": 1 / 2**20, "MiB": 1 / 2**10, "GiB": 1}
+
+
+@pytest.mark.parametrize("vram", ["500MB", "1GB", "900KB", "0.75GiB"])
+def test_a_cap_within_what_is_kept_free_is_refused_as_such(nnx, refused, vram, text_file):
+    words = "1 GiB is kept for the driver and the screen"
+    refused(4, words, "summarize", "--model", "llama", "--size", "nano", "--vram", vram)
+    refused(4, words, "train", "--filepath", text_file, "--size", "nano", "--max-steps", 1, "--vram", vram)
+    assert nnx("summarize", "--all", "--size", "nano", "--vram", vram).exit_code == 0
+
+
+def test_what_is_kept_free_is_said(nnx, refused, text_file):
+    shown = nnx("summarize", "--model", "llama", "--size", "nano", "--vram", "8GB").stdout
+    assert "fits in 7.00 GiB (--vram 8.00 GiB less 1 GiB for the driver and the screen)" in shown
+    refused(
+        4, "less 1 GiB for", "train", "--filepath", text_file, "--size", "nano", "--max-steps", 1, "--vram", "1.001GB"
+    )
+    assert "--vram" not in nnx("summarize", "--model", "llama", "--size", "nano").stdout
+
+
+def test_trained_parameters_of_adapters_are_said(nnx):
+    words = ["summarize", "--model", "llama", "--size", "nano", "--lora-rank", 8]
+    trained = json.loads(nnx(*words, "--json").stdout)["parameters"]["trainable"]
+    assert f"; {trained:,} of them are trained" in nnx(*words).stdout
 
 
 def fits(nnx, *words):

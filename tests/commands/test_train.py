@@ -226,6 +226,24 @@ def test_the_plan_says_what_such_runs_reached(nnx, workspace, size, epochs, best
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "tiny", "--max-steps", 2], "leave out --size"),
+        (["--size", "base", "--epochs", 1], "leave out --size"),
+        (["--size", "small", "--max-time", "1s"], "leave out --size"),
+        (["--size", "nano", "--max-steps", 2], None),
+        (["--size", "tiny", "--max-steps", 20_000], None),
+        ([*FIRST], None),
+    ],
+    ids=str,
+)
+def test_the_plan_warns_of_a_model_that_reads_too_little(nnx, data, words, said):
+    planned = nnx("train", "--data", data, *words, "--dry-run", "--device", "cpu", "--quiet")
+    assert planned.exit_code == 0
+    assert ("is large for so short a run" in planned.stderr) is (said is not None) and (said or "") in planned.stderr
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         ([], "text below 2 MB"),
@@ -476,15 +494,20 @@ def test_text_and_tokens_are_one_too_many(refused, data, text_file):
     refused(2, "give one", "train", "--filepath", text_file, "--data", data)
 
 
-def test_a_device_that_is_not_there(refused, data):
+def test_a_device_that_is_not_there(refused, data, text_file, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     refused(7, "no device cuda", "train", "--data", data, "--device", "cuda")
+    said = refused(7, "no device cuda:1", "train", "--data", data, "--device", "cuda:1").stderr
+    assert "nnx summarize --vram 8GB" in said
+    for name in ("prepare_tokens", "open_and_plan", "model_vocabularies"):
+        monkeypatch.setattr(f"nnx_cli.training.inputs.{name}", lambda *_, **__: pytest.fail("slow work first"))
+    refused(7, "no device cuda", "train", "--filepath", text_file, "--device", "cuda")
 
 
 def test_what_does_not_fit_is_refused(refused, data, text_file):
-    refused(4, "not even one sequence fits", "train", "--data", data, *FIRST, "--vram", "1GB")
-    refused(4, "not even one sequence fits", "train", "--filepath", text_file, *FIRST, "--vram", "1GB")
+    refused(4, "not even one sequence fits", "train", "--data", data, *FIRST, "--vram", "1.0001GB")
+    refused(4, "not even one sequence fits", "train", "--filepath", text_file, *FIRST, "--vram", "1.0001GB")
 
 
 @pytest.mark.parametrize("content", [None, "lr = ", "speed = 3", 'lr = "x"'])

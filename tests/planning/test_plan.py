@@ -74,7 +74,7 @@ def test_settings_that_disagree_are_refused(given, message):
 
 def test_what_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(DoesNotFit, match="not even one sequence fits") as error:
-        plan(max_steps=5, vram="1GB")
+        plan(max_steps=5, vram="1.0001GB")
     assert "smaller --size" in error.value.fix
     with pytest.raises(DoesNotFit, match="a batch of [0-9]+ would fit") as error:
         plan(max_steps=5, batch_size=10**7)

@@ -34,4 +34,4 @@ def main() -> None:
     asked = json.loads(sys.stdin.buffer.read())
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(asked["sample"]), asked["n_tokens"], buffer_size=BUFFER, pattern=asked["pattern"])
-    print(json.dumps([bytes(token).hex() for token, _ in trainer.get_mergeable_ranks()]))
+    json.dump([bytes(token).hex() for token, _ in trainer.get_mergeable_ranks()], sys.stdout)
