@@ -122,9 +122,9 @@ def test_loss_beyond_the_trained_length(nnx, run):
 
 PLACES = "        self.places = nn.Embedding(config.seq_len, config.dim)\n        self.blocks ="
 LEARNED = {  # three ways to have a position for every token of the trained length, and none beyond it
-    "IndexError": "x = x + self.places(torch.arange(x.shape[1], device=x.device))",
-    "RuntimeError": "x = x + self.places.weight[: x.shape[1]]",
-    "AssertionError": "assert x.shape[1] <= config.seq_len, 'too long'",
+    "IndexError": "x = x + self.places(torch.arange(first, first + x.shape[1], device=x.device))",
+    "RuntimeError": "x = x + self.places.weight[first : first + x.shape[1]]",
+    "AssertionError": "assert first + x.shape[1] <= config.seq_len, 'too long'",
 }
 
 
@@ -136,9 +136,9 @@ def test_a_model_with_learned_positions_says_so(nnx, workspace, text_file, error
         .replace("from torch import", "import torch\nfrom torch import")
     )
     source = source.replace("        self.blocks =", PLACES, 1)
-    source = source.replace(
-        "        for block in self.blocks:\n", f"        {line}\n        for block in self.blocks:\n", 1
-    )
+    first = "        first = 0 if cache is None else int(cache.lengths[0])\n"
+    loop = "        for block in self.blocks:\n"
+    source = source.replace(loop, f"{first}        {line}\n{loop}", 1)
     Path("mine.py").write_text(source, encoding="utf-8")
     shape = ["--dim", 32, "--n-layers", 1, "--n-heads", 2, "--seq-len", 32, "--max-steps", 1, "--batch-size", 2]
     assert nnx("train", "--model", "mine.py", "--filepath", text_file, *shape, "--out", "weights/m").exit_code == 0
