@@ -347,6 +347,7 @@ def test_a_competitor_that_cannot_fit_is_a_row_from_the_start(tokens, tmp_path, 
     assert bad["problem"] == "needs 9 GiB of 8 GiB" and bad["parameters_without_tables"]
 
 
+@pytest.mark.long
 def test_flops_are_kept_within_a_percent(tokens):
     field = enter(tokens, models="all", parameters="800K", equal="flops", budget="1e11")
     for entrant in field.entrants:

@@ -78,7 +78,14 @@ def test_a_cache_is_filled_once(tiny, name):
     assert cache.lengths.tolist() == [7]
 
 
-@pytest.mark.parametrize(("name", "fields"), [("llama", {}), ("neon", {}), ("tape", dict(coda_layers=1))])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {}),
+        pytest.param("neon", {}, marks=pytest.mark.long),
+        pytest.param("tape", dict(coda_layers=1), marks=pytest.mark.long),
+    ],
+)
 def test_checkpointed_blocks_compile(tiny, name, fields):
     """A block of tensors alone, one that adds to the loss, one with several results."""
     model, ids = tiny(name, n_layers=1, **fields), torch.randint(64, (2, 32))

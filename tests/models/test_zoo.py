@@ -299,6 +299,7 @@ def test_named_sizes(name):
     assert sorted(found.values()) == list(found.values()), "smallest first"
 
 
+@pytest.mark.long  # compiled blocks are compared in test_inductor.py too
 def test_blocks_are_captured_whole_and_equal_eager(model, name):
     torch._dynamo.reset()
     model.train()
