@@ -108,7 +108,7 @@ def load_file(path: str) -> ModuleType:
     module = run_file(path, "--model")
     if missing := sorted({"Config", "SIZES", "Model"} - vars(module).keys()):
         raise UsageError(f"--model {path} fails: it defines no {missing[0]}")
-    base = importlib.import_module(f"{__package__}._base")
+    base = importlib.import_module("nnx_cli.models._base")
     for kind, parent in ((module.Config, base.ModelConfig), (module.Model, base.LanguageModel)):
         if not (isinstance(kind, type) and issubclass(kind, parent)):
             which = "Config" if parent is base.ModelConfig else "Model"

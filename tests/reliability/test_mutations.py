@@ -819,7 +819,12 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+QUICK = {"damaged checkpoints", "malicious files", "no pickle"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in PARTS]
+)
 def test_damage(name):
     check(PARTS[name](False))
 
