@@ -306,6 +306,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _check_place(event: str, real: str) -> None:
+    if os.path.basename(os.path.dirname(real)) == "__pycache__":
+        return  # Python, which compiles a module of ours at its first import
     if not real.startswith(_allowed) and real != "/dev/null":
         _violations.append(f"{event} {real}")
 
