@@ -238,6 +238,7 @@ def test_killed_while_it_writes_what_it_found(undisturbed, searched, tokens, tmp
     assert table(run_race(tokens, folder)) == table(undisturbed[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("calls", "known"), [(5, False), (15, True)])
 def test_a_race_that_is_asked_to_stop_saves_and_goes_on(undisturbed, searched, tokens, tmp_path, calls, known):
     folder, asked = tmp_path / "race-words", []
@@ -499,6 +500,7 @@ def test_curves_stay_short():
     assert curve[-1] == dict(step=5000, tokens=5000, time_s=5000, flops=15000, train_loss=1.0, val_bits_per_byte=2.0)
 
 
+@pytest.mark.long
 def test_competitors_in_processes_of_their_own(undisturbed, searched, tokens, tmp_path):
     """As on two GPUs: the same race, in two processes at a time; and one that is stopped with it."""
     folder, environment = tmp_path / "race-words", dict(os.environ, OMP_NUM_THREADS="1")
