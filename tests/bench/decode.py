@@ -2,7 +2,8 @@
 
     python tests/bench/decode.py [--models llama,nyx] [--sizes base,large,xl] [--precisions fp32,bf16,int8,int4]
                                  [--batches 1,8,32] [--tokens 512] [--nanogpt CHECKOUT] [--plain] [--quick]
-                                 [--parts ours,transformers,nanogpt,hand,pieces,profile]
+                                 [--parts ours,transformers,nanogpt,originals,hand,pieces,profile]
+                                 [--originals FOLDER]
                                  [--results FILE] [--markdown FILE]
 
 Temperature 0.8, top-k 200, random weights. `tokens/s` is what `nnx sample` calls its decoding speed, all it does after
@@ -13,6 +14,11 @@ cache once a step takes. `base` is 124 million parameters; `gpt2` has the vocabu
 
 - transformers: Llama of the same shape, static cache, which it compiles, and dynamic cache; where it is installed.
 - nanogpt: `generate` of CHECKOUT's model.py as its sample.py calls it, GPT-2 124M.
+- originals: each architecture (or --models) beside its authors' code, which FOLDER holds as `originals.py` says, in the
+  configuration that they publish, at batch 1, first precision, in turns. NYX writes by its `generate`, N4 by its
+  `generate_n4c`, Neon by `transformers` as in its generate.py, nGPT by the loop over its forward of its train.py: all
+  without a cache; Tape by the loop of its notebook, with its cache; `llama` by `transformers`, with its static cache on
+  a GPU, its dynamic one on a CPU. An original whose weights cannot be bf16 runs under autocast.
 - hand: greedy steps of NYX `nano` in plain operators of torch, at every thread count, and ours with those it takes.
 - pieces: matrices of the sizes, read by cuBLAS and by our kernels; attention; an empty kernel in a graph.
 - profile: what the kernels of one captured step take.
@@ -31,17 +37,20 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from against_nanogpt import SHAPES
+from originals import CASES, our_config
 from torch import Tensor, nn
 
 from nnx_cli import models
@@ -51,18 +60,19 @@ from nnx_cli.inference.decoding import Decoder
 from nnx_cli.inference.generate import generate, ready_to_decode, useful_threads
 from nnx_cli.kernels import next_token, one_token
 from nnx_cli.layers.quantized import Quantization, quantizable, quantize, quantize_layers, unpack_slow_layers
-from nnx_cli.models._base import LanguageModel
+from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.models.nyx import xpos_tables
 from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.system import hardware
 from nnx_cli.system.cuda_graph import CudaGraph
 from nnx_cli.system.device import DTYPES, describe, pick_device, pick_precision, synchronize
 
-PARTS = ("ours", "transformers", "nanogpt", "hand", "pieces", "profile")
+PARTS = ("ours", "transformers", "nanogpt", "originals", "hand", "pieces", "profile")
 HOW = dict(temperature=0.8, top_k=200)
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 QUANTIZED = {"int8": (8, None), "int4": (4, 32)}
 STEPS = 100  # of a measurement without a host
+CONTEXT = 1024  # of ours beside an original
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 
@@ -108,6 +118,11 @@ def build(name: str, size: str, precision: str, device: torch.device) -> Languag
             module.weight.copy_(codes)
             module.scale.copy_(scale)
         precision = "bf16" if device.type == "cuda" else "fp32"
+    return ready(model, precision)
+
+
+def ready(model: LanguageModel, precision: str) -> LanguageModel:
+    """A model that decodes in a floating-point precision."""
     model.compute_dtype = DTYPES[precision]
     unpack_slow_layers(model, model.compute_dtype)
     return model.eval().requires_grad_(False)
@@ -127,7 +142,7 @@ def bytes_per_step(model: LanguageModel, precision: str, batch: int, positions: 
     return read + batch * positions * cache
 
 
-def ours(model: LanguageModel, batch: int, n: int) -> tuple[float, float]:
+def ours(model: LanguageModel, batch: int, n: int, rounds: int = 3) -> tuple[float, float]:
     """Tokens a second of `generate`, and steps a second without a host."""
 
     def once(tokens: int) -> float:
@@ -135,7 +150,7 @@ def ours(model: LanguageModel, batch: int, n: int) -> tuple[float, float]:
         return generate(model, None, [PROMPT], config).decode_tokens_per_s
 
     once(40)
-    speed = median(once(n) for _ in range(3))
+    speed = median(once(n) for _ in range(rounds))
     with torch.inference_mode(), ready_to_decode(model, batch):
         decoder = Decoder(model, [PROMPT], SampleConfig(max_new_tokens=n, num_samples=batch, **HOW))
         timed = min(STEPS, n // 2)
@@ -202,34 +217,119 @@ def measure_transformers(options: argparse.Namespace, device: torch.device, limi
     import transformers
 
     for size in options.sizes:
-        ours = build("llama", size, "fp32", torch.device("meta"))
-        shape = ours.config
-        config = transformers.LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.dim,
-            intermediate_size=shape.ffn_dim,
-            num_hidden_layers=shape.n_layers,
-            num_attention_heads=shape.n_heads,
-            num_key_value_heads=shape.n_kv_heads,
-            max_position_embeddings=shape.seq_len,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
+        shape = build("llama", size, "fp32", torch.device("meta")).config
+        n = min(options.tokens, shape.seq_len - len(PROMPT))
         for precision in once_per_precision(options):
-            torch.manual_seed(0)
-            with device:
-                model = transformers.LlamaForCausalLM(config).to(DTYPES[precision]).eval()
-            n = min(options.tokens, shape.seq_len - len(PROMPT))
+            model = llama_of_transformers(shape, precision, device)
             for batch in options.batches:
                 ids = torch.tensor([PROMPT] * batch, device=device)
                 for kind in ("static", "dynamic"):
-                    how = dict(do_sample=True, min_new_tokens=n, max_new_tokens=n, cache_implementation=kind, **HOW)
-                    speed = peer_speed(partial(model.generate, ids, **how), device, batch * n)
+                    call = partial(write_by_transformers, model, kind, ids, n)
                     note = f"transformers {transformers.__version__}, {kind} cache"
+                    speed = peer_speed(call, device, batch * n)
                     yield peer_row("transformers", "llama", size, precision, batch, model, speed, note)
             gc.collect()
+
+
+def llama_of_transformers(shape: ModelConfig, precision: str, device: torch.device) -> nn.Module:
+    """Llama of `transformers` in the shape of ours."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.ffn_dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
+        max_position_embeddings=shape.seq_len,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with device:
+        return transformers.LlamaForCausalLM(config).to(DTYPES[precision]).eval()
+
+
+def write_by_transformers(model: nn.Module, kind: str, ids: Tensor, n: int) -> Tensor:
+    """Its `generate`, with a static or dynamic cache."""
+    return model.generate(ids, do_sample=True, min_new_tokens=n, max_new_tokens=n, cache_implementation=kind, **HOW)
+
+
+def measure_originals(options: argparse.Namespace, device: torch.device, limit: float) -> Iterator[Row]:
+    """Each original beside ours, in a process of its own: they want different versions of what they import."""
+    if options.originals is None:
+        print("no --originals", flush=True)
+        return
+    for name in options.models:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            try:
+                yield from process.submit(beside_original, name, options, device).result()
+            except Exception as error:  # whatever keeps one original from running must not keep the others
+                print(f"{name}: {type(error).__name__}: {error}", flush=True)
+
+
+def beside_original(name: str, options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Rows of an original and of ours at batch 1, in turns: ours, the original, ours."""
+    sides = llama_sides if name == "llama" else original_sides
+    model, theirs, write, note = sides(name, options, device)
+    n = min(options.tokens, model.config.seq_len - len(PROMPT))
+    size, precision = options.sizes[0] if name == "llama" else "original", options.precisions[0]
+    with without_kernels(options.plain):
+        speeds = [ours(model, 1, n, 1)]
+        print(f"{name}: nnx {speeds[0][0]:,.0f} tokens/s; the original:", end=" ", flush=True)
+        synchronize(device)
+        started = time.perf_counter()
+        write(n)
+        synchronize(device)
+        speed = n / (time.perf_counter() - started)
+        print(f"{speed:,.0f}", flush=True)
+        speeds.append(ours(model, 1, n, 1))
+    tokens, steps = map(mean, zip(*speeds, strict=True))
+    row = peer_row("original", name, size, precision, 1, theirs, speed, f"{n} tokens; {note}")
+    note = f"{n} tokens; {tokens / speed:.1f} times the original"
+    return [row, replace(peer_row("nnx", name, size, precision, 1, model, tokens, note), steps_per_s=steps)]
+
+
+Sides = tuple[LanguageModel, nn.Module, Callable[[int], Any], str]  # ours, the original, its way to write, in words too
+
+
+def original_sides(name: str, options: argparse.Namespace, device: torch.device) -> Sides:
+    """Sides in the configuration that the original was published with; the original has written 16 tokens."""
+    folder, precision = options.originals.resolve(), options.precisions[0]
+    sys.path.insert(0, str(folder / "packages"))
+    case = CASES["ngpt-manual" if name == "ngpt" else name]
+    original = case.build(folder, case.config, device)
+    model = models.from_config(name, our_config(case, CONTEXT)).to(device)
+    theirs, ids = original.model.eval(), torch.tensor([PROMPT], device=device)
+    write = partial(original.write, ids)
+    try:
+        theirs.to(DTYPES[precision])
+        write(16)
+        return ready(model, precision), theirs, write, original.way
+    except RuntimeError:  # somewhere it computes with numbers of two types
+        theirs.float()
+
+    def under_autocast(n: int) -> Any:
+        with torch.autocast(device.type, DTYPES[precision]):
+            return write(n)
+
+    under_autocast(16)
+    return ready(model, precision), theirs, under_autocast, f"{original.way}; under autocast"
+
+
+def llama_sides(name: str, options: argparse.Namespace, device: torch.device) -> Sides:
+    """Sides in the first size; what is compiled is compiled."""
+    import transformers
+
+    model = build(name, options.sizes[0], options.precisions[0], device)
+    theirs = llama_of_transformers(model.config, options.precisions[0], device)
+    kind = "static" if device.type == "cuda" else "dynamic"
+    write = partial(write_by_transformers, theirs, kind, torch.tensor([PROMPT], device=device))
+    write(options.tokens if device.type == "cuda" else 16)
+    return model, theirs, write, f"transformers {transformers.__version__}, {kind} cache"
 
 
 def measure_nanogpt(options: argparse.Namespace, device: torch.device, limit: float) -> Iterator[Row]:
@@ -479,13 +579,14 @@ def as_markdown(machine: dict[str, Any], rows: list[Row]) -> str:
 def parse() -> tuple[argparse.Namespace, torch.device]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--models", type=words, default=["llama", "nyx"])
+    parser.add_argument("--models", type=words, help="default: llama,nyx; beside originals alone all")
     parser.add_argument("--sizes", type=words)
     parser.add_argument("--precisions", type=words)
     parser.add_argument("--batches", type=lambda text: [int(word) for word in words(text)])
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--parts", type=words, default=list(PARTS))
     parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--originals", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -495,6 +596,7 @@ def parse() -> tuple[argparse.Namespace, torch.device]:
     device = pick_device(options.device)
     gpu = device.type == "cuda"
     best = pick_precision("auto", device)
+    options.models = options.models or (models.names() if options.parts == ["originals"] else ["llama", "nyx"])
     options.sizes = options.sizes or (
         ["base"] if options.quick else ["base", "large", "xl"] if gpu else ["nano", "small"]
     )
@@ -516,6 +618,7 @@ def main() -> int:
         "ours": measure_ours,
         "transformers": measure_transformers,
         "nanogpt": measure_nanogpt,
+        "originals": measure_originals,
         "hand": measure_hand,
     }
     rows = []

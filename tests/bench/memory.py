@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line does
 
 import torch
-from against_originals import CASES, our_config
+from originals import CASES, our_config
 
 from nnx_cli import models
 from nnx_cli.config import TrainConfig

@@ -3,7 +3,7 @@
     python tests/bench/quality.py --originals FOLDER --text tinyshakespeare.txt [--models nyx,n4] [--seeds 0,1,2]
                                   [--time-limit SECONDS] [--results FILE] [--markdown FILE]
 
-FOLDER holds the originals as `against_originals.py` says. Sizes are our `tiny` (10.7 million parameters), tokens bytes,
+FOLDER holds the originals as `originals.py` says. Sizes are our `tiny` (10.7 million parameters), tokens bytes,
 the context 256; a run has --tokens training tokens in steps of --tokens-per-step, which is what `nnx train` takes for
 this size on a GPU. Both sides see the same windows in the same order, in bf16 on CUDA, else in float32. One evaluator
 judges both: float32, the whole validation split in windows of the context, the weights at the end.
@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 from against_nanogpt import common_loss
-from against_originals import CASES
 from lion_pytorch import Lion
+from originals import CASES
 from torch import Tensor, nn
 
 from nnx_cli import models
