@@ -113,12 +113,13 @@ class PlanTable:
         ends += [f"{counted(train.max_steps, 'step')} of {train.tokens_per_step:,} tokens"] if train.max_steps else []
         lengths = [reason(name) for name in ("max_time", "max_steps") if getattr(train, name)]
         kind = "unknown" if self.tokens.tokenizer is None else self.tokens.tokenizer.kind
-        warmup = f" after {counted(train.warmup_steps, 'step')}" if train.warmup_steps else ""
+        rate = f"{'at most ' * bool(train.warmup_steps)}{train.lr:g}, {train.schedule}"
+        rate += f", {counted(train.warmup_steps, 'step')} of warm-up" if train.warmup_steps else ""
         return [
             ("size", f"{plan.size or 'of your own'}, {self.n_parameters:,} parameters", self._shape_reason()),
             ("tokenizer", f"{kind}, {self.tokens.vocab_size:,} ids", self.why_tokenizer),
             ("optimizer", str(train.optimizer), reason("optimizer")),
-            ("learning rate", f"{train.lr:g}, {train.schedule}{warmup}", reason("lr")),
+            ("learning rate", rate, reason("lr")),
             ("dropout", f"{plan.model_config.dropout:g}", reason("dropout")),
             ("weight decay", f"{train.weight_decay:g}", reason("weight_decay")),
             ("length", " or ".join(ends), "; ".join(dict.fromkeys(lengths))),

@@ -60,6 +60,7 @@ BRANCHES = (
 )
 OF_A_GPU = "memory of a GPU, here or not, such as 8GB; 1 GiB of it is kept for the driver and the screen"
 OF_ANY_GPU = [replace(field, help=OF_A_GPU) if field.name == "vram" else field for field in own_fields(TrainConfig)]
+SHOWN_GPUS = "RTX 3060", "RTX 4060", "RTX 4090", "H100"  # of those whose speed is told
 WAITING = "counting operations and memory (loading PyTorch takes some seconds)"
 
 
@@ -95,6 +96,9 @@ def run(
             zoo = [summary(name, size or DEFAULT_SIZE, config, train, n_gpus=n_gpus) for name, config in shapes.items()]
         output.show_json(zoo)
         show_zoo(output, zoo)
+        output.note(
+            "a run takes the time you give it (--max-time); what it reads in an hour: nnx summarize --model NAME"
+        )
         return
     if ref is not None:
         name, label, config = of_run(ref, file)
@@ -241,8 +245,16 @@ def show_facts(output: Output, facts: dict[str, Any], train: TrainConfig, room: 
         *([f"--parallel auto is {facts['parallel']}"] if len(trained) > 1 else []),
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
         f"file: {files}",
+        f"million tokens read in an hour of training, about: {_read_in_an_hour(facts)} "
+        "(by data sheets; measured on H100 and H200 alone)",
         (f"trains on {kind} with {', '.join(gpus)} GB" if gpus else f"trains on no {kind} of up to 24 GB") + at_once,
     )
+
+
+def _read_in_an_hour(facts: dict[str, Any]) -> str:
+    """Millions of tokens that training reads on GPUs which need not be here, in two digits."""
+    speeds = facts["tokens_per_s_by_data_sheet"]
+    return ", ".join(f"{gpu} {float(f'{3600 * speeds[gpu] / 1e6:.2g}'):,g}" for gpu in SHOWN_GPUS)
 
 
 def training_lines(facts: dict[str, Any], seq_len: int, parallel: str | None, room: str) -> list[str]:

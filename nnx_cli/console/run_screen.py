@@ -10,11 +10,14 @@ from nnx_cli.console.cells import Line, cells, cut_cells, fitting, plain_line, w
 from nnx_cli.console.curves import BEST, REFERENCE, Chart, Series, draw
 from nnx_cli.console.progress import TimeLeft
 from nnx_cli.reporting import foreign
-from nnx_cli.system.text import size
+from nnx_cli.system.text import escaped, size
 
 LEAST_COLUMNS, LEAST_LINES = 40, 12  # of a screen with more than one line of it
 MOST_CHART_ROWS = 18
 LEAST_CHART_ROWS = 3
+UNIT = "loss: nats a token"  # of the scale beside the curves
+NOISE_SHARE, NOISE_CHARS = 0.1, 120  # of a sample that is no text: characters that nobody writes; what is shown of it
+NOISE = "it has not learned yet which bytes make text"
 STYLES = {"train": "magenta", "val": "bold", "best": "bold", "reference": "dim", "": ""}  # seen on dark and on light
 
 
@@ -154,7 +157,8 @@ class RunScreen:
         first = curves["train"][0][0] if curves["train"] else 0
         last = self.record.get("step") or max(x for points in curves.values() for x, _ in points)
         ends = f"{first:,.0f}", f"step {last:,}"
-        axis = ends[0] + ends[1].rjust(columns - margin - len(ends[0]))
+        between = columns - margin - len("".join(ends))
+        axis = ends[0] + (UNIT if between >= len(UNIT) + 2 else "").center(between) + ends[1]
         return [*_scaled(chart), [(" " * margin + axis, "dim")]]
 
     def _numbers(self) -> list[Line]:
@@ -177,9 +181,19 @@ class RunScreen:
         """The newest sample under its heading."""
         if self.sample is None:
             return []
-        step, text = self.sample
+        title, text = titled_sample(*self.sample)
         lines = wrapped(plain_line(text), columns - 4, most)
-        return [[(f" sample at step {step:,}", "dim")], *([("   " + line, "")] for line in lines)]
+        return [[(cut_cells(f" {title}", columns), "dim")], *([("   " + line, "")] for line in lines)]
+
+
+def titled_sample(step: int, text: str) -> tuple[str, str]:
+    """A sample's heading, and what is to be shown of it: little of what a model writes before it writes text."""
+    title = f"sample at step {step:,}"
+    odd = sum(char == "\ufffd" or (char not in "\n\r\t" and escaped(char) != char) for char in text)
+    if odd <= NOISE_SHARE * len(text):
+        return title, text
+    line = " ".join(text.split())
+    return f"{title} ({NOISE})", line[:NOISE_CHARS] + "…" * (len(line) > NOISE_CHARS)
 
 
 def _loss(record: Mapping[str, Any]) -> str:

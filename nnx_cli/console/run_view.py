@@ -10,7 +10,7 @@ from nnx_cli.console.block import Block
 from nnx_cli.console.cells import Line, fitting
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import PLAIN_SECONDS, REDRAW_SECONDS, TimeLeft
-from nnx_cli.console.run_screen import LEAST_COLUMNS, RunFacts, RunScreen
+from nnx_cli.console.run_screen import LEAST_COLUMNS, RunFacts, RunScreen, titled_sample
 from nnx_cli.console.shades import weighted
 from nnx_cli.console.terminal import in_notebook, styled
 from nnx_cli.system.text import printable
@@ -71,8 +71,9 @@ class _LiveView:
     def sampled(self, step: int, text: str) -> None:
         """Show a sample."""
         if not self.output.quiet:
+            title, text = titled_sample(step, text)
             shown = "\n".join("    " + line for line in printable(text).splitlines())
-            self.output.say(styled(f"  sample at step {step}:\n") + styled(shown, style="cyan"))
+            self.output.say(styled(f"  {title}:\n") + styled(shown, style="cyan"))
 
     def saved(self, step: int) -> None:
         """Saving is what is expected: not worth a line."""

@@ -108,6 +108,13 @@ def expected_speed(device: torch.device, dim: int, gpu_half_width: int, rate: fl
     return tokens / (seconds + (GPU_STEP_SECONDS if device.type == "cuda" else 0.0))
 
 
+def speeds_by_data_sheet(dim: int, gpu_half_width: int, flops: int, tokens: int, precision: str) -> dict[str, float]:
+    """As `expected_speed`, on each GPU of the table."""
+    cuda = torch.device("cuda")
+    rates = {name: gpu_flops(name, gpu.n_sms, (0, 0), precision) for name, gpu in GPUS.items()}
+    return {name: expected_speed(cuda, dim, gpu_half_width, rate, flops, tokens) for name, rate in rates.items()}
+
+
 def pace_note(planned: float, seen: float) -> str | None:
     """A line where a run is more than twice as fast or slow, in tokens a second, as it was planned to be."""
     if not planned > 0 or not seen > 0 or planned / 2 <= seen <= 2 * planned:

@@ -14,6 +14,7 @@ from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import Predictor, advice, first_that_fits, may_be_divided, strongest
 from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, meta_model, sampling_bytes
 from nnx_cli.planning.memory import ANY_GPU
+from nnx_cli.planning.rates import speeds_by_data_sheet
 from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
 from nnx_cli.system.device import memory_budget, pick_device
 
@@ -39,6 +40,8 @@ def summary(
     preferred, budget = preferred_optimizer(name, train.lora_rank), memory_budget(device, train.vram_bytes)
     chosen, fits = _fitting(predictor, train, preferred, budget, rows_per_step, whole)
     smallest, asked = strongest(train, n_gpus), train.batch_size or 1
+    width = models.recipe(name).gpu_half_width
+    speeds = speeds_by_data_sheet(config.dim, width, flops["train"], tokens_per_step, train.precision)
     facts: dict[str, Any] = {
         "model": models.stem(name),
         "size": label,
@@ -50,6 +53,7 @@ def summary(
         "cache_bytes_per_token": cache,
         "file_bytes": file_bytes(model),
         "fits": fits,
+        "tokens_per_s_by_data_sheet": {gpu: round(speed) for gpu, speed in speeds.items()},
         "trains_in_gb": {str(gb): predictor.fits(smallest, asked, memory_budget(device, gb * 2**30)) for gb in GPUS_GB},
     }
     if n_gpus > 1:

@@ -27,8 +27,8 @@ class LiveCoach(Silent):
         self.told: set[str] = set()
 
     def step(self, record: Mapping[str, Any], progress: float) -> None:
-        """As in Observer: the log has this step by now."""
-        if self.budget.is_affordable():
+        """As in Observer: the log has this step by now. At the end of a run its verdict says the same."""
+        if progress < 1.0 and self.budget.is_affordable():
             with self.budget.timed(), suppress(CheckpointError):
                 self._look()
 

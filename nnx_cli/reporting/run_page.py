@@ -24,6 +24,7 @@ MOST_SAMPLES = 12  # of a run, evenly spread
 OPEN_SAMPLES = 4
 MOST_SAMPLE_CHARS = 3000
 MOST_EVENTS = 50
+WELL_BELOW = 0.95  # of the planned learning rate, where its peak is worth a word
 MOST_MAP_CELLS = 40_000  # of all attention maps together: about 400 kB
 ENDED = {
     "length": "its length was reached",
@@ -140,9 +141,15 @@ def _learning_rate(run: RunRecord) -> str:
         "How far a step moves the weights. Normal: up during the warm-up, then down to the end, where the last gain in "
         "quality comes from. A sudden half means that the run went back to a checkpoint."
     )
-    return chart(
-        "Learning rate", about, STEP, Axis("learning rate", from_zero=True), [thinned("rate", run.series("lr"))]
-    )
+    rates, training = run.series("lr"), mapping(run.config.get("training"))
+    planned, warmup = number(training.get("lr")) or 0.0, number(training.get("warmup_steps")) or 0.0
+    highest = max((rate for _, rate in rates), default=planned)
+    if (run.reached("step") or 0.0) > warmup and highest < WELL_BELOW * planned:
+        about += (
+            f" The plan has {planned:g} at most, and {highest:.2g} was the highest: the schedule falls from the first "
+            f"step on, while the {counted(int(warmup), 'step')} of warm-up still raise the rate."
+        )
+    return chart("Learning rate", about, STEP, Axis("learning rate", from_zero=True), [thinned("rate", rates)])
 
 
 def _gradients(run: RunRecord) -> str:

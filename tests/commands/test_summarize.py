@@ -6,6 +6,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.commands import summarize
+from nnx_cli.planning.rates import GPUS
 
 KEYS = {
     "model",
@@ -16,6 +17,7 @@ KEYS = {
     "cache_bytes_per_token",
     "file_bytes",
     "fits",
+    "tokens_per_s_by_data_sheet",
     "trains_in_gb",
 }
 
@@ -42,6 +44,18 @@ def test_json_has_the_promised_keys(nnx):
     assert facts["fits"]["budget_bytes"] == 7 * 2**30 and facts["fits"]["fits"] is True
     assert list(facts["trains_in_gb"]) == ["4", "6", "8", "12", "16", "24"]
     assert facts["cache_bytes_per_token"] == 8 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(("size", "more"), [("tiny", []), ("base", ["--model", "llama"]), ("nano", ["--seq-len", 512])])
+def test_it_says_how_far_an_hour_gets(nnx, size, more):
+    words = ["summarize", "--size", size, *(more or ["--model", "nyx"])]
+    speeds = json.loads(nnx(*words, "--json").stdout)["tokens_per_s_by_data_sheet"]
+    assert speeds["RTX 3060"] < speeds["RTX 4090"] < speeds["H100"] and speeds.keys() == GPUS.keys()
+    line = next(line for line in nnx(*words).stdout.splitlines() if line.startswith("million tokens read in an hour"))
+    assert "measured on H100 and H200 alone" in line
+    for gpu in summarize.SHOWN_GPUS:
+        told = re.search(rf"{gpu} ([\d,.]+\d)", line)[1]
+        assert float(told.replace(",", "")) == pytest.approx(3600 * speeds[gpu] / 1e6, rel=0.05)
 
 
 def test_a_latent_is_all_that_is_cached_of_it(nnx):

@@ -4,7 +4,7 @@ import pytest
 from console.hostile import HOSTILE
 from rich.cells import cell_len
 
-from nnx_cli.console.run_screen import RunFacts, RunScreen
+from nnx_cli.console.run_screen import NOISE, UNIT, RunFacts, RunScreen, titled_sample
 
 
 def screen(n_steps=40, sample="", **facts):
@@ -48,6 +48,39 @@ def test_what_is_not_known_is_not_shown(bits):
     text = "\n".join(shown(screen(ngram_bits_per_byte=bits).layout(100, 40)))
     assert ("n-gram model 1.1500 (2.300 bits/byte)" in text) == (bits is not None) == ("┄" in text)
     assert "MFU" not in text and "3 skipped" in text and "1.00 GiB of 7.00 GiB" in text
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_scale_names_its_unit(columns):
+    (axis,) = (line for line in shown(screen().layout(columns, 30)) if UNIT in line)
+    assert axis.split() == ["1", *UNIT.split(), "step", "40"] and "nats a token" in axis
+
+
+NOISY = {
+    "bytes": bytes(range(256)).decode("utf-8", "replace"),
+    "half of a letter": "ein Bär und " + "\ufffd" * 3,
+    "controls": "\x0e\x02 th\x7f e\x1b " * 40,
+}
+TEXTS = {
+    "words": "To be, or not to be\n" * 20,
+    "lines of another system": "Romeo\r\n" * 50,
+    "Chinese": "小猫坐在" * 50,
+    "emoji": "👩‍👩‍👧‍👦 " * 9,
+    "nothing": "",
+    "one bad byte": "Le café est froid" + "\ufffd",
+}
+
+
+@pytest.mark.parametrize("text", NOISY.values(), ids=NOISY)
+def test_noise_is_named_and_cut(text):
+    title, rest = titled_sample(3, text)
+    assert title == f"sample at step 3 ({NOISE})" and rest and len(rest) <= 121 and "\n" not in rest
+    assert any(NOISE in line for line in shown(screen(sample=text).layout(80, 24)))
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_text_is_no_noise(text):
+    assert titled_sample(1200, text) == ("sample at step 1,200", text)
 
 
 def test_a_run_that_goes_back_forgets_what_came_after():

@@ -48,6 +48,14 @@ def test_each_thing_is_told_once(tmp_path, clock, looks):
     assert len(looks) > 10 and 0.02 * len(looks) <= 1.1 * SHARE * 300
 
 
+def test_the_last_step_is_left_to_the_verdict(tmp_path, clock, looks):
+    coach = LiveCoach(tmp_path, "", pytest.fail)
+    looks.found = ("a",)
+    clock[0] += 100
+    coach.step({}, 1.0)
+    assert looks == []
+
+
 def test_a_folder_that_cannot_be_read_now_is_looked_at_again(tmp_path, clock, looks, monkeypatch):
     def refuse(folder):
         raise CheckpointError("damaged")

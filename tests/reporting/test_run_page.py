@@ -71,6 +71,19 @@ def test_a_run_has_its_curves_plan_samples_and_environment(run):
     assert "batch_size" in page and len(page) < 200_000 and tags(page) <= OURS
 
 
+@pytest.mark.parametrize(
+    ("lr", "warmup_steps", "shown"),
+    [(0.002, 30, "0.002 at most, and 0.001 was the highest"), (0.002, 300, ""), (0.00102, 30, ""), (5e-4, 0, "")],
+    ids=["late", "still in it", "nearly reached", "lower after going back"],
+)
+def test_a_rate_that_stays_below_the_plan_is_explained(run, lr, warmup_steps, shown):
+    log(run, "metrics.jsonl", course())
+    record = read_run(run.folder)
+    training = record.config["training"] | {"lr": lr, "warmup_steps": warmup_steps}
+    page = run_page(replace(record, config=record.config | {"training": training}))
+    assert (shown in page) if shown else "at most, and" not in page
+
+
 def test_every_chart_says_what_is_normal(run):
     log(run, "metrics.jsonl", course())
     record = read_run(run.folder)
