@@ -22,9 +22,22 @@ from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.system.device import DTYPES
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the first values of weights: torch works out the shape of each draw on the meta device in Python, and
+    that would take most of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def meta_model(name: str, config: ModelConfig, lora_rank: int | None = None) -> LanguageModel:
     """A model without memory behind its tensors, with adapters where a rank is given."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = models.from_config(name, config)
         if lora_rank is not None:
             add_adapters(model, lora_rank)
