@@ -95,6 +95,13 @@ def test_a_prompt_longer_than_the_context_keeps_its_end(nnx, run):
     assert "the prompt has 260 tokens; the model sees the last" in result.stderr
 
 
+def test_a_prompt_of_ten_megabytes(nnx, run, workspace):
+    (workspace / "long.txt").write_text("the cat sees " * 800_000)
+    result = nnx("sample", "--prompt-file", "long.txt", "--max-new-tokens", 3)
+    assert result.exit_code == 0 and len(result.stdout) > 10_400_000
+    assert "the prompt has 10,400,000 tokens; the model sees the last" in result.stderr
+
+
 def test_a_stop_string_ends_the_text(nnx, run):
     result = nnx("sample", "--max-new-tokens", 300, "--stop", " ", "--json")
     (sample,) = json.loads(result.stdout)["samples"]

@@ -1,20 +1,29 @@
 """Steps of decoding, whichever way they run: the tokens are those of the plain full pass."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from nnx_cli import models
 from nnx_cli.config import SampleConfig
+from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.inference import decoding
 from nnx_cli.inference.decoding import Decoder, Window, span, window_start
 from nnx_cli.inference.sampler import Rules
 from nnx_cli.kernels.next_token import next_probabilities
+from nnx_cli.layers import quantized
+from nnx_cli.layers.quantized import Quantization, QuantizedLinear, quantize_layers, widen
+from nnx_cli.runs.load import fill_model
 
 SEQ_LEN = 32
 N_TOKENS = 72  # some times past the context
+MANY = 300  # with --long
 PROMPTS = [[1], list(range(2, 14)), [60, 3, 60], list(range(31)), list(range(40, 9, -1)) + [7] * 5]
 TIE = 1e-4  # of logits, or of probability between a draw and the next token: what rounding may decide
+ROUNDING = 0.05  # of the largest logit: what activations in 8 bits or bfloat16 may decide
 WAYS = ("cache", "no cache", "spans")
+long = pytest.mark.long
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
@@ -55,7 +64,7 @@ def full_pass(model, tokens):
 
 
 @torch.inference_mode()
-def check_greedy(model, prompt, tokens):
+def check_greedy(model, prompt, tokens, tie=TIE):
     """Each token is the likeliest of the full pass over what the model sees before it, but for ties."""
     known, length = [*prompt, *tokens], len(prompt)
     while length < len(known):
@@ -64,21 +73,43 @@ def check_greedy(model, prompt, tokens):
         logits = model(torch.tensor([known[start:end]], device=model.device))[0, length - 1 - start :].float().cpu()
         chosen = logits.gather(1, torch.tensor(known[length : end + 1])[:, None])[:, 0]
         scale = logits.abs().amax(1).clamp(min=1.0)
-        assert ((logits.amax(1) - chosen) < TIE * scale).all(), (start, end)
+        assert ((logits.amax(1) - chosen) < tie * scale).all(), (start, end)
         length = end + 1
 
 
 @every_model
-@pytest.mark.parametrize("way", WAYS)
-def test_greedy_tokens_are_those_of_the_full_pass(model, way, monkeypatch):
+@pytest.mark.parametrize(
+    "way, n",
+    [
+        ("cache", N_TOKENS),
+        ("no cache", 50),
+        ("spans", N_TOKENS),
+        *(pytest.param(way, MANY, marks=long) for way in WAYS),
+    ],
+)
+def test_greedy_tokens_are_those_of_the_full_pass(model, way, n, monkeypatch):
     """Five prompts side by side, of different length, far past the context."""
     monkeypatch.setattr(decoding, "SPAN", 8)
     monkeypatch.setattr(decoding, "ALIGNED", 4)
     monkeypatch.setattr(decoding, "GRAPH_FROM", 2)
-    n = N_TOKENS if way != "no cache" else 50
     for prompt, tokens in zip(PROMPTS, draw(model, PROMPTS, n, way=way, greedy=True), strict=True):
         assert len(tokens) == n
         check_greedy(model, prompt, tokens)
+
+
+@every_model
+@pytest.mark.parametrize("bits, group_size", [(8, None), (4, 32)], ids=["int8", "int4"])
+@pytest.mark.parametrize("n", [N_TOKENS, pytest.param(MANY, marks=long)])
+def test_quantized_greedy_tokens_are_those_of_the_full_pass(model, bits, group_size, n, monkeypatch):
+    """With the matmuls that large matrices have, by weights that are the same in both."""
+    monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
+    how = Quantization(bits=bits, group_size=group_size, kept=[])
+    state = widen(quantized_state(model, how))
+    quantize_layers(model, how)
+    model = fill_model(model, state, Path(), torch.device("cpu"), "fp32")
+    tie = ROUNDING if any(isinstance(layer, QuantizedLinear) for layer in model.modules()) else TIE
+    for prompt, tokens in zip(PROMPTS[:3], draw(model, PROMPTS[:3], n, greedy=True), strict=True):
+        check_greedy(model, prompt, tokens, tie)
 
 
 @every_model
@@ -109,15 +140,16 @@ def distance_to_boundary(model, known, row, seed, n_drawn, **settings):
 
 @every_model
 @pytest.mark.parametrize("way", ["cache", "spans"])
+@pytest.mark.parametrize("n", [N_TOKENS, pytest.param(MANY, marks=long)])
 @torch.inference_mode()
-def test_a_sequence_is_the_same_alone_and_among_others(model, way):
+def test_a_sequence_is_the_same_alone_and_among_others(model, way, n):
     """31 of 32 at least, in float32; and where one leaves, rounding decided."""
     settings, seed = dict(temperature=0.8, top_k=50), 11
-    together = draw(model, [[1, 2, 3]], way=way, num_samples=32, seed=seed, **settings)
-    rows = range(32) if way == "cache" and model.architecture == "llama" else (0, 31)
+    together = draw(model, [[1, 2, 3]], n, way=way, num_samples=32, seed=seed, **settings)
+    rows = range(32) if n > N_TOKENS or (way == "cache" and model.architecture == "llama") else (0, 31)
     left = 0
     for row in rows:
-        found = alone(model, row, seed, N_TOKENS, **settings)
+        found = alone(model, row, seed, n, **settings)
         if found == together[row]:
             continue
         left += 1
