@@ -149,7 +149,9 @@ def _explain(error: Exception) -> NnxError:
         why = str(error) if isinstance(error, NnxError) else "cannot open what it needs: too many open files"
         limit = "" if os.name == "nt" else f": ulimit -n {OPEN_FILES}"
         others = refused.errno == errno.ENFILE
-        return OutputError(why, fix="end other programs, then start it again" if others else f"allow more{limit}")
+        return OutputError(
+            why, fix="end other programs, then run the command again" if others else f"allow more{limit}"
+        )
     if isinstance(error, NnxError):
         return error
     text = str(error)
@@ -159,12 +161,12 @@ def _explain(error: Exception) -> NnxError:
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return DoesNotFit("the system allows no more threads", fix="allow it more (ulimit -u, pids of a container)")
     if isinstance(error, OSError) and number == errno.ENOSPC:
-        return OutputError(f"cannot write: {error.strerror}", fix="make room, then start it again")
+        return OutputError(f"cannot write: {error.strerror}", fix="free some space, then run the command again")
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
         return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     if type(error).__name__ == "AcceleratorError" and "captur" not in text:  # torch's; the latter is a mistake of ours
         why = text.partition("\n")[0]
-        return NnxError(f"the GPU failed: {why}", fix="start it again; a run goes on with: nnx train --resume last")
+        return NnxError(f"the GPU failed: {why}", fix="run the command again; resume a run: nnx train --resume last")
     return NnxError(f"internal error: {type(error).__name__}: {text}", fix="see where: add --debug")
 
 

@@ -428,7 +428,7 @@ def check_trackers(names: list[str]) -> None:
     for name in names:
         check_choice("log-to", name, (*module_names("trackers"), "none"))
     if len(names) > 1 and "none" in names:
-        raise UsageError("--log-to none stands alone", fix="leave out --log-to none")
+        raise UsageError("--log-to none goes with no other tracker", fix="leave out --log-to none")
 
 
 def check_tokenizer(kind_or_file: str) -> None:

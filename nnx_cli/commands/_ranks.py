@@ -89,7 +89,7 @@ def start_all(n: int, device: str) -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             raise NnxError(
-                f"process {rank} of {n} was ended by {failure.signal_name()}", fix="go on: nnx train --resume last"
+                f"process {rank} of {n} was ended by {failure.signal_name()}", fix="resume: nnx train --resume last"
             ) from None
         raise typer.Exit(failure.exitcode) from None
 
@@ -118,7 +118,7 @@ def connected(output: Output, device: str) -> Iterator[Ranks]:
             raise typer.Exit(getattr(gone or error, "exit_code", NnxError.exit_code)) from None
         if gone is None:
             raise
-        gone.fix = gone.fix or "go on from the newest checkpoint: nnx train --resume last"
+        gone.fix = gone.fix or "resume from the newest checkpoint: nnx train --resume last"
         raise gone from error
 
 

@@ -219,17 +219,19 @@ def _texts(
 
     paths = options["filepath"] or []
     if len(paths) < 2:
-        raise UsageError("--task plasticity needs several texts, in turn", fix="name them: --filepath A --filepath B")
+        raise UsageError(
+            "--task plasticity trains on several texts in turn", fix="name them: --filepath A --filepath B"
+        )
     tokenizer = values.get("tokenizer", "byte")
     if tokenizer == "auto" or needs_training(tokenizer):
-        raise UsageError(f"--tokenizer {tokenizer} is another one for every text", fix="take --tokenizer byte")
+        raise UsageError(f"--tokenizer {tokenizer} would differ from text to text", fix="take --tokenizer byte")
     alike = {**values, "tokenizer": tokenizer}
     found = tuple(_text(output, target, alike, {**options, "filepath": [path]}, made) for path in paths)
     for path, text in zip(paths, found, strict=True):
         if len(text.val) <= seq_len:
             raise DataError(f"{path} is too short: {counted(len(text.val), 'token')} to validate on")
     if len({text.fingerprint for text in found}) < len(found):
-        raise UsageError("--filepath names a text twice", fix="a sequence has every text once")
+        raise UsageError("--filepath names a text twice", fix="name each text once")
     return found
 
 
@@ -307,7 +309,7 @@ def _run(output: Output, field: Field, folder: Path, values: Mapping[str, Any]) 
         except Stopped as error:
             view.close()
             output.note("")
-            raise Interrupted(f"{error}; everything is saved", fix=f"go on: {line}") from error
+            raise Interrupted(f"{error}; everything is saved", fix=f"resume: {line}") from error
 
 
 def _gpus(values: Mapping[str, Any], field: Field) -> list[dict[str, str]]:
@@ -348,16 +350,14 @@ def _tell(output: Output, race: Race) -> None:
     output.aligned([_shape_row(entrant.name, race.entry(entrant)) for entrant in field.entrants])
     done = sum(len(entry["runs"]) for entry in record["competitors"])
     if record["device"] != (here := describe(field.device)):
-        output.note(f"begun on that device, and going on on {here}: times are those of both")
+        output.note(f"begun on that device and resumed on {here}: times are of both")
     if record["state"] == "finished":
         output.note(f"{race.folder} is finished; another one: --out FOLDER")
         return
     tried = sum(len(rates) for rates in record["learning_rate_search"]["rates"].values())
     if done or tried:
         total = counted(len(field.entrants) * field.config.seeds, "run")
-        output.note(
-            f"going on with {race.folder}: {counted(tried, 'short run')} of the search and {done} of {total} done"
-        )
+        output.note(f"resuming {race.folder}: {counted(tried, 'short run')} of the search and {done} of {total} done")
     if words := _work_words(race):
         output.note(words)
 
@@ -510,8 +510,8 @@ def _show_plasticity(output: Output, competitors: Sequence[Mapping[str, Any]]) -
     (texts,) = {tuple(each["texts"]) for each in found.values()}
     output.table(PLASTICITY, rows, f"bits per byte after {', then '.join(texts)}", expendable=PLASTICITY[:4:-1])
     output.show(
-        "new texts: all but the first, by the model that goes on; fresh: by one that begins; behind: the difference on",
-        "the last; old lost: what the earlier texts rose by; the others: after the first text → after the last",
+        "new texts: those after the first, by the model that learned the ones before; fresh: by a new model; behind:",
+        "the difference on the last; old lost: what earlier texts lost; others: after the first text → after the last",
     )
 
 

@@ -94,7 +94,7 @@ def run(
     with preparation_view(output) as tell, held_out_text(ref, filepath or [], preparing, tell) as text:
         if text.mask is not None and (by_position or factors):
             raise UsageError(
-                "--by-position and --context read a text from one end to the other; of conversations answers count",
+                "--by-position and --context count every token; in conversations only the answers count",
                 fix="leave them out, or name a text: --filepath FILE",
             )
         lengths = context_lengths(network, factors)

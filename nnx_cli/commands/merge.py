@@ -40,7 +40,7 @@ def run(
     output.made = Path(result["out"])
     output.show_json(result)
     output.show(
-        f"{result['out']}: {result['parameters']:,} parameters; largest difference of a logit "
-        f"{result['largest_logit_difference']:.1e}",
+        f"{result['out']}: {result['parameters']:,} parameters; scores of tokens (logits) differ by "
+        f"{result['largest_logit_difference']:.1e} at most from those with the adapter",
         f"next: nnx sample {quoted(result['out'])}{ref.naming}",
     )

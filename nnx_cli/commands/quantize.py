@@ -95,8 +95,10 @@ def run(
         ],
     )
     output.show(
-        f"divergence {receipt['kl_divergence']:.5f} nats per token, same top token {receipt['same_top_token']:.2%}",
-        f"{folder}: try it with: nnx sample {quoted(folder)}{ref.naming}",
+        f"the likeliest next token is the same {receipt['same_top_token']:.2%} of the time; KL divergence "
+        f"{receipt['kl_divergence']:.5f} nats a token",
+        f"{folder}",
+        f"next: nnx sample {quoted(folder)}{ref.naming}",
     )
 
 

@@ -78,4 +78,4 @@ def _check_remote(config: ServeConfig) -> None:
             f"--host {config.host} lets other machines ask", fix="if that is meant: --allow-remote --api-key KEY"
         )
     if not config.api_key:
-        raise UsageError("--allow-remote needs a key, which every request has to bring", fix="add --api-key KEY")
+        raise UsageError("--allow-remote needs a key that every request brings", fix="add --api-key KEY")

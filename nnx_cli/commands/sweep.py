@@ -210,7 +210,7 @@ def _run(output: Output, search: Search, conditions: Conditions, folder: Path) -
         except Stopped as error:
             view.close()
             output.note("")
-            raise Interrupted(f"{error}; everything is saved", fix=f"go on: {line}") from error
+            raise Interrupted(f"{error}; everything is saved", fix=f"resume: {line}") from error
     _report(output, record, folder, conditions)
 
 
@@ -225,14 +225,16 @@ def _tell(output: Output, search: Search, record: Mapping[str, Any], folder: Pat
     if len(shares) > 1:
         rungs = ", ".join(f"{share:.0%}" for share in shares[:-1])
         whole = lengths(n_trials, shares, search.eta)
-        output.note(f"at {rungs} of it, one in {search.eta} goes on: as much as {whole:.3g} whole trials")
+        output.note(
+            f"after {rungs} of a trial the best of each {search.eta} continue: the work of {whole:.3g} whole trials"
+        )
     if (others := _other_gpus(device)) is not None:
         output.note(others)
     done = sum(map(is_over, record["trials"]))
     if record["state"] == "finished" and done >= n_trials:
         output.note(f"{folder} is finished; another one: --out FOLDER")
     elif record["trials"]:
-        output.note(f"going on with {folder}: {done} of {counted(n_trials, 'trial')} done")
+        output.note(f"resuming {folder}: {done} of {counted(n_trials, 'trial')} done")
 
 
 def _other_gpus(device: torch.device) -> str | None:

@@ -447,7 +447,7 @@ def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
         check_installed(restart.config.trackers)
         with TrainingView(output, _facts_of(restart)) as view:
             if not compiler_is_loaded():
-                output.note("loading torch's optimizers, and its compiler with them")
+                output.note("loading PyTorch takes some seconds")
             observers = Several(view)
             trainer, notes = session.resume(restart, observers, ranks)
             del restart  # which holds all weights once more

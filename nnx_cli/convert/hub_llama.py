@@ -78,7 +78,7 @@ def from_hub_config(found: Mapping[str, Any]) -> dict[str, Any]:
     values = DEFAULTS | {"num_key_value_heads": found.get("num_attention_heads")} | dict(found)
     for name, needed in ONLY.items():
         if values.get(name, needed) != needed:
-            raise CheckpointError(f"its {name} is {str(values[name])[:60]}, which llama has not")
+            raise CheckpointError(f"its {name} is {str(values[name])[:60]}, which llama does not have")
     missing = [theirs for theirs in FIELDS.values() if values.get(theirs) is None]
     if missing:
         raise CheckpointError(f"it does not say its {missing[0]}")
@@ -86,7 +86,7 @@ def from_hub_config(found: Mapping[str, Any]) -> dict[str, Any]:
     fields = coerce(models.config_fields("llama"), fields, "its config.json")
     head_dim = values.get("head_dim")
     if head_dim is not None and fields["dim"] != fields["n_heads"] * head_dim:
-        raise CheckpointError(f"its head_dim is {head_dim}, which llama has as hidden_size / num_attention_heads")
+        raise CheckpointError(f"its head_dim is {head_dim}; in llama it is hidden_size / num_attention_heads")
     return fields
 
 
@@ -100,7 +100,7 @@ def _rope_theta(values: Mapping[str, Any]) -> Any:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise CheckpointError(f"its {name} is {str(dict(rope))[:80]}, which llama has not")
+            raise CheckpointError(f"its {name} is {str(dict(rope))[:80]}, which llama does not have")
         theta = rope.get("rope_theta", theta)
     return Config.rope_theta if theta is None else theta
 

@@ -15,12 +15,16 @@ from nnx_cli.errors import DataError, counted
 RESIDENT_TYPES = {1: np.uint8, 2: np.int32, 4: np.int32}  # of ids on a GPU, by the bytes they have on the disk
 
 
+WORTHWHILE = 256  # tokens of a text from which on a shorter context is some help
+MORE_TEXT = "give more text: 100 kB or more, for a model that writes words"
+
+
 def check_length(n_tokens: int, seq_len: int) -> None:
     """Raise DataError unless a stream holds one sequence and the target after its last token."""
     if n_tokens < seq_len + 1:
         raise DataError(
             f"the training text has {counted(n_tokens, 'token')}; one sequence needs {seq_len + 1:,}",
-            fix=f"give more text, or take --seq-len {max(1, n_tokens // 4)}",
+            fix=f"give more text, or take --seq-len {n_tokens // 4}" if n_tokens >= WORTHWHILE else MORE_TEXT,
         )
 
 

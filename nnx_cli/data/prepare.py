@@ -327,7 +327,7 @@ def _encode(
     if tokenizer.warning and tokenizer.warning not in report.notes:
         report.note(tokenizer.warning)
     if jobs.n_forced:
-        report.note(f"split for the tokenizer: {counted(jobs.n_forced, 'very long run')} without a break")
+        report.note(f"split for the tokenizer, with no space to split at: {counted(jobs.n_forced, 'very long word')}")
     return n_bytes
 
 

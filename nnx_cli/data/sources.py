@@ -170,7 +170,8 @@ class Reader:
             suffix = os.path.splitext(name.lower())[1]
             if suffix == ".zip" or format_of(name) == ".tar":
                 raise DataError(
-                    f"{name} is no archive, whatever its name says", fix="look into it: a web page, perhaps"
+                    f"{name} is no archive, whatever its name says",
+                    fix="look inside: it may be a web page saved under that name",
                 )
             if suffix in formats.COMPRESSIONS and stream is stored:
                 report.note(f"{name} is not compressed, whatever its name says: read as it is")

@@ -84,13 +84,13 @@ def training_folder(ref: ModelRef, fix: str = NAME_A_TEXT) -> TokenFolder:
     """The token folder that a model was trained on. Raises DataError, with `fix`, where it is not there any more."""
     data = ref.config.get("data")
     if data is None:
-        raise DataError(f"{ref.label} names no text of its own", fix)
+        raise DataError(f"{ref.label} does not say what text it was trained on", fix)
     folder = follow(ref.folder, data["folder"])
     if not folder.is_dir():
-        raise DataError(f"the text that {ref.label} was trained on is gone: no {folder}", fix)
+        raise DataError(f"the token folder that {ref.label} was trained on is gone: no {folder}", fix)
     tokens = open_token_folder(folder, tokenizer=ref.tokenizer)
     if tokens.fingerprint != data["fingerprint"]:
-        raise DataError(f"{folder} is not the text that {ref.label} was trained on", fix)
+        raise DataError(f"{folder} holds other tokens than {ref.label} was trained on", fix)
     return tokens
 
 

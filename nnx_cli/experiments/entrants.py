@@ -142,7 +142,7 @@ def competitors_of(text: str) -> list[str]:
         models.check_name(name)
     called = [models.stem(name) + (f"+{optimizer}" if optimizer else "") for name, optimizer in map(_split, names)]
     if twice := [name for name in called if called.count(name) > 1]:
-        raise UsageError(f"--models names {twice[0]} twice", fix="a race has every architecture once")
+        raise UsageError(f"--models names {twice[0]} twice", fix="name each architecture once")
     if len(names) < 2:
         raise UsageError("--models names fewer than two: nothing to compare", fix="write it like --models llama,nyx")
     return names
@@ -230,6 +230,6 @@ def _check_steps(config: RaceConfig, steps: int, tokens_per_step: int) -> None:
     if steps < least:
         raise UsageError(
             f"--budget {config.budget} is too small for an evaluation: {counted(steps, 'step')} of "
-            f"{tokens_per_step:,} tokens, where {least} are the least",
+            f"{tokens_per_step:,} tokens, and it needs {least}",
             fix="give a larger --budget, or a smaller --tokens-per-step",
         )

@@ -58,7 +58,7 @@ def run_on_gpus(race: Race, gpus: Sequence[Mapping[str, str]], should_stop: Call
     stopped, failed = _run_all(race, gpus, should_stop)
     race.set_state("interrupted" if stopped else "finished")
     if failed:
-        raise NnxError(f"a process of the race failed: {failed}", fix="start it again; it goes on where it was")
+        raise NnxError(f"a process of the race failed: {failed}", fix="run the command again: it resumes where it was")
     if stopped:
         raise Stopped(f"interrupted {race.folder}")
     for entrant in race.racing:

@@ -119,7 +119,7 @@ def check_steps(plan: Plan, share: float) -> None:
         part = "" if share == 1 else f" in the first {share:.2g} of it, after which halving judges it"
         raise UsageError(
             f"too short for a trial: {counted(steps, 'step')} of {plan.train.tokens_per_step:,} tokens"
-            f"{part}, where {LEAST_STEPS} are the least",
+            f"{part}, and it needs {LEAST_STEPS}",
             fix="make trials longer, or take a smaller --tokens-per-step",
         )
 

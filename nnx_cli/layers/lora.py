@@ -28,7 +28,7 @@ def check_rank(model: Adaptable, rank: int) -> None:
     if rank >= max(min(shape) for shape in shapes):
         most = max(rows * columns // (rows + columns) for rows, columns in shapes)
         raise UsageError(
-            f"--lora-rank {rank} is no low rank: no matrix here has a higher one",
+            f"--lora-rank {rank} is no low rank: no matrix of this model has a higher one",
             fix=f"take --lora-rank {most} or less: beyond it adapters are larger than their matrices",
         )
 

@@ -71,7 +71,7 @@ def _outcome(run: RunRecord) -> str:
         "validation loss, best": written(loss, ".4f"),
         "perplexity, best": None if loss is None or loss > 50 else f"{math.exp(loss):.2f}",
         "at step": written(status.get("best_step"), ",.0f"),
-        "tokens a second": written(run.last("tokens_per_s"), ",.0f"),
+        "tokens a second": written(run.speed, ",.0f"),
         "waited for data": written(run.last("data_wait_share"), ".0%"),
         "peak memory": written(run.last("peak_memory_bytes"), size),
         "skipped steps": written(number(status.get("skipped_steps")) or None, ",.0f"),

@@ -67,6 +67,12 @@ class RunRecord:
         """The last value that was logged under a name."""
         return next((value for line in reversed(self.metrics) if (value := number(line.get(name))) is not None), None)
 
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second of the whole run."""
+        tokens, seconds = self.reached("tokens"), self.reached("time_s")
+        return tokens / seconds if tokens and seconds else None
+
     def reached(self, name: str) -> float | None:
         """How far it is by run.json or, where that is older, by the log: its step, tokens or time_s."""
         values = [value for value in (number(self.status.get(name)), self.last(name)) if value is not None]
@@ -121,7 +127,7 @@ def refuse_foreign(path: Path, marks: Sequence[bytes], fix: str) -> None:
     if not os.path.lexists(path):
         return
     if path.is_dir():
-        raise OutputError(f"{path} is a folder, where a file is to be", fix=fix)
+        raise OutputError(f"{path} is a folder, not a file", fix=fix)
     with open_regular(path, OutputError) as file:
         if not file.read(max(map(len, marks))).startswith(tuple(marks)):
             raise OutputError(f"{path} exists already, and was not written by this command", fix=fix)

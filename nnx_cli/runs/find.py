@@ -54,7 +54,7 @@ def find_folder(name: str) -> Path:
     bare = name.rpartition("@")[0]
     if bare and any(os.path.lexists(folder / "config.json") for folder in (Path(bare), WEIGHTS / bare)):
         raise CheckpointError(
-            f"{name!r} is a checkpoint; a run goes on from its newest one", fix=f"nnx train --resume {quoted(bare)}"
+            f"{name!r} is a checkpoint; a run resumes from its newest one", fix=f"nnx train --resume {quoted(bare)}"
         )
     for folder in (Path(name), WEIGHTS / name) if name else ():
         if (kind := _kind_of_many(folder)) is not None:

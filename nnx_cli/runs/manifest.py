@@ -91,7 +91,7 @@ def write_model_folder(
         write_synced(folder / SOURCE, models.read_source(str(file)))
         files[SOURCE] = sha256_file(folder / SOURCE)
         if files[SOURCE] != config["model"]["sha256"]:
-            raise CheckpointError(f"{file} has changed since it was read", fix="start again")
+            raise CheckpointError(f"{file} has changed since it was read", fix="run the command again")
     if weights is not None:
         files[BEST] = write_tensors(folder / BEST, weights)
     write_synced(folder / "manifest.json", to_json({"format": FORMAT, "files": files}))

@@ -188,12 +188,12 @@ def _memory_and_disk() -> Iterator[Finding]:
         yield Finding("warning", "under 3 GiB of memory: torch alone takes a third of it", "take --size nano")
     if free < LEAST_DISK:
         what = f"{free / 2**20:.0f} MiB free on this disk: the smallest run takes {LEAST_DISK / 2**20:.0f}"
-        yield Finding("error", what, "make room, or train elsewhere: nnx train --out FOLDER/NAME")
+        yield Finding("error", what, "free some space, or train elsewhere: nnx train --out FOLDER/NAME")
     elif free < GIB:
         yield Finding(
             "warning",
             "under 1 GiB free on this disk: a run keeps two checkpoints and the best weights",
-            "make room, or keep one checkpoint: nnx train --keep 1",
+            "free some space, or keep one checkpoint: nnx train --keep 1",
         )
     if not os.access(".", os.W_OK):
         fix = "cd to a folder of yours, or train elsewhere: nnx train --out FOLDER/NAME"

@@ -63,7 +63,7 @@ class ProductStream(ForgivingStream):
         if error.errno != errno.EIO or not self._is_terminal:
             raise OutputError(
                 f"cannot write to standard output: {error.strerror or error}",
-                fix="make room there, or send it elsewhere",
+                fix="free some space there, or send it elsewhere",
             ) from error
 
 

@@ -47,10 +47,13 @@ def start_from(spec: str, model: str | None, size: str, fields: Mapping[str, Any
     base = find_model(spec, file)
     if base.config.get("lora"):
         raise CheckpointError(
-            f"{spec} is no plain model", fix=f"merge its adapters first: nnx merge {base.as_argument}"
+            f"{spec} has adapters, and a run starts from a plain model",
+            fix=f"merge them first: nnx merge {base.as_argument}",
         )
     if base.config.get("quantization"):
-        raise CheckpointError(f"{spec} is no plain model", fix="take the run that it was made from")
+        raise CheckpointError(
+            f"{spec} is quantized, and a run starts from a plain model", fix="take the run that it was made from"
+        )
     architecture, described = shape_of(base.config, base.folder, file)
     if not is_own and model not in (None, architecture) or size != "auto":
         raise UsageError(f"{spec} is a {models.stem(architecture)} of its own size", fix="leave out --model and --size")

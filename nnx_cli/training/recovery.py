@@ -59,7 +59,7 @@ class Recovery:
         self.state.skipped_steps, self.state.bad_steps = numbers.skipped_steps, numbers.bad_steps
         if self.spikes.update(numbers.highest_loss):
             self.journal.event(
-                f"loss spike: {numbers.highest_loss:.3f} up to step {self.state.step}, after {self.spikes.mean:.3f}"
+                f"loss spike: {numbers.highest_loss:.3f} by step {self.state.step}, {self.spikes.mean:.3f} before it"
             )
         return numbers
 
@@ -103,7 +103,7 @@ class Recovery:
             self.journal.event(note)
         self.journal.event(
             f"no finite gradient in {MAX_BAD_STEPS} steps up to step {failed_at}: back to step {state.step}, "
-            f"going on with {ROLLBACK_LR:g} of the learning rate"
+            f"with {ROLLBACK_LR:g} of the learning rate"
         )
 
     def _restore_newest(self, run: Run, found: list[Checkpoint]) -> list[str]:
@@ -145,7 +145,7 @@ class Recovery:
         self.spikes = LossSpikeDetector()
         self.journal.event(
             f"validation turned: {state.best_val_loss:.3f} at step {state.best_step}, {result.loss:.3f} at step "
-            f"{state.step}; back to the weights of step {state.best_step}, to anneal those"
+            f"{state.step}; back to the weights of step {state.best_step}, and the learning rate falls to its end"
         )
         return True
 
@@ -219,7 +219,7 @@ class Recovery:
             if self.stepper.graphs is None:
                 raise refused
             self.stepper.release_graphs()
-            self.journal.event(f"out of memory at step {self.state.step}, beside the CUDA graph: no graph from here on")
+            self.journal.event(f"out of memory at step {self.state.step}: training goes on without its CUDA graph")
 
 
 def count_used(tokens: np.ndarray) -> int:

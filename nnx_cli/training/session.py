@@ -181,7 +181,9 @@ def find_unfinished() -> Path:
             others.setdefault(live, (folder, status))
     kind = "running" if "running" in others else next(iter(others), None)
     if kind is None:
-        raise CheckpointError("there is nothing to resume: no run that is not finished", fix="see the runs: nnx list")
+        raise CheckpointError(
+            "there is nothing to resume: no run in weights/ is unfinished", fix="see the runs: nnx list"
+        )
     folder, status = others[kind]
     how, fix = {
         "running": (
@@ -334,13 +336,13 @@ def open_data(run: Run, moved_to: Path | None) -> TokenFolder:
     folder = moved_to or follow(run.folder, run.config["data"]["folder"])
     if moved_to is None and not folder.exists():
         raise DataError(
-            f"the data of {run.folder} is gone: no {folder}",
+            f"the token folder of {run.folder} is gone: no {folder}",
             fix=f"say where it is now: nnx train --resume {quoted(run.folder)} --data FOLDER",
         )
     data = open_token_folder(folder, tokenizer=read_tokenizer(run.folder))
     if data.fingerprint != run.config["data"]["fingerprint"]:
         raise DataError(
-            f"{folder} is not the data of this run: its fingerprint differs",
+            f"{folder} holds other tokens than {run.folder} was trained on: its fingerprint differs",
             fix=f"start a new run on it: nnx train --init-from {quoted(run.folder)} --data {quoted(folder)}",
         )
     return data

@@ -14,7 +14,7 @@ import torch
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import OutputError, UsageError, counted, quoted
+from nnx_cli.errors import OutputError, counted, quoted
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import checkpoint_blocks, eagerly
 from nnx_cli.models._base import LanguageModel
@@ -364,14 +364,8 @@ def make_trainer(
 
 
 def is_divided(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether each rank has a part of the model. Raises UsageError for settings that need whole gradients."""
-    if config.parallel != "fsdp" or ranks.count == 1:
-        return False
-    if config.optimizer_in_backward:
-        raise UsageError("--optimizer-in-backward comes before FSDP divides a gradient", fix="leave it out")
-    if config.precision == "fp16":
-        raise UsageError("fp16's loss scale needs whole gradients, not --parallel fsdp", fix="take --parallel ddp")
-    return True
+    """Whether each rank has a part of the model."""
+    return config.parallel == "fsdp" and ranks.count > 1
 
 
 def make_loader(model: LanguageModel, data: TokenFolder, config: TrainConfig, device: torch.device) -> Loader:

@@ -83,5 +83,5 @@ def test_what_adapters_refuse(refused, adapted):
         assert "--lora-rank 16 or less" in refused(2, f"--lora-rank {rank} is no low rank", *words).stderr
     refused(2, "carries no adapter", "merge", "words")
     refused(2, "carries an adapter", "quantize", "adapted")
-    refused(5, "is no plain model", "train", "--init-from", "adapted", "--data", "data/words")
+    refused(5, "adapted has adapters", "train", "--init-from", "adapted", "--data", "data/words")
     refused(8, "exists already", "merge", "adapted", "--out", "weights/words")

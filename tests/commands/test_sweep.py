@@ -62,7 +62,7 @@ def test_a_sweep_that_is_killed_ends_like_one_that_is_not(nnx, words):
     assert [each["status"] for each in read_sweep(folder)["trials"]] == ["finished", "waiting", "waiting"]
     assert nnx("list").stdout.split().count("interrupted") == 1
     result = nnx(*line)
-    assert result.exit_code == 0 and "going on with weights/sweep-words: 1 of 3 trials done" in result.stderr
+    assert result.exit_code == 0 and "resuming weights/sweep-words: 1 of 3 trials done" in result.stderr
     shutil.move(folder, "killed")
     result = nnx(*line)
     found = [row.split()[0] for row in result.stdout.splitlines() if row.split()[-1:] == ["finished"]]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnx_cli.data.loader import Loader, windows_at
+from nnx_cli.data.loader import Loader, check_length, windows_at
 from nnx_cli.data.permutation import permute
 from nnx_cli.errors import DataError
 
@@ -102,7 +102,16 @@ def test_text_shorter_than_a_sequence_is_refused():
     loader(17)
     with pytest.raises(DataError, match="has 16 tokens; one sequence needs 17") as error:
         loader(16)
-    assert "--seq-len 4" in error.value.fix
+    assert error.value.fix.startswith("give more text: ")
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "advice"), [(20, None), (255, None), (256, "--seq-len 64"), (900, "--seq-len 225")]
+)
+def test_a_shorter_context_is_advised_where_it_helps(n_tokens, advice):
+    with pytest.raises(DataError, match="one sequence needs 1,025") as error:
+        check_length(n_tokens, 1024)
+    assert (advice or "100 kB or more") in error.value.fix and ("--seq-len" in error.value.fix) == (advice is not None)
 
 
 @pytest.mark.parametrize("seed", [0, 1337, 2**63 - 1])

@@ -84,6 +84,11 @@ def test_a_rate_that_stays_below_the_plan_is_explained(run, lr, warmup_steps, sh
     assert (shown in page) if shown else "at most, and" not in page
 
 
+def test_the_speed_is_that_of_the_whole_run(run):
+    log(run, "metrics.jsonl", course(tokens_per_s=9.0))
+    assert "2,560" in run_page(read_run(run.folder)).partition("How it learned")[0]
+
+
 def test_every_chart_says_what_is_normal(run):
     log(run, "metrics.jsonl", course())
     record = read_run(run.folder)

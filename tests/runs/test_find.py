@@ -119,6 +119,6 @@ def test_a_model_without_training_settings_loads(run, workspace):
 @pytest.mark.parametrize("which", ["best", "last", "12", "first"])
 def test_a_run_goes_on_from_no_named_checkpoint(run, which):
     for spec in (f"words@{which}", f"weights/words@{which}"):
-        with pytest.raises(CheckpointError, match="goes on from its newest") as error:
+        with pytest.raises(CheckpointError, match="resumes from its newest") as error:
             find_folder(spec)
         assert error.value.fix == f"nnx train --resume {spec.partition('@')[0]}"

@@ -300,7 +300,9 @@ def _check_in_browser(source: Source, packed: Packed, program: str, path: Path) 
         except ScriptError as error:
             raise QualityError(f"the page fails in the browser: {str(error).splitlines()[0]}") from error
         if page.complaints or page.requests:
-            raise QualityError(f"the page does not stay quiet in the browser: {(page.requests or page.complaints)[0]}")
+            raise QualityError(
+                f"the page complains, or asks the network, in the browser: {(page.requests or page.complaints)[0]}"
+            )
     return replace(found, more=_more(packed, "chromium"))
 
 
