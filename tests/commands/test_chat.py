@@ -1,10 +1,11 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 from bench.answers import different, share_answered, write_rows
-from console.terminal import Terminal
+from console.terminal import NOT_OF_A_TERMINAL, Terminal
 
 from nnx_cli.commands._chat_session import ChatSession
 from nnx_cli.config import SampleConfig
@@ -209,21 +210,37 @@ def test_a_small_model_answers_questions_that_it_has_not_seen(nnx, workspace):
 # at a terminal
 
 
+class ChatTerminal(Terminal):
+    """`nnx chat` at a terminal, forked from a process with torch in it, where some modules are not installed."""
+
+    def __init__(self, words, hidden):
+        self.hidden = hidden
+        super().__init__(["chat", *words], 100, 30, echoes=True, PROMPT_TOOLKIT_NO_CPR="1")
+
+    def start(self, command, variables):
+        from tests.reliability.processes import Command, Setting, Surroundings
+
+        change = Surroundings(variables, NOT_OF_A_TERMINAL, self.hidden)
+        self.command = Command(Path.cwd(), *command, setting=Setting(terminal=os.ttyname(self.theirs), change=change))
+        return self.command.process
+
+    def is_over(self):
+        return not self.command.running()
+
+    def wait(self, seconds=20):
+        return self.command.wait(seconds)
+
+
 @pytest.fixture(params=["readline", "prompt_toolkit", "plain"])
 def at_terminal(request):
     """Starts `nnx chat` at a terminal, with a library to edit lines or without."""
     if request.param == "prompt_toolkit":
         pytest.importorskip("prompt_toolkit", reason="an extra: pip install 'nnx-cli[chat]'")
     opened = []
-    hidden = {"readline": ["prompt_toolkit"], "prompt_toolkit": [], "plain": ["prompt_toolkit", "readline"]}[
-        request.param
-    ]
-    program = f"import sys, importlib.util as u; found = u.find_spec; hidden = {hidden!r}\n"
-    program += "u.find_spec = lambda name, *a: None if name in hidden else found(name, *a)\n"
-    program += "sys.modules.update(dict.fromkeys(hidden)); from nnx_cli.cli import main; main()"
+    hidden = {"readline": ("prompt_toolkit",), "prompt_toolkit": (), "plain": ("prompt_toolkit", "readline")}
 
     def begin(*words):
-        opened.append(Terminal(["-c", program, "chat", *words], 100, 30, echoes=True, PROMPT_TOOLKIT_NO_CPR="1"))
+        opened.append(ChatTerminal(words, hidden[request.param]))
         return opened[-1]
 
     yield begin
@@ -256,7 +273,7 @@ def test_a_chat_at_a_terminal(at_terminal, run):
     terminal.type("\x03")
     assert "(Ctrl-D or /quit" in "\n".join(terminal.read(says("(Ctrl-D or /quit ends the chat)"), 10))
     terminal.type("\x04")
-    assert terminal.process.wait(20) == 0
+    assert terminal.wait(20) == 0
 
 
 @needs_terminals
@@ -270,4 +287,4 @@ def test_lines_are_edited_and_remembered(at_terminal, talk, request):
     terminal.type("\x1b[A\x7f6\r")  # the line before, changed
     assert "seed is 6\n" in "\n".join(terminal.read(says("seed is 6"), 10))
     terminal.type("/quit\r")
-    assert terminal.process.wait(20) == 0
+    assert terminal.wait(20) == 0

@@ -84,7 +84,7 @@ def test_one_line_is_redrawn_on_every_screen(on_terminal, size):
     assert len(lines) == 1 and cells(lines[0]) < size[0]
     if size[0] >= 80:
         assert re.fullmatch(r"preparing \\x1b\[2J \d+ of 100 MB, \d+ MB/s, \d+ s left", lines[0])
-    terminal.process.wait()
+    terminal.wait()
     assert [line for line in terminal.read() if line] == ["the end"] and not terminal.screen.cursor.hidden
 
 

@@ -63,7 +63,7 @@ def test_a_small_window_has_one_line(on_terminal, size):
 def test_no_window_is_too_small(on_terminal, size):
     terminal = on_terminal(size, "20", "0.0", "run")
     terminal.read()
-    assert terminal.process.wait() == 0 and b"the end" in terminal.written and not terminal.screen.cursor.hidden
+    assert terminal.wait() == 0 and b"the end" in terminal.written and not terminal.screen.cursor.hidden
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_interrupt_leaves_the_terminal_clean(on_terminal):
 def test_a_process_that_ends_at_once_leaves_the_terminal_clean(on_terminal, how):
     terminal = on_terminal((80, 24), "20", "0.2", how)
     lines = [line for line in terminal.read() if line]
-    assert terminal.process.wait() == 130 and not terminal.screen.cursor.hidden
+    assert terminal.wait() == 130 and not terminal.screen.cursor.hidden
     assert lines and not any(word in line for line in lines for word in ("at work", "──", "learning"))
 
 

@@ -85,6 +85,25 @@ class Setting:
     change: Callable[[], None] | None = None  # called before the command
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """A change to a process: variables of its environment, those it has not, and modules that it does not find."""
+
+    variables: dict[str, str]
+    without: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        from nnx_cli.console import line_input
+
+        for name in self.without:
+            os.environ.pop(name, None)
+        os.environ.update(self.variables)
+        sys.modules.update(dict.fromkeys(self.hidden))
+        found = line_input.find_spec
+        line_input.find_spec = lambda name: None if name in self.hidden else found(name)
+
+
 class Command:
     """`nnx` with some arguments, running in `folder`."""
 
@@ -183,6 +202,7 @@ def speak(setting: Setting, log: Path) -> None:
         terminal = os.open(setting.terminal, os.O_RDWR)  # a session leader's first terminal controls it
         for number in (0, 1, 2):
             os.dup2(terminal, number)
+        sys.stdin = open(0, closefd=False)
     else:
         for number, path in ((1, setting.stdout), (2, setting.stderr)):
             if path is None:
