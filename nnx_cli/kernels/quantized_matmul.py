@@ -2,10 +2,9 @@
 
 On a GPU int8 weights are read as they are, and activations stay in floating point.
 
-On a CPU, measured on one core with AVX-512 and VNNI, weights in memory, one row of x, times the speed of float32: int8
-by `linear_dynamic` 2.8 to 3.1, by oneDNN's `qlinear_pointwise` 1.7 to 2.4 with the quantization of x, `_int_mm` without
-it 1.5 to 2.0, `_weight_int8pack_mm` 2.0 in bfloat16 and 0.4 in float32; `_weight_int4pack_mm_for_cpu` 3.5 to 4.2 in
-bfloat16, 0.2 in float32. From three rows on `linear_dynamic` is the fastest, for 4 bits too.
+On an x86 CPU up to eight rows of x are multiplied by C code of ours, where a C compiler makes a library of it: 3 to 4.5
+times the speed of float32, for 4 bits too, whose weights become int8. What torch has is for more rows, and for where
+there is no compiler. tests/bench/decode.md has all that was measured.
 """
 
 from __future__ import annotations
@@ -19,22 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnx_cli.kernels.quantized_matmul_c import c_matmul
 from nnx_cli.system.hardware import cpu_int4_kernel, cpu_int8_activation_bits, takes_triton
 
 Matmul = Callable[[Tensor], Tensor]  # x (..., K) to (..., N)
 
 TOLERANCE = 0.05  # relative error of a matmul; 7-bit activations have 0.03, sums that saturate 0.3 and more
+TOLERANCE_16 = 1e-4  # that of one with 16-bit activations, which have 3e-5
 PROBE_SHAPE = 1024, 1024
 INT4_GROUPS = 32, 64, 128, 256  # columns that share a scale, as the 4-bit matmul takes them
-INT4_ROWS = 2  # of x, up to which it is the faster one
+INT4_ROWS = 2  # of x, up to which it is faster than that with int8 activations
+C_ROWS = 8  # of x, up to which the matmul in C is the fastest
 GPU_ROWS = 64  # of x, up to which reading the weights sets the pace of a GPU
 KERNELS = {
     32: "int8 weights, floating-point activations",
-    16: "4-bit weights, bfloat16 activations; for many tokens at once int8",
+    16: "int8 weights, 16-bit activations; for many tokens at once fewer bits",
     8: "int8 weights and activations",
     7: "int8 weights, 7-bit activations",
+    4: "4-bit weights, bfloat16 activations; for many tokens at once int8",
     0: "weights unpacked to floating point",
-}  # what multiplies with quantized matrices, by the bits of activations
+}  # what multiplies with quantized matrices, by the bits of activations, or of weights that stay in 4
 
 aten: Any = torch.ops.aten
 INT4_PACK: Any = getattr(aten, "_convert_weight_to_int4pack_for_cpu", None)  # private: None where torch lacks it
@@ -110,7 +113,19 @@ def kernel(codes: Tensor, n_rows: int, n_columns: int, group_size: int | None, d
     if dtype != torch.float32 or codes.device.type != "cpu":
         return 0
     bits = activation_bits()
-    return 16 if bits and takes_int4(n_rows, n_columns, group_size) else bits
+    if bits and has_c_matmul():
+        return 16
+    return 4 if bits and takes_int4(n_rows, n_columns, group_size) else bits
+
+
+@cache
+def has_c_matmul() -> bool:
+    """Whether this machine has the matmul in C, and it is right."""
+
+    def make(weight: Tensor, scale: Tensor) -> Matmul:
+        return c_matmul((weight / scale[:, None]).round().to(torch.int8), scale)
+
+    return is_right(make, tolerance=TOLERANCE_16)
 
 
 @cache
@@ -140,8 +155,8 @@ def _int4_probe(weight: Tensor, scale: Tensor) -> Matmul:
     return int4_matmul((weight / scale[:, None]).round().int() + 8, groups)
 
 
-def is_right(make: Callable[[Tensor, Tensor], Matmul], largest: int = 127) -> bool:
-    """Whether the matmul that is made for weights (N, K) and their scales (N,) is there, and within TOLERANCE of that
+def is_right(make: Callable[[Tensor, Tensor], Matmul], largest: int = 127, tolerance: float = TOLERANCE) -> bool:
+    """Whether the matmul that is made for weights (N, K) and their scales (N,) is there, and within `tolerance` of that
     in floating point: for one row and for several, and for ones that meet the largest codes, the largest sums."""
     generator = torch.Generator().manual_seed(0)
     N, K = PROBE_SHAPE
@@ -156,4 +171,4 @@ def is_right(make: Callable[[Tensor, Tensor], Matmul], largest: int = 127) -> bo
     except (AttributeError, RuntimeError):  # this build of torch, or this CPU, has no such operator
         return False
     wanted = [F.linear(x, weight) for x in inputs]
-    return all((y - z).norm() <= TOLERANCE * z.norm() for y, z in zip(found, wanted, strict=True))
+    return all((y - z).norm() <= tolerance * z.norm() for y, z in zip(found, wanted, strict=True))

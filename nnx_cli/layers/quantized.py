@@ -227,15 +227,26 @@ class QuantizedLinear(QuantizedMatrix):
             matmul = kernels.gpu_int8_matmul(self.weight, scale)
             self.row_scale = scale if factors is None else None
         else:
-            matmul = self._int4_matmul(scale) if kernel == 16 else self._int8_matmul(scale)
+            make = {16: self._c_matmul, 4: self._int4_matmul}.get(kernel, self._int8_matmul)
+            matmul = make(scale)
         self.matmul = matmul if factors is None else lambda x: matmul(x * factors.to(x.dtype))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _int8_matmul(self, scale: Tensor) -> Matmul:
-        weight = dequantize(self.weight, scale, self.n_columns, self.group_size)
-        scale = scale if self.group_size is None else quantize_rows(weight)[1].float()
-        return kernels.int8_matmul(weight, scale, kernels.activation_bits())
+        codes, scale = self._int8_codes(scale)
+        return kernels.int8_matmul(dequantize(codes, scale, self.n_columns, None), scale, kernels.activation_bits())
+
+    def _int8_codes(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (N, K) int8 and scales (N,) float32, of 4-bit weights too."""
+        if self.group_size is None:
+            return self.weight, scale
+        codes, scale = quantize_rows(dequantize(self.weight, scale, self.n_columns, self.group_size))
+        return codes, scale.float()
+
+    def _c_matmul(self, scale: Tensor) -> Matmul:
+        few = kernels.c_matmul(*self._int8_codes(scale))
+        return kernels.few_or_many(few, kernels.C_ROWS, partial(self._int8_matmul, scale))
 
     def _int4_matmul(self, scale: Tensor) -> Matmul:
         codes = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(-2).int()

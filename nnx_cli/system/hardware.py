@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -127,8 +127,21 @@ def cpu_int8_activation_bits() -> int:
         return 8
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return 0
-    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    return 8 if has_vnni() else 7
+    return 8 if _has_vnni() else 7
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """What a C compiler calls the vector instructions of this CPU that torch uses; nothing on others than x86."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX2":
+        return ("-mavx2",)
+    wide = "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"
+    return (*wide, *(["-mavx512vnni"] if _has_vnni() else [])) if capability == "AVX512" else ()
+
+
+def _has_vnni() -> bool:
+    found: Callable[[], bool] = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    return found()
 
 
 def cpu_int4_kernel() -> bool:

@@ -36,7 +36,9 @@ def draw(*shape, seed=0):
 
 def has_kernel(bits):
     """Whether this machine multiplies with activations of so many bits."""
-    return bits in (0, 16) or kernels.is_right(partial(kernels.int8_matmul, activation_bits=bits))
+    if bits == 16:
+        return kernels.has_c_matmul()
+    return bits in (0, 4) or kernels.is_right(partial(kernels.int8_matmul, activation_bits=bits))
 
 
 def restored(weight, how):
@@ -101,15 +103,16 @@ def test_embedding_looks_rows_up(how):
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
-@pytest.mark.parametrize("bits", [16, 8, 7, 0])
+@pytest.mark.parametrize("bits", [16, 8, 7, 4, 0])
 @pytest.mark.parametrize("unit_axis", [None, 0, 1])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1,)])
 def test_linear_multiplies_with_the_stored_weights(how, bits, unit_axis, shape, monkeypatch):
-    if bits == 16 and not (how is INT4 and kernels.has_int4_matmul()) or not has_kernel(bits):
+    if bits == 4 and not (how is INT4 and kernels.has_int4_matmul()) or not has_kernel(bits):
         pytest.skip("this machine has no such matmul")
     monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
-    monkeypatch.setattr(kernels, "activation_bits", lambda: 8 if bits == 16 else bits)
-    monkeypatch.setattr(kernels, "has_int4_matmul", lambda: bits == 16)
+    monkeypatch.setattr(kernels, "activation_bits", lambda: 8 if bits in (16, 4) else bits)
+    monkeypatch.setattr(kernels, "has_c_matmul", lambda: bits == 16)
+    monkeypatch.setattr(kernels, "has_int4_matmul", lambda: bits == 4)
     weight, x = draw(48, 96), draw(*shape, 96, seed=1)
     made = layer(QuantizedLinear, weight, how)
     made.unit_axis = unit_axis
@@ -117,8 +120,10 @@ def test_linear_multiplies_with_the_stored_weights(how, bits, unit_axis, shape, 
     y, wanted = made(x), F.linear(x, stored if unit_axis is None else F.normalize(stored, dim=unit_axis))
     assert made.kernel(torch.float32) == bits
     assert y.shape == wanted.shape and y.dtype == torch.float32
-    few_in_int4 = bits == 16 and shape != (2, 5)
-    assert (y - wanted).norm() <= (0.005 if few_in_int4 else 0.04 if bits else 1e-6) * wanted.norm()
+    few_in_int4 = bits == 4 and shape != (2, 5)
+    in_c = bits == 16 and shape != (2, 5)
+    error = 1e-6 if not bits else 0.005 if few_in_int4 else 0.04 if not in_c else 1e-4 if how is INT8 else 0.01
+    assert (y - wanted).norm() <= error * wanted.norm()
 
 
 @pytest.mark.parametrize("how", [INT8, INT4], ids=["int8", "int4"])
@@ -183,7 +188,8 @@ def test_layers_that_gain_stay_as_they_are(tiny, tmp_path, monkeypatch):
     large = sum(m.weight.numel() > quantized.SMALL_MATRIX for m in layers)
     unpack_slow_layers(model, torch.float32)
     assert type(model.blocks[0].attn_out) is Linear and 0 < large < len(layers)
-    words, name = kernels_in_words(model, len(layers), torch.float32), KERNELS[kernels.activation_bits()]
+    name = KERNELS[16 if kernels.has_c_matmul() else kernels.activation_bits()]
+    words = kernels_in_words(model, len(layers), torch.float32)
     assert f"{name} ({large} of {len(layers)} layers)" in words and KERNELS[0] in words
 
 
