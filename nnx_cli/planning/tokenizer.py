@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from nnx_cli.data.tokenizers.bpe import DEFAULT_VOCAB_SIZE
 
-BPE_FROM_BYTES = 10_000_000  # of text, from which on `auto` is bpe; not raced for models above SMALL
+BPE_FROM_BYTES = 8_000_000  # of text, from which on `auto` is bpe: for `small` bytes won at 5 MB: tests/bench
 SMALL = 3_000_000  # parameters; for less bpe won from 1.2 MB on by 3 to 14 %, and lost below: tests/bench
 BPE_FROM_BYTES_SMALL = 2_000_000
 # bytes of text from which on a vocabulary may have so many ids; not raced but for 8,192 on 220 MB: tests/bench
