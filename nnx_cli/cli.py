@@ -32,6 +32,7 @@ from nnx_cli.errors import (
 from nnx_cli.system import signals
 from nnx_cli.system.streams import set_up_streams
 
+EXAMPLE = re.compile(r"^ +(nnx .*?)(?: {2,}|$)", re.MULTILINE)  # a line of those behind the help of a command
 MAX_LINE_CHARS = 600
 OPEN_FILES = 1024  # of a process are enough, and what most systems allow
 SPINS = "1000"  # before a thread sleeps: 1.3 times as fast as none on idle cores, 0.8 times on two that others use too
@@ -207,9 +208,19 @@ def _with_choice(error: Any, group: Group, arguments: Sequence[str]) -> NnxError
     surplus = re.search(r"unexpected extra argument.*\((.*)\)", message)
     if surplus and ctx is not None and any(param.name == "filepath" for param in ctx.command.params):
         refused.fix = f"a text is named with --filepath: nnx {ctx.info_name} --filepath {quoted(surplus[1])}"
-    elif surplus:
+    elif surplus and ctx is not None and any(param.name == "prompt" for param in ctx.command.params):
         refused.fix = 'words of one text stand in quotes: "AI is a power!"'
+    elif message.startswith("Missing") and ctx is not None and (example := EXAMPLE.search(ctx.command.epilog or "")):
+        refused.fix = f"for example: {example[1]}"
+    elif "Did you mean" not in message:
+        name = ctx.info_name if ctx is not None else next((word for word in arguments if word in COMMANDS), None)
+        refused.fix = f"see: {_help_of(name)}"
     return refused
+
+
+def _help_of(command: str | None) -> str:
+    """What shows the help of a command, or that of all."""
+    return f"nnx {command} --help" if command in COMMANDS else "nnx --help"
 
 
 def _no_such_option(error: Any, group: Group, arguments: Sequence[str]) -> NnxError:
@@ -227,8 +238,7 @@ def _no_such_option(error: Any, group: Group, arguments: Sequence[str]) -> NnxEr
     owners = [name for name, other in group.commands.items() if any(bare in p.opts for p in other.params)]
     if not near and owners:
         near = f"; it belongs to {', '.join(owners)}" if len(owners) < len(COMMANDS) else "; it stands behind a command"
-    shown = "nnx --help" if command is group else f"nnx {error.ctx.info_name} --help"
-    return UsageError(f"No such option: {option}{near}", fix=None if near else f"see: {shown}")
+    return UsageError(f"No such option: {option}{near}", fix=None if near else f"see: {_help_of(error.ctx.info_name)}")
 
 
 def _value_behind(option: str, arguments: Sequence[str]) -> str:

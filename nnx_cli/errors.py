@@ -82,10 +82,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """ "; did you mean X?" with the choice most like `word`, or nothing where none can be meant. The dashes of options
-    make none alike."""
+    """ "; did you mean X?" with the choice most like `word`, or the only one that begins with it, or nothing where none
+    can be meant. The dashes of options make none alike."""
     bare, known = word.lstrip("-"), {choice.lstrip("-"): choice for choice in choices}
     found = difflib.get_close_matches(bare, list(known), n=1, cutoff=0.6) if len(bare) > 1 else []
+    longer = [choice for choice in known if choice.startswith(bare)] if len(bare) > 2 else []
+    found = found or longer * (len(longer) == 1)
     return f"; did you mean {known[found[0]]}?" if found else ""
 
 

@@ -72,5 +72,10 @@ def _number(name: str, value: str, annotation: Any, command: str) -> str:
         (int if is_integer else float)(value)
     except ValueError as error:
         kind = KINDS_IN_WORDS["int" if is_integer else "float"]
-        raise UsageError(f"{name} is {value!r}; it must be {kind}", fix=f"see: nnx {command} --help") from error
+        fix = f"see: nnx {command} --help"
+        if value == "auto":
+            fix = "leave it out, and it is chosen"
+        elif value.count(",") == 1:
+            fix = f"write its point as a point: {name} {value.replace(',', '.')}"
+        raise UsageError(f"{name} is {value!r}; it must be {kind}", fix=fix) from error
     return value

@@ -28,7 +28,7 @@ def merge_model(ref: ModelRef, out: Path, device: torch.device) -> dict[str, Any
     """
     config = ref.config_at(out)
     if not config.pop("lora", None):
-        raise UsageError(f"{ref.label} carries no adapter")
+        raise UsageError(f"{ref.label} carries no adapter", fix="name a run that was trained with --lora-rank")
     refuse_existing(out)
     adapted = load_model(ref, device)
     merged = copy.deepcopy(adapted)

@@ -103,6 +103,8 @@ def _is_link(found: tuple[Identity, bool, Source]) -> bool:
 def _files(path: str, circles: _Examples) -> list[Source]:
     """The files behind one path or glob. DataError where there is none."""
     names = [path] if os.path.lexists(path) else _matches(path, circles)
+    if not names and "://" in path:
+        raise DataError(f"{path} is an address, and nnx downloads no text", fix="save it as a file and name that")
     if not names:
         raise DataError(f"there is no {path}{nearest_file(path)}")
     files: dict[str, None] = {}  # a set that remembers the order

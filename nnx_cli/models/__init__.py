@@ -109,7 +109,8 @@ def make_config(name: str, *, size: str | None = None, **overrides: Any) -> Mode
     shape: dict[str, Any] = {}
     if size is not None:
         if size not in module.SIZES:
-            raise UsageError(f"{stem(name)} has no size {size!r}", fix=f"choose from {', '.join(module.SIZES)}")
+            near = nearest(size, module.SIZES)
+            raise UsageError(f"{stem(name)} has no size {size!r}{near}", fix=f"choose from {', '.join(module.SIZES)}")
         shape = dict(module.SIZES[size])
         if "dim" in overrides:
             optional = {field.name for field in config_fields(name) if field.default is None}

@@ -222,8 +222,37 @@ def test_a_suggestion_is_made_where_it_could_be_meant(refused, words, said):
     assert said.startswith(";") or "did you mean" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "words", "said", "fix"),
+    [
+        (2, ["sample", "--temp", "0.5"], "--temp; did you mean --temperature?", None),
+        (2, ["train", "--filepath"], "requires an argument", "see: nnx train --help"),
+        (2, ["export"], "Missing option '--format'", "for example: nnx export "),
+        (2, ["import"], "Missing", "for example: nnx import "),
+        (2, ["list", "weights"], "extra argument", "see: nnx list --help"),
+        (2, ["doctor", "now"], "extra argument", "see: nnx doctor --help"),
+        (2, ["sample", "a", "b"], "extra argument", "words of one text stand in quotes"),
+        (2, ["generate"], "No such command 'generate'", "see: nnx --help"),
+        (2, ["smaple"], "Did you mean 'sample'?", None),
+        (2, ["train", "--size", "tny"], "no size 'tny'; did you mean tiny?", "choose from nano, "),
+        (2, ["train", "--model", "tape", "--size", "smal"], "did you mean small?", "choose from nano, "),
+        (2, ["train", "--lr", "0,01"], "--lr is '0,01'", "write its point as a point: --lr 0.01"),
+        (2, ["sample", "--top-p", "0,9"], "--top-p is '0,9'", "--top-p 0.9"),
+        (2, ["train", "--batch-size", "auto"], "--batch-size is 'auto'", "leave it out"),
+        (3, ["prepare", "https://example.org/a.txt"], "nnx downloads no text", "save it as a file"),
+        (3, ["train", "--filepath", "s3://bucket/x", "--size", "nano"], "nnx downloads no text", "save it as a file"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_answered_with_what_to_type(refused, code, words, said, fix):
+    lines = refused(code, said, *words).stderr.rstrip().splitlines()
+    assert len(lines) == 1 + (fix is not None) and (fix is None or fix in lines[1])
+
+
 def test_the_nearest_word():
     assert nearest("--temprature", ["--temperature", "--top-k"]) == "; did you mean --temperature?"
     assert nearest("cosin", ["linear", "cosine"]) == "; did you mean cosine?"
+    assert nearest("--temp", ["--temperature", "--top-k"]) == "; did you mean --temperature?"
+    assert nearest("--val", ["--val-every", "--val-batches"]) == "", "it may be either"
     for word in ("x", "", "--", "--q", "zebra"):
         assert nearest(word, ["--quiet", "nyx", "--top-q", "zoo"]) == ""
