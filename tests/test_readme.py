@@ -1,7 +1,10 @@
 """The README is short, its links lead somewhere, and its commands do what it says."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,10 +76,23 @@ def test_pictures_are_small_and_described():
         assert len(alt.split()) >= 8 and (ROOT / path).stat().st_size <= 150_000, path
 
 
-def test_a_cpu_gets_no_cuda_build():
-    """The first command lets uv choose the build of PyTorch by the driver that there is."""
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the first command is for bash")
+@pytest.mark.parametrize(("nvidia_smi", "backend"), [(0, "auto"), (9, "cpu"), (127, "cpu")])
+def test_a_gpu_build_of_torch_is_for_an_nvidia_gpu_alone(tmp_path, nvidia_smi, backend):
+    """README's first command, with stand-ins for Python, pip and uv: `nvidia-smi` works, fails, or is not there."""
+    tools = {
+        "python3": 'mkdir -p "$3/bin" && touch "$3/bin/activate"',
+        "pip": "true",
+        "uv": 'echo "$@" > asked',
+        "nvidia-smi": f"echo GPU; exit {nvidia_smi}",
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
     first = re.findall(r"```bash\n(.*?)```", README, re.S)[0]
-    assert "uv pip install" in first and "--torch-backend=auto" in first
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-ec", first], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    assert (tmp_path / "asked").read_text().split() == ["pip", "install", f"--torch-backend={backend}", "."]
 
 
 def test_commands_parse(workspace):

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -23,12 +24,14 @@ from nnx_cli.system.machine import machine_memory_bytes
 
 OLDEST_TORCH, MAC_TORCH = (2, 11), (2, 14)
 LEAST_DRIVER = {13: 580, 12: 525, 11: 450}  # of a torch for that CUDA, by NVIDIA's table of compatibility
-FITTING_TORCH = "pip install uv && uv pip install --reinstall --torch-backend=auto torch"  # for this driver
+OLDEST_DRIVER = LEAST_DRIVER[12]  # for which there is a torch of OLDEST_TORCH or later
+LAST_OF_OLD_GPUS = "cu126"  # the last builds with kernels for GPUs before Turing (compute capability 7.5)
 COMPILERS = {  # the line that installs a C++ compiler
     "linux": "sudo apt install g++ (or your distribution's package)",
     "darwin": "xcode-select --install",
     "win32": "winget install Microsoft.VisualStudio.2022.BuildTools",
 }
+HEADERS = {"linux": "sudo apt install python3-dev (or your distribution's package)"}
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which processes of one host talk
 LEAST_SHARED = 2**30  # bytes of it: what NCCL's documentation asks for; a container of Docker has 64 MiB
@@ -66,7 +69,7 @@ def diagnose() -> Iterator[Finding]:
 def _torch_version() -> Iterator[Finding]:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:
-        yield Finding("error", "this torch is older than 2.11", "pip install --upgrade torch")
+        yield Finding("error", "this torch is older than 2.11", _fitting_torch())
     if sys.platform == "darwin" and (major, minor) < MAC_TORCH:
         yield Finding(
             "warning",
@@ -83,8 +86,8 @@ def _devices() -> Iterator[Finding]:
     if found := _nvidia_gpu():
         yield _unused(*found)
     elif torch.version.cuda is not None:
-        what = "a CUDA build of torch without a GPU: the CPU build takes a tenth of the disk space"
-        yield Finding("note", what, "pip install torch --index-url https://download.pytorch.org/whl/cpu")
+        what = "a CUDA build of torch without a GPU: the CPU build takes a fifth of the disk space"
+        yield Finding("note", what, _without_cuda())
     if torch.backends.mps.is_available():
         yield Finding("ok", "Apple GPU")
     yield Finding("ok", describe(pick_device("cpu")))
@@ -96,13 +99,19 @@ def _devices() -> Iterator[Finding]:
 
 def _unused(name: str, driver: str) -> Finding:
     """Why torch does not use an NVIDIA GPU."""
+    number = driver.partition(".")[0]
+    version = int(number) if number.isdecimal() else sys.maxsize
+    fitting = _build("auto")
     if torch.version.cuda is None:
-        return Finding("warning", f"there is {name}, but this is a CPU build of torch", FITTING_TORCH)
+        if version < OLDEST_DRIVER:
+            fitting = f"update the driver to {OLDEST_DRIVER} or later, then: {fitting}"
+        return Finding("warning", f"there is {name}, but this is a CPU build of torch", fitting)
     least = LEAST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), 0)
-    version = driver.partition(".")[0]
-    if version.isdecimal() and int(version) < least:
+    if version < least:
         why = f"its driver {driver} is older than CUDA {torch.version.cuda} of this torch takes ({least})"
-        fix = f"update the driver, or take a torch for it: {FITTING_TORCH}"
+        fix = f"update the driver to {least} or later"
+        if version >= OLDEST_DRIVER:
+            fix += f", or take a torch for this one: {fitting}"
         return Finding("warning", f"there is {name}, but {why}", fix)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None:
@@ -117,16 +126,52 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     major, minor = torch.cuda.get_device_capability(device)
     precision = pick_precision("auto", device)
     yield Finding("ok", f"{describe(device)}, compute capability {major}.{minor}, trains in {precision}")
-    built_for = {arch.rpartition("_")[2].rstrip("af") for arch in torch.cuda.get_arch_list()}
-    if built_for and not any(version[:-1] == str(major) for version in built_for):
-        yield Finding("error", "this torch has no kernels for that GPU", "pip install --upgrade torch")
+    if torch.version.hip is None and not _has_kernels(torch.cuda.get_arch_list(), (major, minor)):
+        backend = LAST_OF_OLD_GPUS if (major, minor) < (7, 5) else "auto"
+        yield Finding("error", "this torch has no kernels for that GPU", _build(backend))
+
+
+def _has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
+    """Whether something built for these architectures runs on a GPU of that compute capability.
+
+    A binary (sm_86) runs on that version and later ones of the same generation, PTX (compute_90) on all later ones.
+    """
+    for architecture in built_for:
+        kind, _, digits = architecture.rstrip("af").partition("_")
+        built = int(digits[:-1]), int(digits[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return not built_for
+
+
+def _build(backend: str) -> str:
+    """The line that replaces this environment's torch: `auto` for this NVIDIA driver, `cpu`, or a CUDA like `cu126`."""
+    torch_needed = quoted(f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}")
+    uv = "" if shutil.which("uv") else "pip install uv && "
+    return f"{uv}uv pip install {_here()} --reinstall-package torch --torch-backend={backend} {torch_needed}"
+
+
+def _fitting_torch() -> str:
+    return _build("auto" if _nvidia_gpu() else "cpu")
+
+
+def _without_cuda() -> str:
+    """The line that takes a CPU build and, on Linux, removes the packages with CUDA's libraries."""
+    if sys.platform != "linux":
+        return _build("cpu")
+    libraries = f"uv pip freeze {_here()} | grep -oE '^(nvidia|cuda)-[^=]+'"
+    return f"{_build('cpu')} && {libraries} | xargs uv pip uninstall {_here()} triton"
+
+
+def _here() -> str:
+    return f"--python {quoted(sys.prefix)}"
 
 
 def _several_gpus(n_gpus: int) -> Iterator[Finding]:
     """What processes that train together talk through: gloo on CPUs, NCCL on GPUs, peer access and shared memory."""
     if not dist.is_available():
         what = "this torch is built without torch.distributed: it trains on one GPU at most"
-        yield Finding("note", what, "pip install --force-reinstall torch")
+        yield Finding("note", what, _fitting_torch())
         return
     if not dist.is_gloo_available():
         yield Finding("note", "this torch is built without gloo: several processes cannot train on CPUs")
@@ -134,7 +179,7 @@ def _several_gpus(n_gpus: int) -> Iterator[Finding]:
     if dist.is_nccl_available() and torch.cuda.is_available():
         backends.append("NCCL " + ".".join(str(part) for part in torch.cuda.nccl.version()))
     elif n_gpus > 1:
-        fix = "train under WSL2" if sys.platform == "win32" else "pip install --force-reinstall torch (a CUDA build)"
+        fix = "train under WSL2" if sys.platform == "win32" else _build("auto")
         yield Finding("warning", f"this torch has no NCCL: it trains on one of {n_gpus} GPUs", fix)
     if backends:
         yield Finding("ok", f"processes that train together talk through {' and '.join(backends)}")
@@ -204,9 +249,14 @@ def _compilers() -> Iterator[Finding]:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
         yield Finding("note", "no triton: nothing is compiled for the GPU", f"pip install {package}")
-    if not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    if torch.cuda.is_available():
+        return
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         what = "no C++ compiler: on the CPU long runs are not compiled, and models in 8 and 4 bits write more slowly"
         yield Finding("note", what, COMPILERS.get(sys.platform))
+    elif not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        what = "no headers of Python for the C++ compiler: long runs on the CPU are not compiled"
+        yield Finding("note", what, HEADERS.get(sys.platform))
 
 
 def _extras() -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,74 @@ def test_findings_and_the_lines_that_mend_them(nnx):
     assert "GiB of memory" in nnx("doctor").stdout
 
 
-def test_a_card_that_torch_cannot_use(nnx, monkeypatch):
+@pytest.fixture
+def unused_gpu(monkeypatch):
+    """A machine whose torch, for that CUDA or none, does not use its GPU with that driver: what is said first."""
+
+    def first(cuda, driver):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(diagnosis, "_nvidia_gpu", lambda: ("GeForce RTX 3060", driver))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        return next(diagnosis._devices())
+
+    return first
+
+
+@pytest.mark.parametrize(("driver", "update"), [("535.183.01", False), ("525.60.13", False), ("470.256.02", True)])
+def test_a_gpu_and_a_cpu_build(unused_gpu, driver, update):
+    found = unused_gpu(None, driver)
+    assert found.level == "warning" and "RTX 3060" in found.what and "CPU build" in found.what
+    assert ("update the driver to 525" in found.fix) == update
+    assert f"--python {sys.prefix} --reinstall-package torch --torch-backend=auto 'torch>=2.11'" in found.fix
+
+
+@pytest.mark.parametrize(("driver", "torch_for_it"), [("579.99", True), ("525.60.13", True), ("470.256.02", False)])
+def test_a_torch_for_an_old_driver(unused_gpu, driver, torch_for_it):
+    fix = unused_gpu("13.0", driver).fix
+    assert "update the driver to 580" in fix and ("--torch-backend=auto" in fix) == torch_for_it
+
+
+@pytest.mark.parametrize(("present", "line"), [(None, "pip install uv && uv pip install "), ("uv", "uv pip install ")])
+def test_cuda_without_a_gpu(monkeypatch, present, line):
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == present else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(diagnosis, "_nvidia_gpu", lambda: ("GeForce RTX 3060", "535.183.01"))
-    found = [finding for finding in diagnosis.diagnose() if "RTX 3060" in finding.what]
-    assert found[0].level == "warning" and "CPU build" in found[0].what and "--torch-backend=auto" in found[0].fix
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fix = next(diagnosis._devices()).fix
+    assert fix.startswith(line) and "--torch-backend=cpu" in fix
+    assert fix.endswith("triton") == (sys.platform == "linux")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "runs"),
+    [
+        (["sm_75", "sm_80", "sm_86", "sm_90"], (8, 9), True),
+        (["sm_75", "sm_80", "sm_86", "sm_90"], (7, 0), False),  # an older one of the same generation
+        (["sm_50", "sm_60", "sm_70"], (6, 1), True),
+        (["sm_75", "sm_120"], (6, 1), False),
+        (["sm_80", "sm_90a"], (12, 0), False),
+        (["sm_80", "compute_90"], (12, 0), True),
+        (["sm_100", "sm_120"], (12, 1), True),
+        ([], (9, 0), True),  # not told
+    ],
+)
+def test_kernels_for_a_gpu(built_for, capability, runs):
+    assert diagnosis._has_kernels(built_for, capability) == runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "backend"),
+    [((6, 1), None, "cu126"), ((7, 0), None, "cu126"), ((12, 0), None, "auto"), ((11, 0), "7.2", None)],
+)
+def test_no_kernels_for_a_gpu(monkeypatch, capability, hip, backend):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx1100"] if hip else ["sm_75", "sm_80", "sm_90"])
+    monkeypatch.setattr(diagnosis, "describe", lambda device: "a GPU")
+    found, *errors = diagnosis._gpu(torch.device("cuda", 0))
+    assert found.level == "ok" and [error.level for error in errors] == ["error"] * (backend is not None)
+    assert all(f"--torch-backend={backend} 'torch>=2.11'" in error.fix for error in errors)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +124,17 @@ def test_no_compiler(monkeypatch, platform, line):
     monkeypatch.setattr(diagnosis.sys, "platform", platform)
     (found,) = diagnosis._compilers()
     assert found.level == "note" and line in found.fix
+
+
+def test_no_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(diagnosis.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(diagnosis.sys, "platform", "linux")
+    (found,) = diagnosis._compilers()
+    assert found.level == "note" and "python3-dev" in found.fix
+    (tmp_path / "Python.h").touch()
+    assert not [*diagnosis._compilers()]
 
 
 @pytest.mark.parametrize(("free", "level", "exit_code"), [(0, "error", 7), (2**24, "error", 7), (2**29, "warning", 0)])
