@@ -295,6 +295,14 @@ def test_a_gpu_that_fails_is_told_from_an_error_of_ours(refused, monkeypatch):
     assert "Search" not in result.stderr and "nnx train --resume last" in result.stderr
 
 
+def test_a_gpu_that_this_torch_has_no_kernels_for(refused, monkeypatch):
+    def crash(*_):
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nSearch")
+
+    monkeypatch.setattr("nnx_cli.runs.find.find_model", crash)
+    assert "nnx doctor" in refused(7, "this torch has no kernels for this GPU", "sample", "words").stderr
+
+
 def os_error(number, *rest):
     return OSError(number, os.strerror(number), *rest)
 
