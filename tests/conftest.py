@@ -18,7 +18,7 @@ from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.planning.plan import plan_run
 from nnx_cli.runs.run import Run
-from nnx_cli.training import session
+from nnx_cli.training import sampling, session
 from nnx_cli.training.observer import Silent
 
 torch.set_num_threads(1)  # these models are too small to share
@@ -84,6 +84,14 @@ def nothing_waits_for_the_disk():
     """No test cuts the power: what is written is there for every reader, whether or not it is on the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def samples_are_short():
+    """What a run writes on its way has a tenth of its tokens: two of them take longer than a test's few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "SAMPLE_LENGTH", 20)
         yield
 
 

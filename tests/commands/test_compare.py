@@ -10,7 +10,6 @@ from nnx_cli.experiments.race_file import read_race
 from nnx_cli.experiments.race_run import Runner
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.run import Run
-from nnx_cli.training import sampling
 
 SHAPE = ["--parameters", "24K", "--seq-len", 32, "--tokens-per-step", 256, "--threads", 1, "--compile", "off"]
 SMALL = ["--models", "llama,nyx", *SHAPE, "--budget", "2600"]
@@ -18,9 +17,8 @@ SMALL = ["--models", "llama,nyx", *SHAPE, "--budget", "2600"]
 
 @pytest.fixture(autouse=True)
 def short_search(monkeypatch):
-    """Two rates a model, and short samples."""
+    """One rate a model."""
     monkeypatch.setattr(rate_search, "FACTORS", (1.0,))
-    monkeypatch.setattr(sampling, "SAMPLE_LENGTH", 20)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,6 @@ def raced(token_path, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(rate_search, "FACTORS", (1.0,))
-        patch.setattr(sampling, "SAMPLE_LENGTH", 20)
         return folder, CliRunner().invoke(app, words)
 
 

@@ -15,7 +15,6 @@ from nnx_cli.experiments.race_file import read_race
 from nnx_cli.experiments.race_run import Runner
 from nnx_cli.runs.load import ModelRef, load_model
 from nnx_cli.runs.manifest import read_verified_config
-from nnx_cli.training import sampling
 
 SHAPE = ["--parameters", "24K", "--seq-len", 32, "--tokens-per-step", 256, "--threads", 1, "--compile", "off"]
 LINE = ["compare", "--task", "plasticity", *SHAPE, "--budget", "2600", "--seeds", 1]
@@ -25,7 +24,6 @@ LINE = ["compare", "--task", "plasticity", *SHAPE, "--budget", "2600", "--seeds"
 def texts(text, workspace, monkeypatch):
     """Three texts of one alphabet, as options."""
     monkeypatch.setattr(rate_search, "FACTORS", (1.0,))
-    monkeypatch.setattr(sampling, "SAMPLE_LENGTH", 20)
     parts = {"first": text, "second": text.upper(), "third": "\n".join(reversed(text.split("\n")))}
     for name, written in parts.items():
         Path(f"{name}.txt").write_text(written, encoding="utf-8")

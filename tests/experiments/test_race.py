@@ -21,7 +21,6 @@ from nnx_cli.experiments.race import Race
 from nnx_cli.experiments.race_file import read_race, write_race
 from nnx_cli.experiments.race_gpus import gather, run_on_gpus
 from nnx_cli.runs.load import ModelRef, load_model
-from nnx_cli.training import sampling
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.trainer import Trainer
 
@@ -84,10 +83,9 @@ def table(record):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_search():
-    """Two rates a model, and short samples."""
+    """One rate a model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rate_search, "FACTORS", (1.0,))
-        patch.setattr(sampling, "SAMPLE_LENGTH", 20)
         yield
 
 
