@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnx_cli import models
 from nnx_cli.console.output import Output
-from nnx_cli.errors import counted
+from nnx_cli.errors import counted, quoted
 from nnx_cli.planning.size import FEW_TOKENS
 from nnx_cli.system.text import duration, listed, size
 
@@ -37,6 +37,7 @@ class PlanTable:
         self.plan = plan
         self.tokens = tokens
         self.device = describe(device)
+        self.is_for_cpu = device.type == "cpu"
         self.n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
         self.why_tokenizer = _why_tokenizer(request, base, tokens, self.n_parameters)
         self.outlook: Outlook = outlook(plan, tokens, device)
@@ -72,7 +73,11 @@ class PlanTable:
         self._warn(output)
 
     def _warn(self, output: Output) -> None:
-        """Say that a new model is so large that it is going to read too little, where there is a smaller size."""
+        """Say that a GPU's memory was named and this is no plan for a GPU; and that a new model is so large that it is
+        going to read too little, where there is a smaller size."""
+        vram = self.plan.train.vram
+        if vram is not None and self.is_for_cpu:
+            output.note(f"this plan is for the CPU; what fits on a GPU of {vram}: nnx summarize --vram {quoted(vram)}")
         name, size, seen = self.plan.model, self.plan.size, self.outlook.tokens / self.n_parameters
         if not self.begins_anew or seen >= FEW_TOKENS or size not in models.sizes(name)[1:]:
             return

@@ -244,6 +244,13 @@ def test_the_plan_warns_of_a_model_that_reads_too_little(nnx, data, words, said)
     assert ("is large for so short a run" in planned.stderr) is (said is not None) and (said or "") in planned.stderr
 
 
+@pytest.mark.parametrize("vram", ["8GB", "12GiB", "2048MB"])
+def test_a_plan_for_a_cpu_says_what_plans_for_a_gpu(nnx, data, vram):
+    words = ["train", "--data", data, *FIRST, "--dry-run", "--device", "cpu"]
+    assert f"on a GPU of {vram}: nnx summarize --vram {vram}" in nnx(*words, "--vram", vram).stderr
+    assert "nnx summarize" not in nnx(*words).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
