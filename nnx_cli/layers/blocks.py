@@ -7,7 +7,7 @@ compiled code, so that models know nothing of it and names in the state dict sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import chain
@@ -84,9 +84,9 @@ def undo_compile(model: HasBlocks) -> None:
 
 @contextmanager
 def direct_calls(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Call `forward` of modules at once meanwhile, also of compiled ones, or what some have in its place where a CPU
-    computes in float32, `dtype`; and have their parameters and parts as plain attributes: what nn.Module does in
-    between is a third of a pass over one token of a small model.
+    """Call `forward` of modules at once meanwhile, also of compiled ones, or what some have in its place: what depends
+    on parameters alone is computed once, and more where a CPU computes in float32, `dtype`. And have their parameters
+    and parts as plain attributes: what nn.Module does in between is a third of a pass over one token of a small model.
 
     Modules with hooks keep to the long way; no parameter or part may be replaced.
     """
@@ -95,7 +95,7 @@ def direct_calls(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     direct, before = [], []
     for module in modules:
         parts = (module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children())
-        found = dict(chain(*parts)) | (_direct_attributes(module) if is_plain else {})
+        found = dict(chain(*parts)) | _direct_attributes(module, is_plain)
         direct.append(found | {"_compiled_call_impl": found.get("forward", module.forward)})
         before.append({name: vars(module)[name] for name in direct[-1] if name in vars(module)})
     for module, attributes in zip(modules, direct, strict=True):
@@ -109,14 +109,14 @@ def direct_calls(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             vars(module).update(old)
 
 
-def _direct_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module has in place of methods, for fewer calls, where a CPU computes in float32."""
+def _direct_attributes(module: nn.Module, is_plain: bool) -> dict[str, Any]:
+    """What a module has in place of methods, for fewer calls and operations; `is_plain`: a CPU computes in float32."""
     if "forward" in vars(module):  # somebody's own
         return {}
-    if type(module) is nn.Embedding and module.max_norm is None:
+    if is_plain and type(module) is nn.Embedding and module.max_norm is None:
         return {"forward": partial(torch.embedding, module.weight)}
-    found: Callable[[], dict[str, Any]] | None = getattr(module, "direct_attributes", None)
-    return {} if found is None else found()
+    found: dict[str, Any] = getattr(module, "constant_attributes", dict)()
+    return found | getattr(module, "direct_attributes", dict)() if is_plain else found
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +23,15 @@ class Lambda(nn.Module):
 
     def forward(self, start: Tensor) -> Tensor:
         """The weight as a float32 scalar; `start` is where it starts without the vectors."""
+        return self._learned() + start
+
+    def _learned(self) -> Tensor:
         first, second = ((q.float() * k.float()).sum() for q, k in ((self.q1, self.k1), (self.q2, self.k2)))
-        return first.exp() - second.exp() + start
+        return first.exp() - second.exp()
+
+    def constant_attributes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Attributes, some in place of methods, for a while in which no parameter changes."""
+        return {"forward": partial(torch.add, self._learned().detach())}
 
 
 def differential_attention(

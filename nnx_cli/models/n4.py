@@ -332,7 +332,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) to the same."""
-        gate, inner, value = grouped_projections(self.up, x, 1, 1, 1)  # (B, T, F) each
+        gate, inner, value = grouped_projections(
+            self.up, x, *((3,) if x.shape[1] == 1 else (1, 1, 1))
+        )  # (B, T, F) each
         return self.down(drop(F.gelu(inner) * torch.sigmoid(gate) * value, self.dropout, self.training))
 
 

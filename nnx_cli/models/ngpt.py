@@ -23,7 +23,7 @@ float32; between them the stream has the type of the activations, and each step 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -192,6 +192,11 @@ class Scale(nn.Module):
     def forward(self) -> Tensor:
         """The vector as it is used."""
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) * self.factor
+
+    def constant_attributes(self) -> dict[str, Callable[[], Tensor]]:
+        """Attributes, some in place of methods, for a while in which no parameter changes."""
+        vector = self.forward().detach()
+        return {"forward": lambda: vector}
 
 
 class Attention(nn.Module):

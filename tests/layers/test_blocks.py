@@ -119,3 +119,22 @@ def test_direct_calls_leave_no_trace(tiny):
     assert "weight" not in vars(model.norm)
     hook.remove()
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), [("ngpt", {}), ("neon", {}), ("neon", dict(diff_mlp=True))])
+def test_what_depends_on_parameters_alone_is_computed_once(tiny, name, options, precision, monkeypatch):
+    """So many multiplications fewer, and the same numbers."""
+    model, ids = tiny(name, **options).eval(), torch.arange(9)[None]
+    model.compute_dtype = precision
+    multiplications = []
+    multiply = torch.Tensor.__mul__
+    monkeypatch.setattr(torch.Tensor, "__mul__", lambda *factors: multiplications.append(1) or multiply(*factors))
+    with torch.inference_mode():
+        whole = model(ids)
+        before = len(multiplications)
+        with direct_calls(model, precision):
+            multiplications.clear()
+            assert torch.equal(model(ids), whole)
+    constant = {"ngpt": 5 * 2 + 1, "neon": 2 * 2 * (1 + len(options))}[name]
+    assert before - len(multiplications) >= constant
