@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import os
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Iterable
 
 NO_MEMORY = "can't allocate memory", "std::bad_alloc"  # in errors of torch and of what it is built on
@@ -118,6 +121,17 @@ def pasteable(words: Iterable[str]) -> str:
     if os.name != "nt":
         return shlex.join(words)
     return " ".join(word if re.fullmatch(r"[\w.:\\/+=@~-]+", word) else _in_quotes(word) for word in words)
+
+
+def pip_install(package: str) -> str:
+    """The line that installs a package beside this nnx, be it in an environment that is not active or has no pip."""
+    line = f"pip install {quoted(package)}"
+    pip = shutil.which("pip")
+    if pip and os.path.dirname(pip) == os.path.dirname(sys.executable):
+        return line
+    if importlib.util.find_spec("pip"):
+        return f"{quoted(sys.executable)} -m {line}"
+    return f"uv {line} --python {quoted(sys.prefix)}"  # which makes such environments
 
 
 def _in_quotes(word: str) -> str:

@@ -17,7 +17,7 @@ import typer
 from nnx_cli.config import SampleConfig
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
-from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, MissingFeature, UsageError, counted, quoted
+from nnx_cli.errors import CheckpointError, DataError, DoesNotFit, MissingFeature, UsageError, counted, pip_install
 from nnx_cli.system.text import size
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def task_names(value: str | None) -> list[str]:
     if not all(names):
         raise UsageError(f"--tasks is {value!r}; it must be names with commas between them")
     if names and importlib.util.find_spec("lm_eval") is None:
-        raise MissingFeature("--tasks needs lm-evaluation-harness", fix=f"pip install {quoted('nnx-cli[eval]')}")
+        raise MissingFeature("--tasks needs lm-evaluation-harness", fix=pip_install("nnx-cli[eval]"))
     return names
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from nnx_cli.commands._config_file import read_settings_text
 from nnx_cli.config import Field
-from nnx_cli.errors import MissingFeature, UsageError, nearest
-from nnx_cli.experiments.samplers import INSTALL
+from nnx_cli.errors import MissingFeature, UsageError, nearest, pip_install
+from nnx_cli.experiments.samplers import PACKAGE
 from nnx_cli.experiments.search_space import Choice, Range, brief, choice, find_field, make_range
 
 METHODS = {"random": "random", "grid": "grid", "bayes": "tpe"}
@@ -61,7 +61,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         import yaml
     except ModuleNotFoundError as error:
-        raise MissingFeature("--wandb-yaml needs PyYAML", fix=INSTALL) from error
+        raise MissingFeature("--wandb-yaml needs PyYAML", fix=pip_install(PACKAGE)) from error
     try:
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:

@@ -10,7 +10,7 @@ import typer
 from nnx_cli.commands._options import Device, Model, ModelFile, Precision, command, given, settings
 from nnx_cli.config import ServeConfig, TrainConfig, own_fields
 from nnx_cli.console.output import Output
-from nnx_cli.errors import MissingFeature, UsageError, quoted
+from nnx_cli.errors import MissingFeature, UsageError, pip_install
 
 EXAMPLES = """Examples:
 
@@ -37,7 +37,7 @@ def run(
     """Serve a model to programs that speak OpenAI's completions, and to a browser."""
     config = ServeConfig(**given(options, own_fields(ServeConfig)))
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise MissingFeature(f"serve needs {' and '.join(missing)}", fix=f"pip install {quoted('nnx-cli[serve]')}")
+        raise MissingFeature(f"serve needs {' and '.join(missing)}", fix=pip_install("nnx-cli[serve]"))
     from nnx_cli.serving.access import Access, is_loopback, origin_of
 
     if not is_loopback(config.host):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from nnx_cli.errors import DataError, MissingFeature, quoted
+from nnx_cli.errors import DataError, MissingFeature, pip_install
 
 BLOCK_BYTES = 2**20
 AHEAD_BYTES = 2**16  # read at least, where the beginning of a file is looked at
@@ -157,7 +157,7 @@ def _zstd(stream: Stream) -> Stream:
     except ImportError as error:
         raise MissingFeature(
             f"{stream.name} is compressed with zstd, which this Python cannot read",
-            fix=f"pip install {quoted('nnx-cli[zstd]')}",
+            fix=pip_install("nnx-cli[zstd]"),
         ) from error
     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     return Stream(zstd.ZstdFile(stream, options=options), stream.name, (zstd.ZstdError, EOFError))

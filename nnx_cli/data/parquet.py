@@ -13,7 +13,7 @@ from nnx_cli.data.charset_guess import SAMPLE_BYTES, Guess, guess_encoding
 from nnx_cli.data.compression import Stream, brief
 from nnx_cli.data.conversations import MESSAGES, TEXT_KEY, Pair, conversation_in
 from nnx_cli.data.formats import BadRow, first_name, leaves, likely_key, text_of
-from nnx_cli.errors import DataError, MissingFeature, quoted
+from nnx_cli.errors import DataError, MissingFeature, pip_install, quoted
 
 if TYPE_CHECKING:
     from pyarrow import DataType, RecordBatch, Schema, StructType
@@ -46,9 +46,7 @@ class ParquetText:
             import pyarrow as arrow
             import pyarrow.parquet as parquet
         except ImportError as error:
-            raise MissingFeature(
-                f"reading {self._name} needs pyarrow", fix=f"pip install {quoted('nnx-cli[parquet]')}"
-            ) from error
+            raise MissingFeature(f"reading {self._name} needs pyarrow", fix=pip_install("nnx-cli[parquet]")) from error
         number = 0
         try:
             table = parquet.ParquetFile(self._file)

@@ -32,7 +32,7 @@ from nnx_cli.data.tokenizers.base import Tokenizer, utf8
 from nnx_cli.data.tokenizers.build import Vocabularies, build_tokenizer, needs_training, settle_auto, suited_ids
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.data.xray import first_lines, xray
-from nnx_cli.errors import DataError, UsageError, counted
+from nnx_cli.errors import DataError, UsageError, counted, pip_install
 from nnx_cli.system import files
 from nnx_cli.system.machine import n_cores, peak_rss_bytes
 
@@ -288,7 +288,7 @@ def _on_auto(config: PrepareConfig, vocabularies: Vocabularies, tokenizer: Token
     if config.tokenizer != "auto" or config.vocab_size is not None or suited is None:
         return
     if not bpe.is_installed():
-        yield f"a model learns more of so much text in bpe tokens than in bytes: {bpe.INSTALL}, then again"
+        yield f"a model learns more of so much text in bpe tokens than in bytes: {pip_install(bpe.PACKAGE)}, then again"
     elif tokenizer.kind == "bpe":
         yield f"bpe tokens, {tokenizer.vocab_size:,} of them, suit {n_bytes / 1e6:,.0f} MB of text (--tokenizer auto)"
 

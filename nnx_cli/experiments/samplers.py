@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nnx_cli.errors import MissingFeature, UsageError, counted
+from nnx_cli.errors import MissingFeature, UsageError, counted, pip_install
 from nnx_cli.experiments.search_space import Choice, Range, Space, Value, combinations
 
 MOST_TRIALS = 10_000
 TPE_BEGINS = 3  # that part of the trials, at most 10, is drawn at random before TPE knows enough
 TRIES = 10  # of TPE for settings that no trial has
-INSTALL = "pip install 'nnx-cli[sweep]'"
+PACKAGE = "nnx-cli[sweep]"  # with what this needs
 
 Settings = dict[str, Value]
 Known = Sequence[tuple[Settings, float | None, bool]]  # settings, bits per byte (None: no result), whether it is over
@@ -64,7 +64,7 @@ def check_tpe() -> None:
     try:
         import optuna  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingFeature("--sampler tpe needs optuna", fix=INSTALL) from error
+        raise MissingFeature("--sampler tpe needs optuna", fix=pip_install(PACKAGE)) from error
 
 
 def suggest(space: Space, known: Known, trials: int, seed: int) -> Settings:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nnx_cli.errors import counted, quoted
+from nnx_cli.errors import counted, pip_install, quoted
 from nnx_cli.system.device import describe, pick_device, pick_precision
 from nnx_cli.system.machine import machine_memory_bytes
 
@@ -248,7 +248,7 @@ def _memory_and_disk() -> Iterator[Finding]:
 def _compilers() -> Iterator[Finding]:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         package = "triton-windows" if sys.platform == "win32" else "triton"
-        yield Finding("note", "no triton: nothing is compiled for the GPU", f"pip install {package}")
+        yield Finding("note", "no triton: nothing is compiled for the GPU", pip_install(package))
     if torch.cuda.is_available():
         return
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
@@ -266,7 +266,7 @@ def _extras() -> Iterator[Finding]:
             yield Finding(
                 "note",
                 f"the extra {extra} is not installed; it is needed {purpose}",
-                f"pip install {quoted(f'nnx-cli[{extra}]')}",
+                pip_install(f"nnx-cli[{extra}]"),
             )
     for package in ("lightning", "pytorch-lightning"):
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nnx_cli.errors import MissingFeature
+from nnx_cli.errors import MissingFeature, pip_install
 from nnx_cli.reporting.page import text
 
 PROJECT = "nnx"  # that runs belong to, where the tracker's own environment variables name none
@@ -61,7 +61,7 @@ def check_installed(names: Iterable[str]) -> None:
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # the latter: a mere folder of that name, as W&B makes them
-            raise MissingFeature(f"--log-to {name} needs {name}", fix=f"pip install 'nnx-cli[{name}]'")
+            raise MissingFeature(f"--log-to {name} needs {name}", fix=pip_install(f"nnx-cli[{name}]"))
 
 
 def sample_page(prompt: str, continuation: str) -> str:

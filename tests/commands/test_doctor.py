@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nnx_cli.errors import pip_install
 from nnx_cli.system import doctor as diagnosis
 
 
@@ -154,7 +155,7 @@ def test_an_old_torch_cannot_train(nnx, monkeypatch):
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr(diagnosis, "EXTRAS", {"bpe": ("surely_not_here", "train BPE tokenizers")})
     (found,) = diagnosis._extras()
-    assert found.fix == "pip install 'nnx-cli[bpe]'"
+    assert found.fix == pip_install("nnx-cli[bpe]")
 
 
 def several(monkeypatch, n_gpus, **found):

@@ -8,7 +8,7 @@ import torch
 from conftest import SETTINGS, TINY
 
 from nnx_cli.config import TrainConfig
-from nnx_cli.errors import CheckpointError, DoesNotFit, MissingFeature, OutputError, UsageError
+from nnx_cli.errors import CheckpointError, DoesNotFit, MissingFeature, OutputError, UsageError, pip_install
 from nnx_cli.experiments import samplers, sweep
 from nnx_cli.experiments.folders import make_folder
 from nnx_cli.experiments.one_run import Stopped
@@ -316,4 +316,4 @@ def test_tpe_without_its_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(MissingFeature) as refused:
         samplers.check_tpe()
-    assert refused.value.exit_code == 7 and refused.value.fix == "pip install 'nnx-cli[sweep]'"
+    assert refused.value.exit_code == 7 and refused.value.fix == pip_install("nnx-cli[sweep]")

