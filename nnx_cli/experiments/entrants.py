@@ -12,7 +12,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import RaceConfig, TrainConfig, module_names, parse_count
 from nnx_cli.data.token_folder import TokenFolder
-from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted, nearest
+from nnx_cli.errors import DataError, DoesNotFit, UsageError, counted
 from nnx_cli.models._check import check_model
 from nnx_cli.planning.fit import check_batch_shape
 from nnx_cli.planning.flops import meta_model, training_flops
@@ -133,11 +133,6 @@ def competitors_of(text: str) -> list[str]:
             raise UsageError(
                 f"--models: there is no optimizer {name.partition('+')[2]!r}",
                 fix=f"choose from {', '.join(module_names('optim'))}",
-            )
-        if name not in models.names() and not models.is_file(name):
-            known = ", ".join(models.names())
-            raise UsageError(
-                f"--models: there is no {name!r}{nearest(name, models.names())}", fix=f"choose from {known}"
             )
         models.check_name(name)
     called = [models.stem(name) + (f"+{optimizer}" if optimizer else "") for name, optimizer in map(_split, names)]

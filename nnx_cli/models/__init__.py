@@ -69,7 +69,8 @@ def check_name(name: str) -> None:
     if is_file(name):
         check_file(name)
     elif name not in names():
-        raise UsageError(f"there is no model {name!r}{nearest(name, names())}", fix=f"choose from {', '.join(names())}")
+        near = f"; did you mean {name}.py?" if Path(f"{name}.py").is_file() else nearest(name, names())
+        raise UsageError(f"there is no model {name!r}{near}", fix=f"choose from {', '.join(names())}")
 
 
 def _module(name: str) -> ModuleType:

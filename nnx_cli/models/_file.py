@@ -61,7 +61,7 @@ def fields_of(path: str) -> tuple[Field, ...]:
     try:
         fields = fields_in(source.decode("utf-8-sig"), "Config")
     except (LookupError, SyntaxError, ValueError, AttributeError) as error:
-        raise UsageError(f"--model {path} has no Config of plain fields: {error}") from error
+        raise UsageError(f"--model {path} has no Config of plain fields: {error}", fix=EXAMPLE) from error
     for field in fields:
         if field.type not in TYPES or field.name in RESERVED:
             raise UsageError(f"--model {path}: a field {field.name}: {field.type} cannot be an option")
@@ -76,7 +76,7 @@ def check_file(path: str) -> None:
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"--model {path} cannot be read: {error}") from error
     if not found:
-        raise UsageError(f"--model {path} has no SIZES, a dict that is written out")
+        raise UsageError(f"--model {path} has no SIZES, a dict that is written out", fix=EXAMPLE)
 
 
 @cache
@@ -107,7 +107,7 @@ def load_file(path: str) -> ModuleType:
     made as the base asks."""
     module = run_file(path, "--model")
     if missing := sorted({"Config", "SIZES", "Model"} - vars(module).keys()):
-        raise UsageError(f"--model {path} fails: it defines no {missing[0]}")
+        raise UsageError(f"--model {path} fails: it defines no {missing[0]}", fix=EXAMPLE)
     base = importlib.import_module("nnx_cli.models._base")
     for kind, parent in ((module.Config, base.ModelConfig), (module.Model, base.LanguageModel)):
         if not (isinstance(kind, type) and issubclass(kind, parent)):

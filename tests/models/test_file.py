@@ -108,7 +108,20 @@ def test_opening_a_folder_runs_no_code(nnx, refused, trained, mine):
 )
 def test_a_file_that_is_no_architecture_is_refused_unread(refused, workspace, source, message):
     Path("odd.py").write_text(source + "raise SystemExit\n")
-    refused(2, message, "train", "--model", "odd.py")
+    result = refused(2, message, "train", "--model", "odd.py")
+    assert ("see a whole example" in result.stderr) == (message != "cannot be an option")
+
+
+@pytest.mark.parametrize("words", [["train", "--model"], ["compare", "--models"], ["summarize", "--model"]], ids=str)
+@pytest.mark.parametrize("name", ["my", "conv", "nyx2"])
+def test_a_file_beside_it_is_what_a_bare_name_may_mean(refused, workspace, words, name):
+    Path(f"{name}.py").write_text("class Config:\n    n: int = 1\nSIZES = {'nano': {}}\n")
+    refused(
+        2,
+        f"there is no model '{name}'; did you mean {name}.py?",
+        *words,
+        f"{name},llama" if "--models" in words else name,
+    )
 
 
 def test_what_belongs_to_the_class_is_no_option(workspace):
