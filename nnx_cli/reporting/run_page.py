@@ -226,7 +226,8 @@ def _plan(run: RunRecord) -> str:
     ]
     caption = "Every setting, and from what it was chosen where it was left to nnx"
     settings = table(["setting", "value", "why"], chosen, caption, "words")
-    outcome = table(["", "planned", "turned out"], rows, f"The plan, and how it turned out. {both}".strip(), "whole")
+    columns = ["", "at most" if both else "planned", "turned out"]
+    outcome = table(columns, rows, f"The plan, and how it turned out. {both}".strip(), "whole")
     return section("The plan", outcome, *told, _folded("All settings", settings))
 
 
@@ -249,8 +250,8 @@ def _samples(run: RunRecord) -> str:
         for n in picked
     ]
     about = (
-        "What the model wrote when asked to go on, the first sample first. Normal: letters, then syllables, then words "
-        "of the text, then sentences that nearly mean something."
+        "What the model wrote when asked to continue, the first sample first. Normal: noise before it has learned "
+        "anything, then letters, syllables, words of the text, and sentences that nearly mean something."
     )
     some = f" {len(picked)} of {len(found)} are shown." if len(picked) < len(found) else ""
     return section("What it wrote", paragraph(about + some), f"<div class=samples>{''.join(shown)}</div>")

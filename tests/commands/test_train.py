@@ -961,12 +961,12 @@ def test_a_slow_run_is_told_how_far_it_gets_and_what_plans_for_that(workspace, m
     note = PacedFor(monkeypatch, command, reached=(1, 2)).noted(0.25)
     first, last = note.splitlines()
     assert first.endswith(
-        "about 22 steps in 90s, not 100; what such runs reached was for 100; to plan for 22, stop this run and start:"
+        "22 steps in 90s, not 100; the bits per byte of the plan are for 100; to plan for 22, stop this run and start:"
     )
     assert last == "  nnx train --filepath 'my book.txt' --max-steps 22 --size nano"
     named = PacedFor(monkeypatch, "nnx train --size nano --data d --out r", size="command line", out=Path("r"))
     note = named.noted(5.0)
-    assert "as fast as planned" in note and "such runs" not in note
+    assert "as fast as planned" in note and "of the plan" not in note
     assert note.endswith("\n  nnx train --size nano --data d --max-steps 450 --out r-2")
     assert PacedFor(monkeypatch, "python my.py").noted(0.25).endswith("about 22 steps in 90s, not 100")
 

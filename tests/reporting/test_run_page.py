@@ -84,6 +84,23 @@ def test_a_rate_that_stays_below_the_plan_is_explained(run, lr, warmup_steps, sh
     assert (shown in page) if shown else "at most, and" not in page
 
 
+@pytest.mark.parametrize(
+    ("lengths", "heading"),
+    [
+        ({"max_steps": 9000, "max_time_s": 45.0}, "at most"),
+        ({"max_steps": 200, "max_time_s": None}, "planned"),
+        ({"max_steps": None, "max_time_s": 60.0}, "planned"),
+    ],
+    ids=str,
+)
+def test_of_two_lengths_the_first_ends_a_run(run, lengths, heading):
+    log(run, "metrics.jsonl", course())
+    run.set_status(**lengths)
+    page = run_page(read_run(run.folder))
+    assert f">{heading}</th>" in page and page.count(">turned out</th>") == 1
+    assert ("The first length that is reached ends the run" in page) == (heading == "at most")
+
+
 def test_the_speed_is_that_of_the_whole_run(run):
     log(run, "metrics.jsonl", course(tokens_per_s=9.0))
     assert "2,560" in run_page(read_run(run.folder)).partition("How it learned")[0]
