@@ -2,7 +2,7 @@
 
     python tests/bench/decode.py [--models llama,nyx] [--sizes base,large,xl] [--precisions fp32,bf16,int8,int4]
                                  [--batches 1,8,32] [--tokens 512] [--nanogpt CHECKOUT] [--plain] [--quick]
-                                 [--parts ours,transformers,nanogpt,originals,hand,pieces,profile]
+                                 [--parts ours,transformers,nanogpt,originals,hand,alone,pieces,profile]
                                  [--originals FOLDER]
                                  [--results FILE] [--markdown FILE]
 
@@ -20,6 +20,7 @@ cache once a step takes. `base` is 124 million parameters; `gpt2` has the vocabu
   without a cache; Tape by the loop of its notebook, with its cache; `llama` by `transformers`, with its static cache on
   a GPU, its dynamic one on a CPU. An original whose weights cannot be bf16 runs under autocast.
 - hand: greedy steps of NYX `nano` in plain operators of torch, at every thread count, and ours with those it takes.
+- alone: of 32 sequences of 300 tokens, those that are the same drawn alone, in the first size.
 - pieces: matrices of the sizes, read by cuBLAS and by our kernels; attention; an empty kernel in a graph.
 - profile: what the kernels of one captured step take.
 
@@ -58,6 +59,7 @@ from nnx_cli.config import SampleConfig
 from nnx_cli.experiments.benchmark import calls_per_s
 from nnx_cli.inference.decoding import Decoder
 from nnx_cli.inference.generate import generate, ready_to_decode, useful_threads
+from nnx_cli.inference.sampler import stream_seed
 from nnx_cli.kernels import next_token, one_token
 from nnx_cli.layers.quantized import Quantization, quantizable, quantize, quantize_layers, unpack_slow_layers
 from nnx_cli.models._base import LanguageModel, ModelConfig
@@ -67,7 +69,7 @@ from nnx_cli.system import hardware
 from nnx_cli.system.cuda_graph import CudaGraph
 from nnx_cli.system.device import DTYPES, describe, pick_device, pick_precision, synchronize
 
-PARTS = ("ours", "transformers", "nanogpt", "originals", "hand", "pieces", "profile")
+PARTS = ("ours", "transformers", "nanogpt", "originals", "hand", "alone", "pieces", "profile")
 HOW = dict(temperature=0.8, top_k=200)
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 QUANTIZED = {"int8": (8, None), "int4": (4, 32)}
@@ -438,6 +440,26 @@ def measure_hand(options: argparse.Namespace, device: torch.device, limit: float
         yield peer_row(way, "nyx", "nano", "fp32", 1, model, n / median(seconds[way]), note)
 
 
+def alone(options: argparse.Namespace, device: torch.device) -> None:
+    """How many sequences of a batch are the same when each is drawn by itself, with the random numbers that it has."""
+    n_tokens, n_sequences, seed = 300, 32, 11
+    for name in options.models:
+        for precision in once_per_precision(options):
+            model = build(name, options.sizes[0], precision, device)
+
+            def draw(number: int | None, model: LanguageModel = model) -> list[tuple[int, ...]]:
+                n_samples = n_sequences if number is None else 1
+                config = SampleConfig(max_new_tokens=n_tokens, num_samples=n_samples, seed=seed, **HOW)
+                decoder = Decoder(model, [PROMPT], config)
+                if number is not None:
+                    decoder.uniforms.generators[0].manual_seed(stream_seed(seed, number))
+                return list(zip(*decoder.tokens(n_tokens), strict=True))
+
+            with torch.inference_mode(), ready_to_decode(model, n_sequences):
+                same = sum(draw(number) == [row] for number, row in enumerate(draw(None)))
+            print(f"{name} {options.sizes[0]} {precision}: {same} of {n_sequences} are the same alone", flush=True)
+
+
 def in_graph(call: Callable[[], Any], n: int) -> float:
     """Microseconds of a call, captured `n` times in one graph."""
     with torch.inference_mode():
@@ -621,11 +643,12 @@ def main() -> int:
         "originals": measure_originals,
         "hand": measure_hand,
     }
+    told = {"alone": alone, "pieces": pieces, "profile": profile}
     rows = []
     with without_kernels(options.plain):
         for part in options.parts:
-            if part in ("pieces", "profile"):
-                {"pieces": pieces, "profile": profile}[part](options, device)
+            if part in told:
+                told[part](options, device)
                 continue
             for row in measures[part](options, device, limit):
                 rows.append(row)
