@@ -122,12 +122,13 @@ def test_the_parts_of_memory_add_up(nnx, size):
 UNITS = {"KiB": 1 / 2**20, "MiB": 1 / 2**10, "GiB": 1}
 
 
-@pytest.mark.parametrize("vram", ["500MB", "1GB", "900KB", "0.75GiB"])
-def test_a_cap_within_what_is_kept_free_is_refused_as_such(nnx, refused, vram, text_file):
+def test_a_cap_within_what_is_kept_free_is_refused_as_such(nnx, refused, text_file):
     words = "1 GiB is kept for the driver and the screen"
-    refused(4, words, "summarize", "--model", "llama", "--size", "nano", "--vram", vram)
-    refused(4, words, "train", "--filepath", text_file, "--size", "nano", "--max-steps", 1, "--vram", vram)
-    assert nnx("summarize", "--all", "--size", "nano", "--vram", vram).exit_code == 0
+    for vram in ("500MB", "1GB", "900KB", "0.75GiB"):
+        refused(4, words, "summarize", "--model", "llama", "--size", "nano", "--vram", vram)
+    for vram in ("1GB", "900KB"):
+        refused(4, words, "train", "--filepath", text_file, "--size", "nano", "--max-steps", 1, "--vram", vram)
+    assert nnx("summarize", "--all", "--size", "nano", "--vram", "500MB").exit_code == 0
 
 
 def test_what_is_kept_free_is_said(nnx, refused, text_file):

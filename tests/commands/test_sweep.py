@@ -1,7 +1,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,13 +44,14 @@ def table(folder):
 
 def killed_at(path, *command):
     """Run a command in a process that is killed when there is a file."""
-    process = subprocess.Popen([sys.executable, "-m", "nnx_cli", *map(str, command)], stderr=subprocess.PIPE, text=True)
+    from tests.reliability.processes import Command
+
+    process = Command(Path.cwd(), *command)
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.running(), process.output
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")

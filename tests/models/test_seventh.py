@@ -24,7 +24,7 @@ for line in sys.stdin.read().splitlines():
 
 def test_a_new_file_is_a_new_architecture(tmp_path, text_file):
     package = tmp_path / "package" / "nnx_cli"
-    shutil.copytree(Path(nnx_cli.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(nnx_cli.__file__).parent, package, ignore=shutil.ignore_patterns("*.pyc.*"))
     source = (package / "models" / "llama.py").read_text(encoding="utf-8")
     source = source.replace(
         "tie_embeddings: bool", "seventh_sense: bool = True  # an option of its own\n    tie_embeddings: bool", 1
