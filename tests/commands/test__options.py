@@ -215,11 +215,7 @@ def usual():
     return {}
 
 
-@pytest.mark.parametrize(
-    ("option", "idle", "taken"),
-    [pytest.param(*each, marks=pytest.mark.long) if number % 3 else each for number, each in enumerate(IDLE)],
-    ids=lambda words: words[:60],
-)
+@pytest.mark.parametrize(("option", "idle", "taken"), IDLE, ids=lambda words: words[:60])
 def test_what_a_path_does_not_read_is_refused_and_changes_nothing_there(
     nnx, refused, files, usual, monkeypatch, option, idle, taken
 ):

@@ -236,7 +236,6 @@ def test_killed_while_it_writes_what_it_found(undisturbed, searched, tokens, tmp
     assert table(run_race(tokens, folder)) == table(undisturbed[1])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("calls", "known"), [(5, False), (15, True)])
 def test_a_race_that_is_asked_to_stop_saves_and_goes_on(undisturbed, searched, tokens, tmp_path, calls, known):
     folder, asked = tmp_path / "race-words", []
@@ -346,7 +345,6 @@ def test_a_competitor_that_cannot_fit_is_a_row_from_the_start(tokens, tmp_path, 
     assert bad["problem"] == "needs 9 GiB of 8 GiB" and bad["parameters_without_tables"]
 
 
-@pytest.mark.long
 def test_flops_are_kept_within_a_percent(tokens):
     field = enter(tokens, models="all", parameters="800K", equal="flops", budget="1e11")
     for entrant in field.entrants:

@@ -143,7 +143,6 @@ def limited_file_size(folder: Path) -> int:
     return len(limits)
 
 
-@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are those of POSIX")
 def test_a_process_that_may_write_no_large_file(tmp_path):
     assert limited_file_size(tmp_path) == 3

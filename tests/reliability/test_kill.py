@@ -115,7 +115,6 @@ def kill_at_every_call(folder: Path, model: str, moments: tuple[str, ...], step:
     return kills
 
 
-@pytest.mark.long
 def test_killed_at_random_moments(tmp_path):
     killed = kill_often(tmp_path, ("nyx",), 6, seed=1)
     assert killed.total() == 6 and len(killed) > 1

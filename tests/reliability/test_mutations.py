@@ -819,12 +819,7 @@ PARTS = {
 }
 
 
-QUICK = {"damaged checkpoints", "malicious files", "no pickle"}
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in PARTS]
-)
+@pytest.mark.parametrize("name", PARTS)
 def test_damage(name):
     check(PARTS[name](False))
 

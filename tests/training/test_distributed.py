@@ -66,7 +66,6 @@ def test_a_rank_holds_no_more_of_the_others_than_a_file_needs(outs, folder, toke
     assert max(found.values()) <= distributed.TOLERANCE["fp32"]
 
 
-@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(outs, folder, token_path):
     """Begun on two, whole tensors in its checkpoint, the rest on four, which divide the model if they did before."""
     stopped = [outs[distributed.label(case)] for case in distributed.STOPPED]
