@@ -58,8 +58,16 @@ COMMANDS = {  # name: (module in commands/ that has its `run`, line in `nnx --he
     "doctor": ("doctor", "Look at this machine's set-up and say how to mend it."),
     "bench": ("bench", "Measure training and decoding speed on this machine."),
 }
-ELSEWHERE = {  # command: options of other commands, and what to write in their place, with the value that was given
-    "train": {"budget": "--max-time {10m}", "seconds": "--max-time 10m", "max-new-tokens": "--generate-length {100}"},
+ELSEWHERE = {  # command: options of other commands or programs, and what to write instead, with the value given
+    "train": {
+        "budget": "--max-time {10m}",
+        "seconds": "--max-time 10m",
+        "max-new-tokens": "--generate-length {100}",
+        "block-size": "--seq-len {256}",
+        "context-length": "--seq-len {256}",
+        "hidden-size": "--dim {384}",
+        "n-embd": "--dim {384}",
+    },
     "compare": {
         "max-time": "--equal time --budget {10m}",
         "max-steps": "--budget 2M, a number of tokens",

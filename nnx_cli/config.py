@@ -420,7 +420,9 @@ def check_one_length(values: Mapping[str, Any]) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UsageError, with the nearest match, unless `value` is one of `choices`."""
     if value not in choices:
-        raise UsageError(f"--{name} has no choice {value!r}{nearest(value, choices)}: {', '.join(choices)}")
+        near, known = nearest(value, choices), ", ".join(choices)
+        refused = f"--{name} has no choice {value!r}"
+        raise UsageError(refused + near, fix=f"choose from {known}") if near else UsageError(f"{refused}: {known}")
 
 
 def check_trackers(names: list[str]) -> None:

@@ -98,7 +98,7 @@ def nearest_file(path: str | os.PathLike[str]) -> str:
     """ "; did you mean X?" with what lies beside a missing file or folder and has a name like its; else nothing."""
     folder, name = os.path.split(path)
     try:
-        known = [found for found in os.listdir(folder or os.curdir) if not found.startswith(".")]
+        known = [found for found in os.listdir(folder or os.curdir) if found != name and not found.startswith(".")]
     except (OSError, ValueError):
         return ""
     near = nearest(name, known)

@@ -121,6 +121,8 @@ def open_token_folder(path: Path | str, tokenizer: Tokenizer | None = None, *, m
     agree.
     """
     path = Path(path)
+    if path.is_file():
+        raise DataError(f"{path} is a file, not a token folder", fix=f"name a text so: --filepath {quoted(path)}")
     mend = f"nnx prepare FILE --out {quoted(path)}"
     for split in SPLITS:
         if not (path / f"{split}.bin").is_file():

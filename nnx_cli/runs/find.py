@@ -60,6 +60,10 @@ def find_folder(name: str) -> Path:
         if (kind := _kind_of_many(folder)) is not None:
             known = ", ".join(f"{name}/{run.name}" for run in runs_inside(folder)[:3])
             raise CheckpointError(f"{name!r} is a {kind}" + (f" of {known}, …" if known else ""), fix="nnx list --all")
+    if name and os.path.isfile(Path(name) / "train.bin"):
+        raise CheckpointError(
+            f"{name} is a token folder, not a model", fix=f"train one: nnx train --data {quoted(name)}"
+        )
     places = [path.parent for depth in ("*", "*/*") for path in WEIGHTS.glob(f"{depth}/config.json")]
     names = [place.relative_to(WEIGHTS).as_posix() for place in places]
     near = nearest(name, [each for each in names if each[0] != "."]) or nearest_file(name)

@@ -234,6 +234,15 @@ def test_a_suggestion_is_made_where_it_could_be_meant(refused, words, said):
         (2, ["sample", "a", "b"], "extra argument", "words of one text stand in quotes"),
         (2, ["generate"], "No such command 'generate'", "see: nnx --help"),
         (2, ["smaple"], "Did you mean 'sample'?", None),
+        (3, ["train", "--data", "text.txt"], "text.txt is a file, not a token folder", "--filepath text.txt"),
+        (3, ["compare", "--data", "text.txt", "--budget", "10M"], "is a file, not a", "--filepath text.txt"),
+        (5, ["sample", "data/mine"], "data/mine is a token folder, not a model", "nnx train --data data/mine"),
+        (5, ["report", "data/mine"], "is a token folder", "nnx train --data data/mine"),
+        (5, ["train", "--init-from", "data/mine"], "is a token folder", "nnx train --data data/mine"),
+        (5, ["sample", "weights"], "there is no run or model 'weights'", "nnx list"),
+        (2, ["train", "--block_size", "64"], "in nnx train it is --seq-len 64", None),
+        (2, ["train", "--n_embd=64"], "in nnx train it is --dim 64", None),
+        (2, ["train", "--log-to", "tensorbord"], "did you mean tensorboard?", "choose from tensorboard, "),
         (2, ["train", "--size", "tny"], "no size 'tny'; did you mean tiny?", "choose from nano, "),
         (2, ["train", "--model", "tape", "--size", "smal"], "did you mean small?", "choose from nano, "),
         (2, ["train", "--lr", "0,01"], "--lr is '0,01'", "write its point as a point: --lr 0.01"),
@@ -244,8 +253,13 @@ def test_a_suggestion_is_made_where_it_could_be_meant(refused, words, said):
     ],
     ids=str,
 )
-def test_a_mistake_is_answered_with_what_to_type(refused, code, words, said, fix):
+def test_a_mistake_is_answered_with_what_to_type(refused, workspace, code, words, said, fix):
+    Path("text.txt").write_text("To be, or not to be\n")
+    for folder in ("data/mine", "weights"):
+        Path(folder).mkdir(parents=True)
+    Path("data/mine/train.bin").write_bytes(b"")
     lines = refused(code, said, *words).stderr.rstrip().splitlines()
+    assert "weights?" not in lines[0]
     assert len(lines) == 1 + (fix is not None) and (fix is None or fix in lines[1])
 
 
