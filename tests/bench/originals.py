@@ -11,6 +11,9 @@ The originals are fetched by whoever runs this, into FOLDER, and are no part of 
         rotary-embedding-torch==0.9.1 beartype==0.22.9 transformers==4.50.0 tokenizers==0.21.4 huggingface-hub==0.36.0:
         the first two are MIT, the others what they and Neon import; besides: pip install requests regex pyyaml tqdm
 
+For a machine without a network those four go to FOLDER/packages too, all with `--only-binary=:all:`, its
+`--python-version` and `--platform`; of transformers/models only `auto` and every `__init__.py` are imported.
+
 NYX's own repository could not be established; palm-rlhf-pytorch has the class that NYX's files rename (equal logits).
 """
 
