@@ -1,12 +1,19 @@
 import pytest
 import torch
 
+from nnx_cli import models
 from nnx_cli.config import SampleConfig
+from nnx_cli.convert.quantize import quantized_state
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
 from nnx_cli.inference.decoding import window_start
 from nnx_cli.inference.generate import generate, useful_threads
+from nnx_cli.kernels import quantized_matmul
+from nnx_cli.layers import quantized
 from nnx_cli.layers.linear import Linear
-from nnx_cli.layers.quantized import Quantization, quantize_layers
+from nnx_cli.layers.quantized import Quantization, QuantizedLinear, dequantize_layers, quantize_layers, widen
+from nnx_cli.runs.load import fill_model
+
+INT8 = Quantization(bits=8, group_size=None, kept=[])
 
 
 def run(model, prompts, *, tokenizer=None, **settings):
@@ -216,3 +223,20 @@ def test_quantized_matrices_have_work_for_a_quarter_of_the_threads(bits, group_s
     assert useful_threads(model, 1) == 128
     quantize_layers(model, Quantization(bits=bits, group_size=group_size, kept=[]))
     assert useful_threads(model, 1) == 32
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("n_sequences", [1, 2])
+def test_int8_matrices_write_what_the_same_weights_in_float_do(tiny, name, n_sequences, tmp_path, monkeypatch):
+    if not quantized_matmul.has_c_matmul():
+        pytest.skip("matmuls of this machine round activations to 8 bits")
+    monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
+    state, model = quantized_state(sharp(tiny(name)), INT8), tiny(name)
+    quantize_layers(model, INT8)
+    fill_model(model, widen(state), tmp_path, torch.device("cpu"), "fp32")
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert layers and all(layer.kernel(torch.float32) == 16 for layer in layers)
+    settings = dict(greedy=n_sequences == 1, num_samples=n_sequences, max_new_tokens=20)
+    written = [sample.tokens for sample in run(model, [[60, 3]], **settings).samples]
+    dequantize_layers(model)
+    assert [sample.tokens for sample in run(model, [[60, 3]], use_cache=False, **settings).samples] == written
