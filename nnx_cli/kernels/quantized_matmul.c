@@ -10,7 +10,7 @@
 
 #define MOST_ROWS 8
 #define PIECE 4096 /* columns whose sums no lane of 32 bits overflows with: 4096 * 127 * 32767 / 8 < 2^31 */
-#define AHEAD 8192 /* bytes of the matrix that are asked for before they are needed */
+#define AHEAD 16384 /* bytes of the matrix that are brought into the second cache before they are needed */
 #define UNROLL _Pragma("GCC unroll 8")
 
 #ifdef __AVX512BW__
@@ -63,7 +63,7 @@ static inline __attribute__((always_inline)) void multiply_row(const Task *task,
         UNROLL for (int m = 0; m < M; m++) first[m] = second[m] = zero();
         for (int64_t k = start; k < end; k += 2 * LANES) {
             const Vector a = widen(codes + k), b = widen(codes + k + LANES);
-            _mm_prefetch((const char *)(codes + k + AHEAD), _MM_HINT_T0);
+            _mm_prefetch((const char *)(codes + k + AHEAD), _MM_HINT_T1);
             UNROLL for (int m = 0; m < M; m++) {
                 first[m] = add_products(first[m], a, load(task->x + m * K + k));
                 second[m] = add_products(second[m], b, load(task->x + m * K + k + LANES));
