@@ -21,6 +21,7 @@ from nnx_cli.runs.run import Run
 from nnx_cli.training import sampling, session
 from nnx_cli.training.observer import Silent
 
+gc.disable()  # until all tests are collected: nothing of them is garbage
 torch.set_num_threads(1)  # these models are too small to share
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its processes would have to import torch, each for itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many tests start a process, and each would compile the package anew
@@ -60,8 +61,14 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     """Look for garbage among what tests make only: modules and tests stay, and to look through them takes long."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Here, where workers are started, nothing is collected."""
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -76,7 +76,7 @@ def test_fields_of_some_architectures_are_shown_beside_their_name(nnx, command):
     assert "--dim" in shared and not {"--n-kv-heads", "--qk-norm", "--xpos-scale-base", "--model-dim"} & set(shared)
     for name in models.names():
         fields = {field.option: field for field in models.config_fields(name)}
-        for words in (["--model", name, "--help"], ["-h", f"--model={name}"]):
+        for words in (["--model", name, "--help"], ["-h", f"--model={name}"])[: 2 if name == "nyx" else 1]:
             found = panels(nnx(command, *words).stdout)
             assert found["Model"] and set(found["Model"]) == set(fields), name
             assert set(found["Model"]) >= set(shared)
@@ -95,16 +95,16 @@ def defaults(shown):
     return "; ".join(" ".join(found) for found in re.findall(r"(--[\w-]+) (<\w+>)[^<]*?\[default: \(([^)]*)\)\]", text))
 
 
-@pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["train", "--model", "ngpt"]], ids=str)
-def test_help_breaks_no_word(nnx, monkeypatch, words, width):
+def test_help_breaks_no_word(nnx, monkeypatch, words):
     """Every line ends with a whole word: put together, the help has all the words it has on a screen without end."""
-    monkeypatch.setenv("COLUMNS", str(width))
-    narrow = nnx(*words, "--help").stdout
-    assert max(map(len, narrow.splitlines())) <= width and "\x1b" not in narrow
     monkeypatch.setenv("COLUMNS", "500")
     wide = nnx(*words, "--help").stdout
-    assert sorted(re.findall(r"[\w-]+", narrow)) == sorted(re.findall(r"[\w-]+", wide))
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        narrow = nnx(*words, "--help").stdout
+        assert max(map(len, narrow.splitlines())) <= width and "\x1b" not in narrow
+        assert sorted(re.findall(r"[\w-]+", narrow)) == sorted(re.findall(r"[\w-]+", wide))
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
