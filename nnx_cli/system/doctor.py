@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from nnx_cli.errors import counted, pip_install, quoted
 from nnx_cli.system.device import describe, pick_device, pick_precision
-from nnx_cli.system.machine import machine_memory_bytes
+from nnx_cli.system.machine import machine_memory_bytes, missing_to_compile
 
 OLDEST_TORCH, MAC_TORCH = (2, 11), (2, 14)
 LEAST_DRIVER = {13: 580, 12: 525, 11: 450}  # of a torch for that CUDA, by NVIDIA's table of compatibility
@@ -31,7 +30,7 @@ COMPILERS = {  # the line that installs a C++ compiler
     "darwin": "xcode-select --install",
     "win32": "winget install Microsoft.VisualStudio.2022.BuildTools",
 }
-HEADERS = {"linux": "sudo apt install python3-dev (or your distribution's package)"}
+HEADERS = "sudo apt install python3-dev (or your distribution's package)"
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")  # of Linux, through which processes of one host talk
 LEAST_SHARED = 2**30  # bytes of it: what NCCL's documentation asks for; a container of Docker has 64 MiB
@@ -251,12 +250,12 @@ def _compilers() -> Iterator[Finding]:
         yield Finding("note", "no triton: nothing is compiled for the GPU", pip_install(package))
     if torch.cuda.is_available():
         return
-    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    missing = missing_to_compile()
+    if missing == "C++ compiler":
         what = "no C++ compiler: on the CPU long runs are not compiled, and models in 8 and 4 bits write more slowly"
         yield Finding("note", what, COMPILERS.get(sys.platform))
-    elif not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        what = "no headers of Python for the C++ compiler: long runs on the CPU are not compiled"
-        yield Finding("note", what, HEADERS.get(sys.platform))
+    elif missing:
+        yield Finding("note", f"no {missing}: on the CPU long runs are not compiled", HEADERS)
 
 
 def _extras() -> Iterator[Finding]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names in malloc.h
@@ -14,6 +16,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names in malloc.h
 def n_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def missing_to_compile() -> str | None:
+    """What torch.compile needs for a CPU and does not find; on Linux, Python's headers are a package of their own."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        return "C++ compiler"
+    if sys.platform == "linux" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "headers of Python"
+    return None
 
 
 def machine_memory_bytes() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
+from nnx_cli.system.machine import missing_to_compile
 from nnx_cli.system.timing import median_seconds
 from nnx_cli.training.state import TrainState
 from nnx_cli.training.stepper import Execution, Stepper, ordered_sums
@@ -37,7 +37,7 @@ class Conditions:
     device_type: str
     precision: str
     in_backward: bool  # the optimizer steps during the backward pass
-    has_compiler: bool  # there is a C++ compiler
+    missing: str | None  # what compiling needs and is not here
     max_steps: int | None
     max_time_s: float | None
     progress: float  # of the run, 0 to 1
@@ -59,7 +59,7 @@ def conditions_of(config: TrainConfig, device: torch.device, requested: str, sta
         device_type=device.type,
         precision=config.precision,
         in_backward=config.optimizer_in_backward,
-        has_compiler=device.type != "cpu" or any(map(shutil.which, ("c++", "g++", "clang++"))),
+        missing=missing_to_compile() if device.type == "cpu" else None,
         max_steps=config.max_steps,
         max_time_s=config.max_time_s,
         progress=state.progress(config),
@@ -76,13 +76,13 @@ def choose(conditions: Conditions, step_s: float = math.inf) -> Execution:
     eager = Execution(graph=kind == "cuda")
     if requested == "graph":
         return eager
-    if not conditions.has_compiler:
-        return replace(eager, notes=("not compiled: there is no C++ compiler here",))
     if conditions.in_backward:  # weights would move while a compiled gradient is compared with an eager one
         notes = ("not compiled: not together with --optimizer-in-backward",) if requested == "on" else ()
         return replace(eager, notes=notes)
     if requested == "auto" and conditions.planned_s(step_s) * HOPED_SAVING[kind] < COMPILE_SECONDS[kind]:
         return eager
+    if conditions.missing:
+        return replace(eager, notes=(f"not compiled: no {conditions.missing} here; more: nnx doctor",))
     return replace(eager, compiled=True)
 
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ def test_no_compiler(monkeypatch, platform, line):
 def test_no_headers_of_python(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(diagnosis.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(diagnosis.sys, "platform", "linux")
     (found,) = diagnosis._compilers()
     assert found.level == "note" and "python3-dev" in found.fix

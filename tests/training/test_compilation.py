@@ -14,7 +14,7 @@ CPU = Conditions(
     device_type="cpu",
     precision="fp32",
     in_backward=False,
-    has_compiler=True,
+    missing=None,
     max_steps=12,
     max_time_s=None,
     progress=0.0,
@@ -81,8 +81,10 @@ def test_another_device_compiles_where_it_is_asked_to():
 
 @pytest.mark.parametrize("requested", ["auto", "on"])
 def test_a_machine_without_a_compiler_trains_eagerly_and_says_so(requested):
-    chosen = choose(replace(CPU, requested=requested, has_compiler=False))
-    assert chosen == Execution(notes=("not compiled: there is no C++ compiler here",))
+    chosen = choose(replace(CPU, requested=requested, missing="headers of Python"))
+    assert chosen == Execution(notes=("not compiled: no headers of Python here; more: nnx doctor",))
+    short = choose(replace(CPU, requested=requested, missing="C++ compiler", max_steps=1), step_s=1.0)
+    assert bool(short.notes) == (requested == "on")
 
 
 def test_steps_in_the_backward_pass_are_not_compiled():
