@@ -7,11 +7,10 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -61,20 +60,26 @@ def test_without_the_extra(refused, run, monkeypatch):
 @pytest.fixture
 def process(run):
     """The command at work on weights/words: process(words) returns it and its address."""
+    if os.name != "posix":
+        pytest.skip("processes are forked as POSIX does")
+    from tests.reliability.processes import Command, Setting
+
     started = []
 
     def start(*words):
-        command = [sys.executable, "-m", "nnx_cli", "serve", "words", "--port", "0", "--device", "cpu", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, **pipes, start_new_session=os.name == "posix"))
-        line = started[-1].stdout.readline()
-        assert (found := re.search(r"http://127\.0\.0\.1:\d+", line)), started[-1].stderr.read()
-        return started[-1], found[0]
+        said = Path(f"said-{len(started)}").resolve()
+        said.touch()
+        line = ["serve", "words", "--port", 0, "--device", "cpu", *words]
+        started.append(Command(Path.cwd(), *line, setting=Setting(stdout=str(said))))
+        while not (shown := said.read_text()).endswith("\n"):
+            assert started[-1].running(), started[-1].output
+            time.sleep(0.02)
+        return started[-1], re.search(r"http://127\.0\.0\.1:\d+", shown)[0]
 
     yield start
     for each in started:
-        each.kill()
-        each.wait()
+        each.send(signal.SIGKILL)
+        each.process.join()
 
 
 def post(url, **asked):
@@ -99,11 +104,11 @@ def test_ctrl_c_ends_answers_properly(process, number):
     answer = post(url, prompt="the", max_tokens=10_000_000, stream=True)
     assert answer.readline().startswith(b"data: ")
     started = time.monotonic()
-    command.send_signal(number)
+    command.send(number)
     rest = answer.read().decode()
     assert '"finish_reason": "length"' in rest and rest.endswith("data: [DONE]\n\n")
     assert command.wait(20) == 130 and time.monotonic() - started < 10
-    assert command.stderr.read() == ""
+    assert command.output == ""
     with pytest.raises(urllib.error.URLError):
         post(url, prompt="a")
 
