@@ -30,7 +30,7 @@ def test_a_new_file_is_a_new_architecture(tmp_path, text_file):
         "tie_embeddings: bool", "seventh_sense: bool = True  # an option of its own\n    tie_embeddings: bool", 1
     )
     (package / "models" / "seventh.py").write_text(source, encoding="utf-8")
-    small = "--dim 32 --n-layers 2 --n-heads 2 --seq-len 32 --batch-size 2 --grad-accum 1 --threads 1"
+    small = "--dim 32 --n-layers 2 --n-heads 2 --seq-len 32 --batch-size 2 --grad-accum 1 --threads 1 --sample-every 0"
     lines = [
         "train --model seventh --help",
         f"train --model seventh --filepath {text_file} --max-steps 2 --no-seventh-sense {small} --json",

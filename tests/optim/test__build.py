@@ -421,10 +421,10 @@ print(json.dumps([(each.exit_code, each.output) for each in done]))
 
 
 def test_a_file_in_the_folder_is_an_optimizer(tmp_path, token_path):
-    shutil.copytree(Path(nnx_cli.__file__).parent, tmp_path / "nnx_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(nnx_cli.__file__).parent, tmp_path / "nnx_cli", ignore=shutil.ignore_patterns("*.pyc.*"))
     (tmp_path / "nnx_cli" / "optim" / "sgd.py").write_text(SGD)
     shape = "--model llama --n-layers 1 --dim 32 --n-heads 2 --seq-len 16"
-    length = "--max-steps 20 --lr 0.1 --device cpu --threads 1 --compile off"
+    length = "--max-steps 20 --lr 0.1 --device cpu --threads 1 --compile off --sample-every 0"
     train = ["train", "--data", str(token_path), "--optimizer"]
     lines = [["train", "--help"], ["summarize", "--help"], [*train, "sdg"]]
     lines += [[*train, "sgd", "--out", "run", *shape.split(), *length.split()]]
