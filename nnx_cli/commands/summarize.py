@@ -245,7 +245,7 @@ def show_facts(output: Output, facts: dict[str, Any], train: TrainConfig, room: 
         *([f"--parallel auto is {facts['parallel']}"] if len(trained) > 1 else []),
         f"sampling: {size(memory['sampling_bytes'])}, cache {size(facts['cache_bytes_per_token'])} a token",
         f"file: {files}",
-        f"million tokens read in an hour of training, about: {_read_in_an_hour(facts)} "
+        f"million tokens that one GPU reads in an hour of training, about: {_read_in_an_hour(facts)} "
         "(by data sheets; measured on H100 and H200 alone)",
         (f"trains on {kind} with {', '.join(gpus)} GB" if gpus else f"trains on no {kind} of up to 24 GB") + at_once,
     )

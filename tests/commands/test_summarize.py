@@ -51,7 +51,9 @@ def test_it_says_how_far_an_hour_gets(nnx, size, more):
     words = ["summarize", "--size", size, *(more or ["--model", "nyx"])]
     speeds = json.loads(nnx(*words, "--json").stdout)["tokens_per_s_by_data_sheet"]
     assert speeds["RTX 3060"] < speeds["RTX 4090"] < speeds["H100"] and speeds.keys() == GPUS.keys()
-    line = next(line for line in nnx(*words).stdout.splitlines() if line.startswith("million tokens read in an hour"))
+    line = next(
+        line for line in nnx(*words).stdout.splitlines() if line.startswith("million tokens that one GPU reads")
+    )
     assert "measured on H100 and H200 alone" in line
     for gpu in summarize.SHOWN_GPUS:
         told = re.search(rf"{gpu} ([\d,.]+\d)", line)[1]
