@@ -46,12 +46,14 @@ def load_c(source: str, flags: Sequence[str]) -> ctypes.CDLL | None:
 
 def cache_folder() -> Path:
     """Where this user keeps what can be made again."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    return (Path(named) if named else Path.home() / ".cache") / "nnx"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "nnx"
 
 
 def _made(folder: Path) -> Path | None:
-    """The folder, made where it is missing; None where this user may not write there."""
+    """The folder, made where it is missing; None where this user has none to write to."""
+    if not folder.is_absolute():  # of a user without a home
+        return None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

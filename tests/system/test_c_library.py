@@ -56,6 +56,14 @@ def test_a_compiler_that_hangs_is_given_up(cache, monkeypatch):
     assert load_c(SEVEN, []) is None and not list(cache.iterdir())
 
 
+def test_without_a_home_nothing_is_left_in_this_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(c_library.os.path, "expanduser", lambda path: path)
+    assert load_c(SEVEN, []).number() == 7
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_folder_it_is_compiled_every_time(cache):
     cache.parent.write_text("a file")
     assert load_c(SEVEN, []).number() == 7
