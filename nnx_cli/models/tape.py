@@ -272,13 +272,16 @@ class StudentT(nn.Module):
         self.log_df = nn.Parameter(torch.empty(1)) if config.tails == "learned" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) to log-probabilities (..., V)."""
+        """x (..., D) to log-probabilities (..., V). Of ln(1 + d²/ν) the smallest is taken off before it is rounded: its
+        factor would make nats of it."""
         x, centres = widened(x), self.weight.to(torch.promote_types(x.dtype, torch.float32))
         if self.is_normal:  # without |x|², of which the softmax is independent
             return (F.linear(x, centres) - centres.square().sum(-1) / 2).log_softmax(-1)
         df = self.df if self.log_df is None else self.log_df.to(x.dtype).exp()
-        distance = x.square().sum(-1, keepdim=True) - 2 * F.linear(x, centres) + centres.square().sum(-1)
-        scores = torch.log1p(distance.clamp(min=1e-12) / df) * (-(df + x.shape[-1]) / 2)
+        beyond = centres.square().sum(-1) - 2 * F.linear(x, centres)  # d² but for |x|²
+        least = beyond.amin(-1, keepdim=True)
+        nearest = (x.square().sum(-1, keepdim=True) + least).clamp(min=1e-12)
+        scores = torch.log1p((beyond - least) / (df + nearest)) * (-(df + x.shape[-1]) / 2)
         return scores.log_softmax(-1)  # (..., V)
 
     def linear_head(self) -> LinearHead | None:

@@ -394,3 +394,12 @@ def test_levels_are_captured_whole(tiny, dtype):
     compiled = run()
     assert compiled[0] == pytest.approx(eager[0], abs=1e-5)
     torch.testing.assert_close(compiled[1], eager[1], rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_log_probabilities_are_as_exact_as_their_type(tiny):
+    """Their factor, half the width, must not multiply what float32 rounds off distances and logarithms."""
+    head = tiny("tape", dim=512, n_heads=4).head
+    x = torch.layer_norm(torch.randn(16, 512, generator=torch.Generator().manual_seed(1)), (512,))
+    found = head(x)
+    assert (found - head.double()(x.double())).abs().max() < 1e-5
