@@ -23,15 +23,16 @@ from nnx_cli.system.device import DTYPES
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves out the first values of weights: torch works out the shape of each draw on the meta device in Python, and
-    that would take most of the time."""
+    """Leaves out the first values of weights on the meta device: torch works out the shape of each draw in Python, and
+    that would take most of the time. Functions of a user's bank are made elsewhere meanwhile, and have theirs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
-            return args[0]
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        draws = func in (torch.Tensor.normal_, torch.Tensor.uniform_)
+        if draws or getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 

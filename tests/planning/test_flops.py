@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -160,3 +161,17 @@ def test_files():
     matrices = 406_912 - 3 * 128
     assert sizes["int8"] == 2 * 3 * 128 + matrices + 2 * rows
     assert sizes["int4"] == 2 * 3 * 128 + matrices // 2 + matrices // 32 * 2
+
+
+def test_weights_that_are_nowhere_are_not_drawn_and_others_are():
+    """While a model is made without memory, a function of a user's bank is made with it."""
+    state = torch.get_rng_state()
+    with torch.device("meta"), flops._Undrawn():
+        nn.Linear(3, 4)
+        assert torch.equal(torch.get_rng_state(), state)
+        for make in (lambda: nn.Embedding(9, 5), lambda: nn.Linear(3, 5, bias=False)):
+            with torch.device("cpu"):
+                drawn = make().weight
+            assert drawn.isfinite().all() and 0 < drawn.std() < 2
+        weight = torch.full((64,), math.nan, device="cpu")
+        assert nn.init.normal_(weight).isfinite().all() and weight.uniform_().max() <= 1
