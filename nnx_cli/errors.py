@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-import importlib.util
+import importlib.machinery
 import os
 import re
 import shlex
@@ -129,7 +129,7 @@ def pip_install(package: str) -> str:
     pip = shutil.which("pip")
     if pip and os.path.dirname(pip) == os.path.dirname(sys.executable):
         return line
-    if importlib.util.find_spec("pip"):
+    if importlib.machinery.PathFinder.find_spec("pip"):  # asked otherwise, setuptools leaves distutils to Python
         return f"{quoted(sys.executable)} -m {line}"
     return f"uv {line} --python {quoted(sys.prefix)}"  # which makes such environments
 

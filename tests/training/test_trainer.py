@@ -17,11 +17,12 @@ from nnx_cli.optim._build import build_optimizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
-from nnx_cli.training import session, validation
+from nnx_cli.training import sampling, session, validation
 from nnx_cli.training import trainer as trainer_module
 from nnx_cli.training.observer import Several, Silent
 from nnx_cli.training.stepper import Execution
 
+SAMPLE_LENGTH = sampling.SAMPLE_LENGTH  # before conftest shortens it
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu", "data_wait_share")
 
 
@@ -587,7 +588,15 @@ COMMAND = [
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(token_path, tmp_path_factory):
+def whole_samples():
+    """Samples as long as those of other processes, which conftest does not shorten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "SAMPLE_LENGTH", SAMPLE_LENGTH)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_samples, token_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     result = CliRunner().invoke(app, ["train", *COMMAND, "--data", str(token_path), "--out", str(out)])
     assert result.exit_code == 0, result.output
