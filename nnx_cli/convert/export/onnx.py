@@ -21,7 +21,6 @@ from nnx_cli.convert.export._compare import compare
 from nnx_cli.convert.export._traced_cache import GraphState
 from nnx_cli.data.tokenizers.hf_json import save_tokenizer
 from nnx_cli.errors import UsageError
-from nnx_cli.layers.head import as_linear_head
 from nnx_cli.models._base import LanguageModel, ModelConfig
 from nnx_cli.runs.tensors import size_on_disk
 from nnx_cli.system.files import require_space, sync_file, write_synced
@@ -29,7 +28,6 @@ from nnx_cli.system.files import require_space, sync_file, write_synced
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 FILE = None
 TOLERANCE = 1e-4  # of a logit, in float32
-KERNEL_ROUNDING = 2e-6  # of a logit, for each unit of what a Student-t head multiplies by: twice float32's own
 WHOLE, DECODE = "model.onnx", "decode.onnx"
 BATCH, LENGTH, PAST = "batch", "length", "past"  # free dimensions, by name
 EXAMPLE = 5, 7, 11  # sequences, new tokens and earlier ones that the graphs are traced with: sizes of nothing else
@@ -217,14 +215,6 @@ class Session:
         return [torch.zeros(shape) for shape in shapes]
 
 
-def tolerance(model: LanguageModel) -> float:
-    """How far a logit may be off: a Student-t head multiplies the rounding of distances by (ν + D) / 2."""
-    head = as_linear_head(model.head)
-    if head is None or head.df is None:
-        return TOLERANCE
-    return max(TOLERANCE, KERNEL_ROUNDING * (head.df + model.config.dim) / 2)
-
-
 def check(source: Source, folder: Path) -> Found:
     """As in the base."""
     whole, decode = Session(folder / WHOLE), Session(folder / DECODE)
@@ -238,7 +228,7 @@ def check(source: Source, folder: Path) -> Found:
             chosen.append(new[0])
         return torch.cat(chosen)
 
-    found = compare(source, lambda ids: whole.run(ids)[0], generate, tolerance(source.model))
+    found = compare(source, lambda ids: whole.run(ids)[0], generate, TOLERANCE)
     worst = max(found.max_logit_difference, _other_shapes(source, whole, decode))
     return replace(found, max_logit_difference=worst)
 
