@@ -194,7 +194,6 @@ def test_a_reply_ended_before_its_first_word_is_none(session, monkeypatch):
 # what is learned
 
 
-@pytest.mark.long
 def test_a_small_model_answers_questions_that_it_has_not_seen(nnx, workspace):
     """In a few steps; what a nano model learns in a minute, tests/bench/answers.py shows."""
     draw = random.Random(0)

@@ -65,7 +65,6 @@ def test_without_a_query_there_is_nothing_to_say():
     assert recall_accuracy(Reader(), text("val", T - 1), 4) == []
 
 
-@pytest.mark.long
 def test_a_small_model_learns_it():
     """Three seconds of a CPU bring it well above one in ten, which it does not leave without looking back."""
     torch.manual_seed(0)

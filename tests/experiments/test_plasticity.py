@@ -30,7 +30,6 @@ def texts(text, workspace, monkeypatch):
     return [word for name in parts for word in ("--filepath", f"{name}.txt")]
 
 
-@pytest.mark.long
 def test_texts_are_learned_in_turn_and_by_fresh_models(nnx, texts, monkeypatch):
     train, begun, dropped = Runner.train, [], []
     monkeypatch.setattr("nnx_cli.experiments.race.drop_weights", lambda folder, keep: dropped.append(folder.name))

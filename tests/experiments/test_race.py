@@ -496,7 +496,6 @@ def test_curves_stay_short():
     assert curve[-1] == dict(step=5000, tokens=5000, time_s=5000, flops=15000, train_loss=1.0, val_bits_per_byte=2.0)
 
 
-@pytest.mark.long
 def test_competitors_in_processes_of_their_own(undisturbed, searched, tokens, tmp_path):
     """As on two GPUs: the same race, in two processes at a time; and one that is stopped with it."""
     folder, environment = tmp_path / "race-words", dict(os.environ, OMP_NUM_THREADS="1")

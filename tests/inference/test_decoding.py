@@ -18,12 +18,11 @@ from nnx_cli.runs.load import fill_model
 
 SEQ_LEN = 16
 N_TOKENS = 36  # some times past the context
-MANY = 300  # with --long
+MANY = 300
 PROMPTS = [[1], list(range(2, 8)), [60, 3, 60], list(range(15)), list(range(40, 25, -1)) + [7] * 3]
 TIE = 1e-4  # of logits, or of probability between a draw and the next token: what rounding may decide
 ROUNDING = 0.05  # of the largest logit: what activations in 8 bits or bfloat16 may decide
 WAYS = ("cache", "no cache", "spans")
-long = pytest.mark.long
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
@@ -78,24 +77,20 @@ def check_greedy(model, prompt, tokens, tie=TIE):
 
 
 @every_model
-@pytest.mark.parametrize(
-    "way, n",
-    [*((way, N_TOKENS) for way in WAYS), *(pytest.param(way, MANY, marks=long) for way in WAYS)],
-)
-def test_greedy_tokens_are_those_of_the_full_pass(model, way, n, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_are_those_of_the_full_pass(model, way, monkeypatch):
     """Five prompts side by side, of different length, far past the context."""
     monkeypatch.setattr(decoding, "SPAN", 8)
     monkeypatch.setattr(decoding, "ALIGNED", 4)
     monkeypatch.setattr(decoding, "GRAPH_FROM", 2)
-    for prompt, tokens in zip(PROMPTS, draw(model, PROMPTS, n, way=way, greedy=True), strict=True):
-        assert len(tokens) == n
+    for prompt, tokens in zip(PROMPTS, draw(model, PROMPTS, MANY, way=way, greedy=True), strict=True):
+        assert len(tokens) == MANY
         check_greedy(model, prompt, tokens)
 
 
 @every_model
 @pytest.mark.parametrize("bits, group_size", [(8, None), (4, 32)], ids=["int8", "int4"])
-@pytest.mark.parametrize("n", [N_TOKENS, pytest.param(MANY, marks=long)])
-def test_quantized_greedy_tokens_are_those_of_the_full_pass(model, bits, group_size, n, monkeypatch):
+def test_quantized_greedy_tokens_are_those_of_the_full_pass(model, bits, group_size, monkeypatch):
     """With the matmuls that large matrices have, by weights that are the same in both."""
     monkeypatch.setattr(quantized, "SMALL_MATRIX", 0)
     how = Quantization(bits=bits, group_size=group_size, kept=[])
@@ -103,7 +98,7 @@ def test_quantized_greedy_tokens_are_those_of_the_full_pass(model, bits, group_s
     quantize_layers(model, how)
     model = fill_model(model, state, Path(), torch.device("cpu"), "fp32")
     tie = ROUNDING if any(isinstance(layer, QuantizedLinear) for layer in model.modules()) else TIE
-    for prompt, tokens in zip(PROMPTS[:3], draw(model, PROMPTS[:3], n, greedy=True), strict=True):
+    for prompt, tokens in zip(PROMPTS[:3], draw(model, PROMPTS[:3], MANY, greedy=True), strict=True):
         check_greedy(model, prompt, tokens, tie)
 
 
@@ -134,14 +129,13 @@ def distance_to_boundary(model, known, row, seed, n_drawn, **settings):
 
 
 @every_model
-@pytest.mark.parametrize("way", ["cache", "spans"])
-@pytest.mark.parametrize("n", [N_TOKENS, pytest.param(MANY, marks=long)])
+@pytest.mark.parametrize("way, n", [("cache", MANY), ("spans", N_TOKENS)])
 @torch.inference_mode()
 def test_a_sequence_is_the_same_alone_and_among_others(model, way, n):
     """31 of 32 at least, in float32; and where one leaves, rounding decided."""
     settings, seed = dict(temperature=0.8, top_k=50), 11
     together = draw(model, [[1, 2, 3]], n, way=way, num_samples=32, seed=seed, **settings)
-    rows = range(32) if n > N_TOKENS or (way == "cache" and model.architecture == "llama") else (0, 31)
+    rows = range(32) if n == MANY else (0, 31)
     left = 0
     for row in rows:
         found = alone(model, row, seed, n, **settings)

@@ -82,8 +82,8 @@ def test_a_cache_is_filled_once(tiny, name):
     ("name", "fields"),
     [
         ("llama", {}),
-        pytest.param("neon", {}, marks=pytest.mark.long),
-        pytest.param("tape", dict(coda_layers=1), marks=pytest.mark.long),
+        ("neon", {}),
+        ("tape", dict(coda_layers=1)),
     ],
 )
 def test_checkpointed_blocks_compile(tiny, name, fields):

@@ -234,7 +234,6 @@ def test_without_some_parts_it_promises_as_much(tiny, fields):
         torch.testing.assert_close(torch.cat(steps, dim=1), logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.long
 def test_a_run_without_some_parts_goes_the_whole_way(nnx, text_file):
     small = "--dim 32 --n-layers 1 --n-heads 2 --seq-len 32 --batch-size 2 --grad-accum 1 --threads 1".split()
     given = ["--model", "tape", "--no-prophet", "--no-moderator", "--tails", "learned", *small]

@@ -67,7 +67,6 @@ def check_flat(before: dict[str, int], after: dict[str, int]) -> None:
     assert after["files"] == before["files"] and after["threads"] == before["threads"], (before, after)
 
 
-@pytest.mark.long  # python -m tests.reliability looks at it as well
 def test_memory_stays_flat(tmp_path):
     check_flat(*run_long(tmp_path, "nyx", 200, 800))
 
