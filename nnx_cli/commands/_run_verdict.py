@@ -61,8 +61,9 @@ class RunVerdict:
         if status["best_step"] != step and status.get("val_loss") is not None:
             rows.append(("last", _quality(status["val_loss"], status.get("val_bits_per_byte")), f"at step {step:,}"))
         if self.ngram_bits_per_byte is not None and best is not None:
-            share = best / self.ngram_bits_per_byte - 1
-            how = f"the run's best takes {100 * abs(share):.0f} % {'more' if share > 0 else 'fewer'} bits"
+            percent = round(100 * (best / self.ngram_bits_per_byte - 1))
+            more = f"{abs(percent)} % {'more' if percent > 0 else 'fewer'}" if percent else "as many"
+            how = f"the run's best takes {more} bits"
             rows.append(("n-gram model", f"{self.ngram_bits_per_byte:.3f} bits per byte", how))
         return rows
 

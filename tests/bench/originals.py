@@ -24,7 +24,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,7 +179,15 @@ class Case:
 
 
 LONG = {"cuda": (4, 1024), "cpu": (1, 1024)}
-NGPT = dict(num_tokens=256, dim=512, depth=8, tied_embedding=True, attn_norm_qk=False)
+NGPT_CASE = Case(
+    "ngpt",
+    ngpt,
+    "packages/nGPT_pytorch/nGPT.py",
+    "e743060062ac798d",
+    LONG,
+    {"cuda": 10, "cpu": 1.5},
+    dict(num_tokens=256, dim=512, depth=8, tied_embedding=True, attn_norm_qk=False, manual_norm_weights=False),
+)
 CASES = {
     "nyx": Case(
         "nyx",
@@ -192,24 +200,9 @@ CASES = {
             model_dim=512, vocab_size=256, layer_depth=8, head_dimension=64, num_attention_heads=8, feedforward_scale=4
         ),
     ),
-    "ngpt": Case(
-        "ngpt",
-        ngpt,
-        "packages/nGPT_pytorch/nGPT.py",
-        "e743060062ac798d",
-        LONG,
-        {"cuda": 10, "cpu": 1.5},
-        NGPT | dict(manual_norm_weights=False),
-    ),
-    "ngpt-manual": Case(  # weights normalised after each step: what nnx does unless told otherwise
-        "ngpt",
-        ngpt,
-        "packages/nGPT_pytorch/nGPT.py",
-        "e743060062ac798d",
-        LONG,
-        {"cuda": 10, "cpu": 1.5},
-        NGPT | dict(manual_norm_weights=True),
-    ),
+    "ngpt": NGPT_CASE,
+    # weights normalised after each step: what nnx does unless told otherwise
+    "ngpt-manual": replace(NGPT_CASE, config=NGPT_CASE.config | dict(manual_norm_weights=True)),
     "n4": Case(
         "n4",
         n4,
