@@ -221,7 +221,10 @@ def capability() -> dict[str, str]:
     """What the last digits depend on."""
     import torch
 
-    return {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    from nnx_cli.system.hardware import cpu_vendor
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"cpu_vendor": cpu_vendor(), "cpu_capability": capability, "torch": torch.__version__}
 
 
 INEXACT = {"grad_norm", "greedy", "seeded", "kl_divergence", "same_top_token"}  # what small differences may change

@@ -113,9 +113,14 @@ def has_onednn() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or ONEDNN_LINEAR is None:
         return False
+    return cpu_vendor() == "AuthenticAMD" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def cpu_vendor() -> str:
+    """Who made the CPU, as x86 CPUs name it ("AuthenticAMD", "GenuineIntel"); empty where that is not known."""
     info = Path("/proc/cpuinfo")
-    vendor = info.read_text(errors="replace") if info.exists() else platform.processor()
-    return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    text = info.read_text(errors="replace") if info.exists() else platform.processor()
+    return next((name for name in ("AuthenticAMD", "GenuineIntel") if name in text), "")
 
 
 def cpu_int8_activation_bits() -> int:

@@ -2,7 +2,6 @@ import json
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -42,14 +41,12 @@ def table(folder):
     return [{name: value for name, value in trial.items() if name not in left_out} for trial in trials]
 
 
-def killed_at(path, *command):
-    """Run a command in a process that is killed when there is a file."""
-    from tests.reliability.processes import Command
+def killed_at(n_saves, *command):
+    """Run a command in a process that is killed when it is about to save for the n-th time."""
+    from tests.reliability.processes import Command, Setting
 
-    process = Command(Path.cwd(), *command)
-    while not path.exists():
-        assert process.running(), process.output
-        time.sleep(0.01)
+    process = Command(Path.cwd(), *command, setting=Setting(pause=("saving", n_saves)))
+    assert process.pauses(), process.output
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
@@ -58,7 +55,8 @@ def killed_at(path, *command):
 def test_a_sweep_that_is_killed_ends_like_one_that_is_not(nnx, words):
     line = [*SMALL, *LR, "--trials", 3, "--save-every", 2]
     folder = Path("weights/sweep-words")
-    killed_at(folder / "002" / "checkpoints" / "step-00000004", *line)
+    killed_at(9, *line)
+    assert [path.name for path in sorted((folder / "002" / "checkpoints").iterdir())][-1] == "step-00000004"
     assert [each["status"] for each in read_sweep(folder)["trials"]] == ["finished", "waiting", "waiting"]
     assert nnx("list").stdout.split().count("interrupted") == 1
     result = nnx(*line)

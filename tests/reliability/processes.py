@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ PHASES = (
     "rotating",
     "best",
 )
+PAUSED, RELEASED = 1, 2  # bytes of the page that both share, beside the phase's
 TIMES = ("time_s", "tokens_per_s", "peak_memory_bytes", "mfu", "data_wait_share", "started")
 SHAPE = (
     "--size",
@@ -82,6 +84,7 @@ class Setting:
     terminal: str | None = None  # path of a pseudo-terminal to be the controlling one
     file_limit: int | None = None  # RLIMIT_FSIZE
     ignore: tuple[int, ...] = ()  # signals ignored from the start, as nohup does
+    pause: tuple[str, int] | None = None  # the phase that it enters for the n-th time and waits in, until told to go on
     change: Callable[[], None] | None = None  # called before the command
 
 
@@ -131,8 +134,14 @@ class Command:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def send(self, number: int) -> None:
+        """Send it a signal; where it pauses it goes on after that."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """End its pause."""
+        self._phase[RELEASED] = 1
 
     def running(self) -> bool:
         return self.process.exitcode is None
@@ -146,6 +155,13 @@ class Command:
             raise AssertionError(f"still {self.phase} after {timeout} s: {self.output}")
         self._track.unlink(missing_ok=True)
         return self.process.exitcode
+
+    def pauses(self, timeout: float = 60) -> bool:
+        """Wait until it pauses where its setting says; False where it ends before."""
+        until = time.monotonic() + timeout
+        while self.running() and not self._phase[PAUSED] and time.monotonic() < until:
+            time.sleep(0.001)
+        return bool(self._phase[PAUSED])
 
     def wait_for(self, phase: str, timeout: float = 60, times: int = 1) -> bool:
         """Wait until it enters a phase, for the n-th time; False where it ends before."""
@@ -180,7 +196,7 @@ def run_command(folder: Path, words: list[str], log: Path, track: Path, setting:
     if setting.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.file_limit, setting.file_limit))
     with open(track, "r+b") as file:
-        follow(mmap.mmap(file.fileno(), mmap.PAGESIZE))
+        follow(mmap.mmap(file.fileno(), mmap.PAGESIZE), setting.pause)
     if setting.change is not None:
         setting.change()
     sys.argv = ["nnx", *words]
@@ -214,12 +230,14 @@ def speak(setting: Setting, log: Path) -> None:
     sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), encoding="utf-8", line_buffering=True)
 
 
-def follow(shared: mmap.mmap) -> None:
-    """Keep the first byte of `shared` at the phase that this process is in."""
+def follow(shared: mmap.mmap, pause: tuple[str, int] | None) -> None:
+    """Keep the first byte of `shared` at the phase that this process is in, and pause where asked to."""
     from nnx_cli.runs import checkpoint
     from nnx_cli.runs.run import Run
     from nnx_cli.training import session
     from nnx_cli.training.trainer import Trainer
+
+    entered = Counter()
 
     def mark(owner: Any, name: str, phase: str) -> None:
         real = getattr(owner, name)
@@ -227,6 +245,11 @@ def follow(shared: mmap.mmap) -> None:
 
         def call(*args: Any, **options: Any) -> Any:
             before, shared[0] = shared[0], number
+            entered[phase] += 1
+            if (phase, entered[phase]) == pause:
+                shared[PAUSED] = 1
+                while not shared[RELEASED]:
+                    time.sleep(0.001)
             result = real(*args, **options)
             shared[0] = before
             return result

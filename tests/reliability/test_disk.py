@@ -181,9 +181,11 @@ def full_file_system(folder: Path, leaves: tuple[int, ...]) -> int:
             if not small.made:
                 pytest.skip("mounting needs root")
             out = small.folder / "run"
-            command = Command(folder, *train_words(data, out, steps=100, save_every=5))
-            assert command.wait_for("stepping", times=8), command.output
+            words = train_words(data, out, steps=100, save_every=5)
+            command = Command(folder, *words, setting=Setting(pause=("evaluating", 4)))
+            assert command.pauses(), command.output
             ballast = fill(small.folder, leave)
+            command.go_on()
             assert command.wait() == 8, command.output
             assert "training goes on" in command.output and "the newest checkpoint is of step" in command.output
             check_intact(out, 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.reliability import Result
-from tests.reliability.processes import Command, assert_same, make_data, outcome, train_words, workplace
+from tests.reliability.processes import Command, Setting, assert_same, make_data, outcome, train_words, workplace
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 
@@ -22,9 +22,8 @@ def refused_and_taken_over(folder: Path) -> None:
     data, out = make_data(folder), folder / "weights" / "run"
     whole = Command(folder, *train_words(data, "weights/whole", steps=STEPS))
     assert whole.wait() == 0, whole.output
-    first = Command(folder, *train_words(data, out, steps=STEPS))
-    assert first.wait_for("saving", times=3), first.output
-    first.send(signal.SIGSTOP)
+    first = Command(folder, *train_words(data, out, steps=STEPS), setting=Setting(pause=("saving", 3)))
+    assert first.pauses(), first.output
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     second = Command(folder, "train", "--resume", out)
     assert second.wait() == 8, second.output

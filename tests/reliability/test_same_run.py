@@ -14,6 +14,7 @@ from nnx_cli.system.files import read_json, sha256_file, to_json
 from tests.reliability import Result
 from tests.reliability.processes import (
     Command,
+    Setting,
     assert_same,
     make_data,
     outcome,
@@ -95,8 +96,8 @@ def moved(folder: Path, model: str, change: str, options: tuple, pretended: dict
     """Stop a run, resume it under other conditions: it says so, and follows the uninterrupted one's data and schedule,
     its losses within `tolerance` nats."""
     data, out = folder / "data" / "words", folder / "weights" / change
-    first = Command(folder, *train_words(data, out, model, STEPS))
-    assert first.wait_for("saving", times=2)
+    first = Command(folder, *train_words(data, out, model, STEPS), setting=Setting(pause=("saving", 2)))
+    assert first.pauses(), first.output
     first.send(signal.SIGTERM)
     assert first.wait() == 130, first.output
     stopped = read_json(out / "run.json")["step"]

@@ -178,11 +178,12 @@ def terminal() -> Iterator[tuple[int, str, list[bytes]]]:
 def typed_interrupt(place: Place) -> None:
     """Ctrl-C typed at a terminal while the window changes its size."""
     with terminal() as (master, path, shown):
-        command, out = place.start(Setting(terminal=path))
-        assert command.wait_for("saving", times=3)
+        command, out = place.start(Setting(terminal=path, pause=("saving", 3)))
+        assert command.pauses()
         for columns in (40, 1, 200):
             fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         os.write(master, b"\x03")
+        command.go_on()
         assert command.wait() == 130
         time.sleep(0.1)
         text = b"".join(shown).decode(errors="replace")
@@ -205,10 +206,12 @@ def closed_terminal(place: Place, nohup: bool) -> None:
     """A terminal that goes away hangs up: the run saves and ends; one that was told not to mind goes on."""
     master, slave = os.openpty()
     path = os.ttyname(slave)
-    command, out = place.start(Setting(terminal=path, ignore=(signal.SIGHUP,) if nohup else ()))
+    ignore = (signal.SIGHUP,) if nohup else ()
+    command, out = place.start(Setting(terminal=path, ignore=ignore, pause=("saving", 3)))
+    assert command.pauses()
     os.close(slave)
-    assert command.wait_for("saving", times=3)
     os.close(master)
+    command.go_on()
     assert command.wait() == (0 if nohup else 130)
     if nohup:
         assert_same(outcome(out), place.wanted, "without its terminal")
@@ -222,9 +225,10 @@ def broken_pipe(place: Place, name: str) -> None:
     pipe = place.folder / f"pipe-{place.n_runs}-{name}"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    command, out = place.start(Setting(**{name: str(pipe)}))
-    assert command.wait_for("saving", times=2), command.output
+    command, out = place.start(Setting(**{name: str(pipe)}, pause=("saving", 2)))
+    assert command.pauses(), command.output
     os.close(reader)
+    command.go_on()
     assert command.wait() == 0, command.output
     assert "Traceback" not in command.output and "Exception" not in command.output
     assert_same(outcome(out), place.wanted, f"{name} broken")
@@ -250,8 +254,8 @@ def suspended(place: Place) -> None:
 
 def ignored(place: Place) -> None:
     """What was started in the background of a script does not hear Ctrl-C."""
-    command, out = place.start(Setting(ignore=(signal.SIGINT,)))
-    assert command.wait_for("stepping", times=3)
+    command, out = place.start(Setting(ignore=(signal.SIGINT,), pause=("saving", 3)))
+    assert command.pauses(), command.output
     command.send(signal.SIGINT)
     assert command.wait() == 0, command.output
     assert_same(outcome(out), place.wanted, "SIGINT ignored")
