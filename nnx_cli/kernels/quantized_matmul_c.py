@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nnx_cli.system.c_library import load_c
-from nnx_cli.system.hardware import cpu_flags
+from nnx_cli.system.c_library import load_threaded
 
+SOURCE = Path(__file__).with_name("quantized_matmul.c")
 SHARES = 4  # of a matrix, for every thread
 LEAST_SHARE = 2**15  # bytes of a matrix that are worth another share
-
-
-@cache
-def _library() -> tuple[Callable[..., int], int] | None:
-    """The function in C, and where the OpenMP that torch uses begins a parallel region; None where one is missing."""
-    flags = cpu_flags()
-    library = load_c((files(__package__) / "quantized_matmul.c").read_text(encoding="utf-8"), flags) if flags else None
-    if library is None or not hasattr(process := ctypes.CDLL(None), "GOMP_parallel"):
-        return None
-    multiply = library.multiply
-    multiply.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4, ctypes.c_uint, ctypes.c_void_p]
-    parallel = ctypes.cast(process.GOMP_parallel, ctypes.c_void_p).value
-    assert parallel is not None
-    return multiply, parallel
 
 
 def c_matmul(codes: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
@@ -36,10 +21,11 @@ def c_matmul(codes: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
 
     Raises RuntimeError where this machine does not have it.
     """
-    found = _library()
+    found = load_threaded(SOURCE)
     if found is None:
         raise RuntimeError("there is no C compiler, or no OpenMP that it can use")
-    multiply, parallel = found
+    multiply, parallel = found[0].multiply, found[1]
+    multiply.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4, ctypes.c_uint, ctypes.c_void_p]
     codes, scale = codes.contiguous(), scale.contiguous()
     N, K = codes.shape
 

@@ -10,12 +10,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from nnx_cli.system.files import sync_file
+from nnx_cli.system.hardware import cpu_flags
 
 COMPILERS = "cc", "gcc", "clang"
 PATIENCE_S = 30  # with a compiler, which takes one or two
+
+
+@cache
+def load_threaded(path: Path) -> tuple[ctypes.CDLL, int] | None:
+    """The library that a file of C makes, for the vector instructions of this CPU, and where the OpenMP that torch uses
+    begins a parallel region; None where one of the three is missing."""
+    flags = cpu_flags()
+    library = load_c(path.read_text(encoding="utf-8"), flags) if flags else None
+    if library is None or not hasattr(process := ctypes.CDLL(None), "GOMP_parallel"):
+        return None
+    parallel = ctypes.cast(process.GOMP_parallel, ctypes.c_void_p).value
+    assert parallel is not None
+    return library, parallel
 
 
 def load_c(source: str, flags: Sequence[str]) -> ctypes.CDLL | None:
@@ -63,6 +78,6 @@ def _made(folder: Path) -> Path | None:
 
 def _compile(compiler: str, source: str, flags: Sequence[str], library: Path) -> None:
     """Raises OSError and SubprocessError where that does not work."""
-    line = [compiler, "-O2", "-shared", "-fPIC", *flags, "-o", str(library), "-x", "c", "-"]
+    line = [compiler, "-O2", "-shared", "-fPIC", *flags, "-o", str(library), "-x", "c", "-", "-lm"]
     subprocess.run(line, input=source.encode(), capture_output=True, check=True, timeout=PATIENCE_S)
     sync_file(library)

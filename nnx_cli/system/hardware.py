@@ -139,7 +139,7 @@ def cpu_flags() -> tuple[str, ...]:
     """What a C compiler calls the vector instructions of this CPU that torch uses; nothing on others than x86."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX2":
-        return ("-mavx2",)
+        return "-mavx2", "-mfma"
     wide = "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"
     return (*wide, *(["-mavx512vnni"] if _has_vnni() else [])) if capability == "AVX512" else ()
 

@@ -132,10 +132,10 @@ def distance_to_boundary(model, known, row, seed, n_drawn, **settings):
 @pytest.mark.parametrize("way, n", [("cache", MANY), ("spans", N_TOKENS)])
 @torch.inference_mode()
 def test_a_sequence_is_the_same_alone_and_among_others(model, way, n):
-    """31 of 32 at least, in float32; and where one leaves, rounding decided."""
+    """In float32 all but one at most; and where one leaves, rounding decided. (bench/decode.py looks at all 32.)"""
     settings, seed = dict(temperature=0.8, top_k=50), 11
     together = draw(model, [[1, 2, 3]], n, way=way, num_samples=32, seed=seed, **settings)
-    rows = range(32) if n == MANY else (0, 31)
+    rows = (0, 5, 10, 16, 21, 26, 31) if n == MANY else (0, 31)
     left = 0
     for row in rows:
         found = alone(model, row, seed, n, **settings)

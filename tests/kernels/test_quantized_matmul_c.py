@@ -85,26 +85,26 @@ def test_threads_of_python_do_not_disturb_each_other():
     assert all(torch.equal(y, z) for y, z in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("flags", [("-mavx2",), hardware.cpu_flags()[:4]], ids=["avx2", "without VNNI"])
+@pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), hardware.cpu_flags()[:4]], ids=["avx2", "without VNNI"])
 def test_other_instructions_come_to_the_same(flags, monkeypatch):
     if len(flags) > len(hardware.cpu_flags()):
         pytest.skip("this CPU has none of them")
     codes, scale = matrix(33, 1000)
     x = draw(3, 1000, seed=1)
     wanted = c_matmul(codes, scale)(x)
-    monkeypatch.setattr(quantized_matmul_c, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(quantized_matmul_c, "_library", quantized_matmul_c._library.__wrapped__)
+    monkeypatch.setattr(c_library, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(quantized_matmul_c, "load_threaded", c_library.load_threaded.__wrapped__)
     assert torch.allclose(c_matmul(codes, scale)(x), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["compiler", "instructions"])
 def test_without_it_torch_multiplies(missing, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(quantized_matmul_c, "_library", quantized_matmul_c._library.__wrapped__)
+    monkeypatch.setattr(quantized_matmul_c, "load_threaded", c_library.load_threaded.__wrapped__)
     if missing == "compiler":
         monkeypatch.setattr(c_library.shutil, "which", lambda name: None)
     else:
-        monkeypatch.setattr(quantized_matmul_c, "cpu_flags", lambda: ())
+        monkeypatch.setattr(c_library, "cpu_flags", lambda: ())
     assert not kernels.has_c_matmul.__wrapped__()
 
 
