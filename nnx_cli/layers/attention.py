@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnx_cli.kernels import attention_c
 from nnx_cli.kernels import dropout as dropping
 from nnx_cli.kernels.one_token import attend, attend_stored
 from nnx_cli.kernels.qkv_swiglu import turn
@@ -27,6 +28,8 @@ def causal_attention(
     """
     if cache is not None:
         return cached_attention(q, cache.update(layer, k, v), cache, scale)
+    if attention_c.takes(q, k, v):
+        return attention_c.attention(q, k, v, scale, dropout).flatten(2)
     if dropout and dropping.draws_own_mask(q):
         return attention_with_dropout(q, k, v, scale, dropout)
     return fused_attention(q, k, v, None, q.shape[2] > 1, scale, dropout)

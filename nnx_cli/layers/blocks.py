@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nnx_cli.kernels import attention_c
 from nnx_cli.system import hardware
 
 
@@ -66,7 +67,8 @@ def compile_blocks(model: HasBlocks) -> None:
     """
     if not hasattr(nn.Module, "_compiled_call_impl"):
         raise RuntimeError("this version of torch keeps a module's compiled code elsewhere")
-    hardware.of(next(model.blocks.parameters()))  # asked here, for the compiler cannot look into a test of the device
+    if hardware.of(next(model.blocks.parameters())).kind == "cpu":  # asked here: the compiler cannot look into tests
+        attention_c.is_available()
     for block in model.blocks:
         block.compile(dynamic=False)
 

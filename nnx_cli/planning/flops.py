@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnx_cli import models
+from nnx_cli.kernels.attention_c import attention_op
 from nnx_cli.kernels.gemm import onednn_linear
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.quantized import Quantization, quantizable, stored_in_int8
@@ -56,8 +57,15 @@ def _attention_with_lse_flops(q: torch.Size, *args: Any, **kwargs: Any) -> int:
     return 2 * B * H * T * T * K
 
 
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of causal attention of q (B, H, T, K) over values v (B, G, T, V)."""
+    B, H, T, K = q
+    return B * H * T * T * (K + v[-1])
+
+
 FORMULAS = {  # FLOPs of the project's operators that hold matmuls; the others are elementwise or sums
     onednn_linear.overloadpacket: _linear_flops,
+    attention_op.overloadpacket: _attention_flops,
     attention_with_lse.overloadpacket: _attention_with_lse_flops,
 }
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,16 +58,23 @@ def divide_step(config: TrainConfig, batch_size: int) -> TrainConfig:
 
 @contextmanager
 def ordered_sums(execution: Execution, device: torch.device) -> Iterator[None]:
-    """Compiled code on a CPU adds in the same order every time inside; else threads would share sums as it comes."""
+    """Compiled code on a CPU adds in the same order every time inside; else threads would share sums as it comes.
+
+    torch would also fill all new memory first, which is for finding those who read it too early.
+    """
     if not execution.compiled or device.type != "cpu":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
+        memory.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 

@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 GPU = "--device cuda --precision bf16 --vram 8GB --seq-len 1024 --compile graph --optimizer muon"
+CPU = "--size nano --device cpu --seq-len 256 --batch-size 4 --grad-accum 1 --threads 2 --optimizer muon"
 ROWS = {  # name: (options of `nnx train`, steps before the first block, steps of a block)
     "nyx-124m": (f"--model nyx --size base {GPU} --batch-size 8 --grad-accum 4", 20, 20),
     "llama-124m": (f"--model llama --size base {GPU} --batch-size 8 --grad-accum 4", 20, 20),
@@ -48,12 +49,10 @@ ROWS = {  # name: (options of `nnx train`, steps before the first block, steps o
         60,
         200,
     ),
-    "nano-cpu": (
-        "--model nyx --size nano --device cpu --seq-len 256 --batch-size 4 --grad-accum 1 --compile off "
-        "--threads 2 --optimizer muon --dropout 0.1",
-        60,
-        150,
-    ),
+    "nano-cpu": (f"--model nyx {CPU} --compile off --dropout 0.1", 60, 150),
+    "nano-cpu-compiled": (f"--model nyx {CPU} --compile on --dropout 0.1", 60, 150),
+    "nano-cpu-no-dropout": (f"--model nyx {CPU} --compile on --dropout 0", 60, 150),
+    "llama-cpu-compiled": (f"--model llama {CPU} --compile on --dropout 0.1", 60, 150),
 }
 EVERY_ROW = "--lr 0.001 --weight-decay 0.1 --warmup-steps 10 --max-steps 1000000 --val-every 1000000 --sample-every 0"
 EVERY_ROW += " --save-every 1000000"

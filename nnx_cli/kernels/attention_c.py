@@ -1,0 +1,138 @@
+"""Causal attention in training on a CPU, with dropout, written in C; attention.c says how it computes.
+
+torch's fused kernel on a CPU knows no dropout: without this, scores of all pairs of positions are written out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnx_cli.kernels.custom_op import operator
+from nnx_cli.system.c_library import load_threaded
+from nnx_cli.system.hardware import of
+
+SOURCE = Path(__file__).with_name("attention.c")
+TOLERANCE = 1e-4  # of a small example, whose values are about 1
+_answer: list[bool] = []  # of `is_available`; no cache decorator, which the compiler would look through
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` takes these: float32 in training on a CPU with AVX2, where there is a C compiler."""
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return trains and of(q).kind == "cpu" and q.dtype == k.dtype == v.dtype == torch.float32 and is_available()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """Causal attention of q (B, H, T, K) over k (B, G, T, K) and v (B, G, T, V), all of `takes`; returns (B, T, H, V).
+
+    `dropout` is the probability at which a probability becomes 0. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
+    """
+    return attention_op(q, k, v, scale, dropout)[0]
+
+
+def is_available() -> bool:
+    """Whether this machine has it and it computes what torch does; asked before anything is compiled that holds it."""
+    if not _answer:
+        _answer.append(_is_right())
+    return _answer[0]
+
+
+def _is_right() -> bool:
+    if load_threaded(SOURCE) is None:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, n, 37, 20, generator=draw) for n in (4, 2, 2, 4))
+    with torch.enable_grad():
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        grads = torch.autograd.grad(wanted, inputs, grad)
+    y, lse, seed = _forward(q, k, v, 0.3, 0.0)
+    found = y.transpose(1, 2), *_backward(grad.transpose(1, 2).contiguous(), q, k, v, y, lse, seed, 0.3, 0.0)
+    return all((a - b).abs().max().item() < TOLERANCE for a, b in zip(found, (wanted, *grads), strict=True))
+
+
+def _run(
+    inputs: tuple[Tensor, Tensor, Tensor], given: tuple[Tensor | None, ...], seed: Tensor, scale: float, dropout: float
+) -> None:
+    """Call `attend`; `given` are its y, gradient, out, dk, dv and lse."""
+    found = load_threaded(SOURCE)
+    assert found is not None
+    attend, parallel = found[0].attend, found[1]
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    attend.argtypes = [*[pointer] * 11, ctypes.c_float, ctypes.c_double, number, ctypes.c_uint, pointer]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
+    strides = [step for x in (q, k, v) for step in x.stride()[:3]]
+    sizes = [*q.shape[:2], k.shape[1], *q.shape[2:], v.shape[-1]]
+    pointers = [None if x is None else x.data_ptr() for x in given]
+    enough = attend(
+        *(x.data_ptr() for x in (q, k, v)),
+        (number * len(strides))(*strides),
+        *pointers,
+        (number * len(sizes))(*sizes),
+        scale,
+        dropout,
+        int(seed),
+        torch.get_num_threads(),
+        parallel,
+    )
+    if not enough:
+        raise MemoryError("no memory for the scores of some positions")
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, the logarithm of every row's sum, and the seed of what is dropped."""
+    y, lse, seed = _shapes(q, k, v, scale, dropout)
+    if dropout:
+        seed.random_()
+    else:
+        seed.zero_()
+    _run((q, k, v), (None, None, y, None, None, lse), seed, scale, dropout)
+    return y, lse, seed
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, seed: Tensor, scale: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v where `grad` (B, T, H, V) is that of y."""
+    dq, dk, dv = (q.new_empty(*q.shape[:3], width) for width in (q.shape[-1], q.shape[-1], v.shape[-1]))
+    _run((q, k, v), (y, grad.contiguous(), dq, dk, dv, lse), seed, scale, dropout)
+    if q.shape[1] == k.shape[1]:
+        return dq, dk, dv
+    return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T), q.new_empty((), dtype=torch.int64)
+
+
+def _backward_shapes(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, seed: Tensor, scale: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.scale, ctx.dropout = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout), None, None
+
+
+attention_backward = operator("attention_backward", _backward, _backward_shapes)
+attention_op = operator(
+    "attention",
+    _forward,
+    _shapes,
+    keep=_keep,
+    gradients=_gradients,
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
