@@ -4,36 +4,15 @@
    computed. Whether a probability is dropped is a hash of (seed, head, query, key), which both passes compute, so that
    results depend neither on the number of threads nor on which of them takes what. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define BLOCK 32 /* queries */
-#define UNROLL _Pragma("GCC unroll 8")
-#define INLINE static inline __attribute__((always_inline))
-
-#if defined(__AVX512F__)
-#define WIDTH 16 /* numbers in a vector */
-#define TILE 8   /* rows of a product that are held in registers */
-#elif defined(__AVX2__)
-#define WIDTH 8
-#define TILE 4
-#else
-#define WIDTH 4
-#define TILE 4
-#endif
-#define BYTES (4 * WIDTH)
-typedef float Vector __attribute__((vector_size(BYTES), may_alias));
-typedef int32_t Integers __attribute__((vector_size(BYTES), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(BYTES), may_alias));
+#define BLOCK 32                    /* queries */
+#define TILE (WIDTH == 16 ? 8 : 4) /* rows of a product that are held in registers */
 
 typedef struct {
     const float *q, *k, *v;    /* (B, H, T, K), (B, G, T, K), (B, G, T, V), of these strides but for the last, 1 */
     const int64_t *strides;    /* of q, k and v: batch, head, position */
     const float *y, *gradient; /* (B, T, H, V) */
-    float *out;                /* y or the gradient of q (B, H, T, K) */
-    float *dk, *dv;            /* (B, H, T, K) and (B, H, T, V), of every query head */
+    float *out;                /* y or the gradient of q (B, T, H, K) */
+    float *dk, *dv;            /* (B, T, H, K) and (B, T, H, V), of every query head */
     float *lse;                /* (B, H, T), logarithms of the sums of exponentials */
     int64_t B, H, G, T, K, V, next;
     float scale, factor;       /* factor: of what is kept */
@@ -43,7 +22,6 @@ typedef struct {
 
 INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE int64_t padded(int64_t T) { return rounded_up(T, WIDTH) + WIDTH; } /* no power of two: rows share no cache set */
-INLINE Vector all(float x) { return x - (Vector){0}; }
 
 INLINE uint32_t mixed(uint32_t x) /* by Ellis's constants: https://nullprogram.com/blog/2018/07/31/ */
 {
@@ -59,31 +37,6 @@ INLINE Integers kept(Integers lane, uint32_t row, uint32_t dropped)
     x = (x ^ x >> 16) * 0x7feb352d;
     x = (x ^ x >> 15) * 0x846ca68b;
     return x >= dropped;
-}
-
-INLINE Vector chosen(Integers mask, Vector x) { return (Vector)(mask & (Integers)x); } /* else 0 */
-
-INLINE Vector exponential(Vector x) /* of at most 0; 1e-38 where it would be less */
-{
-    const Vector least = all(-87.3f), shift = all(0x1.8p23f);
-    const Integers low = x < least;
-    x = chosen(~low, x) + chosen(low, least);
-    const Vector shifted = x * 0x1.715476p0f + shift, n = shifted - shift;
-    const Vector r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
-    Vector y = all(1.9875691500e-4f) * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    return (Vector)((Integers)y + (((Integers)shifted - (Integers)shift) << 23)) + (x - x); /* which is 0, or NaN */
-}
-
-INLINE float sum_of(Vector x)
-{
-    float sum = 0;
-    UNROLL for (int i = 0; i < WIDTH; i++) sum += x[i];
-    return sum;
 }
 
 /* c (+)= a (TILE, L) @ b (L, N vectors), with strides of a's rows and columns, and of the rows of b and c. */
@@ -137,7 +90,7 @@ typedef struct {
     int64_t T, K, V, Tp, Kp, Vp; /* the last three in whole vectors */
     const float *q, *k, *v;
     int64_t qs, ks, vs; /* strides of positions */
-    int64_t y;          /* where its part of y begins */
+    int64_t y, dq;      /* where its parts of y and of the gradient of q begin */
     uint32_t key;       /* of the hash */
     Integers lane;
 } Head;
@@ -147,7 +100,7 @@ static Head head_of(const Task *task, int64_t head)
     const int64_t b = head / task->H, h = head % task->H, g = h / (task->H / task->G), *s = task->strides;
     Head it = {task->T, task->K, task->V, padded(task->T), rounded_up(task->K, WIDTH), rounded_up(task->V, WIDTH),
                task->q + b * s[0] + h * s[1], task->k + b * s[3] + g * s[4], task->v + b * s[6] + g * s[7],
-               s[2], s[5], s[8], (b * task->T * task->H + h) * task->V,
+               s[2], s[5], s[8], (b * task->T * task->H + h) * task->V, (b * task->T * task->H + h) * task->K,
                mixed(mixed(task->seed[0] + (uint32_t)head) ^ task->seed[1]), {0}};
     for (int i = 0; i < WIDTH; i++) it.lane[i] = i;
     return it;
@@ -236,11 +189,11 @@ static void backward(const Task *task, int64_t head, float *scratch)
         product(n, Kp, BLOCK, dk, Kp, ds, 1, Tp, q, Kp, 1);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t d = 0; d < K; d++)
-                task->out[(head * T + first + row) * K + d] = dq[row * Kp + d] * task->scale;
+                task->out[it.dq + (first + row) * task->H * K + d] = dq[row * Kp + d] * task->scale;
     }
     for (int64_t t = 0; t < T; t++) {
-        memcpy(task->dk + (head * T + t) * K, dk + t * Kp, K * sizeof *dk);
-        memcpy(task->dv + (head * T + t) * V, dv + t * Vp, V * sizeof *dv);
+        memcpy(task->dk + it.dq + t * task->H * K, dk + t * Kp, K * sizeof *dk);
+        memcpy(task->dv + it.y + t * step, dv + t * Vp, V * sizeof *dv);
     }
 }
 

@@ -17,7 +17,7 @@ from nnx_cli.kernels.custom_op import operator
 from nnx_cli.system.c_library import load_threaded
 from nnx_cli.system.hardware import of
 
-SOURCE = Path(__file__).with_name("attention.c")
+SOURCES = Path(__file__).with_name("vectors.h"), Path(__file__).with_name("attention.c")
 TOLERANCE = 1e-4  # of a small example, whose values are about 1
 _answer: list[bool] = []  # of `is_available`; no cache decorator, which the compiler would look through
 
@@ -44,7 +44,7 @@ def is_available() -> bool:
 
 
 def _is_right() -> bool:
-    if load_threaded(SOURCE) is None:
+    if load_threaded(*SOURCES) is None:
         return False
     draw = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, n, 37, 20, generator=draw) for n in (4, 2, 2, 4))
@@ -61,7 +61,7 @@ def _run(
     inputs: tuple[Tensor, Tensor, Tensor], given: tuple[Tensor | None, ...], seed: Tensor, scale: float, dropout: float
 ) -> None:
     """Call `attend`; `given` are its y, gradient, out, dk, dv and lse."""
-    found = load_threaded(SOURCE)
+    found = load_threaded(*SOURCES)
     assert found is not None
     attend, parallel = found[0].attend, found[1]
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -99,12 +99,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> t
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, seed: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v where `grad` (B, T, H, V) is that of y."""
-    dq, dk, dv = (q.new_empty(*q.shape[:3], width) for width in (q.shape[-1], q.shape[-1], v.shape[-1]))
+    """Gradients of q, k and v where `grad` (B, T, H, V) is that of y; positions lie before heads in memory."""
+    (B, H, T, K), G = q.shape, k.shape[1]
+    dq, dk, dv = (q.new_empty(B, T, H, width) for width in (K, K, v.shape[-1]))
     _run((q, k, v), (y, grad.contiguous(), dq, dk, dv, lse), seed, scale, dropout)
-    if q.shape[1] == k.shape[1]:
-        return dq, dk, dv
-    return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    if G != H:
+        dk, dv = (x.unflatten(2, (G, -1)).sum(3) for x in (dk, dv))
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +116,10 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> tu
 def _backward_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, seed: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    (B, H, T, K), (_, G, _, V) = q.shape, v.shape
+    shapes = (B, T, H, K), (B, T, G, K), (B, T, G, V)
+    dq, dk, dv = (q.new_empty(shape).transpose(1, 2) for shape in shapes)
+    return dq, dk, dv
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,5 @@
-"""What follows a packed projection: heads turned by rotary tables, SwiGLU; one Triton kernel on CUDA."""
+"""What follows a packed projection: heads turned by rotary tables, SwiGLU; one kernel on CUDA, and in training on a
+CPU."""
 
 from __future__ import annotations
 
@@ -8,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnx_cli.kernels import qkv_swiglu_c
 from nnx_cli.kernels.custom_op import keep_inputs, operator
 from nnx_cli.kernels.precision import in_type
-from nnx_cli.system.hardware import of
+from nnx_cli.system.hardware import of, takes_triton
+
+
+def takes(x: Tensor) -> bool:
+    """Whether there is a kernel for a projection of x: Triton's, or that in C where a CPU trains."""
+    return takes_triton(x) or (torch.is_grad_enabled() and x.requires_grad and qkv_swiglu_c.takes(x))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -86,6 +93,8 @@ def _forward(
         from nnx_cli.kernels import qkv_swiglu_triton
 
         return qkv_swiglu_triton.forward(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
+    if qkv_swiglu_c.takes(packed):
+        return qkv_swiglu_c.forward(packed, (q_cos, q_sin, k_cos, k_sin), n_heads, n_kv_heads)
     *heads, hidden = plain_qkv_rope_swiglu(packed, q_cos, q_sin, k_cos, k_sin, n_heads, n_kv_heads)
     q, k, v = (y.transpose(1, 2).clone(memory_format=torch.contiguous_format) for y in heads)
     return q, k, v, hidden
@@ -107,6 +116,8 @@ def _backward(
         from nnx_cli.kernels import qkv_swiglu_triton
 
         return qkv_swiglu_triton.backward(grad_q, grad_k, grad_v, grad_hidden, packed, q_cos, q_sin, k_cos, k_sin)
+    if qkv_swiglu_c.takes(grad_q):
+        return qkv_swiglu_c.backward((grad_q, grad_k, grad_v, grad_hidden), packed, (q_cos, q_sin, k_cos, k_sin))
     q, k = (
         rotate(grad.transpose(1, 2), cos, -sin).transpose(1, 2)
         for grad, cos, sin in ((grad_q, q_cos, q_sin), (grad_k, k_cos, k_sin))
@@ -123,7 +134,7 @@ def _swiglu_forward(packed: Tensor) -> Tensor:
         from nnx_cli.kernels import qkv_swiglu_triton
 
         return qkv_swiglu_triton.swiglu(packed)
-    return plain_swiglu(packed)
+    return qkv_swiglu_c.swiglu(packed) if qkv_swiglu_c.takes(packed) else plain_swiglu(packed)
 
 
 def _swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
@@ -131,6 +142,8 @@ def _swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
         from nnx_cli.kernels import qkv_swiglu_triton
 
         return qkv_swiglu_triton.swiglu_backward(grad, packed)
+    if qkv_swiglu_c.takes(packed):
+        return qkv_swiglu_c.swiglu_backward(grad, packed)
     gate, up = packed.chunk(2, dim=-1)
     return torch.cat(_gate_backward(grad, up, gate)[::-1], dim=-1)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nnx_cli.kernels import attention_c
+from nnx_cli.kernels.c_kernels import ask_for_c
 from nnx_cli.system import hardware
 
 
@@ -68,7 +68,7 @@ def compile_blocks(model: HasBlocks) -> None:
     if not hasattr(nn.Module, "_compiled_call_impl"):
         raise RuntimeError("this version of torch keeps a module's compiled code elsewhere")
     if hardware.of(next(model.blocks.parameters())).kind == "cpu":  # asked here: the compiler cannot look into tests
-        attention_c.is_available()
+        ask_for_c()
     for block in model.blocks:
         block.compile(dynamic=False)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from nnx_cli.kernels import qkv_swiglu as kernels
 from nnx_cli.kernels.qkv_swiglu import rotate
 from nnx_cli.layers.linear import PackedLinear
-from nnx_cli.system.hardware import takes_triton
 
 
 def packed_for_kernel(projections: PackedLinear, x: Tensor, cache: object | None) -> Tensor | None:
@@ -18,7 +17,7 @@ def packed_for_kernel(projections: PackedLinear, x: Tensor, cache: object | None
 
     None where it does not, for a step with a cache, and where the layer was replaced (quantized) or has an adapter.
     """
-    if cache is None and isinstance(projections, PackedLinear) and takes_triton(x):
+    if cache is None and isinstance(projections, PackedLinear) and kernels.takes(x):
         return projections.packed_output(x)
     return None
 

@@ -21,11 +21,11 @@ PATIENCE_S = 30  # with a compiler, which takes one or two
 
 
 @cache
-def load_threaded(path: Path) -> tuple[ctypes.CDLL, int] | None:
-    """The library that a file of C makes, for the vector instructions of this CPU, and where the OpenMP that torch uses
-    begins a parallel region; None where one of the three is missing."""
+def load_threaded(*paths: Path) -> tuple[ctypes.CDLL, int] | None:
+    """The library that files of C make together, for the vector instructions of this CPU, and where the OpenMP that
+    torch uses begins a parallel region; None where one of the three is missing."""
     flags = cpu_flags()
-    library = load_c(path.read_text(encoding="utf-8"), flags) if flags else None
+    library = load_c("".join(path.read_text(encoding="utf-8") for path in paths), flags) if flags else None
     if library is None or not hasattr(process := ctypes.CDLL(None), "GOMP_parallel"):
         return None
     parallel = ctypes.cast(process.GOMP_parallel, ctypes.c_void_p).value

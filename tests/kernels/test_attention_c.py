@@ -143,10 +143,10 @@ def test_other_instructions_come_to_the_same(flags, monkeypatch):
     if flags[0].startswith("-mavx512") and not hardware.cpu_flags()[0].startswith("-mavx512"):
         pytest.skip("this CPU has none of them")
     monkeypatch.setattr(c_library, "cpu_flags", lambda: flags)
-    library = c_library.load_threaded.__wrapped__(attention_c.SOURCE)
+    library = c_library.load_threaded.__wrapped__(*attention_c.SOURCES)
     torch.manual_seed(5)
     wanted = mask_of((2, 2, 2, 90, 8, 8), 0.3)
-    monkeypatch.setattr(attention_c, "load_threaded", lambda path: library)
+    monkeypatch.setattr(attention_c, "load_threaded", lambda *paths: library)
     assert attention_c._is_right()
     torch.testing.assert_close(mask_of((2, 2, 2, 90, 8, 8), 0.3), wanted)
 
@@ -154,7 +154,7 @@ def test_other_instructions_come_to_the_same(flags, monkeypatch):
 @pytest.mark.parametrize("broken", ["compiler", "results"])
 def test_without_it_torch_computes(broken, monkeypatch, tmp_path):
     if broken == "compiler":
-        monkeypatch.setattr(attention_c, "load_threaded", lambda path: None)
+        monkeypatch.setattr(attention_c, "load_threaded", lambda *paths: None)
     else:
         monkeypatch.setattr(attention_c, "_forward", lambda *given: [1.01 * x for x in attention_op(*given)])
     assert not attention_c._is_right()

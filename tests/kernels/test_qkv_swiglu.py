@@ -1,5 +1,5 @@
-"""Heads and gates taken out of a packed projection in one kernel, beside plain operations: on a GPU, or under
-TRITON_INTERPRET=1."""
+"""Heads and gates taken out of a packed projection in one kernel, beside plain operations: on a CPU in C, on a GPU, or
+under TRITON_INTERPRET=1, in Triton."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nnx_cli.kernels import qkv_swiglu as layer
+from nnx_cli.kernels import qkv_swiglu_c
 from nnx_cli.layers.rope import rotary_tables
 from nnx_cli.system.hardware import Hardware
 
@@ -31,7 +32,11 @@ def plainly(packed, tables, H, G):
 def device_for(kernel, monkeypatch):
     if kernel == "triton" and (KERNEL_DEVICE is None or importlib.util.find_spec("triton") is None):
         pytest.skip("needs Triton and a GPU, or TRITON_INTERPRET=1")
-    monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
+    if kernel == "c" and not qkv_swiglu_c.is_available():
+        pytest.skip("no C compiler, or no x86 CPU with AVX2")
+    if kernel != "c":
+        monkeypatch.setattr(layer, "of", lambda x: Hardware("cuda", triton=kernel == "triton"))
+        monkeypatch.setattr(qkv_swiglu_c, "takes", lambda x: False)
     return KERNEL_DEVICE if kernel == "triton" else "cpu"
 
 
@@ -41,7 +46,7 @@ def compare(found, wanted, dtype):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "triton"])
+@pytest.mark.parametrize("kernel", ["plain", "c", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpacking_equals_plain_operations(monkeypatch, shape, dtype, kernel):
@@ -52,7 +57,7 @@ def test_unpacking_equals_plain_operations(monkeypatch, shape, dtype, kernel):
     compare(torch.autograd.grad(found, packed, grads), torch.autograd.grad(wanted, packed, grads), dtype)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "triton"])
+@pytest.mark.parametrize("kernel", ["plain", "c", "triton"])
 @pytest.mark.parametrize("width", [3, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_equals_plain_operations(monkeypatch, width, dtype, kernel):

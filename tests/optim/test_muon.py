@@ -39,7 +39,19 @@ def test_matrices_one_by_one_are_as_in_a_stack(monkeypatch, shape):
     monkeypatch.setattr(hardware, "has_onednn", lambda: True)
     monkeypatch.setattr(muon, "onednn_linear", lambda x, weight: seen.append(x) or x @ weight.t())
     torch.testing.assert_close(orthogonalize(matrices, torch.float32), stacked, rtol=1e-4, atol=1e-5)
-    assert len(seen) == 3 * 3 * 5, "GEMMs of a matrix, matrices, steps"
+    of_one = 3 * 5 if shape == (32, 32) else 2 + 5 + 3 * 4  # GEMMs: with x, squares, and between steps
+    assert len(seen) == 3 * of_one
+
+
+@pytest.mark.parametrize("rank", [4, 24])
+@pytest.mark.parametrize("shape", [(24, 100), (100, 24), (24, 48), (24, 47)])
+def test_wide_matrices_come_out_as_by_the_iteration_in_float64(shape, rank):
+    """By their small side or not; also where most singular values are as good as zero."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, *size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
+    matrices = left @ right + 1e-5 * torch.randn(3, *shape, generator=generator)
+    wanted = orthogonalize(matrices.double(), torch.float64)
+    assert (orthogonalize(matrices, torch.float32) - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_arithmetic_on_a_processor_is_float32():
