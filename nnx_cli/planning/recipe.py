@@ -23,6 +23,7 @@ SOONER_FROM = 4  # parameters a token from which on fewer epochs are enough for 
 EPOCHS_TO_OVERFIT = 16  # beyond which AdamW beats Muon, which learns a text by heart faster: tests/bench/zoo.md
 EPOCHS_TO_FORGET, MOST_FORGOTTEN, WIDEST_RACED = 6, 3, 384  # see `default_weight_decay`
 READ_AGAIN = 3  # epochs from which on they count there
+STEPS_TO_FORGET, MOST_OF_NARROW = 700, 6  # of models that are not wide, in runs of many steps
 LEAST_FORGOTTEN, SHORTEST_RACED = 0.6, 295  # by Muon's matrices, in steps; less in fewer: tests/bench/zoo.md
 MOST_DECAY = 0.04  # of a weight, in a step
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
@@ -113,12 +114,15 @@ def default_weight_decay(lowest: float, optimizer: str, lr: float, steps: int, e
 
     What it does depends on its product with both: weights forget e^-D of where they were, D = decay * lr * steps / 2
     with a rate that falls to zero (Wang and Aitchison 2024, https://arxiv.org/abs/2405.13698). A text that is read
-    again and again is overfitted unless D grows with the epochs, sooner by wider models; with AdamW nothing beyond 3
-    was better, and short runs with Muon are better with a little than with less. Raced: tests/bench/zoo.md.
+    again and again is overfitted unless D grows with the epochs, sooner by wider models and in runs of many steps; with
+    AdamW nothing beyond 3 was better, and short runs with Muon are better with a little than with less. Raced:
+    tests/bench/zoo.md.
     """
     unit = 2 / (lr * steps)  # the decay that makes D 1
     wider = min(max(dim, 128), WIDEST_RACED) / 128
-    least = LEAST_FORGOTTEN * min(1.0, steps / SHORTEST_RACED) if optimizer == "muon" else 0.0
-    wanted = max(least, epochs / EPOCHS_TO_FORGET * wider if epochs >= READ_AGAIN else 0.0)
-    most = MOST_FORGOTTEN * (wider if optimizer == "muon" else 1)
+    wanted, most = (epochs / EPOCHS_TO_FORGET * wider if epochs >= READ_AGAIN else 0.0), float(MOST_FORGOTTEN)
+    if optimizer == "muon":
+        least = LEAST_FORGOTTEN * min(1.0, steps / SHORTEST_RACED)
+        slowly = min(epochs / 2, steps / STEPS_TO_FORGET, MOST_OF_NARROW) if epochs >= READ_AGAIN else 0.0
+        wanted, most = max(least, wanted, slowly), max(most * wider, slowly)
     return float(f"{min(max(lowest, wanted * unit), most * unit, MOST_DECAY / lr, MOST_WEIGHT_DECAY):.2g}")

@@ -394,6 +394,8 @@ def test_small_models_take_small_steps_on_a_processor(size, tokens):
         (30, 0.26, 128, 0.41),  # but none the more in a shorter one
         (20_000, 0.26, 128, 0.03),  # but a run is not forgotten within itself
         (3400, 3.5, 128, 0.1),
+        (3656, 8.9, 128, 0.24),  # more in many steps, also of models that are not wide
+        (20_000, 35.0, 128, 0.06),
         (300, 6.0, 128, 0.67),  # more, where a text is read again and again
         (300, 6.0, 64, 0.67),
         (300, 6.0, 256, 1.3),  # and more for wider models
