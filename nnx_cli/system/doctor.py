@@ -252,7 +252,7 @@ def _compilers() -> Iterator[Finding]:
         return
     missing = missing_to_compile()
     if missing == "C++ compiler":
-        what = "no C++ compiler: on the CPU training and models in 8 and 4 bits are slower, and long runs are not compiled"
+        what = "no C++ compiler: on the CPU training and models in 8 or 4 bits are slower, long runs not compiled"
         yield Finding("note", what, COMPILERS.get(sys.platform))
     elif missing:
         yield Finding("note", f"no {missing}: on the CPU long runs are not compiled", HEADERS)
