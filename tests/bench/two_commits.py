@@ -114,6 +114,8 @@ class Side:
             "NNX_BENCH_ANSWERS": str(writing),
             "NNX_BENCH_BEGAN": str(time.monotonic()),
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            "OMP_WAIT_POLICY": "PASSIVE",  # as the command sets it, which is not called here
+            "GOMP_SPINCOUNT": "1000",
         }
         self.process = subprocess.Popen(
             command,
