@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nnx_cli.kernels.custom_op import operator
@@ -18,7 +17,6 @@ from nnx_cli.system.c_library import load_threaded
 from nnx_cli.system.hardware import of
 
 SOURCES = Path(__file__).with_name("vectors.h"), Path(__file__).with_name("attention.c")
-TOLERANCE = 1e-4  # of a small example, whose values are about 1
 _answer: list[bool] = []  # of `is_available`; no cache decorator, which the compiler would look through
 
 
@@ -37,24 +35,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> 
 
 
 def is_available() -> bool:
-    """Whether this machine has it and it computes what torch does; asked before anything is compiled that holds it."""
+    """Whether this machine has it; asked before anything is compiled that holds it."""
     if not _answer:
-        _answer.append(_is_right())
+        _answer.append(load_threaded(*SOURCES) is not None)
     return _answer[0]
-
-
-def _is_right() -> bool:
-    if load_threaded(*SOURCES) is None:
-        return False
-    draw = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(1, n, 37, 20, generator=draw) for n in (4, 2, 2, 4))
-    with torch.enable_grad():
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
-        grads = torch.autograd.grad(wanted, inputs, grad)
-    y, lse, seed = _forward(q, k, v, 0.3, 0.0)
-    found = y.transpose(1, 2), *_backward(grad.transpose(1, 2).contiguous(), q, k, v, y, lse, seed, 0.3, 0.0)
-    return all((a - b).abs().max().item() < TOLERANCE for a, b in zip(found, (wanted, *grads), strict=True))
 
 
 def _run(

@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.kernels.averaged_keys import averaged_keys_backward
-from nnx_cli.kernels.c_kernels import ask_for_c
 from nnx_cli.layers.blocks import checkpoint_blocks, undo_compile
 from nnx_cli.layers.loss import LossModule, token_losses
 from nnx_cli.layers.segment_attention import attention_with_lse_backward
@@ -139,8 +138,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 @contextmanager
 def simulated(hardware: Hardware) -> Iterator[None]:
     """Have what runs on the meta device run as on `hardware`."""
-    if hardware.kind == "cpu":
-        ask_for_c()  # before operations are replaced
     with planned(hardware), PlannedOperations(hardware):
         yield
 

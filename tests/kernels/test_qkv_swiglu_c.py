@@ -64,14 +64,10 @@ def test_other_instructions_come_to_the_same(flags, monkeypatch):
     library = c_library.load_threaded.__wrapped__(*qkv_swiglu_c.SOURCES)
     wanted = qkv_swiglu_c.swiglu(draw(7, 90))
     monkeypatch.setattr(qkv_swiglu_c, "load_threaded", lambda *paths: library)
-    assert qkv_swiglu_c._is_right()
     torch.testing.assert_close(qkv_swiglu_c.swiglu(draw(7, 90)), wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("broken", ["compiler", "results"])
-def test_without_it_torch_computes(broken, monkeypatch):
-    if broken == "compiler":
-        monkeypatch.setattr(qkv_swiglu_c, "load_threaded", lambda *paths: None)
-    else:
-        monkeypatch.setattr(qkv_swiglu_c, "swiglu", lambda packed: qkv_swiglu.plain_swiglu(packed) * 1.01)
-    assert not qkv_swiglu_c._is_right()
+def test_without_it_torch_computes(monkeypatch):
+    monkeypatch.setattr(qkv_swiglu_c, "_answer", [])
+    monkeypatch.setattr(qkv_swiglu_c, "load_threaded", lambda *paths: None)
+    assert not qkv_swiglu.takes(draw(2, 3).requires_grad_())

@@ -8,7 +8,6 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.kernels import qkv_swiglu
-from nnx_cli.layers import qkv_swiglu as layers
 from nnx_cli.layers.blocks import checkpoint_blocks
 from nnx_cli.layers.lora import add_adapters
 from nnx_cli.layers.loss import LossModule
@@ -26,8 +25,8 @@ CASES = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the operators ran, once `takes_triton` says yes."""
-    monkeypatch.setattr(layers, "takes_triton", lambda x: True)
+    """How often the operators ran, once `takes` says yes."""
+    monkeypatch.setattr(qkv_swiglu, "takes", lambda x: True)
     counted = []
     for name in ("qkv_rope_swiglu_op", "swiglu_op"):
         operator = getattr(qkv_swiglu, name)
@@ -60,7 +59,7 @@ def test_loss_and_gradients_stay_the_same(case, how, calls, monkeypatch):
             if name.endswith("lora_b"):
                 torch.nn.init.normal_(parameter)
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "takes_triton", lambda x: False)
+        patch.setattr(qkv_swiglu, "takes", lambda x: False)
         wanted = loss_and_gradients(model)
     assert not calls
     if how == "checkpointed":

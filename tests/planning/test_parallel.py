@@ -57,7 +57,7 @@ def test_fsdp_takes_what_torch_says_it_does(four_ranks):
                 tracker.reset_mod_stats()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     told = predictor(4, "llama", "nano", CPU).peak(TrainConfig(**PLAIN, parallel="fsdp"), 2)
-    assert peak <= told < 1.15 * peak
+    assert peak <= told < 1.2 * peak
 
 
 @pytest.mark.parametrize("name", ["llama", "nyx"])
