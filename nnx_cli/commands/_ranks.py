@@ -67,6 +67,8 @@ def start_all(n: int, device: str) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from nnx_cli.system.torch_private import seconds_to_leave
+
     logging.disable(logging.CRITICAL)  # what went wrong, a process says itself
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if device == "cpu":
@@ -79,7 +81,7 @@ def start_all(n: int, device: str) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=SAVE_S,
+        **seconds_to_leave(SAVE_S),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "nnx_cli", *sys.argv[1:])
@@ -110,6 +112,9 @@ def connected(output: Output, device: str) -> Iterator[Ranks]:
     try:
         check_versions(group)
         yield group
+        if group.is_first and not group.is_closed:  # there was nothing to train, for which the others wait
+            group.first(lambda: None)
+            group.close()
     except Exception as error:
         with stop_signals():  # torchrun stops those that are left, which are about to say why
             gone = None if isinstance(error, NnxError) else group.why_gone()

@@ -171,7 +171,11 @@ def _follow_run(request: Request | ResumeRequest, ranks: Ranks) -> None:
 
     config = request.train if isinstance(request, Request) else TrainConfig(**request.settings)
     device, _ = session.configure_device(config, strict=False)
-    run, trainer = follow(ranks, request.data, request.file, device)
+    followed = follow(ranks, request.data, request.file, device)
+    if followed is None:
+        ranks.close()
+        return
+    run, trainer = followed
     with stop_signals() as should_stop:
         ended = trainer.train(run, should_stop)
     ranks.close()

@@ -112,6 +112,11 @@ class Group(Ranks):
         threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether this rank has closed, or left."""
+        return self._closed.is_set()
+
+    @property
     def speaks(self) -> bool:
         """Whether it is for this rank to say why all end: the first one, or where that is gone the next."""
         return self.is_first or (self.rank == 1 and not self.has_first)

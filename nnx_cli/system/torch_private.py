@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -37,3 +38,15 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def compiler_is_loaded() -> bool:
     """Whether this process has paid for the compiler's import, which takes seconds."""
     return "torch._dynamo" in sys.modules
+
+
+def seconds_to_leave(seconds: int) -> dict[str, Any]:
+    """Arguments of a LaunchConfig whose processes have so long to leave when they are asked to stop. Where torch has
+    none for it, it has a default, and that is changed."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):
+        return {"shutdown_timeout": seconds}
+    PContext.close.__defaults__ = (None, seconds)
+    return {}

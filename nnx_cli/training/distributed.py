@@ -111,10 +111,13 @@ def lead(trainer: Trainer, folder: Path, config: dict[str, Any], whole: Checkpoi
     spread_state(trainer.stepper.step, trainer.state, ranks, whole)
 
 
-def follow(ranks: Ranks, tokens: Path | None, file: Path | None, device: torch.device) -> tuple[Run, Trainer]:
-    """The run that the first rank leads, at the step where it is. `tokens` is this rank's token folder, where it has
-    one of its own, `file` that of the architecture. Raises DataError where a rank has other tokens."""
-    offer: Offer = ranks.first(_only_followed)
+def follow(ranks: Ranks, tokens: Path | None, file: Path | None, device: torch.device) -> tuple[Run, Trainer] | None:
+    """The run that the first rank leads, at the step where it is; None where it has none to train. `tokens` is this
+    rank's token folder, where it has one of its own, `file` that of the architecture. Raises DataError where a rank
+    has other tokens."""
+    offer: Offer | None = ranks.first(_only_followed)
+    if offer is None:
+        return None
     data, problem = None, None
     try:
         data = open_token_folder(tokens or offer.tokens, offer.tokenizer)

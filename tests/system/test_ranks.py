@@ -1,14 +1,18 @@
 import threading
 import time
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.launcher import api as launcher
 
 from nnx_cli.errors import NnxError
 from nnx_cli.system import ranks
 from nnx_cli.system.ranks import ENDED, Group
+from nnx_cli.system.torch_private import seconds_to_leave
 
 
 @pytest.fixture
@@ -52,3 +56,11 @@ def test_a_sign_that_was_given_before_is_no_sign_of_life(monkeypatch, alive, gon
     for timer in timers:
         timer.join()
     assert why is None if gone is None else str(why).startswith(f"process {gone} of 3 is gone")
+
+
+def test_processes_have_time_to_save_whatever_torch_can_be_told(monkeypatch):
+    monkeypatch.setattr(PContext.close, "__defaults__", PContext.close.__defaults__)
+    monkeypatch.setattr(launcher, "LaunchConfig", make_dataclass("LaunchConfig", ["shutdown_timeout"]))
+    assert seconds_to_leave(7) == {"shutdown_timeout": 7}
+    monkeypatch.setattr(launcher, "LaunchConfig", make_dataclass("LaunchConfig", ["max_restarts"]))
+    assert seconds_to_leave(8) == {} and PContext.close.__defaults__ == (None, 8)
