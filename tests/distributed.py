@@ -55,7 +55,14 @@ SHORT = [dict(model=name, parallel=kind) for name in models.names() for kind in 
 SLOWED = [dict(model="llama", parallel=kind, slows=True) for kind in KINDS]
 OWNED = dict(model="llama", optimizer="adamw8bit", parallel="fsdp", ffn_dim=129, saves=True, stop_at=2, resumes=True)
 OF_PROCESSES = ("parallel", "fails", "slows", "saves", "stop_at", "resumes")  # what a run on one has not
-STOPPED = [dict(model="llama", stop_at=2, parallel="fsdp"), dict(model="nyx", stop_at=2, parallel="ddp")]
+STOPPED = [
+    dict(model="llama", optimizer="muon", ffn_dim=129, stop_at=2, parallel="fsdp"),
+    dict(
+        model="llama", batch_size=4, grad_accum=1, stop_at=2, parallel="fsdp"
+    ),  # validates 2, 2, 1 and 1 times on four
+    dict(model="nyx", stop_at=2, parallel="ddp"),
+]
+UNEVEN = dict(model="llama", parallel="fsdp", grad_accum=1)  # four validate 2, 2, 1 and 1 times
 FULL = [
     dict(model=name, parallel=kind, optimizer=optimizer, weight_precision=weights, grad_accum=n)
     for name in models.names()

@@ -167,6 +167,7 @@ def evaluate(
     n_bytes: list[np.ndarray] = []
     n_targets: list[np.ndarray] = []
     batches = [*_batches(len(tokens), seq_len, batch_size, n_windows, masked, group)]
+    n_passes = round(group.most(len(batches)))  # of every rank, for each takes part in those of the others
     with evaluating(model):
         for begin, length, counts in batches:
             input_ids, targets = windows_at(tokens, begin, length)
@@ -185,7 +186,7 @@ def evaluate(
             if token_bytes is not None:
                 lengths = token_bytes[targets.numpy()]
                 n_bytes.append((lengths if counts is None else lengths * counts).sum(1))
-        for _ in range(round(group.most(len(batches))) - len(batches)):  # passes that other ranks take part in
+        for _ in range(n_passes - len(batches)):
             token_losses(model, *(part.to(model.device) for part in windows_at(tokens, np.zeros(1, int), 1)))
     mine = [torch.cat(nats).cpu().numpy() if nats else np.empty(0), _joined(n_targets), _joined(n_bytes)]
     windows = [np.concatenate(parts) for parts in zip(*group.gather(mine), strict=True)]

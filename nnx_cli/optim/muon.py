@@ -192,31 +192,36 @@ class Muon(AdamW):
         part = some[0].new_zeros(len(some), share, columns, dtype=torch.float32)
         part[:, :mine] = self._nesterov(stack, group, skip)
         joined = ranks.collect(part).view(ranks.count, *part.shape).transpose(0, 1).reshape(len(some), -1, columns)
-        changes = []
-        for whole in joined[:, :rows].split(list(self.splits[some[0]]), dim=1):
-            scale = -0.2 * math.sqrt(max(whole.shape[1:])) * group["lr"]
-            changes.append(self._orthogonalize(whole.contiguous()).float() * scale)
-        begin = ranks.rank * share
-        self._add(stack, torch.cat(changes, dim=1)[:, begin : begin + mine].contiguous(), group, skip)
+        begin, first = ranks.rank * share, 0
+        changes = self._shared_out(joined[:, :rows], self.splits[some[0]])[:, begin : begin + mine].float()
+        for n in self.splits[some[0]]:
+            scale = -0.2 * math.sqrt(max(n, columns)) * group["lr"]
+            changes[:, max(0, first - begin) : max(0, first + n - begin)] *= scale
+            first += n
+        self._add(stack, changes, group, skip)
 
-    def _orthogonalize(self, matrices: Tensor) -> Tensor:
-        """`orthogonalize`, of several ranks each a part of the matrices."""
-        ranks, n, dtype = self.ranks, len(matrices), step_type(matrices)
-        steps = SHORTER if of(matrices).kind == "cpu" else POLAR_EXPRESS
-        if ranks.count == 1:
-            return orthogonalize(matrices, dtype, steps)
+    def _shared_out(self, matrices: Tensor, splits: Sequence[int]) -> Tensor:
+        """Each part by rows of matrices (N, R, C) orthogonalized: by every rank those of some, then gathered."""
+        ranks, n = self.ranks, len(matrices)
         share = -(-n // ranks.count)
         mine = matrices[ranks.rank * share : (ranks.rank + 1) * share]
-        part = matrices.new_zeros(share, *matrices.shape[1:], dtype=dtype)
-        if len(mine):
-            part[: len(mine)] = orthogonalize(mine, dtype, steps)
+        part = matrices.new_zeros(share, *matrices.shape[1:], dtype=step_type(matrices))
+        for whole, found in zip(mine.split([*splits], dim=1), part.split([*splits], dim=1), strict=True):
+            if len(whole):
+                found[: len(whole)] = self._orthogonalized(whole.contiguous())
         return ranks.collect(part)[:n]
+
+    def _orthogonalized(self, matrices: Tensor) -> Tensor:
+        """`orthogonalize` in the arithmetic, and by as many steps, as the device is good at."""
+        steps = SHORTER if of(matrices).kind == "cpu" else POLAR_EXPRESS
+        return orthogonalize(matrices, step_type(matrices), steps)
 
     def _update_stack(self, stack: list[Matrix], group: Group, skip: Tensor | None) -> None:
         """Move matrices of one shape. What is skipped is multiplied by 1 and has -0.0 added: no bit of it changes."""
         lr = group["lr"]
         g = self._nesterov(stack, group, skip)
-        change = self._orthogonalize(g).float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
+        whole = self._orthogonalized(g) if self.ranks.count == 1 else self._shared_out(g, [stack[0].shape[0]])
+        change = whole.float() * (-0.2 * math.sqrt(max(stack[0].shape)) * lr)
         del g
         self._add(stack, change, group, skip)
 

@@ -73,10 +73,11 @@ def test_a_run_goes_on_with_another_number_of_processes(outs, folder, token_path
         checkpoint = Run(out).newest_checkpoint()[0]
         assert checkpoint.step == 2 and checkpoint.model["embedding.weight"].shape == (256, 32)
     cases = [{name: value for name, value in case.items() if name != "stop_at"} for case in distributed.STOPPED]
+    cases, outs = [*cases, distributed.UNEVEN], [*stopped, folder / "uneven"]
     distributed.launch(
-        4, token_path, folder / "4.json", [case | {"out": str(out)} for case, out in zip(cases, stopped, strict=True)]
+        4, token_path, folder / "4.json", [case | {"out": str(out)} for case, out in zip(cases, outs, strict=True)]
     )
-    found = distributed.differences(folder, token_path, cases, stopped)
+    found = distributed.differences(folder, token_path, cases, outs)
     assert max(found.values()) <= distributed.TOLERANCE["fp32"]
     assert all(Run(out).newest_checkpoint()[0].step == distributed.SETTINGS["max_steps"] for out in stopped)
 
