@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,18 @@ def on_capture_stream(fn: Callable[[], Any]) -> Any:
             return fn()
     finally:  # what is undone after a failure comes after what had begun
         torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Meanwhile no garbage is collected: a CUDA graph among it would break off a recording when it is destroyed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _end_failed_recording(pool: tuple[int, int]) -> None:
@@ -67,6 +80,7 @@ class CudaGraph:
         try:
             # the outer context: torch.cuda.graph stays on its stream where CUDA refuses to end the recording
             with (
+                _garbage_kept(),
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(self.graph, stream=capture_stream(), pool=pool),
             ):

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -23,6 +25,26 @@ def test_a_function_that_waits_for_the_device_is_refused_and_the_stream_stays():
         CudaGraph(lambda x: x * x.sum().item(), (torch.ones(4, device="cuda"),))
     assert torch.cuda.current_stream() == stream
     torch.cuda.synchronize()
+
+
+@needs_cuda
+def test_a_graph_among_garbage_does_not_end_a_recording():
+    x = torch.ones(4, device="cuda")
+    held = [[CudaGraph(lambda x: x + 1, (x,))]]
+    held[0].append(held[0])
+
+    def busy(x):
+        held.clear()
+        lists = [[] for _ in range(10_000)]
+        return x + len(lists)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(100, 1, 1)
+    try:
+        graph = CudaGraph(busy, (x,), warm_up=lambda x: None)
+    finally:
+        gc.set_threshold(*threshold)
+    assert gc.isenabled() and torch.equal(graph(x), x + 10_000)
 
 
 @needs_cuda
