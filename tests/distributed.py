@@ -62,6 +62,7 @@ STOPPED = [
     ),  # validates 2, 2, 1 and 1 times on four
     dict(model="nyx", stop_at=2, parallel="ddp"),
 ]
+COMPILED = [dict(model=name, parallel=kind, compile="on") for name in models.names() for kind in KINDS]
 UNEVEN = dict(model="llama", parallel="fsdp", grad_accum=1)  # four validate 2, 2, 1 and 1 times
 FULL = [
     dict(model=name, parallel=kind, optimizer=optimizer, weight_precision=weights, grad_accum=n)
@@ -70,7 +71,7 @@ FULL = [
     for optimizer in module_names("optim")
     for weights in ("fp32", "bf16")
     for n in (1, 3)
-]
+] + COMPILED
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}  # nats: sums in another order; weights that are rounded at random
 CPU = torch.device("cpu")
 

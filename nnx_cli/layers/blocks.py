@@ -60,8 +60,9 @@ def checkpoint_blocks(model: HasBlocks, mode: str) -> None:
         block.__class__ = checkpointed(plain) if chosen else plain
 
 
-def compile_blocks(model: HasBlocks) -> None:
-    """Compile every block in place; blocks of one shape share the code, and names in the state dict stay.
+def compile_blocks(model: HasBlocks, without_hooks: bool = False) -> None:
+    """Compile every block in place; blocks of one shape share the code, and names in the state dict stay. With
+    `without_hooks` what hooks do before and after a block is left as it is.
 
     Raises RuntimeError where it could not be undone.
     """
@@ -70,7 +71,10 @@ def compile_blocks(model: HasBlocks) -> None:
     if hardware.of(next(model.blocks.parameters())).kind == "cpu":  # asked here: the compiler cannot look into tests
         ask_for_c()
     for block in model.blocks:
-        block.compile(dynamic=False)
+        if without_hooks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        else:
+            block.compile(dynamic=False)
 
 
 def eagerly(compiled: bool) -> AbstractContextManager:
@@ -82,6 +86,7 @@ def undo_compile(model: HasBlocks) -> None:
     """Run every block eagerly again."""
     for block in model.blocks:
         block._compiled_call_impl = None
+        vars(block).pop("forward", None)
 
 
 @contextmanager

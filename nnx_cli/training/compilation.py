@@ -117,8 +117,8 @@ def _verify_graph(stepper: Stepper, now: Execution, conditions: Conditions) -> E
 
 def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -> Execution:
     """Compile blocks, if that works, is right, and for `auto` is faster; graphs are recorded anew."""
-    on_cuda = stepper.device.type == "cuda"
-    eager = None if on_cuda else try_micro_batch(stepper, compiled=False)
+    whole_steps = stepper.device.type == "cuda" and stepper.step.shards is None  # which ranks can take alone
+    eager = None if whole_steps else try_micro_batch(stepper, compiled=False)
     step_s = now.step_s if eager is None else stepper.ranks.most(eager.seconds) * stepper.n_micro
     assert step_s is not None
     if not choose(conditions, step_s).compiled:
@@ -130,7 +130,7 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     problems = [problem, _record(stepper) if had_graphs else None]
     if compiled is not None:
         compiled_s = stepper.ranks.most(
-            _step_seconds_or_inf(stepper) if on_cuda else compiled.seconds * stepper.n_micro
+            _step_seconds_or_inf(stepper) if whole_steps else compiled.seconds * stepper.n_micro
         )
         if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
             note = f"{COMPILED} {compiled_s / step_s:.0%} of its time before"
@@ -188,6 +188,7 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
     model.train(model.config.dropout == 0)  # dropout draws other masks when compiled
     input_ids, targets = stepper.part(n_micro=1)
     loss = torch.zeros(())
+    most_s = TIMED_SECONDS if stepper.step.shards is None else math.inf  # ranks go through a divided model together
 
     def pass_through() -> None:
         nonlocal loss
@@ -198,11 +199,13 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
 
     try:
         with ordered_sums(Execution(compiled=compiled), stepper.device):
-            seconds = median_seconds(pass_through, stepper.device, TIMED_STEPS, TIMED_SECONDS)
-        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+            seconds = median_seconds(pass_through, stepper.device, TIMED_STEPS, most_s)
+        stepper.step.gradients()  # which gives a divided model's to what the optimizer moves
+        moved = model.parameters() if stepper.step.shards is None else stepper.step.shards.local.values()
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in moved]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).cpu()
     finally:
-        model.zero_grad(set_to_none=True)
+        stepper.step.forget()
         model.train()
     return Trial(loss.item(), seconds, norms)
 
@@ -213,7 +216,7 @@ def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Tri
     trial = problem = None
     try:
         eager = eager or try_micro_batch(stepper, compiled=False)
-        compile_blocks(stepper.step.model)
+        compile_blocks(stepper.step.model, without_hooks=stepper.step.shards is not None)
         trial = try_micro_batch(stepper, compiled=True)
     except torch.OutOfMemoryError:
         problem = "not enough memory"

@@ -174,13 +174,12 @@ class Trainer:
         what is requested meanwhile. Where its bits are promised it is compiled from the first step on, as it is without
         `postpone`.
         """
-        if self.stepper.step.shards is not None:
-            if self.device.type == "cuda" or requested == "on":
-                self.observer.note("no CUDA graph and no compiled blocks: with --parallel fsdp steps run op by op")
-            return self.config
         conditions = conditions_of(self.config, self.device, requested, self.state)
-        wanted = choose(conditions)
-        postponed = postpone and wanted.compiled and self.device.type == "cuda" and not self.config.deterministic
+        wanted, whole = choose(conditions), self.stepper.step.shards is None
+        if wanted.graph and not whole:
+            wanted = replace(wanted, graph=False, notes=(*wanted.notes, "no CUDA graph: not with --parallel fsdp"))
+        can_wait = self.device.type == "cuda" and not self.config.deterministic and whole
+        postponed = postpone and wanted.compiled and can_wait
         self._apply(verify(self.stepper, replace(wanted, compiled=wanted.compiled and not postponed), conditions))
         now = self.stepper.execution
         if postponed and now.step_s is not None and choose(conditions, now.step_s).compiled:

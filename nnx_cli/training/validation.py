@@ -56,9 +56,9 @@ class Validation:
         """Losses of the model as it is. Raises torch.OutOfMemoryError."""
         assert config.batch_size is not None
         n_windows = None if config.val_batches is None else config.val_batches * config.batch_size
-        if self.stepper.step.shards is not None:  # in turns that all ranks take together
-            return self._evaluate(n_windows)
         with eagerly(self.stepper.execution.compiled):
+            if self.stepper.step.shards is not None:  # in turns that all ranks take together
+                return self._evaluate(n_windows)
             return self.recovery.retry_on_oom(lambda: self._evaluate(n_windows), self.halve_eval_batch)
 
     def _evaluate(self, n_windows: int | None) -> Evaluation:

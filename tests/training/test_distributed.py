@@ -11,6 +11,7 @@ import torch
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.loader import Loader
 from nnx_cli.runs.run import Run
+from nnx_cli.system.machine import missing_to_compile
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.stepper import Stepper
 
@@ -34,6 +35,15 @@ def test_losses_do_not_depend_on_the_number_of_processes(outs, folder, token_pat
     name = distributed.label(case)
     found = distributed.differences(folder, token_path, [case], [outs[name]])
     assert found[name] <= distributed.TOLERANCE[case.get("weight_precision", "fp32")]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(missing_to_compile() is not None, reason=f"no {missing_to_compile()} here")
+def test_compiled_blocks_of_a_divided_model(folder, token_path):
+    (case,) = (case for case in distributed.COMPILED if case["model"] == "llama" and case["parallel"] == "fsdp")
+    (found,) = distributed.compare(2, folder, token_path, [case]).values()
+    assert found <= distributed.TOLERANCE["fp32"]
+    assert Run(folder / f"{distributed.label(case)}-2").config["training"]["compile"] == "on"
 
 
 def test_all_take_smaller_micro_batches_when_one_runs_out_of_memory(outs):
