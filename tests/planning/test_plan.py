@@ -210,6 +210,16 @@ def test_learning_rate_falls_with_the_width():
     assert default_lr("muon", 512, 2.0) == pytest.approx(5e-3)
 
 
+def test_muons_learning_rate_falls_less_with_the_width_in_short_runs():
+    assert default_lr("muon", 128, steps=300) == default_lr("muon", 128) == pytest.approx(1e-2)
+    assert default_lr("muon", 512, steps=300) == default_lr("muon", 512, steps=10) == pytest.approx(5e-3)
+    rates = [default_lr("muon", 512, steps=steps) for steps in (750, 1500, 3000, 30_000)]
+    assert rates == pytest.approx([5e-3, 3.5e-3, 2.5e-3, 2.5e-3])
+    assert default_lr("adamw", 512, steps=300) == pytest.approx(1e-3)
+    short, long = (plan({}, "tiny", model="llama", max_steps=n).train for n in (300, 5000))
+    assert short.lr > long.lr
+
+
 def test_warmup_is_a_small_part_of_the_run():
     assert plan(max_steps=1000).train.warmup_steps == 20
     assert plan(max_steps=10**6).train.warmup_steps == 200
