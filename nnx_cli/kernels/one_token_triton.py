@@ -1,8 +1,14 @@
-"""The operations of `one_token` as Triton kernels. Needs Triton, which whoever imports this has looked for."""
+"""The operations of `one_token` as Triton kernels. Needs Triton, which whoever imports this has looked for.
+
+From Hopper on a kernel starts while the one before it is still at work, and reads its first weights meanwhile: they do
+not depend on that. Before it reads or writes anything else it waits for that one's end (programmatic dependent launch,
+https://docs.nvidia.com/cuda/cuda-programming-guide/04-special-topics/programmatic-dependent-launch.html).
+"""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 import triton
@@ -14,6 +20,7 @@ PROGRAMS = 256  # at least, where that leaves rows enough: a GPU's processors sh
 WARPS = 4  # of a program that reads a matrix
 CHUNK_BYTES = 8192  # of keys, and of values, that a program reads at a time
 MAX_CHUNK = 64  # positions
+HOPPER = (9, 0)  # compute capability from which on kernels may overlap
 
 
 def normalise(x: Tensor, gain: Tensor, eps: float, centred: bool) -> Tensor:
@@ -21,7 +28,8 @@ def normalise(x: Tensor, gain: Tensor, eps: float, centred: bool) -> Tensor:
     D = x.shape[-1]
     x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _normalise[(x.numel() // D,)](x, gain, out, D, eps, CENTRED=centred, WIDTH=triton.next_power_of_2(D))
+        width, early = triton.next_power_of_2(D), _early(x.device)
+        _normalise[(x.numel() // D,)](x, gain, out, D, eps, CENTRED=centred, WIDTH=width, **early)
     return out
 
 
@@ -60,6 +68,7 @@ def project(
             ROWS=rows,
             WIDTH=width,
             num_warps=WARPS,
+            **_early(x.device),
         )
     return plain, hidden
 
@@ -91,6 +100,7 @@ def add_products(x: Tensor, *factors: tuple[Tensor, tuple[Tensor, Tensor | None]
             ROWS=rows,
             WIDTH=width,
             num_warps=WARPS,
+            **_early(x.device),
         )
     return out
 
@@ -165,13 +175,38 @@ def _launch(
             WIDTH=width,
             CHUNK=chunk,
             num_stages=2,
+            **_early(out.device),
         )
+
+
+@cache
+def _early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a kernel that is to start early, where the device and this Triton let it."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < HOPPER:
+        return {"EARLY": False}
+    if not hasattr(tl.extra.cuda, "gdc_wait") or find_spec("triton.backends.nvidia") is None:
+        return {"EARLY": False}
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return {"EARLY": True, "launch_pdl": True} if hasattr(CUDAOptions, "launch_pdl") else {"EARLY": False}
 
 
 @cache
 def _counters(device: torch.device, n: int) -> Tensor:
     """How many programs of each key-value head are done: 0 between launches, which come one after the other."""
     return torch.zeros(n, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _let_next_start(EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _wait_for_previous(EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -188,7 +223,9 @@ def _normalised(x, gain, k, D, eps, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def _normalise(x, gain, out, D, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
+def _normalise(x, gain, out, D, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr):
+    _let_next_start(EARLY)
+    _wait_for_previous(EARLY)
     row = tl.program_id(0).to(tl.int64) * D
     k = tl.arange(0, WIDTH)
     tl.store(out + row + k, _normalised(x + row, gain, k, D, eps, CENTRED).to(out.dtype.element_ty), k < D)
@@ -212,7 +249,9 @@ def _project(
     GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    _let_next_start(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1)
     k = tl.arange(0, WIDTH)
@@ -222,6 +261,7 @@ def _project(
     mask = (row < n_plain + n_hidden)[:, None] & (k < D)[None, :]
     first = tl.load(at, mask, 0)
     second = tl.load(at + n_hidden.to(tl.int64) * weight_stride, mask & is_gated[:, None], 0)
+    _wait_for_previous(EARLY)
     y = _normalised(x + b * D, gain, k, D, eps, CENTRED)
     a = tl.sum(first.to(tl.float32) * y[None, :], 1)
     if SCALED:
@@ -241,15 +281,23 @@ def _project(
 
 
 @triton.jit
-def _product(y, weight, scale, stride, row, D, K, SCALED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """y (K,) times rows of a matrix (D, K), float32."""
+def _first_weights(weight, stride, row, D, K, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The first columns of rows of a matrix (D, K)."""
+    k = tl.arange(0, WIDTH)
+    at = weight + row.to(tl.int64)[:, None] * stride + k[None, :]
+    return tl.load(at, (row < D)[:, None] & (k < K)[None, :], 0)
+
+
+@triton.jit
+def _product(y, w, weight, scale, stride, row, D, K, SCALED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """y (K,) times rows of a matrix (D, K), float32; `w` are their first weights."""
     k = tl.arange(0, WIDTH)
     at = weight + row.to(tl.int64)[:, None] * stride + k[None, :]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, K, WIDTH):
-        inside = k + start < K
-        w = tl.load(at + start, (row < D)[:, None] & inside[None, :], 0)
-        total += w.to(tl.float32) * tl.load(y + start + k, inside, 0.0).to(tl.float32)[None, :]
+        following = tl.load(at + start + WIDTH, (row < D)[:, None] & (k + start + WIDTH < K)[None, :], 0)
+        total += w.to(tl.float32) * tl.load(y + start + k, k + start < K, 0.0).to(tl.float32)[None, :]
+        w = following
     product = tl.sum(total, 1)
     return product * tl.load(scale + row, row < D, 0.0) if SCALED else product
 
@@ -273,15 +321,21 @@ def _add_products(
     TWO: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    _let_next_start(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1)
     dtype = out.dtype.element_ty
-    y = _product(a + n * a_width, a_weight, a_scale, a_stride, row, D, a_width, SCALED, ROWS, WIDTH)
+    a_first = _first_weights(a_weight, a_stride, row, D, a_width, ROWS, WIDTH)
+    if TWO:
+        b_first = _first_weights(b_weight, b_stride, row, D, b_width, ROWS, WIDTH)
+    _wait_for_previous(EARLY)
+    y = _product(a + n * a_width, a_first, a_weight, a_scale, a_stride, row, D, a_width, SCALED, ROWS, WIDTH)
     y = y.to(dtype).to(tl.float32)
     total = (tl.load(x + n * D + row, row < D, 0.0).to(tl.float32) + y).to(dtype)
     if TWO:
-        y = _product(b + n * b_width, b_weight, b_scale, b_stride, row, D, b_width, SCALED, ROWS, WIDTH)
+        y = _product(b + n * b_width, b_first, b_weight, b_scale, b_stride, row, D, b_width, SCALED, ROWS, WIDTH)
         y = y.to(dtype).to(tl.float32)
         total = (total.to(tl.float32) + y).to(dtype)
     tl.store(out + n * D + row, total, row < D)
@@ -413,7 +467,10 @@ def _attend(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    _let_next_start(EARLY)
+    _wait_for_previous(EARLY)
     bg, part = tl.program_id(0), tl.program_id(1)
     b, g = bg // G, bg % G
     newest = tl.load(lengths + b).to(tl.int32)
