@@ -72,7 +72,8 @@ FULL = [
     for weights in ("fp32", "bf16")
     for n in (1, 3)
 ] + COMPILED
-TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}  # nats: sums in another order; weights that are rounded at random
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}  # nats: sums in another order; weights that are rounded by other random bits,
+# which alone set runs of one process up to 3.2e-2 apart
 CPU = torch.device("cpu")
 
 
