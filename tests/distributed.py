@@ -51,10 +51,11 @@ SHORT = [dict(model=name, parallel=kind) for name in models.names() for kind in 
     *(dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1, parallel=kind) for kind in KINDS),
     dict(model="llama", optimizer="adamw8bit", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1),
     dict(model="llama", batch_size=6, grad_accum=1, fails=True),
+    dict(model="nyx", parallel="ddp", refuses=True),
 ]
 SLOWED = [dict(model="llama", parallel=kind, slows=True) for kind in KINDS]
 OWNED = dict(model="llama", optimizer="adamw8bit", parallel="fsdp", ffn_dim=129, saves=True, stop_at=2, resumes=True)
-OF_PROCESSES = ("parallel", "fails", "slows", "saves", "stop_at", "resumes")  # what a run on one has not
+OF_PROCESSES = ("parallel", "fails", "refuses", "slows", "saves", "stop_at", "resumes")  # what a run on one has not
 STOPPED = [
     dict(model="llama", optimizer="muon", ffn_dim=129, stop_at=2, parallel="fsdp"),
     dict(
@@ -63,7 +64,7 @@ STOPPED = [
     dict(model="nyx", stop_at=2, parallel="ddp"),
 ]
 COMPILED = [dict(model=name, parallel=kind, compile="on") for name in models.names() for kind in KINDS]
-UNEVEN = dict(model="llama", parallel="fsdp", grad_accum=1)  # four validate 2, 2, 1 and 1 times
+UNEVEN = dict(model="llama", parallel="fsdp", grad_accum=1, compile="auto")  # four validate 2, 2, 1 and 1 times
 FULL = [
     dict(model=name, parallel=kind, optimizer=optimizer, weight_precision=weights, grad_accum=n)
     for name in models.names()
@@ -72,8 +73,9 @@ FULL = [
     for weights in ("fp32", "bf16")
     for n in (1, 3)
 ] + COMPILED
-TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}  # nats: sums in another order; weights that are rounded by other random bits,
-# which alone set runs of one process up to 3.2e-2 apart
+# nats: of sums in another order, and of weights that are rounded by other random bits, which alone set runs of one
+# process up to 3.2e-2 apart
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
 CPU = torch.device("cpu")
 
 
@@ -117,12 +119,12 @@ def work(job: Path) -> None:
     ranks = Group(CPU, lambda why: print(why, file=sys.stderr))
     for case in described["cases"]:
         out, stop_at, resumes = Path(case.pop("out")), case.pop("stop_at", None), case.pop("resumes", False)
-        does = {name: case.pop(name, False) for name in ("fails", "slows", "saves")}
+        does = {name: case.pop(name, False) for name in ("fails", "refuses", "slows", "saves")}
         for until in (stop_at, None) if resumes else (stop_at,):
             run, trainer = opened(Path(described["data"]), out, case, ranks)
             pace.READING_S = 0.05 if does["slows"] else 1e9  # it is chance which of two is slower where all are alike
             if ranks.rank == ranks.count - 1:
-                misbehave(trainer, does["fails"], does["slows"])
+                misbehave(trainer, does["fails"], does["refuses"], does["slows"])
             train(run, trainer, until)
         if does["saves"]:
             told = ranks.gather(bytes_of_a_save(run, trainer))
@@ -141,9 +143,9 @@ def opened(data: Path, out: Path, case: dict, ranks: Ranks) -> tuple:
     return restart.run, session.resume(restart, Silent(), ranks)[0]
 
 
-def misbehave(trainer: session.Trainer, fails: bool, slows: bool) -> None:
-    """Let the second step of this rank run out of memory once, or all take long."""
-    step, failed = trainer.stepper.step, []
+def misbehave(trainer: session.Trainer, fails: bool, refuses: bool, slows: bool) -> None:
+    """Let the second step of this rank run out of memory once, or its first validation, or all steps take long."""
+    step, failed, refused = trainer.stepper.step, [], []
     accumulate = step.accumulate
 
     def failing(*args: torch.Tensor) -> torch.Tensor:
@@ -152,8 +154,15 @@ def misbehave(trainer: session.Trainer, fails: bool, slows: bool) -> None:
             raise torch.OutOfMemoryError("as a GPU that others use too")
         return accumulate(*args)
 
+    def refusing(block: torch.nn.Module, inputs: tuple) -> None:
+        if not (block.training or refused):
+            refused.append(True)
+            raise torch.OutOfMemoryError("as before")
+
     if fails:
         step.accumulate = failing
+    if refuses:
+        trainer.model.blocks[0].register_forward_pre_hook(refusing)
     if slows:
         trainer.model.blocks[0].register_forward_pre_hook(lambda block, inputs: time.sleep(0.05))
 

@@ -150,14 +150,16 @@ def evaluate(
     watchers: Sequence[Callable[[Scores], None]] = (),
     masked: Masked | None = None,
     group: Ranks = ALONE,
+    is_divided: bool = False,
 ) -> Evaluation:
     """Loss of `model` over `tokens`, every window read from its own start.
 
     With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly
     spread windows count. Where not all tokens count, `masked` says which do. `token_bytes` (V,) gives each token's
     length in bytes; without it there are no bits per byte. `watchers` are handed every batch of windows, scored;
-    `losses_of` is not asked then. Of a `group` of ranks, which all have the model, each reads a part. Raises DataError
-    where there is no target.
+    `losses_of` is not asked then. Of a `group` of ranks each reads a part; of a model that
+    `is_divided` among them all make as many passes, for each takes part in those of the others. Raises DataError where
+    there is no target.
     """
     if len(tokens) < 2:
         raise DataError("the text to evaluate has fewer than two tokens")
@@ -166,8 +168,9 @@ def evaluate(
     nats: list[Tensor] = []
     n_bytes: list[np.ndarray] = []
     n_targets: list[np.ndarray] = []
-    batches = [*_batches(len(tokens), seq_len, batch_size, n_windows, masked, group)]
-    n_passes = round(group.most(len(batches)))  # of every rank, for each takes part in those of the others
+    of_rank = partial(_batches, len(tokens), seq_len, batch_size, n_windows, masked, group.count)
+    batches = of_rank(group.rank)
+    n_passes = max(len(of_rank(rank)) for rank in range(group.count)) if is_divided else len(batches)
     with evaluating(model):
         for begin, length, counts in batches:
             input_ids, targets = windows_at(tokens, begin, length)
@@ -212,9 +215,15 @@ def _evaluation(seconds: float, nats: np.ndarray, n_targets: np.ndarray, n_bytes
 
 
 def _batches(
-    n_tokens: int, seq_len: int, batch_size: int, n_windows: int | None, masked: Masked | None, group: Ranks = ALONE
-) -> Iterator[tuple[np.ndarray, int, np.ndarray | None]]:
-    """This rank's windows, `batch_size` at a time: their starts (B,), their length, and which targets count, None for
+    n_tokens: int,
+    seq_len: int,
+    batch_size: int,
+    n_windows: int | None,
+    masked: Masked | None,
+    n_ranks: int = 1,
+    rank: int = 0,
+) -> list[tuple[np.ndarray, int, np.ndarray | None]]:
+    """A rank's windows, `batch_size` at a time: their starts (B,), their length, and which targets count, None for
     all."""
     begins = np.arange(0, n_tokens - 1, seq_len) if masked is None else masked.window_starts(n_tokens, seq_len)
     last = np.append(begins[1:], n_tokens - 1)  # target that a window judges: the next one begins with it
@@ -222,13 +231,14 @@ def _batches(
     tail = begins[len(whole) :]
     whole = _spread(whole, n_windows)
     with_tail = len(tail) and (n_windows is None or not len(whole))
-    whole = np.array_split(whole, group.count)[group.rank]
+    whole = np.array_split(whole, n_ranks)[rank]
     batches = [(whole[i : i + batch_size], seq_len) for i in range(0, len(whole), batch_size)]
-    if with_tail and group.rank == group.count - 1:
+    if with_tail and rank == n_ranks - 1:
         batches.append((np.array([len(begins) - 1]), n_tokens - 1 - int(tail[0])))
-    for windows, length in batches:
-        counts = None if masked is None else masked.counts(begins[windows], last[windows], length)
-        yield begins[windows], length, counts
+    return [
+        (begins[windows], length, None if masked is None else masked.counts(begins[windows], last[windows], length))
+        for windows, length in batches
+    ]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

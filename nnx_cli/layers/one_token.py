@@ -59,4 +59,5 @@ def read_once(layer: Linear | QuantizedLinear, x: Tensor) -> Matrix | None:
         scale = layer.scale_of_rows(x.dtype) if len(x) <= kernels.FEW else None
         return None if scale is None else Matrix(layer.weight, scale)
     plain = type(layer) in (Linear, PackedLinear) and not layer.has_adapter
-    return Matrix(layer.matrix(x.dtype)) if plain else None
+    lasts = layer.cast is not None or layer.weight.dtype == x.dtype  # a kernel may read it before the last one is done
+    return Matrix(layer.matrix(x.dtype)) if plain and lasts else None

@@ -80,12 +80,14 @@ def plan_run(
     sources: Mapping[str, str],
     epoch_tokens: EpochTokens | None = None,
     ranks: Sequence[RankDevice] = (),
+    from_scratch: bool = True,
 ) -> Plan:
     """Fill in every value that is None or auto.
 
     `fields` are the model's fields that were set, `sources` where set values came from; `epoch_tokens` are those that
-    an epoch reads, where they are not `train_tokens`; `ranks` the devices of a run on several. Raises UsageError for
-    values that disagree, DoesNotFit where not even one sequence fits.
+    an epoch reads, where they are not `train_tokens`; `ranks` the devices of a run on several; `from_scratch` is
+    False where weights are there to start from. Raises UsageError for values that disagree, DoesNotFit where not even
+    one sequence fits.
     """
     settings, data = Settings(train, sources), Data(vocab_size, train_tokens, val_tokens)
     rate = common_flops(ranks) if ranks else nominal_flops(device, precision)
@@ -106,7 +108,14 @@ def plan_run(
     settings.fill_all(run_length(train, data, horizon, fitted.tokens_per_step))
     steps = expected_steps(settings.train, horizon, fitted.tokens_per_step)
     settings.fill_all(
-        training_recipe(name, settings.train, config.dim, expected_steps=steps, train_tokens=data.train_tokens)
+        training_recipe(
+            name,
+            settings.train,
+            config.dim,
+            expected_steps=steps,
+            train_tokens=data.train_tokens,
+            from_scratch=from_scratch,
+        )
     )
     settings.fill_all(validation(settings.train, config.seq_len, data, steps))
     return Plan(

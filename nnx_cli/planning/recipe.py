@@ -26,7 +26,7 @@ READ_AGAIN = 3  # epochs from which on they count there
 STEPS_TO_FORGET, MOST_OF_NARROW = 700, 6  # of models that are not wide, in runs of many steps
 LEAST_FORGOTTEN, SHORTEST_RACED = 0.6, 295  # by Muon's matrices, in steps; less in fewer: tests/bench/zoo.md
 MOST_DECAY = 0.04  # of a weight, in a step
-FEW_STEPS = 3000  # below which Muon's rate falls less with the width: see `default_lr`
+FEW_STEPS = 3000  # below which Muon's rate falls less with the width, up to WIDEST_RACED: see `default_lr`
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
 MOST_WARMUP_STEPS = 200
@@ -49,13 +49,13 @@ class Horizon:
 
 
 def training_recipe(
-    name: str, train: TrainConfig, dim: int, *, expected_steps: int, train_tokens: int
+    name: str, train: TrainConfig, dim: int, *, expected_steps: int, train_tokens: int, from_scratch: bool = True
 ) -> dict[str, Derived]:
     """Learning rate, its warm-up, beta2 and weight decay of a run of `expected_steps`; `train` has its optimizer and
     tokens a step filled in."""
     recipe, optimizer = models.recipe(name), train.optimizer
     factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
-    lr = train.lr or default_lr(optimizer, dim, factor, expected_steps)
+    lr = train.lr or default_lr(optimizer, dim, factor, expected_steps if from_scratch else None)
     decay = Derived(recipe.weight_decay if defaults(optimizer).weight_decay else 0.0, "optimizer and model")
     if decay.value and train.lora_rank is None and train.tokens_per_step:
         epochs = expected_steps * train.tokens_per_step / train_tokens
@@ -64,7 +64,7 @@ def training_recipe(
     warms_up = train.schedule != "constant" and recipe.warmup
     warmup = min(MOST_WARMUP_STEPS, max(1, expected_steps // 50)) if warms_up else 0
     return {
-        "lr": Derived(lr, "optimizer, width, model and length"),
+        "lr": Derived(lr, "optimizer, width, model, length" if optimizer == "muon" else "optimizer, width and model"),
         "beta2": Derived(0.99, "optimizer"),
         "weight_decay": decay,
         "warmup_steps": Derived(min(warmup, expected_steps), "length"),
@@ -91,12 +91,12 @@ def default_lr(optimizer: str, dim: int, factor: float = 1.0, steps: int | None 
     factor; or the optimizer's own.
 
     With Muon, whose updates are as large as the root of the width (measured as what they do to a vector), it falls with
-    that root alone in runs of few `steps`. Raced: tests/bench/zoo.md.
+    that root alone in runs of few `steps`, as far as that was raced: tests/bench/zoo.md.
     """
     own, wider = defaults(optimizer), max(dim, 128) / 128
     lr = 4e-3 / wider * own.lr_share * factor
     if optimizer == "muon" and steps is not None:
-        lr *= min(wider, max(1.0, FEW_STEPS / max(1, steps))) ** 0.5
+        lr *= min(wider, WIDEST_RACED / 128, max(1.0, FEW_STEPS / max(1, steps))) ** 0.5
     return own.lr or float(f"{lr:.2g}")
 
 

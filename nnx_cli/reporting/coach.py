@@ -162,13 +162,14 @@ class _Numbers:
         return f"it is worse than {table}: {best:.2f} bits per byte against {ngram:.2f}"
 
     def suited_lr(self) -> float | None:
-        """The peak learning rate that suits optimizer, width and architecture, where it is one of ours."""
+        """The peak learning rate that suits optimizer, width, architecture and length, where it is one of ours."""
         name, optimizer, dim = self.model.get("name"), self.training.get("optimizer"), number(self.model.get("dim"))
         if name not in models.names() or optimizer not in module_names("optim") or not dim or self.is_lora:
             return None
         recipe = models.recipe(str(name))
         factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
-        return default_lr(str(optimizer), int(dim), factor)
+        steps = round(self.steps / self.done) if self.done and not self.run.config.get("init_from") else None
+        return default_lr(str(optimizer), int(dim), factor, steps)
 
     def size_beside(self, step: int) -> str | None:
         """The next larger (1) or smaller (-1) named size."""
@@ -273,7 +274,8 @@ def _learning_rate_too_low(run: _Numbers) -> Finding | None:
     if not evidence:
         return None
     text = (
-        f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer and width, and {', and '.join(evidence)}"
+        f"the learning rate is low: {lr:g}, where {suited:g} suits optimizer, width and length, and "
+        f"{', and '.join(evidence)}"
     )
     return Finding("lr-too-low", text, run.again("--lr", f"{suited:g}"))
 

@@ -49,7 +49,7 @@ def _end_failed_recording(pool: tuple[int, int]) -> None:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
     flag = torch.zeros((), device="cuda")
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=capture_stream()):  # whose end is the generator's too
+    with _garbage_kept(), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=capture_stream()):  # the generator's end too
         flag.zero_()
 
 

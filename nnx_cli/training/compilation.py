@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nnx_cli.config import TrainConfig
+from nnx_cli.errors import DoesNotFit
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
+from nnx_cli.planning.fit import SMALLER
 from nnx_cli.system.machine import missing_to_compile
 from nnx_cli.system.timing import median_seconds
 from nnx_cli.training.state import TrainState
@@ -117,8 +119,10 @@ def _verify_graph(stepper: Stepper, now: Execution, conditions: Conditions) -> E
 
 def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -> Execution:
     """Compile blocks, if that works, is right, and for `auto` is faster; graphs are recorded anew."""
-    whole_steps = stepper.device.type == "cuda" and stepper.step.shards is None  # which ranks can take alone
-    eager = None if whole_steps else try_micro_batch(stepper, compiled=False)
+    is_divided = stepper.step.shards is not None
+    whole_steps = stepper.device.type == "cuda" and not is_divided  # which ranks can take alone
+    attempt = _together if is_divided else try_micro_batch
+    eager = None if whole_steps else attempt(stepper, compiled=False)
     step_s = now.step_s if eager is None else stepper.ranks.most(eager.seconds) * stepper.n_micro
     assert step_s is not None
     if not choose(conditions, step_s).compiled:
@@ -133,6 +137,8 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
             _step_seconds_or_inf(stepper) if whole_steps else compiled.seconds * stepper.n_micro
         )
         if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
+            if not whole_steps and stepper.step.model.config.dropout:  # it was tried without
+                attempt(stepper, compiled=True, with_dropout=True)
             note = f"{COMPILED} {compiled_s / step_s:.0%} of its time before"
             return _settled(stepper, now, [*problems, note], compiled=True, step_s=compiled_s)
         undo_compile(stepper.step.model)
@@ -181,11 +187,11 @@ class Trial:
         return loss, gradient.item()
 
 
-def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
+def try_micro_batch(stepper: Stepper, *, compiled: bool, with_dropout: bool = False) -> Trial:
     """The first micro-batch, forward and backward, by the median time; leaves no gradient behind."""
     model = stepper.step.model
     torch.manual_seed(0)
-    model.train(model.config.dropout == 0)  # dropout draws other masks when compiled
+    model.train(with_dropout or model.config.dropout == 0)  # dropout draws other masks when compiled
     input_ids, targets = stepper.part(n_micro=1)
     loss = torch.zeros(())
     most_s = TIMED_SECONDS if stepper.step.shards is None else math.inf  # ranks go through a divided model together
@@ -210,22 +216,49 @@ def try_micro_batch(stepper: Stepper, *, compiled: bool) -> Trial:
     return Trial(loss.item(), seconds, norms)
 
 
+def _together(stepper: Stepper, *, compiled: bool, with_dropout: bool = False) -> Trial:
+    """`try_micro_batch` by all ranks that have a model divided among them, where whoever fails cannot go on without the
+    others. Raises DoesNotFit."""
+    try:
+        return try_micro_batch(stepper, compiled=compiled, with_dropout=with_dropout)
+    except torch.OutOfMemoryError:
+        pass  # the exception holds on to what was computed: it has to go first
+    if compiled:
+        raise DoesNotFit("compiled blocks need more memory than there is", fix="train without: --compile off")
+    raise DoesNotFit("not even the first micro-batch fits", fix=SMALLER)
+
+
+def _what_keeps_from_compiling(device: torch.device) -> str | None:
+    """Why nothing can be compiled here, whatever it is: what a rank can find out without the others."""
+    x = torch.ones(8, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(x).sum().backward()
+    except RuntimeError as error:
+        return in_a_line(error)
+    return None
+
+
 def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Trial | None, str | None]:
     """Compile the blocks; returns how a micro-batch went then. None and why, and all is undone, where that fails, or
     where loss or gradient differ from those of eager blocks, which are tried now unless they have been."""
     trial = problem = None
+    is_divided = stepper.step.shards is not None
     try:
-        eager = eager or try_micro_batch(stepper, compiled=False)
-        compile_blocks(stepper.step.model, without_hooks=stepper.step.shards is not None)
-        trial = try_micro_batch(stepper, compiled=True)
+        if is_divided:
+            problem = _first_of_all(stepper, _what_keeps_from_compiling(stepper.device))
+        if problem is None:
+            eager = eager or try_micro_batch(stepper, compiled=False)
+            compile_blocks(stepper.step.model, without_hooks=is_divided)
+            trial = (_together if is_divided else try_micro_batch)(stepper, compiled=True)
+            errors = zip(("loss", "gradient"), trial.relative_error(eager), TOLERANCE[precision], strict=True)
+            wrong = [(what, error) for what, error, allowed in errors if not error <= allowed]
+            problem = "the {} differs from eager by {:.1e}".format(*wrong[0]) if wrong else None
     except torch.OutOfMemoryError:
         problem = "not enough memory"
     except RuntimeError as error:  # the compiler's own errors are such
+        if is_divided:
+            raise
         problem = in_a_line(error)
-    else:
-        errors = zip(("loss", "gradient"), trial.relative_error(eager), TOLERANCE[precision], strict=True)
-        wrong = [(what, error) for what, error, allowed in errors if not error <= allowed]
-        problem = "the {} differs from eager by {:.1e}".format(*wrong[0]) if wrong else None
     problem = _first_of_all(stepper, problem)
     if problem is None:
         return trial, None

@@ -200,5 +200,6 @@ def open_and_plan(
         sources=sources,
         epoch_tokens=tokens.epoch_tokens,
         ranks=ranks,
+        from_scratch=base is None,
     )
     return tokens, plan

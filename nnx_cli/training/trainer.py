@@ -172,7 +172,7 @@ class Trainer:
 
         On a GPU a run that may be compiled takes its first steps before that, so that they can be seen soon, and notes
         what is requested meanwhile. Where its bits are promised it is compiled from the first step on, as it is without
-        `postpone`.
+        `postpone`, and as a model is that is divided among ranks: what is requested stays noted for one that is not.
         """
         conditions = conditions_of(self.config, self.device, requested, self.state)
         wanted, whole = choose(conditions), self.stepper.step.shards is None
@@ -182,6 +182,8 @@ class Trainer:
         postponed = postpone and wanted.compiled and can_wait
         self._apply(verify(self.stepper, replace(wanted, compiled=wanted.compiled and not postponed), conditions))
         now = self.stepper.execution
+        if not (whole or now.compiled):
+            self.config = replace(self.config, compile=requested)
         if postponed and now.step_s is not None and choose(conditions, now.step_s).compiled:
             self.verify_later = partial(verify, self.stepper, replace(now, compiled=True, notes=()), conditions)
             return replace(self.config, compile=requested)

@@ -77,6 +77,7 @@ class Validation:
             losses_of=self.losses_of,
             masked=self.masked,
             group=self.stepper.ranks,
+            is_divided=self.stepper.step.shards is not None,
         )
 
 

@@ -1,5 +1,6 @@
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
 
 
-def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", **train):
+def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scratch=True, **train):
     return plan_run(
         model,
         size,
@@ -28,6 +29,7 @@ def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", **train)
         device=torch.device("cpu"),
         precision="fp32",
         sources=dict.fromkeys([*fields, *train], "command line"),
+        from_scratch=from_scratch,
     )
 
 
@@ -212,12 +214,13 @@ def test_learning_rate_falls_with_the_width():
 
 def test_muons_learning_rate_falls_less_with_the_width_in_short_runs():
     assert default_lr("muon", 128, steps=300) == default_lr("muon", 128) == pytest.approx(1e-2)
-    assert default_lr("muon", 512, steps=300) == default_lr("muon", 512, steps=10) == pytest.approx(5e-3)
-    rates = [default_lr("muon", 512, steps=steps) for steps in (750, 1500, 3000, 30_000)]
-    assert rates == pytest.approx([5e-3, 3.5e-3, 2.5e-3, 2.5e-3])
+    assert default_lr("muon", 512, steps=300) == default_lr("muon", 512, steps=10) == pytest.approx(4.3e-3)
+    rates = [default_lr("muon", 384, steps=steps) for steps in (1000, 1500, 3000, 30_000)]
+    assert rates == pytest.approx([5.8e-3, 4.7e-3, 3.3e-3, 3.3e-3])
     assert default_lr("adamw", 512, steps=300) == pytest.approx(1e-3)
-    short, long = (plan({}, "tiny", model="llama", max_steps=n).train for n in (300, 5000))
-    assert short.lr > long.lr
+    of_tiny = partial(plan, {}, "tiny", 10**8, optimizer="muon")
+    short, long = (of_tiny(max_steps=n).train.lr for n in (300, 5000))
+    assert short > long == of_tiny(max_steps=300, from_scratch=False).train.lr
 
 
 def test_warmup_is_a_small_part_of_the_run():

@@ -90,6 +90,7 @@ def test_a_run_goes_on_with_another_number_of_processes(outs, folder, token_path
     found = distributed.differences(folder, token_path, cases, outs)
     assert max(found.values()) <= distributed.TOLERANCE["fp32"]
     assert all(Run(out).newest_checkpoint()[0].step == distributed.SETTINGS["max_steps"] for out in stopped)
+    assert Run(outs[-1]).config["training"]["compile"] == "auto", "for whoever goes on with a whole model"
 
 
 class Rank(Ranks):
