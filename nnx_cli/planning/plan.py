@@ -107,16 +107,7 @@ def plan_run(
     settings.fill_all(fitted.values)
     settings.fill_all(run_length(train, data, horizon, fitted.tokens_per_step))
     steps = expected_steps(settings.train, horizon, fitted.tokens_per_step)
-    settings.fill_all(
-        training_recipe(
-            name,
-            settings.train,
-            config.dim,
-            expected_steps=steps,
-            train_tokens=data.train_tokens,
-            from_scratch=from_scratch,
-        )
-    )
+    settings.fill_all(training_recipe(name, settings.train, config.dim, steps, data.train_tokens, from_scratch))
     settings.fill_all(validation(settings.train, config.seq_len, data, steps))
     return Plan(
         name,
@@ -250,7 +241,7 @@ def replan(
     assert train.tokens_per_step is not None
     data, rate = Data(config.vocab_size, train_tokens, 0), nominal_flops(device, train.precision)
     steps = expected_steps(train, expected_tokens(train, name, config, data, device, rate), train.tokens_per_step)
-    recipe = training_recipe(name, train, config.dim, expected_steps=steps, train_tokens=train_tokens)
+    recipe = training_recipe(name, train, config.dim, steps, train_tokens)
     return {field: recipe[field] for field in ("warmup_steps", "weight_decay")}
 
 

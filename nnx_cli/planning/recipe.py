@@ -49,7 +49,7 @@ class Horizon:
 
 
 def training_recipe(
-    name: str, train: TrainConfig, dim: int, *, expected_steps: int, train_tokens: int, from_scratch: bool = True
+    name: str, train: TrainConfig, dim: int, expected_steps: int, train_tokens: int, from_scratch: bool = True
 ) -> dict[str, Derived]:
     """Learning rate, its warm-up, beta2 and weight decay of a run of `expected_steps`; `train` has its optimizer and
     tokens a step filled in."""

@@ -178,6 +178,9 @@ class Trainer:
         wanted, whole = choose(conditions), self.stepper.step.shards is None
         if wanted.graph and not whole:
             wanted = replace(wanted, graph=False, notes=(*wanted.notes, "no CUDA graph: not with --parallel fsdp"))
+        if wanted.compiled and not whole and requested != "on":
+            note = "not compiled: with --parallel fsdp that has to be asked for, by --compile on"
+            wanted = replace(wanted, compiled=False, notes=(*wanted.notes, note))
         can_wait = self.device.type == "cuda" and not self.config.deterministic and whole
         postponed = postpone and wanted.compiled and can_wait
         self._apply(verify(self.stepper, replace(wanted, compiled=wanted.compiled and not postponed), conditions))

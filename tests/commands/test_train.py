@@ -276,7 +276,7 @@ def test_the_plan_on_screens_of_any_width(nnx, data, monkeypatch, columns):
     plan = plan_of(nnx("train", "--data", data, *FIRST, "--dry-run").stdout)
     assert max(map(len, plan)) <= columns and names_in(plan) == [*PLANNED, "run folder"]
     whole = " ".join(" ".join(plan).split())
-    assert "256 ids" in whole and "optimizer, width, model and length" in whole and "the best weights" in whole
+    assert "256 ids" in whole and "optimizer, width, model, length" in whole and "the best weights" in whole
 
 
 def test_dry_run_says_who_named_model_and_size(nnx, run, workspace):
