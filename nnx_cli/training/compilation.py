@@ -44,6 +44,7 @@ class Conditions:
     max_time_s: float | None
     progress: float  # of the run, 0 to 1
     steps: int = 0  # taken so far
+    is_divided: bool = False  # the model, among ranks
 
     def planned_s(self, step_s: float) -> float:
         """Training time that lies ahead, where a step takes `step_s`; infinity asks for the most that it may be."""
@@ -54,7 +55,9 @@ class Conditions:
         return min(by_steps, by_time) * (1.0 - self.progress)
 
 
-def conditions_of(config: TrainConfig, device: torch.device, requested: str, state: TrainState) -> Conditions:
+def conditions_of(
+    config: TrainConfig, device: torch.device, requested: str, state: TrainState, is_divided: bool = False
+) -> Conditions:
     """The conditions of a run with `config`, that is at `state`, on this machine."""
     return Conditions(
         requested=requested,
@@ -66,12 +69,20 @@ def conditions_of(config: TrainConfig, device: torch.device, requested: str, sta
         max_time_s=config.max_time_s,
         progress=state.progress(config),
         steps=state.step,
+        is_divided=is_divided,
     )
 
 
 def choose(conditions: Conditions, step_s: float = math.inf) -> Execution:
     """What is worth trying, where a step is known to take `step_s`: CUDA graphs on a GPU, and compiled blocks in a run
-    that is long enough to earn that back, or where they are asked for."""
+    that is long enough to earn that back, or where they are asked for; of a divided model only there, and no graphs."""
+    if conditions.is_divided:
+        wanted = choose(replace(conditions, is_divided=False), step_s)
+        lost = ["no CUDA graph: not with --parallel fsdp"] if wanted.graph else []
+        if wanted.compiled and conditions.requested != "on":
+            lost.append("not compiled: with --parallel fsdp that has to be asked for, by --compile on")
+        compiled = wanted.compiled and conditions.requested == "on"
+        return Execution(compiled=compiled, notes=(*wanted.notes, *lost))
     requested, kind = conditions.requested, conditions.device_type
     if requested == "off" or (requested != "on" and kind not in COMPILE_SECONDS):
         return Execution()

@@ -174,13 +174,9 @@ class Trainer:
         what is requested meanwhile. Where its bits are promised it is compiled from the first step on, as it is without
         `postpone`, and as a model is that is divided among ranks: what is requested stays noted for one that is not.
         """
-        conditions = conditions_of(self.config, self.device, requested, self.state)
-        wanted, whole = choose(conditions), self.stepper.step.shards is None
-        if wanted.graph and not whole:
-            wanted = replace(wanted, graph=False, notes=(*wanted.notes, "no CUDA graph: not with --parallel fsdp"))
-        if wanted.compiled and not whole and requested != "on":
-            note = "not compiled: with --parallel fsdp that has to be asked for, by --compile on"
-            wanted = replace(wanted, compiled=False, notes=(*wanted.notes, note))
+        whole = self.stepper.step.shards is None
+        conditions = conditions_of(self.config, self.device, requested, self.state, is_divided=not whole)
+        wanted = choose(conditions)
         can_wait = self.device.type == "cuda" and not self.config.deterministic and whole
         postponed = postpone and wanted.compiled and can_wait
         self._apply(verify(self.stepper, replace(wanted, compiled=wanted.compiled and not postponed), conditions))

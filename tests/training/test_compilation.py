@@ -313,6 +313,14 @@ def test_timing_leaves_nothing_behind(stepper):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_divided_model_has_no_graphs_and_is_compiled_where_that_is_asked_for():
+    divided = {how: replace(GPU, requested=how, max_steps=10**6, is_divided=True) for how in ("on", "auto", "graph")}
+    asked, auto, graph = map(choose, divided.values())
+    assert asked.compiled and not (auto.compiled or graph.compiled or asked.graph or auto.graph or graph.graph)
+    assert [len(found.notes) for found in (asked, auto, graph)] == [1, 2, 1]
+    assert choose(replace(GPU, requested="off", is_divided=True)) == Execution()
+
+
 def test_a_function_that_no_token_chose_has_no_gradient_and_counts_as_one_of_zero(stepper):
     model = stepper.step.model
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
