@@ -157,9 +157,8 @@ def evaluate(
     With `n_windows` None every token but the first is a target, the last window being shorter; else that many evenly
     spread windows count. Where not all tokens count, `masked` says which do. `token_bytes` (V,) gives each token's
     length in bytes; without it there are no bits per byte. `watchers` are handed every batch of windows, scored;
-    `losses_of` is not asked then. Of a `group` of ranks each reads a part; of a model that
-    `is_divided` among them all make as many passes, for each takes part in those of the others. Raises DataError where
-    there is no target.
+    `losses_of` is not asked then. Of a `group` of ranks each reads a part; of a model that `is_divided` among them all
+    make as many passes, for each takes part in those of the others. Raises DataError where there is no target.
     """
     if len(tokens) < 2:
         raise DataError("the text to evaluate has fewer than two tokens")
@@ -189,7 +188,7 @@ def evaluate(
             if token_bytes is not None:
                 lengths = token_bytes[targets.numpy()]
                 n_bytes.append((lengths if counts is None else lengths * counts).sum(1))
-        for _ in range(n_passes - len(batches)):
+        for _ in range(n_passes - len(batches)):  # in which others read theirs
             token_losses(model, *(part.to(model.device) for part in windows_at(tokens, np.zeros(1, int), 1)))
     mine = [torch.cat(nats).cpu().numpy() if nats else np.empty(0), _joined(n_targets), _joined(n_bytes)]
     windows = [np.concatenate(parts) for parts in zip(*group.gather(mine), strict=True)]
