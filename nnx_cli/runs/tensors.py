@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +36,34 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class Digest:
+    """The SHA-256 of blocks, which a thread computes while the next block is read or written."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Digest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def update(self, block: bytes | memoryview) -> None:
+        """Take a block, whose bytes have to stay as they are, when the one before it is done."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._thread.submit(self._sha256.update, block)
+
+    def hexdigest(self) -> str:
+        """Of all blocks."""
+        if self._last is not None:
+            self._last.result()
+        return self._sha256.hexdigest()
 
 
 def write_tensors(
@@ -52,20 +82,19 @@ def write_tensors(
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
     contents: Iterator[bytes | memoryview] = (block for _, tensor in ordered for block in _raw_blocks(tensor))
-    with open(path, "wb") as file:
+    with Digest() as digest, open(path, "wb") as file:
         for block in chain((len(head).to_bytes(8, "little"), head), contents):
-            file.write(block)
             digest.update(block)
+            file.write(block)
             on_progress(file.tell() / (8 + len(head) + end))
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+        return digest.hexdigest()
 
 
 def _raw_blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, in pieces."""
+    """The bytes of a tensor, in pieces; those of one in the memory of the host are its own."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for start in range(0, len(raw), BLOCK_BYTES):
         yield raw[start : start + BLOCK_BYTES]
@@ -77,17 +106,37 @@ def size_on_disk(*groups: Mapping[str, Tensor]) -> int:
 
 
 def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises CheckpointError unless it is a plain file with one of these SHA-256.
-
-    It is held in memory only after that.
-    """
-    with open_regular(path) as file:
-        read_header(file, path)
-        if hashlib.file_digest(file, "sha256").hexdigest() not in sha256:
+    """Tensors of a safetensors file. Raises CheckpointError unless it is a plain file with one of these SHA-256, which
+    is taken of the very bytes that become tensors: the file is read once, and held in memory once."""
+    with open_regular(path) as file, Digest() as digest:
+        tensors = _room_for(read_header(file, path), path)
+        n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        digest.update(file.read(os.fstat(file.fileno()).st_size - n_bytes))
+        for tensor in tensors.values():
+            for block in _raw_blocks(tensor):
+                file.readinto(block)
+                digest.update(block)
+        if digest.hexdigest() not in sha256:
             raise CheckpointError(f"{path} is damaged: its checksum is not the recorded one")
-        file.seek(0)
-        data = file.read()
-    return _loaded(data, path)
+    return tensors
+
+
+def _room_for(header: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Tensors as a header describes them, in the order of their bytes, which are yet to come. Raises CheckpointError
+    unless these follow one another without a gap."""
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    tensors, end = {}, 0
+    try:
+        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, offsets = OF_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in shape):
+                raise ValueError(f"{name} has no shape")
+            if offsets != [end, end := end + math.prod(shape) * dtype.itemsize]:
+                raise ValueError(f"{name} is not where it should be")
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: more than there is memory for
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return tensors
 
 
 def read_small(path: Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

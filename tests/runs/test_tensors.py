@@ -1,8 +1,11 @@
+import json
+
 import pytest
+import safetensors.torch
 import torch
 
 from nnx_cli.errors import CheckpointError
-from nnx_cli.runs.tensors import load_weights, read_tensors
+from nnx_cli.runs.tensors import DTYPES, load_weights, read_tensors, write_tensors
 from nnx_cli.system import files
 
 
@@ -12,6 +15,55 @@ def test_what_is_no_safetensors_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="damaged"):
             read_tensors(path, files.sha256_file(path))
+
+
+def test_tensors_are_those_that_the_library_reads_and_writes(tmp_path):
+    made = {str(dtype): torch.arange(15).reshape(3, 5).to(dtype) for dtype in DTYPES}
+    made |= {"one": torch.tensor(3.5), "none": torch.empty(0, 4), "large": torch.randn(3, 2**20)}
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    digest = write_tensors(ours, made, {"a": "b"})
+    safetensors.torch.save_file(made, theirs)
+    assert digest == files.sha256_file(ours)
+    for found in (read_tensors(ours, "", digest), read_tensors(theirs, files.sha256_file(theirs))):
+        assert found.keys() == made.keys()
+        assert all(found[name].dtype == made[name].dtype and found[name].equal(made[name]) for name in made)
+    assert safetensors.torch.load_file(ours).keys() == made.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "F8_E4M3"},
+        {"dtype": ["F32"]},
+        {"shape": [3]},
+        {"shape": [-2, -1]},
+        {"shape": [2.0]},
+        {"shape": 2},
+        {"data_offsets": [8, 8]},
+        {"data_offsets": [4, 16]},
+        {"data_offsets": [0]},
+    ],
+)
+def test_tensors_that_do_not_fill_their_file_are_refused(tmp_path, change):
+    entries = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    entries["b"] = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]} | change
+    head = json.dumps(entries).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(16))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_tensors(path, files.sha256_file(path))
+
+
+def test_a_changed_byte_is_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    digest = write_tensors(path, {"a": torch.arange(3 * 2**20)})
+    content = bytearray(path.read_bytes())
+    for place in (9, len(content) // 2, -1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_tensors(path, digest)
+        content[place] ^= 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
