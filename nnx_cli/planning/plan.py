@@ -29,7 +29,7 @@ from nnx_cli.planning.settings import Derived, Settings
 
 DEFAULT_SECONDS = 240  # training time of a run without a length
 TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width, on a CPU
-TOKENS_PER_PARAMETER_ON_GPU = 0.5  # what `small` should read for that
+TOKENS_PER_PARAMETER_ON_GPU = 0.3  # what `small` should read for that
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 LEAST_VALIDATION_ROWS = 8
 

@@ -249,6 +249,7 @@ def test_auto_size_on_a_cpu_follows_its_kind(monkeypatch, rate):
     ("train_tokens", "train", "size"),
     [
         (419_000, {}, "tiny"),  # what the text has is in its sixteenth epoch
+        (600_000, {}, "small"),
         (1_003_000, {}, "small"),
         (1_003_000, {"max_time": "5s"}, "tiny"),
         (3_000_000, {"max_time": "2m"}, "small"),
