@@ -92,7 +92,7 @@ def test_a_gpu_build_of_torch_is_for_an_nvidia_gpu_alone(tmp_path, nvidia_smi, b
     first = re.findall(r"```bash\n(.*?)```", README, re.S)[0]
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", "-ec", first], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
-    assert (tmp_path / "asked").read_text().split() == ["pip", "install", f"--torch-backend={backend}", "."]
+    assert (tmp_path / "asked").read_text().split() == ["pip", "install", f"--torch-backend={backend}", ".[bpe]"]
 
 
 def test_commands_parse(workspace):
