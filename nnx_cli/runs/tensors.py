@@ -23,6 +23,8 @@ from nnx_cli.system.files import open_regular
 
 BLOCK_BYTES = 2**22  # between two of which a signal is heard
 MAX_HEADER_BYTES = 100 * 2**20  # what the library reads too
+MOST_DIMENSIONS = 64  # what NumPy takes
+MOST_ELEMENTS = 2**60  # of a tensor, and less than what overflows in torch
 SPARE_BYTES = 2**20  # for headers, JSON and logs
 DTYPES = {
     torch.float64: "F64",
@@ -40,30 +42,40 @@ OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Digest:
-    """The SHA-256 of blocks, which a thread computes while the next block is read or written."""
+    """The SHA-256 of blocks, which a thread computes, where one can be had, while the next block is read or written."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
     def __enter__(self) -> Digest:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def update(self, block: bytes | memoryview) -> None:
         """Take a block, whose bytes have to stay as they are, when the one before it is done."""
-        if self._last is not None:
-            self._last.result()
-        self._last = self._thread.submit(self._sha256.update, block)
+        self._wait()
+        if self._thread is not None:
+            try:
+                self._last = self._thread.submit(self._sha256.update, block)
+                return
+            except RuntimeError:  # as many threads as there may be, or Python is about to end
+                self._thread = None
+        self._sha256.update(block)
 
     def hexdigest(self) -> str:
         """Of all blocks."""
+        self._wait()
+        return self._sha256.hexdigest()
+
+    def _wait(self) -> None:
         if self._last is not None:
             self._last.result()
-        return self._sha256.hexdigest()
+            self._last = None
 
 
 def write_tensors(
@@ -106,14 +118,16 @@ def size_on_disk(*groups: Mapping[str, Tensor]) -> int:
 
 
 def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises CheckpointError unless it is a plain file with one of these SHA-256, which
-    is taken of the very bytes that become tensors: the file is read once, and held in memory once."""
+    """Tensors of a safetensors file, on the CPU. Raises CheckpointError unless it is a plain file with one of these
+    SHA-256. It is taken of the very bytes that become tensors: the file is read once, and held in memory once. Where
+    there is no memory for them, torch's RuntimeError passes through."""
+    tensors = {}
     with open_regular(path) as file, Digest() as digest:
-        tensors = _room_for(read_header(file, path), path)
-        n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        digest.update(file.read(os.fstat(file.fileno()).st_size - n_bytes))
-        for tensor in tensors.values():
-            for block in _raw_blocks(tensor):
+        head, header = _read_head(file, path)
+        digest.update(head)
+        for name, dtype, shape in _layout(header, path):
+            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
+            for block in _raw_blocks(tensors[name]):
                 file.readinto(block)
                 digest.update(block)
         if digest.hexdigest() not in sha256:
@@ -121,22 +135,23 @@ def read_tensors(path: Path, *sha256: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _room_for(header: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Tensors as a header describes them, in the order of their bytes, which are yet to come. Raises CheckpointError
-    unless these follow one another without a gap."""
+def _layout(header: Mapping[str, Any], path: Path) -> list[tuple[str, torch.dtype, list[int]]]:
+    """Names, types and shapes in the order of their bytes. Raises CheckpointError unless these follow one another
+    without a gap."""
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    tensors, end = {}, 0
+    found, end = [], 0
     try:
         for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, offsets = OF_NAME[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in shape):
-                raise ValueError(f"{name} has no shape")
-            if offsets != [end, end := end + math.prod(shape) * dtype.itemsize]:
-                raise ValueError(f"{name} is not where it should be")
-            tensors[name] = torch.empty(shape, dtype=dtype)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: more than there is memory for
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return tensors
+            dtype, shape, begin = OF_NAME[entry["dtype"]], entry["shape"], end
+            if len(shape) > MOST_DIMENSIONS or not all(type(n) is int and 0 <= n <= MOST_ELEMENTS for n in shape):
+                raise ValueError
+            end += math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [begin, end] or math.prod(max(1, n) for n in shape) > MOST_ELEMENTS:
+                raise ValueError
+            found.append((name, dtype, shape))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its header is not that of the tensors behind it") from error
+    return found
 
 
 def read_small(path: Path, max_bytes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,18 +176,25 @@ def _loaded(data: bytes, path: Path) -> dict[str, Tensor]:
 def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     """Raise CheckpointError where a safetensors file is cut or extended: before all of it is read. Returns its
     header."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
+    header = _read_head(file, path)[1]
+    file.seek(0)
+    return header
+
+
+def _read_head(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes before those of the tensors, and the header that they are. Raises CheckpointError as `read_header`."""
+    size, head = os.fstat(file.fileno()).st_size, file.read(8)
+    length = int.from_bytes(head, "little")
     try:
-        header = json.loads(file.read(length) if length <= min(size, MAX_HEADER_BYTES) else b"")
+        raw = file.read(length) if length <= min(size, MAX_HEADER_BYTES) else b""
+        header = json.loads(raw)
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         whole = 8 + length + end == size
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is damaged: its size is not what its header says")
-    file.seek(0)
-    return header
+    return head + raw, header
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -99,16 +99,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for (text, size), times in groups.items():
         before: list[float] = []
         for time_, found in sorted(times.items(), key=lambda item: TrainConfig(max_time=item[0]).max_time_s or 0):
-            best, row = [r["best"] for r in found], found[0]
+            best, last = [r["best"] for r in found], [r["last"] for r in found]
             mean, error = statistics.mean(best), standard_error(best)
-            last = statistics.mean(r["last"] - r["best"] for r in found)
+            later = statistics.mean(last) - mean
             spread = 2 * (error**2 + standard_error(before) ** 2) ** 0.5
             worse = bool(before) and mean > statistics.mean(before) + max(ALLOWED_NATS, spread)
-            verdict = ", ".join(["worse"] * worse + ["ends above its best"] * (last > ALLOWED_LAST))
+            verdict = ", ".join(["worse"] * worse + ["ends above its best"] * (later > ALLOWED_LAST))
+            ended = " or ".join(sorted({r["ended"] for r in found})) + ", turned" * any(r["turned"] for r in found)
+            epochs, seconds = (statistics.mean(r[key] for r in found) for key in ("epochs", "train_s"))
+            is_same = all(r["same"] for r in found)
             lines.append(
-                f"| {text} | {size} | {row['per_token']:g} | {time_} | {len(found)} | {row['epochs']:g} "
-                f"| {row['ended']}{', turned' if any(r['turned'] for r in found) else ''} | {row['train_s']:g} "
-                f"| {mean:.4f} | {error:.4f} | {last:.4f} | {'the run above' if row['same'] else verdict or 'ok'} |"
+                f"| {text} | {size} | {found[0]['per_token']:g} | {time_} | {len(found)} | {epochs:.1f} | {ended} "
+                f"| {seconds:.1f} | {mean:.4f} | {error:.4f} | {later:.4f} | "
+                f"{'the run above' if is_same else verdict or 'ok'} |"
             )
             before = best
     return lines

@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from nnx_cli.errors import CheckpointError
+from nnx_cli.errors import CheckpointError, is_out_of_memory
 from nnx_cli.runs.tensors import DTYPES, load_weights, read_tensors, write_tensors
 from nnx_cli.system import files
 
@@ -38,6 +38,9 @@ def test_tensors_are_those_that_the_library_reads_and_writes(tmp_path):
         {"shape": [3]},
         {"shape": [-2, -1]},
         {"shape": [2.0]},
+        {"shape": [0, 2**62, 2**62], "data_offsets": [8, 8]},
+        {"shape": [1] * 70 + [2]},
+        {"shape": [10**4000] * 200},
         {"shape": 2},
         {"data_offsets": [8, 8]},
         {"data_offsets": [4, 16]},
@@ -64,6 +67,36 @@ def test_a_changed_byte_is_found(tmp_path):
         with pytest.raises(CheckpointError, match="damaged"):
             read_tensors(path, digest)
         content[place] ^= 1
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    path = tmp_path / "model.safetensors"
+    digest = write_tensors(path, {"a": torch.arange(3)})
+    monkeypatch.setattr("nnx_cli.runs.tensors.torch.empty", refuse)
+    with pytest.raises(RuntimeError) as caught:
+        read_tensors(path, digest)
+    assert is_out_of_memory(caught.value)
+
+
+def test_a_thread_that_cannot_start_is_done_without(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    path, made = tmp_path / "model.safetensors", {"a": torch.arange(3 * 2**20), "b": torch.ones(2)}
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    digest = write_tensors(path, made)
+    found = read_tensors(path, digest)
+    monkeypatch.undo()
+    assert digest == files.sha256_file(path) and all(found[name].equal(made[name]) for name in made)
+
+
+def test_tensors_are_read_to_the_cpu_whatever_device_is_the_default(tmp_path):
+    digest = write_tensors(tmp_path / "x", {"a": torch.arange(3)})
+    with torch.device("meta"):
+        assert read_tensors(tmp_path / "x", digest)["a"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
