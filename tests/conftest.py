@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import PROGRAM, Chromium
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from nnx_cli import models
@@ -134,6 +135,26 @@ def text_file(text, tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """For what takes long: once(name, make) lets the first process of the tests that asks make(folder), and returns the
+    folder, which others are not to change."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def shared(name, make):
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return shared
 
 
 @pytest.fixture(scope="session")

@@ -223,9 +223,14 @@ def label(case: dict) -> str:
     return "-".join(str(value) for value in case.values())
 
 
+def run_of(folder: Path, case: dict, n: int) -> Path:
+    """The run folder of a case on `n` processes."""
+    return folder / f"{label(case)}-{n}"
+
+
 def take(n: int, folder: Path, data: Path, cases: list[dict]) -> list[Path]:
     """The run folders of cases on `n` processes."""
-    outs = [folder / f"{label(case)}-{n}" for case in cases]
+    outs = [run_of(folder, case, n) for case in cases]
     launch(n, data, folder / f"{n}.json", [case | {"out": str(out)} for case, out in zip(cases, outs, strict=True)])
     return outs
 
@@ -240,7 +245,7 @@ def differences(folder: Path, data: Path, cases: list[dict], outs: list[Path]) -
     found = {}
     for case, out in zip(cases, outs, strict=True):
         single = {name: value for name, value in case.items() if name not in OF_PROCESSES}
-        alone = folder / f"{label(single)}-1"
+        alone = run_of(folder, single, 1)
         if not alone.exists():
             train(*start(data, alone, single))
         found[label(case)] = max(abs(a - b) for a, b in zip(losses(out), losses(alone), strict=True))

@@ -18,7 +18,7 @@ from nnx_cli.runs.load import fill_model
 
 SEQ_LEN = 16
 N_TOKENS = 36  # some times past the context
-MANY = 300
+MANY = 160
 PROMPTS = [[1], list(range(2, 8)), [60, 3, 60], list(range(15)), list(range(40, 25, -1)) + [7] * 3]
 TIE = 1e-4  # of logits, or of probability between a draw and the next token: what rounding may decide
 ROUNDING = 0.05  # of the largest logit: what activations in 8 bits or bfloat16 may decide

@@ -24,10 +24,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outs(folder, token_path):
+def outs(once, token_path):
     """The run of every case on two processes, all in one launch; some stop on their way."""
-    found = distributed.take(2, folder, token_path, CASES)
-    return dict(zip(map(distributed.label, CASES), found, strict=True))
+    folder = once("two_ranks", lambda folder: distributed.take(2, folder, token_path, CASES))
+    return {distributed.label(case): distributed.run_of(folder, case, 2) for case in CASES}
 
 
 @pytest.mark.parametrize("case", distributed.SHORT, ids=distributed.label)
