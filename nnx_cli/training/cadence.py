@@ -13,6 +13,7 @@ LOG_STEPS = 10
 SAVE_SECONDS = 600  # without --save-every: no checkpoint is older than this
 BUDGET_SHARE = 0.05  # of the time may go into saving, and as much into samples, unless they were asked for
 FIRST_SECONDS = 0.1  # what they are taken to need before the first one: nothing of it in a run's first two seconds
+SAVED_PER_SECOND = 1e9  # bytes, as disks of 2026 take them
 
 
 @dataclass
@@ -54,6 +55,11 @@ class Cadence:
         self.config = config
         self.saving = TimeBudget()
         self.sampling = TimeBudget()
+
+    def expect_to_save(self, n_bytes: int) -> None:
+        """Take a checkpoint to have so many bytes until one was saved: without that, a large one would be saved at the
+        first milestone that a resumed run comes to."""
+        self.saving.seconds = max(FIRST_SECONDS, n_bytes / SAVED_PER_SECOND)
 
     def due(self, step: int, before: float, done: float, must_save: bool) -> Due:
         """What is due after `step` steps, of which the last one led from progress `before` to `done`."""

@@ -28,7 +28,7 @@ from nnx_cli.runs.find import WEIGHTS, find_runs
 from nnx_cli.runs.load import ModelRef, architecture_of, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
 from nnx_cli.runs.run import BLANK_STATUS, Run, live_status, read_status
-from nnx_cli.runs.tensors import load_weights
+from nnx_cli.runs.tensors import load_weights, size_on_disk
 from nnx_cli.system.device import (
     describe,
     limit_memory,
@@ -302,6 +302,7 @@ def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[
     name = architecture_of(run.config, run.folder, restart.file)
     trainer.flops_per_token = training_flops(name, model.config)
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
+    trainer.cadence.expect_to_save(size_on_disk(restart.checkpoint.model, restart.checkpoint.optimizer))
     if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
         trainer.state.turned_at = None  # it follows the schedule of another length
     lead(trainer, run.folder, run.config, restart.checkpoint)

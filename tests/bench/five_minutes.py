@@ -13,7 +13,7 @@ to where TEXT is compressed. Every side has --seconds of training steps, on a GP
 side does comes on top ("whole"). All are judged here: nats of every token with bytes, over the bytes of these, in
 windows of the side's own context, once without overlap and once from the beginnings of documents on ("aligned").
 
-nnx             `nnx train` on what `nnx prepare --tokenizer` made, with --options
+nnx             `nnx train` with --options, on tokens of --tokenizer, as by itself it makes them for so long a run
 autoresearch    a checkout of https://github.com/karpathy/autoresearch (seen with 228791f): its train.py and prepare.py
                 as they are, but that PyTorch's attention takes the place of FlashAttention 3, that what they download
                 is this text, and that --set replaces constants (a micro-batch of 128 needs 45 GB)
@@ -54,7 +54,7 @@ from against_nanogpt import CPU_RECIPE, GPU_RECIPE, Place, nanogpt_model, peer_c
 from tokenizer_race import aligned_starts, bits_per_byte, cut_text, make_tokens
 from torch import Tensor
 
-from nnx_cli.config import PrepareConfig
+from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.data.find import find_sources
 from nnx_cli.data.prepare import prepare
 from nnx_cli.data.sources import Reader, Report
@@ -65,6 +65,8 @@ from nnx_cli.layers.loss import token_losses
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.load import load_model
 from nnx_cli.system.device import describe, pick_device
+from nnx_cli.training.inputs import Shape, model_vocabularies
+from nnx_cli.training.session import configure_device
 
 PARTS = ("prepare", "nnx", "autoresearch", "nanogpt")
 OVERHEAD_S = 90  # what a part takes beside its training
@@ -120,7 +122,9 @@ def prepare_all(options: argparse.Namespace, work: Path) -> None:
                 (texts / f"{split}{''.join(path.suffixes)}").write_bytes(path.read_bytes())
     if not (work / "ours").exists():
         (train,), (val,) = texts.glob("train.*"), texts.glob("val.*")
-        prepare([train], work / "ours", PrepareConfig(tokenizer=options.tokenizer), [val])
+        training = TrainConfig(max_time=f"{options.seconds:g}s", device=options.device or "auto", vram=options.vram)
+        suited = model_vocabularies(Shape("nyx", "auto", {}), training, *configure_device(training))
+        prepare([train], work / "ours", PrepareConfig(tokenizer=options.tokenizer), [val], vocabularies=suited)
     if (options.autoresearch or options.nanogpt) and not (work / "peers").exists():
         make_tokens(texts, options.peer_tokenizer, work / "peers")
 

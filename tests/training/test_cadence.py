@@ -60,6 +60,17 @@ def test_at_milestones_while_there_is_time(clock):
     assert now.due(3, 0.02, 0.03, False) == Due(log=False, validate=False, sample=False, save=False)
 
 
+def test_a_large_checkpoint_is_not_saved_as_soon_as_a_run_goes_on(clock):
+    config = TrainConfig(val_every=None, sample_every=0, save_every=None)
+    for n_bytes, saves in ((10**6, True), (10**10, False)):
+        now = Cadence(config)
+        now.expect_to_save(n_bytes)
+        clock[0] += 100.0
+        assert now.due(2, 0.01, 0.02, False).save == saves
+        clock[0] += 101.0
+        assert now.due(2, 0.01, 0.02, False).save
+
+
 def test_no_checkpoint_is_older_than_ten_minutes(clock):
     automatic, asked = Cadence(TrainConfig(save_every=None)), Cadence(TrainConfig(save_every=500))
     clock[0] = 599.0
