@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from nnx_cli.data.tokenizers.base import Tokenizer
-from nnx_cli.errors import CheckpointError, OutputError
+from nnx_cli.errors import CheckpointError, OutputError, quoted
 from nnx_cli.runs import logs
 from nnx_cli.runs.checkpoint import Checkpoint, check_no_link, load_checkpoint, save_checkpoint, steps_in
 from nnx_cli.runs.manifest import (
@@ -175,14 +175,20 @@ class Run:
 
         Raises CheckpointError where there is none.
         """
-        notes: list[str] = []
+        problems: list[str] = []
         check_no_link(self.checkpoints)
         for step in reversed(steps_in(self.checkpoints)):
             try:
-                return load_checkpoint(self.checkpoints, step), notes
+                checkpoint = load_checkpoint(self.checkpoints, step)
             except CheckpointError as error:
-                notes.append(f"{error}; going back to the checkpoint before it")
-        raise CheckpointError(f"{self.folder} has no intact checkpoint" + "".join(f"; {note}" for note in notes[:1]))
+                problems.append(str(error))
+                continue
+            return checkpoint, [f"{problem}; going back to the checkpoint before it" for problem in problems]
+        has_best = (self.folder / BEST).is_file()
+        raise CheckpointError(
+            "; ".join([f"{self.folder} has no intact checkpoint", *problems[:1]]),
+            fix=f"start from its best weights: nnx train --init-from {quoted(self.folder)}" if has_best else None,
+        )
 
 
 def refuse_taken(folder: Path) -> None:

@@ -255,8 +255,10 @@ def test_a_damaged_checkpoint_is_passed_over(run):
     assert checkpoint.step == steps[0]
     assert len(notes) == 1 and "damaged" in notes[0] and "going back" in notes[0]
     (run.checkpoints / f"step-{steps[0]:08d}" / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint") as refusal:
         run.newest_checkpoint()
+    assert "going back" not in str(refusal.value)
+    assert refusal.value.fix == f"start from its best weights: nnx train --init-from {run.folder}"
 
 
 # the lock
