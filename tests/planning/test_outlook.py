@@ -106,7 +106,7 @@ def test_such_runs_are_of_that_architecture_size_text_and_length():
 @pytest.mark.parametrize(
     ("model", "parameters", "text_bytes", "epochs"),
     [
-        ("nyx", 124e6, 900e3, 16),
+        ("nyx", 350e6, 900e3, 16),
         ("nyx", 2.5e6, 900e3, 16),
         ("nyx", 30e6, 220e6, 3),
         ("nyx", 10.7e6, 900e3, 0.1),

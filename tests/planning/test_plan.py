@@ -166,7 +166,16 @@ def test_the_default_length_has_two_ends():
 
 
 @pytest.mark.parametrize(
-    ("per_token", "train_tokens", "epochs"), [(12, 900_000, 16), (33, 900_000, 16), (14.6, 54_000, 32), (1.3, 8e6, 32)]
+    ("per_token", "train_tokens", "epochs"),
+    [
+        (12, 900_000, 16),
+        (33, 900_000, 16),
+        (14.6, 54_000, 32),
+        (1.3, 8e6, 32),
+        (43, 2_904_000, 12),
+        (148, 846_000, 16),
+        (10, 2_904_000, 16),
+    ],
 )
 def test_large_models_need_a_text_less_often(per_token, train_tokens, epochs):
     assert useful_epochs(per_token, train_tokens) == epochs
