@@ -84,6 +84,7 @@ class Recipe:
     optimizer: str = "muon"  # where memory suffices and the text is not read too often
     lr_factor: float = 1.0  # on the learning rate that optimizer and width suggest
     muon_lr_factor: float = 1.0  # the same with Muon, which moves all matrices by the same share
+    few_steps: int = 3000  # below which Muon's rate falls less with the width: tests/bench/zoo.md
     weight_decay: float = 0.1  # at least, with AdamW and Muon; 0: none
     warmup: bool = True
     gpu_half_width: int = 1000  # at which a GPU spends as long on all else as on matmuls: tests/bench/rates.md

@@ -295,7 +295,7 @@ class Model(LanguageModel):
 
     config: Config
     # paper, section 2.6, but for the factor: measured
-    recipe = Recipe(lr_factor=2.0, weight_decay=0.0, warmup=False, gpu_half_width=4700)
+    recipe = Recipe(lr_factor=2.0, few_steps=480, weight_decay=0.0, warmup=False, gpu_half_width=4700)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -10,7 +10,7 @@ import torch
 
 from nnx_cli import models
 from nnx_cli.config import MOST_WEIGHT_DECAY, TrainConfig
-from nnx_cli.models._base import LanguageModel
+from nnx_cli.models._base import LanguageModel, Recipe
 from nnx_cli.optim._build import defaults
 from nnx_cli.planning.flops import count_parameters
 from nnx_cli.planning.settings import Derived
@@ -29,7 +29,6 @@ READ_AGAIN = 3  # epochs from which on they count there
 STEPS_TO_FORGET, MOST_OF_NARROW = 700, 6  # of models that are not wide, in runs of many steps
 LEAST_FORGOTTEN, SHORTEST_RACED = 0.6, 295  # by Muon's matrices, in steps; less in fewer: tests/bench/zoo.md
 MOST_DECAY = 0.04  # of a weight, in a step
-FEW_STEPS = 3000  # below which Muon's rate falls less with the width, up to WIDEST_RACED: see `default_lr`
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
 MOST_WARMUP_STEPS = 200
@@ -57,8 +56,7 @@ def training_recipe(
     """Learning rate, its warm-up, beta2 and weight decay of a run of `expected_steps`; `train` has its optimizer and
     tokens a step filled in."""
     recipe, optimizer = models.recipe(name), train.optimizer
-    factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
-    lr = train.lr or default_lr(optimizer, dim, factor, expected_steps if from_scratch else None)
+    lr = train.lr or default_lr(optimizer, dim, recipe, expected_steps if from_scratch else None)
     decay = Derived(recipe.weight_decay if defaults(optimizer).weight_decay else 0.0, "optimizer and model")
     if decay.value and train.lora_rank is None and train.tokens_per_step:
         epochs = expected_steps * train.tokens_per_step / train_tokens
@@ -89,7 +87,7 @@ def default_tokens_per_step(model: LanguageModel, device: torch.device) -> int:
     return few if total <= 20e6 else more if total <= 60e6 else many
 
 
-def default_lr(optimizer: str, dim: int, factor: float = 1.0, steps: int | None = None) -> float:
+def default_lr(optimizer: str, dim: int, recipe: Recipe, steps: int | None = None) -> float:
     """Peak learning rate: the optimizer's share of one that falls with the width from 128 on, times an architecture's
     factor; or the optimizer's own.
 
@@ -97,9 +95,9 @@ def default_lr(optimizer: str, dim: int, factor: float = 1.0, steps: int | None 
     that root alone in runs of few `steps`, as far as that was raced: tests/bench/zoo.md.
     """
     own, wider = defaults(optimizer), max(dim, 128) / 128
-    lr = 4e-3 / wider * own.lr_share * factor
+    lr = 4e-3 / wider * own.lr_share * (recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor)
     if optimizer == "muon" and steps is not None:
-        lr *= min(wider, WIDEST_RACED / 128, max(1.0, FEW_STEPS / max(1, steps))) ** 0.5
+        lr *= min(wider, WIDEST_RACED / 128, max(1.0, recipe.few_steps / max(1, steps))) ** 0.5
     return own.lr or float(f"{lr:.2g}")
 
 

@@ -166,10 +166,8 @@ class _Numbers:
         name, optimizer, dim = self.model.get("name"), self.training.get("optimizer"), number(self.model.get("dim"))
         if name not in models.names() or optimizer not in module_names("optim") or not dim or self.is_lora:
             return None
-        recipe = models.recipe(str(name))
-        factor = recipe.muon_lr_factor if optimizer == "muon" else recipe.lr_factor
         steps = round(self.steps / self.done) if self.done and not self.run.config.get("init_from") else None
-        return default_lr(str(optimizer), int(dim), factor, steps)
+        return default_lr(str(optimizer), int(dim), models.recipe(str(name)), steps)
 
     def size_beside(self, step: int) -> str | None:
         """The next larger (1) or smaller (-1) named size."""

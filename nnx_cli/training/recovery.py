@@ -230,8 +230,7 @@ def count_used(tokens: np.ndarray) -> int:
 def retry_command(run: Run, model: LanguageModel, config: TrainConfig) -> str:
     """The command line that made a run, with a lower learning rate: a quarter, at most what suits the model."""
     assert config.lr is not None and config.optimizer is not None
-    factor = model.recipe.muon_lr_factor if config.optimizer == "muon" else model.recipe.lr_factor
-    lr = min(config.lr * LOWER, default_lr(config.optimizer, model.config.dim, factor))
+    lr = min(config.lr * LOWER, default_lr(config.optimizer, model.config.dim, model.recipe))
     command = None
     with suppress(CheckpointError):  # a damaged run.json
         command = run.status().get("command")

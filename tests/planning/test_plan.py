@@ -213,20 +213,26 @@ def test_given_values_win():
     assert (train.warmup_steps, train.val_batches) == (0, 3)
 
 
+def lr_of(optimizer, dim, steps=None, **recipe):
+    return default_lr(optimizer, dim, Recipe(**recipe), steps)
+
+
 def test_learning_rate_falls_with_the_width():
-    assert default_lr("adamw", 128) == pytest.approx(4e-3)
-    assert default_lr("adamw", 512) == pytest.approx(1e-3)
-    assert default_lr("lion", 512, 2.0) == pytest.approx(2e-4)
-    assert default_lr("muon", 128) == pytest.approx(1e-2)
-    assert default_lr("muon", 512, 2.0) == pytest.approx(5e-3)
+    assert lr_of("adamw", 128) == pytest.approx(4e-3)
+    assert lr_of("adamw", 512) == lr_of("adamw", 512, muon_lr_factor=2.0) == pytest.approx(1e-3)
+    assert lr_of("lion", 512, lr_factor=2.0) == pytest.approx(2e-4)
+    assert lr_of("muon", 128) == lr_of("muon", 128, lr_factor=2.0) == pytest.approx(1e-2)
+    assert lr_of("muon", 512, muon_lr_factor=2.0) == pytest.approx(5e-3)
 
 
 def test_muons_learning_rate_falls_less_with_the_width_in_short_runs():
-    assert default_lr("muon", 128, steps=300) == default_lr("muon", 128) == pytest.approx(1e-2)
-    assert default_lr("muon", 512, steps=300) == default_lr("muon", 512, steps=10) == pytest.approx(4.3e-3)
-    rates = [default_lr("muon", 384, steps=steps) for steps in (1000, 1500, 3000, 30_000)]
+    assert lr_of("muon", 128, 300) == lr_of("muon", 128) == pytest.approx(1e-2)
+    assert lr_of("muon", 512, 300) == lr_of("muon", 512, 10) == pytest.approx(4.3e-3)
+    rates = [lr_of("muon", 384, steps) for steps in (1000, 1500, 3000, 30_000)]
     assert rates == pytest.approx([5.8e-3, 4.7e-3, 3.3e-3, 3.3e-3])
-    assert default_lr("adamw", 512, steps=300) == pytest.approx(1e-3)
+    rates = [lr_of("muon", 384, steps, few_steps=480) for steps in (160, 245, 488)]
+    assert rates == pytest.approx([5.8e-3, 4.7e-3, 3.3e-3])
+    assert lr_of("adamw", 512, 300) == pytest.approx(1e-3)
     of_tiny = partial(plan, {}, "tiny", 10**8, optimizer="muon")
     short, long = (of_tiny(max_steps=n).train.lr for n in (300, 5000))
     assert short > long == of_tiny(max_steps=300, from_scratch=False).train.lr
@@ -381,7 +387,7 @@ def test_adapters_are_trained_in_little_memory():
 def test_muon_where_the_text_is_not_read_too_often():
     made = [plan(train_tokens=2_000, epochs=epochs) for epochs in (3.0, 16.0, 17.0)]
     assert [p.train.optimizer for p in made] == ["muon", "muon", "adamw"]
-    assert [p.train.lr for p in made] == [default_lr(o, 32) for o in ("muon", "muon", "adamw")]
+    assert [p.train.lr for p in made] == [lr_of(o, 32) for o in ("muon", "muon", "adamw")]
     assert all(p.sources["optimizer"].startswith("derived: model") for p in made)
 
 
