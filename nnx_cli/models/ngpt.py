@@ -294,7 +294,7 @@ class Model(LanguageModel):
     """Embedding and blocks on the unit sphere, and a scaled head."""
 
     config: Config
-    # paper, section 2.6, but for the factor: measured
+    # paper, section 2.6, but for lr_factor and few_steps: tests/bench/zoo.md
     recipe = Recipe(lr_factor=2.0, few_steps=480, weight_decay=0.0, warmup=False, gpu_half_width=4700)
 
     def __init__(self, config: Config) -> None:

@@ -18,8 +18,8 @@ from nnx_cli.planning.settings import Derived
 DROPOUT = ((20, 0.3), (12, 0.2), (6, 0.1))  # epochs from which on a model needs it: tests/bench/horizon.md, zoo.md
 USEFUL_EPOCHS, USEFUL_EPOCHS_TO_LARGE = 32, 16  # more bring nothing: tests/bench/horizon.md
 LARGE = 5e6  # parameters, from which on the latter holds where there are enough of them a token to overfit
-VERY_LARGE = 6e7  # parameters, to which fewer epochs are enough
-LEAST_USEFUL_EPOCHS, MOST_USEFUL_TOKENS = 12, 3.4e7  # or as many epochs as come to these: tests/bench/horizon.md
+VERY_LARGE = 6e7  # parameters, from which on fewer epochs are enough
+LEAST_USEFUL_EPOCHS, MOST_USEFUL_TOKENS = 12, 3.4e7  # of those: 12, or up to 16 until so many tokens are read
 PARAMS_PER_TOKEN_TO_DROP = 0.5  # of the text, from which on dropout pays: tests/bench/horizon.md
 PARAMS_PER_TOKEN_TO_OVERFIT = 8  # from which on a model can learn the text by heart
 SOONER_FROM = 4  # parameters a token from which on fewer epochs are enough for that: see `default_dropout`
@@ -103,7 +103,8 @@ def default_lr(optimizer: str, dim: int, recipe: Recipe, steps: int | None = Non
 
 def useful_epochs(params_per_token: float, train_tokens: int) -> int:
     """How often a text of so many tokens is worth reading by a model that trains so many parameters a token of it, with
-    the dropout and weight decay that this takes: beyond that validation gets no better. Raced: tests/bench/horizon.md.
+    the dropout and weight decay that this takes: beyond that the last weights get no better. Raced:
+    tests/bench/horizon.md.
     """
     parameters = params_per_token * train_tokens
     if params_per_token < PARAMS_PER_TOKEN_TO_OVERFIT or parameters < LARGE:

@@ -120,7 +120,7 @@ class _Numbers:
     def is_repeated(self) -> bool:
         """Whether the text was read more often than that."""
         known = self.epochs is not None and self.parameters and not self.is_lora
-        return bool(known) and (self.epochs or 0.0) > WELL_ABOVE * self.useful_epochs
+        return bool(known) and not self.is_used_up and (self.epochs or 0.0) > WELL_ABOVE * self.useful_epochs
 
     @property
     def can_go_on(self) -> bool:

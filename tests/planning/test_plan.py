@@ -175,6 +175,10 @@ def test_the_default_length_has_two_ends():
         (43, 2_904_000, 12),
         (148, 846_000, 16),
         (10, 2_904_000, 16),
+        (50, 2_500_000, 14),
+        (20, 2_904_000, 16),
+        (21, 2_904_000, 12),
+        (5, 20_000_000, 32),
     ],
 )
 def test_large_models_need_a_text_less_often(per_token, train_tokens, epochs):
@@ -230,7 +234,7 @@ def test_muons_learning_rate_falls_less_with_the_width_in_short_runs():
     assert lr_of("muon", 512, 300) == lr_of("muon", 512, 10) == pytest.approx(4.3e-3)
     rates = [lr_of("muon", 384, steps) for steps in (1000, 1500, 3000, 30_000)]
     assert rates == pytest.approx([5.8e-3, 4.7e-3, 3.3e-3, 3.3e-3])
-    rates = [lr_of("muon", 384, steps, few_steps=480) for steps in (160, 245, 488)]
+    rates = [default_lr("muon", 384, models.recipe("ngpt"), steps) for steps in (160, 245, 480)]
     assert rates == pytest.approx([5.8e-3, 4.7e-3, 3.3e-3])
     assert lr_of("adamw", 512, 300) == pytest.approx(1e-3)
     of_tiny = partial(plan, {}, "tiny", 10**8, optimizer="muon")
