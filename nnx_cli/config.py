@@ -83,6 +83,7 @@ class TrainConfig:
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
+    short_sequences: float | None = None  # part of the run, at its start, that reads sequences of half the length
     optimizer: str = "auto"  # algorithm: auto, {optim}
     optimizer_in_backward: bool = False  # update each weight as its gradient appears, and free that: saves memory
     lr: float | None = None  # peak learning rate
@@ -136,6 +137,7 @@ class TrainConfig:
         check_range("min-lr", self.min_lr, 0.0, 1e3)
         check_range("weight-decay", self.weight_decay, 0.0, MOST_WEIGHT_DECAY)
         check_range("grad-clip", self.grad_clip, 0.0, 1e9)
+        check_range("short-sequences", self.short_sequences, 0.0, 1.0)
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("beta2", self.beta2, 0.0, 0.9999999, low_open=True)  # float32 has no more below 1
         check_device(self.device)

@@ -128,8 +128,16 @@ class PlanTable:
             ("dropout", f"{plan.model_config.dropout:g}", reason("dropout")),
             ("weight decay", f"{train.weight_decay:g}", reason("weight_decay")),
             ("length", " or ".join(ends), "; ".join(dict.fromkeys(lengths))),
+            *self._sequence_rows(),
             *self._outlook_rows(),
         ]
+
+    def _sequence_rows(self) -> list[tuple[str, str, str]]:
+        part, seq_len = self.plan.train.short_sequences, self.plan.model_config.seq_len
+        if not part:
+            return []
+        value = f"of {seq_len // 2} tokens in the first {100 * part:.0f} % of the run, then of {seq_len}"
+        return [("sequences", value, self._reason("short_sequences"))]
 
     def _shape_reason(self) -> str:
         if self.plan.size is not None:

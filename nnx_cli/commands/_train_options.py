@@ -48,7 +48,7 @@ from nnx_cli.errors import UsageError
 
 MAIN = "Main options"
 PANELS = {  # of the settings that training and preparing have
-    "Length and batch": ("epochs", "stop_early", "batch_size", "grad_accum", "tokens_per_step"),
+    "Length and batch": ("epochs", "stop_early", "batch_size", "grad_accum", "tokens_per_step", "short_sequences"),
     "Optimizer": (
         "optimizer",
         "lr",

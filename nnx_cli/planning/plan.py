@@ -11,7 +11,7 @@ import torch
 from nnx_cli import models
 from nnx_cli.config import MILESTONES, TrainConfig
 from nnx_cli.data.loader import check_length
-from nnx_cli.errors import DataError
+from nnx_cli.errors import DataError, UsageError
 from nnx_cli.models._base import ModelConfig
 from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, meta_model, training_flops
@@ -20,6 +20,7 @@ from nnx_cli.planning.rates import expected_mfu, expected_speed, nominal_flops
 from nnx_cli.planning.recipe import (
     Horizon,
     default_dropout,
+    default_short_sequences,
     default_tokens_per_step,
     preferred_optimizer,
     training_recipe,
@@ -81,13 +82,14 @@ def plan_run(
     epoch_tokens: EpochTokens | None = None,
     ranks: Sequence[RankDevice] = (),
     from_scratch: bool = True,
+    masked: bool = False,
 ) -> Plan:
     """Fill in every value that is None or auto.
 
     `fields` are the model's fields that were set, `sources` where set values came from; `epoch_tokens` are those that
     an epoch reads, where they are not `train_tokens`; `ranks` the devices of a run on several; `from_scratch` is
-    False where weights are there to start from. Raises UsageError for values that disagree, DoesNotFit where not even
-    one sequence fits.
+    False where weights are there to start from; of a `masked` text not all tokens are targets. Raises UsageError for
+    values that disagree, DoesNotFit where not even one sequence fits.
     """
     settings, data = Settings(train, sources), Data(vocab_size, train_tokens, val_tokens)
     rate = common_flops(ranks) if ranks else nominal_flops(device, precision)
@@ -108,6 +110,7 @@ def plan_run(
     settings.fill_all(run_length(train, data, horizon, fitted.tokens_per_step))
     steps = expected_steps(settings.train, horizon, fitted.tokens_per_step)
     settings.fill_all(training_recipe(name, settings.train, config.dim, steps, data.train_tokens, from_scratch))
+    settings.fill_all(short_sequences(train, config.seq_len, device, steps if from_scratch and not masked else 0))
     settings.fill_all(validation(settings.train, config.seq_len, data, steps))
     return Plan(
         name,
@@ -213,6 +216,17 @@ def expected_steps(train: TrainConfig, horizon: Horizon, tokens_per_step: int) -
     if train.max_time_s:
         ends.append(int(horizon.tokens_per_s * train.max_time_s / tokens_per_step))
     return max(1, min(ends))
+
+
+def short_sequences(train: TrainConfig, seq_len: int, device: torch.device, steps: int) -> dict[str, Derived]:
+    """The part of a run that reads short sequences, of as many steps as train all of new weights on a whole text.
+
+    Raises UsageError where they were asked for and can't be halved.
+    """
+    if train.short_sequences and seq_len % 2:
+        raise UsageError("--short-sequences needs an even context", fix="take an even --seq-len, or leave it out")
+    value = default_short_sequences(device, seq_len, steps) if train.lora_rank is None else 0.0
+    return {"short_sequences": Derived(value, "device and length")}
 
 
 def validation(train: TrainConfig, seq_len: int, data: Data, steps: int) -> dict[str, Derived]:

@@ -32,6 +32,7 @@ MOST_DECAY = 0.04  # of a weight, in a step
 CPU_TOKENS_PER_STEP = (1024, 2048)  # for models of up to 2 million parameters, and larger
 GPU_TOKENS_PER_STEP = (8192, 16_384, 32_768)  # for models of up to 20 and 60 million parameters, and larger
 MOST_WARMUP_STEPS = 200
+SHORT_SEQUENCES, STEPS_FOR_SHORT = 1 / 3, 400  # of a run of so many steps: tests/bench/zoo.md
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,13 @@ def default_lr(optimizer: str, dim: int, recipe: Recipe, steps: int | None = Non
     if optimizer == "muon" and steps is not None:
         lr *= min(wider, WIDEST_RACED / 128, max(1.0, recipe.few_steps / max(1, steps))) ** 0.5
     return own.lr or float(f"{lr:.2g}")
+
+
+def default_short_sequences(device: torch.device, seq_len: int, steps: int) -> float:
+    """The part of a run from new weights that reads sequences of half the length (Li et al. 2022,
+    https://arxiv.org/abs/2108.06084): a third where that was raced, on a CPU in runs of many steps: tests/bench/zoo.md.
+    """
+    return SHORT_SEQUENCES if device.type == "cpu" and seq_len % 2 == 0 and steps >= STEPS_FOR_SHORT else 0.0
 
 
 def useful_epochs(params_per_token: float, train_tokens: int) -> int:

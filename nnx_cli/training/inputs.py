@@ -201,5 +201,6 @@ def open_and_plan(
         epoch_tokens=tokens.epoch_tokens,
         ranks=ranks,
         from_scratch=base is None,
+        masked=tokens.mask is not None,
     )
     return tokens, plan

@@ -56,6 +56,11 @@ def divide_step(config: TrainConfig, batch_size: int) -> TrainConfig:
     return replace(config, batch_size=batch_size, grad_accum=n // batch_size, val_batches=val_batches)
 
 
+def halves(sequences: Tensor) -> Tensor:
+    """Sequences (N, T) as (2 N, T / 2)."""
+    return sequences.reshape(2 * len(sequences), -1)
+
+
 @contextmanager
 def ordered_sums(execution: Execution, device: torch.device) -> Iterator[None]:
     """Compiled code on a CPU adds in the same order every time inside; else threads would share sums as it comes.
@@ -132,8 +137,9 @@ class Stepper:
         """Sequences of such a micro-batch, at most `batch_size`."""
         return -(-self.samples_per_step // (self.ranks.count * self.n_micro))
 
-    def take(self, number: int, lr: float) -> int:
+    def take(self, number: int, lr: float, short: bool = False) -> int:
         """Step `number` of the run; returns its number of tokens, masked ones too. A GPU may still be at work on it.
+        Where it is to be `short`, each sequence is read as two.
 
         Where memory runs out, the same samples are taken in smaller micro-batches from here on. Raises DoesNotFit.
         """
@@ -142,7 +148,8 @@ class Stepper:
             set_seed(self.seed, number, self.ranks.rank)
             set_lr(self.step.optimizer, lr)
             try:
-                self.run(*self._samples(number * n))
+                batch = self._samples(number * n)
+                self.run(*(halves(part) if short else part for part in batch))
                 break
             except torch.OutOfMemoryError as error:  # it holds on to what was computed: it has to go first
                 others_know = isinstance(error, OutOfMemoryElsewhere)
@@ -175,12 +182,13 @@ class Stepper:
         return seconds
 
     def run(self, input_ids: Tensor, targets: Tensor) -> None:
-        """One optimizer step on samples (N, T)."""
-        if self.graphs is not None:
+        """One optimizer step on samples (N, T), or as many tokens in shorter ones, of which no graph was recorded."""
+        shorter = self.loader.seq_len // input_ids.shape[1]
+        if self.graphs is not None and shorter == 1:
             self.graphs(input_ids, targets)
             return
         with ordered_sums(self.execution, self.device):
-            self.step(input_ids, targets, self.micro_rows)
+            self.step(input_ids, targets, self.micro_rows * shorter)
 
     def _wait_for_older_steps(self) -> None:
         """Keep the host at most AHEAD steps before the GPU: that is enough to never leave it idle, and little enough

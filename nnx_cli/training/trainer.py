@@ -93,7 +93,7 @@ class Trainer:
                 self.settle_execution(run)
             with training_time(state):
                 config, lr = self.config, self.lr(before)
-                state.tokens += self.take_step(lr)
+                state.tokens += self.take_step(lr, before < (config.short_sequences or 0.0))
                 state.step += 1
                 if self.config is not config:  # memory ran out
                     self.write_config(run)
@@ -160,10 +160,10 @@ class Trainer:
 
     # steps
 
-    def take_step(self, lr: float) -> int:
-        """One optimizer step; returns its number of tokens. A GPU may still be at work on it. Where memory runs out,
-        it is taken in smaller micro-batches from here on."""
-        n_tokens = self.stepper.take(self.state.step, lr)
+    def take_step(self, lr: float, short: bool = False) -> int:
+        """One optimizer step, on sequences of half the length where it is to be `short`; returns its number of tokens.
+        A GPU may still be at work on it. Where memory runs out, it is taken in smaller micro-batches from here on."""
+        n_tokens = self.stepper.take(self.state.step, lr, short)
         self.config = divide_step(self.config, self.stepper.batch_size)
         return n_tokens
 

@@ -11,13 +11,19 @@ from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import Recipe
 from nnx_cli.planning import plan as planner
 from nnx_cli.planning.plan import affordable_size, plan_run, steps_in
-from nnx_cli.planning.recipe import default_dropout, default_lr, default_weight_decay, useful_epochs
+from nnx_cli.planning.recipe import (
+    default_dropout,
+    default_lr,
+    default_short_sequences,
+    default_weight_decay,
+    useful_epochs,
+)
 
 T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
 
 
-def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scratch=True, **train):
+def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scratch=True, masked=False, **train):
     return plan_run(
         model,
         size,
@@ -30,6 +36,7 @@ def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scr
         precision="fp32",
         sources=dict.fromkeys([*fields, *train], "command line"),
         from_scratch=from_scratch,
+        masked=masked,
     )
 
 
@@ -183,6 +190,18 @@ def test_the_default_length_has_two_ends():
 )
 def test_large_models_need_a_text_less_often(per_token, train_tokens, epochs):
     assert useful_epochs(per_token, train_tokens) == epochs
+
+
+def test_long_runs_of_new_weights_begin_with_short_sequences():
+    def short(fields=FIELDS, **settings):
+        return plan(fields, **({"max_steps": 400, "batch_size": 4} | settings)).train.short_sequences
+
+    assert short() == pytest.approx(1 / 3)
+    assert short(max_steps=399) == short(from_scratch=False) == short(masked=True) == short(lora_rank=2) == 0.0
+    assert short(FIELDS | {"seq_len": 31}) == 0.0 and short(short_sequences=0.5, max_steps=9) == 0.5
+    assert default_short_sequences(torch.device("cuda"), 256, 5000) == 0.0
+    with pytest.raises(UsageError, match="even context"):
+        short(FIELDS | {"seq_len": 31}, short_sequences=0.5)
 
 
 def test_a_longer_time_plans_for_no_more_than_the_text_can_give():

@@ -632,3 +632,48 @@ def test_a_stopped_process_resumes_to_the_same_bits(uninterrupted, token_path, w
     assert f"resuming {os.path.join('weights', 'run')} at step {stopped_at}" not in result.stdout
     assert json.loads(result.stdout)["status"] == "finished"
     assert everything(run) == everything(uninterrupted)
+
+
+# short sequences
+
+
+def lengths_of(trainer):
+    """The sequence lengths of the steps that a trainer is going to take, as it takes them."""
+    lengths, take = [], trainer.stepper.step.__call__
+
+    class Seen(type(trainer.stepper.step)):
+        def __call__(self, input_ids, targets, batch_size):
+            lengths.append(input_ids.shape[1])
+            return take(input_ids, targets, batch_size)
+
+    trainer.stepper.step.__class__ = Seen
+    return lengths
+
+
+def test_a_run_that_begins_with_short_sequences_resumes_to_the_same_bits(start, workspace):
+    settings = dict(short_sequences=0.5, model="nyx")
+    run, trainer = start(workspace / "whole", **settings)
+    lengths = lengths_of(trainer)
+    assert train(run, trainer) == "finished"
+    T = trainer.stepper.loader.seq_len
+    assert lengths == [T // 2] * 6 + [T] * 6
+    assert [line["tokens"] for line in records(run)][-1] == 12 * 8 * T
+    for stop_at in (3, 6, 9):
+        other, trainer = start(workspace / f"until {stop_at}", **settings)
+        assert train(other, trainer, stop_at) == "interrupted"
+        trainer = resume(other)
+        lengths = lengths_of(trainer)
+        assert train(other, trainer) == "finished"
+        assert lengths == ([T // 2] * 6 + [T] * 6)[stop_at:]
+        assert everything(other) == everything(run)
+
+
+def test_a_run_that_knows_of_no_short_sequences_goes_on_without(start, workspace):
+    run, trainer = start(workspace / "old", short_sequences=0.0)
+    assert train(run, trainer, 3) == "interrupted"
+    config = run.config
+    del config["training"]["short_sequences"]
+    run.set_config(config)
+    trainer = resume(run)
+    lengths = lengths_of(trainer)
+    assert train(run, trainer) == "finished" and set(lengths) == {trainer.stepper.loader.seq_len}

@@ -1,0 +1,209 @@
+"""What others train with and the default recipe does not: each candidate beside it, for all architectures.
+
+    python tests/bench/recipe_race.py --text FILE... [--models nyx llama ...] [--candidates cosine softcap ...]
+                                      [--size nano] [--steps 400] [--seeds 3] [--limit SECONDS]
+                                      [--results FILE] [--markdown FILE]
+
+A run is `nnx train` for as many steps, or the tokens of these, with everything else on auto but for one thing; its loss
+is that of the last weights over the whole validation split. Candidates:
+
+cosine, wsd     the schedule, in place of a rate that falls linearly to zero
+momentum        Muon's, from 0.85 to 0.95 in the first fifth of the run, in place of 0.9 (modded-nanogpt does so in its
+                first 300 steps; 0.95 throughout: zoo.md)
+batch           half the sequences a step in the first third of the tokens, so that there are a third more steps
+                (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162: gradients are less noisy early, so that small
+                batches are enough)
+sequences       sequences of half the length, twice as many, in the first third (Li et al. 2022,
+                https://arxiv.org/abs/2108.06084)
+softcap         logits z as 15 tanh(z / 15) (nanochat; Gemma 2 has 30); not for tape, whose head is a Student's t
+
+Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch.
+
+Rows are appended to --results, those that are there are not run again, and several calls at once may share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from zoo import make_trainer_for
+
+from nnx_cli import models
+from nnx_cli.config import PrepareConfig
+from nnx_cli.data.prepare import prepare
+from nnx_cli.data.token_folder import TokenFolder, open_token_folder
+from nnx_cli.evaluation.losses import evaluate
+from nnx_cli.layers import loss as loss_module
+from nnx_cli.optim._base import set_lr
+from nnx_cli.system.device import describe, pick_device, set_seed
+from nnx_cli.training.schedule import lr_at
+from nnx_cli.training.trainer import Trainer
+
+AS_IT_IS = "as it is"
+CANDIDATES = ("cosine", "wsd", "momentum", "batch", "sequences", "softcap")
+EARLY = 1 / 3  # of the tokens
+WARM, COLD_MOMENTUM, WARM_MOMENTUM = 1 / 5, 0.85, 0.95
+CAP = 15.0
+
+
+@contextlib.contextmanager
+def capped(model: models.LanguageModel) -> Iterator[None]:
+    """Meanwhile the logits of a model are at most CAP."""
+    handle = model.head.register_forward_hook(lambda head, args, logits: CAP * torch.tanh(logits.float() / CAP))
+    fused, loss_module.as_linear_head = loss_module.as_linear_head, lambda head: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        handle.remove()
+        loss_module.as_linear_head = fused
+
+
+def samples(trainer: Trainer, first: int, candidate: str, progress: float) -> tuple[Tensor, Tensor]:
+    """The sequences (N, T) of the step that begins with the one of number `first`, and their targets."""
+    rows = trainer.stepper.samples_per_step
+    early = progress < EARLY
+    if candidate == "batch" and early:
+        rows //= 2
+    batch = trainer.stepper.loader.batch(first, rows)
+    if candidate == "sequences" and early:
+        ids, targets = (part.reshape(2 * rows, -1) for part in batch)
+        return ids, targets
+    return batch
+
+
+def train(trainer: Trainer, candidate: str) -> int:
+    """All steps of a run; returns how many there were."""
+    config, step = trainer.config, trainer.stepper.step
+    every, done, n_steps = config.max_steps * trainer.stepper.samples_per_step, 0, 0
+    trainer.model.train()
+    while done < every:
+        progress = done / every
+        set_seed(config.seed, n_steps)
+        lr = lr_at(
+            n_steps,
+            progress,
+            schedule=config.schedule,
+            lr=config.lr,
+            min_lr=config.min_lr,
+            warmup_steps=config.warmup_steps,
+        )
+        set_lr(step.optimizer, lr)
+        if candidate == "momentum":
+            momentum = COLD_MOMENTUM + (WARM_MOMENTUM - COLD_MOMENTUM) * min(1.0, progress / WARM)
+            for group in step.optimizer.param_groups:
+                group |= {"momentum": momentum} if "momentum" in group else {}
+        input_ids, targets = samples(trainer, done, candidate, progress)
+        step(input_ids, targets, min(len(input_ids), config.batch_size))
+        trainer.state.step = n_steps = n_steps + 1
+        done += input_ids.numel() // trainer.stepper.loader.seq_len
+    return n_steps
+
+
+def run(job: dict[str, Any], data: TokenFolder, device: torch.device) -> dict[str, Any]:
+    """One run: its loss, in nats a token, and what the recipe was."""
+    own = {"schedule": job["candidate"]} if job["candidate"] in ("cosine", "wsd") else {}
+    shape = make_trainer_for(10**6, job["model"], job["size"], data, job["seed"], device, **own).config
+    tokens = job["steps"] * shape.tokens_per_step
+    trainer = make_trainer_for(tokens, job["model"], job["size"], data, job["seed"], device, **own)
+    config, model = trainer.config, trainer.model
+    started = time.perf_counter()
+    with capped(model) if job["candidate"] == "softcap" else contextlib.nullcontext():
+        n_steps = train(trainer, job["candidate"])
+        seconds = time.perf_counter() - started
+        bytes_of = trainer.validation.token_bytes
+        found = evaluate(model, data.val, seq_len=model.config.seq_len, batch_size=16, token_bytes=bytes_of)
+    return {
+        "loss": round(found.loss, 4),
+        "taken": n_steps,
+        "tokens_per_step": config.tokens_per_step,
+        "epochs": round(tokens / len(data.train), 2),
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "seconds": round(seconds, 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each text and model: the mean over the seeds as it is, and the mean difference of each candidate to
+    the runs of the same seeds, with its standard error."""
+    cells: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        mine = cells.setdefault((row["text"], row["model"]), {})
+        mine.setdefault(row["candidate"], {})[row["seed"]] = row["loss"]
+    candidates = [c for c in CANDIDATES if any(c in mine for mine in cells.values())]
+    lines = [f"| text | model | {AS_IT_IS} | {' | '.join(candidates)} |"]
+    lines.append("| --- | --- | ---: |" + " ---: |" * len(candidates))
+    for (text, model), mine in sorted(cells.items()):
+        plain = mine.get(AS_IT_IS, {})
+        if not plain:
+            continue
+        line = f"| {text} | {model} | {statistics.mean(plain.values()):.4f} |"
+        for candidate in candidates:
+            pairs = [loss - plain[seed] for seed, loss in mine.get(candidate, {}).items() if seed in plain]
+            error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.3f}" if len(pairs) > 1 else ""
+            line += f" {statistics.mean(pairs):+.3f}{error} |" if pairs else " |"
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--models", nargs="+", default=models.names())
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--size", default="nano")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run is begun")
+    parser.add_argument("--results", type=Path, default=Path("recipe_race.jsonl"))
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    started, device = time.monotonic(), pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    def known() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+
+    with tempfile.TemporaryDirectory() as folder:
+        for path in args.text:
+            prepare([path], Path(folder) / path.stem, PrepareConfig(tokenizer="byte"))
+        jobs = [
+            {"text": path.stem, "model": name, "size": args.size, "steps": args.steps}
+            | {"seed": seed, "candidate": candidate}
+            for seed in range(args.seeds)
+            for path in args.text
+            for name in args.models
+            for candidate in (AS_IT_IS, *args.candidates)
+            if (name, candidate) != ("tape", "softcap")
+        ]
+        for job in jobs:
+            if any(job.items() <= row.items() for row in known()) or time.monotonic() - started > args.limit:
+                continue
+            row = job | run(job, open_token_folder(Path(folder) / job["text"]), device)
+            row |= {"machine": f"{describe(device)}, torch {torch.__version__}, {datetime.date.today()}"}
+            print(json.dumps(row), flush=True)
+            with open(args.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    mine = [row for row in known() if (row["size"], row["steps"]) == (args.size, args.steps)]
+    text = "\n".join([*table(mine), ""])
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
