@@ -95,6 +95,7 @@ class Field:
             device=self.device,
             precision=self.precision,
             sources={},
+            may_halve=self.config.task == "text" and self.data.mask is None,
         )
         return replace(plan, size=match.size)
 

@@ -82,14 +82,14 @@ def plan_run(
     epoch_tokens: EpochTokens | None = None,
     ranks: Sequence[RankDevice] = (),
     from_scratch: bool = True,
-    masked: bool = False,
+    may_halve: bool = True,
 ) -> Plan:
     """Fill in every value that is None or auto.
 
     `fields` are the model's fields that were set, `sources` where set values came from; `epoch_tokens` are those that
     an epoch reads, where they are not `train_tokens`; `ranks` the devices of a run on several; `from_scratch` is
-    False where weights are there to start from; of a `masked` text not all tokens are targets. Raises UsageError for
-    values that disagree, DoesNotFit where not even one sequence fits.
+    False where weights are there to start from, `may_halve` where what is to be learned needs whole sequences. Raises
+    UsageError for values that disagree, DoesNotFit where not even one sequence fits.
     """
     settings, data = Settings(train, sources), Data(vocab_size, train_tokens, val_tokens)
     rate = common_flops(ranks) if ranks else nominal_flops(device, precision)
@@ -110,7 +110,7 @@ def plan_run(
     settings.fill_all(run_length(train, data, horizon, fitted.tokens_per_step))
     steps = expected_steps(settings.train, horizon, fitted.tokens_per_step)
     settings.fill_all(training_recipe(name, settings.train, config.dim, steps, data.train_tokens, from_scratch))
-    settings.fill_all(short_sequences(train, config.seq_len, device, steps if from_scratch and not masked else 0))
+    settings.fill_all(short_sequences(train, config.seq_len, device, steps if from_scratch and may_halve else 0))
     settings.fill_all(validation(settings.train, config.seq_len, data, steps))
     return Plan(
         name,
@@ -219,7 +219,7 @@ def expected_steps(train: TrainConfig, horizon: Horizon, tokens_per_step: int) -
 
 
 def short_sequences(train: TrainConfig, seq_len: int, device: torch.device, steps: int) -> dict[str, Derived]:
-    """The part of a run that reads short sequences, of as many steps as train all of new weights on a whole text.
+    """The part of a run that reads short sequences, of as many steps as are free to do so.
 
     Raises UsageError where they were asked for and can't be halved.
     """

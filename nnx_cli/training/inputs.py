@@ -201,6 +201,6 @@ def open_and_plan(
         epoch_tokens=tokens.epoch_tokens,
         ranks=ranks,
         from_scratch=base is None,
-        masked=tokens.mask is not None,
+        may_halve=tokens.mask is None,
     )
     return tokens, plan

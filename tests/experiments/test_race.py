@@ -7,6 +7,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -376,6 +377,15 @@ def test_all_validate_on_the_same_text(tokens, monkeypatch, changes, batches):
         assert (
             field.plan(entrant.model, entrant.match, entrant.asked).train.val_batches == entrant.plan.train.val_batches
         )
+
+
+def test_sequences_are_halved_where_nothing_needs_them_whole(tokens):
+    def parts(of=tokens, **changes):
+        return {entrant.plan.train.short_sequences for entrant in enter(of, budget="110000", **changes).entrants}
+
+    assert parts() == {1 / 3}
+    masked = replace(tokens, mask=np.full(-(-len(tokens.train) // 8), 255, np.uint8))
+    assert parts(task="recall") == parts(task="plasticity") == parts(masked) == {0.0}
 
 
 def test_time_is_kept(searched, tokens, tmp_path):

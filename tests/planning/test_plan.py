@@ -23,7 +23,7 @@ T = 32
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
 
 
-def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scratch=True, masked=False, **train):
+def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scratch=True, may_halve=True, **train):
     return plan_run(
         model,
         size,
@@ -36,7 +36,7 @@ def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scr
         precision="fp32",
         sources=dict.fromkeys([*fields, *train], "command line"),
         from_scratch=from_scratch,
-        masked=masked,
+        may_halve=may_halve,
     )
 
 
@@ -197,7 +197,7 @@ def test_long_runs_of_new_weights_begin_with_short_sequences():
         return plan(fields, **({"max_steps": 400, "batch_size": 4} | settings)).train.short_sequences
 
     assert short() == pytest.approx(1 / 3)
-    assert short(max_steps=399) == short(from_scratch=False) == short(masked=True) == short(lora_rank=2) == 0.0
+    assert short(max_steps=399) == short(from_scratch=False) == short(may_halve=False) == short(lora_rank=2) == 0.0
     assert short(FIELDS | {"seq_len": 31}) == 0.0 and short(short_sequences=0.5, max_steps=9) == 0.5
     assert default_short_sequences(torch.device("cuda"), 256, 5000) == 0.0
     with pytest.raises(UsageError, match="even context"):
