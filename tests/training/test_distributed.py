@@ -68,7 +68,8 @@ def test_a_rank_holds_no_more_of_the_others_than_a_file_needs(outs, folder, toke
     weights, moments = (distributed.bytes_of(part.values()) for part in (checkpoint.model, checkpoint.optimizer))
     largest = max(tensor.nbytes for part in (checkpoint.model, checkpoint.optimizer) for tensor in part.values())
     assert weights + moments <= first["most"] <= weights + moments + largest + 2048 < 2 * weights + moments
-    assert second["most"] <= largest + 2048
+    late = largest  # what a thread of the backend has sent and lets go of a little later
+    assert second["most"] <= largest + late + 2048 < weights
     kept, exact = first["moments"] + second["moments"], sum(t.nbytes for t in checkpoint.optimizer.values())
     counts = sum(t.nbytes for t in checkpoint.optimizer.values() if t.dim() == 0)
     assert exact <= kept <= exact + counts and abs(first["moments"] - second["moments"]) <= counts
