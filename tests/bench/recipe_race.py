@@ -47,8 +47,7 @@ from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers import loss as loss_module
 from nnx_cli.optim._base import set_lr
 from nnx_cli.system.device import describe, pick_device, set_seed
-from nnx_cli.training.schedule import lr_at
-from nnx_cli.training.trainer import Trainer
+from nnx_cli.training.trainer import Trainer, scheduled_lr
 
 AS_IT_IS = "as it is"
 CANDIDATES = ("cosine", "wsd", "momentum", "batch", "sequences", "softcap")
@@ -90,15 +89,7 @@ def train(trainer: Trainer, candidate: str) -> int:
     while done < every:
         progress = done / every
         set_seed(config.seed, n_steps)
-        lr = lr_at(
-            n_steps,
-            progress,
-            schedule=config.schedule,
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup_steps=config.warmup_steps,
-        )
-        set_lr(step.optimizer, lr)
+        set_lr(step.optimizer, scheduled_lr(config, n_steps, progress))
         if candidate == "momentum":
             momentum = COLD_MOMENTUM + (WARM_MOMENTUM - COLD_MOMENTUM) * min(1.0, progress / WARM)
             for group in step.optimizer.param_groups:
