@@ -174,7 +174,7 @@ def tokens(token_path):
 def start(tokens):
     """Starts a run and returns it with its trainer: start(folder, model="nyx", fields={...}, **training settings)."""
 
-    def start_run(out, model="nyx", fields=None, observer=None, **settings):
+    def start_run(out, model="nyx", fields=None, observer=None, device="cpu", **settings):
         train = TrainConfig(**(SETTINGS | settings))
         plan = plan_run(
             model,
@@ -184,12 +184,12 @@ def start(tokens):
             vocab_size=tokens.vocab_size,
             train_tokens=len(tokens.train),
             val_tokens=len(tokens.val),
-            device=torch.device("cpu"),
+            device=torch.device(device),
             precision="fp32",
             sources={},
         )
         prompt = session.Sampling([10], 8)
-        return session.start(plan, tokens, out, torch.device("cpu"), observer or Silent(), prompt, "nnx train", None)
+        return session.start(plan, tokens, out, torch.device(device), observer or Silent(), prompt, "nnx train", None)
 
     return start_run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -130,10 +131,8 @@ def _verify_graph(stepper: Stepper, now: Execution, conditions: Conditions) -> E
 
 def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -> Execution:
     """Compile blocks, if that works, is right, and for `auto` is faster; graphs are recorded anew."""
-    is_divided = stepper.step.shards is not None
-    whole_steps = stepper.device.type == "cuda" and not is_divided  # which ranks can take alone
-    attempt = _together if is_divided else try_micro_batch
-    eager = None if whole_steps else attempt(stepper, compiled=False)
+    whole_steps = _takes_whole_steps(stepper)
+    eager = None if whole_steps else _attempt(stepper)(stepper, compiled=False)
     step_s = now.step_s if eager is None else stepper.ranks.most(eager.seconds) * stepper.n_micro
     assert step_s is not None
     if not choose(conditions, step_s).compiled:
@@ -148,8 +147,7 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
             _step_seconds_or_inf(stepper) if whole_steps else compiled.seconds * stepper.n_micro
         )
         if compiled_s < math.inf and (conditions.requested != "auto" or compiled_s < WORTHWHILE * step_s):
-            if not whole_steps and stepper.step.model.config.dropout:  # it was tried without
-                attempt(stepper, compiled=True, with_dropout=True)
+            _compile_dropout(stepper)
             note = f"{COMPILED} {compiled_s / step_s:.0%} of its time before"
             return _settled(stepper, now, [*problems, note], compiled=True, step_s=compiled_s)
         undo_compile(stepper.step.model)
@@ -158,7 +156,52 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     return _settled(stepper, now, problems, compiled=False, step_s=step_s)
 
 
-def _settled(stepper: Stepper, now: Execution, notes: list[str | None], *, compiled: bool, step_s: float) -> Execution:
+def reads_short(config: TrainConfig, progress: float) -> bool:
+    """Whether steps at that part of a run, 0 to 1, read sequences of half the length."""
+    return progress < (config.short_sequences or 0.0)
+
+
+def follow_length(stepper: Stepper, config: TrainConfig, progress: float) -> Execution:
+    """Let steps read sequences as long as is due at that part of the run, 0 to 1; returns how they run then: as before,
+    compiled and recorded anew where the length changed, as far as that works. Weights, optimizer and counters stay as
+    they are."""
+    now, had_graphs = stepper.execution, stepper.graphs is not None
+    short = reads_short(config, progress)
+    if short == stepper.is_short:
+        return now
+    if had_graphs:
+        stepper.release_graphs()
+    stepper.is_short = short
+    compiled, problems = None, []
+    if now.compiled:
+        undo_compile(stepper.step.model)
+        compiled, problem = _compile(stepper, None, config.precision)
+        problems.append(problem)
+        if compiled is not None:
+            _compile_dropout(stepper)
+    problems.append(_record(stepper) if had_graphs else None)
+    return _settled(stepper, now, problems, compiled=compiled is not None, step_s=now.step_s)
+
+
+def _takes_whole_steps(stepper: Stepper) -> bool:
+    """Whether whole steps are timed, which ranks can take alone."""
+    return stepper.device.type == "cuda" and stepper.step.shards is None
+
+
+def _attempt(stepper: Stepper) -> Callable[..., Trial]:
+    """How a micro-batch is tried."""
+    return try_micro_batch if stepper.step.shards is None else _together
+
+
+def _compile_dropout(stepper: Stepper) -> None:
+    """Compile blocks with the dropout that they were tried without, where that takes no step."""
+    if not _takes_whole_steps(stepper) and stepper.step.model.config.dropout:
+        _attempt(stepper)(stepper, compiled=True, with_dropout=True)
+
+
+def _settled(
+    stepper: Stepper, now: Execution, notes: list[str | None], *, compiled: bool, step_s: float | None
+) -> Execution:
     told = (*now.notes, *(note for note in notes if note is not None))
     return Execution(graph=stepper.graphs is not None, compiled=compiled, step_s=step_s, notes=told)
 
@@ -260,7 +303,7 @@ def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Tri
         if problem is None:
             eager = eager or try_micro_batch(stepper, compiled=False)
             compile_blocks(stepper.step.model, without_hooks=is_divided)
-            trial = (_together if is_divided else try_micro_batch)(stepper, compiled=True)
+            trial = _attempt(stepper)(stepper, compiled=True)
             errors = zip(("loss", "gradient"), trial.relative_error(eager), TOLERANCE[precision], strict=True)
             wrong = [(what, error) for what, error, allowed in errors if not error <= allowed]
             problem = "the {} differs from eager by {:.1e}".format(*wrong[0]) if wrong else None

@@ -106,6 +106,7 @@ class Stepper:
         self.loader = loader
         self.seed = config.seed
         self.batch_size = config.batch_size
+        self.is_short = False  # whether each sample is read as two sequences of half its length
         self.samples_per_step = config.batch_size * config.grad_accum
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         optimizer = build_optimizer(model, config)
@@ -134,12 +135,16 @@ class Stepper:
 
     @property
     def micro_rows(self) -> int:
-        """Sequences of such a micro-batch, at most `batch_size`."""
+        """Samples of such a micro-batch, at most `batch_size`."""
         return -(-self.samples_per_step // (self.ranks.count * self.n_micro))
 
-    def take(self, number: int, lr: float, short: bool = False) -> int:
+    @property
+    def micro_sequences(self) -> int:
+        """Sequences that those are read as."""
+        return self.micro_rows * (2 if self.is_short else 1)
+
+    def take(self, number: int, lr: float) -> int:
         """Step `number` of the run; returns its number of tokens, masked ones too. A GPU may still be at work on it.
-        Where it is to be `short`, each sequence is read as two.
 
         Where memory runs out, the same samples are taken in smaller micro-batches from here on. Raises DoesNotFit.
         """
@@ -148,8 +153,7 @@ class Stepper:
             set_seed(self.seed, number, self.ranks.rank)
             set_lr(self.step.optimizer, lr)
             try:
-                batch = self._samples(number * n)
-                self.run(*(halves(part) if short else part for part in batch))
+                self.run(*self._samples(number * n))
                 break
             except torch.OutOfMemoryError as error:  # it holds on to what was computed: it has to go first
                 others_know = isinstance(error, OutOfMemoryElsewhere)
@@ -171,10 +175,12 @@ class Stepper:
         return batch
 
     def part(self, first: int = 0, n_micro: int | None = None) -> tuple[Tensor, Tensor]:
-        """Samples of this rank in the step whose samples begin at `first`, or of as many of its micro-batches."""
+        """Sequences of this rank in the step whose samples begin at `first`, or of as many of its micro-batches, and
+        their targets."""
         rows = self.micro_rows * self.n_micro
         wanted = self.micro_rows * (n_micro or self.n_micro)
-        return self.loader.part(first, self.samples_per_step, self.ranks.rank * rows, wanted)
+        input_ids, targets = self.loader.part(first, self.samples_per_step, self.ranks.rank * rows, wanted)
+        return (halves(input_ids), halves(targets)) if self.is_short else (input_ids, targets)
 
     def waited(self) -> float:
         """Seconds that it waited for samples since it was asked the last time."""
@@ -182,13 +188,12 @@ class Stepper:
         return seconds
 
     def run(self, input_ids: Tensor, targets: Tensor) -> None:
-        """One optimizer step on samples (N, T), or as many tokens in shorter ones, of which no graph was recorded."""
-        shorter = self.loader.seq_len // input_ids.shape[1]
-        if self.graphs is not None and shorter == 1:
+        """One optimizer step on sequences (N, T), as long as they are read now."""
+        if self.graphs is not None:
             self.graphs(input_ids, targets)
             return
         with ordered_sums(self.execution, self.device):
-            self.step(input_ids, targets, self.micro_rows * shorter)
+            self.step(input_ids, targets, self.micro_sequences)
 
     def _wait_for_older_steps(self) -> None:
         """Keep the host at most AHEAD steps before the GPU: that is enough to never leave it idle, and little enough
@@ -226,7 +231,7 @@ class Stepper:
     def record_graphs(self) -> None:
         """Run steps as CUDA graphs from now on, recorded anew. Raises RuntimeError, torch.OutOfMemoryError."""
         self.release_graphs()
-        self.graphs = StepGraphs(self.step, *self.part(), self.micro_rows)
+        self.graphs = StepGraphs(self.step, *self.part(), self.micro_sequences)
 
     def release_graphs(self) -> None:
         """Forget what was recorded, and give its memory back."""

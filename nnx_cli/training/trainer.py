@@ -26,7 +26,7 @@ from nnx_cli.runs.run import Run
 from nnx_cli.system.device import DTYPES, memory_budget, peak_memory_bytes, synchronize
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.cadence import Cadence, Due
-from nnx_cli.training.compilation import choose, conditions_of, verify
+from nnx_cli.training.compilation import choose, conditions_of, follow_length, reads_short, verify
 from nnx_cli.training.journal import Journal, finite
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.recovery import Recovery
@@ -89,11 +89,10 @@ class Trainer:
         journal.mark(state)
         done = self.progress()
         while (before := done) < 1.0:  # not the progress by now: what is due in between would be missed
-            if journal.has_shown_steps:
-                self.settle_execution(run)
+            self.settle_execution(run, before)
             with training_time(state):
                 config, lr = self.config, self.lr(before)
-                state.tokens += self.take_step(lr, before < (config.short_sequences or 0.0))
+                state.tokens += self.take_step(lr)
                 state.step += 1
                 if self.config is not config:  # memory ran out
                     self.write_config(run)
@@ -160,10 +159,9 @@ class Trainer:
 
     # steps
 
-    def take_step(self, lr: float, short: bool = False) -> int:
-        """One optimizer step, on sequences of half the length where it is to be `short`; returns its number of tokens.
-        A GPU may still be at work on it. Where memory runs out, it is taken in smaller micro-batches from here on."""
-        n_tokens = self.stepper.take(self.state.step, lr, short)
+    def take_step(self, lr: float) -> int:
+        """One optimizer step; returns its number of tokens. A GPU may still be at work on it."""
+        n_tokens = self.stepper.take(self.state.step, lr)
         self.config = divide_step(self.config, self.stepper.batch_size)
         return n_tokens
 
@@ -171,10 +169,11 @@ class Trainer:
         """Let steps run as `requested` and as the machine allows; returns the settings for the run's files.
 
         On a GPU a run that may be compiled takes its first steps before that, so that they can be seen soon, and notes
-        what is requested meanwhile. Where its bits are promised it is compiled from the first step on, as it is without
-        `postpone`, and as a model is that is divided among ranks: what is requested stays noted for one that is not.
+        what is requested meanwhile; not where its bits are promised, nor without `postpone`, nor where the model is
+        divided among ranks: then what is requested stays noted for one that is not.
         """
         whole = self.stepper.step.shards is None
+        self.stepper.is_short = reads_short(self.config, self.progress())
         conditions = conditions_of(self.config, self.device, requested, self.state, is_divided=not whole)
         wanted = choose(conditions)
         can_wait = self.device.type == "cuda" and not self.config.deterministic and whole
@@ -188,9 +187,13 @@ class Trainer:
             return replace(self.config, compile=requested)
         return self.config
 
-    def settle_execution(self, run: Run) -> None:
-        """Compile what was left for later. That takes its time, which is none of training's."""
-        if self.verify_later is None:
+    def settle_execution(self, run: Run, progress: float) -> None:
+        """Let steps run as is due at that part of the run; once one has been shown, compile what was left for then.
+        That takes its time, which is none of training's."""
+        if (execution := follow_length(self.stepper, self.config, progress)) != self.stepper.execution:
+            self._apply(execution)
+            self.write_config(run)
+        if self.verify_later is None or not self.journal.has_shown_steps:
             return
         verify_later, self.verify_later = self.verify_later, None
         self.observer.note("compiling; training goes on after it")
@@ -205,9 +208,7 @@ class Trainer:
 
     def write_config(self, run: Run) -> None:
         """Let config.json say how steps run, so that a resumed run knows."""
-        changed = ["batch_size", "grad_accum", "val_batches"]
-        if self.verify_later is None:
-            changed.append("compile")
+        changed = ["batch_size", "grad_accum", "val_batches", *(["compile"] if self.verify_later is None else [])]
         training = run.config["training"] | {key: getattr(self.config, key) for key in changed}
         self.journal.try_write(lambda: run.set_config(run.config | {"training": training}))
 

@@ -38,7 +38,7 @@ def work(number: int, jobs: Any, done: Any) -> None:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train one model; returns losses, in nats a token, and what the recipe was."""
-    from zoo import coerced, make_trainer
+    from zoo import coerced, make_trainer, take_step
 
     from nnx_cli import models
     from nnx_cli.config import TrainConfig
@@ -63,8 +63,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     synchronize(device)
     started = time.perf_counter()
     for step in range(train.max_steps):
-        state.tokens += trainer.take_step(trainer.lr(step / train.max_steps))
-        state.step += 1
+        take_step(trainer, step / train.max_steps)
         if state.step in looks:
             synchronize(device)
             spent += time.perf_counter() - started

@@ -38,6 +38,7 @@ from against_nanogpt import common_loss
 from lion_pytorch import Lion
 from originals import CASES
 from torch import Tensor, nn
+from zoo import take_step
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
@@ -50,7 +51,6 @@ from nnx_cli.system.device import DTYPES, describe, pick_device, pick_precision,
 from nnx_cli.training import session
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.sampling import Sampling
-from nnx_cli.training.schedule import lr_at
 
 SEQ_LEN = 256
 MARGIN = 0.02  # nats that ours may be above the original
@@ -225,17 +225,7 @@ def run_ours(job: Job, name: str, variant: str | None, seed: int) -> dict[str, A
     model.train()
     for step in range(job.steps):
         job.check_time()
-        trainer.take_step(
-            lr_at(
-                step,
-                step / job.steps,
-                schedule=config.schedule,
-                lr=config.lr,
-                min_lr=config.min_lr,
-                warmup_steps=config.warmup_steps,
-            )
-        )
-        trainer.state.step += 1
+        take_step(trainer, step / job.steps)
     model.eval()
     model.compute_dtype = torch.float32
     with eagerly(config.compile == "on"):

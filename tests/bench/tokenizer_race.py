@@ -54,7 +54,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from zoo import make_trainer
+from zoo import make_trainer, take_step
 
 from nnx_cli import models
 from nnx_cli.config import PrepareConfig, TrainConfig
@@ -72,7 +72,6 @@ from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.planning.flops import training_flops
 from nnx_cli.system.device import describe, pick_device, reset_peak_memory, synchronize
-from nnx_cli.training.schedule import lr_at
 
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -178,22 +177,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def train(trainer: Any, config: TrainConfig) -> dict[float, float]:
     """Bits per byte at LOOKS of a run that ends by the clock or after its steps."""
     state, seen = trainer.state, {}
-    recipe = trainer.config
     synchronize(trainer.device)
     started = time.perf_counter()
     while len(seen) < len(LOOKS):
         done = state.step / config.max_steps if config.max_steps else state.time_s / config.max_time_s
-        lr = lr_at(
-            state.step,
-            min(done, 1.0),
-            schedule=recipe.schedule,
-            lr=recipe.lr,
-            min_lr=recipe.min_lr,
-            warmup_steps=recipe.warmup_steps,
-        )
         if done < 1.0:
-            state.tokens += trainer.take_step(lr)
-            state.step += 1
+            take_step(trainer, done)
         if state.step % SYNC_STEPS == 0 or done >= 1.0:
             synchronize(trainer.device)
         if config.max_steps:

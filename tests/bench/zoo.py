@@ -39,9 +39,9 @@ from nnx_cli.system.device import (
     synchronize,
 )
 from nnx_cli.training import session
+from nnx_cli.training.compilation import follow_length
 from nnx_cli.training.observer import Silent
 from nnx_cli.training.sampling import Sampling
-from nnx_cli.training.schedule import lr_at
 from nnx_cli.training.trainer import Trainer
 
 
@@ -73,6 +73,13 @@ def make_trainer(
     return session.make_trainer(model, data, plan.train, device, Silent(), Sampling([10]))
 
 
+def take_step(trainer: Trainer, progress: float) -> None:
+    """The step at that part of a run, 0 to 1, as `nnx train` takes it."""
+    trainer.stepper.execution = follow_length(trainer.stepper, trainer.config, progress)
+    trainer.state.tokens += trainer.take_step(trainer.lr(progress))
+    trainer.state.step += 1
+
+
 def train(trainer: Trainer) -> tuple[float, float, float]:
     """Loss on the validation split after all steps, tokens a second, and seconds of processor time for the steps."""
     config, state = trainer.config, trainer.state
@@ -81,16 +88,7 @@ def train(trainer: Trainer) -> tuple[float, float, float]:
     synchronize(trainer.device)
     started, used = time.perf_counter(), time.process_time()
     for step in range(config.max_steps):
-        lr = lr_at(
-            step,
-            step / config.max_steps,
-            schedule=config.schedule,
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup_steps=config.warmup_steps,
-        )
-        state.tokens += trainer.take_step(lr)
-        state.step += 1
+        take_step(trainer, step / config.max_steps)
     synchronize(trainer.device)
     speed, used = state.tokens / (time.perf_counter() - started), time.process_time() - used
     result = evaluate(

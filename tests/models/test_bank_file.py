@@ -397,11 +397,11 @@ def fails(monkeypatch, workspace):
     take, once = Stepper.take, []
 
     def at_the_sixth_step(trouble):
-        def taken(stepper, number, lr, short):
+        def taken(stepper, number, lr):
             if number == 5 and not once:
                 once.append(number)
                 Path("trouble").write_text(trouble)
-            return take(stepper, number, lr, short)
+            return take(stepper, number, lr)
 
         monkeypatch.setattr(Stepper, "take", taken)
         return [

@@ -132,11 +132,11 @@ class SlowStep:
 
         real = Trainer.take_step
 
-        def take_step(trainer: Any, lr: float, short: bool) -> Any:
+        def take_step(trainer: Any, lr: float) -> Any:
             if trainer.state.step == self.step:
                 Path(self.signs).touch()
                 hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
-            return real(trainer, lr, short)
+            return real(trainer, lr)
 
         Trainer.take_step = take_step
 

@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnx_cli.config import TrainConfig
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.system import timing
 from nnx_cli.training import compilation
-from nnx_cli.training.compilation import Conditions, Trial, choose, try_micro_batch, verify
+from nnx_cli.training.compilation import Conditions, Trial, choose, follow_length, try_micro_batch, verify
 from nnx_cli.training.stepper import Execution, ordered_sums
 
 CPU = Conditions(
@@ -20,6 +21,7 @@ CPU = Conditions(
     progress=0.0,
 )
 GPU = replace(CPU, device_type="cuda")
+SHORT = TrainConfig(short_sequences=0.5, precision="fp32")
 
 
 @pytest.fixture
@@ -248,6 +250,33 @@ def test_compiled_steps_are_recorded_anew(stepper, graphs, pretend):
     decided = verify(stepper, Execution(graph=True, compiled=True), replace(GPU, max_steps=10**6))
     assert decided.name == "on" and decided.graph and graphs == [False, True]
     assert decided.notes == ("compiled: a step takes 50% of its time before",)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_for_another_length_steps_are_compiled_and_recorded_anew(stepper, graphs, pretend, compiled):
+    stepper.execution = before = Execution(graph=True, compiled=compiled, step_s=0.5)
+    stepper.graphs = first = object()
+    if compiled:
+        compile_blocks(stepper.step.model)
+    pretend((5.5, 1.0), (5.5, 0.5))
+    assert follow_length(stepper, SHORT, 0.4) == before
+    assert stepper.is_short and is_compiled(stepper) == compiled and graphs == [compiled] and stepper.graphs != first
+    assert follow_length(stepper, SHORT, 0.49) == before and len(graphs) == 1
+
+
+def test_what_does_not_work_for_another_length_is_left_out(stepper, graphs, pretend, monkeypatch):
+    stepper.execution, stepper.graphs = Execution(graph=True, compiled=True, step_s=0.5), object()
+    compile_blocks(stepper.step.model)
+    pretend((5.5, 1.0), (5.9, 0.5))
+    monkeypatch.setattr(stepper, "record_graphs", run_out)
+    notes = ("not compiled: the loss differs from eager by 7.3e-02", "no CUDA graph: not enough memory")
+    assert follow_length(stepper, SHORT, 0.4) == Execution(step_s=0.5, notes=notes)
+    assert stepper.is_short and not is_compiled(stepper) and stepper.graphs is None
+
+
+def test_graphs_that_were_lost_are_not_recorded_for_another_length(stepper, graphs):
+    stepper.execution = Execution(graph=True, step_s=0.5)
+    assert follow_length(stepper, SHORT, 0.4) == Execution(step_s=0.5) and graphs == []
 
 
 def test_graphs_that_a_want_of_memory_has_cost_are_not_recorded_anew(stepper, graphs, pretend):

@@ -25,17 +25,16 @@ def test_the_name_of_an_execution_is_the_option():
     assert names == ["off", "on", "graph", "on"]
 
 
-@pytest.mark.parametrize("has_graphs", [False, True])
-def test_a_short_step_reads_each_sequence_as_two(start, workspace, monkeypatch, has_graphs):
+def test_a_short_step_reads_each_sample_as_two_sequences(start, workspace, monkeypatch):
     _, trainer = start(workspace / "a", batch_size=4, grad_accum=2)
     stepper, seen = trainer.stepper, []
     ids, targets = stepper.loader.batch(0, 8)
     monkeypatch.setattr(stepper, "step", Mock(optimizer=stepper.step.optimizer))
-    stepper.graphs = (lambda *batch: seen.append((*batch, "graph"))) if has_graphs else None
     stepper.step.side_effect = lambda *batch: seen.append(batch)
-    assert stepper.take(0, 1e-3, short=True) == stepper.take(0, 1e-3) == ids.numel()
-    (short_ids, short_targets, rows), (long_ids, _, how) = seen
-    assert rows == 8 and how == ("graph" if has_graphs else 4) and long_ids.equal(ids)
+    for stepper.is_short in (True, False):
+        assert stepper.take(0, 1e-3) == ids.numel()
+    (short_ids, short_targets, rows), (long_ids, _, whole_rows) = seen
+    assert rows == 8 and whole_rows == 4 and long_ids.equal(ids)
     half = ids.shape[1] // 2
     assert short_ids[0::2].equal(ids[:, :half]) and short_ids[1::2].equal(ids[:, half:])
     assert short_targets[0::2].equal(targets[:, :half]) and short_targets[1::2].equal(targets[:, half:])

@@ -17,7 +17,7 @@ from nnx_cli.optim._build import build_optimizer
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
-from nnx_cli.training import sampling, session, validation
+from nnx_cli.training import compilation, sampling, session, validation
 from nnx_cli.training import trainer as trainer_module
 from nnx_cli.training.observer import Several, Silent
 from nnx_cli.training.stepper import Execution
@@ -666,6 +666,56 @@ def test_a_run_that_begins_with_short_sequences_resumes_to_the_same_bits(start, 
         assert train(other, trainer) == "finished"
         assert lengths == ([T // 2] * 6 + [T] * 6)[stop_at:]
         assert everything(other) == everything(run)
+
+
+def test_a_run_says_once_how_it_runs_with_whole_sequences(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", short_sequences=0.5)
+    asked, notes = [], []
+    trainer.observer.note = notes.append
+
+    def follow_length(stepper, config, progress):
+        asked.append(progress)
+        return Execution(graph=True, notes=("not compiled",)) if progress == 0.5 else stepper.execution
+
+    monkeypatch.setattr(trainer_module, "follow_length", follow_length)
+    assert trainer.stepper.is_short
+    train(run, trainer)
+    assert asked == [step / 12 for step in range(12)] and notes == ["not compiled"]
+    assert run.config["training"]["compile"] == trainer.config.compile == "graph"
+
+
+def test_blocks_are_compiled_for_both_lengths_before_their_steps(start, workspace, monkeypatch):
+    run, trainer = start(workspace / "a", short_sequences=0.5)
+    trainer.stepper.execution, passes = Execution(compiled=True), []
+    monkeypatch.setattr(compilation, "compile_blocks", lambda model, without_hooks: passes.append("compile"))
+    lengths = lengths_of(trainer)
+
+    def try_micro_batch(stepper, *, compiled, with_dropout=False):
+        lengths.append(("compiled" if compiled else "eager", stepper.part(n_micro=1)[0].shape[1]))
+        return compilation.Trial(5.5, 1.0, torch.ones(1))
+
+    monkeypatch.setattr(compilation, "try_micro_batch", try_micro_batch)
+    train(run, trainer)
+    T = trainer.stepper.loader.seq_len
+    assert lengths == [T // 2] * 6 + [("eager", T), ("compiled", T)] + [T] * 6 and passes == ["compile"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("how", ["graph", "on"])
+def test_steps_of_both_lengths_are_recorded(start, workspace, how):
+    """A run whose steps are graphs, of each length in turn, ends like one that runs op by op."""
+    losses = {}
+    for requested in ("off", how):
+        settings = dict(compile=requested, short_sequences=0.5, batch_size=4, grad_accum=2, device="cuda")
+        run, trainer = start(workspace / requested, **settings)
+        T = trainer.stepper.loader.seq_len
+        for length in (T // 2, T):
+            graphs = trainer.stepper.graphs
+            assert graphs is None if requested == "off" else graphs.micro_batch.inputs[0].shape[1] == length
+            train(run, trainer)
+        assert run.config["training"]["compile"] == requested
+        losses[requested] = [line["train_loss"] for line in records(run)]
+    torch.testing.assert_close(losses[how], losses["off"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_that_knows_of_no_short_sequences_goes_on_without(start, workspace):
