@@ -33,6 +33,7 @@ POLAR_EXPRESS = (
 )
 SHORTER = POLAR_EXPRESS[1:]  # from 0.008 up: no worse on a CPU, where the steps are a quarter of the time (zoo.md)
 LEAST_APART = 2**24  # multiplications of a matrix with its own transpose, from which on a stack is taken apart
+LARGEST = 1.25  # root mean square of the singular values of what the steps end with
 MARGIN = 1.02  # by which a matrix's norm is kept below 1 at the start
 
 
@@ -40,13 +41,14 @@ def orthogonalize(
     matrices: Tensor, dtype: torch.dtype, steps: Sequence[tuple[float, float, float]] = POLAR_EXPRESS
 ) -> Tensor:
     """U Vᵀ of each matrix (N, R, C) = U S Vᵀ, nearly: the Newton-Schulz iteration x ← a·x + (b·x xᵀ + c·(x xᵀ)²)·x in
-    `dtype`, with coefficients (a, b, c) of its own for each of `steps`."""
+    `dtype`, with coefficients (a, b, c) of its own for each of `steps`. A matrix of which something else came is zero.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)
     one_by_one = x[0].numel() * x.shape[1] >= LEAST_APART and prefers_onednn(x[0], x[0]) and of(x).onednn
     if dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
-        x = _by_grams(x, steps, matmul if one_by_one else torch.bmm)
+        x = _forget_failures(_by_grams(x, steps, matmul if one_by_one else torch.bmm))
         return x.mT if tall else x
     for a, b, c in steps:
         if one_by_one:
@@ -55,7 +57,19 @@ def orthogonalize(
         else:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = _forget_failures(x)
     return x.mT if tall else x
+
+
+def _forget_failures(x: Tensor) -> Tensor:
+    """`x` (N, R, C), R <= C, with zeros in place of matrices that are larger than orthogonal ones are, or not finite.
+
+    A small error is enough for that: the steps diverge beyond the singular values that they are made for. Seen where
+    several processes share one H200, of which cuBLAS's products are now and then wrong: tests/bench/zoo.md.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
+    return x.masked_fill_(~(norm <= LARGEST * math.sqrt(x.shape[1])), 0.0)
 
 
 def _by_grams(

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -52,6 +53,32 @@ def test_wide_matrices_come_out_as_by_the_iteration_in_float64(shape, rank):
     matrices = left @ right + 1e-5 * torch.randn(3, *shape, generator=generator)
     wanted = orthogonalize(matrices.double(), torch.float64)
     assert (orthogonalize(matrices, torch.float32) - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("wrong", [3.0, 1e30, float("nan")])
+def test_a_matrix_whose_product_came_out_wrong_is_left_out(wrong, monkeypatch):
+    """A factor of three at the second of five steps: from there on the iteration diverges."""
+    matrices, product, calls = torch.randn(3, 32, 48), torch.baddbmm, itertools.count()
+    right = orthogonalize(matrices, torch.bfloat16)
+
+    def baddbmm(*args, **kwargs):
+        out = product(*args, **kwargs)
+        if next(calls) == 3:
+            out[1] *= wrong
+        return out
+
+    monkeypatch.setattr(torch, "baddbmm", baddbmm)
+    got = orthogonalize(matrices, torch.bfloat16)
+    assert got[[0, 2]].equal(right[[0, 2]]) and right[1].any() and not got[1].any()
+
+
+def test_a_weight_whose_update_came_out_wrong_decays_alone(monkeypatch):
+    weight = torch.nn.Parameter(torch.randn(16, 16))
+    optimizer = Muon([{"params": [weight], "orthogonal": True}], 0.01, weight_decay=0.5)
+    monkeypatch.setattr(muon, "SHORTER", ((3.0, 0.0, 0.0),) * 5)
+    weight.grad, before = torch.randn(16, 16), weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.01 * 0.5))
 
 
 def test_arithmetic_on_a_processor_is_float32():
