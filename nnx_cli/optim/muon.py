@@ -69,7 +69,7 @@ def _forget_failures(x: Tensor) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
-    return x.masked_fill_(~(norm <= LARGEST * math.sqrt(x.shape[1])), 0.0)
+    return torch.where(norm <= LARGEST * math.sqrt(x.shape[1]), x, 0.0)
 
 
 def _by_grams(

@@ -139,7 +139,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 def release_memory() -> None:
     """Give back what objects that nobody uses still hold, recorded CUDA graphs and their pools among them."""
     gc.collect()
+    empty_cache()
+
+
+def empty_cache() -> None:
+    """Give memory that nobody uses back to the GPU, once all that was launched is done: PyTorch does not wait for CUDA
+    graphs, which run on another stream than the one they were recorded on, before it takes the memory of those away
+    that are gone (https://github.com/pytorch/pytorch/issues/196258)."""
     if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

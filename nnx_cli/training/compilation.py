@@ -14,6 +14,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.errors import DoesNotFit
 from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.planning.fit import SMALLER
+from nnx_cli.system.device import empty_cache
 from nnx_cli.system.machine import missing_to_compile
 from nnx_cli.system.timing import median_seconds
 from nnx_cli.training.state import TrainState
@@ -317,8 +318,7 @@ def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Tri
     if problem is None:
         return trial, None
     undo_compile(stepper.step.model)
-    if stepper.device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache()
     return None, f"not compiled: {problem}"
 
 
@@ -345,7 +345,7 @@ def _step_seconds_or_inf(stepper: Stepper) -> float:
         return step_seconds(stepper)
     except torch.OutOfMemoryError:
         pass  # the exception holds on to what was computed: it has to go first
-    torch.cuda.empty_cache()
+    empty_cache()
     return math.inf
 
 

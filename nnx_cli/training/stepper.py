@@ -20,7 +20,7 @@ from nnx_cli.optim._base import set_lr
 from nnx_cli.optim._build import build_optimizer
 from nnx_cli.planning.fit import SMALLER
 from nnx_cli.planning.rates import known_flops
-from nnx_cli.system.device import set_seed
+from nnx_cli.system.device import empty_cache, set_seed
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.shards import Shards
 from nnx_cli.training.step import OutOfMemoryElsewhere, Step, StepGraphs
@@ -219,8 +219,7 @@ class Stepper:
                 fix=SMALLER,
             )
         self.step.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache()
         self.batch_size = max(divisor for divisor in range(1, size // 2 + 1) if n % divisor == 0)
         self.on_release()
         self.report(
@@ -237,5 +236,4 @@ class Stepper:
         """Forget what was recorded, and give its memory back."""
         self.graphs = None
         self.on_release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from nnx_cli.config import TrainConfig
 from nnx_cli.data.token_folder import TokenFolder
 from nnx_cli.evaluation.losses import Evaluation, LossFunction, Masked, evaluate, graphed_losses
@@ -14,6 +12,7 @@ from nnx_cli.layers.blocks import eagerly
 from nnx_cli.layers.loss import token_losses
 from nnx_cli.models._base import LanguageModel
 from nnx_cli.runs.run import Run
+from nnx_cli.system.device import empty_cache
 from nnx_cli.training.divergence import part_losses
 from nnx_cli.training.journal import Journal
 from nnx_cli.training.recovery import Recovery
@@ -49,7 +48,7 @@ class Validation:
         else:
             return False
         self.losses_of = token_losses
-        torch.cuda.empty_cache()
+        empty_cache()
         return True
 
     def __call__(self, config: TrainConfig) -> Evaluation:

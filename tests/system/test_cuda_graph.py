@@ -1,10 +1,13 @@
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from nnx_cli.system.cuda_graph import CudaGraph
-from nnx_cli.system.device import release_memory
+from nnx_cli.system.device import empty_cache, release_memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -103,3 +106,38 @@ def test_a_recording_that_memory_does_not_suffice_for_leaves_dropout_as_it_was()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     CudaGraph(lambda x: x.repeat(64), (x,))
+
+
+def test_memory_is_given_back_once_nothing_runs(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: asked.append(name))
+    empty_cache()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    empty_cache()
+    assert asked == ["synchronize", "empty_cache"]
+
+
+LET_GO = """
+import torch
+from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.device import empty_cache
+x = torch.ones(4096, 4096, device="cuda")
+for _ in range(3):
+    graph = CudaGraph(lambda x: torch.linalg.matrix_norm((x @ x) @ (x @ x)), (x,))
+    for _ in range(50):
+        graph(x)
+    del graph
+    empty_cache()
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@needs_cuda
+def test_the_memory_of_a_graph_that_still_runs_is_given_back_later():
+    """With memory that is mapped as it is needed, as `nnx` has it: to be said before a process uses the GPU."""
+    own = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run([sys.executable, "-c", LET_GO], env=own, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "done\n", done.stderr

@@ -200,7 +200,6 @@ def test_memory_that_runs_out_once_blocks_are_compiled_undoes_that(stepper, pret
     pretend((5.5, 100.0), (5.5, 60.0))
     stepper.device = torch.device("cuda")
     monkeypatch.setattr(compilation, "step_seconds", run_out)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     stepper.execution = Execution(step_s=1.0)
     decided = verify(stepper, Execution(compiled=True), replace(GPU, requested="on"))
     assert not is_compiled(stepper) and decided.notes == ("not compiled: not enough memory",)
@@ -219,7 +218,6 @@ def graphs(stepper, monkeypatch):
 
     made = Graphs()
     stepper.device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(stepper, "record_graphs", made.record)
     monkeypatch.setattr(compilation, "step_seconds", lambda stepper: made.step_s if stepper.graphs else 1.0)
     return made
@@ -305,7 +303,6 @@ def test_smaller_micro_batches_stay_where_the_first_step_needed_them(start, work
         return 1.0
 
     monkeypatch.setattr(compilation, "step_seconds", step_seconds)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     trainer.device = stepper.device = torch.device("cuda")
     monkeypatch.setattr(stepper, "record_graphs", run_out)
     assert trainer.choose_execution("graph").batch_size == stepper.batch_size == before // 2
