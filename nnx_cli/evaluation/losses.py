@@ -77,7 +77,7 @@ def graphed_losses(model: LanguageModel, batch_size: int, seq_len: int) -> LossF
     """`token_losses` of a model in evaluation mode, as a CUDA graph for batches (B, T) of that shape; others are
     computed op by op. A result is good until the next call."""
     blank = torch.zeros(batch_size, seq_len, dtype=torch.int64, device=model.device)
-    graph = CudaGraph(partial(token_losses, model), (blank, blank))
+    graph = CudaGraph(partial(token_losses, model), (blank, blank), family="evaluation")
 
     def losses(model: LanguageModel, input_ids: Tensor, targets: Tensor) -> Tensor:
         if input_ids.shape != blank.shape:

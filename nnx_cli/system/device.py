@@ -40,6 +40,8 @@ def pick_device(name: str) -> torch.device:
         )
     if kind == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if index:  # streams, graphs and what waits for them are those of the current device
+            torch.cuda.set_device(int(index))
     if kind == "mps" and not torch.backends.mps.is_available():
         raise MissingFeature("there is no Apple GPU here", fix="see what is there: nnx doctor")
     return (
@@ -143,9 +145,11 @@ def release_memory() -> None:
 
 
 def empty_cache() -> None:
-    """Give memory that nobody uses back to the GPU, once all that was launched is done: PyTorch does not wait for CUDA
-    graphs, which run on another stream than the one they were recorded on, before it takes the memory of those away
-    that are gone (https://github.com/pytorch/pytorch/issues/196258)."""
+    """Give memory that nobody uses back to the current GPU, once all that was launched is done.
+
+    Before PyTorch unmaps an expandable segment it waits for the stream that this was made on alone (`unmapHandles` in
+    its allocator). A CUDA graph has segments of the stream that it was recorded on, and may be running on another.
+    """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

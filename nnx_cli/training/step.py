@@ -267,11 +267,13 @@ class StepGraphs:
 
         with step.without_effects():
             if len(input_ids) == batch_size and capturable and not several:
-                self.whole = CudaGraph(lambda ids, wanted: step(ids, wanted, batch_size), first, warm_up=warm_up)
+                self.whole = CudaGraph(
+                    lambda ids, wanted: step(ids, wanted, batch_size), first, warm_up=warm_up, family="training"
+                )
                 return
-            self.micro_batch = CudaGraph(accumulate, first, warm_up=warm_up_and_accumulate)
+            self.micro_batch = CudaGraph(accumulate, first, warm_up=warm_up_and_accumulate, family="training")
             if capturable:
-                self.end = CudaGraph(self._end, warm_up=lambda: None, pool=self.micro_batch.pool())
+                self.end = CudaGraph(self._end, warm_up=lambda: None, pool=self.micro_batch.pool(), family="training")
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> None:
         """One step on samples (N, T), as many as were recorded, or any multiple of a micro-batch where those were

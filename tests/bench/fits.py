@@ -21,7 +21,6 @@ One line of JSON a result, and a table of all lines in --results.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import math
@@ -49,7 +48,7 @@ from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning.fit import Predictor, first_that_fits
 from nnx_cli.planning.memory import hardware_to_plan_for
 from nnx_cli.planning.plan import plan_run
-from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device
+from nnx_cli.system.device import DTYPES, limit_memory, memory_budget, pick_device, release_memory
 from nnx_cli.training.step import Step, StepGraphs
 
 STEPS = 50
@@ -105,8 +104,7 @@ def attempt(make: Callable[[], float]) -> tuple[float | None, int]:
 
 
 def clean() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    release_memory()
     torch.cuda.reset_peak_memory_stats()
 
 

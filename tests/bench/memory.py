@@ -36,7 +36,7 @@ from nnx_cli.optim._build import build_optimizer
 from nnx_cli.optim._groups import cast_matrices
 from nnx_cli.planning import memory
 from nnx_cli.planning.flops import meta_model
-from nnx_cli.system.device import DTYPES, pick_device
+from nnx_cli.system.device import DTYPES, empty_cache, pick_device
 from nnx_cli.training.step import Step
 
 MIB = 2**20
@@ -105,7 +105,7 @@ def settings(cell: Cell) -> TrainConfig:
 def measure(cell: Cell, device: torch.device) -> tuple[int, int]:
     """The most bytes allocated and reserved in the second of two steps."""
     torch.manual_seed(0)
-    torch.cuda.empty_cache()
+    empty_cache()
     train, (config, rows) = settings(cell), cell.shape()
     with device:
         model = models.from_config(cell.model, config)

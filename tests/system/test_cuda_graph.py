@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.cuda_graph import CudaGraph, CudaGraphs
 from nnx_cli.system.device import empty_cache, release_memory
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -121,7 +121,7 @@ def test_memory_is_given_back_once_nothing_runs(monkeypatch):
 
 LET_GO = """
 import torch
-from nnx_cli.system.cuda_graph import CudaGraph
+from nnx_cli.system.cuda_graph import CudaGraph, CudaGraphs
 from nnx_cli.system.device import empty_cache
 x = torch.ones(4096, 4096, device="cuda")
 for _ in range(3):
@@ -141,3 +141,28 @@ def test_the_memory_of_a_graph_that_still_runs_is_given_back_later():
     own = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run([sys.executable, "-c", LET_GO], env=own, capture_output=True, text=True, timeout=300)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_graphs_that_are_let_go_at_different_times_are_of_different_families():
+    first, second = CudaGraphs(lambda: None), CudaGraphs(lambda: None)
+    freed = first.family
+    assert freed != second.family
+    del first
+    third = CudaGraphs(lambda: None)
+    assert third.family == freed != second.family
+
+
+@needs_cuda
+def test_a_graph_outlives_one_of_another_family():
+    """PyTorch 2.12 and later give up the workspace of a stream's products with the first graph of it that is gone."""
+    x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+    product = CudaGraph(lambda x: x @ x, (x,), family="training")
+    wanted = product(x).clone()
+    for _ in range(3):
+        other = CudaGraph(lambda x: x @ x @ x, (x,), family="evaluation")
+        other(x)
+        del other
+        empty_cache()
+        filled = torch.full((2**25,), 7.0, device="cuda")
+        assert torch.equal(product(x), wanted) and bool((filled == 7.0).all())
+        del filled

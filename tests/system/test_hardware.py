@@ -7,6 +7,7 @@ import torch
 
 from nnx_cli import system
 from nnx_cli.system import hardware
+from nnx_cli.system.device import pick_device
 from nnx_cli.system.hardware import Hardware, of, of_device, planned
 
 GPU = torch.device("cuda", 7)
@@ -72,3 +73,14 @@ def test_a_meta_tensor_has_the_hardware_of_its_plan():
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(of, x).result().kind == "meta", "a plan is that of its thread"
     assert of(x).kind == "meta"
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", [1]), ("cuda", []), ("auto", [])])
+def test_a_gpu_that_is_named_becomes_the_current_one(name, current, monkeypatch):
+    """Streams, graphs and what waits for them are the current one's."""
+    made = []
+    for attribute, value in {"is_available": True, "device_count": 2, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, attribute, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    assert pick_device(name) == torch.device("cuda", *(current or [0])) and made == current
