@@ -190,9 +190,11 @@ def _random_tokens(config: ModelConfig, batch_size: int) -> TokenFolder:
 
 
 def _plan_training(case: Case, config: TrainConfig, device: torch.device) -> TrainConfig:
-    """`config` as a run of the default length would fill it in, with one micro-batch a step. Raises DoesNotFit."""
+    """`config` as a run of the default length would fill it in, with one micro-batch of whole sequences a step. Raises
+    DoesNotFit."""
     fields = {field: value for field, value in models.config_dict(case.config).items() if field != "vocab_size"}
-    wanted = replace(config, batch_size=case.batch_size, grad_accum=1, precision=case.precision)
+    shape = replace(config, batch_size=case.batch_size, grad_accum=1, short_sequences=0.0)
+    wanted = replace(shape, precision=case.precision)
     smallest = models.sizes(case.model)[0]  # every field is given, so that no size has a say
     return plan_run(
         case.model,

@@ -41,8 +41,7 @@ def orthogonalize(
     matrices: Tensor, dtype: torch.dtype, steps: Sequence[tuple[float, float, float]] = POLAR_EXPRESS
 ) -> Tensor:
     """U Vᵀ of each matrix (N, R, C) = U S Vᵀ, nearly: the Newton-Schulz iteration x ← a·x + (b·x xᵀ + c·(x xᵀ)²)·x in
-    `dtype`, with coefficients (a, b, c) of its own for each of `steps`. A matrix of which something else came is zero.
-    """
+    `dtype`, with coefficients (a, b, c) of its own for each of `steps`. Zero where the iteration diverged."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) * MARGIN + 1e-7)).to(dtype)

@@ -17,6 +17,7 @@ from nnx_cli.planning.fit import SMALLER
 from nnx_cli.system.device import empty_cache
 from nnx_cli.system.machine import missing_to_compile
 from nnx_cli.system.timing import median_seconds
+from nnx_cli.training.schedule import pieces_at
 from nnx_cli.training.state import TrainState
 from nnx_cli.training.stepper import Execution, Stepper, ordered_sums
 
@@ -138,9 +139,7 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     assert step_s is not None
     if not choose(conditions, step_s).compiled:
         return now
-    had_graphs = stepper.graphs is not None  # which a want of memory may have cost since they were chosen
-    if had_graphs:
-        stepper.release_graphs()  # there may be no room for another step beside them
+    had_graphs = _release_graphs(stepper)  # there may be no room for another step beside them
     compiled, problem = _compile(stepper, eager, conditions.precision)
     problems = [problem, _record(stepper) if had_graphs else None]
     if compiled is not None:
@@ -157,31 +156,41 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     return _settled(stepper, now, problems, compiled=False, step_s=step_s)
 
 
-def reads_short(config: TrainConfig, progress: float) -> bool:
-    """Whether steps at that part of a run, 0 to 1, read sequences of half the length."""
-    return progress < (config.short_sequences or 0.0)
-
-
-def follow_length(stepper: Stepper, config: TrainConfig, progress: float) -> Execution:
+def follow_length(stepper: Stepper, config: TrainConfig, progress: float, number: int) -> Execution:
     """Let steps read sequences as long as is due at that part of the run, 0 to 1; returns how they run then: as before,
     compiled and recorded anew where the length changed, as far as that works. Weights, optimizer and counters stay as
-    they are."""
-    now, had_graphs = stepper.execution, stepper.graphs is not None
-    short = reads_short(config, progress)
-    if short == stepper.is_short:
+    they are.
+
+    `number` is that of the step that comes next. Raises DoesNotFit where one sequence at a time is too much for the
+    memory.
+    """
+    now, pieces = stepper.execution, pieces_at(progress, config.short_sequences)
+    if pieces == stepper.pieces:
         return now
-    if had_graphs:
-        stepper.release_graphs()
-    stepper.is_short = short
-    compiled, problems = None, []
+    had_graphs = _release_graphs(stepper)
+    stepper.pieces = pieces
+    compiled, problems, step_s = None, [], now.step_s
     if now.compiled:
         undo_compile(stepper.step.model)
+    if _takes_whole_steps(stepper):
+        step_s = _first_step_seconds(stepper, number)
+    if now.compiled:
         compiled, problem = _compile(stepper, None, config.precision)
         problems.append(problem)
         if compiled is not None:
             _compile_dropout(stepper)
     problems.append(_record(stepper) if had_graphs else None)
-    return _settled(stepper, now, problems, compiled=compiled is not None, step_s=now.step_s)
+    if _takes_whole_steps(stepper) and (had_graphs or compiled is not None):
+        step_s = stepper.ranks.most(_step_seconds_or_inf(stepper))
+    return _settled(stepper, now, problems, compiled=compiled is not None, step_s=step_s)
+
+
+def _release_graphs(stepper: Stepper) -> bool:
+    """Forget graphs; returns whether there were any, on all ranks, of which one may have lost its own."""
+    had_graphs = not stepper.ranks.any(stepper.graphs is None)
+    if stepper.graphs is not None:
+        stepper.release_graphs()
+    return had_graphs
 
 
 def _takes_whole_steps(stepper: Stepper) -> bool:
@@ -302,7 +311,7 @@ def _compile(stepper: Stepper, eager: Trial | None, precision: str) -> tuple[Tri
         if is_divided:
             problem = _first_of_all(stepper, _what_keeps_from_compiling(stepper.device))
         if problem is None:
-            eager = eager or try_micro_batch(stepper, compiled=False)
+            eager = eager or _attempt(stepper)(stepper, compiled=False)
             compile_blocks(stepper.step.model, without_hooks=is_divided)
             trial = _attempt(stepper)(stepper, compiled=True)
             errors = zip(("loss", "gradient"), trial.relative_error(eager), TOLERANCE[precision], strict=True)

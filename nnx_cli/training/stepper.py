@@ -56,11 +56,6 @@ def divide_step(config: TrainConfig, batch_size: int) -> TrainConfig:
     return replace(config, batch_size=batch_size, grad_accum=n // batch_size, val_batches=val_batches)
 
 
-def halves(sequences: Tensor) -> Tensor:
-    """Sequences (N, T) as (2 N, T / 2)."""
-    return sequences.reshape(2 * len(sequences), -1)
-
-
 @contextmanager
 def ordered_sums(execution: Execution, device: torch.device) -> Iterator[None]:
     """Compiled code on a CPU adds in the same order every time inside; else threads would share sums as it comes.
@@ -106,7 +101,7 @@ class Stepper:
         self.loader = loader
         self.seed = config.seed
         self.batch_size = config.batch_size
-        self.is_short = False  # whether each sample is read as two sequences of half its length
+        self.pieces = 1  # sequences that each sample is read as
         self.samples_per_step = config.batch_size * config.grad_accum
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         optimizer = build_optimizer(model, config)
@@ -141,7 +136,7 @@ class Stepper:
     @property
     def micro_sequences(self) -> int:
         """Sequences that those are read as."""
-        return self.micro_rows * (2 if self.is_short else 1)
+        return self.micro_rows * self.pieces
 
     def take(self, number: int, lr: float) -> int:
         """Step `number` of the run; returns its number of tokens, masked ones too. A GPU may still be at work on it.
@@ -175,12 +170,13 @@ class Stepper:
         return batch
 
     def part(self, first: int = 0, n_micro: int | None = None) -> tuple[Tensor, Tensor]:
-        """Sequences of this rank in the step whose samples begin at `first`, or of as many of its micro-batches, and
-        their targets."""
+        """Sequences and targets of this rank in the step whose samples begin at `first`, or in that many micro-batches
+        of it."""
         rows = self.micro_rows * self.n_micro
         wanted = self.micro_rows * (n_micro or self.n_micro)
-        input_ids, targets = self.loader.part(first, self.samples_per_step, self.ranks.rank * rows, wanted)
-        return (halves(input_ids), halves(targets)) if self.is_short else (input_ids, targets)
+        samples = self.loader.part(first, self.samples_per_step, self.ranks.rank * rows, wanted)
+        input_ids, targets = (part.reshape(self.pieces * len(part), -1) for part in samples)
+        return input_ids, targets
 
     def waited(self) -> float:
         """Seconds that it waited for samples since it was asked the last time."""

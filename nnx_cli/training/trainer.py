@@ -26,12 +26,12 @@ from nnx_cli.runs.run import Run
 from nnx_cli.system.device import DTYPES, memory_budget, peak_memory_bytes, synchronize
 from nnx_cli.system.ranks import ALONE, Ranks
 from nnx_cli.training.cadence import Cadence, Due
-from nnx_cli.training.compilation import choose, conditions_of, follow_length, reads_short, verify
+from nnx_cli.training.compilation import choose, conditions_of, follow_length, verify
 from nnx_cli.training.journal import Journal, finite
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.recovery import Recovery
 from nnx_cli.training.sampling import Sampling, draw_sample
-from nnx_cli.training.schedule import lr_at
+from nnx_cli.training.schedule import lr_at, pieces_at
 from nnx_cli.training.shards import Shards
 from nnx_cli.training.state import TrainState, make_checkpoint
 from nnx_cli.training.step import StepNumbers
@@ -169,11 +169,11 @@ class Trainer:
         """Let steps run as `requested` and as the machine allows; returns the settings for the run's files.
 
         On a GPU a run that may be compiled takes its first steps before that, so that they can be seen soon, and notes
-        what is requested meanwhile; not where its bits are promised, nor without `postpone`, nor where the model is
-        divided among ranks: then what is requested stays noted for one that is not.
+        what is requested meanwhile; not where its bits are promised, nor without `postpone`. Nor where the model is
+        divided among ranks: what is requested stays noted, for a run on one GPU that goes on with it.
         """
         whole = self.stepper.step.shards is None
-        self.stepper.is_short = reads_short(self.config, self.progress())
+        self.stepper.pieces = pieces_at(self.progress(), self.config.short_sequences)
         conditions = conditions_of(self.config, self.device, requested, self.state, is_divided=not whole)
         wanted = choose(conditions)
         can_wait = self.device.type == "cuda" and not self.config.deterministic and whole
@@ -190,7 +190,7 @@ class Trainer:
     def settle_execution(self, run: Run, progress: float) -> None:
         """Let steps run as is due at that part of the run; once one has been shown, compile what was left for then.
         That takes its time, which is none of training's."""
-        if (execution := follow_length(self.stepper, self.config, progress)) != self.stepper.execution:
+        if (execution := follow_length(self.stepper, self.config, progress, self.state.step)) != self.stepper.execution:
             self._apply(execution)
             self.write_config(run)
         if self.verify_later is None or not self.journal.has_shown_steps:

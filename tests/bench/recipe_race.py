@@ -4,8 +4,8 @@
                                       [--size nano] [--steps 400] [--seeds 3] [--limit SECONDS]
                                       [--results FILE] [--markdown FILE]
 
-A run is `nnx train` for as many steps, or the tokens of these, with everything else on auto but for one thing; its loss
-is that of the last weights over the whole validation split. Candidates:
+A run is `nnx train --short-sequences 0` for as many steps, or the tokens of these, with everything else on auto but for
+one thing; its loss is that of the last weights over the whole validation split. Candidates:
 
 cosine, wsd     the schedule, in place of a rate that falls linearly to zero
 momentum        Muon's, from 0.85 to 0.95 in the first fifth of the run, in place of 0.9 (modded-nanogpt does so in its
@@ -15,11 +15,16 @@ batch           half the sequences a step in the first third of the tokens, so t
                 batches are enough)
 sequences       sequences of half the length, twice as many, in the first third (Li et al. 2022,
                 https://arxiv.org/abs/2108.06084)
+half            the same in the first half of the run
+quarters        of a quarter of the length in the first sixth, then of half until the first third (what came of it:
+                --short-sequences 0.33)
 softcap         logits z as 15 tanh(z / 15) (nanochat; Gemma 2 has 30); not for tape, whose head is a Student's t
 
 Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch.
 
-Rows are appended to --results, those that are there are not run again, and several calls at once may share it.
+Rows are appended to --results, those that are there are not run again, and several calls at once may share it. On a GPU
+steps are CUDA graphs, but with `momentum`, which they would hold fast. Times in the table are right where nothing else
+runs on the device.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -46,12 +52,18 @@ from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers import loss as loss_module
 from nnx_cli.optim._base import set_lr
-from nnx_cli.system.device import describe, pick_device, set_seed
+from nnx_cli.system.device import describe, pick_device, set_seed, synchronize
+from nnx_cli.training.step import StepGraphs
 from nnx_cli.training.trainer import Trainer, scheduled_lr
 
 AS_IT_IS = "as it is"
-CANDIDATES = ("cosine", "wsd", "momentum", "batch", "sequences", "softcap")
+CANDIDATES = ("cosine", "wsd", "momentum", "batch", "sequences", "half", "quarters", "softcap")
 EARLY = 1 / 3  # of the tokens
+SHORTER = {  # parts of the run until which sequences are that many times shorter
+    "sequences": ((EARLY, 2),),
+    "half": ((1 / 2, 2),),
+    "quarters": ((EARLY / 2, 4), (EARLY, 2)),
+}
 WARM, COLD_MOMENTUM, WARM_MOMENTUM = 1 / 5, 0.85, 0.95
 CAP = 15.0
 
@@ -71,21 +83,52 @@ def capped(model: models.LanguageModel) -> Iterator[None]:
 def samples(trainer: Trainer, first: int, candidate: str, progress: float) -> tuple[Tensor, Tensor]:
     """The sequences (N, T) of the step that begins with the one of number `first`, and their targets."""
     rows = trainer.stepper.samples_per_step
-    early = progress < EARLY
-    if candidate == "batch" and early:
+    if candidate == "batch" and progress < EARLY:
         rows //= 2
-    batch = trainer.stepper.loader.batch(first, rows)
-    if candidate == "sequences" and early:
-        ids, targets = (part.reshape(2 * rows, -1) for part in batch)
-        return ids, targets
-    return batch
+    times = next((times for until, times in SHORTER.get(candidate, ()) if progress < until), 1)
+    ids, targets = (part.reshape(times * rows, -1) for part in trainer.stepper.loader.batch(first, rows))
+    return ids, targets
 
 
-def train(trainer: Trainer, candidate: str) -> int:
-    """All steps of a run; returns how many there were."""
+class Steps:
+    """Steps of a trainer on samples of any shape: as CUDA graphs of each, where that is asked for."""
+
+    def __init__(self, trainer: Trainer, as_graphs: bool) -> None:
+        self.trainer = trainer
+        self.as_graphs = as_graphs
+        self.graphs: dict[torch.Size, StepGraphs] = {}
+
+    def __call__(self, input_ids: Tensor, targets: Tensor) -> None:
+        """One step on samples (N, T)."""
+        if self.as_graphs:
+            self.record(input_ids, targets)
+            self.graphs[input_ids.shape](input_ids, targets)
+        else:
+            self.trainer.stepper.step(input_ids, targets, self.micro_batch(input_ids))
+
+    def micro_batch(self, input_ids: Tensor) -> int:
+        """Sequences of a micro-batch of them."""
+        stepper = self.trainer.stepper
+        return math.gcd(len(input_ids), stepper.batch_size * (stepper.loader.seq_len // input_ids.shape[1]))
+
+    def record(self, input_ids: Tensor, targets: Tensor) -> None:
+        """Have a graph of steps on such samples; changes nothing else."""
+        if input_ids.shape not in self.graphs:
+            step = self.trainer.stepper.step
+            self.graphs[input_ids.shape] = StepGraphs(step, input_ids, targets, self.micro_batch(input_ids))
+
+
+def train(trainer: Trainer, candidate: str) -> tuple[int, float]:
+    """All steps of a run; returns how many there were, and the seconds that they took."""
     config, step = trainer.config, trainer.stepper.step
     every, done, n_steps = config.max_steps * trainer.stepper.samples_per_step, 0, 0
+    steps = Steps(trainer, trainer.device.type == "cuda" and candidate != "momentum" and trainer.model.capturable)
     trainer.model.train()
+    if steps.as_graphs:  # recorded before the clock runs
+        for progress in (0.0, EARLY / 2, 1.0):
+            steps.record(*samples(trainer, 0, candidate, progress))
+    synchronize(trainer.device)
+    started = time.perf_counter()
     while done < every:
         progress = done / every
         set_seed(config.seed, n_steps)
@@ -95,10 +138,11 @@ def train(trainer: Trainer, candidate: str) -> int:
             for group in step.optimizer.param_groups:
                 group |= {"momentum": momentum} if "momentum" in group else {}
         input_ids, targets = samples(trainer, done, candidate, progress)
-        step(input_ids, targets, min(len(input_ids), config.batch_size))
+        steps(input_ids, targets)
         trainer.state.step = n_steps = n_steps + 1
         done += input_ids.numel() // trainer.stepper.loader.seq_len
-    return n_steps
+    synchronize(trainer.device)
+    return n_steps, time.perf_counter() - started
 
 
 def run(job: dict[str, Any], data: TokenFolder, device: torch.device) -> dict[str, Any]:
@@ -108,10 +152,8 @@ def run(job: dict[str, Any], data: TokenFolder, device: torch.device) -> dict[st
     tokens = job["steps"] * shape.tokens_per_step
     trainer = make_trainer_for(tokens, job["model"], job["size"], data, job["seed"], device, **own)
     config, model = trainer.config, trainer.model
-    started = time.perf_counter()
     with capped(model) if job["candidate"] == "softcap" else contextlib.nullcontext():
-        n_steps = train(trainer, job["candidate"])
-        seconds = time.perf_counter() - started
+        n_steps, seconds = train(trainer, job["candidate"])
         bytes_of = trainer.validation.token_bytes
         found = evaluate(model, data.val, seq_len=model.config.seq_len, batch_size=16, token_bytes=bytes_of)
     return {
@@ -125,13 +167,21 @@ def run(job: dict[str, Any], data: TokenFolder, device: torch.device) -> dict[st
     }
 
 
+def difference(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """A cell of the table: runs of a candidate, each with the one of its seed that is as it is."""
+    apart = [row["loss"] - plain["loss"] for row, plain in pairs]
+    error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
+    time_share = statistics.mean(row["seconds"] / plain["seconds"] for row, plain in pairs)
+    return f"{statistics.mean(apart):+.3f}{error} ({time_share:.2f})"
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each text and model: the mean over the seeds as it is, and the mean difference of each candidate to
-    the runs of the same seeds, with its standard error."""
-    cells: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    the runs of the same seeds, with its standard error; in brackets the share of their time."""
+    cells: dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in rows:
         mine = cells.setdefault((row["text"], row["model"]), {})
-        mine.setdefault(row["candidate"], {})[row["seed"]] = row["loss"]
+        mine.setdefault(row["candidate"], {})[row["seed"]] = row
     candidates = [c for c in CANDIDATES if any(c in mine for mine in cells.values())]
     lines = [f"| text | model | {AS_IT_IS} | {' | '.join(candidates)} |"]
     lines.append("| --- | --- | ---: |" + " ---: |" * len(candidates))
@@ -139,12 +189,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         plain = mine.get(AS_IT_IS, {})
         if not plain:
             continue
-        line = f"| {text} | {model} | {statistics.mean(plain.values()):.4f} |"
+        lines.append(f"| {text} | {model} | {statistics.mean(row['loss'] for row in plain.values()):.4f} |")
         for candidate in candidates:
-            pairs = [loss - plain[seed] for seed, loss in mine.get(candidate, {}).items() if seed in plain]
-            error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.3f}" if len(pairs) > 1 else ""
-            line += f" {statistics.mean(pairs):+.3f}{error} |" if pairs else " |"
-        lines.append(line)
+            pairs = [(row, plain[seed]) for seed, row in mine.get(candidate, {}).items() if seed in plain]
+            lines[-1] += f" {difference(pairs)} |" if pairs else " |"
     return lines
 
 

@@ -75,7 +75,7 @@ def make_trainer(
 
 def take_step(trainer: Trainer, progress: float) -> None:
     """The step at that part of a run, 0 to 1, as `nnx train` takes it."""
-    trainer.stepper.execution = follow_length(trainer.stepper, trainer.config, progress)
+    trainer.stepper.execution = follow_length(trainer.stepper, trainer.config, progress, trainer.state.step)
     trainer.state.tokens += trainer.take_step(trainer.lr(progress))
     trainer.state.step += 1
 

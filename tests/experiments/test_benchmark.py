@@ -15,9 +15,12 @@ LIMITS = Limits({"fp32": 1e11}, 1e10)
 CONFIG = TrainConfig(device="cpu", compile="off", threads=1)
 
 
+FIELDS = {"n_layers": 2, "dim": 32, "n_heads": 2, "seq_len": 16}
+AS_PLANNED = dict(vocab_size=64, train_tokens=bench.MANY_TOKENS, val_tokens=2, device=CPU, precision="fp32", sources={})
+
+
 def case(name="llama", batch_size=2, **fields):
-    shape = dict(vocab_size=64, n_layers=2, dim=32, n_heads=2, seq_len=16)
-    return Case(name, None, models.make_config(name, **(shape | fields)), "fp32", batch_size)
+    return Case(name, None, models.make_config(name, **({"vocab_size": 64} | FIELDS | fields)), "fp32", batch_size)
 
 
 def measure(**changes):
@@ -100,6 +103,14 @@ def test_what_does_not_fit_is_a_row_that_says_so(no_large_matmuls, monkeypatch):
 
 def raised(error):
     raise error
+
+
+def test_a_step_reads_whole_sequences():
+    """Also where a run of that length begins with short ones."""
+    of = case(batch_size=4)
+    assert bench.plan_run("llama", "nano", FIELDS, CONFIG, **AS_PLANNED).train.short_sequences
+    trainer = bench.make_trainer(of, CONFIG, CPU, lambda line: None)
+    assert trainer.stepper.part()[0].shape == (of.batch_size, of.config.seq_len)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_measured(monkeypatch):

@@ -56,19 +56,20 @@ def test_wide_matrices_come_out_as_by_the_iteration_in_float64(shape, rank):
 
 
 @pytest.mark.parametrize("wrong", [3.0, 1e30, float("nan")])
-def test_a_matrix_whose_product_came_out_wrong_is_left_out(wrong, monkeypatch):
-    """A factor of three at the second of five steps: from there on the iteration diverges."""
-    matrices, product, calls = torch.randn(3, 32, 48), torch.baddbmm, itertools.count()
-    right = orthogonalize(matrices, torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "rows", "name"), [(torch.bfloat16, 32, "baddbmm"), (torch.float32, 16, "bmm")])
+def test_a_matrix_whose_product_came_out_wrong_is_left_out(dtype, rows, name, wrong, monkeypatch):
+    """A factor of three early on: from there the iteration diverges. Also where it is by the small side alone."""
+    matrices, product, calls = torch.randn(3, rows, 48), getattr(torch, name), itertools.count()
+    right = orthogonalize(matrices, dtype)
 
-    def baddbmm(*args, **kwargs):
+    def once_wrong(*args, **kwargs):
         out = product(*args, **kwargs)
         if next(calls) == 3:
             out[1] *= wrong
         return out
 
-    monkeypatch.setattr(torch, "baddbmm", baddbmm)
-    got = orthogonalize(matrices, torch.bfloat16)
+    monkeypatch.setattr(torch, name, once_wrong)
+    got = orthogonalize(matrices, dtype)
     assert got[[0, 2]].equal(right[[0, 2]]) and right[1].any() and not got[1].any()
 
 

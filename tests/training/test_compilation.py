@@ -1,4 +1,6 @@
+import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -251,15 +253,53 @@ def test_compiled_steps_are_recorded_anew(stepper, graphs, pretend):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_for_another_length_steps_are_compiled_and_recorded_anew(stepper, graphs, pretend, compiled):
+def test_for_another_length_steps_are_compiled_and_recorded_anew(stepper, graphs, pretend, monkeypatch, compiled):
     stepper.execution = before = Execution(graph=True, compiled=compiled, step_s=0.5)
     stepper.graphs = first = object()
     if compiled:
         compile_blocks(stepper.step.model)
     pretend((5.5, 1.0), (5.5, 0.5))
-    assert follow_length(stepper, SHORT, 0.4) == before
-    assert stepper.is_short and is_compiled(stepper) == compiled and graphs == [compiled] and stepper.graphs != first
-    assert follow_length(stepper, SHORT, 0.49) == before and len(graphs) == 1
+    released = Mock(wraps=stepper.release_graphs)
+    monkeypatch.setattr(stepper, "release_graphs", released)
+    assert follow_length(stepper, SHORT, 0.4, 7) == before and released.call_count == 1
+    assert stepper.pieces == 2 and is_compiled(stepper) == compiled and graphs == [compiled] and stepper.graphs != first
+    assert follow_length(stepper, SHORT, 0.49, 7) == before and len(graphs) == 1
+
+
+def test_what_is_compiled_for_another_length_is_compared_with_eager_blocks(stepper, monkeypatch):
+    """On a CPU; with dropout they are tried without it, then compiled with it."""
+    tried = []
+
+    def try_micro_batch(stepper, *, compiled, with_dropout=False):
+        assert is_compiled(stepper) == compiled
+        tried.append((compiled, with_dropout, stepper.part(n_micro=1)[0].shape[1] * stepper.pieces))
+        return Trial(5.5, 1.0, torch.ones(1))
+
+    monkeypatch.setattr(compilation, "try_micro_batch", try_micro_batch)
+    compile_blocks(stepper.step.model)
+    stepper.execution = before = Execution(compiled=True, step_s=0.5)
+    model = stepper.step.model
+    monkeypatch.setattr(model, "config", replace(model.config, dropout=0.1))
+    T = stepper.loader.seq_len
+    for progress, pieces in ((0.2, 4), (0.25, 2), (0.5, 1)):
+        assert follow_length(stepper, SHORT, progress, 7) == before and stepper.pieces == pieces
+        assert tried == [(False, False, T), (True, False, T), (True, True, T)]
+        tried.clear()
+
+
+def test_memory_that_does_not_suffice_for_another_length_takes_smaller_micro_batches(stepper, graphs, monkeypatch):
+    stepper.execution, stepper.graphs = Execution(graph=True, step_s=0.5), object()
+    seconds, before = iter((math.inf, 1.0, 0.5)), stepper.batch_size
+    monkeypatch.setattr(compilation, "_step_seconds_or_inf", lambda stepper: next(seconds))
+    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(graph=True, step_s=0.5)
+    assert stepper.batch_size == before // 2 and graphs == [False]
+
+
+def test_ranks_record_for_another_length_only_where_all_have_graphs(stepper, graphs, monkeypatch):
+    monkeypatch.setattr(stepper, "ranks", Mock(count=1, any=lambda flag: True, most=lambda x: x))
+    stepper.execution, stepper.graphs = Execution(graph=True, step_s=0.5), object()
+    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(step_s=1.0)
+    assert graphs == [] and stepper.graphs is None
 
 
 def test_what_does_not_work_for_another_length_is_left_out(stepper, graphs, pretend, monkeypatch):
@@ -268,13 +308,13 @@ def test_what_does_not_work_for_another_length_is_left_out(stepper, graphs, pret
     pretend((5.5, 1.0), (5.9, 0.5))
     monkeypatch.setattr(stepper, "record_graphs", run_out)
     notes = ("not compiled: the loss differs from eager by 7.3e-02", "no CUDA graph: not enough memory")
-    assert follow_length(stepper, SHORT, 0.4) == Execution(step_s=0.5, notes=notes)
-    assert stepper.is_short and not is_compiled(stepper) and stepper.graphs is None
+    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(step_s=1.0, notes=notes)
+    assert stepper.pieces == 2 and not is_compiled(stepper) and stepper.graphs is None
 
 
 def test_graphs_that_were_lost_are_not_recorded_for_another_length(stepper, graphs):
     stepper.execution = Execution(graph=True, step_s=0.5)
-    assert follow_length(stepper, SHORT, 0.4) == Execution(step_s=0.5) and graphs == []
+    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(step_s=1.0) and graphs == []
 
 
 def test_graphs_that_a_want_of_memory_has_cost_are_not_recorded_anew(stepper, graphs, pretend):

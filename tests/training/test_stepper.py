@@ -7,6 +7,7 @@ import torch
 
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import DoesNotFit
+from nnx_cli.training import stepper as stepper_module
 from nnx_cli.training.stepper import Execution, divide_step
 
 
@@ -25,19 +26,31 @@ def test_the_name_of_an_execution_is_the_option():
     assert names == ["off", "on", "graph", "on"]
 
 
-def test_a_short_step_reads_each_sample_as_two_sequences(start, workspace, monkeypatch):
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_a_step_reads_each_sample_as_so_many_sequences(start, workspace, monkeypatch, pieces):
     _, trainer = start(workspace / "a", batch_size=4, grad_accum=2)
-    stepper, seen = trainer.stepper, []
-    ids, targets = stepper.loader.batch(0, 8)
-    monkeypatch.setattr(stepper, "step", Mock(optimizer=stepper.step.optimizer))
-    stepper.step.side_effect = lambda *batch: seen.append(batch)
-    for stepper.is_short in (True, False):
-        assert stepper.take(0, 1e-3) == ids.numel()
-    (short_ids, short_targets, rows), (long_ids, _, whole_rows) = seen
-    assert rows == 8 and whole_rows == 4 and long_ids.equal(ids)
-    half = ids.shape[1] // 2
-    assert short_ids[0::2].equal(ids[:, :half]) and short_ids[1::2].equal(ids[:, half:])
-    assert short_targets[0::2].equal(targets[:, :half]) and short_targets[1::2].equal(targets[:, half:])
+    stepper, step = trainer.stepper, Mock()
+    batch = stepper.loader.batch(0, 8)
+    monkeypatch.setattr(stepper, "step", Mock(optimizer=stepper.step.optimizer, side_effect=step))
+    stepper.pieces = pieces
+    assert stepper.take(0, 1e-3) == batch[0].numel()
+    (ids, targets, rows), length = step.call_args.args, batch[0].shape[1] // pieces
+    assert rows == 4 * pieces and stepper.part(n_micro=1)[0].shape == (rows, length)
+    for got, whole in zip((ids, targets), batch, strict=True):
+        for piece in range(pieces):
+            assert got[piece::pieces].equal(whole[:, piece * length : (piece + 1) * length])
+
+
+def test_graphs_are_recorded_of_the_sequences_that_are_read(start, workspace, monkeypatch):
+    _, trainer = start(workspace / "a", batch_size=4, grad_accum=2)
+    stepper, made = trainer.stepper, Mock()
+    monkeypatch.setattr(stepper_module, "StepGraphs", made)
+    stepper.pieces = 4
+    stepper.record_graphs()
+    step, ids, targets, rows = made.call_args.args
+    assert step is stepper.step and ids.shape == targets.shape == (32, stepper.loader.seq_len // 4) and rows == 16
+    stepper.take(0, 1e-3)
+    assert stepper.graphs.call_args.args[0].shape == ids.shape
 
 
 def test_micro_batches_halve_until_one_sequence_is_left(start, workspace):
