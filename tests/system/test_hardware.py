@@ -75,7 +75,7 @@ def test_a_meta_tensor_has_the_hardware_of_its_plan():
     assert of(x).kind == "meta"
 
 
-@pytest.mark.parametrize(("name", "current"), [("cuda:1", [1]), ("cuda", []), ("auto", [])])
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", [1]), ("cuda", []), ("auto", [0])])
 def test_a_gpu_that_is_named_becomes_the_current_one(name, current, monkeypatch):
     """Streams, graphs and what waits for them are the current one's."""
     made = []
