@@ -17,7 +17,6 @@ from nnx_cli.planning.fit import SMALLER
 from nnx_cli.system.device import empty_cache
 from nnx_cli.system.machine import missing_to_compile
 from nnx_cli.system.timing import median_seconds
-from nnx_cli.training.schedule import pieces_at
 from nnx_cli.training.state import TrainState
 from nnx_cli.training.stepper import Execution, Stepper, ordered_sums
 
@@ -156,15 +155,14 @@ def _verify_compiled(stepper: Stepper, now: Execution, conditions: Conditions) -
     return _settled(stepper, now, problems, compiled=False, step_s=step_s)
 
 
-def follow_length(stepper: Stepper, config: TrainConfig, progress: float, number: int) -> Execution:
+def follow_length(stepper: Stepper, config: TrainConfig, state: TrainState, progress: float) -> Execution:
     """Let steps read sequences as long as is due at that part of the run, 0 to 1; returns how they run then: as before,
     compiled and recorded anew where the length changed, as far as that works. Weights, optimizer and counters stay as
     they are.
 
-    `number` is that of the step that comes next. Raises DoesNotFit where one sequence at a time is too much for the
-    memory.
+    Raises DoesNotFit where one sequence at a time is too much for the memory.
     """
-    now, pieces = stepper.execution, pieces_at(progress, config.short_sequences)
+    now, pieces = stepper.execution, state.pieces(config, progress)
     if pieces == stepper.pieces:
         return now
     had_graphs = _release_graphs(stepper)
@@ -173,7 +171,7 @@ def follow_length(stepper: Stepper, config: TrainConfig, progress: float, number
     if now.compiled:
         undo_compile(stepper.step.model)
     if _takes_whole_steps(stepper):
-        step_s = _first_step_seconds(stepper, number)
+        step_s = _first_step_seconds(stepper, state.step)
     if now.compiled:
         compiled, problem = _compile(stepper, None, config.precision)
         problems.append(problem)

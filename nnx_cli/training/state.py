@@ -13,7 +13,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.optim._state import load_optimizer_state, named_specs, optimizer_state
 from nnx_cli.runs.checkpoint import FORMAT, Checkpoint
 from nnx_cli.system.ranks import Ranks
-from nnx_cli.training.schedule import after_turn
+from nnx_cli.training.schedule import after_turn, pieces_at
 from nnx_cli.training.shards import Part
 from nnx_cli.training.step import Step
 
@@ -42,6 +42,11 @@ class TrainState:
         by_time = self.time_s / config.max_time_s if config.max_time_s else 0.0
         done = max(by_steps, by_time)
         return min(1.0, done if self.turned_at is None else after_turn(done, self.turned_at, self.turned_to))
+
+    def pieces(self, config: TrainConfig, progress: float) -> int:
+        """Sequences that each sample is read as at that part of a run; whole ones where it went back to its best
+        weights, to end soon."""
+        return 1 if self.turned_at is not None else pieces_at(progress, config.short_sequences)
 
     def ended_by(self, config: TrainConfig) -> str:
         """What the run ended by, as run.json names it: its length in steps, its time, data (it had a time, and before

@@ -31,7 +31,7 @@ from nnx_cli.training.journal import Journal, finite
 from nnx_cli.training.observer import Observer
 from nnx_cli.training.recovery import Recovery
 from nnx_cli.training.sampling import Sampling, draw_sample
-from nnx_cli.training.schedule import lr_at, pieces_at
+from nnx_cli.training.schedule import lr_at
 from nnx_cli.training.shards import Shards
 from nnx_cli.training.state import TrainState, make_checkpoint
 from nnx_cli.training.step import StepNumbers
@@ -173,7 +173,7 @@ class Trainer:
         divided among ranks: what is requested stays noted, for a run on one GPU that goes on with it.
         """
         whole = self.stepper.step.shards is None
-        self.stepper.pieces = pieces_at(self.progress(), self.config.short_sequences)
+        self.stepper.pieces = self.state.pieces(self.config, self.progress())
         conditions = conditions_of(self.config, self.device, requested, self.state, is_divided=not whole)
         wanted = choose(conditions)
         can_wait = self.device.type == "cuda" and not self.config.deterministic and whole
@@ -190,8 +190,8 @@ class Trainer:
     def settle_execution(self, run: Run, progress: float) -> None:
         """Let steps run as is due at that part of the run; once one has been shown, compile what was left for then.
         That takes its time, which is none of training's."""
-        if (execution := follow_length(self.stepper, self.config, progress, self.state.step)) != self.stepper.execution:
-            self._apply(execution)
+        if (now := follow_length(self.stepper, self.config, self.state, progress)) != self.stepper.execution:
+            self._apply(now)
             self.write_config(run)
         if self.verify_later is None or not self.journal.has_shown_steps:
             return

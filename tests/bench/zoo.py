@@ -75,9 +75,10 @@ def make_trainer(
 
 def take_step(trainer: Trainer, progress: float) -> None:
     """The step at that part of a run, 0 to 1, as `nnx train` takes it."""
-    trainer.stepper.execution = follow_length(trainer.stepper, trainer.config, progress, trainer.state.step)
-    trainer.state.tokens += trainer.take_step(trainer.lr(progress))
-    trainer.state.step += 1
+    state, stepper = trainer.state, trainer.stepper
+    stepper.execution = follow_length(stepper, trainer.config, state, progress)
+    state.tokens += trainer.take_step(trainer.lr(progress))
+    state.step += 1
 
 
 def train(trainer: Trainer) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ from nnx_cli.layers.blocks import compile_blocks, undo_compile
 from nnx_cli.system import timing
 from nnx_cli.training import compilation
 from nnx_cli.training.compilation import Conditions, Trial, choose, follow_length, try_micro_batch, verify
+from nnx_cli.training.state import TrainState
 from nnx_cli.training.stepper import Execution, ordered_sums
 
 CPU = Conditions(
@@ -23,7 +24,6 @@ CPU = Conditions(
     progress=0.0,
 )
 GPU = replace(CPU, device_type="cuda")
-SHORT = TrainConfig(short_sequences=0.5, precision="fp32")
 
 
 @pytest.fixture
@@ -63,6 +63,12 @@ def decide(stepper, requested):
     """What `verify` makes of what `choose` chose."""
     conditions = replace(CPU, requested=requested)
     return verify(stepper, choose(conditions), conditions)
+
+
+def shorten(stepper, progress):
+    """`follow_length` of a run that reads short sequences in its first half."""
+    config = TrainConfig(short_sequences=0.5, precision="fp32")
+    return follow_length(stepper, config, TrainState(step=7), progress)
 
 
 # choose
@@ -261,9 +267,9 @@ def test_for_another_length_steps_are_compiled_and_recorded_anew(stepper, graphs
     pretend((5.5, 1.0), (5.5, 0.5))
     released = Mock(wraps=stepper.release_graphs)
     monkeypatch.setattr(stepper, "release_graphs", released)
-    assert follow_length(stepper, SHORT, 0.4, 7) == before and released.call_count == 1
+    assert shorten(stepper, 0.4) == before and released.call_count == 1
     assert stepper.pieces == 2 and is_compiled(stepper) == compiled and graphs == [compiled] and stepper.graphs != first
-    assert follow_length(stepper, SHORT, 0.49, 7) == before and len(graphs) == 1
+    assert shorten(stepper, 0.4) == before and len(graphs) == 1
 
 
 def test_what_is_compiled_for_another_length_is_compared_with_eager_blocks(stepper, monkeypatch):
@@ -282,7 +288,7 @@ def test_what_is_compiled_for_another_length_is_compared_with_eager_blocks(stepp
     monkeypatch.setattr(model, "config", replace(model.config, dropout=0.1))
     T = stepper.loader.seq_len
     for progress, pieces in ((0.2, 4), (0.25, 2), (0.5, 1)):
-        assert follow_length(stepper, SHORT, progress, 7) == before and stepper.pieces == pieces
+        assert shorten(stepper, progress) == before and stepper.pieces == pieces
         assert tried == [(False, False, T), (True, False, T), (True, True, T)]
         tried.clear()
 
@@ -291,14 +297,14 @@ def test_memory_that_does_not_suffice_for_another_length_takes_smaller_micro_bat
     stepper.execution, stepper.graphs = Execution(graph=True, step_s=0.5), object()
     seconds, before = iter((math.inf, 1.0, 0.5)), stepper.batch_size
     monkeypatch.setattr(compilation, "_step_seconds_or_inf", lambda stepper: next(seconds))
-    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(graph=True, step_s=0.5)
+    assert shorten(stepper, 0.4) == Execution(graph=True, step_s=0.5)
     assert stepper.batch_size == before // 2 and graphs == [False]
 
 
 def test_ranks_record_for_another_length_only_where_all_have_graphs(stepper, graphs, monkeypatch):
     monkeypatch.setattr(stepper, "ranks", Mock(count=1, any=lambda flag: True, most=lambda x: x))
     stepper.execution, stepper.graphs = Execution(graph=True, step_s=0.5), object()
-    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(step_s=1.0)
+    assert shorten(stepper, 0.4) == Execution(step_s=1.0)
     assert graphs == [] and stepper.graphs is None
 
 
@@ -308,13 +314,13 @@ def test_what_does_not_work_for_another_length_is_left_out(stepper, graphs, pret
     pretend((5.5, 1.0), (5.9, 0.5))
     monkeypatch.setattr(stepper, "record_graphs", run_out)
     notes = ("not compiled: the loss differs from eager by 7.3e-02", "no CUDA graph: not enough memory")
-    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(step_s=1.0, notes=notes)
+    assert shorten(stepper, 0.4) == Execution(step_s=1.0, notes=notes)
     assert stepper.pieces == 2 and not is_compiled(stepper) and stepper.graphs is None
 
 
 def test_graphs_that_were_lost_are_not_recorded_for_another_length(stepper, graphs):
     stepper.execution = Execution(graph=True, step_s=0.5)
-    assert follow_length(stepper, SHORT, 0.4, 7) == Execution(step_s=1.0) and graphs == []
+    assert shorten(stepper, 0.4) == Execution(step_s=1.0) and graphs == []
 
 
 def test_graphs_that_a_want_of_memory_has_cost_are_not_recorded_anew(stepper, graphs, pretend):

@@ -673,14 +673,14 @@ def test_a_run_says_once_how_it_runs_with_whole_sequences(start, workspace, monk
     asked, notes = [], []
     trainer.observer.note = notes.append
 
-    def follow_length(stepper, config, progress, number):
-        asked.append((progress, number))
-        return Execution(graph=True, notes=("not compiled",)) if progress == 0.5 else stepper.execution
+    def follow_length(stepper, config, state, progress):
+        asked.append((state.step, progress))
+        return Execution(graph=True, notes=("not compiled",)) if state.step == 6 else stepper.execution
 
     monkeypatch.setattr(trainer_module, "follow_length", follow_length)
     assert trainer.stepper.pieces == 4
     train(run, trainer)
-    assert asked == [(step / 12, step) for step in range(12)] and notes == ["not compiled"]
+    assert asked == [(step, step / 12) for step in range(12)] and notes == ["not compiled"]
     assert run.config["training"]["compile"] == trainer.config.compile == "graph"
 
 

@@ -219,6 +219,13 @@ def test_losses_of_the_same_parts_tell_a_rise_from_chance():
     assert error_of_rise(parts[0], part_losses(before[:5])) == error_of_rise([2.0], [3.0]) == math.inf
 
 
+def test_a_run_that_turned_reads_whole_sequences():
+    config = TrainConfig(short_sequences=0.5)
+    assert [TrainState().pieces(config, progress) for progress in (0.0, 0.2, 0.25, 0.4, 0.5, 1.0)] == [4, 4, 2, 2, 1, 1]
+    assert TrainState(turned_at=0.9, turned_to=0.2).pieces(config, 0.2) == 1
+    assert TrainState().pieces(TrainConfig(), 0.0) == 1
+
+
 @pytest.mark.parametrize(("turned_at", "turned_to", "end"), [(0.8, 0.6, 0.92), (0.9, 0.7, 1.0), (0.3, 0.1, 0.32)])
 def test_the_rest_of_the_schedule_fits_into_a_short_stretch(turned_at, turned_to, end):
     state = TrainState(turned_at=turned_at, turned_to=turned_to)
