@@ -83,9 +83,7 @@ class TrainConfig:
     batch_size: int | None = None  # sequences in a micro-batch
     grad_accum: int | None = None  # micro-batches in an optimizer step
     tokens_per_step: int | None = None  # batch size x accumulation x sequence length
-    short_sequences: float | None = (
-        None  # part of the run, at its start, that reads sequences of a quarter, then of half the length
-    )
+    short_sequences: float | None = None  # part of the run, at its start, that reads sequences of half the length
     optimizer: str = "auto"  # algorithm: auto, {optim}
     optimizer_in_backward: bool = False  # update each weight as its gradient appears, and free that: saves memory
     lr: float | None = None  # peak learning rate

@@ -136,8 +136,7 @@ class PlanTable:
         part, seq_len = self.plan.train.short_sequences, self.plan.model_config.seq_len
         if not part:
             return []
-        short = f"{seq_len // 4} and {seq_len // 2} tokens in the first {100 * part:.0f} % of the run"
-        value = f"of {short}, then of {seq_len}"
+        value = f"of {seq_len // 2} tokens in the first {100 * part:.0f} % of the run, then of {seq_len}"
         return [("sequences", value, self._reason("short_sequences"))]
 
     def _shape_reason(self) -> str:

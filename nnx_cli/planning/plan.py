@@ -221,12 +221,10 @@ def expected_steps(train: TrainConfig, horizon: Horizon, tokens_per_step: int) -
 def short_sequences(train: TrainConfig, seq_len: int, device: torch.device, steps: int) -> dict[str, Derived]:
     """The part of a run that reads short sequences, of as many steps as are free to do so.
 
-    Raises UsageError where they were asked for and can't be quarters.
+    Raises UsageError where they were asked for and can't be halved.
     """
-    if train.short_sequences and seq_len % 4:
-        raise UsageError(
-            "--short-sequences needs a context that 4 divides", fix="take another --seq-len, or leave it out"
-        )
+    if train.short_sequences and seq_len % 2:
+        raise UsageError("--short-sequences needs an even context", fix="take an even --seq-len, or leave it out")
     value = default_short_sequences(device, seq_len, steps) if train.lora_rank is None else 0.0
     return {"short_sequences": Derived(value, "device and length")}
 

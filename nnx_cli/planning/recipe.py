@@ -103,11 +103,11 @@ def default_lr(optimizer: str, dim: int, recipe: Recipe, steps: int | None = Non
 
 
 def default_short_sequences(device: torch.device, seq_len: int, steps: int) -> float:
-    """The part of a run from new weights that reads short sequences (Li et al. 2022,
+    """The part of a run from new weights that reads sequences of half the length (Li et al. 2022,
     https://arxiv.org/abs/2108.06084): a third where that was better in races, on a CPU and in so many steps, else none:
     tests/bench/zoo.md.
     """
-    return SHORT_SEQUENCES if device.type == "cpu" and seq_len % 4 == 0 and steps >= STEPS_FOR_SHORT else 0.0
+    return SHORT_SEQUENCES if device.type == "cpu" and seq_len % 2 == 0 and steps >= STEPS_FOR_SHORT else 0.0
 
 
 def useful_epochs(params_per_token: float, train_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The learning rate and the length of sequences as pure functions of where a run is."""
+"""The learning rate as a pure function of where a run is."""
 
 from __future__ import annotations
 
@@ -25,13 +25,6 @@ def lr_at(step: int, progress: float, *, schedule: str, lr: float, min_lr: float
     else:
         left = 1 - progress if schedule == "linear" else min(1.0, (1 - progress) / COOLDOWN)
     return (min_lr + (lr - min_lr) * left) * warm
-
-
-def pieces_at(progress: float, short_sequences: float | None) -> int:
-    """Sequences that each sample is read as: in the part of a run that reads short ones, 0 to 1, four in its first
-    half, then two; after it one."""
-    part = short_sequences or 0.0
-    return 4 if progress < part / 2 else 2 if progress < part else 1
 
 
 def after_turn(progress: float, turned_at: float, turned_to: float) -> float:

@@ -13,7 +13,7 @@ from nnx_cli.config import TrainConfig
 from nnx_cli.optim._state import load_optimizer_state, named_specs, optimizer_state
 from nnx_cli.runs.checkpoint import FORMAT, Checkpoint
 from nnx_cli.system.ranks import Ranks
-from nnx_cli.training.schedule import after_turn, pieces_at
+from nnx_cli.training.schedule import after_turn
 from nnx_cli.training.shards import Part
 from nnx_cli.training.step import Step
 
@@ -44,9 +44,9 @@ class TrainState:
         return min(1.0, done if self.turned_at is None else after_turn(done, self.turned_at, self.turned_to))
 
     def pieces(self, config: TrainConfig, progress: float) -> int:
-        """Sequences that each sample is read as at that part of a run; whole ones where it went back to its best
-        weights, to end soon."""
-        return 1 if self.turned_at is not None else pieces_at(progress, config.short_sequences)
+        """Sequences that each sample is read as at that part of a run: one where it went back to its best weights, to
+        end soon."""
+        return 2 if self.turned_at is None and progress < (config.short_sequences or 0.0) else 1
 
     def ended_by(self, config: TrainConfig) -> str:
         """What the run ended by, as run.json names it: its length in steps, its time, data (it had a time, and before

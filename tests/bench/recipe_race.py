@@ -14,10 +14,9 @@ batch           half the sequences a step in the first third of the tokens, so t
                 (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162: gradients are less noisy early, so that small
                 batches are enough)
 sequences       sequences of half the length, twice as many, in the first third (Li et al. 2022,
-                https://arxiv.org/abs/2108.06084)
+                https://arxiv.org/abs/2108.06084); what came of it: --short-sequences 0.33
 half            the same in the first half of the run
-quarters        of a quarter of the length in the first sixth, then of half until the first third (what came of it:
-                --short-sequences 0.33)
+quarters        of a quarter of the length in the first sixth, then of half until the first third
 softcap         logits z as 15 tanh(z / 15) (nanochat; Gemma 2 has 30); not for tape, whose head is a Student's t
 
 Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch.

@@ -204,9 +204,9 @@ def test_the_plan_says_where_sequences_are_short(nnx, data):
     words = ["train", "--data", data, *FIRST, "--seq-len", 16, "--dry-run"]
     assert "\nsequences" not in nnx(*words).stdout
     shown = " ".join(nnx(*words, "--short-sequences", 0.25).stdout.split())
-    assert "sequences of 4 and 8 tokens in the first 25 % of the run, then of 16 command line" in shown
+    assert "sequences of 8 tokens in the first 25 % of the run, then of 16 command line" in shown
     refused = nnx(*words[:-3], "--seq-len", 15, "--short-sequences", 0.25)
-    assert refused.exit_code == 2 and "--short-sequences needs a context that 4 divides" in refused.stderr
+    assert refused.exit_code == 2 and "--short-sequences needs an even context" in refused.stderr
 
 
 def test_a_quiet_run_shows_no_plan_and_a_quiet_dry_run_nothing_else(nnx, data):

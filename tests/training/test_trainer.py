@@ -656,7 +656,7 @@ def test_a_run_that_begins_with_short_sequences_resumes_to_the_same_bits(start, 
     lengths = lengths_of(trainer)
     assert train(run, trainer) == "finished"
     T = trainer.stepper.loader.seq_len
-    assert lengths == [T // 4] * 3 + [T // 2] * 3 + [T] * 6
+    assert lengths == [T // 2] * 6 + [T] * 6
     assert [line["tokens"] for line in records(run)][-1] == 12 * 8 * T
     for stop_at in (3, 6, 9):
         other, trainer = start(workspace / f"until {stop_at}", **settings)
@@ -664,7 +664,7 @@ def test_a_run_that_begins_with_short_sequences_resumes_to_the_same_bits(start, 
         trainer = resume(other)
         lengths = lengths_of(trainer)
         assert train(other, trainer) == "finished"
-        assert lengths == ([T // 4] * 3 + [T // 2] * 3 + [T] * 6)[stop_at:]
+        assert lengths == ([T // 2] * 6 + [T] * 6)[stop_at:]
         assert everything(other) == everything(run)
 
 
@@ -678,13 +678,13 @@ def test_a_run_says_once_how_it_runs_with_whole_sequences(start, workspace, monk
         return Execution(graph=True, notes=("not compiled",)) if state.step == 6 else stepper.execution
 
     monkeypatch.setattr(trainer_module, "follow_length", follow_length)
-    assert trainer.stepper.pieces == 4
+    assert trainer.stepper.pieces == 2
     train(run, trainer)
     assert asked == [(step, step / 12) for step in range(12)] and notes == ["not compiled"]
     assert run.config["training"]["compile"] == trainer.config.compile == "graph"
 
 
-def test_blocks_are_compiled_for_every_length_before_their_steps(start, workspace, monkeypatch):
+def test_blocks_are_compiled_for_both_lengths_before_their_steps(start, workspace, monkeypatch):
     run, trainer = start(workspace / "a", short_sequences=0.5)
     trainer.stepper.execution, passes = Execution(compiled=True), []
     monkeypatch.setattr(compilation, "compile_blocks", lambda model, without_hooks: passes.append("compile"))
@@ -697,20 +697,19 @@ def test_blocks_are_compiled_for_every_length_before_their_steps(start, workspac
     monkeypatch.setattr(compilation, "try_micro_batch", try_micro_batch)
     train(run, trainer)
     T = trainer.stepper.loader.seq_len
-    tried = [[("eager", length), ("compiled", length)] for length in (T // 2, T)]
-    assert lengths == [T // 4] * 3 + tried[0] + [T // 2] * 3 + tried[1] + [T] * 6 and passes == ["compile"] * 2
+    assert lengths == [T // 2] * 6 + [("eager", T), ("compiled", T)] + [T] * 6 and passes == ["compile"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("how", ["graph", "on"])
-def test_steps_of_every_length_are_recorded(start, workspace, how):
+def test_steps_of_both_lengths_are_recorded(start, workspace, how):
     """A run whose steps are graphs, of each length in turn, ends like one that runs op by op."""
     losses = {}
     for requested in ("off", how):
         settings = dict(compile=requested, short_sequences=0.5, batch_size=4, grad_accum=2, device="cuda")
         run, trainer = start(workspace / requested, **settings)
         T = trainer.stepper.loader.seq_len
-        for length, stop_at in ((T // 4, 3), (T // 2, 6), (T, None)):
+        for length, stop_at in ((T // 2, 6), (T, None)):
             graphs = trainer.stepper.graphs
             assert (
                 graphs is None
