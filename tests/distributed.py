@@ -49,6 +49,7 @@ SETTINGS = dict(
 KINDS = ("ddp", "fsdp")
 SHORT = [dict(model=name, parallel=kind) for name in models.names() for kind in KINDS] + [
     *(dict(model="llama", optimizer="muon", batch_size=5, grad_accum=1, parallel=kind) for kind in KINDS),
+    *(dict(model="nyx", optimizer="muon", short_sequences=0.5, parallel=kind) for kind in KINDS),
     dict(model="llama", optimizer="adamw8bit", weight_precision="bf16", optimizer_in_backward=True, grad_accum=1),
     dict(model="llama", batch_size=6, grad_accum=1, fails=True),
     dict(model="nyx", parallel="ddp", refuses=True),
