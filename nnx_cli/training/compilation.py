@@ -202,7 +202,7 @@ def _attempt(stepper: Stepper) -> Callable[..., Trial]:
 
 
 def _compile_dropout(stepper: Stepper) -> None:
-    """Compile blocks with the dropout that they were tried without, where that takes no step."""
+    """Compile blocks with the dropout that they were tried without, unless a whole step is timed, which does so."""
     if not _takes_whole_steps(stepper) and stepper.step.model.config.dropout:
         _attempt(stepper)(stepper, compiled=True, with_dropout=True)
 
