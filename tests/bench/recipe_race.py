@@ -13,13 +13,17 @@ momentum        Muon's, from 0.85 to 0.95 in the first fifth of the run, in plac
 batch           half the sequences a step in the first third of the tokens, so that there are a third more steps
                 (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162: gradients are less noisy early, so that small
                 batches are enough)
+smaller         the same in the whole run
+longer          as it is, in as many more steps as take the time of `batch`, whose row has to be there before: what
+                `batch` has to be better than
 sequences       sequences of half the length, twice as many, in the first third (Li et al. 2022,
                 https://arxiv.org/abs/2108.06084); what came of it: --short-sequences 0.33
 half            the same in the first half of the run
 quarters        of a quarter of the length in the first sixth, then of half until the first third
 softcap         logits z as 15 tanh(z / 15) (nanochat; Gemma 2 has 30); not for tape, whose head is a Student's t
 
-Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch.
+Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch, and twice as much
+with smaller.
 
 Rows are appended to --results, those that are there are not run again, and several calls at once may share it. On a GPU
 steps are CUDA graphs, but with `momentum`, which they would hold fast. Times in the table are right where nothing else
@@ -56,8 +60,9 @@ from nnx_cli.training.step import StepGraphs
 from nnx_cli.training.trainer import Trainer, scheduled_lr
 
 AS_IT_IS = "as it is"
-CANDIDATES = ("cosine", "wsd", "momentum", "batch", "sequences", "half", "quarters", "softcap")
+CANDIDATES = ("cosine", "wsd", "momentum", "batch", "smaller", "longer", "sequences", "half", "quarters", "softcap")
 EARLY = 1 / 3  # of the tokens
+FEWER = {"batch": EARLY, "smaller": 1.0}  # the part of the run until which a step has half the sequences
 SHORTER = {  # parts of the run until which sequences are that many times shorter
     "sequences": ((EARLY, 2),),
     "half": ((1 / 2, 2),),
@@ -82,7 +87,7 @@ def capped(model: models.LanguageModel) -> Iterator[None]:
 def samples(trainer: Trainer, first: int, candidate: str, progress: float) -> tuple[Tensor, Tensor]:
     """The sequences (N, T) of the step that begins with the one of number `first`, and their targets."""
     rows = trainer.stepper.samples_per_step
-    if candidate == "batch" and progress < EARLY:
+    if progress < FEWER.get(candidate, 0.0):
         rows //= 2
     times = next((times for until, times in SHORTER.get(candidate, ()) if progress < until), 1)
     ids, targets = (part.reshape(times * rows, -1) for part in trainer.stepper.loader.batch(first, rows))
@@ -124,7 +129,7 @@ def train(trainer: Trainer, candidate: str) -> tuple[int, float]:
     steps = Steps(trainer, trainer.device.type == "cuda" and candidate != "momentum" and trainer.model.capturable)
     trainer.model.train()
     if steps.as_graphs:  # recorded before the clock runs
-        for progress in (0.0, EARLY / 2, 1.0):
+        for progress in (0.0, EARLY / 2, 0.99):
             steps.record(*samples(trainer, 0, candidate, progress))
     synchronize(trainer.device)
     started = time.perf_counter()
@@ -144,25 +149,36 @@ def train(trainer: Trainer, candidate: str) -> tuple[int, float]:
     return n_steps, time.perf_counter() - started
 
 
-def run(job: dict[str, Any], data: TokenFolder, device: torch.device) -> dict[str, Any]:
-    """One run: its loss, in nats a token, and what the recipe was."""
+def steps_of(job: dict[str, Any], rows: list[dict[str, Any]]) -> int:
+    """Steps as they are that a run's tokens are of."""
+    if job["candidate"] != "longer":
+        return job["steps"]
+    alike = [row for row in rows if all(row[key] == job[key] for key in ("text", "model", "size", "steps"))]
+    plain, batch = (
+        statistics.mean(row["seconds"] for row in alike if row["candidate"] == name) for name in (AS_IT_IS, "batch")
+    )
+    return round(job["steps"] * batch / plain)
+
+
+def run(job: dict[str, Any], n_steps: int, data: TokenFolder, device: torch.device) -> dict[str, Any]:
+    """One run on the tokens of `n_steps` steps: its loss, in nats a token, and what the recipe was."""
     own = {"schedule": job["candidate"]} if job["candidate"] in ("cosine", "wsd") else {}
     shape = make_trainer_for(10**6, job["model"], job["size"], data, job["seed"], device, **own).config
-    tokens = job["steps"] * shape.tokens_per_step
+    tokens = n_steps * shape.tokens_per_step
     trainer = make_trainer_for(tokens, job["model"], job["size"], data, job["seed"], device, **own)
     config, model = trainer.config, trainer.model
     with capped(model) if job["candidate"] == "softcap" else contextlib.nullcontext():
-        n_steps, seconds = train(trainer, job["candidate"])
+        taken, seconds = train(trainer, job["candidate"])
         bytes_of = trainer.validation.token_bytes
         found = evaluate(model, data.val, seq_len=model.config.seq_len, batch_size=16, token_bytes=bytes_of)
     return {
         "loss": round(found.loss, 4),
-        "taken": n_steps,
+        "taken": taken,
         "tokens_per_step": config.tokens_per_step,
         "epochs": round(tokens / len(data.train), 2),
         "optimizer": config.optimizer,
         "lr": config.lr,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
     }
 
 
@@ -231,7 +247,7 @@ def main() -> None:
         for job in jobs:
             if any(job.items() <= row.items() for row in known()) or time.monotonic() - started > args.limit:
                 continue
-            row = job | run(job, open_token_folder(Path(folder) / job["text"]), device)
+            row = job | run(job, steps_of(job, known()), open_token_folder(Path(folder) / job["text"]), device)
             row |= {"machine": f"{describe(device)}, torch {torch.__version__}, {datetime.date.today()}"}
             print(json.dumps(row), flush=True)
             with open(args.results, "a", encoding="utf-8") as file:
