@@ -21,6 +21,8 @@ from nnx_cli.config import Field
 from nnx_cli.console.help import prepare_help
 from nnx_cli.errors import NnxError
 
+BY_THE_TEXT = ("vocab_size", "dropout")  # fields of all architectures that a run takes by what it is trained on
+
 
 class Command(TyperCommand):
     """A command whose help shows the options that the named architecture has; all of them parse."""
@@ -68,7 +70,10 @@ class Command(TyperCommand):
         prepare_help(shown)
         name = ctx.meta.get("nnx.model")
         fields, sized = fields_of(name), models.sized_fields(name or DEFAULT_MODEL)
-        shown.params = [_as_shown(p, fields, sized) for p in self.params if _is_shown(p, fields)]
+        defaults = dict.fromkeys(sized, "of the size")
+        if any(p.name == "max_time" for p in self.params):
+            defaults |= dict.fromkeys(BY_THE_TEXT, "auto")
+        shown.params = [_as_shown(p, fields, defaults) for p in self.params if _is_shown(p, fields)]
         TyperCommand.format_help(shown, ctx, formatter)
 
 
@@ -128,12 +133,12 @@ def _with_fields(command: Command, name: str) -> Command:
     return make_command(extended, command.name, command.epilog)
 
 
-def _as_shown(param: Any, fields: dict[str, Field], sized: set[str]) -> Any:
+def _as_shown(param: Any, fields: dict[str, Field], defaults: dict[str, str]) -> Any:
     """A parameter without its negative spelling, which would take the width of a column; a field of an architecture
-    with its help and default there, which is the size's own where that has one."""
+    with its help and default there, unless `defaults` says where that comes from."""
     shown = copy.copy(param)
     shown.secondary_opts = []
     if _is_of_model(param):
-        default = "of the size" if param.name in sized else shown_default(fields[param.name])
-        shown.help, shown.show_default = fields[param.name].sentence, default
+        field = fields[param.name]
+        shown.help, shown.show_default = field.sentence, defaults.get(param.name) or shown_default(field)
     return shown

@@ -256,7 +256,7 @@ def plan_restart(
         if not is_over:
             name, model = architecture_of(run.config, run.folder, file), model_from_config(run.config, run.folder, file)
             fresh = replan(name, config, model.config, epoch, device)
-            config, derived = _derive_anew(run, old, config, overrides, fresh, checkpoint.step)
+            config, derived = _derive_anew(run, old, config, overrides, fresh, state)
             sources |= derived
     return Restart(run, old, config, sources, is_over, precision, checkpoint, data, device, file, notes)
 
@@ -267,10 +267,11 @@ def _derive_anew(
     config: TrainConfig,
     overrides: Mapping[str, Any],
     fresh: Mapping[str, Derived],
-    step: int,
+    state: TrainState,
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Settings of a run that is given another length at `step`, and where those come from that are derived anew: what
-    was derived before becomes what is `fresh`. A warm-up that is over stays, another one covers the steps so far.
+    """Settings of a run that is given another length at `state`, and where those come from that are derived anew: what
+    was derived before becomes what is `fresh`. A warm-up that is over stays, another one covers the steps so far; a run
+    that reads whole sequences goes on with them.
 
     Raises UsageError where a warm-up of the user's own is longer than the run.
     """
@@ -278,7 +279,7 @@ def _derive_anew(
     if all(getattr(config, name) == getattr(old, name) for name in LENGTHS):  # the same length once more
         return replace(config, warmup_steps=overrides.get("warmup_steps", old.warmup_steps)), {}
     automatic = run.config.get("automatic", {})
-    warmup = old.warmup_steps if step >= old.warmup_steps else max(step, fresh["warmup_steps"].value)
+    warmup = old.warmup_steps if state.step >= old.warmup_steps else max(state.step, fresh["warmup_steps"].value)
     values = {field: new.value for field, new in fresh.items()} | {"warmup_steps": warmup}
     values = {field: value for field, value in values.items() if field in automatic and field not in overrides}
     sources = {field: f"derived: {fresh[field].reason}" for field in values}
@@ -290,6 +291,9 @@ def _derive_anew(
                 fix=" ".join(["nnx train --resume", quoted(run.folder), *words, f"--warmup-steps {warmup}"]),
             )
         values["warmup_steps"] = old.warmup_steps
+    if config.short_sequences and "short_sequences" not in overrides and state.pieces(old, state.progress(old)) == 1:
+        values["short_sequences"] = 0.0
+        sources["short_sequences"] = "derived: it reads whole ones already"
     return replace(config, **values), sources
 
 

@@ -668,6 +668,18 @@ def test_a_run_that_begins_with_short_sequences_resumes_to_the_same_bits(start, 
         assert everything(other) == everything(run)
 
 
+@pytest.mark.parametrize("stop_at, short_steps", [(3, 9), (9, 0)])
+def test_a_run_that_is_given_another_length_does_not_go_back_to_short_sequences(start, workspace, stop_at, short_steps):
+    run, trainer = start(workspace / "a", short_sequences=0.5)
+    train(run, trainer, stop_at)
+    trainer = resume(run, max_steps=24)
+    lengths = lengths_of(trainer)
+    assert train(run, trainer) == "finished"
+    T = trainer.stepper.loader.seq_len
+    assert lengths == [T // 2] * short_steps + [T] * (24 - stop_at - short_steps)
+    assert run.config["training"]["short_sequences"] == (0.5 if short_steps else 0.0)
+
+
 def test_a_run_says_once_how_it_runs_with_whole_sequences(start, workspace, monkeypatch):
     run, trainer = start(workspace / "a", short_sequences=0.5)
     asked, notes = [], []
