@@ -21,6 +21,7 @@ GIB = 2**30
 LENGTHS = ("max_steps", "max_time", "epochs")  # of a run: one is given, or derived
 TOKENIZERS = ("auto", "byte", "char", "bpe", "gpt2", "cl100k_base", "o200k_base")
 LEAST_IDS, MOST_IDS = {"auto": 256, "byte": 256, "char": 256, "bpe": 257}, {"byte": 256}  # of a vocabulary
+BPE_IDS = 4096  # of a vocabulary of byte pairs of one's own, unless the text suits more
 NO_TEXT = (
     "base64_codec",
     "bz2_codec",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nnx_cli import models
 from nnx_cli.console.output import Output
 from nnx_cli.errors import counted, quoted
-from nnx_cli.planning.size import FEW_TOKENS
+from nnx_cli.planning.recipe.table import TOKENS_PER_PARAMETER
 from nnx_cli.system.text import duration, listed, size
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PlanTable:
         if vram is not None and self.is_for_cpu:
             output.note(f"this plan is for the CPU; what fits on a GPU of {vram}: nnx summarize --vram {quoted(vram)}")
         name, size, seen = self.plan.model, self.plan.size, self.outlook.tokens / self.n_parameters
-        if not self.begins_anew or seen >= FEW_TOKENS or size not in models.sizes(name)[1:]:
+        if not self.begins_anew or seen >= TOKENS_PER_PARAMETER or size not in models.sizes(name)[1:]:
             return
         smaller = "take a smaller --size" if self._source("size").startswith("derived") else "leave out --size"
         output.warn(
@@ -164,7 +164,7 @@ class PlanTable:
 
 def _why_tokenizer(request: Request, base: ModelRef | None, tokens: TokenFolder, n_parameters: int) -> str:
     """Where the tokenizer of a run comes from."""
-    from nnx_cli.planning.tokenizer import bpe_from
+    from nnx_cli.planning.recipe.tokenizer import bpe_from
 
     if base is not None and base.tokenizer is not None:
         return f"model: {base.label}"

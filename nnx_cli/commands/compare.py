@@ -251,7 +251,7 @@ def _text(
 ) -> TokenFolder:
     """The tokens that were named, or prepared from text."""
     from nnx_cli.commands.prepare import preparation_view
-    from nnx_cli.planning.tokenizer import vocabularies_for
+    from nnx_cli.planning.recipe.tokenizer import vocabularies_for
     from nnx_cli.system.signals import half_made
     from nnx_cli.training.inputs import open_tokens, prepare_tokens
 

@@ -14,7 +14,6 @@ from nnx_cli.config import PrepareConfig, own_fields, parse_bytes
 from nnx_cli.console.output import Output
 from nnx_cli.console.progress import Progress
 from nnx_cli.errors import Interrupted, UsageError, counted, quoted
-from nnx_cli.planning.size import SIZES_BY_BYTES
 from nnx_cli.system.signals import half_made
 from nnx_cli.system.text import size
 
@@ -61,8 +60,8 @@ def run(
     limit: dict[str, Any] = {"max_memory_bytes": parse_bytes(max_memory)} if max_memory else {}
     config = PrepareConfig(**given(options, own_fields(PrepareConfig)), **limit)
     from nnx_cli.data.prepare import default_folder, prepare
-    from nnx_cli.planning.size import suited_size
-    from nnx_cli.planning.tokenizer import vocabularies_for
+    from nnx_cli.planning.recipe.size import suited_size
+    from nnx_cli.planning.recipe.tokenizer import vocabularies_for
 
     output.note_reading(*sources, val)
     val_sources, suited = [val] if val else None, vocabularies_for()
@@ -106,6 +105,9 @@ def _xray_rows(xray: Mapping[str, Any], vocab_size: int) -> list[tuple[str, str,
     again = f"stand earlier in it, {compared}" if unit else compared
     odd = ", ".join(f"{name} ({n:,})" for name, n in xray["odd_characters_named"].items())
     bits = xray["ngram_bits_per_byte"]
+    from nnx_cli.planning.recipe.table import SIZES_BY_BYTES
+
+    suits = SUITS if xray["suggested_size"] == SIZES_BY_BYTES[0][1] else SUITS_WITH_A_GPU
     return [
         ("documents", f"{documents['train']:,}", f"to train on, {documents['val']:,} to validate"),
         ("duplicates", _share(xray["duplicate_share"]), again),
@@ -117,7 +119,7 @@ def _xray_rows(xray: Mapping[str, Any], vocab_size: int) -> list[tuple[str, str,
             "–" if bits is None else f"{bits:.2f}",
             "bits per byte; a model that learned more than it gets less" if bits is not None else "not of such text",
         ),
-        ("size", xray["suggested_size"], SUITS if xray["suggested_size"] == SIZES_BY_BYTES[0][1] else SUITS_WITH_A_GPU),
+        ("size", xray["suggested_size"], suits),
     ]
 
 

@@ -61,9 +61,9 @@ def prepare(
     """Write the token folder `out` from files, folders, globs or "-"; without `paths`, from the documentation that
     Python ships. Returns what `nnx prepare --json` prints.
 
-    `val_paths` are the validation text, else part of the text is held out. With `vocabularies` (`planning.tokenizer`)
-    the text decides what `auto` is and how many ids `bpe` has. Raises UsageError, DataError, MissingFeature or
-    OutputError; then `out` does not exist.
+    `val_paths` are the validation text, else part of the text is held out. With `vocabularies`
+    (`planning.recipe.tokenizer`) the text decides what `auto` is and how many ids `bpe` has. Raises UsageError,
+    DataError, MissingFeature or OutputError; then `out` does not exist.
     """
     files.refuse_existing(out)
     tell = on_progress or (lambda event: None)

@@ -18,7 +18,7 @@ from nnx_cli.planning.fit import check_batch_shape
 from nnx_cli.planning.flops import meta_model, training_flops
 from nnx_cli.planning.match import Match, match_shape, size_target
 from nnx_cli.planning.plan import Plan, plan_run
-from nnx_cli.planning.recipe import default_tokens_per_step
+from nnx_cli.planning.recipe.training import default_tokens_per_step
 
 CPU_PARAMETERS = 300_000  # two architectures, two seeds and a million tokens take minutes on two cores
 GPU_SIZE = "tiny"

@@ -32,7 +32,7 @@ from nnx_cli.planning.memory import (
     training_memory,
 )
 from nnx_cli.planning.parallel import RankDevice, common_budget, per_gpu
-from nnx_cli.planning.recipe import default_tokens_per_step
+from nnx_cli.planning.recipe.training import default_tokens_per_step
 from nnx_cli.planning.settings import Derived
 from nnx_cli.planning.shapes import ShapeCache
 from nnx_cli.system.device import budget_words, check_cap, memory_budget

@@ -17,7 +17,8 @@ from nnx_cli.planning.fit import MemorySaver, fit_memory
 from nnx_cli.planning.flops import count_parameters, meta_model, training_flops
 from nnx_cli.planning.parallel import RankDevice, common_flops
 from nnx_cli.planning.rates import expected_mfu, expected_speed, nominal_flops
-from nnx_cli.planning.recipe import (
+from nnx_cli.planning.recipe import table
+from nnx_cli.planning.recipe.training import (
     Horizon,
     default_dropout,
     default_short_sequences,
@@ -28,9 +29,6 @@ from nnx_cli.planning.recipe import (
 )
 from nnx_cli.planning.settings import Derived, Settings
 
-DEFAULT_SECONDS = 240  # training time of a run without a length
-TOKENS_PER_PARAMETER = 10  # what a size should see in the planned time to be worth its width, on a CPU
-TOKENS_PER_PARAMETER_ON_GPU = 0.3  # what `small` should read for that
 VALIDATION_SHARE = 0.02  # of the planned time that all validations together may take
 LEAST_VALIDATION_ROWS = 8
 
@@ -155,10 +153,10 @@ def auto_size(name: str, train: TrainConfig, device: torch.device, rate: float, 
     `small`, six texts, tests/bench/more_time.md.
     """
     if device.type == "cpu":
-        return affordable_size(name, (train.max_time_s or DEFAULT_SECONDS) * rate)
+        return affordable_size(name, (train.max_time_s or table.DEFAULT_SECONDS) * rate)
     config = models.make_config(name, size="small", vocab_size=data.vocab_size)
     horizon = expected_tokens(train, name, config, data, device, rate)
-    return "small" if horizon.epochs >= TOKENS_PER_PARAMETER_ON_GPU * horizon.params_per_token else "tiny"
+    return "small" if horizon.epochs >= table.TOKENS_PER_PARAMETER * horizon.params_per_token else "tiny"
 
 
 def affordable_size(name: str, flops: float) -> str:
@@ -168,7 +166,7 @@ def affordable_size(name: str, flops: float) -> str:
     for size in models.sizes(name):
         model = meta_model(name, models.make_config(name, size=size))
         tokens = flops * expected_mfu(device, model.config.dim) / training_flops(name, model.config)
-        if tokens < TOKENS_PER_PARAMETER * count_parameters(model)["total"]:
+        if tokens < table.TOKENS_PER_PARAMETER_ON_CPU * count_parameters(model)["total"]:
             break
         chosen = size
     return chosen
@@ -185,7 +183,7 @@ def expected_tokens(
     step_tokens = train.tokens_per_step or rows or default_tokens_per_step(model, device)
     half_width, flops = models.recipe(name).gpu_half_width, training_flops(name, config)
     speed = expected_speed(device, config.dim, half_width, rate, flops, step_tokens)
-    tokens = speed * (train.max_time_s or DEFAULT_SECONDS)
+    tokens = speed * (train.max_time_s or table.DEFAULT_SECONDS)
     if train.epochs is not None:
         tokens = train.epochs * data.train_tokens
     elif train.max_steps is not None:
@@ -202,7 +200,7 @@ def run_length(train: TrainConfig, data: Data, horizon: Horizon, tokens_per_step
         return {"max_steps": Derived(steps_in(train.epochs, data.train_tokens, tokens_per_step), "epochs")}
     if train.max_steps is not None:
         return {}
-    ends = {"max_time": Derived(f"{DEFAULT_SECONDS}s", "default length")}
+    ends = {"max_time": Derived(f"{table.DEFAULT_SECONDS}s", "default length")}
     if train.stop_early == "auto":
         epochs = useful_epochs(horizon.params_per_token, data.train_tokens)
         steps = steps_in(epochs, data.train_tokens, tokens_per_step)

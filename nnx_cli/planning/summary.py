@@ -15,7 +15,7 @@ from nnx_cli.planning.fit import Predictor, advice, first_that_fits, may_be_divi
 from nnx_cli.planning.flops import count_parameters, file_bytes, flops_per_token, meta_model, sampling_bytes
 from nnx_cli.planning.memory import ANY_GPU
 from nnx_cli.planning.rates import speeds_by_data_sheet
-from nnx_cli.planning.recipe import default_tokens_per_step, preferred_optimizer
+from nnx_cli.planning.recipe.training import default_tokens_per_step, preferred_optimizer
 from nnx_cli.system.device import memory_budget, pick_device
 
 GPUS_GB = (4, 6, 8, 12, 16, 24)

@@ -12,8 +12,8 @@ from nnx_cli import models
 from nnx_cli.config import module_names
 from nnx_cli.errors import counted, pasteable
 from nnx_cli.evaluation.by_position import Verdict
-from nnx_cli.planning.recipe import default_lr, useful_epochs
-from nnx_cli.planning.size import FEW_TOKENS
+from nnx_cli.planning.recipe.table import TOKENS_PER_PARAMETER
+from nnx_cli.planning.recipe.training import default_lr, useful_epochs
 from nnx_cli.reporting.charts import Point
 from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.reporting.run_record import RunRecord
@@ -40,7 +40,7 @@ WAITING, LEAST_WAITS = 0.1, 4  # share of the time that steps wait for data, and
 LENGTHS = ("--max-steps", "--max-time", "--epochs")
 TEXT = ("--filepath", "--val-fraction", "--text-key", "--encoding", "--separator", "--errors")  # not beside --data
 # Tokens that a parameter saw: raced from 0.5 (30M parameters, 16 epochs of 0.9 MB) to 36 (0.8M, 32 epochs), see
-# tests/bench/horizon.md; beyond FEW_TOKENS and these a model of another size learns more in the time
+# tests/bench/horizon.md; below TOKENS_PER_PARAMETER and above these a model of another size learns more in the time
 MANY_TOKENS, FRESH_EPOCHS = 100, 4
 SKIPPED_SHARE, LEAST_SKIPPED = 0.01, 3  # of the steps in the second half of a run; a loss scale skips 1 in 2,000
 
@@ -332,7 +332,7 @@ def _size_is_far_off(run: _Numbers) -> Finding | None:
         return None
     tokens = run.tokens / run.done  # that it will have seen in the end
     seen = tokens / run.parameters
-    is_large, is_small = seen < FEW_TOKENS, seen > MANY_TOKENS and run.epochs / run.done < FRESH_EPOCHS
+    is_large, is_small = seen < TOKENS_PER_PARAMETER, seen > MANY_TOKENS and run.epochs / run.done < FRESH_EPOCHS
     size = run.size_beside(-1 if is_large else 1)
     if not (is_large or is_small) or size is None:
         return None

@@ -21,7 +21,7 @@ from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.planning.parallel import RankDevice
 from nnx_cli.planning.plan import Plan, auto_size, plan_run
 from nnx_cli.planning.rates import nominal_flops
-from nnx_cli.planning.tokenizer import vocabularies_for
+from nnx_cli.planning.recipe.tokenizer import vocabularies_for
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.load import ModelRef, shape_of
 from nnx_cli.system.files import discard_folder, is_forbidden

@@ -15,7 +15,7 @@ from nnx_cli.errors import CheckpointError, QualityError
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.layers.blocks import eagerly
 from nnx_cli.models._base import LanguageModel
-from nnx_cli.planning.recipe import default_lr
+from nnx_cli.planning.recipe.training import default_lr
 from nnx_cli.runs.checkpoint import Checkpoint
 from nnx_cli.runs.command_line import changed_command
 from nnx_cli.runs.load import ModelRef

@@ -57,7 +57,7 @@ from nnx_cli import models
 from nnx_cli.data.sources import builtin_corpus
 from nnx_cli.optim._groups import hidden_matrices
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.planning.recipe import preferred_optimizer
+from nnx_cli.planning.recipe.training import preferred_optimizer
 from nnx_cli.system.device import describe, pick_device
 from nnx_cli.system.ranks import BUCKET_BYTES
 

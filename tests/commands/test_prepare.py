@@ -5,7 +5,7 @@ import pytest
 from nnx_cli.commands import prepare as prepare_command
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.data.tokenizers import bpe
-from nnx_cli.planning import tokenizer
+from nnx_cli.planning.recipe import table
 
 KEYS = [
     "out",
@@ -143,8 +143,8 @@ def test_the_encoding_is_said_and_may_be_chosen(nnx, workspace):
 @pytest.fixture
 def short_rungs(monkeypatch):
     """Byte pairs for texts that a test can write."""
-    monkeypatch.setattr(tokenizer, "BPE_FROM_BYTES", 5_000)
-    monkeypatch.setattr(tokenizer, "IDS_BY_BYTES", ((0, 300), (100_000, 400)))
+    monkeypatch.setattr(table, "BPE_FROM_BYTES", 5_000)
+    monkeypatch.setattr(table, "IDS_BY_BYTES", ((0, 300), (100_000, 400)))
 
 
 def test_auto_takes_what_suits_the_text(nnx, text_file, workspace, short_rungs):

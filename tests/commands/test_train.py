@@ -20,7 +20,7 @@ from nnx_cli.data.aligned_windows import AlignedWindows
 from nnx_cli.data.conversations import template_of
 from nnx_cli.data.token_folder import open_token_folder
 from nnx_cli.layers.loss import LossModule
-from nnx_cli.planning import tokenizer
+from nnx_cli.planning.recipe import table
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs.find import find_model
 from nnx_cli.runs.run import Run
@@ -406,8 +406,8 @@ def test_an_alias_beside_the_name_is_refused(refused, data):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_the_text_decides_its_tokens_but_what_is_asked_for_holds(nnx, text_file, workspace, monkeypatch, words, ids):
-    monkeypatch.setattr(tokenizer, "BPE_FROM_BYTES_SMALL", 5_000)
-    monkeypatch.setattr(tokenizer, "IDS_BY_BYTES", ((0, 300),))
+    monkeypatch.setattr(table, "BPE_FROM_BYTES_SMALL", 5_000)
+    monkeypatch.setattr(table, "IDS_BY_BYTES", ((0, 300),))
     result = nnx("train", "--filepath", text_file, "--seq-len", 16, "--size", "nano", *words, "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
     rows = {row["setting"]: row["value"] for row in json.loads(result.stdout)}

@@ -11,7 +11,8 @@ from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import Recipe
 from nnx_cli.planning import plan as planner
 from nnx_cli.planning.plan import affordable_size, plan_run, steps_in
-from nnx_cli.planning.recipe import (
+from nnx_cli.planning.recipe import table
+from nnx_cli.planning.recipe.training import (
     default_dropout,
     default_lr,
     default_short_sequences,
@@ -166,7 +167,7 @@ def test_a_length_that_was_given_is_the_only_one():
 
 def test_the_default_length_has_two_ends():
     planned = plan(train_tokens=10_000, batch_size=4, grad_accum=2)
-    assert planned.train.max_time_s == planner.DEFAULT_SECONDS
+    assert planned.train.max_time_s == table.DEFAULT_SECONDS
     assert planned.train.max_steps == steps_in(32, 10_000, 8 * T)
     assert planned.sources["max_steps"] == "derived: 32 epochs, all that a model of this size can use"
     assert plan(train_tokens=10_000, stop_early="off").train.max_steps is None
@@ -320,7 +321,7 @@ def test_two_cores_take_the_smallest_size_in_four_minutes(monkeypatch, capabilit
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     planned = plan(fields={}, size="auto", train_tokens=419_000)
     assert planned.size == "nano" and planned.train.tokens_per_step == 1024
-    steps = planned.tokens_per_s * planner.DEFAULT_SECONDS / 1024
+    steps = planned.tokens_per_s * table.DEFAULT_SECONDS / 1024
     assert 2300 < steps < 3800 and (capability != "AVX512" or steps > 3400)
 
 

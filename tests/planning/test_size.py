@@ -4,7 +4,8 @@ import pytest
 
 from nnx_cli import models
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.planning.size import PARAMETERS_PER_BYTE, SIZES_BY_BYTES, suited_size
+from nnx_cli.planning.recipe.size import suited_size
+from nnx_cli.planning.recipe.table import PARAMETERS_PER_BYTE, SIZES_BY_BYTES
 
 
 def test_every_size_begins_where_it_has_enough_text():
@@ -16,4 +17,4 @@ def test_every_size_begins_where_it_has_enough_text():
 
 def test_more_text_suits_a_larger_model():
     assert suited_size(0) == suited_size(100_000) == "nano"
-    assert suited_size(1e6) == "tiny" and suited_size(1e12) == "xl"
+    assert suited_size(5e5) == "tiny" and suited_size(1e12) == "xl"

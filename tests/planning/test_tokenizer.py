@@ -5,7 +5,8 @@ import pytest
 
 from nnx_cli import models
 from nnx_cli.planning.flops import count_parameters, meta_model
-from nnx_cli.planning.tokenizer import BPE_FROM_BYTES, BPE_FROM_BYTES_SMALL, vocabularies_for
+from nnx_cli.planning.recipe.table import BPE_FROM_BYTES, BPE_FROM_BYTES_SMALL
+from nnx_cli.planning.recipe.tokenizer import vocabularies_for
 
 
 def test_more_text_never_has_fewer_ids_and_a_model_only_bounds_them():
@@ -33,5 +34,5 @@ def test_a_narrow_model_has_a_small_vocabulary(model, size, most):
 
 
 def test_choosing_needs_no_torch():
-    code = "import sys, nnx_cli.planning.tokenizer; assert 'torch' not in sys.modules"
+    code = "import sys, nnx_cli.planning.recipe.tokenizer; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

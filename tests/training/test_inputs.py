@@ -7,7 +7,7 @@ import torch
 
 from nnx_cli.config import PrepareConfig, TrainConfig
 from nnx_cli.errors import OutputError, UsageError
-from nnx_cli.planning.tokenizer import vocabularies_for
+from nnx_cli.planning.recipe.tokenizer import vocabularies_for
 from nnx_cli.training.inputs import Shape, model_vocabularies, open_and_plan, prepare_tokens, start_from, take_back
 
 

@@ -20,7 +20,6 @@ from nnx_cli.errors import DataError, MissingFeature, UsageError, pip_install
 from nnx_cli.system.text import well_formed
 
 PACKAGE = "nnx-cli[bpe]"  # with what training a vocabulary needs
-DEFAULT_VOCAB_SIZE = 4096
 SAMPLE_CHARS = 2**23  # what training holds at most, spread over the whole corpus;
 SAMPLE_CHARS_PER_TOKEN = 2**11  # a large vocabulary needs more
 SAMPLE_BLOCK = 2**16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nnx_cli.config import check_tokenizer
+from nnx_cli.config import BPE_IDS, check_tokenizer
 from nnx_cli.data.tokenizers import bpe
 from nnx_cli.data.tokenizers.base import N_BYTES, Tokenizer, utf8
 from nnx_cli.data.tokenizers.byte import ByteTokenizer
@@ -71,7 +71,7 @@ def _trained_bpe(
 ) -> Tokenizer:
     """Byte pairs with as many ids as suit the text, unless `vocab_size` is given; or bytes where those suit it."""
     if vocab_size is not None or not vocabularies:
-        return bpe.train(sample, bpe.DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
+        return bpe.train(sample, BPE_IDS if vocab_size is None else vocab_size)
     n_bytes = 0
 
     def counted() -> Iterator[str]:
