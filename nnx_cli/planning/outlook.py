@@ -23,14 +23,15 @@ LIKE_PARAMETERS, LIKE_TEXT, LIKE_READ = 1.5, 3, 2  # factors within which runs a
 
 
 class Measured(NamedTuple):
-    """Runs of an architecture on one text of bytes or characters, whose `losses` stand in a table of tests/bench."""
+    """Runs of an architecture on one text, whose `losses` stand in a table of tests/bench."""
 
     table: str
     model: str
     parameters: float
     text: str
     text_bytes: float  # to train on
-    losses: Mapping[float, float]  # nats a byte at the end, by epochs
+    losses: Mapping[float, float]  # at the end, by epochs: nats a byte, or, of `bpe`, bits a byte
+    is_bpe: bool = False  # by byte pairs, else by bytes or characters
 
 
 class Reached(NamedTuple):
@@ -48,7 +49,6 @@ MEASURED = (
     Measured("zoo.md", "nyx", 0.79e6, "documentation", 418e3, {8: 1.101}),
     Measured("horizon.md", "nyx", 0.79e6, "plays", 225e3, {8: 1.496, 16: 1.433, 32: 1.428}),
     Measured("horizon.md", "nyx", 0.79e6, "plays", 900e3, {8: 1.440, 16: 1.424, 32: 1.408}),
-    Measured("zoo.md", "nyx", 10.6e6, "documentation", 418e3, {9.8: 1.167, 14.7: 1.183}),
     Measured("zoo.md", "nyx", 10.6e6, "plays", 1e6, {4.1: 1.433, 6.5: 1.423, 11.4: 1.408}),
     Measured("zoo.md", "nyx", 10.6e6, "a novel", 1.08e6, {3.8: 1.344, 6: 1.312, 10.5: 1.303}),
     Measured("zoo.md", "nyx", 10.6e6, "code", 1e6, {4.1: 1.146, 6.5: 1.120, 11.4: 1.050}),
@@ -75,6 +75,14 @@ MEASURED = (
     Measured("quality.md", "ngpt", 10.7e6, "plays", 1e6, {4: 1.4692}),
     Measured("quality.md", "tape", 10.7e6, "plays", 1e6, {4: 1.6067}),
     Measured("zoo.md", "llama", 10.65e6, "plays", 1e6, {8: 1.4355}),
+    Measured("tokenizer_race.md", "nyx", 1.28e6, "a novel", 3.1e6, {1.7: 1.794}, True),
+    Measured("five_minutes.md", "nyx", 1.28e6, "a novel", 2.9e6, {4.5: 1.677}, True),
+    Measured("tokenizer_race.md", "nyx", 1.28e6, "code", 1.8e6, {2.8: 1.924}, True),
+    Measured("tokenizer_race.md", "nyx", 1.28e6, "code", 6.1e6, {0.8: 1.621}, True),
+    Measured("tokenizer_race.md", "nyx", 1.28e6, "code", 8.7e6, {0.6: 1.548}, True),
+    Measured("tokenizer_race.md", "nyx", 1.28e6, "documentation", 23e6, {0.2: 2.262}, True),
+    Measured("tokenizer_race.md", "nyx", 32e6, "code", 8e6, {7: 1.166}, True),
+    Measured("five_minutes.md", "nyx", 34.1e6, "code", 218e6, {0.5: 0.630, 4.7: 0.538, 4.8: 0.602}, True),
 )
 
 
@@ -102,11 +110,11 @@ def outlook(plan: Plan, tokens: TokenFolder, device: torch.device) -> Outlook:
     n_parameters = count_parameters(meta_model(plan.model, plan.model_config))["total"]
     started = START_SECONDS.get(device.type) if n_parameters <= MOST_STARTED else None
     reached = None
-    is_text = tokens.tokenizer is not None and tokens.tokenizer.kind in ("byte", "char") and tokens.val_mask is None
-    if is_text and train.lora_rank is None:
+    kind = None if tokens.tokenizer is None or tokens.val_mask is not None else tokens.tokenizer.kind
+    if kind in ("byte", "char", "bpe") and train.lora_rank is None:
         assert tokens.text_bytes is not None, "a tokenizer tells the bytes"
         text_bytes = n_train * tokens.text_bytes / (n_train + len(tokens.val))
-        reached = such_runs(models.stem(plan.model), n_parameters, text_bytes, expected / n_train)
+        reached = such_runs(models.stem(plan.model), n_parameters, text_bytes, expected / n_train, kind == "bpe")
     return Outlook(
         expected,
         expected / n_train,
@@ -129,13 +137,15 @@ def run_folder_bytes(plan: Plan) -> int:
     return weights + (train.keep + 1) * (weights + states)
 
 
-def such_runs(model: str, parameters: float, text_bytes: float, epochs: float) -> tuple[Reached, Reached] | None:
+def such_runs(
+    model: str, parameters: float, text_bytes: float, epochs: float, is_bpe: bool = False
+) -> tuple[Reached, Reached] | None:
     """The lowest and highest of what measured runs of an architecture reached that are like one of so many parameters
     and epochs of a text of so many bytes; None where nothing of the kind was measured."""
     found = [
-        Reached(loss / math.log(2), runs.text)
+        Reached(loss if is_bpe else loss / math.log(2), runs.text)
         for runs in MEASURED
-        if runs.model == model
+        if (runs.model, runs.is_bpe) == (model, is_bpe)
         and _alike(runs.parameters, parameters, LIKE_PARAMETERS)
         and _alike(runs.text_bytes, text_bytes, LIKE_TEXT)
         for n, loss in runs.losses.items()

@@ -20,6 +20,8 @@ sequences       sequences of half the length, twice as many, in the first third 
                 https://arxiv.org/abs/2108.06084); what came of it: --short-sequences 0.33
 half            the same in the first half of the run
 quarters        of a quarter of the length in the first sixth, then of half until the first third
+newton          Muon's matrices by five steps of one quintic (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+                in place of Polar Express's, of which a CPU takes four
 softcap         logits z as 15 tanh(z / 15) (nanochat; Gemma 2 has 30); not for tape, whose head is a Student's t
 
 Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch, and twice as much
@@ -54,13 +56,26 @@ from nnx_cli.data.prepare import prepare
 from nnx_cli.data.token_folder import TokenFolder, open_token_folder
 from nnx_cli.evaluation.losses import evaluate
 from nnx_cli.layers import loss as loss_module
+from nnx_cli.optim import muon
 from nnx_cli.optim._base import set_lr
 from nnx_cli.system.device import describe, pick_device, set_seed, synchronize
 from nnx_cli.training.step import StepGraphs
 from nnx_cli.training.trainer import Trainer, scheduled_lr
 
 AS_IT_IS = "as it is"
-CANDIDATES = ("cosine", "wsd", "momentum", "batch", "smaller", "longer", "sequences", "half", "quarters", "softcap")
+CANDIDATES = (
+    "cosine",
+    "wsd",
+    "momentum",
+    "batch",
+    "smaller",
+    "longer",
+    "sequences",
+    "half",
+    "quarters",
+    "newton",
+    "softcap",
+)
 EARLY = 1 / 3  # of the tokens
 FEWER = {"batch": EARLY, "smaller": 1.0}  # the part of the run until which a step has half the sequences
 SHORTER = {  # parts of the run until which sequences are that many times shorter
@@ -69,6 +84,7 @@ SHORTER = {  # parts of the run until which sequences are that many times shorte
     "quarters": ((EARLY / 2, 4), (EARLY, 2)),
 }
 WARM, COLD_MOMENTUM, WARM_MOMENTUM = 1 / 5, 0.85, 0.95
+NEWTON = ((3.4445, -4.7750, 2.0315),) * 5
 CAP = 15.0
 
 
@@ -82,6 +98,24 @@ def capped(model: models.LanguageModel) -> Iterator[None]:
     finally:
         handle.remove()
         loss_module.as_linear_head = fused
+
+
+@contextlib.contextmanager
+def by_newton() -> Iterator[None]:
+    """Meanwhile Muon's iteration has the coefficients of NEWTON."""
+    before = muon.POLAR_EXPRESS, muon.SHORTER
+    muon.POLAR_EXPRESS = muon.SHORTER = NEWTON
+    try:
+        yield
+    finally:
+        muon.POLAR_EXPRESS, muon.SHORTER = before
+
+
+def changed(candidate: str, model: models.LanguageModel) -> contextlib.AbstractContextManager[None]:
+    """In which a candidate trains."""
+    if candidate == "newton":
+        return by_newton()
+    return capped(model) if candidate == "softcap" else contextlib.nullcontext()
 
 
 def samples(trainer: Trainer, first: int, candidate: str, progress: float) -> tuple[Tensor, Tensor]:
@@ -150,14 +184,17 @@ def train(trainer: Trainer, candidate: str) -> tuple[int, float]:
 
 
 def steps_of(job: dict[str, Any], rows: list[dict[str, Any]]) -> int:
-    """Steps as they are that a run's tokens are of."""
+    """Steps as they are that a run's tokens are of. Raises SystemExit for `longer` where nothing was timed."""
     if job["candidate"] != "longer":
         return job["steps"]
-    alike = [row for row in rows if all(row[key] == job[key] for key in ("text", "model", "size", "steps"))]
-    plain, batch = (
-        statistics.mean(row["seconds"] for row in alike if row["candidate"] == name) for name in (AS_IT_IS, "batch")
-    )
-    return round(job["steps"] * batch / plain)
+    seconds = {
+        row["candidate"]: row["seconds"]
+        for row in rows
+        if all(row[key] == job[key] for key in job if key != "candidate")
+    }
+    if not {AS_IT_IS, "batch"} <= seconds.keys():
+        raise SystemExit("recipe_race.py: longer needs the time of batch: --candidates batch longer")
+    return round(job["steps"] * seconds["batch"] / seconds[AS_IT_IS])
 
 
 def run(job: dict[str, Any], n_steps: int, data: TokenFolder, device: torch.device) -> dict[str, Any]:
@@ -167,7 +204,7 @@ def run(job: dict[str, Any], n_steps: int, data: TokenFolder, device: torch.devi
     tokens = n_steps * shape.tokens_per_step
     trainer = make_trainer_for(tokens, job["model"], job["size"], data, job["seed"], device, **own)
     config, model = trainer.config, trainer.model
-    with capped(model) if job["candidate"] == "softcap" else contextlib.nullcontext():
+    with changed(job["candidate"], model):
         taken, seconds = train(trainer, job["candidate"])
         bytes_of = trainer.validation.token_bytes
         found = evaluate(model, data.val, seq_len=model.config.seq_len, batch_size=16, token_bytes=bytes_of)

@@ -4,6 +4,7 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +199,19 @@ def test_the_plan_stands_above_a_run_and_above_all_settings(nnx, data):
     assert "256 ids" in lines["tokenizer"] and lines["tokenizer"].endswith("token folder")
     sampling = plan_of(nnx(*words, "--sample-every", 1, "--dry-run").stdout)
     assert names_in(sampling) == [*PLANNED, "first sample", "run folder"]
+
+
+def test_a_busy_machine_plans_as_a_quiet_one_does(nnx, data):
+    words = ["train", "--data", data, "--dry-run", "--json", "--device", "cpu"]
+    quiet = nnx(*words).stdout
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        busy = nnx(*words).stdout
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+    assert json.loads(busy) == json.loads(quiet)
 
 
 def test_the_plan_says_where_sequences_are_short(nnx, data):

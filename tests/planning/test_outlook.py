@@ -101,6 +101,8 @@ def test_such_runs_are_of_that_architecture_size_text_and_length():
     assert (low.text, high.text) == ("documentation", "plays")
     assert low.bits_per_byte == pytest.approx(1.101 / math.log(2)) and high.bits_per_byte < 2.3
     assert such_runs("nyx", 10.7e6, 900e3, 16)[0].text == "code"
+    low, high = such_runs("nyx", 34e6, 200e6, 3, is_bpe=True)
+    assert (low.bits_per_byte, high.bits_per_byte) == (0.538, 0.602) and low.text == "code"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +125,8 @@ def test_nothing_is_said_of_what_was_not_measured(model, parameters, text_bytes,
 def test_every_measured_run_is_like_itself():
     for runs in MEASURED:
         for epochs, loss in runs.losses.items():
-            low, high = such_runs(runs.model, runs.parameters, runs.text_bytes, epochs)
-            assert low.bits_per_byte <= loss / math.log(2) <= high.bits_per_byte
+            low, high = such_runs(runs.model, runs.parameters, runs.text_bytes, epochs, runs.is_bpe)
+            assert low.bits_per_byte <= (loss if runs.is_bpe else loss / math.log(2)) <= high.bits_per_byte
 
 
 @pytest.mark.parametrize(

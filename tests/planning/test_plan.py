@@ -1,4 +1,6 @@
+import os
 import time
+import timeit
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +11,7 @@ from nnx_cli import models
 from nnx_cli.config import TrainConfig
 from nnx_cli.errors import DoesNotFit, UsageError
 from nnx_cli.models._base import Recipe
+from nnx_cli.planning import fit
 from nnx_cli.planning import plan as planner
 from nnx_cli.planning.plan import affordable_size, plan_run, steps_in
 from nnx_cli.planning.recipe import table
@@ -20,11 +23,21 @@ from nnx_cli.planning.recipe.training import (
     useful_epochs,
 )
 
-T = 32
+T, CPU = 32, torch.device("cpu")
+CLOCKS = [name + unit for name in ("perf_counter", "monotonic", "time", "process_time") for unit in ("", "_ns")]
 FIELDS = dict(n_layers=2, dim=32, n_heads=2, seq_len=T)
 
 
-def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scratch=True, may_halve=True, **train):
+def plan(
+    fields=FIELDS,
+    size="nano",
+    train_tokens=100_000,
+    model="nyx",
+    from_scratch=True,
+    may_halve=True,
+    device=CPU,
+    **train,
+):
     return plan_run(
         model,
         size,
@@ -33,7 +46,7 @@ def plan(fields=FIELDS, size="nano", train_tokens=100_000, model="nyx", from_scr
         vocab_size=256,
         train_tokens=train_tokens,
         val_tokens=10_000,
-        device=torch.device("cpu"),
+        device=device,
         precision="fp32",
         sources=dict.fromkeys([*fields, *train], "command line"),
         from_scratch=from_scratch,
@@ -307,12 +320,18 @@ def test_auto_size_on_a_gpu_follows_its_kind(rate, size):
     assert planner.auto_size("nyx", TrainConfig(), torch.device("cuda"), rate) == size
 
 
-def test_no_clock_decides(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_neither_a_clock_nor_the_load_decides(monkeypatch, device):
     """A plan of a busy machine is that of a quiet one."""
-    for clock in ("perf_counter", "monotonic", "time", "process_time"):
-        monkeypatch.setattr(time, clock, lambda: pytest.fail("a plan asks for the time"))
-    first, second = (plan(fields={}, size="auto", max_time="4m") for _ in range(2))
-    assert (first.train, first.model_config) == (second.train, second.model_config)
+    monkeypatch.setattr(fit, "memory_budget", lambda device, vram_bytes: 2**40)
+    if device == "cuda":
+        monkeypatch.setattr(planner, "nominal_flops", lambda device, precision: 200e12)
+    for module, names in ((time, CLOCKS), (timeit, ["default_timer"]), (os, ["getloadavg", "times"])):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *args: pytest.fail("a plan asks how busy the machine is"))
+    planned = plan(fields={}, size="auto", train_tokens=3_000_000, max_time="4m", device=torch.device(device))
+    found = planned.size, planned.train.optimizer, planned.train.lr, planned.train.tokens_per_step
+    assert found == {"cpu": ("nano", "muon", 0.01, 1024), "cuda": ("small", "muon", 0.0025, 16_384)}[device]
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
