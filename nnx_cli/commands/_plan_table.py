@@ -82,10 +82,19 @@ class PlanTable:
         if not self.begins_anew or seen >= TOKENS_PER_PARAMETER or size not in models.sizes(name)[1:]:
             return
         smaller = "take a smaller --size" if self._source("size").startswith("derived") else "leave out --size"
+        short, more = ("a text", "give it more text") if self._ends_by_text else ("a run", "train longer: --max-time")
         output.warn(
-            f"size {size} is large for so short a run: {self.outlook.tokens:,} tokens for {self.n_parameters:,} "
-            f"parameters, {seen:.2g} each; {smaller}, or train longer: --max-time"
+            f"size {size} is large for so short {short}: {self.outlook.tokens:,} tokens for {self.n_parameters:,} "
+            f"parameters, {seen:.2g} each; {smaller}, or {more}"
         )
+
+    @property
+    def _ends_by_text(self) -> bool:
+        """Whether the run is going to end before its time is up, for it has read its text as often as is of use."""
+        train = self.plan.train
+        if not train.max_steps or not train.max_time:
+            return False
+        return self.outlook.tokens >= train.max_steps * (train.tokens_per_step or 0)
 
     def _source(self, name: str) -> str:
         """Where a value comes from."""
@@ -147,7 +156,7 @@ class PlanTable:
 
     def _outlook_rows(self) -> list[tuple[str, str, str]]:
         expected = self.outlook
-        by_clock = "at this device's nominal speed" if self.plan.train.max_time else ""
+        by_clock = "at this device's nominal speed" if self.plan.train.max_time and not self._ends_by_text else ""
         epochs = f"{expected.epochs:.{1 if expected.epochs >= 1 else 2}f} epochs"
         rows = [("will read", f"{expected.tokens:,} tokens, {epochs}", by_clock)]
         if expected.first_sample_s is not None:
@@ -156,9 +165,9 @@ class PlanTable:
         rows.append(("run folder", f"about {size(expected.folder_bytes)}", f"{kept}, the best weights"))
         if expected.reached is not None:
             low, high = expected.reached
-            bits = f"{low.bits_per_byte:.2f} to {high.bits_per_byte:.2f} bits per byte by such runs"
+            bits = " to ".join(dict.fromkeys(f"{run.bits_per_byte:.2f}" for run in expected.reached))
             texts = low.text if low.text == high.text else f"{low.text} to {high.text}"
-            rows.append(("reached", bits, texts))
+            rows.append(("reached", f"{bits} bits per byte by such runs", texts))
         return rows
 
 

@@ -419,7 +419,7 @@ def _start(
 
 def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     """Continue a run from its newest checkpoint."""
-    from nnx_cli.runs.command_line import longer_command
+    from nnx_cli.runs.command_line import how_to_go_on
     from nnx_cli.runs.load import ModelRef
     from nnx_cli.runs.logs import read_intact
     from nnx_cli.runs.run import Run
@@ -433,8 +433,7 @@ def _resume_run(output: Output, request: ResumeRequest, ranks: Ranks) -> None:
     status, lost = _read_or_lost(run)
     if status.get("status") == "finished" and not any(name in request.settings for name in LENGTHS):
         output.show_json(_as_json(run, status))
-        longer = longer_command(folder, status.get("time_s") or 0.0, ModelRef(folder, file=request.file).naming)
-        output.show(f"{folder} is finished; train it longer: {longer}")
+        output.show(f"{folder} is finished; {how_to_go_on(folder, status, ModelRef(folder, file=request.file).naming)}")
         return
     if request.dry_run:
         restart = session.plan_restart(run, request.settings, request.data, request.file)
@@ -472,6 +471,8 @@ def _show_restart(output: Output, restart: Restart) -> None:
 
 def _say_over(output: Output, restart: Restart, status: dict[str, Any]) -> None:
     """Say that a run has the length that it is given. Raises QualityError where it diverged."""
+    from nnx_cli.runs.command_line import how_to_go_on
+
     run, state = restart.run, restart.checkpoint.state
     there = f"{run.folder} is at step {state['step']:,} after {duration(state['time_s'])} of training"
     if status.get("status") == "diverged":
@@ -482,6 +483,9 @@ def _say_over(output: Output, restart: Restart, status: dict[str, Any]) -> None:
     given = f"--{named.replace('_', '-')} {getattr(restart.config, named)}"
     output.made = run.folder
     output.show_json(_as_json(run, status))
+    if named == "max_time" and state["time_s"] < (restart.config.max_time_s or 0.0):
+        output.show(f"{there}: {how_to_go_on(run.folder, {'ended': 'data'})}")
+        return
     output.show(f"{there}: {given} is reached, counted from its beginning: nothing is left to do")
 
 

@@ -23,6 +23,7 @@ from nnx_cli.planning.recipe.training import (
     default_dropout,
     default_short_sequences,
     default_tokens_per_step,
+    has_enough_text,
     preferred_optimizer,
     training_recipe,
     useful_epochs,
@@ -138,7 +139,7 @@ def model_shape(
     is shorter than the context."""
     if size == "auto":
         size = auto_size(name, settings.requested, device, rate, data)
-        settings.note("size", "device, planned time and text" if device.type != "cpu" else "device and planned time")
+        settings.note("size", "device, planned time and text")
     config = models.make_config(name, size=size, **{**fields, "vocab_size": data.vocab_size})
     check_length(data.train_tokens, config.seq_len)
     settings.note("vocab_size", "tokenizer")
@@ -153,20 +154,22 @@ def auto_size(name: str, train: TrainConfig, device: torch.device, rate: float, 
     `small`, six texts, tests/bench/more_time.md.
     """
     if device.type == "cpu":
-        return affordable_size(name, (train.max_time_s or table.DEFAULT_SECONDS) * rate)
+        ends = train.max_steps is None and train.epochs is None and train.stop_early == "auto"
+        return affordable_size(name, (train.max_time_s or table.DEFAULT_SECONDS) * rate, data if ends else LONG_TEXT)
     config = models.make_config(name, size="small", vocab_size=data.vocab_size)
     horizon = expected_tokens(train, name, config, data, device, rate)
     return "small" if horizon.epochs >= table.TOKENS_PER_PARAMETER * horizon.params_per_token else "tiny"
 
 
-def affordable_size(name: str, flops: float) -> str:
-    """The largest named size that sees 10 tokens a parameter on a CPU whose matmuls do `flops` in the time, at least
-    the smallest."""
+def affordable_size(name: str, flops: float, data: Data = LONG_TEXT) -> str:
+    """The largest named size that sees 10 tokens a parameter on a CPU whose matmuls do `flops` in the time, and that
+    the text has enough for; at least the smallest."""
     chosen, device = models.sizes(name)[0], torch.device("cpu")
-    for size in models.sizes(name):
-        model = meta_model(name, models.make_config(name, size=size))
+    for size in models.sizes(name)[1:]:
+        model = meta_model(name, models.make_config(name, size=size, vocab_size=data.vocab_size))
         tokens = flops * expected_mfu(device, model.config.dim) / training_flops(name, model.config)
-        if tokens < table.TOKENS_PER_PARAMETER_ON_CPU * count_parameters(model)["total"]:
+        n = count_parameters(model)["total"]
+        if tokens < table.TOKENS_PER_PARAMETER_ON_CPU * n or not has_enough_text(n, data.train_tokens):
             break
         chosen = size
     return chosen
@@ -249,12 +252,18 @@ def validation(train: TrainConfig, seq_len: int, data: Data, steps: int) -> dict
 def replan(
     name: str, train: TrainConfig, config: ModelConfig, train_tokens: int, device: torch.device
 ) -> dict[str, Derived]:
-    """Warm-up and weight decay of a run that is given another length; `train` has all the other values."""
+    """Warm-up and weight decay of a run that is given another length, and the steps that a time has at most; `train`
+    has all the other values."""
     assert train.tokens_per_step is not None
     data, rate = Data(config.vocab_size, train_tokens, 0), nominal_flops(device, train.precision)
-    steps = expected_steps(train, expected_tokens(train, name, config, data, device, rate), train.tokens_per_step)
+    tokens_per_step = train.tokens_per_step
+    horizon = expected_tokens(train, name, config, data, device, rate)
+    ends = {} if train.max_steps else run_length(train, data, horizon, tokens_per_step)
+    most = {field: end for field, end in ends.items() if field == "max_steps"}
+    train = replace(train, **{field: end.value for field, end in most.items()})
+    steps = expected_steps(train, horizon, tokens_per_step)
     recipe = training_recipe(name, train, config.dim, steps, train_tokens)
-    return {field: recipe[field] for field in ("warmup_steps", "weight_decay")}
+    return {field: recipe[field] for field in ("warmup_steps", "weight_decay")} | most
 
 
 def steps_in(epochs: float, train_tokens: int, tokens_per_step: int) -> int:

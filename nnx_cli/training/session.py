@@ -23,7 +23,7 @@ from nnx_cli.planning.flops import count_parameters, training_flops
 from nnx_cli.planning.plan import Plan, replan, steps_in
 from nnx_cli.planning.settings import Derived
 from nnx_cli.runs.checkpoint import Checkpoint, step_folder
-from nnx_cli.runs.command_line import longer_command
+from nnx_cli.runs.command_line import how_to_go_on
 from nnx_cli.runs.find import WEIGHTS, find_runs
 from nnx_cli.runs.load import ModelRef, architecture_of, model_from_config
 from nnx_cli.runs.manifest import check_format, describe_model, read_tokenizer
@@ -191,7 +191,7 @@ def find_unfinished() -> Path:
             "wait for it or stop it; how far it is: nnx list",
         ),
         "diverged": ("diverged, and no other run is unfinished", f"nnx train --resume {quoted(folder)}"),
-        "finished": ("is finished", f"train it longer: {longer_command(folder, status.get('time_s') or 0.0)}"),
+        "finished": ("is finished", how_to_go_on(folder, status)),
     }[kind]
     raise CheckpointError(f"there is nothing to resume: {folder} {how}", fix=fix)
 
@@ -252,12 +252,12 @@ def plan_restart(
             config = replace(config, max_steps=steps_in(config.epochs, epoch, config.tokens_per_step))
             sources["max_steps"] = "derived: epochs"
         state = TrainState(step=checkpoint.step, time_s=checkpoint.state["time_s"])
-        is_over = state.progress(config) >= 1.0
-        if not is_over:
+        if state.progress(config) < 1.0:
             name, model = architecture_of(run.config, run.folder, file), model_from_config(run.config, run.folder, file)
             fresh = replan(name, config, model.config, epoch, device)
             config, derived = _derive_anew(run, old, config, overrides, fresh, state)
             sources |= derived
+        is_over = state.progress(config) >= 1.0
     return Restart(run, old, config, sources, is_over, precision, checkpoint, data, device, file, notes)
 
 
@@ -281,13 +281,18 @@ def _derive_anew(
     automatic = run.config.get("automatic", {})
     warmup = old.warmup_steps if state.step >= old.warmup_steps else max(state.step, fresh["warmup_steps"].value)
     values = {field: new.value for field, new in fresh.items()} | {"warmup_steps": warmup}
-    values = {field: value for field, value in values.items() if field in automatic and field not in overrides}
+    values = {
+        field: value
+        for field, value in values.items()
+        if (field == "max_steps" or field in automatic) and field not in overrides
+    }
     sources = {field: f"derived: {fresh[field].reason}" for field in values}
+    most = values.get("max_steps", config.max_steps)
     if not {"warmup_steps"} & (values.keys() | overrides.keys()):
-        if config.max_steps and old.warmup_steps > config.max_steps:
+        if most and old.warmup_steps > most:
             words = [f"--{name.replace('_', '-')} {quoted(value)}" for name, value in overrides.items()]
             raise UsageError(
-                f"{run.folder} has --warmup-steps {old.warmup_steps}, more than --max-steps {config.max_steps}",
+                f"{run.folder} has --warmup-steps {old.warmup_steps}, more than --max-steps {most}",
                 fix=" ".join(["nnx train --resume", quoted(run.folder), *words, f"--warmup-steps {warmup}"]),
             )
         values["warmup_steps"] = old.warmup_steps

@@ -14,6 +14,7 @@ from nnx_cli.errors import DataError, DoesNotFit, OutputError, QualityError, Usa
 from nnx_cli.evaluation.losses import Evaluation
 from nnx_cli.optim._base import DeviceOptimizer
 from nnx_cli.optim._build import build_optimizer
+from nnx_cli.planning.recipe import table
 from nnx_cli.runs import checkpoint as ckpt
 from nnx_cli.runs import run as run_module
 from nnx_cli.runs.run import Run
@@ -538,6 +539,20 @@ def test_a_moved_run_is_told_where_its_data_is_once(run, workspace):
     train(moved, resume(moved, max_steps=41, data=workspace / "data" / "words"))
     train(moved, resume(moved, max_steps=42))
     assert moved.status()["step"] == 42
+
+
+@pytest.mark.parametrize("first", [{"max_steps": None, "max_time": "1000s"}, {"max_steps": 12}, {"epochs": 9.0}])
+def test_another_time_reads_the_text_no_more_often_than_is_of_use(start, workspace, monkeypatch, first):
+    most = start(workspace / "planned", max_steps=None, max_time="1000s")[1].config.max_steps
+    run, trainer = start(workspace / "a", **first)
+    train(run, trainer, 3)
+    for longer in ("1000s", "9000s"):
+        restart = session.plan_restart(Run(run.folder), {"max_time": longer})
+        assert restart.config.max_steps == most > 12 and not restart.is_over
+        assert "32 epochs" in restart.sources["max_steps"]
+    assert session.plan_restart(Run(run.folder), {"max_steps": 2 * most}).config.max_steps == 2 * most
+    monkeypatch.setattr(table, "USEFUL_EPOCHS", 32 * 3 / most)
+    assert session.plan_restart(Run(run.folder), {"max_time": "9000s"}).is_over
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 40}, {"max_steps": 10}, {"max_time": "0.001s"}, {"epochs": 0.01}])

@@ -108,6 +108,12 @@ def useful_epochs(params_per_token: float, train_tokens: int) -> int:
     return min(enough, table.USEFUL_EPOCHS_TO_LARGE)
 
 
+def has_enough_text(parameters: float, train_tokens: int) -> bool:
+    """Whether a text of so many tokens, read as often as is of use, is enough for so many parameters."""
+    epochs = useful_epochs(parameters / train_tokens, train_tokens)
+    return epochs * train_tokens >= table.TOKENS_PER_PARAMETER * parameters
+
+
 def default_dropout(epochs: float, params_per_token: float) -> float:
     """Dropout for that many epochs of a text of which the model has `params_per_token` parameters a token: none where
     it is too small to overfit, sooner the larger it is. Raced from 0.9 to 33: tests/bench/horizon.md, zoo.md."""
