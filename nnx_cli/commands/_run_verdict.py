@@ -93,6 +93,7 @@ class RunVerdict:
     def _next(self) -> list[str]:
         """Where to read on, and commands."""
         from nnx_cli.data.conversations import template_of
+        from nnx_cli.reporting.coach import MORE
 
         run, trainer, named = self.run, self.trainer, self.named
         ask = f"sample {quoted(run.folder)}{named}" + ' --prompt "AI is a power!"' * (
@@ -108,7 +109,8 @@ class RunVerdict:
         ]
         resume = longer_command(run.folder, trainer.state.time_s, named)
         is_told = resume in {finding.command for finding in self.findings}
-        helps = self.status["ended"] != "data" and not MORE_TEXT & {finding.rule for finding in self.findings}
+        asks_for_text = any(each.rule in MORE_TEXT or MORE in each.command for each in self.findings)
+        helps = self.status["ended"] != "data" and not asks_for_text
         return lines + [f"  {resume}"] * (helps and not is_told)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -332,8 +334,11 @@ def token_folder(
     if base is None and request.prepare.tokenizer in ("auto", "bpe"):
         with output.spinner(PLANNING):
             vocabularies = model_vocabularies(shape, request.train, device, precision)
+    out = request.out
+    if request.dry_run and out is None:  # what is made for it goes again
+        out = Path(tempfile.gettempdir()) / f"nnx-{os.getpid()}" / "run"
     with half_made(), preparation_view(output) as show:
-        return prepare_tokens(request.filepath, request.prepare, base, show, request.out, vocabularies)
+        return prepare_tokens(request.filepath, request.prepare, base, show, out, vocabularies)
 
 
 def chosen_shape(

@@ -115,7 +115,10 @@ def default_folder(
     digest = hashlib.sha256()
     for source in [*sources, *(val_sources or [])]:
         if not source.repeatable:
-            raise UsageError(f"text from {source.name} needs a name for its tokens", fix="add --out data/NAME")
+            raise UsageError(
+                f"text from {source.name} can be read but once: its tokens need a name",
+                fix="nnx prepare TEXT --out data/NAME",
+            )
         digest.update(f"{format_of(source.name)} {_sha256(source)}\n".encode())
     settings: dict[str, Any] = {"val_fraction": config.val_fraction, "n_sources": len(sources)}
     settings |= {"text_key": config.text_key, "errors": config.errors, "vocab_size": config.vocab_size}

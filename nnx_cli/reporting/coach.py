@@ -12,8 +12,9 @@ from nnx_cli import models
 from nnx_cli.config import module_names
 from nnx_cli.errors import counted, pasteable
 from nnx_cli.evaluation.by_position import Verdict
+from nnx_cli.planning.flops import count_parameters, meta_model
 from nnx_cli.planning.recipe.table import TOKENS_PER_PARAMETER
-from nnx_cli.planning.recipe.training import default_lr, useful_epochs
+from nnx_cli.planning.recipe.training import default_lr, has_enough_text, useful_epochs
 from nnx_cli.reporting.charts import Point
 from nnx_cli.reporting.foreign import mapping, number
 from nnx_cli.reporting.run_record import RunRecord
@@ -37,6 +38,7 @@ WELL_ABOVE = 1.1  # times as many epochs as are useful
 GUESSING = 0.9  # of the loss of a guess, above which nothing was learned
 MOST_DROPOUT = 0.5
 WAITING, LEAST_WAITS = 0.1, 4  # share of the time that steps wait for data, and as many lines of the log that say so
+MORE = "MORE.txt"  # stands for more text in a command
 LENGTHS = ("--max-steps", "--max-time", "--epochs")
 TEXT = ("--filepath", "--val-fraction", "--text-key", "--encoding", "--separator", "--errors")  # not beside --data
 # Tokens that a parameter saw: raced from 0.5 (30M parameters, 16 epochs of 0.9 MB) to 36 (0.8M, 32 epochs), see
@@ -119,13 +121,17 @@ class _Numbers:
     @property
     def is_repeated(self) -> bool:
         """Whether the text was read more often than that."""
-        known = self.epochs is not None and self.parameters and not self.is_lora
-        return bool(known) and not self.is_used_up and (self.epochs or 0.0) > WELL_ABOVE * self.useful_epochs
+        return not self.is_used_up and self._was_read(WELL_ABOVE)
 
     @property
     def can_go_on(self) -> bool:
         """Whether more steps on the same text may bring something."""
-        return not self.is_used_up and not self.is_repeated
+        return not self.is_used_up and not self._was_read(1.0)
+
+    def _was_read(self, times: float) -> bool:
+        """Whether the text was read so many times as often as that, or more often."""
+        known = self.epochs is not None and self.parameters and not self.is_lora
+        return bool(known) and (self.epochs or 0.0) > times * self.useful_epochs
 
     @property
     def is_running(self) -> bool:
@@ -177,24 +183,42 @@ class _Numbers:
         return sizes[place] if 0 <= place < len(sizes) else None
 
     def size_that_helps(self) -> str | None:
-        """A larger size, unless this one has learned its text by heart already."""
-        turned = any(event.startswith("validation turned") for event in self.events)
-        return None if turned else self.size_beside(1)
+        """A larger size, unless this one has learned its text by heart already, or the text is not enough for it."""
+        turned, larger = any(event.startswith("validation turned") for event in self.events), self.size_beside(1)
+        if turned or larger is None or not self.train_tokens:
+            return None
+        name, vocab_size = str(self.model.get("name")), number(self.model.get("vocab_size")) or 256
+        model = meta_model(name, models.make_config(name, size=larger, vocab_size=int(vocab_size)))
+        return larger if has_enough_text(count_parameters(model)["total"], int(self.train_tokens)) else None
 
     def more_text(self) -> str:
         """The command for a run that its text is too short for: a larger size, or else more text."""
         larger = self.size_that_helps()
-        return self.again("--size", larger) if larger else self.again("--filepath", "MORE.txt", ("--data",))
+        return self.again("--size", larger) if larger else self.again("--filepath", MORE, ("--data",))
+
+    @property
+    def length(self) -> tuple[str, str] | None:
+        """The option that gave the run its length, and its value; None where nobody did."""
+        automatic = mapping(self.run.config.get("automatic"))
+        for name in ("max_time", "epochs", "max_steps"):
+            if self.training.get(name) is not None and name not in automatic:
+                return f"--{name.replace('_', '-')}", str(self.training[name])
+        return None
 
     def again(self, option: str, value: str, dropped: tuple[str, ...] = ()) -> str:
-        """The command that made the run, with another value of an option."""
-        made = changed_command(self.run.status.get("command"), self.run.folder, {option: value}, dropped)
+        """The command that made the run, with another value of an option, and the length that it had in the end."""
+        command, options = self.run.status.get("command"), {option: value}
+        length = None if {option, *dropped} & {*LENGTHS} else self.length
+        if length is not None and " ".join(length) not in str(command).replace("=", " "):
+            options, dropped = dict([length]) | options, (*dropped, *LENGTHS)
+        made = changed_command(command, self.run.folder, options, dropped)
         if made is not None:
             return made
         data = follow(self.run.folder, str(mapping(self.run.config.get("data")).get("folder")))
         shape = [word for key in ("name", "size") if (word := self.model.get(key))]
-        options = [word for pair in zip(("--model", "--size"), map(str, shape), strict=False) for word in pair]
-        return pasteable(["nnx", "train", *options, "--data", str(data), option, value])
+        named = [word for pair in zip(("--model", "--size"), map(str, shape), strict=False) for word in pair]
+        text = [] if "--data" in dropped else ["--data", str(data)]
+        return pasteable(["nnx", "train", *named, *text, option, value])
 
     def longer(self) -> str:
         """The command that trains the run for twice its time."""
@@ -283,7 +307,7 @@ def _worse_than_counting(run: _Numbers) -> Finding | None:
     if not run.over_counting or _learning_rate_too_high(run) or _learning_rate_too_low(run):
         return None
     if _overfits(run):
-        command = run.again("--filepath", "MORE.txt", ("--data",))
+        command = run.again("--filepath", MORE, ("--data",))
     else:
         command = run.longer() if run.can_go_on else run.more_text()
     return Finding("worse-than-ngram", run.over_counting, command)
@@ -323,7 +347,7 @@ def _text_is_repeated(run: _Numbers) -> Finding | None:
         return None
     useful = run.useful_epochs
     text = f"the text was read {run.epochs:,.0f} times; beyond {useful} nothing was gained by a model of this size"
-    return Finding("repeated", text, run.again("--epochs", str(useful), LENGTHS))
+    return Finding("repeated", text, run.again("--epochs", str(useful), (*LENGTHS, "--stop-early")))
 
 
 def _size_is_far_off(run: _Numbers) -> Finding | None:

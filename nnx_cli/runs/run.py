@@ -67,6 +67,7 @@ STATUS_TYPES = {
     "events": list,
 }
 BLANK_STATUS: dict[str, Any] = {"format": FORMAT, **{name: None for name in STATUS_TYPES if name != "events"}}
+BLANK_STATUS |= {"status": "interrupted", "step": 0}
 
 
 class Run:
@@ -117,6 +118,12 @@ class Run:
     def status(self) -> dict[str, Any]:
         """The contents of run.json. Raises CheckpointError where it is damaged."""
         return read_status(self.folder)
+
+    def has_status(self) -> bool:
+        """Whether run.json can be read."""
+        with contextlib.suppress(CheckpointError):
+            return bool(self.status())
+        return False
 
     def set_status(self, **values: Any) -> dict[str, Any]:
         """Change some values of run.json, whatever it holds; returns all."""

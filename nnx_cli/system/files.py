@@ -42,7 +42,7 @@ OURS = {
     "val.mask",
 }
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}  # the last in a folder such as /proc
 MAX_JSON_BYTES = 64 * 2**20
 
 

@@ -103,7 +103,7 @@ def prepare_tokens(
     except OutputError as error:
         if out is None or out.parent / folder == folder or not is_forbidden(error):
             raise
-        tell({"note": f"{error}; the prepared text goes beside the run: {out.parent / folder}"})
+        tell({"note": f"{error}; the prepared text goes to {out.parent / folder}"})
     return _prepared(out.parent / folder, filepath, preparing, tell, vocabularies)
 
 

@@ -49,6 +49,7 @@ from nnx_cli.training.stepper import divide_step
 from nnx_cli.training.trainer import Trainer, is_divided, make_trainer
 from nnx_cli.training.vocabulary import extend_rows
 
+COUNTED = ("step", "tokens", "time_s", "skipped_steps", "best_step", "best_val_loss", "best_val_bits_per_byte")
 MANY = 0.05  # of the conversations, whose length is worth a note
 
 
@@ -323,7 +324,8 @@ def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[
     automatic = {name: why for name, why in origins.items() if why.startswith("derived")}
     changed = {"training": requested, "automatic": automatic, "data": where, "machine": describe(device)}
     run.set_config(run.config | changed)
-    run.set_status(status="running", ended=None, max_steps=config.max_steps, max_time_s=config.max_time_s)
+    lost = {} if run.has_status() else {name: getattr(trainer.state, name) for name in COUNTED}
+    run.set_status(**lost, status="running", ended=None, max_steps=config.max_steps, max_time_s=config.max_time_s)
     return trainer, notes
 
 

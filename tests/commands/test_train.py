@@ -833,6 +833,18 @@ def test_a_damaged_run_is_refused(refused, run):
     refused(5, "config.json is damaged", "train", "--resume", "words", "--max-steps", 50)
 
 
+@pytest.mark.parametrize("damage", ["", "{", "gone"])
+def test_a_run_whose_numbers_are_lost_gets_them_back(nnx, run, damage):
+    path = run.folder / "run.json"
+    known = json.loads(path.read_text())
+    path.unlink() if damage == "gone" else path.write_text(damage)
+    result = nnx("train", "--resume", "words", "--max-steps", 42)
+    assert result.exit_code == 0 and "its numbers come from the checkpoint" in result.stderr
+    found = Run(run.folder).status()
+    assert (found["status"], found["step"], found["ended"]) == ("finished", 42, "length")
+    assert found["best_val_loss"] <= known["best_val_loss"] and found["tokens"] == 42 * 256
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(nnx, run):
     path = run.checkpoints / "step-00000040" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

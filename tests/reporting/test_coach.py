@@ -246,7 +246,7 @@ def test_a_model_that_is_worse_than_counting():
     mine = findings(record(data={"ngram_bits_per_byte": 1.8}), " --model mine.py")[0]
     assert mine.command == "nnx train --resume weights/words --model mine.py --max-time 7m"
     again = findings(record(data={"ngram_bits_per_byte": 1.8, "train_tokens": 100_000}))
-    assert [each.rule for each in again] == ["worse-than-ngram", "repeated"] and "--size tiny" in again[0].command
+    assert [each.rule for each in again] == ["worse-than-ngram", "repeated"] and "MORE.txt" in again[0].command
     by_heart = record(healthy(train_loss=memorising, val_loss=turning), data={"ngram_bits_per_byte": 1.8})
     assert "--filepath MORE.txt" in findings(by_heart)[1].command
 
@@ -261,6 +261,21 @@ def test_a_text_that_has_given_what_it_has():
     worse = findings(record(status=used_up, data={"ngram_bits_per_byte": 1.8}))
     assert [each.rule for each in worse] == ["used-up", "worse-than-ngram"]
     assert not any("--resume" in each.command for each in worse)
+
+
+def test_a_larger_size_is_for_a_text_that_is_enough_for_it():
+    small = only(record(status={"ended": "data", "max_time_s": 7400}, data={"train_tokens": 150_000}))
+    assert "more text would use the 2 h left" in small.text and "--size" not in small.command
+    assert "--filepath MORE.txt" in small.command
+
+
+def test_advice_has_the_length_of_the_run_and_options_that_may_stand_beside_it():
+    command = "nnx train --filepath my.txt --max-steps 2 --stop-early off"
+    losing = dict(training={"max_steps": None, "max_time": "2h"}, status={"command": command})
+    overfits = only(record(healthy(train_loss=memorising, val_loss=turning), **losing))
+    assert overfits.command == "nnx train --filepath my.txt --stop-early off --max-time 2h --dropout 0.1"
+    read = only(record(data={"train_tokens": 100_000}, **losing))
+    assert read.command == "nnx train --filepath my.txt --epochs 32"
 
 
 def test_a_context_that_is_not_used():

@@ -19,7 +19,7 @@ def test_text_is_prepared_once_and_taken_back(text_file, workspace):
     assert not Path("data").exists()
 
 
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT])
 def test_where_data_cannot_be_made_the_tokens_stand_beside_the_run(text_file, workspace, monkeypatch, code):
     """Here nothing may be written; the run goes elsewhere, and its text with it. Once made, it is used again."""
     paths, config, told = [str(text_file)], PrepareConfig(workers=1), []
