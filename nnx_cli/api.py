@@ -68,13 +68,13 @@ class TrainedModel:
 
 def prepare(*paths: str | Path, progress: bool = False, **options: Any) -> dict[str, Any]:
     """Make a token folder of text; what `nnx prepare --json` prints, `out` is the folder."""
-    return _run("prepare", [*map(str, paths)], options, progress)
+    return _run("prepare", _as_words(paths), options, progress)
 
 
 def train(*filepath: str | Path, progress: bool = False, **options: Any) -> TrainedModel:
     """Train on files of text, on `data`, or on the documentation that Python ships; `resume` goes on with a run."""
     if filepath:
-        options["filepath"] = [*map(str, filepath)]
+        options["filepath"] = _as_words(filepath)
     file = options.get("bank_file") or (options.get("model") if str(options.get("model")).endswith(".py") else None)
     return load(_run("train", [], options, progress)["out"], model=file)
 
@@ -102,6 +102,8 @@ def load(
 
 def sample(model: TrainedModel | str | Path | None = None, prompt: str = "", **options: Any) -> str:
     """`prompt` and what a model writes behind it; options of `nnx sample`, such as max_new_tokens."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt is text, a str, not {type(prompt).__name__}")
     if options.get("num_samples", 1) != 1:
         raise UsageError("num_samples is for the command line", fix="call sample several times, with another seed each")
     if isinstance(model, TrainedModel):
@@ -111,6 +113,14 @@ def sample(model: TrainedModel | str | Path | None = None, prompt: str = "", **o
             options.setdefault("model", ref.file)
     made = _run("sample", [] if model is None else [str(model)], options | ({"prompt": prompt} if prompt else {}))
     return made["prompt"] + made["samples"][0]["text"]
+
+
+def _as_words(paths: tuple[str | Path, ...]) -> list[str]:
+    """Paths as the command line has them. Raises UsageError where one is none."""
+    for path in paths:
+        if not isinstance(path, str | Path):
+            raise UsageError(f"paths are given one by one, as str or Path, not as {type(path).__name__}")
+    return [*map(str, paths)]
 
 
 class _Returned(Output):

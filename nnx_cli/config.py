@@ -126,11 +126,11 @@ class TrainConfig:
             "val_batches",
             "save_every",
             "patience",
-            "threads",
             "keep",
             "lora_rank",
         ):
             check_range(name, getattr(self, name), 1, 2**40)
+        check_range("threads", self.threads, 1, 1024)
         check_range("sample-every", self.sample_every, 0, 2**40)
         check_range("warmup-steps", self.warmup_steps, 0, 2**40)
         check_range("epochs", self.epochs, 0.0, 1e9, low_open=True)

@@ -57,6 +57,9 @@ def test_it_is_what_the_command_does(workspace, nnx, text_file):
         (CheckpointError, "nothing", lambda: load("nothing")),
         (UsageError, "command line", lambda: train(dry_run=True)),
         (UsageError, "num_samples", lambda: sample(num_samples=2)),
+        (UsageError, "not bytes", lambda: sample("words", b"the")),
+        (UsageError, "one by one", lambda: prepare(["book.txt"])),
+        (UsageError, "one by one", lambda: train(["book.txt"])),
     ],
 )
 def test_errors_are_the_commands_own(workspace, kind, message, wrong, capfd):

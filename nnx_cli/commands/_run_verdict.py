@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nnx_cli.runs.run import Run
     from nnx_cli.training.trainer import Trainer
 
+MOST = 0.5  # of the validation text, whose loss is as good as that of all
 MORE_TEXT = {"overfitting", "repeated"}  # findings about runs that more steps do not help
 MOST_FINDINGS = 3  # that are told at the end; the report has all
 
@@ -57,7 +58,8 @@ class RunVerdict:
         if status["best_val_loss"] is None:
             return [("best", "no validation", "")]
         best = status["best_val_bits_per_byte"]
-        rows = [("best", _quality(status["best_val_loss"], best), f"at step {status['best_step'] or 0:,}")]
+        at = f"at step {status['best_step'] or 0:,}{self._of_part()}"
+        rows = [("best", _quality(status["best_val_loss"], best), at)]
         if status["best_step"] != step and status.get("val_loss") is not None:
             rows.append(("last", _quality(status["val_loss"], status.get("val_bits_per_byte")), f"at step {step:,}"))
         if self.ngram_bits_per_byte is not None and best is not None:
@@ -66,6 +68,13 @@ class RunVerdict:
             how = f"the run's best takes {more} bits"
             rows.append(("n-gram model", f"{self.ngram_bits_per_byte:.3f} bits per byte", how))
         return rows
+
+    def _of_part(self) -> str:
+        """What part of the validation text that was measured on, where it was not most of it."""
+        config, trainer = self.trainer.config, self.trainer
+        n = (config.val_batches or 0) * (config.batch_size or 0) * trainer.model.config.seq_len
+        part = n / len(trainer.data.val) if n else 1.0
+        return f", on {max(1, round(100 * part))} % of the validation text" if part < MOST else ""
 
     def _costs(self) -> list[tuple[str, str, str]]:
         """What it was trained on, how fast, in what memory."""

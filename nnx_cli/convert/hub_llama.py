@@ -73,6 +73,8 @@ def from_hub_config(found: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Config` that a config.json says. Raises CheckpointError, naming what does not map, and UsageError
     for values of another type."""
     classes = found.get("architectures") or [found.get("model_type")]
+    if classes == [None]:
+        raise CheckpointError("its config.json names no architecture: it is no model of the Hub")
     if classes != [CLASS]:
         raise CheckpointError(f"it is a {', '.join(map(str, classes))}, not a {CLASS}")
     values = DEFAULTS | {"num_key_value_heads": found.get("num_attention_heads")} | dict(found)

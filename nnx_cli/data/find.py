@@ -102,6 +102,8 @@ def _is_link(found: tuple[Identity, bool, Source]) -> bool:
 
 def _files(path: str, circles: _Examples) -> list[Source]:
     """The files behind one path or glob. DataError where there is none."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(f"cannot read {path}: it is a link to what is not there")
     names = [path] if os.path.lexists(path) else _matches(path, circles)
     if not names and "://" in path:
         raise DataError(f"{path} is an address, and nnx downloads no text", fix="save it as a file and name that")

@@ -50,7 +50,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from nnx_cli.errors import CheckpointError
+from nnx_cli.errors import CheckpointError, nearest_file
 from nnx_cli.experiments.folders import check_record
 from nnx_cli.experiments.statistics import mean_and_error, ties
 from nnx_cli.runs.find import RACE as NAME
@@ -120,6 +120,8 @@ NEEDED = {"state", "competitors"}, {"model", "status", "runs", "parameters", "pa
 def read_race(path: Path) -> dict[str, Any]:
     """A race from its file; unknown keys stay, and missing ones are null. Raises CheckpointError for what is none, is
     damaged or of another format."""
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}{nearest_file(path)}")
     race = read_json(path)
     version = race.get("format")
     if type(version) is not int or "competitors" not in race:

@@ -60,7 +60,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cpu":
         if name in ("bf16", "fp16"):
             raise MissingFeature(
-                f"--precision {name} needs a GPU: a CPU trains fastest in fp32", fix="take --precision fp32"
+                f"--precision {name} needs a GPU: a CPU computes fastest in fp32", fix="take --precision fp32"
             )
         return "fp32"
     if device.type == "mps":

@@ -243,8 +243,10 @@ def relative(folder: Path, start: Path) -> str:
 
 
 def follow(start: Path, way: str) -> Path:
-    """The folder that a way of `relative` leads to."""
-    return start / re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), way)
+    """The folder that a way of `relative` leads to, by the shorter of its names."""
+    found = start / re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), way)
+    short = Path(os.path.normpath(found))
+    return short if os.path.realpath(short) == os.path.realpath(found) else found
 
 
 def sha256_file(path: Path) -> str:
@@ -262,8 +264,7 @@ def open_regular(path: Path, error: type[NnxError] = CheckpointError, follow_lin
         descriptor = os.open(path, os.O_RDONLY | flags)
     except OSError as refusal:
         why = "it is a link" if path.is_symlink() and not follow_links else refusal.strerror
-        near = nearest_file(path) if isinstance(refusal, FileNotFoundError) else ""
-        raise error(f"{path} cannot be read: {why}{near}") from refusal
+        raise error(f"{path} cannot be read: {why}") from refusal
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise error(f"{path} cannot be read: it is no regular file")

@@ -22,6 +22,7 @@ half            the same in the first half of the run
 quarters        of a quarter of the length in the first sixth, then of half until the first third
 newton          Muon's matrices by five steps of one quintic (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
                 in place of Polar Express's, of which a CPU takes four
+five            all five of Polar Express's on a CPU too
 softcap         logits z as 15 tanh(z / 15) (nanochat; Gemma 2 has 30); not for tape, whose head is a Student's t
 
 Weight decay is what is planned as it is, so that weights forget 1.6 times as much with wsd and batch, and twice as much
@@ -74,6 +75,7 @@ CANDIDATES = (
     "half",
     "quarters",
     "newton",
+    "five",
     "softcap",
 )
 EARLY = 1 / 3  # of the tokens
@@ -84,7 +86,7 @@ SHORTER = {  # parts of the run until which sequences are that many times shorte
     "quarters": ((EARLY / 2, 4), (EARLY, 2)),
 }
 WARM, COLD_MOMENTUM, WARM_MOMENTUM = 1 / 5, 0.85, 0.95
-NEWTON = ((3.4445, -4.7750, 2.0315),) * 5
+ITERATIONS = {"newton": ((3.4445, -4.7750, 2.0315),) * 5, "five": muon.POLAR_EXPRESS}
 CAP = 15.0
 
 
@@ -101,10 +103,10 @@ def capped(model: models.LanguageModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def by_newton() -> Iterator[None]:
-    """Meanwhile Muon's iteration has the coefficients of NEWTON."""
+def iterating(steps: tuple[tuple[float, float, float], ...]) -> Iterator[None]:
+    """Meanwhile Muon's iteration has those coefficients."""
     before = muon.POLAR_EXPRESS, muon.SHORTER
-    muon.POLAR_EXPRESS = muon.SHORTER = NEWTON
+    muon.POLAR_EXPRESS = muon.SHORTER = steps
     try:
         yield
     finally:
@@ -113,8 +115,8 @@ def by_newton() -> Iterator[None]:
 
 def changed(candidate: str, model: models.LanguageModel) -> contextlib.AbstractContextManager[None]:
     """In which a candidate trains."""
-    if candidate == "newton":
-        return by_newton()
+    if candidate in ITERATIONS:
+        return iterating(ITERATIONS[candidate])
     return capped(model) if candidate == "softcap" else contextlib.nullcontext()
 
 

@@ -73,6 +73,12 @@ def test_what_is_not_there_is_named(tmp_path, name):
         find_sources([])
 
 
+def test_a_link_to_nothing_is_told(tmp_path):
+    os.symlink(tmp_path / "nothing", tmp_path / "gone.txt")
+    with pytest.raises(DataError, match=r"cannot read .*gone\.txt: it is a link to what is not there"):
+        find_sources([tmp_path / "gone.txt"], print)
+
+
 # every file once
 
 

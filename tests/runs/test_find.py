@@ -52,6 +52,13 @@ def test_an_unknown_name_tells_the_newest(run):
     assert "nnx list" in error.value.fix
 
 
+@pytest.mark.parametrize("name", ["words", os.path.join("weights", "words")])
+def test_a_run_without_its_config_is_called_damaged(run, name):
+    (run.folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"weights.words is damaged: it has no config\.json"):
+        find_folder(name)
+
+
 @pytest.mark.parametrize(
     ("name", "near"), [("word", "words"), ("wrods", "words"), (os.path.join("weights", "wordz"), "weights.words")]
 )
