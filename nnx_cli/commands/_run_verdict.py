@@ -58,7 +58,7 @@ class RunVerdict:
         if status["best_val_loss"] is None:
             return [("best", "no validation", "")]
         best = status["best_val_bits_per_byte"]
-        at = f"at step {status['best_step'] or 0:,}{self._of_part()}"
+        at = f"at step {status['best_step'] or 0:,}" + self._of_part()
         rows = [("best", _quality(status["best_val_loss"], best), at)]
         if status["best_step"] != step and status.get("val_loss") is not None:
             rows.append(("last", _quality(status["val_loss"], status.get("val_bits_per_byte")), f"at step {step:,}"))

@@ -245,8 +245,10 @@ def relative(folder: Path, start: Path) -> str:
 def follow(start: Path, way: str) -> Path:
     """The folder that a way of `relative` leads to, by the shorter of its names."""
     found = start / re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), way)
-    short = Path(os.path.normpath(found))
-    return short if os.path.realpath(short) == os.path.realpath(found) else found
+    with contextlib.suppress(ValueError):  # no file has such a name
+        short = Path(os.path.normpath(found))
+        return short if os.path.realpath(short) == os.path.realpath(found) else found
+    return found
 
 
 def sha256_file(path: Path) -> str:
