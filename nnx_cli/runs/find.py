@@ -65,7 +65,7 @@ def find_folder(name: str) -> Path:
             f"{name} is a token folder, not a model", fix=f"train one: nnx train --data {quoted(name)}"
         )
     for folder in (Path(name), WEIGHTS / name) if name else ():
-        if any(os.path.lexists(folder / part) for part in ("run.json", "manifest.json")):
+        if any(os.path.lexists(folder / part) for part in ("run.json", "model.safetensors")):
             raise CheckpointError(f"{folder} is damaged: it has no config.json", fix="see the runs: nnx list")
     places = [path.parent for depth in ("*", "*/*") for path in WEIGHTS.glob(f"{depth}/config.json")]
     names = [place.relative_to(WEIGHTS).as_posix() for place in places]

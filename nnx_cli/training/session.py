@@ -258,8 +258,16 @@ def plan_restart(
             fresh = replan(name, config, model.config, epoch, device)
             config, derived = _derive_anew(run, old, config, overrides, fresh, state)
             sources |= derived
+        if _as_long(config, old):  # it keeps its schedule, which may have turned
+            state.turned_at = checkpoint.state.get("turned_at")
+            state.turned_to = checkpoint.state.get("turned_to", 0.0)
         is_over = state.progress(config) >= 1.0
     return Restart(run, old, config, sources, is_over, precision, checkpoint, data, device, file, notes)
+
+
+def _as_long(config: TrainConfig, old: TrainConfig) -> bool:
+    """Whether a run has the length that it had."""
+    return all(getattr(config, name) == getattr(old, name) for name in LENGTHS)
 
 
 def _derive_anew(
@@ -277,7 +285,7 @@ def _derive_anew(
     Raises UsageError where a warm-up of the user's own is longer than the run.
     """
     assert old.warmup_steps is not None
-    if all(getattr(config, name) == getattr(old, name) for name in LENGTHS):  # the same length once more
+    if _as_long(config, old):
         return replace(config, warmup_steps=overrides.get("warmup_steps", old.warmup_steps)), {}
     automatic = run.config.get("automatic", {})
     warmup = old.warmup_steps if state.step >= old.warmup_steps else max(state.step, fresh["warmup_steps"].value)
@@ -313,7 +321,7 @@ def resume(restart: Restart, observer: Observer, ranks: Ranks = ALONE) -> tuple[
     trainer.flops_per_token = training_flops(name, model.config)
     restore_checkpoint(trainer.stepper.step, trainer.state, restart.checkpoint)
     trainer.cadence.expect_to_save(size_on_disk(restart.checkpoint.model, restart.checkpoint.optimizer))
-    if any(getattr(config, name) != getattr(restart.old, name) for name in LENGTHS):
+    if not _as_long(config, restart.old):
         trainer.state.turned_at = None  # it follows the schedule of another length
     lead(trainer, run.folder, run.config, restart.checkpoint)
     config = trainer.choose_execution(config.compile)

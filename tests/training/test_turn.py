@@ -237,3 +237,12 @@ def test_the_rest_of_the_schedule_fits_into_a_short_stretch(turned_at, turned_to
     assert progress(turned_at) == pytest.approx(turned_to) and progress(end) == pytest.approx(1.0)
     assert progress((turned_at + end) / 2) == pytest.approx((1 + turned_to) / 2)
     assert after_turn(1.0, 1.0, 0.5) == 0.5
+
+
+def test_the_same_time_once_more_leaves_a_run_that_turned_at_its_end(begin, tmp_path):
+    run, trainer = begin(tmp_path / "run", max_steps=None)
+    assert train(run, trainer) == "finished" and trainer.state.turned_at is not None
+    assert trainer.state.step < trainer.config.max_steps
+    assert session.plan_restart(Run(run.folder), {"max_time": "90000s"}).is_over
+    longer = session.plan_restart(Run(run.folder), {"max_time": "99999s"})
+    assert not longer.is_over and longer.config.max_steps == trainer.config.max_steps
